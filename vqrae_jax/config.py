@@ -1,0 +1,212 @@
+"""The schema of a run: every field, its default, what it accepts, and the JSON form that is saved beside checkpoints.
+
+The model section keeps the vocabulary and the defaults of the PyTorch VQRAE. A section is frozen once built; what a
+single field accepts is in its type, what fields ask of each other is checked by the section that owns both.
+"""
+
+import difflib
+import json
+import typing
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names each field, what was given and what is accepted."""
+
+
+class Section(pydantic.BaseModel):
+    """A frozen group of fields that refuses names it does not know."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class EncoderParams(Section):
+    """How the frozen encoder is read."""
+
+    normalize: bool = True  # True: the final LayerNorm has no scale and bias, as in RAE; False: the pretrained affine
+    layers: tuple[int, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
+    fusion: Literal["sum", "mean", "concat"] = "mean"  # how the chosen layers become one latent
+    architecture: dict[str, Any] = {}  # fields of a hub config.json; only for an encoder without pretrained weights
+    dinov2_path: str | None = None  # the origin's names for a weights source other than encoder_config_path
+    dinov3_path: str | None = None
+    model_name: str | None = None
+
+
+class ModelConfig(Section):
+    """image -> encoder -> quantizer -> decoder -> image."""
+
+    encoder_cls: Literal["Dinov2withNorm"] = "Dinov2withNorm"
+    # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: nothing is
+    # loaded, the encoder of `encoder_params.architecture` starts from random weights.
+    encoder_config_path: str | None = "facebook/dinov2-base"
+    encoder_params: EncoderParams = EncoderParams()
+    encoder_input_size: Positive = 224  # pixels; images of another size are resized bicubically
+    decoder_config_path: str = "vit_mae-base"  # a size (vit_mae-base, ViT-S, ViT-B, ViT-L, ViT-XL), a folder or a hub id
+    decoder_patch_size: Positive = 16  # pixels; the output is latent grid * decoder_patch_size
+    decoder_train_pos_embed: bool = False  # the origin calls its table fixed and trains it; here fixed means fixed
+    pretrained_decoder_path: str | None = None  # a decoder to start from
+    noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
+    reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
+    normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
+    quantizer: Literal["ema"] = "ema"
+    num_embeddings: Positive = 8192  # codebook size K
+    commitment_cost: NonNegative = 0.25
+    vq_decay: Decay = 0.99
+    vq_epsilon: Above0 = 1e-5
+    quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
+    codebook_init: Literal["data", "normal"] = "data"  # first codes: tokens of the first batch, or N(0, 1) (the origin)
+    revival_threshold: NonNegative = 0.01  # a code whose EMA count falls below moves to a current token; 0 switches it off
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
+    scan_layers: bool = False  # decoder blocks stacked and scanned: compile time independent of depth
+    remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
+
+
+class DataConfig(Section):
+    """Where images come from and what a batch is."""
+
+    source: Literal["photographs", "folder", "tfds"] = "folder"
+    path: str | None = None  # folder: a folder of images, flat or in class subfolders; tfds: data_dir or prepared folder
+    eval_path: str | None = None  # folder: validation images; none means no evaluation
+    name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
+    train_split: str = "train"  # tfds split expressions
+    eval_split: str = "validation"
+    image_size: Positive = 256  # pixels, square
+    crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
+    resize: Annotated[float, Field(ge=1)] = 1.0  # how much larger than image_size the short side is before a random crop
+    scale: tuple[Above0, Above0] = (1.0, 1.0)  # side of a random crop relative to image_size, drawn in this range
+    flip: bool = True  # mirror left-right with probability 1/2
+    batch_size: Positive = 256  # images of one optimizer step, over all devices
+    eval_batch_size: Positive = 256
+    workers: Count = 0  # worker processes of grain; 0: threads in this process
+    threads: Positive = 4
+
+    @pydantic.model_validator(mode="after")
+    def _scale_is_a_range(self):
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale={self.scale}: the first number may not exceed the second")
+        return self
+
+
+class LossConfig(Section):
+    """Terms of the tokenizer's loss."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    pixel_weight: NonNegative = 1.0
+    vq_weight: NonNegative = 1.0
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule; steps are optimizer steps."""
+
+    learning_rate: Above0 = 2e-4
+    final_learning_rate: NonNegative = 2e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_end_steps: Positive | None = None  # None: train.steps
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    weight_decay: NonNegative = 0.0  # on kernels only
+    clip_norm: NonNegative = 0.0  # global gradient norm; 0 switches clipping off
+    accumulate: Positive = 1  # micro-batches per optimizer step
+    ema_decay: Decay = 0.9978  # of the parameters
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: Positive = 100_000
+    seed: Count = 0
+    trainable: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ("quantizer", "decoder")
+    log_every: Positive = 50
+    evaluate_every: Positive = 5_000
+    checkpoint_every: Positive = 1_000
+    keep_last: Positive = 3
+    keep_best: Count = 1  # by validation PSNR
+    pictures: Positive = 8  # validation images drawn at each evaluation
+    wandb_project: str | None = None  # also log to Weights & Biases
+
+
+class MeshConfig(Section):
+    """How devices are laid out."""
+
+    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that "model" leaves
+    model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
+    fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
+    fsdp_min_size: Positive = 65_536  # elements below which a leaf is kept whole
+
+
+class Config(Section):
+    """All of it."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _batch_is_divisible(self):
+        if self.data.batch_size % self.optimizer.accumulate:
+            raise ValueError(f"data.batch_size={self.data.batch_size} is not divisible by "
+                             f"optimizer.accumulate={self.optimizer.accumulate}")
+        return self
+
+
+SectionT = typing.TypeVar("SectionT", bound=Section)
+
+
+def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """Builds `schema` from plain values.
+
+    Raises:
+      ConfigError: lists every unknown, missing or unacceptable field at once, with the nearest known name.
+    """
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(schema, e) for e in error.errors())) from None
+
+
+def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config is a JSON {type(values).__name__}, expected an object")
+    return from_dict(schema, values)
+
+
+def to_json(config: Section) -> str:
+    return config.model_dump_json(indent=2)
+
+
+def _explain(schema: type[Section], error: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path) or "config"
+    if error["type"] == "extra_forbidden":
+        known = list(_fields_at(schema, path[:-1]))
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown config field {name}: {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name}={error['input']!r}: {message}"
+
+
+def _fields_at(schema: type[Section], path: list[str]) -> list[str]:
+    for part in path:
+        schema = schema.model_fields[part].annotation
+    return list(schema.model_fields)
