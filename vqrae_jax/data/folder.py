@@ -1,0 +1,43 @@
+"""A folder of image files as a random access source."""
+
+import os
+
+from vqrae_jax.data.images import image_files
+
+
+class Folder:
+    """Images below a folder, read when asked for.
+
+    A record is {"image": encoded bytes, "label": int}: the label counts the top-level subfolders that hold images, in
+    sorted order; an image directly in the folder has -1.
+    """
+
+    def __init__(self, path: str | os.PathLike, field: str = "data.path"):
+        """
+        Raises:
+          DataError: naming `field`, for a folder that is missing, a file, or without images.
+        """
+        self.path = os.fspath(path)
+        self._files = [os.path.relpath(file, self.path) for file in image_files(self.path, field)]
+        first = [file.split(os.sep, 1) for file in self._files]
+        self.classes = sorted({parts[0] for parts in first if len(parts) > 1})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self._labels = [numbers[parts[0]] if len(parts) > 1 else -1 for parts in first]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict:
+        """
+        Raises:
+          OSError: the file has gone or may not be read.
+        """
+        with open(os.path.join(self.path, self._files[index]), "rb") as file:
+            return {"image": file.read(), "label": self._labels[index]}
+
+    def name(self, index: int) -> str:
+        """What to call a record in a message."""
+        return repr(os.path.join(self.path, self._files[index]))
+
+    def __repr__(self) -> str:
+        return f"Folder({self.path!r}, images={len(self)}, classes={len(self.classes)})"

@@ -1,0 +1,199 @@
+"""Image files to uint8 arrays and back, and the crops that turn any image into a square."""
+
+import io
+import itertools
+import os
+import threading
+
+import numpy as np
+
+from vqrae_jax.data.errors import DataError, ImageError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+WRITTEN = {".png": {}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp": {"quality": 95}}  # saving options
+# Named rather than left open: PIL hands some of its other formats to external programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_ORIENTATION = 0x0112  # the EXIF tag
+_temporary = itertools.count()
+
+
+def read_image(source: str | os.PathLike | bytes, at_least: int | None = None) -> np.ndarray:
+    """Decodes a file, or the bytes of one, as it is meant to be seen.
+
+    EXIF orientation is applied; palettes, CMYK, grayscale and 16 bits become 8-bit RGB; alpha is laid over white; of an
+    animation the first frame counts. Colour profiles are not applied.
+
+    Args:
+      source: a path or an encoded image.
+      at_least: pixels; a JPEG may come out 2, 4 or 8 times smaller as long as its short side keeps this many (faster).
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      ImageError: missing, empty, truncated, not an image, or more pixels than PIL holds to be safe.
+    """
+    from PIL import Image
+
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, stream = f"of {len(source)} bytes", io.BytesIO(source)
+    else:
+        name, stream = repr(os.fspath(source)), source
+    try:
+        with Image.open(stream, formats=_FORMATS) as picture:
+            if at_least:
+                picture.draft(None, (at_least, at_least))
+            picture.load()
+            return np.array(_to_rgb(_upright(picture)))
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        raise ImageError(f"cannot read the image {name}: {_reason(source, error)}") from error
+
+
+def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] or [H, W] as PNG, JPEG or WebP, whichever the suffix says; missing folders are made.
+
+    The file appears under its name only when it is complete.
+
+    Raises:
+      DataError: another suffix, shape or dtype.
+      OSError: the disk refused; an earlier file of that name is still there.
+    """
+    from PIL import Image
+
+    path = os.fspath(path)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in WRITTEN:
+        raise DataError(f"cannot write {path!r}: its suffix must be one of {', '.join(WRITTEN)}")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
+        raise DataError(f"cannot write {path!r}: got {image.dtype} {list(image.shape)}, "
+                        "expected uint8 [H, W, 3] or [H, W]")
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    # In the same folder, so that the replacement is atomic; a name of its own per process, thread and call.
+    temporary = os.path.join(folder, f".{os.getpid()}-{threading.get_ident()}-{next(_temporary)}{suffix}")
+    try:
+        Image.fromarray(np.ascontiguousarray(image)).save(temporary, **WRITTEN[suffix])
+        os.replace(temporary, os.path.join(folder, name))
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The central square of `image` [H, W, 3] once its short side has `size` pixels: uint8 [size, size, 3].
+
+    Images at least twice too large are first halved by 2x2 averages, then resized bicubically with antialias: the
+    crop of the guided-diffusion evaluations, which reconstruction figures in the literature are given for.
+    """
+    return _resized_square(image, size, size, lambda spare: spare // 2)
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, resize: float = 1.0,
+                scale: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """A random square of `image` [H, W, 3] as uint8 [size, size, 3].
+
+    With `scale` (1, 1) the short side is resized to size * resize and a square is cut at a random place. Any other
+    `scale` cuts a square from the source pixels, its side size * s with s drawn log-uniformly in `scale` and at most
+    the short side, and resizes that; `resize` then plays no part.
+    """
+    if tuple(scale) == (1.0, 1.0):
+        return _resized_square(image, size, max(size, round(size * resize)), lambda spare: int(rng.integers(spare + 1)))
+    height, width = image.shape[:2]
+    side = size * np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1])))
+    side = int(np.clip(round(side), 1, min(height, width)))
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    square = image[top:top + side, left:left + side]
+    return square if side == size else center_crop(square, size)
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+    """`image` [H, W, 3] mirrored left to right."""
+    return image[:, ::-1]
+
+
+def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str]:
+    """Every image below `folder` by suffix, whatever its case, in an order that no file system changes.
+
+    Hidden files and folders are left out; links are followed, each folder once.
+
+    Raises:
+      DataError: naming `field`, for a folder that is missing, a file, or without images.
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"{field}={folder!r} {what}: give a folder of images")
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(here, name) for name in files
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    if not found:
+        raise DataError(f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
+                        "in the folder or below it")
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _resized_square(image, size, side, place):
+    """A square of `size` from `image` with its short side resized to `side`; place(spare pixels) -> offset."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    width, height = (max(side, round(length * scale)) for length in picture.size)
+    left, top = place(width - size), place(height - size)
+    # Only the square is computed: the same pixels as resizing all and cutting, also for a very long image.
+    across, down = picture.width / width, picture.height / height
+    right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
+    box = (left * across, top * down, right, bottom)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _upright(picture):
+    from PIL import Image
+
+    try:
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata is no reason to lose a good picture
+        orientation = 1
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
+
+
+def _to_rgb(picture):
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip at 255
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("integers beyond 16 bits")
+        return Image.fromarray(np.round(values * (255 / 0xFFFF)).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _reason(source, error):
+    size = len(source) if isinstance(source, bytes | bytearray | memoryview) else None
+    if size is None and os.path.isfile(source):
+        size = os.path.getsize(source)
+    if size == 0:
+        return "it is empty"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image, or damaged at its start"
+    return f"{error or type(error).__name__}"
