@@ -1,0 +1,83 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax.assembly import assemble
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.vit import ViT
+
+CASES = ["dinov2", "dinov2_with_registers", "dinov2_swiglu", "dinov2_with_registers_swiglu"]
+
+
+def load(folder, **encoder_params):
+    """The encoder of a hub folder, at whatever size images have."""
+    params = json.loads((folder / "params.json").read_text())
+    config = ModelConfig(
+        encoder_config_path=str(folder), encoder_params=encoder_params,
+        encoder_input_size=params["image_size"], decoder_config_path="ViT-S",
+    )  # fmt: skip
+    built = assemble(config)
+    return built.module.encoder.clone(input_size=None), built.pretrained["encoder"], params
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_features_equal_pytorch(golden, assert_close, case, normalize):
+    folder = golden / "encoders" / case
+    encoder, weights, params = load(folder, normalize=normalize)
+    io = np.load(folder / "io.npz")
+    for height, width in params["input_sizes"]:
+        size = f"{height}" if height == width else f"{height}x{width}"
+        features = encoder.apply({"params": weights}, io[f"images_{size}"])
+        expected = io[f"features_{size}" if normalize else f"features_affine_{size}"]
+        assert_close(features.reshape(expected.shape), expected, 1e-5, f"{case} {size}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_equal_pytorch(golden, assert_close, case):
+    folder = golden / "encoders" / case
+    encoder, weights, _ = load(folder)
+    io = np.load(folder / "io.npz")
+    image = (io["images_56"] - np.asarray(encoder.mean)) / np.asarray(encoder.std)
+    states, _ = ViT(encoder.vit).apply(
+        {"params": weights["vit"]}, image.astype(np.float32), tuple(range(encoder.vit.blocks.depth))
+    )
+    for i, state in enumerate(states):
+        assert_close(state, io["hidden_states_56"][i + 1], 1e-5, f"block {i}")
+
+
+def test_fusion_of_layers(golden, assert_close):
+    folder = golden / "encoders" / "dinov2_with_registers"
+    image = np.load(folder / "io.npz")["images_56"]
+
+    def features(layers, fusion):
+        encoder, weights, _ = load(folder, layers=layers, fusion=fusion)
+        return np.asarray(encoder.apply({"params": weights}, image)), encoder.channels
+
+    first, last = (features((i,), "sum")[0] for i in (0, -1))
+    for fusion, expected in (
+        ("sum", first + last), ("mean", (first + last) / 2), ("concat", np.concatenate([first, last], -1)),
+    ):  # fmt: skip
+        fused, channels = features((0, -1), fusion)
+        assert fused.shape[-1] == channels
+        assert_close(fused, expected, 1e-6, fusion)
+
+
+def test_bfloat16_keeps_float32_parameters_and_stays_near(golden):
+    folder = golden / "encoders" / "dinov2"
+    config = ModelConfig(encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S", dtype="bfloat16")
+    built = assemble(config)
+    io = np.load(folder / "io.npz")
+    features = built.module.encoder.apply({"params": built.pretrained["encoder"]}, io["images_56"])
+    assert features.dtype == jax.numpy.bfloat16
+    error = np.asarray(features, np.float32).reshape(io["features_56"].shape) - io["features_56"]
+    assert 1e-4 < np.sqrt((error**2).mean()) < 0.05
+
+
+def test_encoder_is_a_module_of_its_own(golden):
+    encoder, weights, _ = load(golden / "encoders" / "dinov2")
+    assert isinstance(encoder, Encoder)
+    assert set(weights) == {"vit"}

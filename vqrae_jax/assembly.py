@@ -1,0 +1,214 @@
+"""One way to build a model: config -> (module, parameters that are known before training)."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vqrae_jax.config import ConfigError, ModelConfig
+from vqrae_jax.models.decoder import SIZES, Decoder
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks
+from vqrae_jax.models.vqrae import VQRAE
+from vqrae_jax.pretrained import convert, sources, tables
+from vqrae_jax.quantizers.ema import EMAQuantizer
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A model that is ready to be given its variables."""
+
+    module: VQRAE
+    image_size: int  # of the pictures it paints
+    pretrained: dict[str, Any]  # subtrees of params read from files: encoder, decoder (numpy, float32)
+    latent_stats: dict[str, np.ndarray]  # mean and/or var
+
+
+def assemble(config: ModelConfig, latent_stats: dict[str, np.ndarray] | None = None, weights: bool = True) -> Assembly:
+    """Builds the module and reads the pretrained weights that the config names.
+
+    Args:
+      config: the model section.
+      latent_stats: statistics that are already at hand (from a checkpoint) instead of normalization_stat_path.
+      weights: False reads the descriptions only, for shapes.
+
+    Raises:
+      ConfigError, PretrainedError: naming the field, before anything is compiled.
+    """
+    encoder, folder = _encoder(config)
+    if config.encoder_input_size % encoder.vit.patch:
+        patch, size = encoder.vit.patch, config.encoder_input_size
+        raise ConfigError(
+            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
+            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
+        )
+    decoder = _decoder(config, encoder)
+    if latent_stats is None and config.normalization_stat_path:
+        latent_stats = sources.read_latent_statistics(config.normalization_stat_path, "model.normalization_stat_path")
+    latent_stats = latent_stats or {}
+    _check_latent_stats(config, encoder, latent_stats)
+    module = VQRAE(
+        encoder=encoder,
+        quantizer=_quantizer(config, encoder.channels),
+        decoder=decoder,
+        noise_tau=config.noise_tau,
+        quantize_before_reshape=config.quantize_before_reshape,
+        reshape_to_2d=config.reshape_to_2d,
+        latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
+    )
+    assembly = Assembly(module, decoder.image_size, {}, latent_stats)
+    if weights:
+        assembly.pretrained.update(_read_weights(config, assembly, folder))
+    return assembly
+
+
+def shapes(assembly: Assembly) -> dict[str, Any]:
+    """All variables as jax.ShapeDtypeStruct, nothing computed."""
+    return jax.eval_shape(_initialize(assembly.module), jax.random.key(0))
+
+
+def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str]) -> dict[str, Any]:
+    """The chosen subtrees of params (encoder, quantizer, decoder): pretrained where files gave them, else random."""
+    names = [n for n in names if n in shapes(assembly)["params"]]
+    random = [n for n in names if n not in assembly.pretrained]
+    init = _initialize(assembly.module)
+    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in random})(key) if random else {}
+    return {n: drawn[n] if n in drawn else assembly.pretrained[n] for n in names}
+
+
+def initial_batch_stats(assembly: Assembly, key: jax.Array) -> dict[str, Any]:
+    """The mutable state before training: the quantizer's, and the fixed latent statistics."""
+    init = _initialize(assembly.module)
+    stats = dict(jax.jit(lambda k: init(k)["batch_stats"])(key))
+    if assembly.latent_stats:
+        stats["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
+    return stats
+
+
+def _initialize(module: VQRAE):
+    size = module.decoder.image_size
+    return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
+
+
+def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
+    """The encoder and the folder of its weights, None where they start random."""
+    params = config.encoder_params
+    family = tables.FAMILIES[config.encoder_cls]
+    if config.encoder_config_path is None:
+        if "hidden_size" not in params.architecture:
+            raise ConfigError(
+                "model.encoder_config_path is None, so the encoder starts from random weights and its architecture must "
+                "be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in a hub config.json)"
+            )
+        description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture")
+        folder, (mean, std) = None, (IMAGENET_MEAN, IMAGENET_STD)
+    else:
+        if params.architecture:
+            raise ConfigError("model.encoder_params.architecture is only for an encoder without pretrained weights: "
+                              "set model.encoder_config_path=None or leave architecture empty")
+        path, field = _weights_source(config)
+        folder = sources.fetch(path, field)
+        description = sources.read_config(folder, field)
+        mean, std = sources.read_image_statistics(folder, field)
+    if description["model_type"] not in family.model_types:
+        raise ConfigError(
+            f"model.encoder_cls={config.encoder_cls!r} reads {' or '.join(family.model_types)}, but "
+            f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
+        )
+    fields = family.describe(description)
+    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype)
+    bad = [layer for layer in params.layers if not -blocks.depth <= layer < blocks.depth]
+    if bad or not params.layers:
+        raise ConfigError(f"model.encoder_params.layers={params.layers}: the encoder has blocks 0 to {blocks.depth - 1}")
+    vit = ViTConfig(blocks=blocks, **fields)
+    return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
+
+
+def _weights_source(config: ModelConfig) -> tuple[str, str]:
+    """The origin names the weights in encoder_params and the image processor in encoder_config_path; often the same."""
+    for name in ("dinov2_path", "dinov3_path", "model_name"):
+        if path := getattr(config.encoder_params, name):
+            return path, f"model.encoder_params.{name}"
+    return config.encoder_config_path, "model.encoder_config_path"
+
+
+def _decoder(config: ModelConfig, encoder: Encoder) -> Decoder:
+    if config.decoder_config_path in SIZES:
+        width, depth, heads, mlp = SIZES[config.decoder_config_path]
+        act, eps = "gelu", 1e-12
+    else:
+        width, depth, heads, mlp, act, eps = _read_decoder_config(config.decoder_config_path)
+    blocks = BlocksConfig(
+        width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
+        scan=config.scan_layers, remat=config.remat, dtype=config.dtype,
+    )  # fmt: skip
+    return Decoder(
+        blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed
+    )
+
+
+def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
+    """The decoder fields of a ViT-MAE config.json; its other fields are placeholders."""
+    field = "model.decoder_config_path"
+    if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
+        raise ConfigError(f"{field}={path!r} is neither a size ({', '.join(SIZES)}), a folder nor a hub id")
+    given = sources.read_json(sources.fetch(path, field) / "config.json", field)
+    try:
+        numbers = [int(given[f"decoder_{n}"]) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")]
+        return *numbers, tables.activation({"hidden_act": "gelu", **given}), float(given.get("layer_norm_eps", 1e-12))
+    except KeyError as error:
+        raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None
+
+
+def _quantizer(config: ModelConfig, channels: int) -> EMAQuantizer:
+    return EMAQuantizer(
+        config.num_embeddings, channels, config.commitment_cost, config.vq_decay, config.vq_epsilon,
+        config.codebook_init, config.revival_threshold,
+    )  # fmt: skip
+
+
+def _check_latent_stats(config: ModelConfig, encoder: Encoder, stats: dict[str, np.ndarray]) -> None:
+    accepted = [(encoder.channels,), (encoder.grid, encoder.grid, encoder.channels)]
+    for name, value in stats.items():
+        if value.shape not in accepted:
+            raise ConfigError(
+                f"model.normalization_stat_path={config.normalization_stat_path!r}: {name} has shape {value.shape} (channel "
+                f"last), the latent of this encoder at {config.encoder_input_size} pixels needs {accepted[0]} or {accepted[1]}"
+            )
+
+
+def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path | None) -> dict[str, Any]:
+    want = shapes(assembly)["params"]
+    read = {}
+    if folder is not None:
+        field = _weights_source(config)[1]
+        read["encoder"] = convert.convert(
+            sources.read_weights(folder, field), tables.FAMILIES[config.encoder_cls].table, want["encoder"],
+            unwanted=("norm/scale", "norm/bias"), source=str(folder),
+        )  # fmt: skip
+    if config.pretrained_decoder_path:
+        read["decoder"] = _read_decoder(config, want["decoder"])
+    return read
+
+
+def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
+    field = "model.pretrained_decoder_path"
+    state = sources.read_state_dict(config.pretrained_decoder_path, field)
+    state = {name.removeprefix("decoder."): value for name, value in state.items()}
+    if config.scan_layers:
+        single = dataclasses.replace(assemble(config.model_copy(update={"scan_layers": False}), weights=False))
+        want = shapes(single)["params"]["decoder"]
+    tree = convert.convert(state, tables.DECODER_TABLE, want, source=config.pretrained_decoder_path)
+    log.info("decoder weights from %s: %d tensors", config.pretrained_decoder_path, len(flatten_dict(tree)))
+    return stack_blocks(tree) if config.scan_layers else tree

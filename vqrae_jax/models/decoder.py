@@ -1,0 +1,69 @@
+"""Latent grid -> pixels: the ViT decoder of RAE (Zheng et al. 2025, arXiv:2510.11690), itself the decoder of MAE."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vqrae_jax.models.vit import BlocksConfig, layer_norm, matmul_precision, run_blocks, unpatchify
+from vqrae_jax.resize import resize
+
+# width, depth, heads, mlp
+SIZES = {
+    "vit_mae-base": (512, 8, 16, 2048),
+    "ViT-S": (384, 12, 6, 1536),
+    "ViT-B": (768, 12, 12, 3072),
+    "ViT-L": (1024, 24, 16, 4096),
+    "ViT-XL": (1152, 28, 16, 4096),
+}
+
+
+def sincos_table(grid: int, width: int) -> Float[np.ndarray, "1 N+1 D"]:
+    """Fixed 2-D sine-cosine positions, cls (zeros) first; the first half of the channels encodes the column."""
+    frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
+    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+    return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
+
+
+class Decoder(nn.Module):
+    """Linear embed, cls token, positions, pre-norm blocks, final norm, linear to pixels.
+
+    Attributes:
+      blocks: the transformer.
+      grid: side of the native latent grid; the picture is grid * patch pixels wide, always.
+      patch: pixels per latent, one side.
+      mean, std: per channel; the network paints normalized pixels, as its encoder sees them.
+      train_pos_embed: lets gradients into the position table (the origin's behaviour).
+    """
+
+    blocks: BlocksConfig
+    grid: int
+    patch: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    train_pos_embed: bool = False
+
+    @property
+    def image_size(self) -> int:
+        return self.grid * self.patch
+
+    @nn.compact
+    def __call__(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Returns pictures in [0, 1], not clipped, float32; a latent of another grid is resampled bilinearly."""
+        c, n = self.blocks, self.grid
+        dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
+        x = nn.Dense(c.width, **dense, name="embed")(latent)
+        x = resize(x, n, n, "bilinear").reshape(len(x), n * n, c.width)
+        cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, c.width))
+        pos = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(n, c.width)))
+        if not self.train_pos_embed:
+            pos = jax.lax.stop_gradient(pos)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)).astype(x.dtype), x], axis=1)
+        x, _ = run_blocks(c, x + pos.astype(x.dtype))
+        x = layer_norm(c, "norm")(x)[:, 1:]
+        pixels = nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32)
+        image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
+        return image * jnp.asarray(self.std) + jnp.asarray(self.mean)

@@ -1,0 +1,58 @@
+"""Pixels -> latent grid: resize, normalize, pretrained ViT, final LayerNorm."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm
+from vqrae_jax.resize import resize
+
+Fusion = Literal["sum", "mean", "concat"]
+
+
+class Encoder(nn.Module):
+    """A pretrained vision encoder as a feature extractor.
+
+    Attributes:
+      vit: architecture.
+      input_size: side in pixels to which images are resized (torch's bicubic, no antialias, before normalization);
+        None takes images as they come.
+      mean, std: per channel, of the encoder's training images in [0, 1].
+      normalize: True drops scale and bias of the final LayerNorm, so that every latent has mean 0 and variance 1.
+      layers: blocks whose patch tokens are used, negative from the end.
+      fusion: how several layers, each normalized, become one latent.
+    """
+
+    vit: ViTConfig
+    input_size: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    normalize: bool = True
+    layers: tuple[int, ...] = (-1,)
+    fusion: Fusion = "mean"
+
+    @property
+    def channels(self) -> int:
+        """C, the width of the latent."""
+        return self.vit.blocks.width * (len(self.layers) if self.fusion == "concat" else 1)
+
+    @property
+    def grid(self) -> int:
+        """Side of the latent grid at input_size."""
+        return self.input_size // self.vit.patch
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Encodes images in [0, 1]."""
+        if self.input_size is not None:
+            image = resize(image, self.input_size, self.input_size, "bicubic")
+        image = (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        taps = tuple(layer % self.vit.blocks.depth for layer in self.layers)
+        outputs, (h, w) = ViT(self.vit, name="vit")(image, taps)
+        norm = layer_norm(self.vit.blocks, "norm", affine=not self.normalize)
+        latents = [norm(tokens).reshape(len(image), h, w, -1) for tokens in outputs]
+        if self.fusion == "concat":
+            return jnp.concatenate(latents, axis=-1)
+        return sum(latents) / (len(latents) if self.fusion == "mean" else 1)

@@ -1,0 +1,71 @@
+"""PyTorch's image resampling as one small matrix per axis, for pixels, position grids and latents.
+
+`jax.image.resize` uses another cubic constant and antialiases by default, which moves encoder features by several
+percent; the kernels here are those that the pretrained weights were trained and are evaluated with.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Method = Literal["bilinear", "bicubic", "bicubic_antialias"]
+
+
+def resize(x: Float[Array, "*b H W C"], height: int, width: int, method: Method) -> Float[Array, "*b h w C"]:
+    """Resamples the two axes before the last to (height, width), half-pixel centres, in float32.
+
+    bilinear and bicubic (a = -0.75) equal torch's interpolate(align_corners=False); bicubic_antialias (a = -0.5, kernel
+    stretched when shrinking) equals the same call with antialias=True.
+    """
+    if x.shape[-3:-1] == (height, width):
+        return x
+    rows = matrix(x.shape[-3], height, method)
+    columns = matrix(x.shape[-2], width, method)
+    out = jnp.einsum(
+        "hH,...HWC,wW->...hwC", rows, x.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST
+    )
+    return out.astype(x.dtype)
+
+
+def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]:
+    """The weights by which one axis of n_in samples becomes n_out samples; every row sums to one."""
+    if method == "bicubic_antialias":
+        return _stretched(n_in, n_out)
+    kernel, taps = (_triangle, range(0, 2)) if method == "bilinear" else (_cubic, range(-1, 3))
+    centre = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    if method == "bilinear":
+        centre = np.maximum(centre, 0)  # torch clamps the source coordinate of linear modes at the first sample
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((n_out, n_in))
+    for tap in taps:
+        at = first + tap
+        np.add.at(weights, (np.arange(n_out), np.clip(at, 0, n_in - 1)), kernel(centre - at))
+    return weights.astype(np.float32)
+
+
+def _stretched(n_in: int, n_out: int) -> Float[np.ndarray, "out in"]:
+    """Taps outside the image are dropped and the rest renormalised."""
+    step = n_in / n_out
+    stretch = max(step, 1.0)
+    centre = (np.arange(n_out) + 0.5) * step
+    first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)
+    last = np.minimum((centre + 2 * stretch + 0.5).astype(int), n_in)
+    at = np.arange(n_in)
+    weights = _cubic((at + 0.5 - centre[:, None]) / stretch, a=-0.5)
+    weights *= (at >= first[:, None]) & (at < last[:, None])
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _triangle(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(distance), 0)
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Keys' cubic convolution kernel (IEEE ASSP 29(6), 1981)."""
+    d = np.abs(distance)
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0))
