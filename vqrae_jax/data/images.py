@@ -83,8 +83,8 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The central square of `image` [H, W, 3] once its short side has `size` pixels: uint8 [size, size, 3].
 
-    Images at least twice too large are first halved by 2x2 averages, then resized bicubically with antialias: the
-    crop of the guided-diffusion evaluations, which reconstruction figures in the literature are given for.
+    Bicubic with antialias as PIL does it. An image at least four times too large is first averaged over whole blocks,
+    down to no less than twice the size: hardly a difference, and several times faster.
     """
     return _resized_square(image, size, size, lambda spare: spare // 2)
 
@@ -145,8 +145,6 @@ def _resized_square(image, size, side, place):
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))
-    while min(picture.size) >= 2 * side:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
     left, top = place(width - size), place(height - size)
@@ -154,7 +152,7 @@ def _resized_square(image, size, side, place):
     across, down = picture.width / width, picture.height / height
     right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
     box = (left * across, top * down, right, bottom)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _upright(picture):

@@ -29,6 +29,7 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
       DataError: here for a config that cannot run, while iterating for data of which a long run cannot be read.
     """
     import grain
+    from absl import flags
 
     local = _local("batch_size", data.batch_size, process_count)
     _check_crop(data)
@@ -46,6 +47,8 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
     # Whole batches are what workers deal in, or else their number would decide what a batch holds.
     batches = batches.to_iter_dataset(_read_options(grain, data))
     if data.workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which nobody parses in a notebook
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
     return iter(batches)
 

@@ -64,9 +64,18 @@ class Prepared:
         return f"Prepared({self._dataset!r}, split={self._split!r}, images={len(self)})"
 
 
+def _tfds():
+    import tensorflow_datasets as tfds
+
+    if not hasattr(tfds, "builder_from_directory"):  # it logs why its import failed, and goes on without content
+        raise DataError("data.source='tfds' needs a working tensorflow_datasets, and its import failed for the reason "
+                        "logged above: run `pip install -r requirements.txt`")
+    return tfds
+
+
 def _builder(name, path):
     """The reader of a dataset's metadata, from files alone: the code that prepared it is not asked for."""
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     path = None if path is None else os.path.expanduser(os.fspath(path))
     if path is not None and not os.path.isdir(path):
@@ -86,7 +95,7 @@ def _prepared_folder(path):
     if path is None:
         raise DataError("data.name and data.path are both missing: data.source='tfds' needs the name of a dataset, "
                         "a prepared dataset's folder, or a name and the data_dir that holds it")
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     if os.path.isfile(os.path.join(path, "dataset_info.json")):
         return path
@@ -99,7 +108,7 @@ def _prepared_folder(path):
 
 def _records(builder, split, field):
     """Random access to the serialized examples of a split."""
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     kinds, formats = tfds.core.FileFormat, builder.info.available_file_formats()
     if not {kinds.ARRAY_RECORD, kinds.TFRECORD} & formats:
@@ -126,7 +135,7 @@ def _records(builder, split, field):
 
 
 def _image_feature(builder):
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     name, features = builder.info.full_name, _features(builder)
     found = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -143,7 +152,7 @@ def _image_feature(builder):
 
 
 def _label_feature(builder):
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     found = [key for key, feature in _features(builder).items() if isinstance(feature, tfds.features.ClassLabel)]
     return "label" if "label" in found else found[0] if len(found) == 1 else None

@@ -1,0 +1,48 @@
+"""A folder becomes records with labels, whatever its names."""
+
+import pytest
+
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.folder import Folder
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    make(tmp_path, "b.png", "a b.JPG", "ü.webp")
+    source = Folder(tmp_path)
+    assert [source[i] for i in range(len(source))] == [
+        {"image": name.encode(), "label": -1} for name in ("a b.JPG", "b.png", "ü.webp")]
+
+
+def test_subfolders_are_classes_in_sorted_order(tmp_path):
+    make(tmp_path, "dög/1.png", "cat/deep/er/2.png", "cat/1.png", "eel/3.gif", "no images/readme.txt", "loose.png")
+    source = Folder(tmp_path)
+    assert source.classes == ["cat", "dög", "eel"]
+    labels = {record["image"].decode(): record["label"] for record in source}
+    assert labels == {"cat/1.png": 0, "cat/deep/er/2.png": 0, "dög/1.png": 1, "eel/3.gif": 2, "loose.png": -1}
+
+
+def test_files_are_read_when_asked_for(tmp_path):
+    make(tmp_path, "a.png", "b.png")
+    source = Folder(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"later")
+    (tmp_path / "b.png").unlink()
+    assert source[0]["image"] == b"later"
+    with pytest.raises(OSError, match=r"b\.png"):
+        source[1]
+    assert "b.png" in source.name(1)
+
+
+def test_equal_folders_have_equal_descriptions(tmp_path):
+    make(tmp_path, "a.png", "b.png")
+    assert repr(Folder(tmp_path)) == repr(Folder(tmp_path))
+
+
+def test_an_empty_folder_names_its_field(tmp_path):
+    with pytest.raises(DataError, match=r"data\.eval_path"):
+        Folder(tmp_path, "data.eval_path")

@@ -1,0 +1,241 @@
+"""What a batch holds is decided by the seed and its number alone, and broken files never stop a run."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.pipeline import evaluation_batches, train_batches
+from vqrae_jax.data.readable import Skipped
+
+
+@pytest.fixture
+def grays(tmp_path):
+    """Ten images, number i of one gray level 20 * i."""
+    for i in range(10):
+        Image.new("RGB", (9, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def folder(where, **changes):
+    plain = {"source": "folder", "path": str(where), "eval_path": str(where), "image_size": 8, "batch_size": 4,
+             "eval_batch_size": 4, "threads": 2}
+    return DataConfig(**(plain | changes))
+
+
+def photographs(**changes):
+    return DataConfig(**({"source": "photographs", "image_size": 16, "batch_size": 8, "scale": (2, 8), "threads": 2}
+                         | changes))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def numbers(batch):
+    return (batch["image"][:, 0, 0, 0] // 20).tolist()
+
+
+def shown(batches):
+    return [number for batch in batches for number, real in zip(numbers(batch), batch["mask"], strict=True) if real]
+
+
+def same(batches, others):
+    return all(np.array_equal(a[key], b[key]) for a, b in zip(batches, others, strict=True) for key in a)
+
+
+def test_importing_the_room_is_cheap():
+    heavy = ["grain", "tensorflow_datasets", "PIL", "skimage", "sklearn", "jax", "tensorflow"]
+    code = ("import sys, vqrae_jax.data.pipeline, vqrae_jax.data.photographs, vqrae_jax.data.tfds_source;"
+            f"assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_batch_is_what_it_says():
+    batch = next(train_batches(photographs(), seed=0))
+    assert set(batch) == {"image", "label"}
+    assert batch["image"].shape == (8, 16, 16, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (8,)
+    assert batch["label"].dtype == np.int32
+
+
+def test_an_epoch_holds_each_image_once_and_epochs_differ(grays):
+    seen = [numbers(batch) for batch in take(train_batches(folder(grays, batch_size=5), seed=1), 8)]
+    epochs = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_the_seed_decides():
+    first, again, other = (take(train_batches(photographs(), seed=seed), 3) for seed in (5, 5, 6))
+    assert same(first, again)
+    assert not same(first, other)
+    take(train_batches(photographs(), seed=2**40), 1)  # any size of seed
+
+
+def test_crops_and_flips_differ_from_epoch_to_epoch(grays):
+    slope = np.arange(64, dtype=np.uint8)[None, :, None].repeat(32, axis=0).repeat(3, axis=2)
+    for file in grays.iterdir():
+        file.unlink()
+    Image.fromarray(slope).save(grays / "slope.png")
+    batches = train_batches(folder(grays, batch_size=1, image_size=32), seed=0)
+    images = [batch["image"][0] for batch in take(batches, 24)]
+    assert len({image.tobytes() for image in images}) > 12
+    mirrored = sum(int(image[0, 0, 0]) > int(image[0, -1, 0]) for image in images)
+    assert 4 < mirrored < 20
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_global_batch(processes):
+    whole = take(train_batches(photographs(), seed=3), 4)
+    parts = [take(train_batches(photographs(threads=3), seed=3, process_index=i, process_count=processes), 4)
+             for i in range(processes)]
+    for k, batch in enumerate(whole):
+        for i in range(processes):
+            assert np.array_equal(parts[i][k]["image"], batch["image"][i::processes])
+            assert np.array_equal(parts[i][k]["label"], batch["label"][i::processes])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_iterator_goes_on_bit_for_bit(grays, workers):
+    data = folder(grays, workers=workers, crop="random", image_size=6)
+    straight = train_batches(data, seed=0)
+    take(straight, 3)  # past the first epoch
+    state = json.loads(json.dumps(straight.get_state()))
+    expected = take(straight, 4)
+    resumed = train_batches(data, seed=0)
+    resumed.set_state(state)
+    assert same(take(resumed, 4), expected)
+    threads = take(train_batches(folder(grays, image_size=6), seed=0), 7)
+    assert same(threads[3:], expected)
+    straight.close()
+    resumed.close()
+
+
+def spoil(path):
+    (path / "3.png").write_bytes(b"")
+    (path / "4.png").write_bytes(b"no image")
+    (path / "9.png").write_bytes((path / "8.png").read_bytes()[:40])
+
+
+def test_broken_files_give_way_to_the_next_readable_one(grays, caplog):
+    spoil(grays)
+    skipped = Skipped()
+    with caplog.at_level(logging.WARNING):
+        batches = take(train_batches(folder(grays, batch_size=10), seed=0, skipped=skipped), 3)
+    for batch in batches:
+        assert sorted(numbers(batch)) == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
+    assert skipped.count == 3
+    assert sorted(name.rsplit("/", 1)[1] for name in skipped.names) == ["3.png'", "4.png'", "9.png'"]
+    assert all(name in caplog.text for name in ("3.png", "4.png", "9.png"))
+    assert len(caplog.records) == 3  # once, not every epoch
+    assert same(batches, take(train_batches(folder(grays, batch_size=10, threads=5), seed=0), 3))
+
+
+def test_a_few_broken_files_are_named_and_the_rest_counted(grays, caplog):
+    for i in range(9):
+        (grays / f"{i}.png").write_bytes(b"")
+    skipped = Skipped()
+    assert numbers(next(train_batches(folder(grays), seed=0, skipped=skipped))) == [9] * 4
+    take(train_batches(folder(grays), seed=0, skipped=skipped), 3)
+    assert skipped.count == 9
+    assert len(skipped.names) == 5
+    assert len(caplog.records) == 6
+
+
+def test_only_broken_files_are_an_error(grays):
+    for file in grays.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"data\.path: 10 images in a row"):
+        next(train_batches(folder(grays), seed=0))
+
+
+def test_every_kind_of_file_fits_in_a_batch(grays):
+    for file in grays.iterdir():
+        file.unlink()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(grays / "turned ü.jpg", exif=exif)
+    rgb.convert("CMYK").save(grays / "cmyk.jpeg")
+    rgb.convert("L").save(grays / "gray.webp")
+    rgb.convert("RGBA").save(grays / "alpha 猫.png")
+    rgb.quantize(8).save(grays / "palette.PNG")
+    rgb.save(grays / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
+    Image.fromarray(np.full((30, 50), 40_000, np.uint16)).save(grays / "16 bit.png")
+    Image.new("RGB", (2000, 3)).save(grays / "long.bmp")
+    (grays / "empty.png").touch()
+    skipped = Skipped()
+    batch = next(train_batches(folder(grays, batch_size=9, image_size=24), seed=0, skipped=skipped))
+    assert batch["image"].shape == (9, 24, 24, 3)
+    assert skipped.count == 1
+    assert sum(evaluation["mask"].sum() for evaluation in evaluation_batches(folder(grays, image_size=24))) == 8
+
+
+def test_evaluation_is_in_order_padded_and_repeatable(grays):
+    batches = evaluation_batches(folder(grays))
+    assert len(batches) == 3
+    assert batches.count == 10
+    for _ in range(2):
+        seen = list(batches)
+        assert len(seen) == 3
+        assert [batch["image"].shape for batch in seen] == [(4, 8, 8, 3)] * 3
+        assert shown(seen) == list(range(10))
+        assert np.concatenate([batch["mask"] for batch in seen]).tolist() == [True] * 10 + [False] * 2
+        assert seen[0]["mask"].dtype == bool
+        assert seen[0]["label"].dtype == np.int32
+
+
+def test_evaluation_masks_broken_files(grays):
+    spoil(grays)
+    batches = evaluation_batches(folder(grays))
+    for _ in range(2):
+        assert shown(batches) == [0, 1, 2, 5, 6, 7, 8]
+        assert batches.skipped.count == 3
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (4, 4), (5, 5), (99, 10), (None, 10)])
+def test_processes_evaluate_every_image_once_in_equally_many_batches(grays, limit, expected):
+    parts = [list(evaluation_batches(folder(grays), process_index=i, process_count=2, limit=limit)) for i in range(2)]
+    assert len(parts[0]) == len(parts[1]) == -(-expected // 4)
+    assert sorted(shown(parts[0]) + shown(parts[1])) == list(range(expected))
+
+
+def test_without_validation_images_there_is_no_evaluation(grays):
+    assert evaluation_batches(folder(grays, eval_path=None)) is None
+
+
+def test_photographs_are_evaluated_on_all_their_crops():
+    batches = list(evaluation_batches(photographs(image_size=24, eval_batch_size=32)))
+    assert [batch["mask"].sum() for batch in batches] == [32, 32]
+    assert batches[0]["image"].shape == (32, 24, 24, 3)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"batch_size": 11}, r"data\.batch_size=11 exceeds the 10 training images"),
+    ({"path": None}, r"data\.path is not set"),
+    ({"path": "/none"}, r"data\.path='/none' does not exist"),
+    ({"resize": 1.2, "scale": (1, 2)}, r"data\.resize=1\.2 and data\.scale"),
+])
+def test_a_config_that_cannot_run_is_refused_at_once(grays, changes, message):
+    with pytest.raises(DataError, match=message):
+        train_batches(folder(grays, **changes), seed=0)
+
+
+def test_batches_must_divide_among_processes(grays):
+    with pytest.raises(DataError, match=r"data\.batch_size=4 is not divisible by the 3 processes.* take 3"):
+        train_batches(folder(grays), seed=0, process_count=3)
+    with pytest.raises(DataError, match=r"data\.eval_batch_size=4 is not divisible by the 3 processes"):
+        evaluation_batches(folder(grays), process_count=3)
+
+
+def test_a_missing_validation_folder_names_its_field(grays):
+    with pytest.raises(DataError, match=r"data\.eval_path='/none'"):
+        evaluation_batches(folder(grays, eval_path="/none"))
