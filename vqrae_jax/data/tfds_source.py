@@ -80,15 +80,20 @@ def _builder(name, path):
     path = None if path is None else os.path.expanduser(os.fspath(path))
     if path is not None and not os.path.isdir(path):
         raise DataError(f"data.path={path!r} is not a folder: give the data_dir of TFDS or a prepared dataset's folder")
-    if name is None:
-        return tfds.builder_from_directory(_prepared_folder(path))
     try:
+        if name is None:
+            return tfds.builder_from_directory(_prepared_folder(path))
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=path)
-    except ValueError as error:
+    except DataError:
+        raise
+    except tfds.core.DatasetNotFoundError as error:
         raise DataError(
             f"data.name={name!r} is not prepared in data.path={path or 'the default data_dir of TFDS'!r}. Prepare it "
             f"once, on a machine with TensorFlow: tfds build {name} --file_format=array_record"
             + (f" --data_dir={path}" if path else "")) from error
+    except Exception as error:  # from JSON, protobuf and the features' own constructors
+        raise DataError(f"data.path={path!r}, data.name={name!r}: the metadata of this prepared dataset cannot be "
+                        f"read: {error}; prepare or copy it again") from error
 
 
 def _prepared_folder(path):
