@@ -164,5 +164,5 @@ def _label_feature(builder):
 
 
 def _features(builder):
-    features = builder.info.features
-    return dict(features.items()) if hasattr(features, "items") else {}
+    features = builder.info.features  # in an order that differs from run to run
+    return dict(sorted(features.items())) if hasattr(features, "items") else {}
