@@ -111,12 +111,16 @@ def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
                 "model.encoder_config_path is None, so the encoder starts from random weights and its architecture must "
                 "be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in a hub config.json)"
             )
-        description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture")
+        description = sources.complete_config(
+            {"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture"
+        )
         folder, (mean, std) = None, (IMAGENET_MEAN, IMAGENET_STD)
     else:
         if params.architecture:
-            raise ConfigError("model.encoder_params.architecture is only for an encoder without pretrained weights: "
-                              "set model.encoder_config_path=None or leave architecture empty")
+            raise ConfigError(
+                "model.encoder_params.architecture is only for an encoder without pretrained weights: "
+                "set model.encoder_config_path=None or leave architecture empty"
+            )
         path, field = _weights_source(config)
         folder = sources.fetch(path, field)
         description = sources.read_config(folder, field)
@@ -130,7 +134,9 @@ def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
     blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype)
     bad = [layer for layer in params.layers if not -blocks.depth <= layer < blocks.depth]
     if bad or not params.layers:
-        raise ConfigError(f"model.encoder_params.layers={params.layers}: the encoder has blocks 0 to {blocks.depth - 1}")
+        raise ConfigError(
+            f"model.encoder_params.layers={params.layers}: the encoder has blocks 0 to {blocks.depth - 1}"
+        )
     vit = ViTConfig(blocks=blocks, **fields)
     return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
 
@@ -165,7 +171,10 @@ def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
         raise ConfigError(f"{field}={path!r} is neither a size ({', '.join(SIZES)}), a folder nor a hub id")
     given = sources.read_json(sources.fetch(path, field) / "config.json", field)
     try:
-        numbers = [int(given[f"decoder_{n}"]) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")]
+        numbers = [
+            int(given[f"decoder_{n}"])
+            for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        ]
         return *numbers, tables.activation({"hidden_act": "gelu", **given}), float(given.get("layer_norm_eps", 1e-12))
     except KeyError as error:
         raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     encoder_config_path: str | None = "facebook/dinov2-base"
     encoder_params: EncoderParams = EncoderParams()
     encoder_input_size: Positive = 224  # pixels; images of another size are resized bicubically
-    decoder_config_path: str = "vit_mae-base"  # a size (vit_mae-base, ViT-S, ViT-B, ViT-L, ViT-XL), a folder or a hub id
+    decoder_config_path: str = "vit_mae-base"  # ViT-S, ViT-B, ViT-L, ViT-XL, a folder or a hub id
     decoder_patch_size: Positive = 16  # pixels; the output is latent grid * decoder_patch_size
     decoder_train_pos_embed: bool = False  # the origin calls its table fixed and trains it; here fixed means fixed
     pretrained_decoder_path: str | None = None  # a decoder to start from
@@ -65,7 +65,7 @@ class ModelConfig(Section):
     vq_epsilon: Above0 = 1e-5
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
     codebook_init: Literal["data", "normal"] = "data"  # first codes: tokens of the first batch, or N(0, 1) (the origin)
-    revival_threshold: NonNegative = 0.01  # a code whose EMA count falls below moves to a current token; 0 switches it off
+    revival_threshold: NonNegative = 0.01  # EMA count below which a code moves to a current token; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
     scan_layers: bool = False  # decoder blocks stacked and scanned: compile time independent of depth
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
@@ -75,14 +75,14 @@ class DataConfig(Section):
     """Where images come from and what a batch is."""
 
     source: Literal["photographs", "folder", "tfds"] = "folder"
-    path: str | None = None  # folder: a folder of images, flat or in class subfolders; tfds: data_dir or prepared folder
+    path: str | None = None  # folder: images, flat or in class subfolders; tfds: data_dir or prepared folder
     eval_path: str | None = None  # folder: validation images; none means no evaluation
     name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
     crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
-    resize: Annotated[float, Field(ge=1)] = 1.0  # how much larger than image_size the short side is before a random crop
+    resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
     scale: tuple[Above0, Above0] = (1.0, 1.0)  # side of a random crop relative to image_size, drawn in this range
     flip: bool = True  # mirror left-right with probability 1/2
     batch_size: Positive = 256  # images of one optimizer step, over all devices
@@ -158,8 +158,10 @@ class Config(Section):
     @pydantic.model_validator(mode="after")
     def _batch_is_divisible(self):
         if self.data.batch_size % self.optimizer.accumulate:
-            raise ValueError(f"data.batch_size={self.data.batch_size} is not divisible by "
-                             f"optimizer.accumulate={self.optimizer.accumulate}")
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is not divisible by "
+                f"optimizer.accumulate={self.optimizer.accumulate}"
+            )
         return self
 
 

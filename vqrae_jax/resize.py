@@ -24,9 +24,7 @@ def resize(x: Float[Array, "*b H W C"], height: int, width: int, method: Method)
         return x
     rows = matrix(x.shape[-3], height, method)
     columns = matrix(x.shape[-2], width, method)
-    out = jnp.einsum(
-        "hH,...HWC,wW->...hwC", rows, x.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST
-    )
+    out = jnp.einsum("hH,...HWC,wW->...hwC", rows, x.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST)
     return out.astype(x.dtype)
 
 
@@ -34,7 +32,7 @@ def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]
     """The weights by which one axis of n_in samples becomes n_out samples; every row sums to one."""
     if method == "bicubic_antialias":
         return _stretched(n_in, n_out)
-    kernel, taps = (_triangle, range(0, 2)) if method == "bilinear" else (_cubic, range(-1, 3))
+    kernel, taps = (_triangle, range(2)) if method == "bilinear" else (_cubic, range(-1, 3))
     centre = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     if method == "bilinear":
         centre = np.maximum(centre, 0)  # torch clamps the source coordinate of linear modes at the first sample

@@ -34,7 +34,7 @@ def test_images_equal_pytorch(golden, assert_close, decoder, variables, tokens):
     io = np.load(golden / "decoder" / "io.npz")
     side = round(tokens**0.5)
     latent = io[f"latents_{tokens}"].reshape(2, side, side, -1)
-    assert_close(decoder[0].apply(variables, latent), io[f"images_{tokens}"], 1e-5)
+    assert_close(jax.jit(decoder[0].apply)(variables, latent), io[f"images_{tokens}"], 1e-5)
 
 
 def test_position_table_equals_pytorch(golden, assert_close):
@@ -47,7 +47,7 @@ def test_scanned_equals_unrolled(decoder, variables, assert_close):
     latent = jax.random.normal(jax.random.key(1), (2, 6, 6, channels))
     scanned = module.clone(blocks=module.blocks.__class__(**{**vars(module.blocks), "scan": True, "remat": True}))
     stacked = {"params": stack_blocks(variables["params"])}
-    assert_close(scanned.apply(stacked, latent), module.apply(variables, latent), 1e-6)
+    assert_close(jax.jit(scanned.apply)(stacked, latent), jax.jit(module.apply)(variables, latent), 1e-6)
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), latent)
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, dict(shapes))
     back = unstack_blocks(stacked["params"])
@@ -56,9 +56,11 @@ def test_scanned_equals_unrolled(decoder, variables, assert_close):
     def loss(module, variables):
         return jnp.sum(module.apply(variables, latent) ** 2)
 
-    grads = jax.grad(loss, 1)(module, variables)["params"]
-    scanned_grads = jax.grad(loss, 1)(scanned, stacked)["params"]
-    assert_close(unstack_blocks(scanned_grads)["block01"]["mlp"]["up"]["kernel"], grads["block01"]["mlp"]["up"]["kernel"], 1e-5)
+    grads = jax.jit(jax.grad(loss, 1), static_argnums=0)(module, variables)["params"]
+    scanned_grads = jax.jit(jax.grad(loss, 1), static_argnums=0)(scanned, stacked)["params"]
+    assert_close(
+        unstack_blocks(scanned_grads)["block01"]["mlp"]["up"]["kernel"], grads["block01"]["mlp"]["up"]["kernel"], 1e-5
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -66,6 +68,6 @@ def test_position_table_gets_gradients_only_when_asked(decoder, variables, train
     module, channels = decoder
     module = module.clone(train_pos_embed=trained)
     latent = jnp.ones((1, 6, 6, channels))
-    grads = jax.grad(lambda v: jnp.sum(module.apply(v, latent) ** 2))(variables)["params"]
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, latent) ** 2)))(variables)["params"]
     assert bool(np.any(grads["pos_embed"])) == trained
     assert np.any(grads["cls"])

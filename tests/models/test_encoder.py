@@ -31,7 +31,7 @@ def test_features_equal_pytorch(golden, assert_close, case, normalize):
     io = np.load(folder / "io.npz")
     for height, width in params["input_sizes"]:
         size = f"{height}" if height == width else f"{height}x{width}"
-        features = encoder.apply({"params": weights}, io[f"images_{size}"])
+        features = jax.jit(encoder.apply)({"params": weights}, io[f"images_{size}"])
         expected = io[f"features_{size}" if normalize else f"features_affine_{size}"]
         assert_close(features.reshape(expected.shape), expected, 1e-5, f"{case} {size}")
 
@@ -42,7 +42,7 @@ def test_hidden_states_equal_pytorch(golden, assert_close, case):
     encoder, weights, _ = load(folder)
     io = np.load(folder / "io.npz")
     image = (io["images_56"] - np.asarray(encoder.mean)) / np.asarray(encoder.std)
-    states, _ = ViT(encoder.vit).apply(
+    states, _ = jax.jit(ViT(encoder.vit).apply, static_argnums=2)(
         {"params": weights["vit"]}, image.astype(np.float32), tuple(range(encoder.vit.blocks.depth))
     )
     for i, state in enumerate(states):
@@ -55,7 +55,7 @@ def test_fusion_of_layers(golden, assert_close):
 
     def features(layers, fusion):
         encoder, weights, _ = load(folder, layers=layers, fusion=fusion)
-        return np.asarray(encoder.apply({"params": weights}, image)), encoder.channels
+        return np.asarray(jax.jit(encoder.apply)({"params": weights}, image)), encoder.channels
 
     first, last = (features((i,), "sum")[0] for i in (0, -1))
     for fusion, expected in (
@@ -68,10 +68,12 @@ def test_fusion_of_layers(golden, assert_close):
 
 def test_bfloat16_keeps_float32_parameters_and_stays_near(golden):
     folder = golden / "encoders" / "dinov2"
-    config = ModelConfig(encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S", dtype="bfloat16")
+    config = ModelConfig(
+        encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S", dtype="bfloat16"
+    )
     built = assemble(config)
     io = np.load(folder / "io.npz")
-    features = built.module.encoder.apply({"params": built.pretrained["encoder"]}, io["images_56"])
+    features = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, io["images_56"])
     assert features.dtype == jax.numpy.bfloat16
     error = np.asarray(features, np.float32).reshape(io["features_56"].shape) - io["features_56"]
     assert 1e-4 < np.sqrt((error**2).mean()) < 0.05

@@ -107,9 +107,7 @@ def matmul_precision(dtype: str) -> jax.lax.Precision | None:
 
 def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNorm:
     # E[x^2] - E[x]^2 would lose digits that the pretrained features have.
-    return nn.LayerNorm(
-        cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name
-    )
+    return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):

@@ -14,7 +14,11 @@ SHOWN = 8  # names listed of each kind in an error
 
 
 def convert(
-    tensors: Mapping[str, np.ndarray], table: Table, target: Mapping[str, Any], unwanted: tuple[str, ...] = (), source: str = ""
+    tensors: Mapping[str, np.ndarray],
+    table: Table,
+    target: Mapping[str, Any],
+    unwanted: tuple[str, ...] = (),
+    source: str = "",
 ) -> dict[str, Any]:
     """Fills the tree `target` from `tensors`.
 

@@ -34,7 +34,7 @@ def straight_through(z: Float[Array, "*b C"], quantized: Float[Array, "*b C"]) -
     return jax.lax.stop_gradient(quantized) + (z - jax.lax.stop_gradient(z))
 
 
-def code_counts(indices: Int[Array, "*b"], num_embeddings: int) -> Int[Array, "K"]:
+def code_counts(indices: Int[Array, "*b"], num_embeddings: int) -> Int[Array, " K"]:
     """How often each code occurs."""
     flat = indices.reshape(-1)
     return jax.ops.segment_sum(jnp.ones_like(flat), flat, num_embeddings)

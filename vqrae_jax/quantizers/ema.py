@@ -1,4 +1,4 @@
-"""The EMA vector quantizer: online k-means over the latents (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)."""
+"""The EMA vector quantizer: online k-means over latents (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ class EMAQuantizer(nn.Module):
       num_embeddings: codebook size K.
       commitment_cost: weight of the commitment loss.
       decay, epsilon: of the running means; epsilon is the pseudo-count of Laplace smoothing.
-      init: "data" makes the first codes from random latents of the first training batch, "normal" from N(0, 1).
+      start: "data" makes the first codes from random latents of the first training batch, "normal" from N(0, 1).
       revival_threshold: in training, a code whose count is below becomes a random latent of the batch; needs the rng
         stream "codes". 0 switches it off.
     """
@@ -36,7 +36,7 @@ class EMAQuantizer(nn.Module):
     commitment_cost: float = 0.25
     decay: float = 0.99
     epsilon: float = 1e-5
-    init: Literal["data", "normal"] = "data"
+    start: Literal["data", "normal"] = "data"
     revival_threshold: float = 0.0
 
     def setup(self):
@@ -46,13 +46,13 @@ class EMAQuantizer(nn.Module):
         )
         self.counts = self.variable("batch_stats", "counts", jnp.ones, shape[:1])
         self.sums = self.variable("batch_stats", "sums", lambda: self.codebook.value)
-        self.started = self.variable("batch_stats", "started", lambda: jnp.asarray(self.init == "normal"))
+        self.started = self.variable("batch_stats", "started", lambda: jnp.asarray(self.start == "normal"))
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also updates the state, after it was used."""
         flat = z.reshape(-1, self.channels).astype(jnp.float32)
         update = train and not self.is_initializing()
-        if update and self.init == "data":
+        if update and self.start == "data":
             self._start(flat)
         indices = nearest(jax.lax.stop_gradient(flat), self.codebook.value)
         codes = self.codebook.value[indices]
@@ -83,7 +83,7 @@ class EMAQuantizer(nn.Module):
         self.started.value = jnp.ones_like(self.started.value)
 
     def _update(
-        self, flat: Float[Array, "N C"], indices: Int[Array, "N"], counts: Int[Array, "K"]
+        self, flat: Float[Array, "N C"], indices: Int[Array, " N"], counts: Int[Array, " K"]
     ) -> dict[str, Float[Array, ""]]:
         totals = jax.ops.segment_sum(flat, indices, self.num_embeddings)
         self.counts.value = self.decay * self.counts.value + (1 - self.decay) * counts
@@ -107,7 +107,7 @@ class EMAQuantizer(nn.Module):
         order = jax.random.permutation(self.make_rng("codes"), n)
         return flat[order[jnp.arange(self.num_embeddings) % n]]
 
-    def _smoothed_counts(self) -> Float[Array, "K"]:
+    def _smoothed_counts(self) -> Float[Array, " K"]:
         """Laplace smoothing: no count is zero, and the total stays what it was."""
         total = jnp.sum(self.counts.value)
         return (self.counts.value + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total

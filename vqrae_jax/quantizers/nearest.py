@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 BLOCK = 4096  # codes compared at once
 
 
-def nearest(z: Float[Array, "N C"], codebook: Float[Array, "K C"], block: int = BLOCK) -> Int[Array, "N"]:
+def nearest(z: Float[Array, "N C"], codebook: Float[Array, "K C"], block: int = BLOCK) -> Int[Array, " N"]:
     """The index of the L2-nearest code of each row; ties go to the lowest index.
 
     Walks over the codebook in blocks and keeps the best so far, so memory is N * block. Distances are float32 whatever
