@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, sources, tables
+from vqrae_jax.pretrained import convert, families, sources, tables
 from vqrae_jax.quantizers.ema import EMAQuantizer
 
 log = logging.getLogger(__name__)
@@ -78,22 +78,35 @@ def shapes(assembly: Assembly) -> dict[str, Any]:
     return jax.eval_shape(_initialize(assembly.module), jax.random.key(0))
 
 
-def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str]) -> dict[str, Any]:
-    """The chosen subtrees of params (encoder, quantizer, decoder): pretrained where files gave them, else random."""
-    names = [n for n in names if n in shapes(assembly)["params"]]
-    random = [n for n in names if n not in assembly.pretrained]
+Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
+
+
+def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
+    """The chosen subtrees of params (encoder, quantizer, decoder): pretrained where files gave them, else random.
+
+    With `place`, every leaf is created where it will live; no device ever holds a whole copy.
+    """
+    want = shapes(assembly)["params"]
+    want = {n: want[n] for n in names if n in want}
+    read = {n: assembly.pretrained[n] for n in want if n in assembly.pretrained}
+    draw = {n: want[n] for n in want if n not in read}
     init = _initialize(assembly.module)
-    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in random})(key) if random else {}
-    return {n: drawn[n] if n in drawn else assembly.pretrained[n] for n in names}
+    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in draw}, out_shardings=place(draw) if place else None)(key)
+    return drawn | (jax.device_put(read, place(read)) if place else read)
 
 
-def initial_batch_stats(assembly: Assembly, key: jax.Array) -> dict[str, Any]:
+def initial_batch_stats(assembly: Assembly, key: jax.Array, place: Placement | None = None) -> Any:
     """The mutable state before training: the quantizer's, and the fixed latent statistics."""
+    want = shapes(assembly)["batch_stats"]
     init = _initialize(assembly.module)
-    stats = dict(jax.jit(lambda k: init(k)["batch_stats"])(key))
-    if assembly.latent_stats:
-        stats["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
-    return stats
+
+    def create(key: jax.Array) -> Any:
+        stats = dict(init(key)["batch_stats"])
+        if assembly.latent_stats:
+            stats["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
+        return stats
+
+    return jax.jit(create, out_shardings=place(want) if place else None)(key)
 
 
 def _initialize(module: VQRAE):
@@ -104,7 +117,7 @@ def _initialize(module: VQRAE):
 def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
     """The encoder and the folder of its weights, None where they start random."""
     params = config.encoder_params
-    family = tables.FAMILIES[config.encoder_cls]
+    family = families.FAMILIES[config.encoder_cls]
     if config.encoder_config_path is None:
         if "hidden_size" not in params.architecture:
             raise ConfigError(
@@ -175,7 +188,7 @@ def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
             int(given[f"decoder_{n}"])
             for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         ]
-        return *numbers, tables.activation({"hidden_act": "gelu", **given}), float(given.get("layer_norm_eps", 1e-12))
+        return *numbers, families.activation({"hidden_act": "gelu", **given}), float(given.get("layer_norm_eps", 1e-12))
     except KeyError as error:
         raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None
 
@@ -201,10 +214,10 @@ def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path 
     want = shapes(assembly)["params"]
     read = {}
     if folder is not None:
-        field = _weights_source(config)[1]
+        field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
         read["encoder"] = convert.convert(
-            sources.read_weights(folder, field), tables.FAMILIES[config.encoder_cls].table, want["encoder"],
-            unwanted=("norm/scale", "norm/bias"), source=str(folder),
+            sources.read_weights(folder, field), family.table, want["encoder"],
+            unwanted=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
         )  # fmt: skip
     if config.pretrained_decoder_path:
         read["decoder"] = _read_decoder(config, want["decoder"])

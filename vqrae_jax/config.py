@@ -9,6 +9,7 @@ import json
 import typing
 from typing import Annotated, Any, Literal
 
+import ml_collections
 import pydantic
 from pydantic import Field
 
@@ -45,7 +46,7 @@ class EncoderParams(Section):
 class ModelConfig(Section):
     """image -> encoder -> quantizer -> decoder -> image."""
 
-    encoder_cls: Literal["Dinov2withNorm"] = "Dinov2withNorm"
+    encoder_cls: Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"] = "Dinov2withNorm"
     # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: nothing is
     # loaded, the encoder of `encoder_params.architecture` starts from random weights.
     encoder_config_path: str | None = "facebook/dinov2-base"
@@ -83,7 +84,8 @@ class DataConfig(Section):
     image_size: Positive = 256  # pixels, square
     crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
     resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
-    scale: tuple[Above0, Above0] = (1.0, 1.0)  # side of a random crop relative to image_size, drawn in this range
+    # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
+    scale: tuple[Above0, Above0] = (1.0, 1.0)
     flip: bool = True  # mirror left-right with probability 1/2
     batch_size: Positive = 256  # images of one optimizer step, over all devices
     eval_batch_size: Positive = 256
@@ -112,7 +114,7 @@ class OptimizerConfig(Section):
     final_learning_rate: NonNegative = 2e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
-    decay_end_steps: Positive | None = None  # None: train.steps
+    decay_end_steps: int | None = None  # None: train.steps
     b1: Decay = 0.9
     b2: Decay = 0.95
     weight_decay: NonNegative = 0.0  # on kernels only
@@ -192,6 +194,21 @@ def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:
 
 def to_json(config: Section) -> str:
     return config.model_dump_json(indent=2)
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every default as the editable tree that config files change and flags override."""
+    return _editable(Config())
+
+
+def _editable(section: Section) -> ml_collections.ConfigDict:
+    tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is None:  # a placeholder knows the type that a flag's text has to become
+            value = ml_collections.config_dict.placeholder(int if int in typing.get_args(field.annotation) else str)
+        tree[name] = _editable(value) if isinstance(value, Section) else value
+    return tree
 
 
 def _explain(schema: type[Section], error: dict[str, Any]) -> str:

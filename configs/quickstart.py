@@ -1,0 +1,43 @@
+"""A small VQRAE on the photographs that scikit-image and scikit-learn ship: two CPU cores, under three minutes.
+
+Nothing is downloaded, so there is no pretrained encoder: a small ViT starts from random weights and is trained together
+with the codebook and the decoder. With a network, `model.encoder_config_path="facebook/dinov2-small"` and the default
+`train.trainable` give the real thing. Aims at 20 dB PSNR on two held-out photographs at 64x64.
+"""
+
+from vqrae_jax import config
+
+
+def get_config():
+    c = config.defaults()
+    c.model.encoder_config_path = None
+    c.model.encoder_params.architecture = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 8,
+        "image_size": 64,
+    }
+    c.model.encoder_input_size = 64
+    c.model.decoder_config_path = "ViT-Ti"
+    c.model.decoder_patch_size = 8
+    c.model.num_embeddings = 512
+
+    c.data.source = "photographs"
+    c.data.image_size = 64
+    c.data.scale = (1.5, 7.0)
+    c.data.batch_size = 64
+    c.data.eval_batch_size = 64
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.final_learning_rate = 1e-5
+    c.optimizer.warmup_steps = 50
+    c.optimizer.clip_norm = 1.0
+    c.optimizer.ema_decay = 0.99
+
+    c.train.steps = 600
+    c.train.trainable = ("encoder", "quantizer", "decoder")
+    c.train.log_every = 25
+    c.train.evaluate_every = 200
+    c.train.checkpoint_every = 200
+    return c

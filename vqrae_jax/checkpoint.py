@@ -1,0 +1,186 @@
+"""Saving and restoring, the only user of Orbax.
+
+A checkpoint is workdir/checkpoints/<step> with four items: `model` (what inference needs: EMA parameters and the live
+batch_stats), `train` (the rest of the train state), `data` (where the input stands) and `meta` (config, version,
+revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete.
+"""
+
+import logging
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+SHOWN = 8  # names listed of each kind in an error
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the folder and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Keeps the last `keep_last` and the `keep_best` with the highest "psnr" among those saved with metrics.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep_last: int = 3, keep_best: int = 1):
+        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        _check_writable(self.folder)
+        policies = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["psnr"], n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, model: Any, train: Any, data: dict[str, Any], meta: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Starts writing step; returns once the arrays are copied, so that the next train step may donate them."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            train=ocp.args.StandardSave(train),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._guarded(lambda: self._manager.save(step, args=items, metrics=metrics), f"saving step {step}")
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        self._guarded(self._manager.wait_until_finished, "finishing a save")
+
+    def restore(self, step: int, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Reads step onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
+
+        Returns model, train, data.
+        """
+        path = self.folder / str(step)
+        check_shapes(saved_shapes(path), model, path)
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(model), train=ocp.args.StandardRestore(train), data=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be restored ({_reason(error)}); delete it to resume from the one before") from error
+        return restored.model, restored.train, restored.data
+
+    def close(self) -> None:
+        self._guarded(self._manager.close, "finishing a save")
+
+    def _guarded(self, action: Any, doing: str) -> None:
+        try:
+            action()
+        except Exception as error:
+            last = max((s for s in completed_steps(self.folder)), default=None)
+            kept = "no checkpoint is complete" if last is None else f"the last complete checkpoint is {self.folder / str(last)}"
+            raise CheckpointError(f"{doing} in {self.folder} failed ({_reason(error)}); {kept}") from error
+
+
+def completed_steps(folder: pathlib.Path) -> list[int]:
+    """Steps whose folder is complete."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").is_file())
+
+
+def find(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
+    """The folder of one checkpoint: `path` is a workdir (or its checkpoints folder, or one step of it).
+
+    Raises:
+      CheckpointError: nothing complete is there.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; give the workdir of a run, or one step of its {FOLDER} folder")
+    if (path / "model").is_dir() and (path / "meta").is_dir():
+        return path
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = completed_steps(folder)
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; it has {steps or 'none'}")
+    if not steps:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:SHOWN]) or "nothing"
+        raise CheckpointError(f"{folder} has no complete checkpoint (it holds {there}); a run saves one at its end")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def read_meta(path: pathlib.Path) -> dict[str, Any]:
+    """Config, version and revision of the checkpoint at `path`."""
+    try:
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
+    except Exception as error:
+        raise CheckpointError(f"{path} has no readable config ({_reason(error)}); the checkpoint is not complete") from error
+
+
+def saved_shapes(path: pathlib.Path) -> Any:
+    """The `model` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.metadata(path / "model").item_metadata.tree
+    except Exception as error:
+        raise CheckpointError(f"{path} has no readable model ({_reason(error)}); the checkpoint is not complete") from error
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def read_model(path: pathlib.Path, target: Any) -> Any:
+    """The `model` item onto the shapes and shardings of `target`."""
+    check_shapes(saved_shapes(path), target, path)
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(path / "model", target)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)}); the checkpoint is damaged") from error
+
+
+def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:
+    """Raises CheckpointError if the two trees differ, naming the leaves."""
+    have, want = ({jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in
+                   jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, target))  # fmt: skip
+    differing = [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
+    kinds = {
+        "missing": [n for n in want if n not in have],
+        "unexpected": [n for n in have if n not in want],
+        "of another size": differing,
+    }
+    if not any(kinds.values()):
+        return
+    lines = [f"{path} is of another architecture than this config:"]
+    for kind, names in kinds.items():
+        if names:
+            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  {kind} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
+    raise CheckpointError("\n".join([*lines, "use the config it was trained with, or another workdir"]))
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can") from error
+
+
+def _reason(error: BaseException) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {first.strip()[:300]}"

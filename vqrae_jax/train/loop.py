@@ -1,0 +1,265 @@
+"""The one training loop: batches in, state forward, numbers and checkpoints out."""
+
+import logging
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax import __version__, sharding
+from vqrae_jax.checkpoint import Checkpoints, find, read_meta
+from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.data import images as image_files
+from vqrae_jax.data import pipeline
+from vqrae_jax.evaluation import codebook
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.tokenizer import TokenizerTask
+from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
+
+log = logging.getLogger(__name__)
+
+PICTURE_FILE = "reconstructions.png"
+
+
+class Run:
+    """Everything one run holds; built before anything long starts, so that what is wrong is said at once."""
+
+    def __init__(self, config: Config, workdir: str | os.PathLike):
+        self.config, self.workdir = config, pathlib.Path(workdir).absolute()
+        self.first = jax.process_index() == 0
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+        sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
+        sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
+        shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.skipped = pipeline.Skipped()
+        self.evaluation = pipeline.evaluation_batches(config.data, **shard)
+        self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
+        self.task: Task = TokenizerTask.build(config)
+        self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
+        self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
+
+        where = sharding.replicated(self.mesh)
+        self.state, self.frozen = self.task.init(self.mesh)
+        placed = jax.tree.map(lambda x: x.sharding, self.state)
+        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
+        self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.resume()
+
+    def resume(self) -> None:
+        """Continues from the newest checkpoint of the workdir, data included."""
+        step = self.checkpoints.latest_step
+        if step is None:
+            return
+        self._tell_config_changes(step)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
+        self.state = TrainState.join(model, rest)
+        self.batches.set_state(data)
+        log.info("resumed from step %d of %s", step, self.checkpoints.folder)
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        state = self.state
+        meta = {
+            "config": self.config.model_dump(mode="json"),
+            "version": __version__,
+            "revision": git_revision(),
+            "step": int(state.step),
+        }
+        scores = {"psnr": metrics["eval/psnr"]} if metrics and "eval/psnr" in metrics else None
+        data = self.batches.get_state()
+        self.checkpoints.save(int(state.step), state.inference(), state.rest(), data, meta, scores)
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures over all validation images, by the EMA parameters with the live codebook; empty without data."""
+        if self.evaluation is None:
+            return {}
+        total, variables = None, self.state.inference()
+        for batch in self.evaluation:
+            sums = self.evaluate_batch(variables, self.frozen, self._placed(batch, "image", "mask"))
+            total = sums if total is None else self.accumulate(total, sums)
+        total = jax.device_get(total)
+        if not total["images"]:
+            raise ValueError("data.eval_path: none of its images can be read")
+        health = codebook.health(total["counts"])
+        return {
+            "eval/psnr": float(total["psnr"] / total["images"]),
+            "eval/images": int(total["images"]),
+            **{f"eval/codebook_{name}": value for name, value in health.items()},
+        }
+
+    def draw(self) -> np.ndarray | None:
+        """The first validation images, reconstructed."""
+        if self.evaluation is None:
+            return None
+        batch = self._placed(next(iter(self.evaluation)), "image")
+        arrays = jax.device_get(self.pictures(self.state.inference(), self.frozen, batch))
+        return self.task.draw(arrays)
+
+    def next_batch(self) -> dict[str, jax.Array]:
+        return self._placed(next(self.batches), "image")
+
+    def close(self) -> None:
+        self.writers.close()
+        self.checkpoints.close()
+
+    def _placed(self, batch: dict[str, np.ndarray], *names: str) -> dict[str, jax.Array]:
+        return sharding.place_batch({n: batch[n] for n in names}, self.mesh)
+
+    def _tell_config_changes(self, step: int) -> None:
+        before = read_meta(find(self.checkpoints.folder, step))["config"]
+        now = self.config.model_dump(mode="json")
+        for name, old, new in _differences(before, now):
+            log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
+
+
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
+    run = Run(config, workdir)
+    settings = config.train
+    start = int(run.state.step)
+    progress = Progress(settings.steps, start, run.first)
+    window = Window(config.data.batch_size)
+    figures: dict[str, float] = {}
+    try:
+        for step in range(start + 1, settings.steps + 1):
+            run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
+            window.add(metrics, run.accumulate)
+            progress.advance(step)
+            last = step == settings.steps
+            if step % settings.log_every == 0 or last:
+                values = window.flush() | {"data/skipped": run.skipped.count}
+                run.writers.scalars(step, values)
+                progress.status(step, _status(values))
+            evaluated = step % settings.evaluate_every == 0 or last
+            saved = step % settings.checkpoint_every == 0 or last
+            if evaluated or saved:
+                window.pause()
+            if evaluated:
+                figures = _evaluate(run, step)
+            if saved:
+                run.save(figures if evaluated else None)
+        run.checkpoints.wait()
+    finally:
+        progress.close()
+        run.close()
+    if not figures:  # the run was complete before it began
+        figures = _evaluate(run, start, write=False)
+    if run.first:
+        _report(run, figures)
+    return figures
+
+
+def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+    """Figures of the newest checkpoint of workdir over the validation images."""
+    find(workdir)
+    run = Run(config, workdir)
+    if run.evaluation is None:
+        raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
+    try:
+        return {"step": int(run.state.step), **run.evaluate()}
+    finally:
+        run.close()
+
+
+class Window:
+    """Sums metrics on the device between two log lines; reading them is the only time that the host waits."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._total: Metrics | None = None
+        self._steps = self._timed_steps = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def add(self, metrics: Metrics, accumulate: Any) -> None:
+        if self._since is None:  # the first step after a pause may compile or wait: it is not timed
+            jax.block_until_ready(metrics)
+            self._since = time.perf_counter()
+        else:
+            self._timed_steps += 1
+        self._total = metrics if self._total is None else accumulate(self._total, metrics)
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Evaluation and saving are not training time."""
+        jax.block_until_ready(self._total)
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def flush(self) -> dict[str, float]:
+        """Means of scalars, codebook health over the window, images per second."""
+        total = jax.device_get(self._total)
+        now = time.perf_counter()
+        values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
+        values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
+        if self._timed_steps:
+            values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + now - self._since)
+        self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now
+        return values
+
+
+def git_revision() -> str | None:
+    """The revision of the source tree, with a + if it has changes; None outside a checkout."""
+    where = pathlib.Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=where, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision.stdout.strip()
+
+
+def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:
+    figures = run.evaluate()
+    if figures and write:
+        run.writers.scalars(step, figures)
+        picture = run.draw()
+        run.writers.picture(step, "reconstructions", picture)
+        if run.first:
+            image_files.write_image(run.workdir / PICTURE_FILE, picture)
+    return figures
+
+
+def _status(values: dict[str, float]) -> str:
+    parts = [f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq")]
+    parts.append(f"codes {values['codebook/usage']:.0%}")
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:.0f} img/s")
+    return "  ".join(parts)
+
+
+def _report(run: Run, figures: dict[str, float]) -> None:
+    rows = []
+    if figures:
+        rows = [
+            ("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"),
+            ("codebook use", f"{figures['eval/codebook_usage']:.1%} of {run.config.model.num_embeddings} codes"),
+            ("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"),
+            ("pictures", str(run.workdir / PICTURE_FILE)),
+        ]
+    rows += [
+        ("checkpoints", str(run.checkpoints.folder)),
+        ("log", str(run.workdir / METRICS_FILE)),
+        ("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}"),
+    ]
+    print_table(f"step {int(run.state.step)}", rows)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", old, new

@@ -1,0 +1,30 @@
+"""What the loop knows of a task; the tokenizer and the generator differ by one file."""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vqrae_jax.train.state import TrainState
+
+Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "counts" [..., K], summed over it
+
+
+class Task(Protocol):
+    """A thing to train."""
+
+    def init(self, mesh: Mesh) -> tuple[TrainState, Any]:
+        """The state and the frozen networks, created where they will live."""
+
+    def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        """One optimizer step; pure."""
+
+    def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
+        """Sums over the batch's real images ("images" is their number); pure."""
+
+    def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
+        """Arrays from which `draw` makes a picture; pure."""
+
+    def draw(self, arrays: Any) -> np.ndarray:
+        """uint8 [H, W, 3]."""

@@ -1,0 +1,157 @@
+"""The tokenizer's task: reconstruct images through a discrete code."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vqrae_jax import assembly, sharding
+from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.inference import pictures
+from vqrae_jax.losses import pixel
+from vqrae_jax.train.optim import learning_rate, make_optimizer, update_ema
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import Metrics
+
+PARTS = ("encoder", "quantizer", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTask:
+    """Encoder, quantizer and decoder; what of them trains is in `config.train.trainable`."""
+
+    config: Config
+    assembly: assembly.Assembly
+
+    @classmethod
+    def build(cls, config: Config) -> "TokenizerTask":
+        """Reads the pretrained weights and checks what model, data and training ask of each other."""
+        task = cls(config, assembly.assemble(config.model))
+        painted, given = task.assembly.image_size, config.data.image_size
+        if painted != given:
+            grid = task.assembly.module.decoder.grid
+            fits = f"model.decoder_patch_size={given // grid} or " if given % grid == 0 else ""
+            raise ConfigError(
+                f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints pictures "
+                f"of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
+            )
+        return task
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.config.train.steps)
+
+    def init(self, mesh: Mesh) -> tuple[TrainState, Any]:
+        key = jax.random.key(self.config.train.seed)
+        place = functools.partial(
+            sharding.shardings, mesh=mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
+        )
+        trainable = self.config.train.trainable
+        params = assembly.initial_params(self.assembly, key, trainable, place)
+        frozen = assembly.initial_params(self.assembly, key, [n for n in PARTS if n not in trainable], place)
+        if not params:
+            raise ConfigError(
+                f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
+            )
+        batch_stats = assembly.initial_batch_stats(self.assembly, key, place)
+
+        def create(params: Any, batch_stats: Any) -> TrainState:
+            ema = jax.tree.map(jnp.copy, params)
+            return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+
+        where = place(jax.eval_shape(create, params, batch_stats))
+        return jax.jit(create, out_shardings=where, donate_argnums=(0, 1))(params, batch_stats), frozen
+
+    def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        images = to_float(batch["image"])
+        grads, batch_stats, metrics = self._gradients(state, frozen, images, key)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=update_ema(state.ema_params, params, self.config.optimizer.ema_decay),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        ), metrics
+
+    def loss(
+        self, params: Any, batch_stats: Any, frozen: Any, images: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """The total loss of a micro-batch, the updated batch_stats, and what to log."""
+        variables = {"params": {**frozen, **params}, "batch_stats": batch_stats}
+        noise, codes = jax.random.split(key)
+        out, updated = self.assembly.module.apply(
+            variables, images, train=True, method="forward", mutable=["batch_stats"],
+            rngs={"noise": noise, "codes": codes},
+        )  # fmt: skip
+        weights = self.config.loss
+        pixel_loss = pixel.LOSSES[weights.pixel](out.reconstruction, images)
+        total = weights.pixel_weight * pixel_loss + weights.vq_weight * out.quantized.loss
+        metrics = {"loss/total": total, "loss/pixel": pixel_loss, "loss/vq": out.quantized.loss}
+        metrics |= {n if n == "counts" else f"codebook/{n}": v for n, v in out.quantized.metrics.items()}
+        return total, (updated["batch_stats"], metrics)
+
+    def _gradients(
+        self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
+    ) -> tuple[Any, Any, Metrics]:
+        """Mean gradients over the micro-batches; the codebook is updated after each of them."""
+        gradient = jax.grad(self.loss, has_aux=True)
+        parts = self.config.optimizer.accumulate
+        if parts == 1:
+            grads, (batch_stats, metrics) = gradient(state.params, state.batch_stats, frozen, images, key)
+            return grads, batch_stats, metrics
+        # Micro-batch i takes images i, i + parts, ...: so each stays spread over all devices.
+        micro = images.reshape(len(images) // parts, parts, *images.shape[1:]).swapaxes(0, 1)
+
+        def add(carry: tuple[Any, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
+            total, batch_stats = carry
+            grads, (batch_stats, metrics) = gradient(state.params, batch_stats, frozen, *part)
+            return (jax.tree.map(lambda t, g: t + g / parts, total, grads), batch_stats), metrics
+
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (grads, batch_stats), stacked = jax.lax.scan(add, start, (micro, jax.random.split(key, parts)))
+        return grads, batch_stats, {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+
+    def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
+        images, mask = to_float(batch["image"]), batch["mask"]
+        out = self._forward(variables, frozen, images)
+        counts = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
+        decibels = jnp.where(mask, psnr(out.reconstruction, images), 0)
+        return {"psnr": decibels.sum(), "images": mask.sum(), "counts": counts}
+
+    def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
+        images = batch["image"][: self.config.train.pictures]
+        out = self._forward(variables, frozen, to_float(images))
+        return images, out.reconstruction, out.quantized.indices
+
+    def draw(self, arrays: Any) -> np.ndarray:
+        images, reconstructions, indices = (np.asarray(a) for a in arrays)
+        return pictures.reconstruction_grid(images, pictures.to_uint8(reconstructions), indices)
+
+    def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:
+        variables = {**variables, "params": {**frozen, **variables["params"]}}
+        return self.assembly.module.apply(variables, images, method="forward")
+
+
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 -> [0, 1]; on the device, because bytes are four times cheaper to send."""
+    return image.astype(jnp.float32) / 255
+
+
+def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -> jax.Array:
+    """How often each code occurs in the images where mask [B] is True; shape is [K], or [depth, K] for [B, ..., depth]."""
+    real = mask.reshape(-1, *[1] * (indices.ndim - 1))
+    levels = indices[..., None] if len(shape) == 1 else indices
+    # Masked images count for a code past the end, which is then cut off.
+    count = jax.vmap(lambda level: jnp.bincount(level.reshape(-1), length=shape[-1] + 1)[:-1], in_axes=-1)
+    return count(jnp.where(real[..., None] if len(shape) == 1 else real, levels, shape[-1])).reshape(shape)

@@ -1,0 +1,108 @@
+"""Where numbers and pictures of a run go: the progress bar, JSON lines, TensorBoard, Weights & Biases."""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writers:
+    """All writers of one run; on other processes than the first it writes nothing.
+
+    metrics.jsonl has one object per line: {"step": ..., "time": seconds since the epoch, name: value, ...}.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: dict[str, Any], wandb_project: str | None, active: bool = True):
+        self._active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._lines = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if not self._active:
+            return
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """image uint8 [H, W, 3]."""
+        if not self._active:
+            return
+        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.flush()
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self._lines.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"train.wandb_project={project!r} needs Weights & Biases: pip install 'vqrae-jax[wandb]', or set it to None"
+        ) from None
+    return wandb.init(project=project, dir=str(workdir), config=config, resume="allow", id=workdir.name)
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere one line per logged step."""
+
+    def __init__(self, total: int, done: int, active: bool = True):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True, quiet=not active)
+        self._total = total
+        self._bar = Bar(
+            TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"), console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=total, completed=done, status="compiling ...")
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def status(self, step: int, text: str) -> None:
+        self._bar.update(self._task, status=text)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns, at the end of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
