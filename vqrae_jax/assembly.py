@@ -91,7 +91,9 @@ def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str], pla
     read = {n: assembly.pretrained[n] for n in want if n in assembly.pretrained}
     draw = {n: want[n] for n in want if n not in read}
     init = _initialize(assembly.module)
-    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in draw}, out_shardings=place(draw) if place else None)(key)
+    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in draw}, out_shardings=place(draw) if place else None)(
+        key
+    )
     return drawn | (jax.device_put(read, place(read)) if place else read)
 
 

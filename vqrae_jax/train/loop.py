@@ -17,6 +17,7 @@ from vqrae_jax.checkpoint import Checkpoints, find, read_meta
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
+from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics, Task
@@ -88,7 +89,7 @@ class Run:
             total = sums if total is None else self.accumulate(total, sums)
         total = jax.device_get(total)
         if not total["images"]:
-            raise ValueError("data.eval_path: none of its images can be read")
+            raise DataError("data.eval_path: none of its images can be read")
         health = codebook.health(total["counts"])
         return {
             "eval/psnr": float(total["psnr"] / total["images"]),

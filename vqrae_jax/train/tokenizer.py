@@ -101,9 +101,7 @@ class TokenizerTask:
         metrics |= {n if n == "counts" else f"codebook/{n}": v for n, v in out.quantized.metrics.items()}
         return total, (updated["batch_stats"], metrics)
 
-    def _gradients(
-        self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
-    ) -> tuple[Any, Any, Metrics]:
+    def _gradients(self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array) -> tuple[Any, Any, Metrics]:
         """Mean gradients over the micro-batches; the codebook is updated after each of them."""
         gradient = jax.grad(self.loss, has_aux=True)
         parts = self.config.optimizer.accumulate
