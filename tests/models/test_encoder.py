@@ -9,13 +9,17 @@ from vqrae_jax.config import ModelConfig
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import ViT
 
-CASES = ["dinov2", "dinov2_with_registers", "dinov2_swiglu", "dinov2_with_registers_swiglu"]
+CASES = [
+    "dinov2", "dinov2_with_registers", "dinov2_swiglu", "dinov2_with_registers_swiglu",
+    "dinov3", "dinov3_gated", "siglip", "vit_mae",
+]  # fmt: skip
 
 
 def load(folder, **encoder_params):
     """The encoder of a hub folder, at whatever size images have."""
     params = json.loads((folder / "params.json").read_text())
     config = ModelConfig(
+        encoder_cls=params["encoder_cls"] or "Dinov2withNorm",
         encoder_config_path=str(folder), encoder_params=encoder_params,
         encoder_input_size=params["image_size"], decoder_config_path="ViT-S",
     )  # fmt: skip
@@ -32,21 +36,24 @@ def test_features_equal_pytorch(golden, assert_close, case, normalize):
     for height, width in params["input_sizes"]:
         size = f"{height}" if height == width else f"{height}x{width}"
         features = jax.jit(encoder.apply)({"params": weights}, io[f"images_{size}"])
-        expected = io[f"features_{size}" if normalize else f"features_affine_{size}"]
+        # The origin's DINOv3 wrapper leaves the affine norm in place: its `features` are the affine ones.
+        plain = "features_noaffine" if case.startswith("dinov3") else "features"
+        expected = io[f"{plain if normalize else 'features_affine'}_{size}"]
         assert_close(features.reshape(expected.shape), expected, 1e-5, f"{case} {size}")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_states_equal_pytorch(golden, assert_close, case):
     folder = golden / "encoders" / case
-    encoder, weights, _ = load(folder)
+    encoder, weights, params = load(folder)
     io = np.load(folder / "io.npz")
-    image = (io["images_56"] - np.asarray(encoder.mean)) / np.asarray(encoder.std)
+    size = params["input_sizes"][0][0]
+    image = (io[f"images_{size}"] - np.asarray(encoder.mean)) / np.asarray(encoder.std)
     states, _ = jax.jit(ViT(encoder.vit).apply, static_argnums=2)(
         {"params": weights["vit"]}, image.astype(np.float32), tuple(range(encoder.vit.blocks.depth))
     )
     for i, state in enumerate(states):
-        assert_close(state, io["hidden_states_56"][i + 1], 1e-5, f"block {i}")
+        assert_close(state, io[f"hidden_states_{size}"][i + 1], 1e-5, f"block {i}")
 
 
 def test_fusion_of_layers(golden, assert_close):

@@ -28,7 +28,7 @@ class BlocksConfig:
     act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     gated: bool = False  # mlp is act(gate) * up
     layer_scale: bool = False
-    key_bias: bool = True
+    unbiased: tuple[str, ...] = ()  # of query, key, value: those without a bias
     norm_eps: float = 1e-6
     scan: bool = False  # parameters stacked along a leading axis and scanned
     remat: bool = False  # recompute each block in the backward pass
@@ -120,8 +120,7 @@ class Attention(nn.Module):
         c = self.cfg
         precision = matmul_precision(c.dtype)
         head = functools.partial(nn.DenseGeneral, (c.heads, c.width // c.heads), dtype=c.dtype, precision=precision)
-        query, value = head(name="query")(x), head(name="value")(x)
-        key = head(name="key", use_bias=c.key_bias)(x)
+        query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         with jax.default_matmul_precision("float32") if precision else contextlib.nullcontext():

@@ -1,16 +1,17 @@
-"""A state dict of PyTorch tensors -> a Flax tree, by a table of names. The change of layout follows from the target."""
+"""A state dict of PyTorch tensors -> a Flax tree, by a table of names."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqrae_jax.pretrained import families, tables
+from vqrae_jax.pretrained.layout import from_file
 from vqrae_jax.pretrained.tables import PretrainedError, Table
 
-SHOWN = 8  # names listed of each kind in an error
+SHOWN = 24  # groups of names listed of each kind in an error
 
 
 def convert(
@@ -19,15 +20,17 @@ def convert(
     target: Mapping[str, Any],
     unwanted: tuple[str, ...] = (),
     source: str = "",
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Fills the tree `target` from `tensors`.
 
     Args:
       tensors: name -> array, as the file has them; read one at a time.
-      table: rows of (pattern, path), see `tables`.
+      table: rows of names and paths, see `tables`.
       target: tree of arrays or shapes to be filled.
       unwanted: paths that the table knows and this target may lack (an affine norm that is dropped, say).
       source: what the tensors come from, for messages.
+      prefix: of names in the file, dropped where it is there.
 
     Returns:
       The tree, float32 numpy arrays.
@@ -37,63 +40,50 @@ def convert(
     """
     want = flatten_dict(target, sep="/")
     got: dict[str, np.ndarray] = {}
-    unexpected, misfit = [], []
+    unexpected, misfit = [], {}
     for name in tensors:
-        match, path = _find(name, table)
-        if match is None:
+        found = tables.find(table, name.removeprefix(prefix))
+        paths = found[1] if found else []
+        if found is None or any(p not in want and p not in unwanted for p in paths):
             unexpected.append(name)
-            continue
-        if path is None:
-            continue
-        paths = list(_paths(match, path))
-        if all(p in unwanted and p not in want for p in paths):
-            continue
-        if not all(p in want for p in paths):
-            unexpected.append(f"{name} (as {', '.join(paths)})")
-            continue
-        for p, part in zip(paths, np.split(np.asarray(tensors[name]), len(paths)), strict=True):
+        elif all(p in want for p in paths) and paths:
+            tensor = np.asarray(tensors[name])
             try:
-                got[p] = _fit(p, part, want[p].shape)
+                parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
+                got |= {p: from_file(p, part, want[p].shape) for p, part in zip(paths, parts, strict=True)}
             except ValueError as error:
-                misfit.append(f"{name}: {error}")
-    missing = [p for p in want if p not in got and not any(f" {p} " in f" {m} " for m in misfit)]
+                misfit |= {p: f"{name} ({error})" for p in paths}
+    missing = [p for p in want if p not in got and p not in misfit]
     if unexpected or missing or misfit:
-        raise PretrainedError(_report(source, missing, unexpected, misfit))
+        report = _report(source, missing, unexpected, list(misfit.values()))
+        raise PretrainedError(report + _hint(tensors, table))
     return unflatten_dict(got, sep="/")
-
-
-def _find(name: str, table: Table) -> tuple[re.Match[str] | None, str | None]:
-    for pattern, path in table:
-        if match := re.fullmatch(pattern, name):
-            return match, path
-    return None, None
-
-
-def _paths(match: re.Match[str], path: str) -> Iterator[str]:
-    """`block#1/attn/{query,key}/kernel` -> `block03/attn/query/kernel`, `block03/attn/key/kernel`."""
-    path = re.sub(r"#(\d)", lambda group: f"{int(match[int(group[1])]):02d}", path)
-    braces = re.search(r"\{(.*)\}", path)
-    if braces is None:
-        yield path
-        return
-    for name in braces[1].split(","):
-        yield path.replace(braces[0], name)
-
-
-def _fit(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Convolution (out, in, row, column) -> (row * column * in, out), linear (out, in) -> (in, out), heads unfolded."""
-    given = tensor.shape
-    if path.endswith("kernel"):
-        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-    if tensor.size != math.prod(shape):
-        raise ValueError(f"{path} is {given} in the file and {tuple(shape)} here")
-    return np.ascontiguousarray(tensor.reshape(shape), dtype=np.float32)
 
 
 def _report(source: str, missing: list[str], unexpected: list[str], misfit: list[str]) -> str:
     lines = [f"the weights{f' of {source}' if source else ''} do not fit this architecture:"]
     for title, names in (("of another size", misfit), ("missing", missing), ("unexpected", unexpected)):
         if names:
-            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  {title} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
+            groups = _grouped(names)
+            more = f", and {len(groups) - SHOWN} more kinds" if len(groups) > SHOWN else ""
+            lines.append(f"  {title} ({len(names)}): {', '.join(groups[:SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Names that differ in the block's number only, as one: `block00/norm1/scale (and 11 more blocks)`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(block|layers?\.)\d+", r"\1#", name), []).append(name)
+    return [
+        first if not others else f"{first} (and {len(others)} more block{'s' * (len(others) > 1)})"
+        for first, *others in groups.values()
+    ]
+
+
+def _hint(names: Iterable[str], table: Table) -> str:
+    kind = families.looks_like(names)
+    known = {id(family.table): name for name, family in families.FAMILIES.items()}.get(id(table))
+    if kind is None or kind == known:
+        return ""
+    return f"\n  by its names it looks like {kind}" + (f", and {known} was asked for" if known else "")

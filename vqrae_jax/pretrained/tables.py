@@ -1,115 +1,88 @@
-"""Other people's tensor names -> our parameter paths, one table per family; and their config.json -> our ViT's fields.
+"""The tables that tie tensor names in PyTorch files to parameter paths of ours: how they read, and the decoder's.
 
-A row is (pattern of the file's tensor name, path in our tree). In a path, #1 is the first group of the pattern as two
-digits, {a,b} cuts a fused tensor into equal parts along its first axis, and None marks a tensor that is known and not
-wanted. Tables follow the names in hub files; the names in memory of transformers 5 are accepted beside them, because
-training checkpoints of the origin carry those.
+A table is read both ways: `convert` fills our trees from files, `export` writes our trees under the file's names. Rows
+follow the names in hub files, which are those of transformers 4; where transformers 5 has other names in memory, the
+row has both, because training checkpoints of the origin carry whichever version trained them.
+
+In a name: `#` is the number of a block, `(a|b)` the spellings of transformers 4 and 5, and a `*` at the end stands for
+anything. In a path: `#` is the block's number in two digits, `{a,b}` are equal parts of the tensor along its first
+axis, and `[0]` at the end means that the file lacks our leading axis of one.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-Table = list[tuple[str, str | None]]
+import functools
+import re
+from typing import NamedTuple
 
 
 class PretrainedError(ValueError):
     """Weights or their description cannot be used; the message names the file and what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What is needed to read one kind of encoder."""
+class Row(NamedTuple):
+    """One tensor, or one per block."""
 
-    model_types: tuple[str, ...]  # `model_type` of the config.json files that it reads
-    table: Table  # onto the tree of models.encoder.Encoder
-    describe: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> fields of ViTConfig, `blocks` nested
-
-
-def dense(source: str, target: str) -> Table:
-    return [(source + r"\.weight", target + "/kernel"), (source + r"\.bias", target + "/bias")]
+    name: str  # in the file
+    path: str | None  # in our tree; None: known and not wanted
+    only: str = ""  # what export asks before it writes this name: "plain" or "gated" mlp, transformers "4" or "5"
+    filler: tuple[float, str] | None = None  # (value, shape) of what export writes where we keep nothing: "3D D"
 
 
-def norm(source: str, target: str) -> Table:
-    return [(source + r"\.weight", target + "/scale"), (source + r"\.bias", target + "/bias")]
+Table = list[Row]
 
 
-_LAYER = r"(?:encoder\.|model\.)?layer\.(\d+)\."
-_BLOCK = "vit/block#1/"
-
-DINOV2_TABLE: Table = [
-    (r"embeddings\.cls_token", "vit/cls"),
-    (r"embeddings\.mask_token", None),
-    (r"embeddings\.register_tokens", "vit/registers"),
-    (r"embeddings\.position_embeddings", "vit/pos_embed"),
-    *dense(r"embeddings\.patch_embeddings\.projection", "vit/patch_embed"),
-    *norm(_LAYER + "norm1", _BLOCK + "norm1"),
-    *dense(_LAYER + r"attention\.(?:attention\.query|q_proj)", _BLOCK + "attn/query"),
-    *dense(_LAYER + r"attention\.(?:attention\.key|k_proj)", _BLOCK + "attn/key"),
-    *dense(_LAYER + r"attention\.(?:attention\.value|v_proj)", _BLOCK + "attn/value"),
-    *dense(_LAYER + r"attention\.(?:output\.dense|o_proj)", _BLOCK + "attn/out"),
-    (_LAYER + r"layer_scale1\.lambda1", _BLOCK + "scale1/scale"),
-    *norm(_LAYER + "norm2", _BLOCK + "norm2"),
-    *dense(_LAYER + r"mlp\.fc1", _BLOCK + "mlp/up"),
-    *dense(_LAYER + r"mlp\.fc2", _BLOCK + "mlp/down"),
-    *dense(_LAYER + r"mlp\.weights_in", _BLOCK + "mlp/{gate,up}"),
-    *dense(_LAYER + r"mlp\.weights_out", _BLOCK + "mlp/down"),
-    (_LAYER + r"layer_scale2\.lambda1", _BLOCK + "scale2/scale"),
-    *norm("layernorm", "norm"),
-]
+def dense(name: str, path: str, only: str = "") -> Table:
+    return [Row(f"{name}.weight", f"{path}/kernel", only), Row(f"{name}.bias", f"{path}/bias", only)]
 
 
-def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
-    """Dinov2Model and Dinov2WithRegistersModel."""
-    width, gated = config["hidden_size"], config["use_swiglu_ffn"]
-    mlp = int(width * config["mlp_ratio"])
-    registers = config["model_type"] == "dinov2_with_registers"
-    return {
-        "blocks": {
-            "width": width,
-            "depth": config["num_hidden_layers"],
-            "heads": config["num_attention_heads"],
-            # The SwiGLU hidden width is two thirds, rounded up to a multiple of eight.
-            "mlp": (int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp,
-            "gated": gated,
-            "act": "silu" if gated else activation(config),
-            "layer_scale": True,
-            "norm_eps": config["layer_norm_eps"],
-        },
-        "patch": config["patch_size"],
-        "grid": config["image_size"] // config["patch_size"],
-        "registers": config["num_register_tokens"] if registers else 0,
-        "antialias": registers,
-    }
+def norm(name: str, path: str) -> Table:
+    return [Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")]
 
 
-def activation(config: dict[str, Any]) -> str:
-    """Our name of `hidden_act`."""
-    names = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-    if config["hidden_act"] not in names:
-        raise PretrainedError(f"hidden_act={config['hidden_act']!r} is not supported; known: {', '.join(names)}")
-    return names[config["hidden_act"]]
+def find(table: Table, name: str) -> tuple[Row, list[str]] | None:
+    """The first row that knows `name`, and the paths it fills: none, one, or several parts. None: no row knows it."""
+    for row in table:
+        if match := _pattern(row.name).fullmatch(name):
+            block = int(match[1]) if match.groups() else 0
+            return row, paths(row, block)
+    return None
 
 
-FAMILIES = {
-    "Dinov2withNorm": Family(("dinov2", "dinov2_with_registers"), DINOV2_TABLE, describe_dinov2),
-}
+def paths(row: Row, block: int) -> list[str]:
+    """`block#/attn/{query,key}/kernel` -> `block03/attn/query/kernel`, `block03/attn/key/kernel`."""
+    if row.path is None:
+        return []
+    path = row.path.replace("#", f"{block:02d}").removesuffix("[0]")
+    parts = re.search(r"\{(.*)\}", path)
+    return [path.replace(parts[0], part) for part in parts[1].split(",")] if parts else [path]
 
-_DECODER_BLOCK = r"decoder_layers\.(\d+)\."
+
+def spell(row: Row, block: int, transformers: int) -> str:
+    """The row's name as transformers 4 or 5 writes it."""
+    name = re.sub(r"\(([^|]*)\|([^)]*)\)", lambda match: match[transformers - 3], row.name)
+    return name.replace("#", str(block))
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    pattern = re.escape(name).replace(r"\#", r"(\d+)").replace(r"\*", ".*")
+    return re.compile(pattern.replace(r"\(", "(?:").replace(r"\)", ")").replace(r"\|", "|"))
+
+
+_BLOCK = "decoder_layers.#."
 
 # GeneralDecoder of the origin (RAE releases hold exactly these names).
 DECODER_TABLE: Table = [
     *dense("decoder_embed", "embed"),
-    (r"decoder_pos_embed", "pos_embed"),
-    (r"trainable_cls_token", "cls"),
-    *norm(_DECODER_BLOCK + "layernorm_before", "block#1/norm1"),
-    *dense(_DECODER_BLOCK + r"attention\.(?:attention\.query|q_proj)", "block#1/attn/query"),
-    *dense(_DECODER_BLOCK + r"attention\.(?:attention\.key|k_proj)", "block#1/attn/key"),
-    *dense(_DECODER_BLOCK + r"attention\.(?:attention\.value|v_proj)", "block#1/attn/value"),
-    *dense(_DECODER_BLOCK + r"attention\.(?:output\.dense|o_proj)", "block#1/attn/out"),
-    *norm(_DECODER_BLOCK + "layernorm_after", "block#1/norm2"),
-    *dense(_DECODER_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "block#1/mlp/up"),
-    *dense(_DECODER_BLOCK + r"(?:output\.dense|mlp\.fc2)", "block#1/mlp/down"),
+    Row("decoder_pos_embed", "pos_embed"),
+    Row("trainable_cls_token", "cls"),
+    *norm(_BLOCK + "layernorm_before", "block#/norm1"),
+    *dense(_BLOCK + "attention.(attention.query|q_proj)", "block#/attn/query"),
+    *dense(_BLOCK + "attention.(attention.key|k_proj)", "block#/attn/key"),
+    *dense(_BLOCK + "attention.(attention.value|v_proj)", "block#/attn/value"),
+    *dense(_BLOCK + "attention.(output.dense|o_proj)", "block#/attn/out"),
+    *norm(_BLOCK + "layernorm_after", "block#/norm2"),
+    *dense(_BLOCK + "(intermediate.dense|mlp.fc1)", "block#/mlp/up"),
+    *dense(_BLOCK + "(output.dense|mlp.fc2)", "block#/mlp/down"),
     *norm("decoder_norm", "norm"),
     *dense("decoder_pred", "pred"),
 ]

@@ -1,0 +1,51 @@
+"""How one array lies in a PyTorch file and in our trees; the parameter's path decides."""
+
+import math
+
+import numpy as np
+
+
+def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The PyTorch shape of the parameter `path` that has `shape` here.
+
+    Linear layers are (out, in) there and (in, out) here, with the attention heads unfolded; the patch embedding is a
+    convolution (out, in, row, column) there and a matrix (row * column * in, out) here.
+    """
+    if path.endswith("patch_embed/kernel"):
+        side = math.isqrt(shape[0] // 3)
+        return (shape[1], 3, side, side)
+    if path.endswith("attn/out/kernel"):
+        return (shape[-1], math.prod(shape[:-1]))
+    if path.endswith("/kernel"):
+        return (math.prod(shape[1:]), shape[0])
+    return (math.prod(shape),) if path.endswith("/bias") else shape
+
+
+def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The file's tensor as float32 of `shape`.
+
+    Raises:
+      ValueError: its shape in the file is another one; axes of one do not count.
+    """
+    expected = file_shape(path, shape)
+    if _without_ones(tensor.shape) != _without_ones(expected):
+        raise ValueError(f"{tuple(tensor.shape)} in the file, {expected} expected for {path}")
+    if path.endswith("/kernel"):
+        tensor = tensor.reshape(expected).transpose((2, 3, 1, 0) if len(expected) == 4 else (1, 0))
+    # Half of the trees are transposed views of what was read: the copy lets go of the file's bytes.
+    return np.array(tensor.reshape(shape), dtype=np.float32, order="C", copy=True)
+
+
+def to_file(path: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `from_file`."""
+    expected = file_shape(path, array.shape)
+    if not path.endswith("/kernel"):
+        return np.ascontiguousarray(array.reshape(expected))
+    if len(expected) == 4:
+        out, channels, side, _ = expected
+        return np.ascontiguousarray(array.reshape(side, side, channels, out).transpose(3, 2, 0, 1))
+    return np.ascontiguousarray(array.reshape(expected[::-1]).T)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
