@@ -71,12 +71,10 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 def _read_config() -> config_lib.Config:
     try:
-        editable = CONFIG.value
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"--config: {str(error).splitlines()[0]}: no such file, or it does not run"
-        ) from None
-    return config_lib.from_dict(config_lib.Config, editable.to_dict())
+        values = CONFIG.value.to_dict()
+    except OSError as error:  # ml_collections' word for a file that is not there or does not run
+        raise config_lib.ConfigError(f"--config: {error}") from None
+    return config_lib.from_dict(config_lib.Config, values)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def build(golden, case, **changes):
     state = np.load(golden / "vqrae" / case / "model.npz")
     shapes = assembly.shapes(built)
     decoder = {n.removeprefix("decoder."): state[n] for n in state.files if n.startswith("decoder.")}
-    stats = assembly.initial_batch_stats(built, jax.random.key(0))
+    stats = assembly.initial_variables(built, jax.random.key(0), [])["batch_stats"]
     stats["quantizer"] |= {
         "codebook": state["quantizer.embedding"], "counts": state["quantizer.ema_cluster_size"],
         "sums": state["quantizer.ema_w"],

@@ -47,34 +47,48 @@ class TokenizerTask:
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.config.train.steps)
 
-    def init(self, mesh: Mesh) -> tuple[TrainState, Any]:
-        key = jax.random.key(self.config.train.seed)
-        place = functools.partial(
-            sharding.shardings, mesh=mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
-        )
-        trainable = self.config.train.trainable
-        params = assembly.initial_params(self.assembly, key, trainable, place)
-        frozen = assembly.initial_params(self.assembly, key, [n for n in PARTS if n not in trainable], place)
+    def shapes(self, mesh: Mesh) -> TrainState:
+        shapes = assembly.shapes(self.assembly)
+        params = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable}
         if not params:
             raise ConfigError(
-                f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
+                f"train.trainable={self.config.train.trainable}: none of these parts has parameters; choose from "
+                f"{', '.join(PARTS)}"
             )
-        batch_stats = assembly.initial_batch_stats(self.assembly, key, place)
+        state = jax.eval_shape(self._create, params, shapes["batch_stats"])
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(mesh)(state)
+        )
 
-        def create(params: Any, batch_stats: Any) -> TrainState:
-            ema = jax.tree.map(jnp.copy, params)
-            return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+    def init(self, mesh: Mesh) -> TrainState:
+        where = jax.tree.map(lambda x: x.sharding, self.shapes(mesh))
+        trainable = self.config.train.trainable
+        variables = assembly.initial_variables(self.assembly, self._key(), trainable, self._place(mesh))
+        create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
+        return create(variables["params"], variables["batch_stats"])
 
-        where = place(jax.eval_shape(create, params, batch_stats))
-        return jax.jit(create, out_shardings=where, donate_argnums=(0, 1))(params, batch_stats), frozen
+    def frozen(self, mesh: Mesh) -> Any:
+        parts = [n for n in PARTS if n not in self.config.train.trainable]
+        return assembly.initial_params(self.assembly, self._key(), parts, self._place(mesh))
+
+    def _create(self, params: Any, batch_stats: Any) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.config.train.seed)
+
+    def _place(self, mesh: Mesh) -> assembly.Placement:
+        fsdp = self.config.mesh
+        return functools.partial(sharding.shardings, mesh=mesh, fsdp=fsdp.fsdp, fsdp_min_size=fsdp.fsdp_min_size)
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        key = jax.random.fold_in(self._key(), state.step)
         images = to_float(batch["image"])
         grads, batch_stats, metrics = self._gradients(state, frozen, images, key)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
         return TrainState(
             step=state.step + 1,
