@@ -65,8 +65,9 @@ class ModelConfig(Section):
     vq_decay: Decay = 0.99
     vq_epsilon: Above0 = 1e-5
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
-    codebook_init: Literal["data", "normal"] = "data"  # first codes: tokens of the first batch, or N(0, 1) (the origin)
-    revival_threshold: NonNegative = 0.01  # EMA count below which a code moves to a current token; 0: never
+    # First codes: k-means of the first batch, tokens of the first batch, or N(0, 1) (the origin).
+    codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
+    revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
     scan_layers: bool = False  # decoder blocks stacked and scanned: compile time independent of depth
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
