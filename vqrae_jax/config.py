@@ -59,7 +59,7 @@ class ModelConfig(Section):
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
-    quantizer: Literal["ema"] = "ema"
+    quantizer: Literal["ema", "none"] = "ema"  # none: the continuous autoencoder RAE
     num_embeddings: Positive = 8192  # codebook size K
     commitment_cost: NonNegative = 0.25
     vq_decay: Decay = 0.99

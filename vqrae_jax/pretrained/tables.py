@@ -14,10 +14,6 @@ import re
 from typing import NamedTuple
 
 
-class PretrainedError(ValueError):
-    """Weights or their description cannot be used; the message names the file and what to do."""
-
-
 class Row(NamedTuple):
     """One tensor, or one per block."""
 
@@ -36,6 +32,11 @@ def dense(name: str, path: str, only: str = "") -> Table:
 
 def norm(name: str, path: str) -> Table:
     return [Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")]
+
+
+def nested(table: Table, name: str, path: str) -> Table:
+    """The table one level down: `name` in front of every name, `path` in front of every path."""
+    return [row._replace(name=name + row.name, path=row.path and path + row.path) for row in table]
 
 
 def find(table: Table, name: str) -> tuple[Row, list[str]] | None:
