@@ -17,8 +17,9 @@ from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, families, sources, tables
+from vqrae_jax.pretrained import convert, families, origin, sources, tables
 from vqrae_jax.quantizers.ema import EMAQuantizer
+from vqrae_jax.quantizers.none import NoQuantizer
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def assemble(config: ModelConfig, latent_stats: dict[str, np.ndarray] | None = N
 
 def shapes(assembly: Assembly) -> dict[str, Any]:
     """All variables as jax.ShapeDtypeStruct, nothing computed."""
-    return jax.eval_shape(_initialize(assembly.module), jax.random.key(0))
+    return {"batch_stats": {}, **jax.eval_shape(_initialize(assembly.module), jax.random.key(0))}
 
 
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
@@ -106,7 +107,7 @@ def _create(
     init = _initialize(assembly.module)
 
     def create(key: jax.Array) -> dict[str, Any]:
-        variables = init(key)
+        variables = {"batch_stats": {}, **init(key)}
         if assembly.latent_stats:
             variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
         return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
@@ -149,7 +150,7 @@ def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
             f"model.encoder_cls={config.encoder_cls!r} reads {' or '.join(family.model_types)}, but "
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
         )
-    fields = family.describe(description)
+    fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype)
     bad = [layer for layer in params.layers if not -blocks.depth <= layer < blocks.depth]
     if bad or not params.layers:
@@ -199,7 +200,9 @@ def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
         raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None
 
 
-def _quantizer(config: ModelConfig, channels: int) -> EMAQuantizer:
+def _quantizer(config: ModelConfig, channels: int) -> EMAQuantizer | NoQuantizer:
+    if config.quantizer == "none":
+        return NoQuantizer()
     return EMAQuantizer(
         config.num_embeddings, channels, config.commitment_cost, config.vq_decay, config.vq_epsilon,
         config.codebook_init, config.revival_threshold,
@@ -231,12 +234,14 @@ def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path 
 
 
 def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
-    field = "model.pretrained_decoder_path"
-    state = sources.read_state_dict(config.pretrained_decoder_path, field)
-    state = {name.removeprefix("decoder."): value for name, value in state.items()}
+    """A decoder from a state dict of its own, or from the whole model of a training checkpoint."""
+    path, field = config.pretrained_decoder_path, "model.pretrained_decoder_path"
+    state = origin.select(sources.read_state_dict(path, field), "ema", path)
+    whole = any(name.startswith("decoder.") for name in state)
+    state = {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.") or not whole}
     if config.scan_layers:
-        single = dataclasses.replace(assemble(config.model_copy(update={"scan_layers": False}), weights=False))
+        single = assemble(config.model_copy(update={"scan_layers": False}), weights=False)
         want = shapes(single)["params"]["decoder"]
-    tree = convert.convert(state, tables.DECODER_TABLE, want, source=config.pretrained_decoder_path)
-    log.info("decoder weights from %s: %d tensors", config.pretrained_decoder_path, len(flatten_dict(tree)))
+    tree = convert.convert(state, tables.DECODER_TABLE, want, source=path)
+    log.info("decoder weights from %s: %d tensors", path, len(flatten_dict(tree)))
     return stack_blocks(tree) if config.scan_layers else tree

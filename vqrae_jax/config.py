@@ -59,14 +59,15 @@ class ModelConfig(Section):
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
-    quantizer: Literal["ema"] = "ema"
+    quantizer: Literal["ema", "none"] = "ema"  # none: the continuous autoencoder RAE
     num_embeddings: Positive = 8192  # codebook size K
     commitment_cost: NonNegative = 0.25
     vq_decay: Decay = 0.99
     vq_epsilon: Above0 = 1e-5
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
-    codebook_init: Literal["data", "normal"] = "data"  # first codes: tokens of the first batch, or N(0, 1) (the origin)
-    revival_threshold: NonNegative = 0.01  # EMA count below which a code moves to a current token; 0: never
+    # First codes: k-means of the first batch, tokens of the first batch, or N(0, 1) (the origin).
+    codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
+    revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
     scan_layers: bool = False  # decoder blocks stacked and scanned: compile time independent of depth
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs

@@ -7,39 +7,35 @@ import pytest
 
 from vqrae_jax import assembly
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.pretrained import convert, tables
+from vqrae_jax.inference import import_origin
 
 CASES = ["ema_vq_2d", "ema_vq_tokens"]
-ENCODER = "dinov2_with_registers"
 
 
-def build(golden, case, **changes):
+def build(golden, case, weights="model", **changes):
     """The origin's model of one golden case, with its weights."""
+    config = origin_config(golden, case, **changes)
+    state = dict(np.load(golden / "vqrae" / case / "model.npz"))
+    checkpoint = {"model": state}
+    if weights == "ema":
+        checkpoint["ema"] = state | dict(np.load(golden / "vqrae" / case / "ema.npz"))
+    built, variables = import_origin.convert(config, checkpoint, weights)
+    return built.module, variables
+
+
+def origin_config(golden, case, **changes):
     given = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
+    keep = {name: value for name, value in given.items() if name in ModelConfig.model_fields}
     stat = "normalization_stat_path"
-    keep = {k: given[k] for k in (
-        "encoder_cls", "encoder_input_size", "decoder_patch_size", "num_embeddings", "commitment_cost", "vq_decay",
-        "vq_epsilon", "quantize_before_reshape", "reshape_to_2d",
-    )}  # fmt: skip
     paths = {
-        "encoder_config_path": str(golden / "encoders" / ENCODER),
+        "encoder_config_path": str(golden / given["encoder_config_path"]),
+        "encoder_params": {},
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"),
         stat: str(golden / "vqrae" / case / "stat.npz") if given[stat] else None,
     }
-    built = assembly.assemble(ModelConfig(**keep | paths | changes))
-    state = np.load(golden / "vqrae" / case / "model.npz")
-    shapes = assembly.shapes(built)
-    decoder = {n.removeprefix("decoder."): state[n] for n in state.files if n.startswith("decoder.")}
-    stats = assembly.initial_variables(built, jax.random.key(0), [])["batch_stats"]
-    stats["quantizer"] |= {
-        "codebook": state["quantizer.embedding"], "counts": state["quantizer.ema_cluster_size"],
-        "sums": state["quantizer.ema_w"],
-    }  # fmt: skip
-    params = {
-        "encoder": built.pretrained["encoder"],
-        "decoder": convert.convert(decoder, tables.DECODER_TABLE, shapes["params"]["decoder"]),
-    }
-    return built.module, {"params": params, "batch_stats": stats}
+    if case == "rae":
+        paths["quantizer"] = "none"
+    return ModelConfig(**keep | paths | changes)
 
 
 def call(module, variables, method, *args):
@@ -52,13 +48,55 @@ def test_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
     io = np.load(golden / "vqrae" / case / "io.npz")
     x = io[f"images_{image}"]
-    np.testing.assert_array_equal(call(module, variables, "encode_to_indices", x), io[f"indices_{image}"])
-    latent = call(module, variables, "encode", x)
-    assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_q_{image}"], 1e-5, "latent")
-    assert_close(call(module, variables, None, x), io[f"recon_{image}"], 1e-5, "reconstruction")
-    features = module.encoder.apply({"params": variables["params"]["encoder"]}, x)
+
+    @jax.jit
+    def everything(v, x):
+        features = module.encoder.apply({"params": v["params"]["encoder"]}, x)
+        indices = module.apply(v, x, method="encode_to_indices")
+        latent = module.apply(v, x, method="encode")
+        return features, indices, latent, module.apply(v, x, method="forward")
+
+    features, indices, latent, out = everything(variables, x)
+    np.testing.assert_array_equal(indices, io[f"indices_{image}"])
     assert_close(features.reshape(io[f"features_{image}"].shape), io[f"features_{image}"], 1e-4, "features")
-    assert_close(call(module, variables, "quantize", x).loss, io[f"vq_loss_{image}"], 1e-5, "vq loss")
+    assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_q_{image}"], 1e-5, "latent")
+    assert_close(out.reconstruction, io[f"recon_{image}"], 1e-5, "reconstruction")
+    assert_close(out.quantized.loss, io[f"vq_loss_{image}"], 1e-5, "vq loss")
+
+
+@pytest.mark.parametrize("image", ["main", "native", "other"])
+def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
+    module, variables = build(golden, "rae")
+    io = np.load(golden / "vqrae" / "rae" / "io.npz")
+    x = io[f"images_{image}"]
+    latent = call(module, variables, "encode", x)
+    assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_{image}"], 1e-4, "latent")  # behind an image resize
+    assert_close(call(module, variables, None, x), io[f"recon_{image}"], 1e-4, "reconstruction")
+    assert_close(call(module, variables, "decode", latent), io[f"recon_{image}"], 1e-4, "decoded")
+
+
+def test_continuous_autoencoder_has_no_codes(golden):
+    module, variables = build(golden, "rae")
+    with pytest.raises(ValueError, match=r"quantizer='none'.*no codes"):
+        module.apply(variables, jnp.zeros((1, 32, 32, 3)), method="encode_to_indices")
+    with pytest.raises(ValueError, match=r"quantizer='none'.*no codes"):
+        module.apply(variables, jnp.zeros((1, 4, 4), int), method="decode_from_indices")
+    _, losses = module.apply(variables, jnp.zeros((1, 32, 32, 3)), return_loss=True)
+    assert losses["vq_loss"] == 0
+
+
+def test_ema_weights_of_an_origin_checkpoint(golden, assert_close, caplog):
+    io = np.load(golden / "vqrae" / "rae" / "io.npz")
+    module, variables = build(golden, "rae", weights="ema")
+    assert_close(call(module, variables, None, io["images_main"]), io["ema_recon_main"], 1e-4)
+    assert "codebook" not in caplog.text
+    with caplog.at_level("INFO"):
+        _, ema = build(golden, "ema_vq_2d", weights="ema")
+    assert "the codebook is that of 'model'" in caplog.text
+    _, live = build(golden, "ema_vq_2d")
+    jax.tree.map(np.testing.assert_array_equal, ema["batch_stats"], live["batch_stats"])
+    decoders = [np.asarray(v["params"]["decoder"]["embed"]["kernel"]) for v in (ema, live)]
+    assert np.abs(decoders[0] - decoders[1]).max() > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,9 +151,14 @@ def test_noise_acts_in_training_only_and_is_one_sigma_per_image(golden):
 
 def test_full_size_origin_shapes(golden):
     """The origin's defaults build, in shapes only."""
-    config = ModelConfig(encoder_config_path=None, encoder_params={"architecture": {
-        "model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 14, "image_size": 518,
-    }}, decoder_config_path="ViT-XL", scan_layers=True)  # fmt: skip
+    architecture = {
+        "model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "patch_size": 14, "image_size": 518,
+    }  # fmt: skip
+    config = ModelConfig(
+        encoder_config_path=None, encoder_params={"architecture": architecture}, decoder_config_path="ViT-XL",
+        scan_layers=True,
+    )  # fmt: skip
     built = assembly.assemble(config)
     shapes = assembly.shapes(built)
     assert shapes["batch_stats"]["quantizer"]["codebook"].shape == (8192, 768)

@@ -4,17 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.nearest import Block, nearest
 
 
 def origin(arrays, **changes):
     """The origin's quantizer and state, as far as ours can hold it."""
     K, C = arrays["init_embedding"].shape
-    settings = {"commitment_cost": 0.25, "start": "normal"} | changes
+    settings = {"commitment_cost": 0.25, "start": "normal", "revival_threshold": 0.0, "decay_warmup": False} | changes
     names = {"codebook": "init_embedding", "counts": "init_ema_cluster_size", "sums": "init_ema_w"}
-    state = {ours: arrays[theirs] for ours, theirs in names.items()} | {"started": np.asarray(True)}
+    state = {ours: arrays[theirs] for ours, theirs in names.items()} | {"step": np.asarray(1, np.int32)}
     return EMAQuantizer(K, C, **settings), {"batch_stats": jax.tree.map(jnp.asarray, state)}
 
 
@@ -49,9 +51,9 @@ def test_ties_go_to_the_lowest_index(golden, assert_close):
     assert_close(out.loss, arrays["vq_loss"], 1e-5)
     for ours, theirs in (("codebook", "embedding"), ("counts", "ema_cluster_size"), ("sums", "ema_w")):
         assert_close(variables["batch_stats"][ours], arrays[f"after_{theirs}"], 1e-5, ours)
-    for block in (1, 3, 16, 100):
+    for block in (Block(3, 1), Block(120, 8), Block(16, 16)):
         flat = arrays["z"].reshape(-1, arrays["z"].shape[-1])
-        found = nearest(jnp.asarray(flat), jnp.asarray(arrays["init_embedding"]), block)
+        found = nearest(jnp.asarray(flat), jnp.asarray(arrays["init_embedding"]), block=block)
         np.testing.assert_array_equal(found, arrays["indices"].reshape(-1))
 
 
@@ -103,45 +105,150 @@ def test_bfloat16_latents_get_the_codes_of_their_float32_values(clusters):
     np.testing.assert_array_equal(low, high)
 
 
-def test_first_codes_are_latents_of_the_first_batch(clusters):
-    module, variables = fresh(clusters[0], start="data", decay=0.9)
+def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(clusters):
+    """64 points, each 8 times: one batch finds them all, and there is nothing left to move."""
+    z = np.repeat(clusters[0][:64], 8, axis=0)
+    module = EMAQuantizer(128, 8, revival_threshold=0.0)
+    out, first = train(module, module.init(jax.random.key(0), z), z)
+    assert float(out.metrics["quantization_error"]) < 1e-10
+    _, second = train(module, first, z, seed=1)
+    first, second = first["batch_stats"], second["batch_stats"]
+    used = np.asarray(out.metrics["counts"]) > 0
+    np.testing.assert_allclose(second["codebook"][used], first["codebook"][used], rtol=1e-5, atol=1e-5)
+    for state in (first, second):
+        codes = state["sums"] / module._smoothed(state["counts"])[:, None]
+        np.testing.assert_allclose(state["codebook"], codes, rtol=2e-5, atol=1e-6)
+
+
+def test_data_start_takes_latents_of_the_first_batch(clusters):
+    module, variables = fresh(clusters[0], start="data")
     out, after = train(module, variables, clusters[0])
     rows = {row.tobytes() for row in clusters[0]}
     assert all(row.tobytes() in rows for row in np.asarray(out.z).reshape(-1, 8))
-    assert len(np.unique(np.asarray(out.z), axis=0)) > 32
-    # A second step must not start over.
-    again, _ = train(module, after, clusters[1], seed=1)
-    codes = np.asarray(after["batch_stats"]["codebook"])
-    assert all((codes == row).all(1).any() for row in np.asarray(again.z)[:16])
+    np.testing.assert_array_equal(after["batch_stats"]["codebook"][out.indices], out.z)
 
 
-def test_revival_moves_dead_codes_to_current_latents(clusters):
+def test_fewer_latents_than_codes(clusters):
+    """Surplus codes repeat latents at first and are revived by later batches."""
+    module, variables = fresh(clusters[0])
+    for step in range(20):
+        out, variables = train(module, variables, clusters[step % 4][16 * (step // 4) :][:16], seed=step)
+        assert np.isfinite(out.loss)
+    out = module.apply(variables, clusters[0])
+    assert np.count_nonzero(out.metrics["counts"]) > 32
+
+
+def test_revival_moves_dead_codes_next_to_codes_in_use(clusters):
     def use(threshold):
         module, variables = fresh(clusters[0], start="normal", decay=0.5, revival_threshold=threshold)
         revived = 0
         for step in range(24):
             out, variables = train(module, variables, clusters[step % 4], seed=step)
-            revived += int(out.metrics.get("revived", 0))
-        return np.count_nonzero(out.metrics["counts"]), revived, np.asarray(variables["batch_stats"]["codebook"])
+            revived += int(out.metrics["revived"])
+        return np.count_nonzero(out.metrics["counts"]), revived, variables["batch_stats"]
 
     dead_use, dead_revived, _ = use(0.0)
-    live_use, live_revived, codebook = use(0.1)
+    live_use, live_revived, state = use(0.2)
     assert dead_revived == 0 < live_revived
     assert live_use > dead_use + 8
-    assert np.isfinite(codebook).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_revival_conserves_counts_and_places(clusters):
+    """Codes in use give half of their count to a revived one and stay where they are."""
+    module, variables = fresh(clusters[0], start="normal", decay=0.99, decay_warmup=False)
+    state = variables["batch_stats"] | {"counts": jnp.ones(64).at[:2].set(1e-6)}
+    state["codebook"] = jnp.asarray(clusters[0][:64]).at[:2].set(100.0)
+    state["sums"] = state["codebook"] * module._smoothed(state["counts"])[:, None]
+    out, after = train(module, {"batch_stats": state}, clusters[0])
+    _, plain = train(module.clone(revival_threshold=0.0), {"batch_stats": state}, clusters[0])
+    after, plain = after["batch_stats"], plain["batch_stats"]
+    assert out.metrics["revived"] == out.metrics["dead"] == 2
+    np.testing.assert_allclose(after["counts"].sum(), plain["counts"][2:].sum(), rtol=1e-5)
+    np.testing.assert_allclose(after["codebook"][2:], plain["codebook"][2:], rtol=1e-4, atol=1e-5)
+    gap = np.linalg.norm(np.asarray(after["codebook"])[:2, None] - np.asarray(state["codebook"])[None, 2:], axis=-1)
+    assert gap.min(1).max() < 3  # next to a code, and no longer at 100
 
 
 def test_no_collapse_from_a_cold_start(clusters):
     """The origin ends with two codes here (its golden run has 28, 2, 2, 1, 1 in use)."""
-    module, variables = fresh(clusters[0], start="normal")
+    module, variables = fresh(clusters[0], start="normal", revival_threshold=0.0)
     for step in range(8):
         out, variables = train(module, variables, clusters[step % 4], seed=step)
     assert np.count_nonzero(out.metrics["counts"]) > 16
 
 
-@pytest.mark.parametrize("block", [7, 64, 500])
-def test_blocked_search_equals_brute_force(block):
-    rng = np.random.default_rng(1)
-    z, codebook = rng.normal(size=(300, 5)).astype(np.float32), rng.normal(size=(500, 5)).astype(np.float32)
-    distance = ((z[:, None].astype(np.float64) - codebook[None]) ** 2).sum(-1)
-    np.testing.assert_array_equal(nearest(jnp.asarray(z), jnp.asarray(codebook), block), distance.argmin(1))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_nonfinite_latents_are_reported_and_poison_nothing(clusters, bad, first):
+    module, variables = fresh(clusters[0])
+    if not first:
+        _, variables = train(module, variables, clusters[1])
+    z = clusters[0].copy()
+    z[[3, 77, 401], [0, 1, 2]] = bad
+    out, after = train(module, variables, z)
+    assert out.metrics["nonfinite"] == 3
+    assert out.metrics["counts"].sum() == 509
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
+    gradient = jax.jit(jax.grad(lambda z: module.apply(after, z).loss))(jnp.asarray(z))
+    assert np.isfinite(gradient).all()
+    # What the good latents taught is as if the bad ones had not been there.
+    good = np.delete(z, [3, 77, 401], axis=0)
+    if not first:
+        plain = module.clone(revival_threshold=0.0)
+        (_, with_bad), (_, without) = train(plain, variables, z), train(plain, variables, good)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            with_bad["batch_stats"],
+            without["batch_stats"],
+        )
+
+
+def test_a_batch_without_a_finite_latent_changes_no_code(clusters):
+    module, variables = fresh(clusters[0])
+    _, before = train(module, variables, clusters[0])
+    out, after = train(module, before, np.full_like(clusters[0], np.nan), seed=1)
+    assert out.metrics["revived"] == 0
+    np.testing.assert_allclose(
+        after["batch_stats"]["codebook"], before["batch_stats"]["codebook"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_frozen_codes_never_change(clusters):
+    module, variables = fresh(clusters[0], frozen=True)
+    _, after = train(module, variables, clusters[0])
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
+
+
+def test_cosine_codes_stay_on_the_sphere(clusters):
+    module, variables = fresh(clusters[0], distance="cosine")
+    for step in range(4):
+        _, variables = train(module, variables, clusters[step], seed=step)
+    np.testing.assert_allclose(np.linalg.norm(variables["batch_stats"]["codebook"], axis=1), 1, rtol=1e-5)
+    scaled = module.apply(variables, 7 * clusters[0])
+    np.testing.assert_array_equal(scaled.indices, module.apply(variables, clusters[0]).indices)
+    assert float(scaled.metrics["quantization_error"]) < 0.05
+
+
+def test_a_mesh_of_eight_gives_the_codebook_of_one_device(clusters):
+    """Start, updates and revival over 4x2 devices, codebook split over "model"."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    module, alone = fresh(clusters[0], revival_threshold=0.5)
+    place = {"codebook": P("model"), "sums": P("model"), "counts": P("model"), "step": P()}
+    place = {"batch_stats": {n: NamedSharding(mesh, p) for n, p in place.items()}}
+    spread = jax.device_put(alone, place)
+    sharded = jax.jit(
+        lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
+        in_shardings=(place, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
+        out_shardings=(None, place),
+    )
+    revived = 0
+    for i in range(4):
+        key = jax.random.key(i)
+        one, alone = step(module, alone, clusters[i], key)
+        many, spread = sharded(spread, clusters[i], key)
+        revived += int(one.metrics["revived"])
+        np.testing.assert_array_equal(one.indices, many.indices)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), alone, spread)
+        np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
+    assert revived > 0

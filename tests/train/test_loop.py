@@ -149,5 +149,3 @@ def test_windows_average_scalars_and_add_counts():
     window.add({"loss": np.float32(5.0), "counts": np.array([1, 1, 1, 1])}, add)
     window.pause()
     assert window.flush()["loss"] == 5.0
-
-

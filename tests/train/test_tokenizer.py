@@ -37,7 +37,8 @@ def single(tiny):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}]
+    "mesh",
+    [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
 )
 def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
     config = tiny(mesh=mesh)
@@ -118,7 +119,9 @@ def test_counts_of_several_levels():
 
 
 def test_the_decoder_must_paint_what_the_data_gives(tiny):
-    with pytest.raises(ConfigError, match=r"model.decoder_patch_size=8 .* 32 pixels, but data.image_size=64: set model.dec"):
+    with pytest.raises(
+        ConfigError, match=r"model.decoder_patch_size=8 .* 32 pixels, but data.image_size=64: set model.dec"
+    ):
         TokenizerTask.build(tiny(data={"image_size": 64}))
 
 

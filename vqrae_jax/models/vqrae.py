@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.quantizers.base import Quantized, Quantizer
+from vqrae_jax.quantizers.none import NO_CODES
 
 
 @flax.struct.dataclass
@@ -86,8 +87,11 @@ class VQRAE(nn.Module):
         return self.decoder(z)
 
     def encode_to_indices(self, image: Float[Array, "B H W 3"]) -> Int[Array, "B h w"]:
-        """The codes: [B, h, w], or [B, N] with quantize_before_reshape."""
-        return self.quantize(image).indices
+        """The codes: [B, h, w], or [B, N] with quantize_before_reshape. ValueError if the model has none."""
+        indices = self.quantize(image).indices
+        if indices is None:
+            raise ValueError(NO_CODES)
+        return indices
 
     def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W 3"]:
         """Paints codes: `decode_from_indices(encode_to_indices(x)) == __call__(x)`."""

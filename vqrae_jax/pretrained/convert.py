@@ -8,8 +8,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.pretrained import families, tables
+from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.layout import from_file
-from vqrae_jax.pretrained.tables import PretrainedError, Table
+from vqrae_jax.pretrained.tables import Table
 
 SHOWN = 24  # groups of names listed of each kind in an error
 
@@ -52,7 +53,7 @@ def convert(
                 parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
                 got |= {p: from_file(p, part, want[p].shape) for p, part in zip(paths, parts, strict=True)}
             except ValueError as error:
-                misfit |= {p: f"{name} ({error})" for p in paths}
+                misfit |= dict.fromkeys(paths, f"{name} ({error})")
     missing = [p for p in want if p not in got and p not in misfit]
     if unexpected or missing or misfit:
         report = _report(source, missing, unexpected, list(misfit.values()))

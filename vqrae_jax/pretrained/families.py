@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vqrae_jax.pretrained.tables import DECODER_TABLE, PretrainedError, Row, Table, dense, find, norm
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, find, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,29 @@ MAE_TABLE: Table = [
     Row("decoder.*", None),
 ]
 
+
+def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, Any]:
+    """`family.describe` with the numbers checked.
+
+    Raises:
+      PretrainedError: config.json lacks a field or gives a network that cannot be.
+    """
+    try:
+        fields = family.describe(config)
+        blocks = fields["blocks"]
+        numbers = [blocks["width"], blocks["depth"], blocks["heads"], blocks["mlp"], fields["patch"]]
+        if not all(isinstance(n, int) and n > 0 for n in numbers) or blocks["width"] % blocks["heads"]:
+            raise ValueError(f"width, depth, heads, mlp, patch are {numbers}")
+        if fields.get("pos") != "rope" and fields["grid"] < 1:
+            raise ValueError(f"image_size={config.get('image_size')} holds no patch")
+    except PretrainedError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PretrainedError(f"the config.json of {source} describes no encoder of this kind ({reason})") from error
+    return fields
+
+
 FAMILIES = {
     "Dinov2withNorm": Family(
         ("dinov2", "dinov2_with_registers"), DINOV2_TABLE, describe_dinov2, origin="encoder.encoder."
@@ -203,7 +227,7 @@ FAMILIES = {
 
 
 def looks_like(names: Iterable[str]) -> str | None:
-    """What kind of network has these tensor names: an `encoder_cls`, "a decoder", or None where none fits most of them."""
+    """What has these tensor names: an `encoder_cls`, "a decoder", or None where none fits most of them."""
     names = list(names)
 
     def known(table: Table, prefix: str) -> int:

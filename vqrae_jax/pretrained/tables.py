@@ -14,10 +14,6 @@ import re
 from typing import NamedTuple
 
 
-class PretrainedError(ValueError):
-    """Weights or their description cannot be used; the message names the file and what to do."""
-
-
 class Row(NamedTuple):
     """One tensor, or one per block."""
 
@@ -36,6 +32,11 @@ def dense(name: str, path: str, only: str = "") -> Table:
 
 def norm(name: str, path: str) -> Table:
     return [Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")]
+
+
+def nested(table: Table, name: str, path: str) -> Table:
+    """The table one level down: `name` in front of every name, `path` in front of every path."""
+    return [row._replace(name=name + row.name, path=row.path and path + row.path) for row in table]
 
 
 def find(table: Table, name: str) -> tuple[Row, list[str]] | None:
@@ -70,19 +71,20 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 _BLOCK = "decoder_layers.#."
 
-# GeneralDecoder of the origin (RAE releases hold exactly these names).
+# GeneralDecoder of the origin (RAE releases hold exactly these names); its code is the origin's own, so that they are
+# the same whatever transformers it runs with.
 DECODER_TABLE: Table = [
     *dense("decoder_embed", "embed"),
     Row("decoder_pos_embed", "pos_embed"),
     Row("trainable_cls_token", "cls"),
     *norm(_BLOCK + "layernorm_before", "block#/norm1"),
-    *dense(_BLOCK + "attention.(attention.query|q_proj)", "block#/attn/query"),
-    *dense(_BLOCK + "attention.(attention.key|k_proj)", "block#/attn/key"),
-    *dense(_BLOCK + "attention.(attention.value|v_proj)", "block#/attn/value"),
-    *dense(_BLOCK + "attention.(output.dense|o_proj)", "block#/attn/out"),
+    *dense(_BLOCK + "attention.attention.query", "block#/attn/query"),
+    *dense(_BLOCK + "attention.attention.key", "block#/attn/key"),
+    *dense(_BLOCK + "attention.attention.value", "block#/attn/value"),
+    *dense(_BLOCK + "attention.output.dense", "block#/attn/out"),
     *norm(_BLOCK + "layernorm_after", "block#/norm2"),
-    *dense(_BLOCK + "(intermediate.dense|mlp.fc1)", "block#/mlp/up"),
-    *dense(_BLOCK + "(output.dense|mlp.fc2)", "block#/mlp/down"),
+    *dense(_BLOCK + "intermediate.dense", "block#/mlp/up"),
+    *dense(_BLOCK + "output.dense", "block#/mlp/down"),
     *norm("decoder_norm", "norm"),
     *dense("decoder_pred", "pred"),
 ]

@@ -1,27 +1,35 @@
-"""What every quantizer is: its return value, its protocol, and the few formulas that all of them share."""
+"""What every quantizer is: its return value, its protocol, and what all of them do with the latents they are given."""
 
 from typing import Any, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from vqrae_jax.quantizers.statistics import code_counts
 
 
 @flax.struct.dataclass
 class Quantized:
     """The one return value of a quantizer."""
 
-    z: Any  # Float [*b, C]: the quantized latent, straight-through for gradients
+    z: Any  # Float [*b, C]: the quantized latent; what gradient reaches the input is the quantizer's choice
     indices: Any  # Int32 [*b], or [*b, depth] where one latent has several codes
     loss: Any  # Float []: weighted, to be added to the training loss
-    metrics: dict[str, Any]  # "counts" Int32 [K]: how often each code was chosen in this batch; further scalars
+    # "counts" Int32 [K] (or [depth, K]): how often each code was chosen in this batch. "nonfinite" Int32 []: latents
+    # with NaN or Inf. "quantization_error" Float []: mean squared error relative to the variance of the latents.
+    # Further scalars.
+    metrics: dict[str, Any]
 
 
 class Quantizer(Protocol):
     """A discrete bottleneck; knows nothing of images.
 
-    Law: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included.
+    Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
+    state; NaN and Inf in z are counted in the metrics and change neither state nor loss.
+
+    Trained parts are in `params`, state of training in `batch_stats`; random draws come from the rng stream "codes".
     """
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized: ...
@@ -29,19 +37,51 @@ class Quantizer(Protocol):
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]: ...
 
 
-def straight_through(z: Float[Array, "*b C"], quantized: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
-    """The value of `quantized`, exactly, with the gradient passed to z unchanged (Bengio et al. 2013)."""
-    return jax.lax.stop_gradient(quantized) + (z - jax.lax.stop_gradient(z))
+def flatten(z: Float[Array, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
+    """Latents as float32 rows, and which of them are finite; the others become zero and receive no gradient.
+
+    Raises:
+      ValueError: the last axis of z has not the length `channels`.
+    """
+    if z.shape[-1] != channels:
+        raise ValueError(f"the quantizer takes latents of {channels} channels, got shape {z.shape}")
+    flat = z.reshape(-1, channels).astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(flat), axis=-1)
+    return jnp.where(finite[:, None], flat, 0.0), finite
 
 
-def code_counts(indices: Int[Array, "*b"], num_embeddings: int) -> Int[Array, " K"]:
-    """How often each code occurs."""
-    flat = indices.reshape(-1)
-    return jax.ops.segment_sum(jnp.ones_like(flat), flat, num_embeddings)
+def kept_mean(values: Float[Array, "N C"], keep: Bool[Array, " N"]) -> Float[Array, ""]:
+    """The mean over the rows that `keep` marks; zero where there is none."""
+    rows = jnp.mean(values, axis=1)
+    return jnp.sum(jnp.where(keep, rows, 0.0)) / jnp.maximum(jnp.sum(keep), 1)
 
 
-def vq_loss(z: Float[Array, "*b C"], quantized: Float[Array, "*b C"], commitment_cost: float) -> Float[Array, ""]:
+def vq_loss(
+    flat: Float[Array, "N C"], codes: Float[Array, "N C"], keep: Bool[Array, " N"], commitment_cost: float
+) -> Float[Array, ""]:
     """Codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
-    codebook = jnp.mean((jax.lax.stop_gradient(z) - quantized) ** 2)
-    commitment = jnp.mean((z - jax.lax.stop_gradient(quantized)) ** 2)
+    codebook = kept_mean((jax.lax.stop_gradient(flat) - codes) ** 2, keep)
+    commitment = kept_mean((flat - jax.lax.stop_gradient(codes)) ** 2, keep)
     return codebook + commitment_cost * commitment
+
+
+def health(
+    flat: Float[Array, "N C"],
+    codes: Float[Array, "N C"],
+    indices: Int[Array, " N"],
+    num_embeddings: int,
+    keep: Bool[Array, " N"],
+) -> dict[str, Array]:
+    """The metrics of every quantizer that replaces a latent by one code."""
+    flat, codes = jax.lax.stop_gradient((flat, codes))
+    return {
+        "counts": code_counts(indices, num_embeddings, keep),
+        "nonfinite": jnp.sum(~keep, dtype=jnp.int32),
+        "quantization_error": relative_error(flat, codes, keep),
+    }
+
+
+def relative_error(flat: Float[Array, "N C"], codes: Float[Array, "N C"], keep: Bool[Array, " N"]) -> Float[Array, ""]:
+    """Mean squared error as a share of the variance of the latents (per channel, about the batch's mean)."""
+    mean = jnp.sum(jnp.where(keep[:, None], flat, 0.0), axis=0) / jnp.maximum(jnp.sum(keep), 1)
+    return kept_mean((flat - codes) ** 2, keep) / jnp.maximum(kept_mean((flat - mean) ** 2, keep), 1e-12)

@@ -5,30 +5,52 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vqrae_jax.quantizers.base import Quantized, code_counts, straight_through, vq_loss
-from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
+from vqrae_jax.quantizers.kmeans import draw, kmeans
+from vqrae_jax.quantizers.nearest import Distance, nearest, unit
+from vqrae_jax.quantizers.statistics import code_totals
+
+Start = Literal["kmeans", "data", "normal"]
+
+REVIVAL_STEP = 0.1  # how far a revived code stands from its parent, as a share of the way to the latent that was drawn
+REVIVAL_SHARE = 16  # at most one code in so many is revived in one step, which bounds the memory
 
 
 class EMAQuantizer(nn.Module):
     """Codes are running means of the latents assigned to them; nothing here is trained by gradient.
 
-    State, in the mutable collection `batch_stats`, all float32:
+    State, in the mutable collection `batch_stats`, float32:
       codebook [K, C]: the codes.
       counts [K]: running number of latents per code and step. Starts at one: from zero (the origin's start) the first
         update divides by almost nothing, throws the codes outwards and the codebook collapses.
       sums [K, C]: running sum of these latents; codebook = sums / smoothed counts.
+      step []: int32, updates so far, the first codes counted as one.
 
-    Statistics are taken over the whole batch, which under `jit` is the global one.
+    Statistics are taken over the whole batch, which under `jit` is the global one. The output of a training step uses
+    the codes from before its update.
 
     Attributes:
       num_embeddings: codebook size K.
+      channels: C.
       commitment_cost: weight of the commitment loss.
       decay, epsilon: of the running means; epsilon is the pseudo-count of Laplace smoothing.
-      start: "data" makes the first codes from random latents of the first training batch, "normal" from N(0, 1).
-      revival_threshold: in training, a code whose count is below becomes a random latent of the batch; needs the rng
-        stream "codes". 0 switches it off.
+      start: the first codes: "kmeans" clusters the first training batch, "data" takes random latents of it, "normal"
+        draws from N(0, 1) before training.
+      revival_threshold: in training, a code whose count falls below this share of the mean count is dead: it moves next
+        to a code that is in use (chosen in proportion to use, through a random latent of the batch, and towards that
+        latent), and takes over half of its count (Linde, Buzo & Gray 1980 split codes so). A code put on the latent
+        itself would hardly win another one: in many channels latents are farther from each other than from means.
+        0 switches it off.
+      decay_warmup: until it reaches `decay`, the decay of step t is t / (t + 1), the plain mean of all batches so far;
+        a constant decay keeps the first codes, fitted to one batch, for 1 / (1 - decay) steps.
+      distance: "l2", or "cosine": latents and codes of unit length (Yu et al. 2021, arXiv:2110.04627).
+      estimator: the gradient through the choice, see `estimators`.
+      frozen: the codes never change.
+
+    Training draws from the rng stream "codes" for the first codes and for revival.
     """
 
     num_embeddings: int
@@ -36,33 +58,40 @@ class EMAQuantizer(nn.Module):
     commitment_cost: float = 0.25
     decay: float = 0.99
     epsilon: float = 1e-5
-    start: Literal["data", "normal"] = "data"
-    revival_threshold: float = 0.0
+    start: Start = "kmeans"
+    revival_threshold: float = 0.2
+    decay_warmup: bool = True
+    distance: Distance = "l2"
+    estimator: Estimator = "straight_through"
+    frozen: bool = False
 
     def setup(self):
         shape = (self.num_embeddings, self.channels)
-        self.codebook = self.variable(
-            "batch_stats", "codebook", lambda: jax.random.normal(self.make_rng("params"), shape)
-        )
+        self.codebook = self.variable("batch_stats", "codebook", lambda: self._random_codes(self.make_rng("params")))
         self.counts = self.variable("batch_stats", "counts", jnp.ones, shape[:1])
         self.sums = self.variable("batch_stats", "sums", lambda: self.codebook.value)
-        self.started = self.variable("batch_stats", "started", lambda: jnp.asarray(self.start == "normal"))
+        self.step = self.variable("batch_stats", "step", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also updates the state, after it was used."""
-        flat = z.reshape(-1, self.channels).astype(jnp.float32)
-        update = train and not self.is_initializing()
-        if update and self.start == "data":
-            self._start(flat)
-        indices = nearest(jax.lax.stop_gradient(flat), self.codebook.value)
+        flat, finite = flatten(z, self.channels)
+        if self.distance == "cosine":
+            flat = unit(flat)
+        fixed = jax.lax.stop_gradient(flat)
+        update = train and not self.frozen and not self.is_initializing()
+        begins = self.step.value == 0
+        if update and self.start != "normal":
+            self._begin(begins, fixed, finite)
+        indices = nearest(fixed, self.codebook.value, self.distance)
         codes = self.codebook.value[indices]
-        metrics = {"counts": code_counts(indices, self.num_embeddings)}
+        metrics = health(flat, codes, indices, self.num_embeddings, finite)
+        metrics["dead"] = jnp.sum(self._is_dead(self.counts.value), dtype=jnp.int32)
         if update:
-            metrics |= self._update(jax.lax.stop_gradient(flat), indices, metrics["counts"])
+            metrics["revived"] = self._update(begins, fixed, finite, indices, metrics["counts"])
         return Quantized(
-            z=straight_through(flat, codes).reshape(z.shape),
+            z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
-            loss=vq_loss(flat, codes, self.commitment_cost),
+            loss=vq_loss(flat, codes, finite, self.commitment_cost),
             metrics=metrics,
         )
 
@@ -70,44 +99,91 @@ class EMAQuantizer(nn.Module):
         """The codes of `indices`."""
         return self.codebook.value[indices]
 
-    def _start(self, flat: Float[Array, "N C"]) -> None:
+    def _random_codes(self, key: PRNGKeyArray) -> Float[Array, "K C"]:
+        codes = jax.random.normal(key, (self.num_embeddings, self.channels))
+        return unit(codes) if self.distance == "cosine" else codes
+
+    def _begin(self, begins: Bool[Array, ""], flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
         """The first batch makes the first codes; every later one leaves them alone."""
-        codes = jax.lax.cond(
-            self.started.value,
-            lambda: self.codebook.value,
-            lambda: jax.lax.stop_gradient(self._random_latents(flat)),
-        )
-        fresh = ~self.started.value
-        self.codebook.value = codes
-        self.sums.value = jnp.where(fresh, codes * self.counts.value[:, None], self.sums.value)
-        self.started.value = jnp.ones_like(self.started.value)
+        key = self.make_rng("codes")
+
+        def first():
+            if self.start == "kmeans":
+                codes, counts = kmeans(key, flat, self.num_embeddings, self.distance, finite)
+            else:
+                codes = flat[draw(key, finite.astype(jnp.float32), self.num_embeddings)]
+                counts = jnp.zeros(self.num_embeddings)
+            # A code that stands for no latent is just alive: at zero it would have no place (sums / counts).
+            mean = jnp.maximum(jnp.sum(finite), 1) / self.num_embeddings
+            counts = jnp.maximum(counts, mean * max(self.revival_threshold, 0.1))
+            return codes, counts, codes * self._smoothed(counts)[:, None]
+
+        state = (self.codebook.value, self.counts.value, self.sums.value)
+        state = jax.lax.cond(begins, first, lambda: state)
+        self.codebook.value, self.counts.value, self.sums.value = state
 
     def _update(
-        self, flat: Float[Array, "N C"], indices: Int[Array, " N"], counts: Int[Array, " K"]
-    ) -> dict[str, Float[Array, ""]]:
-        totals = jax.ops.segment_sum(flat, indices, self.num_embeddings)
-        self.counts.value = self.decay * self.counts.value + (1 - self.decay) * counts
-        self.sums.value = self.decay * self.sums.value + (1 - self.decay) * totals
+        self,
+        begins: Bool[Array, ""],
+        flat: Float[Array, "N C"],
+        finite: Bool[Array, " N"],
+        indices: Int[Array, " N"],
+        found: Int[Array, " K"],
+    ) -> Int[Array, ""]:
+        """One step of the running means; returns how many codes were revived.
+
+        The batch that made the first codes is in them already, so it moves nothing. Latents that are not finite are
+        zero in `flat` and absent from `found`, so they have no part in it.
+        """
+        decay = jnp.asarray(self.decay)
+        if self.decay_warmup:
+            decay = jnp.minimum(decay, self.step.value / (self.step.value + 1))
+        decay = jnp.where(begins, 1.0, decay)
+        counts = decay * self.counts.value + (1 - decay) * found
+        totals = code_totals(flat, indices, self.num_embeddings)
+        sums = decay * self.sums.value + (1 - decay) * totals
         revived = jnp.zeros((), jnp.int32)
         if self.revival_threshold:
-            revived = self._revive(flat)
-        self.codebook.value = self.sums.value / self._smoothed_counts()[:, None]
-        return {"revived": revived}
+            counts, sums, revived = self._revive(self.make_rng("codes"), ~begins, flat, finite, indices, counts, sums)
+        codes = sums / self._smoothed(counts)[:, None]
+        codes = unit(codes) if self.distance == "cosine" else codes
+        self.codebook.value = jnp.where(begins, self.codebook.value, codes)
+        self.counts.value, self.sums.value = counts, sums
+        self.step.value = self.step.value + 1
+        return revived
 
-    def _revive(self, flat: Float[Array, "N C"]) -> Int[Array, ""]:
-        """Codes that are hardly chosen move to latents of this batch, sums and counts together."""
-        dead = self.counts.value < self.revival_threshold
-        self.sums.value = jnp.where(dead[:, None], self._random_latents(flat), self.sums.value)
-        self.counts.value = jnp.where(dead, 1.0, self.counts.value)
-        return jnp.sum(dead, dtype=jnp.int32)
+    def _revive(
+        self,
+        key: PRNGKeyArray,
+        allowed: Bool[Array, ""],
+        flat: Float[Array, "N C"],
+        finite: Bool[Array, " N"],
+        indices: Int[Array, " N"],
+        counts: Float[Array, " K"],
+        sums: Float[Array, "K C"],
+    ) -> tuple[Float[Array, " K"], Float[Array, "K C"], Int[Array, ""]]:
+        """Dead codes split codes in use: new counts and sums, and how many codes moved."""
+        limit = -(-self.num_embeddings // REVIVAL_SHARE)
+        dead = jax.lax.top_k(-counts, limit)[1]
+        latent = draw(key, finite.astype(jnp.float32), limit)
+        moves = self._is_dead(counts)[dead] & finite[latent] & allowed
+        parent = indices[latent]
+        parts = 1.0 + jax.ops.segment_sum(moves.astype(jnp.float32), parent, self.num_embeddings)
+        counts, sums = counts / parts, sums / parts[:, None]
+        share = counts[parent]
+        origin = self.codebook.value[parent]
+        codes = origin + REVIVAL_STEP * (flat[latent] - origin)
+        place = jnp.where(moves, dead, self.num_embeddings)  # beyond the end: dropped
+        return (
+            counts.at[place].set(share, mode="drop"),
+            sums.at[place].set(codes * share[:, None], mode="drop"),
+            jnp.sum(moves, dtype=jnp.int32),
+        )
 
-    def _random_latents(self, flat: Float[Array, "N C"]) -> Float[Array, "K C"]:
-        """K rows of flat, without repetition where there are enough."""
-        n = len(flat)
-        order = jax.random.permutation(self.make_rng("codes"), n)
-        return flat[order[jnp.arange(self.num_embeddings) % n]]
+    def _is_dead(self, counts: Float[Array, " K"]) -> Bool[Array, " K"]:
+        return counts < self.revival_threshold * jnp.mean(counts)
 
-    def _smoothed_counts(self) -> Float[Array, " K"]:
+    def _smoothed(self, counts: Float[Array, " K"]) -> Float[Array, " K"]:
         """Laplace smoothing: no count is zero, and the total stays what it was."""
-        total = jnp.sum(self.counts.value)
-        return (self.counts.value + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
+        total = jnp.sum(counts)
+        return (counts + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total

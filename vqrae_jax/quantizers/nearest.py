@@ -1,38 +1,150 @@
-"""Exact nearest-code search that never holds the N x K matrix of distances."""
+"""Exact nearest-code search that never holds the N x K matrix of distances.
+
+The search walks over blocks of rows and of codes and keeps the best so far. It needs no knowledge of a mesh: rows and
+codes are laid out so that rows sharded over one mesh axis and codes sharded over another stay where they are, every
+device searches its own codes for its own rows, and only (distance, index) of the best crosses devices.
+"""
+
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 4096  # codes compared at once
+Distance = Literal["l2", "cosine"]
+
+LANES = 8  # contiguous parts of the codebook, searched side by side; a codebook may be sharded this many ways
 
 
-def nearest(z: Float[Array, "N C"], codebook: Float[Array, "K C"], block: int = BLOCK) -> Int[Array, " N"]:
-    """The index of the L2-nearest code of each row; ties go to the lowest index.
+class Block(NamedTuple):
+    """How many rows are compared with how many codes at once."""
 
-    Walks over the codebook in blocks and keeps the best so far, so memory is N * block. Distances are float32 whatever
-    the input: in bfloat16 about one token in a hundred changes its code.
+    rows: int
+    codes: int
+
+
+# On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them;
+# elsewhere blocks need only bound the memory (256 MiB).
+CPU_BLOCK = Block(1024, 1024)
+DEFAULT_BLOCK = Block(16_384, 4096)
+
+
+def nearest(
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | None = None
+) -> Int[Array, " N"]:
+    """The index of the nearest code of each row; ties go to the lowest index.
+
+    Distances are float32 whatever the input: in bfloat16 about one token in a hundred changes its code. No gradient
+    passes.
+
+    Args:
+      z: latents, finite.
+      codebook: codes, finite.
+      distance: "l2", or "cosine" for the largest cosine of the angle, whatever the lengths.
+      block: sizes to use instead of the backend's own.
+
+    Returns:
+      Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
     """
-    z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
-    size = len(codebook)
-    if size <= block:
-        return jnp.argmin(_scores(z, codebook), axis=1).astype(jnp.int32)
-    blocks = -(-size // block)
-    padded = jnp.pad(codebook, ((0, blocks * block - size), (0, 0)), constant_values=jnp.inf)
+    z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook))
+    if distance == "cosine":
+        codes, offsets = unit(codes), jnp.zeros(len(codes))
+    else:
+        offsets = 0.5 * jnp.sum(codes**2, axis=1)
+    if block is not None:
+        return _blocked(z, codes, offsets, block)
+    return jax.lax.platform_dependent(
+        z,
+        codes,
+        offsets,
+        cpu=functools.partial(_blocked, block=CPU_BLOCK),
+        tpu=_whole,
+        default=functools.partial(_blocked, block=DEFAULT_BLOCK),
+    )
 
-    def visit(best, part):
-        start, codes = part
-        scores = jnp.where(jnp.isnan(s := _scores(z, codes)), jnp.inf, s)  # padding scores inf - inf
-        here = jnp.argmin(scores, axis=1)
-        score = jnp.min(scores, axis=1)
+
+def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+    """x at length one; zero stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+
+
+def _whole(z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Int[Array, " N"]:
+    """One expression, for a compiler that fuses the arg-min into the matmul, as XLA for TPU does."""
+    return jnp.argmin(_scores(z, codes, offsets), axis=1).astype(jnp.int32)
+
+
+def _blocked(
+    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
+) -> Int[Array, " N"]:
+    n, channels = z.shape
+    # Rows go in strided blocks (block i holds rows i, i + steps, ...): scanning contiguous ones would cut the row axis,
+    # and a scan over a sharded axis gathers it.
+    rows = _largest_divisor(n, block.rows)
+    padding = 0
+    if 4 * rows < min(n, block.rows):
+        rows = min(n, block.rows)
+        padding = -n % rows
+        z = jnp.pad(z, ((0, padding), (0, 0)))
+    strided = z.reshape(rows, -1, channels)
+    lanes, lane_offsets, width = _lanes(codes, offsets, block.codes)
+
+    def search(_, i):
+        x = jax.lax.dynamic_index_in_dim(strided, i, axis=1, keepdims=False)
+        return None, _search(x, lanes, lane_offsets, width, len(codes))
+
+    _, found = jax.lax.scan(search, None, jnp.arange(strided.shape[1]))
+    found = found.T.reshape(-1)
+    return found[:n] if padding else found
+
+
+def _lanes(
+    codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: int
+) -> tuple[Float[Array, "L S C"], Float[Array, "L S"], int]:
+    """Codes in L contiguous lanes, and how many of each lane make a block; the padding is infinitely far."""
+    size = len(codes)
+    lanes = min(LANES, size & -size)  # a power of two that divides K
+    width = max(1, min(block, size) // lanes)
+    padding = -(size // lanes) % width
+    return (
+        jnp.pad(codes.reshape(lanes, size // lanes, -1), ((0, 0), (0, padding), (0, 0))),
+        jnp.pad(offsets.reshape(lanes, -1), ((0, 0), (0, padding)), constant_values=jnp.inf),
+        width,
+    )
+
+
+def _search(
+    x: Float[Array, "R C"], lanes: Float[Array, "L S C"], offsets: Float[Array, "L S"], width: int, size: int
+) -> Int[Array, " R"]:
+    """The best code of every lane, block by block, then the best of the lanes."""
+    count, length = offsets.shape
+
+    def visit(best, i):
+        codes = jax.lax.dynamic_slice_in_dim(lanes, i * width, width, axis=1)
+        offset = jax.lax.dynamic_slice_in_dim(offsets, i * width, width, axis=1)
+        scores = _scores(x, codes.reshape(count * width, -1), offset.reshape(-1)).reshape(len(x), count, width)
+        score, index = _first_minimum(scores)
         better = score < best[0]
-        return (jnp.where(better, score, best[0]), jnp.where(better, start + here, best[1])), None
+        return (jnp.where(better, score, best[0]), jnp.where(better, i * width + index, best[1])), None
 
-    first = (jnp.full(len(z), jnp.inf), jnp.zeros(len(z), jnp.int32))
-    parts = (jnp.arange(blocks, dtype=jnp.int32) * block, padded.reshape(blocks, block, -1))
-    return jax.lax.scan(visit, first, parts)[0][1]
+    nothing = (jnp.full((len(x), count), jnp.inf), jnp.zeros((len(x), count), jnp.int32))
+    (score, index), _ = jax.lax.scan(visit, nothing, jnp.arange(length // width, dtype=jnp.int32))
+    index += jnp.arange(count, dtype=jnp.int32) * (size // count)
+    best = jnp.min(score, axis=1, keepdims=True)
+    return jnp.min(jnp.where(score == best, index, size - 1), axis=1)
 
 
-def _scores(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float[Array, "N K"]:
-    """Squared distance less |z|^2, which is the same for all codes."""
-    return jnp.sum(codebook**2, axis=1) - 2 * jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST)
+def _first_minimum(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
+    """Minimum and its lowest index. Two passes, because XLA for CPU does not vectorize the arg-min's comparator."""
+    score = jnp.min(scores, axis=-1)
+    positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    return score, jnp.min(jnp.where(scores == score[..., None], positions, len(positions) - 1), axis=-1)
+
+
+def _scores(z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Float[Array, "N K"]:
+    """Half the squared distance less |z|^2 / 2, which is the same for all codes."""
+    return offsets - jnp.dot(z, codes.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)

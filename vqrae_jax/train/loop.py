@@ -90,12 +90,10 @@ class Run:
         total = jax.device_get(total)
         if not total["images"]:
             raise DataError("data.eval_path: none of its images can be read")
-        health = codebook.health(total["counts"])
-        return {
-            "eval/psnr": float(total["psnr"] / total["images"]),
-            "eval/images": int(total["images"]),
-            **{f"eval/codebook_{name}": value for name, value in health.items()},
-        }
+        figures = {"eval/psnr": float(total["psnr"] / total["images"]), "eval/images": int(total["images"])}
+        if "counts" in total:
+            figures |= {f"eval/codebook_{name}": value for name, value in codebook.health(total["counts"]).items()}
+        return figures
 
     def draw(self) -> np.ndarray | None:
         """The first validation images, reconstructed."""
@@ -122,9 +120,7 @@ class Run:
             log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
 
 
-def train(
-    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None
-) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
     run = Run(config, workdir, devices)
     settings = config.train
@@ -206,7 +202,8 @@ class Window:
         now = time.perf_counter()
         running = 0.0 if self._since is None else now - self._since
         values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
+        if "counts" in total:
+            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
         if self._timed_steps:
             values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
         self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now
@@ -239,7 +236,8 @@ def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:
 
 def _status(values: dict[str, float]) -> str:
     parts = [f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq")]
-    parts.append(f"codes {values['codebook/usage']:.0%}")
+    if "codebook/usage" in values:
+        parts.append(f"codes {values['codebook/usage']:.0%}")
     if "images_per_second" in values:
         parts.append(f"{values['images_per_second']:.0f} img/s")
     return "  ".join(parts)
@@ -248,13 +246,13 @@ def _status(values: dict[str, float]) -> str:
 def _report(run: Run, figures: dict[str, float]) -> None:
     rows = []
     if figures:
-        rows = [
-            ("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"),
-            ("codebook use", f"{figures['eval/codebook_usage']:.1%} of {run.config.model.num_embeddings} codes"),
-            ("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"),
-            ("pictures", str(run.workdir / PICTURE_FILE)),
-        ]
+        rows.append(("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"))
+    if "eval/codebook_usage" in figures:
+        codes = run.config.model.num_embeddings
+        rows.append(("codebook use", f"{figures['eval/codebook_usage']:.1%} of {codes} codes"))
+        rows.append(("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"))
     rows += [
+        ("pictures", str(run.workdir / PICTURE_FILE)),
         ("checkpoints", str(run.checkpoints.folder)),
         ("log", str(run.workdir / METRICS_FILE)),
         ("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}"),

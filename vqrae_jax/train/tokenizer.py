@@ -137,9 +137,10 @@ class TokenizerTask:
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
         images, mask = to_float(batch["image"]), batch["mask"]
         out = self._forward(variables, frozen, images)
-        counts = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
-        decibels = jnp.where(mask, psnr(out.reconstruction, images), 0)
-        return {"psnr": decibels.sum(), "images": mask.sum(), "counts": counts}
+        sums = {"psnr": jnp.where(mask, psnr(out.reconstruction, images), 0).sum(), "images": mask.sum()}
+        if "counts" in out.quantized.metrics:
+            sums["counts"] = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
+        return sums
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
@@ -147,7 +148,7 @@ class TokenizerTask:
         return images, out.reconstruction, out.quantized.indices
 
     def draw(self, arrays: Any) -> np.ndarray:
-        images, reconstructions, indices = (np.asarray(a) for a in arrays)
+        images, reconstructions, indices = arrays
         return pictures.reconstruction_grid(images, pictures.to_uint8(reconstructions), indices)
 
     def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:

@@ -1,0 +1,156 @@
+"""Our trees under PyTorch's names, and back, bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqrae_jax import assembly
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.inference import import_origin
+from vqrae_jax.pretrained import convert, export, families, origin
+from vqrae_jax.pretrained.errors import PretrainedError
+
+ENCODERS = ["dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov3", "dinov3_gated", "siglip", "vit_mae"]
+
+
+def encoder_class(golden, case):
+    return json.loads((golden / "encoders" / case / "params.json").read_text())["encoder_cls"] or "Dinov2withNorm"
+
+
+def model(golden, case, quantizer="ema", **encoder_params):
+    """A small model over one golden encoder."""
+    return ModelConfig(
+        encoder_cls=encoder_class(golden, case), encoder_config_path=str(golden / "encoders" / case),
+        encoder_params=encoder_params, encoder_input_size=112 if case.startswith("dinov2") else 64,
+        decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=4,
+        quantizer=quantizer, num_embeddings=12,
+    )  # fmt: skip
+
+
+def random_variables(shapes, seed):
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    flat = flatten_dict(variables["batch_stats"], sep="/")
+    if "quantizer/step" in flat:
+        variables["batch_stats"]["quantizer"]["step"] = origin.STATE["batch_stats/quantizer/step"]
+    return variables
+
+
+def assert_same(a, b):
+    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_export_then_import_is_bit_exact(golden, data):
+    case = data.draw(st.sampled_from(ENCODERS))
+    config = model(golden, case, data.draw(st.sampled_from(["ema", "none"])), normalize=data.draw(st.booleans()))
+    version = data.draw(st.sampled_from([4, 5]))
+    shapes = assembly.shapes(assembly.assemble(config, weights=False))
+    variables = random_variables(shapes, data.draw(st.integers(0, 99)))
+    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version)
+    _, back = import_origin.convert(config, {"model": state}, "model")
+    assert_same(back, variables)
+
+
+@pytest.mark.parametrize("case", [*ENCODERS, "dinov2_with_registers_swiglu"])
+def test_import_then_export_gives_the_hub_file_back(golden, case):
+    """Every tensor that the network uses, under the hub's names, unchanged."""
+    import safetensors.numpy
+
+    config = model(golden, case, "none", normalize=False)
+    family = families.FAMILIES[config.encoder_cls]
+    read = assembly.assemble(config).pretrained["encoder"]
+    written = export.to_state_dict(read, family.table)
+    file = safetensors.numpy.load_file(golden / "encoders" / case / "model.safetensors")
+    file = {name.removeprefix(family.tower): tensor for name, tensor in file.items()}
+    assert set(written) <= set(file)
+    for name, tensor in written.items():
+        if np.any(tensor != file[name]):
+            assert name in {row.name for row in family.table if row.filler and row.path is None}, name
+    unused = ("text_model.", "logit_", "decoder.")
+    assert not {name for name in set(file) - set(written) if not name.startswith(unused)}
+
+
+@pytest.mark.parametrize("case", ["ema_vq_2d", "ema_vq_tokens", "rae"])
+@pytest.mark.parametrize("version", [4, 5])
+def test_loads_strictly_in_the_origin(golden, case, version):
+    """Names and shapes are those of the origin's own checkpoint, in the spelling of either transformers."""
+    params = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
+    config = model(golden, params["encoder_config_path"].split("/")[1], "none" if case == "rae" else "ema")
+    config = config.model_copy(update={
+        "encoder_input_size": params["encoder_input_size"], "decoder_patch_size": params["decoder_patch_size"],
+    })  # fmt: skip
+    recorded = dict(np.load(golden / "vqrae" / case / "model.npz"))
+    names = json.loads((golden / "vqrae" / case / "checkpoint_key_names.json").read_text())
+    to_old = names["renamed"]
+    if not names["checkpoint_pt_is_written_with"].startswith(f"transformers {version}"):
+        renaming = to_old if version == 4 else {old: new for new, old in to_old.items()}
+        recorded = {renaming.get(name, name): tensor for name, tensor in recorded.items()}
+    config = config.model_copy(update={"num_embeddings": len(recorded.get("quantizer.embedding", [0]))})
+    _, variables = import_origin.convert(config, {"model": recorded}, "model")
+    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version)
+    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in recorded.items()}
+    for name, tensor in state.items():
+        if not name.endswith("mask_token"):
+            np.testing.assert_array_equal(tensor, recorded[name], err_msg=name)
+
+
+def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
+    """The origin applies that norm's scale and bias, so that with (1, 0) it computes what we do."""
+    config = model(golden, "dinov3", "none")
+    variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
+    state = export.origin_state_dict(variables, config.encoder_cls, "none")
+    assert np.all(state["encoder.encoder.norm.weight"] == 1)
+    assert not np.any(state["encoder.encoder.norm.bias"])
+
+
+def test_what_has_no_name_is_not_lost_silently(golden):
+    config = model(golden, "dinov3", "none")
+    variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
+    with pytest.raises(PretrainedError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
+        export.origin_state_dict(variables, "MAEwNorm", "none")
+    with pytest.raises(PretrainedError, match=r"model\.quantizer='lfq'.*it has none, ema"):
+        export.origin_state_dict(variables, "Dinov3withNorm", "lfq")
+
+
+def test_content_hash_follows_names_shapes_and_values():
+    tree = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.ones(2, np.float32)}
+    same = {"c": np.ones(2, np.float32), "a": {"b": np.arange(6, dtype=np.float32)}}
+    assert export.content_hash(tree) == export.content_hash(same)
+    others = [
+        {**tree, "c": np.zeros(2, np.float32)},
+        {**tree, "c": np.ones((1, 2), np.float32)},
+        {"a": tree["a"], "d": tree["c"]},
+    ]
+    assert len({export.content_hash(other) for other in [tree, *others]}) == 4
+
+
+def test_latent_statistics_are_channel_first(golden):
+    var = np.random.default_rng(0).uniform(0.5, 1, (4, 4, 32)).astype(np.float32)
+    stat = export.origin_statistics({"batch_stats": {"latent": {"var": var}}})
+    assert stat["mean"] is None
+    np.testing.assert_array_equal(stat["var"], var.transpose(2, 0, 1))
+    assert export.origin_statistics({"batch_stats": {}}) == {}
+
+
+def test_convert_is_exact_on_half_precision(golden):
+    """What float16 and bfloat16 files hold is kept as it is, in float32."""
+    import ml_dtypes
+
+    family = families.FAMILIES["MAEwNorm"]
+    config = model(golden, "vit_mae", "none", normalize=False)
+    shapes = assembly.shapes(assembly.assemble(config, weights=False))
+    tree = random_variables(shapes, 0)["params"]["encoder"]
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        state = {n: t.astype(dtype) for n, t in export.to_state_dict(tree, family.table).items()}
+        back = convert.convert(state, family.table, shapes["params"]["encoder"])
+        assert_same(back, jax.tree.map(lambda leaf, d=dtype: leaf.astype(d).astype(np.float32), tree))

@@ -1,0 +1,104 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vqrae_jax.quantizers.nearest import Block, nearest
+from vqrae_jax.quantizers.statistics import code_counts, code_totals, one_hot_totals
+
+BLOCKS = [None, Block(1, 1), Block(7, 3), Block(64, 64), Block(128, 1000)]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def search(z, codebook, distance="l2", block=None):
+    return nearest(z, codebook, distance, block)
+
+
+def arrays(N, K, C, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(N, C)).astype(np.float32), rng.normal(size=(K, C)).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("N", "K"), [(300, 500), (257, 96), (1, 1), (64, 3)])
+def test_equals_brute_force(N, K, block):
+    z, codebook = arrays(N, K, 5)
+    distance = ((z[:, None].astype(np.float64) - codebook[None]) ** 2).sum(-1)
+    found = search(z, codebook, "l2", block)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, distance.argmin(1))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_cosine_equals_brute_force_whatever_the_lengths(block):
+    z, codebook = arrays(200, 96, 5)
+    codebook *= np.random.default_rng(1).uniform(0.1, 10, size=(96, 1)).astype(np.float32)
+    cosine = (z.astype(np.float64) / np.linalg.norm(z, axis=1, keepdims=True)) @ (
+        codebook.astype(np.float64) / np.linalg.norm(codebook, axis=1, keepdims=True)
+    ).T
+    np.testing.assert_array_equal(search(z, codebook, "cosine", block), cosine.argmax(1))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_ties_go_to_the_lowest_index(block):
+    """Small integers: every distance is exact, most rows tie."""
+    rng = np.random.default_rng(2)
+    z, codebook = rng.integers(-2, 3, (128, 2)), rng.integers(-2, 3, (96, 2))
+    distance = ((z[:, None] - codebook[None]) ** 2).sum(-1)
+    assert ((distance == distance.min(1, keepdims=True)).sum(1) > 1).mean() > 0.5
+    found = search(z.astype(np.float32), codebook.astype(np.float32), "l2", block)
+    np.testing.assert_array_equal(found, distance.argmin(1))
+
+
+def test_bfloat16_rows_get_the_codes_of_their_float32_values():
+    z, codebook = arrays(4096, 512, 16)
+    low = jnp.asarray(z, jnp.bfloat16)
+    np.testing.assert_array_equal(search(low, codebook), search(low.astype(jnp.float32), codebook))
+
+
+@pytest.mark.parametrize("block", [None, Block(64, 128)])
+@pytest.mark.parametrize("codes", [P(), P("model")], ids=["replicated", "sharded"])
+def test_a_sharded_search_gathers_neither_rows_nor_codes(codes, block):
+    """4x2 devices: what crosses them is one distance and one index per row, as the compiled program shows."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    z, codebook = arrays(1024, 2048, 8)
+    rows = NamedSharding(mesh, P("data"))
+    program = jax.jit(
+        lambda z, c: nearest(z, c, "l2", block),
+        in_shardings=(rows, NamedSharding(mesh, codes)),
+        out_shardings=rows,
+    )
+    text = program.lower(z, codebook).compile().as_text()
+    crossing = re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)
+    assert bool(crossing) == (codes != P())
+    for shape, kind in crossing:
+        sizes = [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",")]
+        assert kind == "all-reduce"
+        assert np.prod(sizes) <= len(z) // 4
+    np.testing.assert_array_equal(program(z, codebook), search(z, codebook))
+
+
+def test_temporaries_do_not_grow_with_the_product():
+    """N = K = 16,384: the naive way holds 1 GiB of distances."""
+    shape = jax.ShapeDtypeStruct((16_384, 32), jnp.float32)
+    memory = search.lower(shape, shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 256])
+def test_statistics_equal_a_loop(block, assert_close):
+    z, _ = arrays(300, 1, 5)
+    indices = np.random.default_rng(3).integers(0, 50, 300)
+    keep = np.arange(300) % 3 > 0
+    totals, counts = np.zeros((60, 5)), np.zeros(60, np.int32)
+    for row, index, kept in zip(z, indices, keep, strict=True):
+        totals[index] += row
+        counts[index] += kept
+    assert_close(jax.jit(code_totals, static_argnums=2)(z, indices, 60), totals, 1e-6)
+    assert_close(one_hot_totals(z, indices, 60, block), totals, 1e-6)
+    np.testing.assert_array_equal(code_counts(jnp.asarray(indices), 60, jnp.asarray(keep)), counts)

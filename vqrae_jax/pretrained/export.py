@@ -1,0 +1,126 @@
+"""Our trees -> files of others: the tables of `families`, `tables` and `origin` read backwards."""
+
+import hashlib
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vqrae_jax.pretrained import origin
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.layout import to_file
+from vqrae_jax.pretrained.tables import Row, Table, paths, spell
+
+Transformers = Literal[4, 5]
+
+
+def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transformers = 4) -> dict[str, np.ndarray]:
+    """The inverse of `convert.convert`: converting the result back gives `tree`, bit for bit.
+
+    Args:
+      tree: parameters or variables, decoder blocks one by one.
+      table: rows of names and paths.
+      transformers: whose in-memory names to write. The origin does not pin its version; hub files and most checkpoints
+        in circulation have the names of 4.
+
+    Raises:
+      PretrainedError: the table has no name for some of the tree.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+    depth = {prefix: 1 + max(blocks) for prefix, blocks in _blocks(flat).items()}
+    active = {str(transformers), "gated" if any("/mlp/gate/" in path for path in flat) else "plain"}
+    written, state = set(), {}
+    for row in table:
+        if not active.issuperset(row.only.split()):
+            continue
+        for block in range(depth.get(_stem(row), 0) if "#" in row.name else 1):
+            wanted = paths(row, block)
+            name = spell(row, block, transformers)
+            if wanted and all(path in flat for path in wanted):
+                parts = [to_file(path, flat[path]) for path in wanted]
+                tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
+                state[name] = tensor[0] if row.path.endswith("[0]") else tensor
+                written.update(wanted)
+            elif row.filler:
+                state[name] = _fill(row, flat)
+    if lost := sorted(set(flat) - written):
+        raise PretrainedError(f"these parameters have no name in a PyTorch checkpoint of this kind: {', '.join(lost)}")
+    return state
+
+
+def origin_state_dict(
+    variables: Mapping[str, Any], encoder_cls: str, quantizer: str, transformers: Transformers = 4
+) -> dict[str, np.ndarray]:
+    """{"params", "batch_stats"} of a whole model -> the state dict of the origin's RAE or VQRAE.
+
+    What the origin holds and never uses (mask tokens, SigLIP's pooling head) is written as zeros; a DINOv3 norm whose
+    scale and bias were dropped as the identity. Latent statistics are no part of it, see `origin_statistics`.
+    """
+    flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")}, sep="/")
+    ours = [path for path in flat if path in origin.STATE or path.startswith("batch_stats/latent/")]
+    kept = {path: leaf for path, leaf in flat.items() if path not in ours}
+    return to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
+
+
+def origin_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+    """The latent statistics as the origin's stat.pt has them, channel first; empty where the model has none."""
+    stats = variables["batch_stats"].get("latent", {})
+    first = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
+    return {"mean": None, "var": None} | first if first else {}
+
+
+def write_torch(tree: Any, path: pathlib.Path) -> None:
+    """Nested dicts of arrays and plain values -> a .pt file that torch's weights-only reader takes."""
+    try:
+        import torch
+    except ImportError:
+        raise PretrainedError(f"writing {path} needs PyTorch: pip install 'vqrae-jax[torch]'") from None
+    tensors: dict[int, Any] = {}  # an array that occurs twice is written once
+
+    def to_torch(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return tensors.setdefault(id(value), torch.from_numpy(value.copy()))
+        return {key: to_torch(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    torch.save(to_torch(tree), path)
+
+
+def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
+    """A tree of arrays, as tensors named by their paths."""
+    import safetensors.numpy
+
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    safetensors.numpy.save_file(flat, path, metadata={"format": "vqrae_jax"})
+
+
+def content_hash(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of names, shapes and values of a tree: the same whatever file or layout it was read from."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten_dict(tree, sep="/").items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.shape} {array.dtype.name};".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _blocks(flat: Mapping[str, Any]) -> dict[str, list[int]]:
+    """What stands in front of `blockNN` in each path -> the numbers."""
+    found: dict[str, list[int]] = {}
+    for path in flat:
+        if match := re.match(r"(.*?)block(\d+)/", path):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return found
+
+
+def _stem(row: Row) -> str | None:
+    return row.path and row.path.split("block#")[0]
+
+
+def _fill(row: Row, flat: Mapping[str, np.ndarray]) -> np.ndarray:
+    value, shape = row.filler
+    up = next(leaf for path, leaf in flat.items() if path.endswith("vit/block00/mlp/up/kernel"))
+    sizes = {"D": up.shape[0], "3D": 3 * up.shape[0], "M": up.shape[1]}
+    return np.full([sizes[n] if n in sizes else int(n) for n in shape.split()], value, np.float32)

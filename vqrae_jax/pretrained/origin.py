@@ -1,0 +1,121 @@
+"""Checkpoints of the PyTorch origin (RAE and VQRAE): their names, and their tensors -> the variables of our model.
+
+The origin's training writes {"model": state dict, "ema": state dict, "step": ..., ...}; its releases are bare state
+dicts. Latent statistics and image means are not in them.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vqrae_jax.pretrained.convert import convert
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.families import FAMILIES
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, nested
+
+log = logging.getLogger(__name__)
+
+# Onto variables; one table per quantizer name of the config.
+QUANTIZER_TABLES: dict[str, Table] = {
+    "none": [],
+    "ema": [
+        Row("quantizer.embedding", "batch_stats/quantizer/codebook"),
+        Row("quantizer.ema_cluster_size", "batch_stats/quantizer/counts"),
+        Row("quantizer.ema_w", "batch_stats/quantizer/sums"),
+    ],
+}
+
+# State that the origin has no name for, and what it is in a trained model.
+STATE = {"batch_stats/quantizer/step": np.int32(1_000_000)}  # beyond the warm-up of the decay
+
+# The origin's EMA follows parameters only. These are buffers: under "ema" they still are what training began with.
+BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")
+
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+
+
+def table(encoder_cls: str, quantizer: str) -> Table:
+    """The names of a whole RAE or VQRAE of the origin, onto paths of `variables`.
+
+    Raises:
+      PretrainedError: the origin has no such quantizer.
+    """
+    if quantizer not in QUANTIZER_TABLES:
+        raise PretrainedError(
+            f"model.quantizer={quantizer!r} is not one that the PyTorch VQRAE has; it has {', '.join(QUANTIZER_TABLES)}"
+        )
+    family = FAMILIES[encoder_cls]
+    return [
+        *nested(family.table, family.origin, "params/encoder/"),
+        *nested(DECODER_TABLE, "decoder.", "params/decoder/"),
+        *QUANTIZER_TABLES[quantizer],
+    ]
+
+
+def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
+    """The state dict of a checkpoint: itself, or what is under "model" or "ema" (`weights`) of a training checkpoint.
+
+    With "ema", the codebook and its statistics come from "model".
+
+    Raises:
+      PretrainedError: `weights` is not in it, or it holds something else than tensors.
+    """
+    parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
+    chosen = checkpoint
+    if parts:
+        if weights not in parts:
+            raise PretrainedError(f"{source} has no {weights!r} weights; it has {', '.join(parts)}")
+        chosen = dict(checkpoint[weights])
+        if weights == "ema" and "model" in parts:
+            live = {n: v for n, v in checkpoint["model"].items() if _unwrapped(n) in BUFFERS}
+            chosen |= live
+            if live:
+                log.info("%s: the codebook is that of 'model', since the origin's 'ema' never follows it", source)
+    tensors = {_unwrapped(name): value for name, value in chosen.items()} if parts else chosen
+    bad = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+    if bad:
+        raise PretrainedError(f"{source} is a dict of dicts ({', '.join(bad[:8])}), expected tensors by name")
+    return tensors
+
+
+def convert_checkpoint(
+    tensors: Mapping[str, np.ndarray], encoder_cls: str, quantizer: str, target: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """A whole model of the origin -> {"params", "batch_stats"}, without the latent statistics, which it lacks.
+
+    Args:
+      tensors: a state dict, with the names of transformers 4 or 5.
+      encoder_cls, quantizer: as in the config.
+      target: the variables' shapes, decoder blocks one by one.
+      source: what the tensors come from, for messages.
+
+    Raises:
+      PretrainedError: lists all that is missing, unexpected or of another size.
+    """
+    known = {path: shape for path, shape in flatten_dict(target, sep="/").items() if path not in STATE}
+    wanted = {path: leaf for path, leaf in known.items() if not path.startswith("batch_stats/latent/")}
+    norm = ("params/encoder/norm/scale", "params/encoder/norm/bias")
+    _warn_of_affine_norm(tensors, encoder_cls, norm[0] in wanted, source)
+    rows = table(encoder_cls, quantizer)
+    read = flatten_dict(convert(tensors, rows, unflatten_dict(wanted, sep="/"), norm, source), sep="/")
+    read |= {path: value for path, value in STATE.items() if path in flatten_dict(target, sep="/")}
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(read, sep="/")
+
+
+def _warn_of_affine_norm(tensors: Mapping[str, np.ndarray], encoder_cls: str, affine: bool, source: str) -> None:
+    scale = tensors.get(FAMILIES[encoder_cls].origin + "norm.weight")
+    if encoder_cls == "Dinov3withNorm" and not affine and scale is not None and np.any(scale != 1):
+        log.warning(
+            "%s: the origin applies the scale and bias of DINOv3's last norm (it looks for them under another name), "
+            "so its codebook and decoder expect them: set model.encoder_params.normalize=False",
+            source,
+        )
+
+
+def _unwrapped(name: str) -> str:
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix)
+    return name

@@ -1,0 +1,132 @@
+"""One file -> its tensors under PyTorch's names. Whatever is wrong with it becomes a PretrainedError naming it."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vqrae_jax.pretrained.errors import PretrainedError
+
+Tensors = Mapping[str, np.ndarray]
+SUFFIXES = ".safetensors, .npz, .msgpack, .pt, .pth, .bin"
+
+
+def read_tensors(file: pathlib.Path, field: str) -> Mapping[str, Any]:
+    """Tensors of one file: .safetensors, .npz, Flax .msgpack, or PyTorch (.pt, .pth, .bin; possibly a dict of dicts).
+
+    Args:
+      file: its suffix says the format.
+      field: the config field or flag that named it, for messages.
+
+    Raises:
+      PretrainedError: missing, damaged, of another format, or a pickle that would run code.
+    """
+    readers = {".safetensors": _one_safetensors, ".npz": _read_npz, ".msgpack": _read_msgpack}
+    readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
+    if file.suffix not in readers:
+        raise PretrainedError(f"{file} ({field}): weights are read from {SUFFIXES}, not from {file.suffix or 'this'!r}")
+    if not file.is_file():
+        raise PretrainedError(f"{file} ({field}) is not there")
+    return readers[file.suffix](file, field)
+
+
+class Safetensors(Tensors):
+    """The tensors of one or several safetensors files, read when asked for."""
+
+    def __init__(self, files: list[pathlib.Path], field: str):
+        import ml_dtypes  # noqa: F401  (makes bfloat16 a type that numpy knows)
+        import safetensors
+
+        self._where, self._field = {}, field
+        for file in files:
+            with _guarded(file, field, "a complete safetensors file"):
+                opened = safetensors.safe_open(file, framework="np")
+                self._where |= dict.fromkeys(opened.keys(), (file, opened))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file, opened = self._where[name]
+        with _guarded(file, self._field, "a complete safetensors file"):
+            return opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _one_safetensors(file: pathlib.Path, field: str) -> Tensors:
+    return Safetensors([file], field)
+
+
+def _read_npz(file: pathlib.Path, field: str) -> Tensors:
+    with _guarded(file, field, "a complete npz file of plain arrays"), np.load(file, allow_pickle=False) as npz:
+        return {name: npz[name] for name in npz.files}
+
+
+def _read_msgpack(file: pathlib.Path, field: str) -> Tensors:
+    """A tree of Flax modules that mirror PyTorch's, as the hub's flax_model.msgpack is."""
+    with _guarded(file, field, "a complete Flax msgpack file"):
+        import flax.serialization
+        from flax.traverse_util import flatten_dict
+
+        tree = flax.serialization.msgpack_restore(file.read_bytes())
+        return dict(_torch_tensor(path, np.asarray(leaf)) for path, leaf in flatten_dict(tree).items())
+
+
+def _torch_tensor(path: tuple[str, ...], leaf: np.ndarray) -> tuple[str, np.ndarray]:
+    """Flax's leaf names and layouts -> PyTorch's."""
+    *modules, last = path[1:] if path[0] == "params" else path
+    if last == "kernel":
+        leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    torch_name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+    return ".".join([*modules, torch_name.get(last, last)]), leaf
+
+
+def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
+    """A .pt or .pth file as (nested) dicts of numpy arrays, by torch's weights-only reader, which runs no code."""
+    try:
+        import torch
+    except ImportError:
+        raise PretrainedError(
+            f"{file} ({field}) is a PyTorch file: reading it needs PyTorch; pip install 'vqrae-jax[torch]'"
+        ) from None
+
+    def to_numpy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (value.float() if value.is_floating_point() else value).detach().numpy()
+        return {str(k): to_numpy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    with _guarded(file, field, "a PyTorch file of plain tensors (others could run code when read, and are refused)"):
+        loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True))
+    if not isinstance(loaded, dict):
+        raise PretrainedError(f"{file} ({field}) holds a {type(loaded).__name__}, expected a dict of tensors")
+    return loaded
+
+
+def read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        loaded = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise PretrainedError(f"{file} is missing; {field} must be a folder (or hub id) that has it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PretrainedError(f"{file} ({field}) is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise PretrainedError(f"{file} ({field}) holds a JSON {type(loaded).__name__}, expected an object")
+    return loaded
+
+
+@contextlib.contextmanager
+def _guarded(file: pathlib.Path, field: str, kind: str) -> Iterator[None]:
+    """Damaged files make their readers fail in every way there is: bad headers, sizes, names, text, compression."""
+    try:
+        yield
+    except PretrainedError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise PretrainedError(f"{file} ({field}) is not {kind} ({type(error).__name__}: {reason[:300]})") from error

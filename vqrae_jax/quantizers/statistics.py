@@ -1,0 +1,44 @@
+"""Sums over the latents of each code, without the N x K one-hot matrix and the same at every run."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+ONE_HOT_BLOCK = 256  # codes whose one-hot columns exist at once
+
+
+def code_counts(
+    indices: Int[Array, "*b"], num_embeddings: int, keep: Int[Array, "*b"] | None = None
+) -> Int[Array, " K"]:
+    """How often each code occurs among the entries that `keep` marks. Integers: any order of adding gives the same."""
+    flat = indices.reshape(-1)
+    ones = jnp.ones_like(flat) if keep is None else keep.reshape(-1).astype(flat.dtype)
+    return jax.ops.segment_sum(ones, flat, num_embeddings)
+
+
+def code_totals(z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int) -> Float[Array, "K C"]:
+    """The sum of the latents of each code, float32.
+
+    A scatter-add adds in a fixed order on CPU and TPU. On a GPU it would add in the order of arrival, which changes the
+    last bits from run to run, so there a blocked one-hot matmul does it.
+    """
+    return jax.lax.platform_dependent(
+        z.astype(jnp.float32),
+        indices,
+        cpu=lambda z, i: jax.ops.segment_sum(z, i, num_embeddings),
+        tpu=lambda z, i: jax.ops.segment_sum(z, i, num_embeddings),
+        default=lambda z, i: one_hot_totals(z, i, num_embeddings),
+    )
+
+
+def one_hot_totals(
+    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
+) -> Float[Array, "K C"]:
+    """The same by matmuls with blocks of the one-hot matrix."""
+
+    def visit(_, start):
+        chosen = (indices == (start + jnp.arange(block))[:, None]).astype(jnp.float32)
+        return None, jnp.dot(chosen, z, precision=jax.lax.Precision.HIGHEST)
+
+    _, totals = jax.lax.scan(visit, None, jnp.arange(0, num_embeddings, block))
+    return totals.reshape(-1, z.shape[1])[:num_embeddings]
