@@ -43,6 +43,45 @@ def _forget_compiled_programs():
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+def tiny_config(**sections):
+    """A run that trains in seconds: 32 x 32 pictures, 4 x 4 codes, everything trained."""
+    from vqrae_jax import config
+
+    values = {
+        "model": {
+            "encoder_config_path": None,
+            "encoder_params": {"architecture": {
+                "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8,
+                "image_size": 32,
+            }},
+            "encoder_input_size": 32,
+            "decoder_config_path": str(GOLDEN / "vqrae" / "decoder_config"),
+            "decoder_patch_size": 8,
+            "num_embeddings": 32,
+        },
+        "data": {"source": "photographs", "image_size": 32, "scale": (2, 8), "batch_size": 8,
+                 "eval_batch_size": 64},
+        "optimizer": {"warmup_steps": 2, "clip_norm": 1.0},
+        "train": {"steps": 6, "log_every": 2, "evaluate_every": 6, "checkpoint_every": 3,
+                  "trainable": ("encoder", "quantizer", "decoder")},
+    }  # fmt: skip
+    for section, fields in sections.items():
+        values.setdefault(section, {}).update(fields)
+    return config.from_dict(config.Config, values)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_config
+
+
+@pytest.fixture
+def one_device():
+    import jax
+
+    return jax.devices()[:1]
+
+
 def pytest_addoption(parser):
     parser.addoption("--network", action="store_true", help="run the tests that need the model hub")
 

@@ -4,9 +4,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax import assembly, sharding
-from vqrae_jax.config import ModelConfig
+from vqrae_jax.config import ModelConfig, OptimizerConfig
 from vqrae_jax.train.optim import make_optimizer
-from vqrae_jax.config import OptimizerConfig
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,9 @@ def test_rules(path, shape, fsdp, spec):
 
 
 def test_errors_name_the_field():
-    with pytest.raises(sharding.MeshError, match="mesh.model=3 does not divide the 8 devices"):
+    with pytest.raises(sharding.MeshError, match=r"mesh\.model=3 does not divide the 8 devices"):
         sharding.make_mesh(-1, 3)
     with pytest.raises(sharding.MeshError, match="asks for 6 devices, there are 8"):
         sharding.make_mesh(3, 2)
-    with pytest.raises(sharding.MeshError, match="data.batch_size=10 is not divisible by 8 .* are 8 and 16"):
+    with pytest.raises(sharding.MeshError, match=r"data\.batch_size=10 is not divisible by 8 .* are 8 and 16"):
         sharding.check_batch(10, 2, sharding.make_mesh(4, 2))

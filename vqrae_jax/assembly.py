@@ -128,8 +128,8 @@ def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
     if config.encoder_config_path is None:
         if "hidden_size" not in params.architecture:
             raise ConfigError(
-                "model.encoder_config_path is None, so the encoder starts from random weights and its architecture must "
-                "be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in a hub config.json)"
+                "model.encoder_config_path is None, so the encoder starts from random weights and its architecture "
+                "must be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in config.json)"
             )
         description = sources.complete_config(
             {"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture"
@@ -214,8 +214,9 @@ def _check_latent_stats(config: ModelConfig, encoder: Encoder, stats: dict[str, 
     for name, value in stats.items():
         if value.shape not in accepted:
             raise ConfigError(
-                f"model.normalization_stat_path={config.normalization_stat_path!r}: {name} has shape {value.shape} (channel "
-                f"last), the latent of this encoder at {config.encoder_input_size} pixels needs {accepted[0]} or {accepted[1]}"
+                f"model.normalization_stat_path={config.normalization_stat_path!r}: {name} has shape "
+                f"{value.shape} (channel last), the latent of this encoder at {config.encoder_input_size} pixels needs "
+                f"{accepted[0]} or {accepted[1]}"
             )
 
 

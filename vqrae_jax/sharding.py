@@ -1,4 +1,4 @@
-"""Where arrays live: a ("data", "model") mesh, a table of names, and one rule for fsdp. The model knows nothing of it."""
+"""Where arrays live: a ("data", "model") mesh, a table of names, and one rule for fsdp; the model knows none of it."""
 
 import logging
 import re

@@ -16,7 +16,8 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     make(tmp_path, "b.png", "a b.JPG", "ü.webp")
     source = Folder(tmp_path)
     assert [source[i] for i in range(len(source))] == [
-        {"image": name.encode(), "label": -1} for name in ("a b.JPG", "b.png", "ü.webp")]
+        {"image": name.encode(), "label": -1} for name in ("a b.JPG", "b.png", "ü.webp")
+    ]
 
 
 def test_subfolders_are_classes_in_sorted_order(tmp_path):

@@ -57,13 +57,16 @@ def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_behind(tmp_pat
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-@pytest.mark.parametrize(("name", "image"), [
-    ("a.bmp", np.zeros((2, 2, 3), np.uint8)),
-    ("a", np.zeros((2, 2, 3), np.uint8)),
-    ("a.png", np.zeros((2, 2, 3), np.float32)),
-    ("a.png", np.zeros((2, 2, 4), np.uint8)),
-    ("a.png", np.zeros((0, 2, 3), np.uint8)),
-])
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.bmp", np.zeros((2, 2, 3), np.uint8)),
+        ("a", np.zeros((2, 2, 3), np.uint8)),
+        ("a.png", np.zeros((2, 2, 3), np.float32)),
+        ("a.png", np.zeros((2, 2, 4), np.uint8)),
+        ("a.png", np.zeros((0, 2, 3), np.uint8)),
+    ],
+)
 def test_what_cannot_be_written_is_refused(tmp_path, name, image):
     with pytest.raises(DataError, match="cannot write"):
         write_image(tmp_path / name, image)
@@ -72,9 +75,16 @@ def test_what_cannot_be_written_is_refused(tmp_path, name, image):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(picture, orientation):
-    stored = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
-              5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, 1), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-              8: lambda x: np.rot90(x, -1)}[orientation](picture)
+    stored = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation](picture)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
@@ -133,8 +143,13 @@ def test_a_large_jpeg_may_be_read_smaller_but_not_too_small(picture):
 
 def damaged(kind, picture):
     png = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "PNG")
-    return {"empty": b"", "text": b"not an image", "cut short": png[:len(png) // 2], "head only": png[:20],
-            "float": encoded(Image.fromarray(picture[..., 0].astype(np.float32)), "TIFF")}[kind]
+    return {
+        "empty": b"",
+        "text": b"not an image",
+        "cut short": png[: len(png) // 2],
+        "head only": png[:20],
+        "float": encoded(Image.fromarray(picture[..., 0].astype(np.float32)), "TIFF"),
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut short", "head only", "float"])
@@ -166,8 +181,12 @@ def test_a_decompression_bomb_is_refused(monkeypatch, picture):
 def test_crops_and_flips_keep_shape_and_dtype(shape, size):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    crops = [center_crop(image, size), random_crop(image, size, rng), random_crop(image, size, rng, resize=1.3),
-             random_crop(image, size, rng, scale=(0.2, 4.0))]
+    crops = [
+        center_crop(image, size),
+        random_crop(image, size, rng),
+        random_crop(image, size, rng, resize=1.3),
+        random_crop(image, size, rng, scale=(0.2, 4.0)),
+    ]
     for crop in [*crops, *map(flip, crops)]:
         assert crop.dtype == np.uint8
         assert crop.shape == (size, size, 3)
@@ -196,7 +215,7 @@ def test_a_random_crop_is_somewhere_in_the_image_and_not_always_the_same():
     lefts = set()
     for seed in range(40):
         crop = random_crop(image, 50, np.random.default_rng(seed))
-        assert np.array_equal(crop, image[:, crop[0, 0, 0]:][:, :50])
+        assert np.array_equal(crop, image[:, crop[0, 0, 0] :][:, :50])
         lefts.add(int(crop[0, 0, 0]))
     assert min(lefts) < 40
     assert max(lefts) > 110

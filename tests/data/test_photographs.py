@@ -23,8 +23,10 @@ def test_photographs_are_large_and_in_colour_without_network(monkeypatch):
 
 
 def test_no_validation_photograph_is_trained_on():
-    thumbnails = {split: [center_crop(picture, 16).astype(float) for picture in photographs.load(split)]
-                  for split in ("train", "validation")}
+    thumbnails = {
+        split: [center_crop(picture, 16).astype(float) for picture in photographs.load(split)]
+        for split in ("train", "validation")
+    }
     for held_out in thumbnails["validation"]:
         assert min(np.abs(held_out - seen).mean() for seen in thumbnails["train"]) > 20
 

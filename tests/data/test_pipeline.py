@@ -24,14 +24,22 @@ def grays(tmp_path):
 
 
 def folder(where, **changes):
-    plain = {"source": "folder", "path": str(where), "eval_path": str(where), "image_size": 8, "batch_size": 4,
-             "eval_batch_size": 4, "threads": 2}
+    plain = {
+        "source": "folder",
+        "path": str(where),
+        "eval_path": str(where),
+        "image_size": 8,
+        "batch_size": 4,
+        "eval_batch_size": 4,
+        "threads": 2,
+    }
     return DataConfig(**(plain | changes))
 
 
 def photographs(**changes):
-    return DataConfig(**({"source": "photographs", "image_size": 16, "batch_size": 8, "scale": (2, 8), "threads": 2}
-                         | changes))
+    return DataConfig(
+        **({"source": "photographs", "image_size": 16, "batch_size": 8, "scale": (2, 8), "threads": 2} | changes)
+    )
 
 
 def take(iterator, count):
@@ -52,8 +60,10 @@ def same(batches, others):
 
 def test_importing_the_room_is_cheap():
     heavy = ["grain", "tensorflow_datasets", "PIL", "skimage", "sklearn", "jax", "tensorflow"]
-    code = ("import sys, vqrae_jax.data.pipeline, vqrae_jax.data.photographs, vqrae_jax.data.tfds_source;"
-            f"assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)")
+    code = (
+        "import sys, vqrae_jax.data.pipeline, vqrae_jax.data.photographs, vqrae_jax.data.tfds_source;"
+        f"assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -95,8 +105,10 @@ def test_crops_and_flips_differ_from_epoch_to_epoch(grays):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_global_batch(processes):
     whole = take(train_batches(photographs(), seed=3), 4)
-    parts = [take(train_batches(photographs(threads=3), seed=3, process_index=i, process_count=processes), 4)
-             for i in range(processes)]
+    parts = [
+        take(train_batches(photographs(threads=3), seed=3, process_index=i, process_count=processes), 4)
+        for i in range(processes)
+    ]
     for k, batch in enumerate(whole):
         for i in range(processes):
             assert np.array_equal(parts[i][k]["image"], batch["image"][i::processes])
@@ -218,12 +230,15 @@ def test_photographs_are_evaluated_on_all_their_crops():
     assert batches[0]["image"].shape == (32, 24, 24, 3)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"batch_size": 11}, r"data\.batch_size=11 exceeds the 10 training images"),
-    ({"path": None}, r"data\.path is not set"),
-    ({"path": "/none"}, r"data\.path='/none' does not exist"),
-    ({"resize": 1.2, "scale": (1, 2)}, r"data\.resize=1\.2 and data\.scale"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 11}, r"data\.batch_size=11 exceeds the 10 training images"),
+        ({"path": None}, r"data\.path is not set"),
+        ({"path": "/none"}, r"data\.path='/none' does not exist"),
+        ({"resize": 1.2, "scale": (1, 2)}, r"data\.resize=1\.2 and data\.scale"),
+    ],
+)
 def test_a_config_that_cannot_run_is_refused_at_once(grays, changes, message):
     with pytest.raises(DataError, match=message):
         train_batches(folder(grays, **changes), seed=0)

@@ -76,8 +76,11 @@ def test_a_part_of_a_split_is_that_part(kind):
 def test_by_name_by_version_and_by_dataset_folder(kind):
     expected = list(prepared(kind))
     name = f"waves_{kind}"
-    for source in (Prepared(name, FIXTURES, "train"), Prepared(f"{name}:1.0.0", FIXTURES, "train"),
-                   Prepared(None, FIXTURES / name, "train")):
+    for source in (
+        Prepared(name, FIXTURES, "train"),
+        Prepared(f"{name}:1.0.0", FIXTURES, "train"),
+        Prepared(None, FIXTURES / name, "train"),
+    ):
         assert list(source) == expected
     assert repr(Prepared(name, FIXTURES, "train")) == repr(prepared(kind))
 
@@ -89,8 +92,9 @@ def test_a_source_travels_to_another_process(kind):
 
 
 def test_it_trains_and_evaluates(kind):
-    data = DataConfig(source="tfds", path=str(FIXTURES / f"waves_{kind}"), image_size=32, batch_size=8,
-                      eval_batch_size=3, threads=2)
+    data = DataConfig(
+        source="tfds", path=str(FIXTURES / f"waves_{kind}"), image_size=32, batch_size=8, eval_batch_size=3, threads=2
+    )
     batch = next(train_batches(data, seed=0))
     assert batch["image"].shape == (8, 32, 32, 3)
     assert set(batch["label"].tolist()) <= {0, 1, 2, 3}

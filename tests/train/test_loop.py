@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 from vqrae_jax import checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def state_of(workdir, config, devices):
@@ -112,11 +115,10 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
     """Files may grow to a few kilobytes only from step 4 on; the checkpoint of step 3 stays and is named."""
     script = """
 import resource, sys, jax
-sys.path.insert(0, "tests/train")
-from conftest import tiny
-from pathlib import Path
+sys.path.insert(0, "tests")
+from conftest import tiny_config
 from vqrae_jax.train import loop
-config = tiny.__wrapped__(Path("tests/golden"))()
+config = tiny_config()
 write = loop.Run.save
 def save(run, metrics=None):
     if int(run.state.step) > 3:
@@ -125,8 +127,10 @@ def save(run, metrics=None):
 loop.Run.save = save
 loop.train(config, sys.argv[1])
 """
-    env = {**os.environ, "PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=env)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=env, cwd=ROOT
+    )
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
     assert "last complete checkpoint is" in done.stderr

@@ -120,12 +120,12 @@ def test_counts_of_several_levels():
 
 def test_the_decoder_must_paint_what_the_data_gives(tiny):
     with pytest.raises(
-        ConfigError, match=r"model.decoder_patch_size=8 .* 32 pixels, but data.image_size=64: set model.dec"
+        ConfigError, match=r"decoder_patch_size=8 .* 32 pixels, but data\.image_size=64: set model\.dec"
     ):
         TokenizerTask.build(tiny(data={"image_size": 64}))
 
 
 def test_nothing_to_train(tiny):
     task = TokenizerTask.build(tiny(train={"trainable": ("quantizer",)}))
-    with pytest.raises(ConfigError, match="train.trainable"):
+    with pytest.raises(ConfigError, match=r"train\.trainable"):
         task.init(sharding.make_mesh(devices=jax.devices()[:1]))

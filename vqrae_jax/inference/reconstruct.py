@@ -14,7 +14,7 @@ from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.inference import pictures
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-from vqrae_jax.pretrained.tables import PretrainedError
+from vqrae_jax.pretrained.errors import PretrainedError
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ BATCH = 16
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vqrae_jax.inference.reconstruct",
         description="Encodes pictures to codes, paints them again, and shows input | reconstruction | code map.",

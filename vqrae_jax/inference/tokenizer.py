@@ -23,8 +23,8 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """Encodes images to codes and paints codes, in batches of any size; each new shape is compiled once.
 
-    Images are numpy or jax arrays [B, H, W, 3], floats in [0, 1] or uint8, of any size: the encoder sees them resized to
-    its input size. Results are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
+    Images are numpy or jax arrays [B, H, W, 3], floats in [0, 1] or uint8, of any size: the encoder sees them resized
+    to its input size. Results are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
     """
 
     def __init__(self, module: VQRAE, variables: dict[str, Any]):
@@ -109,7 +109,7 @@ class Tokenizer:
             raise TokenizerError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
         if indices.size and not 0 <= indices.min() <= indices.max() < self.codebook_size:
             raise TokenizerError(
-                f"indices span [{indices.min()}, {indices.max()}]; this codebook has codes 0 to {self.codebook_size - 1}"
+                f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
             )
         return indices.astype(np.int32)
 

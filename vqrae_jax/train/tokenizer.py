@@ -38,8 +38,8 @@ class TokenizerTask:
             grid = task.assembly.module.decoder.grid
             fits = f"model.decoder_patch_size={given // grid} or " if given % grid == 0 else ""
             raise ConfigError(
-                f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints pictures "
-                f"of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
+                f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints "
+                f"pictures of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
             )
         return task
 
@@ -162,7 +162,7 @@ def to_float(image: jax.Array) -> jax.Array:
 
 
 def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -> jax.Array:
-    """How often each code occurs in the images where mask [B] is True; shape is [K], or [depth, K] for [B, ..., depth]."""
+    """How often each code occurs where mask [B] is True; `shape` is [K], or [depth, K] for indices [B, ..., depth]."""
     real = mask.reshape(-1, *[1] * (indices.ndim - 1))
     levels = indices[..., None] if len(shape) == 1 else indices
     # Masked images count for a code past the end, which is then cut off.

@@ -1,0 +1,29 @@
+import numpy as np
+
+from vqrae_jax.inference import pictures
+
+
+def test_a_code_has_one_colour_and_another_code_another():
+    codes = np.arange(16).reshape(4, 4)
+    drawn = pictures.code_map(codes, 32)
+    assert drawn.shape == (32, 32, 3)
+    tiles = drawn[::8, ::8].reshape(16, 3)
+    assert len(np.unique(tiles, axis=0)) == 16
+    np.testing.assert_array_equal(pictures.code_map(np.full((1, 1), 5), 8)[0, 0], tiles[5])
+
+
+def test_a_grid_that_does_not_divide_the_picture_is_centred():
+    assert pictures.code_map(np.zeros((5, 5), int), 32).shape == (32, 32, 3)
+    assert pictures.code_map(np.zeros((64, 64), int), 32).shape == (32, 32, 3)
+
+
+def test_bytes_are_rounded_and_clipped():
+    np.testing.assert_array_equal(pictures.to_uint8(np.array([-1.0, 0.0, 0.5, 1.0, 2.0])), [0, 0, 128, 255, 255])
+
+
+def test_grid_of_tokens_and_of_several_levels():
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    flat = pictures.reconstruction_grid(images, images, np.zeros((3, 16), int))
+    deep = pictures.reconstruction_grid(images, images, np.zeros((3, 4, 4, 2), int))
+    np.testing.assert_array_equal(flat, deep)
+    assert pictures.reconstruction_grid(images, images, None).shape[1] < flat.shape[1]

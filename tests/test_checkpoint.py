@@ -1,0 +1,107 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import checkpoint
+from vqrae_jax.checkpoint import CheckpointError, Checkpoints
+
+
+def trees(value):
+    model = {"params": {"kernel": jnp.full((4, 4), value)}, "batch_stats": {"codebook": jnp.full((8, 2), value)}}
+    return model, {"step": jnp.asarray(int(value))}
+
+
+def save(folder, scores, **options):
+    kept = Checkpoints(folder, **options)
+    for step, score in scores.items():
+        model, train = trees(float(step))
+        kept.save(step, model, train, {"next_index": step}, {"config": {}}, score and {"psnr": score})
+    kept.wait()
+    return kept
+
+
+def shapes(tree):
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def test_round_trip(tmp_path):
+    kept = save(tmp_path, {1: None})
+    model, train = trees(1.0)
+    restored = kept.restore(1, shapes(model), shapes(train))
+    kept.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    save(tmp_path, {1: 10.0, 2: 30.0, 3: 20.0, 4: None, 5: 15.0}, keep_last=2, keep_best=1).close()
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4, 5]
+
+
+def test_saving_a_step_twice_changes_nothing(tmp_path):
+    kept = save(tmp_path, {1: None})
+    model, train = trees(9.0)
+    kept.save(1, model, train, {}, {})
+    kept.close()
+    read = checkpoint.read_model(checkpoint.find(tmp_path), shapes(model))
+    assert read["params"]["kernel"][0, 0] == 1.0
+
+
+def test_find(tmp_path):
+    save(tmp_path, {1: None, 2: None}).close()
+    newest = tmp_path / "checkpoints" / "2"
+    assert checkpoint.find(tmp_path) == newest
+    assert checkpoint.find(tmp_path / "checkpoints") == newest
+    assert checkpoint.find(tmp_path, step=1).name == "1"
+    assert checkpoint.find(tmp_path / "checkpoints" / "1").name == "1"
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; it has \[1, 2\]"):
+        checkpoint.find(tmp_path, step=7)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        checkpoint.find(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint \(it holds nothing\)"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    save(tmp_path, {1: None, 2: None}).close()
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    assert checkpoint.find(tmp_path).name == "1"
+    kept = Checkpoints(tmp_path)
+    assert kept.latest_step == 1
+    kept.close()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    save(tmp_path, {1: None}).close()
+    model, _ = trees(1.0)
+    path = checkpoint.find(tmp_path)
+    for data in (path / "model").rglob("d/*"):
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=rf"{path} .*(damaged|complete)"):
+        checkpoint.read_model(path, shapes(model))
+    shutil.rmtree(path / "meta")
+    with pytest.raises(CheckpointError, match="no readable config"):
+        checkpoint.read_meta(path)
+
+
+def test_another_architecture_is_told_leaf_by_leaf(tmp_path):
+    save(tmp_path, {1: None}).close()
+    target = {"params": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(3)}, "batch_stats": {}}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read_model(checkpoint.find(tmp_path), shapes(target))
+    text = str(error.value)
+    assert "missing (1): params/bias" in text
+    assert "unexpected (1): batch_stats/codebook" in text
+    assert "params/kernel (4, 4) instead of (4, 5)" in text
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"--workdir: .* cannot be written"):
+        Checkpoints(tmp_path / "file")

@@ -1,0 +1,90 @@
+import pytest
+
+from vqrae_jax import config
+from vqrae_jax.config import Config, ConfigError, ModelConfig
+
+ORIGIN = {
+    "num_embeddings": 8192,
+    "commitment_cost": 0.25,
+    "vq_decay": 0.99,
+    "vq_epsilon": 1e-5,
+    "quantize_before_reshape": False,
+    "encoder_cls": "Dinov2withNorm",
+    "encoder_config_path": "facebook/dinov2-base",
+    "encoder_input_size": 224,
+    "decoder_patch_size": 16,
+    "pretrained_decoder_path": None,
+    "noise_tau": 0,
+    "reshape_to_2d": True,
+    "normalization_stat_path": None,
+}
+
+
+def test_the_origins_parameters_have_their_names_and_defaults():
+    model = ModelConfig()
+    assert {name: getattr(model, name) for name in ORIGIN} == ORIGIN
+
+
+def test_json_round_trip():
+    changed = Config(
+        model={"encoder_params": {"layers": (2, -1), "architecture": {"hidden_size": 8}}}, train={"steps": 3}
+    )
+    assert config.from_json(config.to_json(changed)) == changed
+
+
+def test_editable_defaults_are_the_defaults():
+    assert config.from_dict(Config, config.defaults().to_dict()) == Config()
+
+
+def test_optional_fields_of_the_editable_tree_take_values():
+    tree = config.defaults()
+    tree.data.path = "/a folder"
+    tree.optimizer.decay_end_steps = 7
+    built = config.from_dict(Config, tree.to_dict())
+    assert (built.data.path, built.optimizer.decay_end_steps) == ("/a folder", 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model": {"num_embedings": 3}},
+            r"unknown config field model\.num_embedings: did you mean model\.num_embeddings",
+        ),
+        ({"modle": {}}, "unknown config field modle: did you mean model"),
+        ({"model": {"encoder_params": {"layer": (1,)}}}, r"model\.encoder_params\.layer: did you mean .*layers"),
+        ({"model": {"num_embeddings": 0}}, r"model\.num_embeddings=0: .*greater than or equal to 1"),
+        ({"model": {"num_embeddings": "many"}}, r"model\.num_embeddings='many'"),
+        ({"model": {"quantizer": "emma"}}, r"model\.quantizer='emma': .*'ema'"),
+        ({"model": {"vq_decay": 1.0}}, r"model\.vq_decay=1\.0"),
+        ({"model": {"noise_tau": float("inf")}}, r"model\.noise_tau=inf"),
+        ({"data": {"scale": (3, 2)}}, r"scale=\(3\.0, 2\.0\)"),
+        (
+            {"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}},
+            r"batch_size=10 is not divisible .*accumulate=4",
+        ),
+        ({"train": {"trainable": ("decoer",)}}, r"train\.trainable\.0='decoer'"),
+    ],
+)
+def test_errors_name_field_value_and_remedy(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config.from_dict(Config, values)
+
+
+def test_all_errors_come_at_once():
+    with pytest.raises(ConfigError) as error:
+        config.from_dict(Config, {"model": {"a": 1, "num_embeddings": -1}, "train": {"steps": 0}})
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "3"])
+def test_what_is_no_config_is_said(text):
+    with pytest.raises(ConfigError, match="the config is"):
+        config.from_json(text)
+
+
+def test_field_names_are_checked_by_path():
+    config.check_field(Config, "model.encoder_params.architecture.anything")
+    config.check_field(Config, "train.steps")
+    with pytest.raises(ConfigError, match=r"train\.step: did you mean train\.steps"):
+        config.check_field(Config, "train.step")
