@@ -87,27 +87,33 @@ def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str], pla
 
     With `place`, every leaf is created where it will live; no device ever holds a whole copy.
     """
-    want = shapes(assembly)["params"]
-    want = {n: want[n] for n in names if n in want}
-    read = {n: assembly.pretrained[n] for n in want if n in assembly.pretrained}
-    draw = {n: want[n] for n in want if n not in read}
+    return _create(assembly, key, names, place, batch_stats=False)["params"]
+
+
+def initial_variables(assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
+    """`initial_params`, and with them the mutable state before training (codebook, fixed latent statistics)."""
+    return _create(assembly, key, names, place, batch_stats=True)
+
+
+def _create(
+    assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None, batch_stats: bool
+) -> dict[str, Any]:
+    want = shapes(assembly)
+    params = {n: want["params"][n] for n in names if n in want["params"]}
+    read = {n: assembly.pretrained[n] for n in params if n in assembly.pretrained}
+    draw = {"params": {n: tree for n, tree in params.items() if n not in read}}
+    if batch_stats:
+        draw["batch_stats"] = want["batch_stats"]
     init = _initialize(assembly.module)
-    drawn = jax.jit(lambda k: {n: init(k)["params"][n] for n in draw}, out_shardings=place(draw) if place else None)(key)
-    return drawn | (jax.device_put(read, place(read)) if place else read)
 
-
-def initial_batch_stats(assembly: Assembly, key: jax.Array, place: Placement | None = None) -> Any:
-    """The mutable state before training: the quantizer's, and the fixed latent statistics."""
-    want = shapes(assembly)["batch_stats"]
-    init = _initialize(assembly.module)
-
-    def create(key: jax.Array) -> Any:
-        stats = dict(init(key).get("batch_stats", {}))
+    def create(key: jax.Array) -> dict[str, Any]:
+        variables = {"batch_stats": {}, **init(key)}
         if assembly.latent_stats:
-            stats["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
-        return stats
+            variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
+        return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
 
-    return jax.jit(create, out_shardings=place(want) if place else None)(key)
+    drawn = jax.jit(create, out_shardings=place(draw) if place else None)(key) if any(draw.values()) else draw
+    return {**drawn, "params": drawn["params"] | (jax.device_put(read, place(read)) if place else read)}
 
 
 def _initialize(module: VQRAE):

@@ -81,7 +81,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:
-            raise CheckpointError(f"{path} cannot be restored ({_reason(error)}); delete it to resume from the one before") from error
+            raise CheckpointError(
+                f"{path} cannot be restored ({_reason(error)}); delete it to resume from the one before"
+            ) from error
         return restored.model, restored.train, restored.data
 
     def close(self) -> None:
@@ -92,7 +94,11 @@ class Checkpoints:
             action()
         except Exception as error:
             last = max((s for s in completed_steps(self.folder)), default=None)
-            kept = "no checkpoint is complete" if last is None else f"the last complete checkpoint is {self.folder / str(last)}"
+            kept = (
+                "no checkpoint is complete"
+                if last is None
+                else f"the last complete checkpoint is {self.folder / str(last)}"
+            )
             raise CheckpointError(f"{doing} in {self.folder} failed ({_reason(error)}); {kept}") from error
 
 
@@ -129,16 +135,19 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
     try:
         return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
     except Exception as error:
-        raise CheckpointError(f"{path} has no readable config ({_reason(error)}); the checkpoint is not complete") from error
+        raise CheckpointError(
+            f"{path} has no readable config ({_reason(error)}); the checkpoint is not complete"
+        ) from error
 
 
 def saved_shapes(path: pathlib.Path) -> Any:
     """The `model` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
     try:
-        with ocp.StandardCheckpointer() as reader:
-            tree = reader.metadata(path / "model").item_metadata.tree
+        tree = ocp.StandardCheckpointHandler().metadata(path / "model").tree
     except Exception as error:
-        raise CheckpointError(f"{path} has no readable model ({_reason(error)}); the checkpoint is not complete") from error
+        raise CheckpointError(
+            f"{path} has no readable model ({_reason(error)}); the checkpoint is not complete"
+        ) from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
@@ -178,7 +187,9 @@ def _check_writable(folder: pathlib.Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CheckpointError(f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can") from error
+        raise CheckpointError(
+            f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

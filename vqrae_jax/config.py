@@ -212,21 +212,37 @@ def _editable(section: Section) -> ml_collections.ConfigDict:
     return tree
 
 
+def check_field(schema: type[Section], path: str) -> None:
+    """Raises ConfigError if `path` (as in "model.num_embeddings") names no field, with the nearest that does."""
+    at: Any = schema
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if not (isinstance(at, type) and issubclass(at, Section)):
+            return  # inside a free-form field
+        if part not in at.model_fields:
+            raise ConfigError(_unknown(at, parts[:i], part))
+        at = at.model_fields[part].annotation
+
+
+def _unknown(section: type[Section], path: list[str], name: str) -> str:
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown config field {'.'.join([*path, name])}: {hint}"
+
+
 def _explain(schema: type[Section], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
-        known = list(_fields_at(schema, path[:-1]))
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown config field {name}: {hint}"
+        return _unknown(_section_at(schema, path[:-1]), path[:-1], path[-1])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{name}: {message}"
     return f"{name}={error['input']!r}: {message}"
 
 
-def _fields_at(schema: type[Section], path: list[str]) -> list[str]:
+def _section_at(schema: type[Section], path: list[str]) -> type[Section]:
     for part in path:
         schema = schema.model_fields[part].annotation
-    return list(schema.model_fields)
+    return schema

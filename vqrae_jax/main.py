@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vqrae_jax import config as config_lib
@@ -19,11 +21,13 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or eval
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise config_lib.ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE")
-    for flag in (CONFIG, WORKDIR):
-        if flag.value is None:
-            raise config_lib.ConfigError(f"--{flag.name} is required, see python -m vqrae_jax.main --help")
-    config = config_lib.from_dict(config_lib.Config, CONFIG.value.to_dict())
+        raise config_lib.ConfigError(
+            f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE"
+        )
+    for name in ("config", "workdir"):
+        if not flags.FLAGS[name].present:
+            raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
+    config = _read_config()
     from vqrae_jax.train import loop
 
     if MODE.value == "train":
@@ -34,24 +38,43 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """What is wrong with the input is one message and exit code 1, not a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page per checkpoint
     logging.getLogger("vqrae_jax").setLevel(logging.INFO)
     try:
         app.run(main, flags_parser=_parse)
-    except EXPECTED as error:
+    except Exception as error:
+        if not isinstance(error, _input_errors()):
+            raise
         sys.exit(f"error: {error}")
 
 
+def _input_errors() -> tuple[type[Exception], ...]:
+    """What is wrong with input; anything else is a bug and keeps its traceback."""
+    from vqrae_jax.checkpoint import CheckpointError
+    from vqrae_jax.data.errors import DataError
+    from vqrae_jax.pretrained.tables import PretrainedError
+    from vqrae_jax.sharding import MeshError
+
+    return config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError
+
+
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-    """Flags of unknown fields and config files that do not exist are errors like any other."""
+    """Checks the names of overridden fields before ml_collections does: its message is a dump of the config."""
+    for argument in argv:
+        if field := re.match(r"--?config\.([\w.]+)", argument):
+            config_lib.check_field(config_lib.Config, field[1])
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, FileNotFoundError, config_flags.UnsupportedOperationError) as error:
-        raise config_lib.ConfigError(f"--config: {error.args[0] if error.args else error}") from None
+    except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
+        raise config_lib.ConfigError(f"--config: {error}") from None
 
 
-# Input errors are ValueErrors of our own classes and CheckpointError; anything else is a bug and keeps its traceback.
-EXPECTED = (config_lib.ConfigError,)
+def _read_config() -> config_lib.Config:
+    try:
+        values = CONFIG.value.to_dict()
+    except OSError as error:  # ml_collections' word for a file that is not there or does not run
+        raise config_lib.ConfigError(f"--config: {error}") from None
+    return config_lib.from_dict(config_lib.Config, values)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         raise DataError(f"cannot write {path!r}: its suffix must be one of {', '.join(WRITTEN)}")
     image = np.asarray(image)
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
-        raise DataError(f"cannot write {path!r}: got {image.dtype} {list(image.shape)}, "
-                        "expected uint8 [H, W, 3] or [H, W]")
+        raise DataError(
+            f"cannot write {path!r}: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]"
+        )
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     # In the same folder, so that the replacement is atomic; a name of its own per process, thread and call.
@@ -89,8 +90,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return _resized_square(image, size, size, lambda spare: spare // 2)
 
 
-def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, resize: float = 1.0,
-                scale: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+def random_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator, resize: float = 1.0, scale: tuple[float, float] = (1.0, 1.0)
+) -> np.ndarray:
     """A random square of `image` [H, W, 3] as uint8 [size, size, 3].
 
     With `scale` (1, 1) the short side is resized to size * resize and a square is cut at a random place. Any other
@@ -103,7 +105,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, resize: 
     side = size * np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1])))
     side = int(np.clip(round(side), 1, min(height, width)))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    square = image[top:top + side, left:left + side]
+    square = image[top : top + side, left : left + side]
     return square if side == size else center_crop(square, size)
 
 
@@ -132,11 +134,14 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(here, name) for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [
+            os.path.join(here, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
     if not found:
-        raise DataError(f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
-                        "in the folder or below it")
+        raise DataError(
+            f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
+            "in the folder or below it"
+        )
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
@@ -163,8 +168,15 @@ def _upright(picture):
     except Exception:  # damaged metadata is no reason to lose a good picture
         orientation = 1
     turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
     return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 

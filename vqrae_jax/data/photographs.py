@@ -12,9 +12,13 @@ from vqrae_jax.data.images import center_crop, read_image
 # Whole photographs are kept apart: the validation ones share no pixel and no scene with the training ones. Left out:
 # the right eye of the motorcycle stereo pair (the same picture again), and microscope, retina and telescope images.
 _FILES = {
-    "train": (("skimage", "data/astronaut.png"), ("sklearn", "datasets/images/china.jpg"),
-              ("skimage", "data/coffee.png"), ("skimage", "data/motorcycle_left.png"),
-              ("skimage", "data/rocket.jpg")),
+    "train": (
+        ("skimage", "data/astronaut.png"),
+        ("sklearn", "datasets/images/china.jpg"),
+        ("skimage", "data/coffee.png"),
+        ("skimage", "data/motorcycle_left.png"),
+        ("skimage", "data/rocket.jpg"),
+    ),
     "validation": (("skimage", "data/chelsea.png"), ("sklearn", "datasets/images/flower.jpg")),
 }
 # Validation crops of a photograph: side as a fraction of the short side, rows and columns of the grid. 32 in all.
@@ -68,8 +72,11 @@ class ValidationPhotographs:
     def __init__(self, size: int):
         photographs = [list(_grid_crops(photograph, size)) for photograph in load("validation")]
         self._size = size
-        self._records = [{"image": crop, "label": label}
-                         for crops in zip(*photographs, strict=True) for label, crop in enumerate(crops)]
+        self._records = [
+            {"image": crop, "label": label}
+            for crops in zip(*photographs, strict=True)
+            for label, crop in enumerate(crops)
+        ]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -91,7 +98,7 @@ def _grid_crops(photograph, size):
         side = round(fraction * min(height, width))
         for top in _spread(height - side, rows):
             for left in _spread(width - side, columns):
-                yield center_crop(photograph[top:top + side, left:left + side], size)
+                yield center_crop(photograph[top : top + side, left : left + side], size)
 
 
 def _spread(spare, count):
@@ -105,6 +112,8 @@ def _installed(package, file):
     path = os.path.join(os.path.dirname(spec.origin), *file.split("/")) if spec and spec.origin else None
     if path is None or not os.path.isfile(path):
         name = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-        raise DataError(f"data.source='photographs' needs {file} of {name}, which is not installed: run "
-                        f"`pip install {name}`, or give a folder of images (data.source='folder', data.path)")
+        raise DataError(
+            f"data.source='photographs' needs {file} of {name}, which is not installed: run "
+            f"`pip install {name}`, or give a folder of images (data.source='folder', data.path)"
+        )
     return path

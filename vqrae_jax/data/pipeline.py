@@ -35,15 +35,24 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
     _check_crop(data)
     source = _training_source(data)
     if len(source) < data.batch_size:
-        raise DataError(f"data.batch_size={data.batch_size} exceeds the {len(source)} training images of {source!r}: "
-                        "lower it or give more images")
+        raise DataError(
+            f"data.batch_size={data.batch_size} exceeds the {len(source)} training images of {source!r}: "
+            "lower it or give more images"
+        )
     sampled = data.crop == "random" and tuple(data.scale) != (1.0, 1.0)
     side = math.ceil(data.image_size * (data.resize if data.crop == "random" else 1))
     images = Replaced(source, Skipped() if skipped is None else skipped, at_least=None if sampled else side)
-    transform = functools.partial(_augment, size=data.image_size, crop=data.crop, resize=data.resize,
-                                  scale=data.scale, mirror=data.flip)
-    batches = (grain.MapDataset.source(images).seed(seed % 2**32).shuffle().random_map(transform).repeat()
-               [process_index::process_count].batch(local, drop_remainder=True))
+    transform = functools.partial(
+        _augment, size=data.image_size, crop=data.crop, resize=data.resize, scale=data.scale, mirror=data.flip
+    )
+    batches = (
+        grain.MapDataset.source(images)
+        .seed(seed % 2**32)
+        .shuffle()
+        .random_map(transform)
+        .repeat()[process_index::process_count]
+        .batch(local, drop_remainder=True)
+    )
     # Whole batches are what workers deal in, or else their number would decide what a batch holds.
     batches = batches.to_iter_dataset(_read_options(grain, data))
     if data.workers:
@@ -76,8 +85,9 @@ class EvaluationBatches:
         return iter(batches.to_iter_dataset(_read_options(grain, self._data)))
 
 
-def evaluation_batches(data, *, process_index: int = 0, process_count: int = 1,
-                       limit: int | None = None) -> EvaluationBatches | None:
+def evaluation_batches(
+    data, *, process_index: int = 0, process_count: int = 1, limit: int | None = None
+) -> EvaluationBatches | None:
     """This process's part of the validation batches; None when the config names no validation images.
 
     Args:
@@ -138,15 +148,19 @@ def _evaluation_source(data):
 
 def _local(field, size, process_count):
     if size % process_count:
-        raise DataError(f"data.{field}={size} is not divisible by the {process_count} processes of this run: "
-                        f"take {max(1, size // process_count) * process_count}")
+        raise DataError(
+            f"data.{field}={size} is not divisible by the {process_count} processes of this run: "
+            f"take {max(1, size // process_count) * process_count}"
+        )
     return size // process_count
 
 
 def _check_crop(data):
     if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
-        raise DataError(f"data.resize={data.resize} and data.scale={tuple(data.scale)} exclude each other: scale cuts "
-                        "from the source pixels; leave one of them at 1")
+        raise DataError(
+            f"data.resize={data.resize} and data.scale={tuple(data.scale)} exclude each other: scale cuts "
+            "from the source pixels; leave one of them at 1"
+        )
 
 
 def _read_options(grain, data):

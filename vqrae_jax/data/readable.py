@@ -69,8 +69,10 @@ class Replaced:
             record = _decoded(self._source, (index + step) % len(self), self._skipped, self._at_least)
             if record is not None:
                 return record
-        raise DataError(f"data.path: {tries} images in a row cannot be read, the first of them "
-                        f"{self._source.name(index)}; check {self._source!r}")
+        raise DataError(
+            f"data.path: {tries} images in a row cannot be read, the first of them "
+            f"{self._source.name(index)}; check {self._source!r}"
+        )
 
     def __repr__(self) -> str:
         return f"Replaced({self._source!r})"

@@ -68,8 +68,10 @@ def _tfds():
     import tensorflow_datasets as tfds
 
     if not hasattr(tfds, "builder_from_directory"):  # it logs why its import failed, and goes on without content
-        raise DataError("data.source='tfds' needs a working tensorflow_datasets, and its import failed for the reason "
-                        "logged above: run `pip install -r requirements.txt`")
+        raise DataError(
+            "data.source='tfds' needs a working tensorflow_datasets, and its import failed for the reason "
+            "logged above: run `pip install -r requirements.txt`"
+        )
     return tfds
 
 
@@ -90,24 +92,31 @@ def _builder(name, path):
         raise DataError(
             f"data.name={name!r} is not prepared in data.path={path or 'the default data_dir of TFDS'!r}. Prepare it "
             f"once, on a machine with TensorFlow: tfds build {name} --file_format=array_record"
-            + (f" --data_dir={path}" if path else "")) from error
+            + (f" --data_dir={path}" if path else "")
+        ) from error
     except Exception as error:  # from JSON, protobuf and the features' own constructors
-        raise DataError(f"data.path={path!r}, data.name={name!r}: the metadata of this prepared dataset cannot be "
-                        f"read: {error}; prepare or copy it again") from error
+        raise DataError(
+            f"data.path={path!r}, data.name={name!r}: the metadata of this prepared dataset cannot be "
+            f"read: {error}; prepare or copy it again"
+        ) from error
 
 
 def _prepared_folder(path):
     if path is None:
-        raise DataError("data.name and data.path are both missing: data.source='tfds' needs the name of a dataset, "
-                        "a prepared dataset's folder, or a name and the data_dir that holds it")
+        raise DataError(
+            "data.name and data.path are both missing: data.source='tfds' needs the name of a dataset, "
+            "a prepared dataset's folder, or a name and the data_dir that holds it"
+        )
     tfds = _tfds()
 
     if os.path.isfile(os.path.join(path, "dataset_info.json")):
         return path
     versions = [entry for entry in os.listdir(path) if os.path.isfile(os.path.join(path, entry, "dataset_info.json"))]
     if not versions or not all(map(tfds.core.Version.is_valid, versions)):
-        raise DataError(f"data.path={path!r} has no dataset_info.json: give the prepared folder, which ends in a "
-                        "version as in imagenet2012/5.1.0, or the data_dir above it together with data.name")
+        raise DataError(
+            f"data.path={path!r} has no dataset_info.json: give the prepared folder, which ends in a "
+            "version as in imagenet2012/5.1.0, or the data_dir above it together with data.name"
+        )
     return os.path.join(path, max(versions, key=tfds.core.Version))
 
 
@@ -117,9 +126,11 @@ def _records(builder, split, field):
 
     kinds, formats = tfds.core.FileFormat, builder.info.available_file_formats()
     if not {kinds.ARRAY_RECORD, kinds.TFRECORD} & formats:
-        raise DataError(f"{builder.info.full_name} at {builder.data_dir} is kept as "
-                        f"{', '.join(sorted(kind.value for kind in formats)) or 'nothing'}: array_record and tfrecord "
-                        "can be read; prepare it again with `tfds build --file_format=array_record`")
+        raise DataError(
+            f"{builder.info.full_name} at {builder.data_dir} is kept as "
+            f"{', '.join(sorted(kind.value for kind in formats)) or 'nothing'}: array_record and tfrecord "
+            "can be read; prepare it again with `tfds build --file_format=array_record`"
+        )
     known = ", ".join(f"{name} ({info.num_examples})" for name, info in sorted(builder.info.splits.items()))
     try:
         records = None
@@ -128,14 +139,18 @@ def _records(builder, split, field):
             records = builder.as_data_source(split, deserialize_method=raw, file_format=kinds.ARRAY_RECORD)
         files = builder.info.splits[split].file_instructions
     except (ValueError, KeyError, AssertionError) as error:
-        raise DataError(f"{field}={split!r} is no split of {builder.info.full_name}: it has {known}, and parts of them "
-                        "as in 'train[:90%]'") from error
+        raise DataError(
+            f"{field}={split!r} is no split of {builder.info.full_name}: it has {known}, and parts of them "
+            "as in 'train[:90%]'"
+        ) from error
     if sum(file.take for file in files) < 1:
         raise DataError(f"{field}={split!r} of {builder.info.full_name} is empty: it has {known}")
     missing = [file.filename for file in files if not os.path.isfile(file.filename)]
     if missing:
-        raise DataError(f"{field}={split!r} of {builder.info.full_name}: {len(missing)} of {len(files)} files are "
-                        f"missing, the first is {missing[0]!r}; prepare or copy the dataset again")
+        raise DataError(
+            f"{field}={split!r} of {builder.info.full_name}: {len(missing)} of {len(files)} files are "
+            f"missing, the first is {missing[0]!r}; prepare or copy the dataset again"
+        )
     return records or TFRecords([Part(file.filename, file.skip, file.take) for file in files])
 
 

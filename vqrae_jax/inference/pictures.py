@@ -23,20 +23,21 @@ def code_map(indices: Int[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "S
 def reconstruction_grid(
     images: UInt8[np.ndarray, "B H W 3"],
     reconstructions: UInt8[np.ndarray, "B H W 3"],
-    indices: Int[np.ndarray, "B *n"],
+    indices: Int[np.ndarray, "B ..."] | None,
     columns: int = 2,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Rows of input | reconstruction | code map, `columns` pictures per row."""
-    size = images.shape[1]
-    maps = [code_map(_grid(codes), size) for codes in indices]
-    triples = [_beside(list(triple)) for triple in zip(images, reconstructions, maps, strict=True)]
+    """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row."""
+    kinds = [images, reconstructions]
+    if indices is not None:
+        kinds.append(np.stack([code_map(_grid(codes), images.shape[1]) for codes in indices]))
+    triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
     rows = [_beside(triples[i : i + columns], gap=4 * GAP) for i in range(0, len(triples), columns)]
     return _frame(np.concatenate([_below(row) for row in rows]))
 
 
-def _grid(codes: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "h w"]:
+def _grid(codes: Int[np.ndarray, "..."]) -> Int[np.ndarray, "h w"]:
     """Codes of one picture as a square; of several levels the first."""
     if codes.ndim == 1:
         side = round(len(codes) ** 0.5)

@@ -17,6 +17,7 @@ from vqrae_jax.checkpoint import Checkpoints, find, read_meta
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
+from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics, Task
@@ -31,10 +32,10 @@ PICTURE_FILE = "reconstructions.png"
 class Run:
     """Everything one run holds; built before anything long starts, so that what is wrong is said at once."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike):
+    def __init__(self, config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None):
         self.config, self.workdir = config, pathlib.Path(workdir).absolute()
         self.first = jax.process_index() == 0
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
         shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -46,25 +47,25 @@ class Run:
         self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
 
         where = sharding.replicated(self.mesh)
-        self.state, self.frozen = self.task.init(self.mesh)
+        self.frozen = self.task.frozen(self.mesh)
+        self.state = self._restore_or_init()
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
         self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
         self.pictures = jax.jit(self.task.pictures, out_shardings=where)
-        self.resume()
 
-    def resume(self) -> None:
-        """Continues from the newest checkpoint of the workdir, data included."""
+    def _restore_or_init(self) -> TrainState:
+        """The newest checkpoint of the workdir, data included; without one, step 0."""
         step = self.checkpoints.latest_step
         if step is None:
-            return
+            return self.task.init(self.mesh)
         self._tell_config_changes(step)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        target = self.task.shapes(self.mesh)
         model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
-        self.state = TrainState.join(model, rest)
         self.batches.set_state(data)
         log.info("resumed from step %d of %s", step, self.checkpoints.folder)
+        return TrainState.join(model, rest)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
@@ -88,13 +89,11 @@ class Run:
             total = sums if total is None else self.accumulate(total, sums)
         total = jax.device_get(total)
         if not total["images"]:
-            raise ValueError("data.eval_path: none of its images can be read")
-        health = codebook.health(total["counts"])
-        return {
-            "eval/psnr": float(total["psnr"] / total["images"]),
-            "eval/images": int(total["images"]),
-            **{f"eval/codebook_{name}": value for name, value in health.items()},
-        }
+            raise DataError("data.eval_path: none of its images can be read")
+        figures = {"eval/psnr": float(total["psnr"] / total["images"]), "eval/images": int(total["images"])}
+        if "counts" in total:
+            figures |= {f"eval/codebook_{name}": value for name, value in codebook.health(total["counts"]).items()}
+        return figures
 
     def draw(self) -> np.ndarray | None:
         """The first validation images, reconstructed."""
@@ -121,9 +120,9 @@ class Run:
             log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
 
 
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
-    run = Run(config, workdir)
+    run = Run(config, workdir, devices)
     settings = config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
@@ -191,6 +190,8 @@ class Window:
 
     def pause(self) -> None:
         """Evaluation and saving are not training time."""
+        if self._since is None:
+            return
         jax.block_until_ready(self._total)
         self._seconds += time.perf_counter() - self._since
         self._since = None
@@ -199,10 +200,12 @@ class Window:
         """Means of scalars, codebook health over the window, images per second."""
         total = jax.device_get(self._total)
         now = time.perf_counter()
+        running = 0.0 if self._since is None else now - self._since
         values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
+        if "counts" in total:
+            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
         if self._timed_steps:
-            values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + now - self._since)
+            values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
         self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now
         return values
 
@@ -233,7 +236,8 @@ def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:
 
 def _status(values: dict[str, float]) -> str:
     parts = [f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq")]
-    parts.append(f"codes {values['codebook/usage']:.0%}")
+    if "codebook/usage" in values:
+        parts.append(f"codes {values['codebook/usage']:.0%}")
     if "images_per_second" in values:
         parts.append(f"{values['images_per_second']:.0f} img/s")
     return "  ".join(parts)
@@ -242,13 +246,13 @@ def _status(values: dict[str, float]) -> str:
 def _report(run: Run, figures: dict[str, float]) -> None:
     rows = []
     if figures:
-        rows = [
-            ("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"),
-            ("codebook use", f"{figures['eval/codebook_usage']:.1%} of {run.config.model.num_embeddings} codes"),
-            ("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"),
-            ("pictures", str(run.workdir / PICTURE_FILE)),
-        ]
+        rows.append(("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"))
+    if "eval/codebook_usage" in figures:
+        codes = run.config.model.num_embeddings
+        rows.append(("codebook use", f"{figures['eval/codebook_usage']:.1%} of {codes} codes"))
+        rows.append(("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"))
     rows += [
+        ("pictures", str(run.workdir / PICTURE_FILE)),
         ("checkpoints", str(run.checkpoints.folder)),
         ("log", str(run.workdir / METRICS_FILE)),
         ("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}"),

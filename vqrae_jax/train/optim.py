@@ -21,7 +21,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     shape = {"cosine": lambda t: 0.5 * (1 + jnp.cos(math.pi * t)), "linear": lambda t: 1 - t, "constant": jnp.ones_like}
 
     def rate(step: jax.Array) -> jax.Array:
-        done = jnp.clip((step - warmup) / max(end - warmup, 1), 0.0, 1.0)
+        done = jnp.where(step < end, (step - warmup) / max(end - warmup, 1), 1.0)
         decayed = final + (base - final) * shape[config.schedule](done)
         return jnp.where(step < warmup, base * (step + 1) / max(warmup, 1), decayed)
 

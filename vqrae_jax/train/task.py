@@ -14,8 +14,14 @@ Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "cou
 class Task(Protocol):
     """A thing to train."""
 
-    def init(self, mesh: Mesh) -> tuple[TrainState, Any]:
-        """The state and the frozen networks, created where they will live."""
+    def shapes(self, mesh: Mesh) -> TrainState:
+        """The state as jax.ShapeDtypeStruct with shardings; nothing is computed."""
+
+    def init(self, mesh: Mesh) -> TrainState:
+        """The state before the first step, every leaf created where it will live."""
+
+    def frozen(self, mesh: Mesh) -> Any:
+        """Networks that the step reads and nothing changes."""
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         """One optimizer step; pure."""

@@ -47,34 +47,48 @@ class TokenizerTask:
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.config.train.steps)
 
-    def init(self, mesh: Mesh) -> tuple[TrainState, Any]:
-        key = jax.random.key(self.config.train.seed)
-        place = functools.partial(
-            sharding.shardings, mesh=mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
-        )
-        trainable = self.config.train.trainable
-        params = assembly.initial_params(self.assembly, key, trainable, place)
-        frozen = assembly.initial_params(self.assembly, key, [n for n in PARTS if n not in trainable], place)
+    def shapes(self, mesh: Mesh) -> TrainState:
+        shapes = assembly.shapes(self.assembly)
+        params = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable}
         if not params:
             raise ConfigError(
-                f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
+                f"train.trainable={self.config.train.trainable}: none of these parts has parameters; choose from "
+                f"{', '.join(PARTS)}"
             )
-        batch_stats = assembly.initial_batch_stats(self.assembly, key, place)
+        state = jax.eval_shape(self._create, params, shapes["batch_stats"])
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(mesh)(state)
+        )
 
-        def create(params: Any, batch_stats: Any) -> TrainState:
-            ema = jax.tree.map(jnp.copy, params)
-            return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+    def init(self, mesh: Mesh) -> TrainState:
+        where = jax.tree.map(lambda x: x.sharding, self.shapes(mesh))
+        trainable = self.config.train.trainable
+        variables = assembly.initial_variables(self.assembly, self._key(), trainable, self._place(mesh))
+        create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
+        return create(variables["params"], variables["batch_stats"])
 
-        where = place(jax.eval_shape(create, params, batch_stats))
-        return jax.jit(create, out_shardings=where, donate_argnums=(0, 1))(params, batch_stats), frozen
+    def frozen(self, mesh: Mesh) -> Any:
+        parts = [n for n in PARTS if n not in self.config.train.trainable]
+        return assembly.initial_params(self.assembly, self._key(), parts, self._place(mesh))
+
+    def _create(self, params: Any, batch_stats: Any) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.config.train.seed)
+
+    def _place(self, mesh: Mesh) -> assembly.Placement:
+        fsdp = self.config.mesh
+        return functools.partial(sharding.shardings, mesh=mesh, fsdp=fsdp.fsdp, fsdp_min_size=fsdp.fsdp_min_size)
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        key = jax.random.fold_in(self._key(), state.step)
         images = to_float(batch["image"])
         grads, batch_stats, metrics = self._gradients(state, frozen, images, key)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
         return TrainState(
             step=state.step + 1,
@@ -101,9 +115,7 @@ class TokenizerTask:
         metrics |= {n if n == "counts" else f"codebook/{n}": v for n, v in out.quantized.metrics.items()}
         return total, (updated["batch_stats"], metrics)
 
-    def _gradients(
-        self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
-    ) -> tuple[Any, Any, Metrics]:
+    def _gradients(self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array) -> tuple[Any, Any, Metrics]:
         """Mean gradients over the micro-batches; the codebook is updated after each of them."""
         gradient = jax.grad(self.loss, has_aux=True)
         parts = self.config.optimizer.accumulate
@@ -125,9 +137,10 @@ class TokenizerTask:
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
         images, mask = to_float(batch["image"]), batch["mask"]
         out = self._forward(variables, frozen, images)
-        counts = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
-        decibels = jnp.where(mask, psnr(out.reconstruction, images), 0)
-        return {"psnr": decibels.sum(), "images": mask.sum(), "counts": counts}
+        sums = {"psnr": jnp.where(mask, psnr(out.reconstruction, images), 0).sum(), "images": mask.sum()}
+        if "counts" in out.quantized.metrics:
+            sums["counts"] = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
+        return sums
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
@@ -135,7 +148,7 @@ class TokenizerTask:
         return images, out.reconstruction, out.quantized.indices
 
     def draw(self, arrays: Any) -> np.ndarray:
-        images, reconstructions, indices = (np.asarray(a) for a in arrays)
+        images, reconstructions, indices = arrays
         return pictures.reconstruction_grid(images, pictures.to_uint8(reconstructions), indices)
 
     def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:

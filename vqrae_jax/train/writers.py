@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax.config import ConfigError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -60,7 +62,7 @@ def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) ->
     try:
         import wandb
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             f"train.wandb_project={project!r} needs Weights & Biases: pip install 'vqrae-jax[wandb]', or set it to None"
         ) from None
     return wandb.init(project=project, dir=str(workdir), config=config, resume="allow", id=workdir.name)

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import sharding
+from vqrae_jax.config import ConfigError
+from vqrae_jax.train.tokenizer import TokenizerTask, masked_counts
+
+STEPS = 3
+
+
+def batches(size=8):
+    rng = np.random.default_rng(0)
+    low = rng.uniform(size=(STEPS, size, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
+    return [{"image": (x * 255).astype(np.uint8)} for x in low]
+
+
+def train(config, mesh):
+    task = TokenizerTask.build(config)
+    state, frozen = task.init(mesh), task.frozen(mesh)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(task.step, out_shardings=(where, sharding.replicated(mesh)))
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+    first = sharding.place_batch(batches()[0], mesh)["image"] / 255
+    grads, _ = gradient(state.params, state.batch_stats, frozen, first, jax.random.key(0))
+    losses = []
+    for batch in batches():
+        state, metrics = step(state, frozen, sharding.place_batch(batch, mesh))
+        losses.append(metrics["loss/total"])
+    return jax.device_get((grads, state.batch_stats, losses)), state
+
+
+@pytest.fixture(scope="module")
+def single(tiny):
+    return train(tiny(), sharding.make_mesh(devices=jax.devices()[:1]))[0]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
+)
+def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
+    config = tiny(mesh=mesh)
+    (grads, stats, losses), state = train(config, sharding.make_mesh(mesh["data"], mesh["model"]))
+    np.testing.assert_allclose(losses, single[2], rtol=1e-5)
+    for name in ("codebook", "counts", "sums"):
+        assert_close(stats["quantizer"][name], single[1]["quantizer"][name], 1e-5, name)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(single[0]))
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(single[0]), strict=True
+    ):
+        # Gradients that are zero in exact arithmetic (key biases) have no scale of their own.
+        scale = max(np.abs(theirs).max(), 1e-3 * largest)
+        assert np.abs(ours - theirs).max() <= 1e-5 * scale, jax.tree_util.keystr(path)
+    if mesh["model"] > 1:
+        kernel = state.params["decoder"]["block00"]["mlp"]["up"]["kernel"]
+        assert "model" in str(kernel.sharding.spec)
+        assert state.opt_state[1][0].mu["decoder"]["block00"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+
+
+def test_what_does_not_train_does_not_move(tiny):
+    config = tiny(train={"trainable": ("quantizer", "decoder")})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    task = TokenizerTask.build(config)
+    state, frozen = task.init(mesh), task.frozen(mesh)
+    assert set(state.params) == {"decoder"}
+    assert set(frozen) == {"encoder"}
+    before = jax.device_get(frozen)
+    state, _ = jax.jit(task.step)(state, frozen, sharding.place_batch(batches()[0], mesh))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
+
+
+def test_accumulation_equals_the_mean_of_its_parts(tiny, assert_close):
+    config = tiny(optimizer={"accumulate": 2})
+    task = TokenizerTask.build(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state, frozen = task.init(mesh), task.frozen(mesh)
+    images = jnp.asarray(batches()[0]["image"]) / 255
+    key = jax.random.key(3)
+    grads, stats, metrics = jax.jit(task._gradients)(state, frozen, images, key)
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+    expected, running, losses = None, state.batch_stats, []
+    for half, k in zip((images[0::2], images[1::2]), jax.random.split(key), strict=True):
+        g, (running, m) = gradient(state.params, running, frozen, half, k)
+        losses.append(m["loss/total"])
+        expected = g if expected is None else jax.tree.map(lambda a, b: (a + b) / 2, expected, g)
+    assert_close(metrics["loss/total"], np.mean(losses), 1e-6)
+    assert int(metrics["counts"].sum()) == 8 * 16
+    assert_close(stats["quantizer"]["codebook"], running["quantizer"]["codebook"], 1e-6)
+    for name in ("embed", "pred"):
+        assert_close(grads["decoder"][name]["kernel"], expected["decoder"][name]["kernel"], 1e-5, name)
+
+
+def test_padding_does_not_count(tiny):
+    task = TokenizerTask.build(tiny())
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state, frozen = task.init(mesh), task.frozen(mesh)
+    images = batches()[0]["image"]
+    evaluate = jax.jit(task.evaluate_batch)
+
+    def sums(images, mask):
+        return jax.device_get(evaluate(state.inference(), frozen, {"image": images, "mask": mask}))
+
+    padded = images.copy()
+    padded[5:] = 0
+    a = sums(images, np.arange(8) < 5)
+    b = sums(padded, np.arange(8) < 5)
+    assert a["images"] == 5
+    assert a["counts"].sum() == 5 * 16
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_counts_of_several_levels():
+    indices = jnp.array([[[0, 1], [2, 2]], [[1, 1], [1, 0]]])  # [B=2, N=2, depth=2]
+    counts = masked_counts(indices, (2, 3), jnp.array([True, False]))
+    np.testing.assert_array_equal(counts, [[1, 0, 1], [0, 1, 1]])
+    np.testing.assert_array_equal(masked_counts(indices[..., 0], (3,), jnp.array([True, True])), [1, 2, 1])
+
+
+def test_the_decoder_must_paint_what_the_data_gives(tiny):
+    with pytest.raises(
+        ConfigError, match=r"model.decoder_patch_size=8 .* 32 pixels, but data.image_size=64: set model.dec"
+    ):
+        TokenizerTask.build(tiny(data={"image_size": 64}))
+
+
+def test_nothing_to_train(tiny):
+    task = TokenizerTask.build(tiny(train={"trainable": ("quantizer",)}))
+    with pytest.raises(ConfigError, match="train.trainable"):
+        task.init(sharding.make_mesh(devices=jax.devices()[:1]))
