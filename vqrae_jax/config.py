@@ -202,6 +202,14 @@ def defaults() -> ml_collections.ConfigDict:
     return _editable(Config())
 
 
+def pairing(text: str) -> tuple[str, int]:
+    """The argument of a config file, "decoder,pixels": `configs/dinov2_b.py:ViT-L,512` -> ("ViT-L", 512)."""
+    decoder, _, pixels = text.partition(",")
+    if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:
+        raise ConfigError(f"--config: {text!r} is no decoder and picture size, as in ViT-XL,256 (a multiple of 16)")
+    return decoder, int(pixels)
+
+
 def _editable(section: Section) -> ml_collections.ConfigDict:
     tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
     for name, field in type(section).model_fields.items():
