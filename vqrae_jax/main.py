@@ -52,7 +52,7 @@ def _input_errors() -> tuple[type[Exception], ...]:
     """What is wrong with input; anything else is a bug and keeps its traceback."""
     from vqrae_jax.checkpoint import CheckpointError
     from vqrae_jax.data.errors import DataError
-    from vqrae_jax.pretrained.tables import PretrainedError
+    from vqrae_jax.pretrained.errors import PretrainedError
     from vqrae_jax.sharding import MeshError
 
     return config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError

@@ -14,7 +14,7 @@ from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.inference import pictures
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-from vqrae_jax.pretrained.tables import PretrainedError
+from vqrae_jax.pretrained.errors import PretrainedError
 
 log = logging.getLogger(__name__)
 
