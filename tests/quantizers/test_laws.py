@@ -45,7 +45,7 @@ QUANTIZERS = {
     "residual_dropout": Residual(tuple(EMAQuantizer(K, C) for _ in range(3)), C, dropout=0.5),
     "residual_simvq": Residual(tuple(SimVQ(K, C, distance="l2", input_projection=False) for _ in range(2)), C),
     "product": Product(tuple(EMAQuantizer(K, 2) for _ in range(3)), C),
-    "multiscale": MultiScale((SHARED,) * 3, C, (1, 2, 4)),
+    "multiscale": MultiScale(EMAQuantizer(K, C), C, (1, 2, 4)),
 }
 each = pytest.mark.parametrize("name", QUANTIZERS)
 # One of every way in which arrays meet; the others differ in arithmetic within a token only.

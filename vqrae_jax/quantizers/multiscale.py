@@ -14,27 +14,28 @@ class MultiScale(nn.Module):
     """Every scale codes, on its grid, what the coarser ones left over of the latent grid (VAR, algorithm 1).
 
     What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
-    sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. Counts
-    are [scales, K]. The gradient to z is straight-through; the loss is the mean of the scales'.
+    sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. All
+    scales share one codebook, which learns from each in turn. The gradient to z is straight-through; the loss is the
+    mean of the scales'.
 
     Attributes:
-      scales: the quantizers, one per grid; the same object in several places shares its codebook, as in VAR.
+      quantizer: of every scale.
       channels: C.
       grids: side of every scale's grid, rising; the last is that of the latents.
     """
 
-    scales: tuple[Quantizer, ...]
+    quantizer: Quantizer
     channels: int
     grids: tuple[int, ...]
 
     def __post_init__(self):
-        if len(self.scales) != len(self.grids) or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
+        if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
             raise ValueError(f"grids={self.grids}: give rising sides of at least 1, one per scale")
         super().__post_init__()
 
     @property
     def num_embeddings(self) -> int:
-        return self.scales[0].num_embeddings
+        return self.quantizer.num_embeddings
 
     def __call__(self, z: Float[Array, "B h w C"], train: bool = False) -> Quantized:
         """Quantizes latent grids, coarse to fine.
@@ -49,8 +50,8 @@ class MultiScale(nn.Module):
         grid = flat.reshape(z.shape)
         left, total = jnp.where(finite.reshape(*z.shape[:-1], 1), grid, jnp.nan), jnp.zeros(z.shape)
         outs = []
-        for scale, size in zip(self.scales, self.grids, strict=True):
-            out = scale(_resample(averaging(side, size), left), train)
+        for size in self.grids:
+            out = self.quantizer(_resample(averaging(side, size), left), train)
             part = _resample(bicubic(size, side), jax.lax.stop_gradient(out.z))
             left, total = left - part, total + part
             outs.append(out)
@@ -61,7 +62,7 @@ class MultiScale(nn.Module):
             indices=jnp.concatenate([out.indices.reshape(len(z), -1) for out in outs], axis=1),
             loss=sum(out.loss for out in outs) / len(outs),
             metrics={
-                "counts": jnp.stack([m["counts"] for m in metrics]),
+                "counts": sum(m["counts"] for m in metrics),
                 "nonfinite": jnp.sum(~finite, dtype=jnp.int32),
                 "quantization_error": relative_error(
                     jax.lax.stop_gradient(flat), total.reshape(-1, self.channels), finite
@@ -81,10 +82,10 @@ class MultiScale(nn.Module):
             raise ValueError(f"grids={self.grids} have [B, N] indices with N in {ends}, got shape {indices.shape}")
         side = self.grids[-1]
         total = jnp.zeros((len(indices), side, side, self.channels))
-        for scale, size, end in zip(self.scales, self.grids, ends, strict=True):
+        for size, end in zip(self.grids, ends, strict=True):
             if end <= indices.shape[1]:
                 part = indices[:, end - size**2 : end].reshape(-1, size, size)
-                total += _resample(bicubic(size, side), scale.lookup(part))
+                total += _resample(bicubic(size, side), self.quantizer.lookup(part))
         return total
 
 
