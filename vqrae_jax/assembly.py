@@ -18,8 +18,8 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, families, origin, sources, tables
-from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.none import NoQuantizer
+from vqrae_jax.quantizers import factory
+from vqrae_jax.quantizers.base import Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def assemble(config: ModelConfig, latent_stats: dict[str, np.ndarray] | None = N
     _check_latent_stats(config, encoder, latent_stats)
     module = VQRAE(
         encoder=encoder,
-        quantizer=_quantizer(config, encoder.channels),
+        quantizer=_quantizer(config, encoder),
         decoder=decoder,
         noise_tau=config.noise_tau,
         quantize_before_reshape=config.quantize_before_reshape,
@@ -200,13 +200,11 @@ def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
         raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None
 
 
-def _quantizer(config: ModelConfig, channels: int) -> EMAQuantizer | NoQuantizer:
-    if config.quantizer == "none":
-        return NoQuantizer()
-    return EMAQuantizer(
-        config.num_embeddings, channels, config.commitment_cost, config.vq_decay, config.vq_epsilon,
-        config.codebook_init, config.revival_threshold,
-    )  # fmt: skip
+def _quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
+    try:
+        return factory.create(config, encoder.channels, encoder.grid)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
 
 
 def _check_latent_stats(config: ModelConfig, encoder: Encoder, stats: dict[str, np.ndarray]) -> None:

@@ -43,6 +43,32 @@ class EncoderParams(Section):
     model_name: str | None = None
 
 
+class QuantizerParams(Section):
+    """Fields of one or some quantizers; the names before the colon read them."""
+
+    codebook_dim: Positive | None = None  # all but fsq, none: channels of the codes, by learned projections in and out
+    distance: Literal["l2", "cosine"] | None = None  # ema (None: l2), simvq (None: cosine)
+    # ema, simvq: what gradient a latent receives through the choice of its code
+    estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
+    decay_warmup: bool = True  # ema: the decay of step t is t / (t + 1) until it reaches vq_decay
+    frozen: bool = False  # ema: the codes never change
+    input_projection: bool = True  # simvq: latents pass a learned linear map that nothing undoes
+    legacy: bool = True  # simvq: commitment_cost weighs the codebook's term, as in the VQGAN release
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)  # fsq: values per quantized channel
+    adapter: Literal["mlp", "linear", "none"] = "mlp"  # fsq: from the latent to the levels and back
+    entropy_cost: NonNegative = 0.1  # lfq, bsq, ibq: certainty of each latent, diversity of the batch
+    diversity: NonNegative = 1.0  # lfq, bsq: weight of the second
+    temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel: of the soft codes
+    final_temperature: Above0 = 0.1  # gumbel: after anneal_steps
+    anneal_steps: Positive = 10_000  # gumbel
+    inner: Literal["ema", "simvq", "lfq", "bsq", "gumbel", "ibq"] = "ema"  # residual, product, multiscale: made of
+    depth: Positive = 4  # residual: levels
+    shared: bool = False  # residual: one codebook for all levels
+    dropout: Fraction = 0.0  # residual: share of images that train only a random prefix of the levels
+    groups: Positive = 2  # product: groups of channels
+    grids: tuple[Positive, ...] = ()  # multiscale: rising sides, the last that of the latent grid; (): as VAR
+
+
 class ModelConfig(Section):
     """image -> encoder -> quantizer -> decoder -> image."""
 
@@ -59,7 +85,11 @@ class ModelConfig(Section):
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
-    quantizer: Literal["ema", "none"] = "ema"  # none: the continuous autoencoder RAE
+    # none: the continuous autoencoder RAE
+    quantizer: Literal[
+        "ema", "simvq", "fsq", "lfq", "bsq", "gumbel", "ibq", "residual", "product", "multiscale", "none"
+    ] = "ema"
+    quantizer_params: QuantizerParams = QuantizerParams()
     num_embeddings: Positive = 8192  # codebook size K
     commitment_cost: NonNegative = 0.25
     vq_decay: Decay = 0.99
@@ -200,6 +230,14 @@ def to_json(config: Section) -> str:
 def defaults() -> ml_collections.ConfigDict:
     """Every default as the editable tree that config files change and flags override."""
     return _editable(Config())
+
+
+def pairing(text: str) -> tuple[str, int]:
+    """The argument of a config file, "decoder,pixels": `configs/dinov2_b.py:ViT-L,512` -> ("ViT-L", 512)."""
+    decoder, _, pixels = text.partition(",")
+    if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:
+        raise ConfigError(f"--config: {text!r} is no decoder and picture size, as in ViT-XL,256 (a multiple of 16)")
+    return decoder, int(pixels)
 
 
 def _editable(section: Section) -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.layout import from_file
 from vqrae_jax.pretrained.tables import Table
 
-SHOWN = 24  # groups of names listed of each kind in an error
+SHOWN = 64  # groups of names listed of each kind in an error
 
 
 def convert(

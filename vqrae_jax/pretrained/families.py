@@ -206,8 +206,8 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
             raise ValueError(f"width, depth, heads, mlp, patch are {numbers}")
         if fields.get("pos") != "rope" and fields["grid"] < 1:
             raise ValueError(f"image_size={config.get('image_size')} holds no patch")
-    except PretrainedError:
-        raise
+    except PretrainedError as error:
+        raise PretrainedError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PretrainedError(f"the config.json of {source} describes no encoder of this kind ({reason})") from error

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -95,13 +96,20 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
             f"{file} ({field}) is a PyTorch file: reading it needs PyTorch; pip install 'vqrae-jax[torch]'"
         ) from None
 
+    import ml_dtypes
+
     def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return (value.float() if value.is_floating_point() else value).detach().numpy()
+            value = value.detach()
+            if value.dtype == torch.bfloat16:  # numpy has no such type of its own
+                return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return value.numpy()
         return {str(k): to_numpy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
     with _guarded(file, field, "a PyTorch file of plain tensors (others could run code when read, and are refused)"):
-        loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True))
+        # Mapped into memory where the format allows: of a training checkpoint most is never looked at.
+        mapped = zipfile.is_zipfile(file)
+        loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     if not isinstance(loaded, dict):
         raise PretrainedError(f"{file} ({field}) holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded

@@ -69,7 +69,7 @@ class EMAQuantizer(nn.Module):
         shape = (self.num_embeddings, self.channels)
         self.codebook = self.variable("batch_stats", "codebook", lambda: self._random_codes(self.make_rng("params")))
         self.counts = self.variable("batch_stats", "counts", jnp.ones, shape[:1])
-        self.sums = self.variable("batch_stats", "sums", lambda: self.codebook.value)
+        self.sums = self.variable("batch_stats", "sums", lambda: jnp.copy(self.codebook.value))
         self.step = self.variable("batch_stats", "step", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
@@ -79,7 +79,8 @@ class EMAQuantizer(nn.Module):
             flat = unit(flat)
         fixed = jax.lax.stop_gradient(flat)
         update = train and not self.frozen and not self.is_initializing()
-        begins = self.step.value == 0
+        some = jnp.any(finite)
+        begins = (self.step.value == 0) & some
         if update and self.start != "normal":
             self._begin(begins, fixed, finite)
         indices = nearest(fixed, self.codebook.value, self.distance)
@@ -87,7 +88,9 @@ class EMAQuantizer(nn.Module):
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
         metrics["dead"] = jnp.sum(self._is_dead(self.counts.value), dtype=jnp.int32)
         if update:
-            metrics["revived"] = self._update(begins, fixed, finite, indices, metrics["counts"])
+            learns = ~begins & some  # the batch that made the first codes is in them already
+            metrics["revived"] = self._update(learns, fixed, finite, indices, metrics["counts"])
+            self.step.value = self.step.value + some
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
@@ -124,32 +127,30 @@ class EMAQuantizer(nn.Module):
 
     def _update(
         self,
-        begins: Bool[Array, ""],
+        learns: Bool[Array, ""],
         flat: Float[Array, "N C"],
         finite: Bool[Array, " N"],
         indices: Int[Array, " N"],
         found: Int[Array, " K"],
     ) -> Int[Array, ""]:
-        """One step of the running means; returns how many codes were revived.
+        """One step of the running means, if it `learns`; returns how many codes were revived.
 
-        The batch that made the first codes is in them already, so it moves nothing. Latents that are not finite are
-        zero in `flat` and absent from `found`, so they have no part in it.
+        Latents that are not finite are zero in `flat` and absent from `found`, so they have no part in it.
         """
         decay = jnp.asarray(self.decay)
         if self.decay_warmup:
             decay = jnp.minimum(decay, self.step.value / (self.step.value + 1))
-        decay = jnp.where(begins, 1.0, decay)
+        decay = jnp.where(learns, decay, 1.0)
         counts = decay * self.counts.value + (1 - decay) * found
         totals = code_totals(flat, indices, self.num_embeddings)
         sums = decay * self.sums.value + (1 - decay) * totals
         revived = jnp.zeros((), jnp.int32)
         if self.revival_threshold:
-            counts, sums, revived = self._revive(self.make_rng("codes"), ~begins, flat, finite, indices, counts, sums)
+            counts, sums, revived = self._revive(self.make_rng("codes"), learns, flat, finite, indices, counts, sums)
         codes = sums / self._smoothed(counts)[:, None]
         codes = unit(codes) if self.distance == "cosine" else codes
-        self.codebook.value = jnp.where(begins, self.codebook.value, codes)
+        self.codebook.value = jnp.where(learns, codes, self.codebook.value)
         self.counts.value, self.sums.value = counts, sums
-        self.step.value = self.step.value + 1
         return revived
 
     def _revive(

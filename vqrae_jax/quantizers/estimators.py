@@ -15,7 +15,7 @@ Estimator = Literal["straight_through", "rotation", "distance_weighted"]
 
 def straight_through(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
     """z receives the gradient unchanged (Bengio et al. 2013, arXiv:1308.3432)."""
-    return _value_of(codes, z)
+    return value_of(codes, z)
 
 
 def rotation(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
@@ -28,7 +28,7 @@ def rotation(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Arra
     # Opposite directions have no unique rotation between them; the reflection that is left then is as good.
     middle = middle * jax.lax.rsqrt(jnp.maximum(jnp.sum(middle**2, axis=-1, keepdims=True), 1e-12))
     turned = z - 2 * _dot(z, middle) * middle + 2 * _dot(z, a) * b
-    return _value_of(codes, scale * turned)
+    return value_of(codes, scale * turned)
 
 
 def distance_weighted(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
@@ -39,7 +39,7 @@ def distance_weighted(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> F
     """
     gap = jnp.sum((z - codes) ** 2, axis=-1, keepdims=True)
     weight = jax.lax.stop_gradient(1 / (1 + gap / jnp.maximum(jnp.mean(gap), 1e-12)))
-    return _value_of(codes, weight * z)
+    return value_of(codes, weight * z)
 
 
 ESTIMATORS: dict[str, Callable] = {
@@ -49,7 +49,7 @@ ESTIMATORS: dict[str, Callable] = {
 }
 
 
-def _value_of(codes: Float[Array, "*b C"], carrier: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def value_of(codes: Float[Array, "*b C"], carrier: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
     """The value of `codes`, bit for bit, with the gradient of `carrier`, which must be finite."""
     return jax.lax.stop_gradient(codes) + (carrier - jax.lax.stop_gradient(carrier))
 

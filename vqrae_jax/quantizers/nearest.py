@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Distance = Literal["l2", "cosine"]
+Distance = Literal["l2", "cosine", "dot"]
 
 LANES = 8  # contiguous parts of the codebook, searched side by side; a codebook may be sharded this many ways
 
@@ -41,17 +41,15 @@ def nearest(
     Args:
       z: latents, finite.
       codebook: codes, finite.
-      distance: "l2", or "cosine" for the largest cosine of the angle, whatever the lengths.
+      distance: "l2", "cosine" (the largest cosine of the angle, whatever the lengths) or "dot" (the largest product).
       block: sizes to use instead of the backend's own.
 
     Returns:
       Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
     """
     z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook))
-    if distance == "cosine":
-        codes, offsets = unit(codes), jnp.zeros(len(codes))
-    else:
-        offsets = 0.5 * jnp.sum(codes**2, axis=1)
+    codes = unit(codes) if distance == "cosine" else codes
+    offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
     if block is not None:
         return _blocked(z, codes, offsets, block)
     return jax.lax.platform_dependent(

@@ -1,0 +1,20 @@
+"""VQRAE on DINOv2-B with registers.
+
+Decoder and picture size: --config=configs/dinov2_b.py:ViT-L,512 (else ViT-XL,256).
+It converges faster from the decoder that RAE released (needs the torch extra, ViT-XL at 256 only):
+--config.model.pretrained_decoder_path=nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt
+"""
+
+from vqrae_jax import config
+
+
+def get_config(pairing="ViT-XL,256"):
+    decoder, pixels = config.pairing(pairing)
+    c = config.defaults()
+    c.model.encoder_cls = "Dinov2withNorm"
+    c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
+    c.model.encoder_input_size = pixels // 16 * 14  # the same grid as of 16-pixel patches
+    c.model.decoder_config_path = decoder
+    c.model.scan_layers = True
+    c.data.image_size = pixels
+    return c

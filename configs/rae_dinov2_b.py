@@ -1,0 +1,29 @@
+"""The continuous RAE on DINOv2-B with registers as it was released.
+
+Picture size: --config=configs/rae_dinov2_b.py:512 (else 256).
+The released files are PyTorch's: reading them needs the torch extra.
+"""
+
+from vqrae_jax import config
+
+REPOSITORY = "nyu-visionx/RAE-collections"
+RELEASED = {
+    "256": ("decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+    "512": ("decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+}  # fmt: skip
+
+
+def get_config(pixels="256"):
+    if pixels not in RELEASED:
+        raise config.ConfigError(f"--config: {pixels!r} pixels; decoders were released for {' and '.join(RELEASED)}")
+    decoder, statistics = RELEASED[pixels]
+    c = config.defaults()
+    c.model.encoder_cls = "Dinov2withNorm"
+    c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
+    c.model.encoder_input_size = int(pixels) // 16 * 14
+    c.model.decoder_config_path = "ViT-XL"
+    c.model.pretrained_decoder_path = f"{REPOSITORY}/{decoder}"
+    c.model.normalization_stat_path = f"{REPOSITORY}/{statistics}"
+    c.model.quantizer = "none"
+    c.data.image_size = int(pixels)
+    return c

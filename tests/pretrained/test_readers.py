@@ -1,0 +1,201 @@
+"""Files as they come: damaged, hostile, or of another kind. Nothing but PretrainedError leaves the readers."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import flax.serialization
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vqrae_jax.pretrained import convert, families, readers, sources
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.tables import DECODER_TABLE
+
+RNG = np.random.default_rng(0)
+TENSORS = {
+    "decoder_embed.weight": RNG.standard_normal((4, 3)).astype(np.float32),
+    "decoder_embed.bias": RNG.standard_normal(4).astype(np.float32),
+    "trainable_cls_token": RNG.standard_normal((1, 1, 4)).astype(np.float32),
+}
+TARGET = {
+    "embed": {"kernel": jax.ShapeDtypeStruct((3, 4), np.float32), "bias": jax.ShapeDtypeStruct((4,), np.float32)},
+    "cls": jax.ShapeDtypeStruct((1, 1, 4), np.float32),
+}
+
+
+def as_safetensors():
+    import safetensors.numpy
+
+    return safetensors.numpy.save(TENSORS)
+
+
+def as_npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, **TENSORS)
+    return buffer.getvalue()
+
+
+def as_msgpack():
+    return flax.serialization.msgpack_serialize({
+        "decoder_embed": {"kernel": TENSORS["decoder_embed.weight"].T, "bias": TENSORS["decoder_embed.bias"]},
+        "trainable_cls_token": TENSORS["trainable_cls_token"],
+    })  # fmt: skip
+
+
+def as_torch():
+    torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in TENSORS.items()}, buffer)
+    return buffer.getvalue()
+
+
+FORMATS = {".safetensors": as_safetensors, ".npz": as_npz, ".msgpack": as_msgpack, ".pt": as_torch}
+
+
+def load(file):
+    return convert.convert(readers.read_tensors(file, "the field"), DECODER_TABLE, TARGET, source=str(file))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_reads_the_same(tmp_path, suffix):
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(FORMATS[suffix]())
+    tree = load(file)
+    np.testing.assert_array_equal(tree["embed"]["kernel"], TENSORS["decoder_embed.weight"].T)
+    np.testing.assert_array_equal(tree["cls"], TENSORS["trainable_cls_token"])
+
+
+def complaint_of(read):
+    """The message of a PretrainedError, or None and what `read` returned. No other error is caught."""
+    try:
+        return None, read()
+    except PretrainedError as error:
+        return str(error), None
+
+
+damage = st.one_of(
+    st.tuples(st.just("cut"), st.floats(0, 1)),
+    st.tuples(st.just("flip"), st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=6)),
+)
+
+
+def damaged(content, kind, how):
+    if kind == "cut":
+        return content[: int(how * (len(content) - 1))]
+    content = bytearray(content)
+    for where, change in how:
+        content[int(where * (len(content) - 1))] ^= change
+    return bytes(content)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damage)
+def test_damage_is_an_error_that_names_the_file(tmp_path, suffix, damage):
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(damaged(FORMATS[suffix](), *damage))
+    complaint, tree = complaint_of(lambda: load(file))
+    if complaint is None:  # a flipped bit of a weight cannot be told from a weight
+        assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda leaf: leaf.shape, TARGET)
+    else:
+        assert str(file) in complaint
+
+
+@pytest.mark.parametrize("case", ["dinov2_with_registers", "dinov3", "siglip", "vit_mae"])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damage)
+def test_damaged_descriptions(golden, tmp_path, case, damage):
+    folder = golden / "encoders" / case
+    cls = json.loads((folder / "params.json").read_text())["encoder_cls"]
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes(damaged((folder / name).read_bytes(), *damage))
+
+    def describe():
+        config = sources.read_config(tmp_path, "the field")
+        families.describe(families.FAMILIES[cls], config, str(tmp_path))
+        sources.read_image_statistics(tmp_path, "the field")
+
+    complaint, _ = complaint_of(describe)
+    assert complaint is None or str(tmp_path) in complaint
+
+
+class Hostile:
+    """Would make a folder when unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, suffix, zipped):
+    torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
+    marker, file = tmp_path / "ran", tmp_path / f"hostile{suffix}"
+    torch.save({"model": Hostile(marker)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(PretrainedError, match=r"plain tensors.*refused") as caught:
+        readers.read_tensors(file, "model.pretrained_decoder_path")
+    assert str(file) in str(caught.value)
+    assert "model.pretrained_decoder_path" in str(caught.value)
+    assert not marker.exists()
+
+
+def test_an_array_of_pickles_is_refused(tmp_path):
+    marker, file = tmp_path / "ran", tmp_path / "hostile.npz"
+    np.savez(file, weights=np.array([Hostile(marker)], dtype=object))
+    with pytest.raises(PretrainedError, match="plain arrays"):
+        readers.read_tensors(file, "the field")
+    assert not marker.exists()
+    with zipfile.ZipFile(file) as archive, archive.open("weights.npy") as member:  # it would have run
+        np.lib.format.read_array(member, allow_pickle=True)
+    assert marker.exists()
+
+
+def test_a_bare_pickle_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+    for suffix in (".safetensors", ".npz", ".msgpack"):
+        file = tmp_path / f"hostile{suffix}"
+        file.write_bytes(pickle.dumps(Hostile(marker)))
+        with pytest.raises(PretrainedError, match="hostile"):
+            readers.read_tensors(file, "the field")
+    assert not marker.exists()
+
+
+def test_torch_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"")
+    with pytest.raises(PretrainedError, match=r"weights\.pt.*pip install 'vqrae-jax\[torch\]'"):
+        readers.read_tensors(file, "the field")
+
+
+def test_unknown_formats_and_absent_files(tmp_path):
+    with pytest.raises(PretrainedError, match=r"h5.*\.safetensors, \.npz, \.msgpack, \.pt"):
+        readers.read_tensors(tmp_path / "weights.h5", "the field")
+    with pytest.raises(PretrainedError, match=r"weights\.npz.*the field.*not there"):
+        readers.read_tensors(tmp_path / "weights.npz", "the field")
+
+
+def test_every_misfit_is_listed_at_once():
+    wrong = {"decoder_embed.weight": np.zeros((5, 3)), "decoder_embed.bias": np.zeros(4), "nobody.knows": np.zeros(1)}
+    with pytest.raises(PretrainedError) as caught:
+        convert.convert(wrong, DECODER_TABLE, TARGET, source="some file")
+    message = str(caught.value)
+    assert "some file" in message
+    assert "decoder_embed.weight ((5, 3) in the file, (4, 3) expected for embed/kernel)" in message
+    assert "missing (1): cls" in message
+    assert "unexpected (1): nobody.knows" in message
+
+
+def test_a_transposed_matrix_is_of_another_size():
+    wrong = TENSORS | {"decoder_embed.weight": np.zeros((3, 4), np.float32)}
+    with pytest.raises(PretrainedError, match=r"of another size \(1\): decoder_embed\.weight"):
+        convert.convert(wrong, DECODER_TABLE, TARGET)

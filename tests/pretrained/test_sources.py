@@ -1,0 +1,284 @@
+"""Hub folders in all the forms in which they are found."""
+
+import json
+import pathlib
+import shutil
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from vqrae_jax.assembly import assemble, initial_params
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.pretrained import convert, families, sources
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.sharding import make_mesh, shardings
+
+CASES = ["dinov2_with_registers", "dinov3", "siglip", "vit_mae"]
+REAL = pathlib.Path(__file__).parents[2].parent / "shared" / "real"
+
+
+def read(folder, case, golden, **params):
+    described = json.loads((golden / "encoders" / case / "params.json").read_text())
+    config = ModelConfig(
+        encoder_cls=described["encoder_cls"], encoder_config_path=str(folder), encoder_params=params,
+        encoder_input_size=described["image_size"], decoder_config_path="ViT-S",
+    )  # fmt: skip
+    return assemble(config)
+
+
+def assert_same(a, b):
+    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture
+def copy(golden, tmp_path):
+    """A hub folder to change."""
+
+    def make(case):
+        folder = tmp_path / case
+        shutil.copytree(golden / "encoders" / case, folder, ignore=shutil.ignore_patterns("io.npz", "params.json"))
+        return folder, safetensors.numpy.load_file(folder / "model.safetensors")
+
+    return make
+
+
+def write_shards(folder, tensors, count=3):
+    names = sorted(tensors)
+    files = {name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        shard = {name: tensors[name] for name in names if files[name] == file}
+        safetensors.numpy.save_file(shard, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return sorted(set(files.values()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_files_are_one(golden, copy, case):
+    folder, tensors = copy(case)
+    write_shards(folder, tensors)
+    assert_same(read(folder, case, golden).pretrained, read(golden / "encoders" / case, case, golden).pretrained)
+
+
+def test_a_missing_shard_is_named(golden, copy):
+    folder, tensors = copy("dinov3")
+    (folder / write_shards(folder, tensors)[1]).unlink()
+    with pytest.raises(PretrainedError, match=r"encoder_config_path.*model-00002-of-00003\.safetensors"):
+        read(folder, "dinov3", golden)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision_files(golden, copy, case, dtype):
+    import ml_dtypes
+
+    half = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    folder, tensors = copy(case)
+    safetensors.numpy.save_file({n: t.astype(half) for n, t in tensors.items()}, folder / "model.safetensors")
+    expected = read(golden / "encoders" / case, case, golden).pretrained
+    read_back = read(folder, case, golden).pretrained
+    assert_same(read_back, jax.tree.map(lambda leaf: leaf.astype(half).astype(np.float32), expected))
+
+
+def test_flax_weights_of_the_hub(golden, copy):
+    import flax.serialization
+
+    folder, tensors = copy("vit_mae")
+    (folder / "model.safetensors").unlink()
+    tree = {}
+    for name, tensor in tensors.items():
+        *modules, last = name.split(".")
+        if last == "weight" and tensor.ndim == 4:
+            last, tensor = "kernel", tensor.transpose(2, 3, 1, 0)
+        elif last == "weight":
+            last, tensor = ("kernel", tensor.T) if tensor.ndim == 2 else ("scale", tensor)
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[last] = tensor
+    (folder / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize({"params": tree}))
+    expected = read(golden / "encoders" / "vit_mae", "vit_mae", golden).pretrained
+    assert_same(read(folder, "vit_mae", golden).pretrained, expected)
+
+
+def test_hub_configs_leave_defaults_out(golden, copy):
+    """SigLIP 2 as it is on the hub: nested towers, and hardly a number."""
+    folder, _ = copy("siglip")
+    vision = {"model_type": "siglip_vision_model", "image_size": 256, "hidden_size": 1024, "intermediate_size": 4096,
+              "num_attention_heads": 16, "num_hidden_layers": 24}  # fmt: skip
+    given = {"architectures": ["SiglipModel"], "model_type": "siglip", "vision_config": vision,
+             "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(given))
+    fields = families.describe_siglip(sources.read_config(folder, "field"))
+    assert fields["patch"] == 16
+    assert fields["grid"] == 16
+    assert fields["blocks"]["act"] == "gelu_tanh"
+    assert fields["blocks"]["norm_eps"] == 1e-6
+    given = {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    (folder / "config.json").write_text(json.dumps(given))
+    fields = families.describe_dinov2(sources.read_config(folder, "field"))
+    assert fields["blocks"] == {
+        "width": 384, "depth": 12, "heads": 6, "mlp": 1536, "act": "gelu", "gated": False, "layer_scale": True,
+        "norm_eps": 1e-6,
+    }  # fmt: skip
+    assert fields["grid"] == 37
+
+
+def test_the_vision_tower_alone(golden, copy):
+    """SiglipVisionModel saves no text tower, and transformers 5 no `vision_model.` prefix in memory."""
+    expected = read(golden / "encoders" / "siglip", "siglip", golden)
+    for prefix in ("vision_model.", ""):
+        folder, tensors = copy("siglip")
+        alone = {n: t for n, t in tensors.items() if n.startswith("vision_model.")}
+        alone = {prefix + n.removeprefix("vision_model."): t for n, t in alone.items()}
+        safetensors.numpy.save_file(alone, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())["vision_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        built = read(folder, "siglip", golden)
+        assert_same(built.pretrained, expected.pretrained)
+        assert built.module.encoder == expected.module.encoder
+        shutil.rmtree(folder)
+
+
+def test_weights_of_another_family(golden, copy):
+    folder, _ = copy("dinov3")
+    shutil.copy(golden / "encoders" / "vit_mae" / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(PretrainedError) as caught:
+        read(folder, "dinov3", golden)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert "looks like MAEwNorm, and Dinov3withNorm was asked for" in message
+    assert "vit/block00/attn/key/kernel (and 2 more blocks)" in message
+    assert "vit.encoder.layer.0.attention.attention.key.weight (and 2 more blocks)" in message
+    assert "vit/registers" in message
+    assert len(message) < 6000
+
+
+def test_weights_of_another_size(golden, copy):
+    folder, tensors = copy("dinov3")
+    tensors["layer.1.mlp.up_proj.weight"] = np.zeros((72, 31), np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(PretrainedError, match=r"layer\.1\.mlp\.up_proj\.weight \(\(72, 31\) in the file, \(72, 32\)"):
+        read(folder, "dinov3", golden)
+
+
+def test_a_folder_without_weights(golden, copy):
+    folder, _ = copy("dinov3")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PretrainedError, match=r"has none of model\.safetensors"):
+        read(folder, "dinov3", golden)
+
+
+def test_latent_statistics_in_either_layout(golden, tmp_path):
+    torch = pytest.importorskip("torch", reason="stat.pt is a PyTorch file")
+    var = np.random.default_rng(0).uniform(0.5, 1, (4, 3, 5)).astype(np.float32)
+    torch.save({"mean": None, "var": torch.from_numpy(np.moveaxis(var, -1, 0).copy())}, tmp_path / "stat.pt")
+    stats = sources.read_latent_statistics(str(tmp_path / "stat.pt"), "field")
+    assert set(stats) == {"var"}
+    np.testing.assert_array_equal(stats["var"], var)
+
+
+def test_a_file_that_is_nowhere(tmp_path):
+    for name in (str(tmp_path / "none.pt"), "./none.pt", "none.pt", "owner/name"):
+        with pytest.raises(PretrainedError, match=r"the field=.*neither a file .* nor one of a hub repository"):
+            sources.fetch_file(name, "the field")
+    with pytest.raises(PretrainedError, match=r"the field='owner/name/x\.pt' could not be had from the model hub"):
+        sources.fetch_file("owner/name/x.pt", "the field")
+
+
+KEPT = ("model_type", "image_size", "patch_size", "num_attention_heads", "num_register_tokens")
+
+
+def large_encoder(golden, tmp_path, depth=24, width=192):
+    """A DINOv3 of ViT-L's depth in a hub folder; its size in bytes."""
+    config = json.loads((golden / "encoders" / "dinov3" / "config.json").read_text())
+    config = {name: config[name] for name in KEPT}
+    config |= {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
+    tensors = safetensors.numpy.load_file(golden / "encoders" / "dinov3" / "model.safetensors")
+
+    def widen(name, tensor):
+        sizes = [{32: width, 72: 4 * width}.get(n, n) for n in tensor.shape]
+        return np.zeros(sizes, np.float32)
+
+    grown = {n: widen(n, t) for n, t in tensors.items() if not n.startswith("layer.")}
+    first = {n: t for n, t in tensors.items() if n.startswith("layer.0.")}
+    grown |= {n.replace("layer.0.", f"layer.{i}."): widen(n, t) for n, t in first.items() for i in range(depth)}
+    safetensors.numpy.save_file(grown, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(golden / "encoders" / "dinov3" / "preprocessor_config.json", tmp_path)
+    return tmp_path, sum(t.nbytes for t in grown.values())
+
+
+def test_loading_holds_no_more_than_two_copies(golden, tmp_path):
+    """Of a deep encoder, from file to placed parameters; its largest tensor is a small part of it."""
+    folder, size = large_encoder(golden, tmp_path)
+    tracemalloc.start()
+    built = read(folder, "dinov3", golden)
+    after = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 3e7
+    assert after < 1.25 * size  # the tree, one tensor, one transposed copy of it
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(built.pretrained["encoder"])) <= size
+
+
+def test_a_sharded_load_places_no_full_copy_per_device(golden, tmp_path):
+    folder, size = large_encoder(golden, tmp_path, depth=2)
+    built = read(folder, "dinov3", golden)
+    mesh = make_mesh(4, 2)
+    placed = initial_params(
+        built, jax.random.key(0), ["encoder"], lambda tree: shardings(tree, mesh=mesh, fsdp=True, fsdp_min_size=1)
+    )
+    per_device = dict.fromkeys(mesh.devices.flat, 0)
+    for leaf in jax.tree.leaves(placed):
+        for shard in leaf.addressable_shards:
+            per_device[shard.device] += shard.data.nbytes
+    assert max(per_device.values()) < 0.2 * size
+    assert_same(jax.device_get(placed["encoder"]), built.pretrained["encoder"])
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real weights are not at {REAL}")
+def test_real_vit_tiny_equals_pytorch(assert_close):
+    """A trained network, from a float16 file."""
+    folder = REAL / "vit-tiny-patch16-224"
+    io = np.load(folder / "io.npz")
+    images = io["images_uint8"].astype(np.float32) / 255
+    for normalize, expected in ((True, io["features"]), (False, io["features_affine"])):
+        config = ModelConfig(
+            encoder_config_path=str(folder), encoder_params={"normalize": normalize}, decoder_config_path="ViT-S"
+        )
+        built = assemble(config)
+        features = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, images)
+        assert_close(np.asarray(features).reshape(expected.shape), expected, 1e-4)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real files are not at {REAL}")
+def test_real_latent_statistics():
+    pytest.importorskip("torch", reason="stat.pt is a PyTorch file")
+    stats = sources.read_latent_statistics(str(REAL / "rae_dinov2_base_stat.pt"), "field")
+    assert {name: value.shape for name, value in stats.items()} == {"var": (16, 16, 768)}
+
+
+def test_names_are_read_in_the_spelling_of_either_transformers(golden):
+    """SwiGLU is one fused tensor on disk and three in the memory of transformers 5."""
+    case = "dinov2_with_registers_swiglu"
+    built = read(golden / "encoders" / case, case, golden)
+    tensors = safetensors.numpy.load_file(golden / "encoders" / case / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "weights_in" in name:
+            gate, up = np.split(tensor, 2)
+            renamed |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
+        else:
+            new = name.replace("attention.attention.query", "attention.q_proj").replace("weights_out", "down_proj")
+            renamed[new.replace("attention.attention.key", "attention.k_proj")] = tensor
+    family = families.FAMILIES["Dinov2withNorm"]
+    norm = ("norm/scale", "norm/bias")
+    tree = convert.convert(renamed, family.table, built.pretrained["encoder"], norm)
+    assert_same(tree, built.pretrained["encoder"])

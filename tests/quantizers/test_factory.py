@@ -1,0 +1,50 @@
+import typing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vqrae_jax.config import ModelConfig, QuantizerParams
+from vqrae_jax.quantizers.factory import QUANTIZERS, create
+
+NAMES = typing.get_args(ModelConfig.model_fields["quantizer"].annotation)
+
+
+def build(name, channels=12, grid=4, num_embeddings=16, **params):
+    config = ModelConfig(quantizer=name, num_embeddings=num_embeddings, quantizer_params=QuantizerParams(**params))
+    return create(config, channels, grid)
+
+
+def test_the_config_knows_every_quantizer():
+    assert set(NAMES) == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("params", [{}, {"codebook_dim": 4}])
+def test_every_name_takes_and_gives_latents(name, params):
+    module = build(name, **params)
+    shape = jax.ShapeDtypeStruct((2, 4, 4, 12), jnp.float32)
+    out, _ = jax.eval_shape(lambda z: module.init_with_output(jax.random.key(0), z), shape)
+    assert out.z.shape == shape.shape
+
+
+def test_defaults_are_the_origins_where_it_names_them():
+    quantizer = create(ModelConfig(), 768, 16)
+    assert (quantizer.num_embeddings, quantizer.commitment_cost) == (8192, 0.25)
+    assert (quantizer.decay, quantizer.epsilon) == (0.99, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "field"),
+    [
+        ("lfq", {"num_embeddings": 100}, "num_embeddings=100"),
+        ("bsq", {"codebook_dim": 5}, "codebook_dim=5"),
+        ("product", {"groups": 5}, "groups=5"),
+        ("multiscale", {"grids": (1, 2)}, r"grids=\(1, 2\)"),
+        ("multiscale", {"grids": (2, 1, 4)}, r"grids=\(2, 1, 4\)"),
+        ("fsq", {"adapter": "none"}, "adapter='none'"),
+    ],
+)
+def test_what_does_not_fit_is_named(name, given, field):
+    with pytest.raises(ValueError, match=field):
+        build(name, **given)

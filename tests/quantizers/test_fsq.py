@@ -1,0 +1,72 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax.quantizers.fsq import FSQ
+
+CASES = {"fsq_8555": (8, 5, 5, 5), "fsq_34": (3, 4)}
+
+
+def load(golden, case):
+    levels = CASES[case]
+    return np.load(golden / "quantizers" / f"{case}.npz"), FSQ(levels, len(levels), adapter="none")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
+    arrays, module = load(golden, case)
+    apply = jax.jit(lambda z: module.apply({}, z))
+    out = apply(arrays["z"])
+    np.testing.assert_array_equal(out.indices, arrays["indices"])
+    np.testing.assert_array_equal(out.z, arrays["quantized"])
+    assert_close(out.loss, arrays["loss"], 1e-5)
+    grid = apply(jnp.moveaxis(arrays["z_2d"], 1, -1))
+    np.testing.assert_array_equal(grid.indices, arrays["indices_2d"])
+    np.testing.assert_array_equal(jnp.moveaxis(grid.z, -1, 1), arrays["quantized_2d"])
+    z = jnp.asarray(arrays["z"])
+    assert_close(jax.grad(lambda z: apply(z).loss)(z), arrays["grad_dz_loss"], 1e-5)
+    through = jax.grad(lambda z: jnp.sum(apply(z).z * arrays["fixed_random"]))(z)
+    assert_close(through, arrays["grad_dz_straight_through"], 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ties_go_to_the_even_index(golden, case):
+    arrays, module = load(golden, case)
+    out = module.apply({}, arrays["tie_z"])
+    np.testing.assert_array_equal(out.indices, arrays["tie_indices"])
+    np.testing.assert_array_equal(out.z, arrays["tie_quantized"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lookup_lists_the_grid(golden, case):
+    arrays, module = load(golden, case)
+    codes = module.apply({}, jnp.arange(module.num_embeddings), method="lookup")
+    np.testing.assert_array_equal(codes, arrays["codebook"])
+
+
+@pytest.mark.parametrize("levels", [(2,), (7, 2), (4, 4, 3)])
+def test_every_code_is_its_own_fixed_point(levels):
+    module = FSQ(levels, len(levels), adapter="none")
+    codes = np.asarray(list(itertools.product(*[np.arange(n) - (n - 1) / 2 for n in levels])), np.float32)
+    out = module.apply({}, codes / ((np.asarray(levels) - 1) / 2))
+    np.testing.assert_array_equal(out.indices, np.arange(module.num_embeddings))
+    np.testing.assert_array_equal(out.z, codes)
+
+
+def test_the_linear_adapter_reaches_every_level():
+    module = FSQ((5, 4), 2, adapter="linear")
+    z = np.random.default_rng(0).normal(size=(512, 2)).astype(np.float32) * 3
+    variables = module.init(jax.random.key(0), z)
+    eye = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+    out = module.apply({"params": {"reduce": eye, "expand": eye}}, z)
+    assert np.count_nonzero(out.metrics["counts"]) == 20
+    assert jax.tree.structure(variables["params"]) == jax.tree.structure({"reduce": eye, "expand": eye})
+
+
+@pytest.mark.parametrize(("levels", "channels"), [((), 4), ((1, 4), 2), ((4, 4), 3)])
+def test_levels_that_cannot_be_are_named(levels, channels):
+    with pytest.raises(ValueError, match="levels="):
+        FSQ(levels, channels, adapter="none")

@@ -1,0 +1,66 @@
+"""Index backpropagation quantization (Shi et al. 2024, arXiv:2412.02692): every code learns from every latent."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.entropy import entropies
+from vqrae_jax.quantizers.estimators import value_of
+from vqrae_jax.quantizers.nearest import nearest
+
+
+class IBQ(nn.Module):
+    """The code with the largest product; its one-hot index is straight-through for the softmax over all codes.
+
+    `params`: codebook [K, C]. Latents and codebook both receive the decoder's gradient, through the softmax, and the
+    codebook also as the chosen code. Training holds N x K probabilities, as the method must; evaluation does not.
+
+    Attributes:
+      num_embeddings, channels: K and C.
+      commitment_cost: weight of the pull of latents to codes.
+      entropy_cost: weight of (mean entropy of a latent's softmax) - (entropy of the mean softmax).
+      temperature: of the softmax.
+    """
+
+    num_embeddings: int
+    channels: int
+    commitment_cost: float = 0.25
+    entropy_cost: float = 0.05
+    temperature: float = 1.0
+
+    def setup(self):
+        shape = (self.num_embeddings, self.channels)
+        self.codebook = self.param("codebook", nn.initializers.normal(self.channels**-0.5), shape)
+
+    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+        """Quantizes latents; train=True also computes the softmax over all codes."""
+        flat, finite = flatten(z, self.channels)
+        indices = nearest(flat, self.codebook, "dot")
+        codes = self.codebook[indices]
+        fixed = jax.lax.stop_gradient
+        # The paper's double quantization loss: on the chosen code, and on the code as its index lets gradients through.
+        loss = kept_mean((codes - fixed(flat)) ** 2, finite)
+        loss += self.commitment_cost * kept_mean((fixed(codes) - flat) ** 2, finite)
+        metrics = health(flat, codes, indices, self.num_embeddings, finite)
+        out = codes
+        if train:
+            product = jnp.dot(flat, self.codebook.T, precision=jax.lax.Precision.HIGHEST)
+            soft = jax.nn.softmax(product / self.temperature, axis=-1)
+            # one_hot + soft - stop_gradient(soft), times the codebook, without a second N x K matrix.
+            through = jnp.dot(soft, fixed(self.codebook), precision=jax.lax.Precision.HIGHEST)
+            out = value_of(codes, codes + through)
+            certainty, spread = entropies(soft, finite)
+            loss += kept_mean((out - flat) ** 2, finite) + self.entropy_cost * (certainty - spread)
+            metrics |= {"entropy": fixed(certainty), "batch_entropy": fixed(spread)}
+        return Quantized(
+            z=out.reshape(z.shape),
+            indices=indices.reshape(z.shape[:-1]),
+            loss=loss,
+            metrics=metrics,
+        )
+
+    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+        """The codes of `indices`."""
+        return self.codebook[indices]

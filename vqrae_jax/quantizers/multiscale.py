@@ -1,0 +1,114 @@
+"""Codes on grids from coarse to fine (VQ-VAE-2: Razavi et al. 2019, 1906.00446; VAR: Tian et al. 2024, 2404.02905)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error
+from vqrae_jax.quantizers.estimators import straight_through
+
+
+class MultiScale(nn.Module):
+    """Every scale codes, on its grid, what the coarser ones left over of the latent grid (VAR, algorithm 1).
+
+    What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
+    sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. All
+    scales share one codebook, which learns from each in turn. The gradient to z is straight-through; the loss is the
+    mean of the scales'.
+
+    Attributes:
+      quantizer: of every scale.
+      channels: C.
+      grids: side of every scale's grid, rising; the last is that of the latents.
+    """
+
+    quantizer: Quantizer
+    channels: int
+    grids: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
+            raise ValueError(f"grids={self.grids}: give rising sides of at least 1, one per scale")
+        super().__post_init__()
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.quantizer.num_embeddings
+
+    def __call__(self, z: Float[Array, "B h w C"], train: bool = False) -> Quantized:
+        """Quantizes latent grids, coarse to fine.
+
+        Raises:
+          ValueError: z is no grid with sides grids[-1].
+        """
+        side = self.grids[-1]
+        if z.ndim != 4 or z.shape[1:3] != (side, side):
+            raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
+        flat, finite = flatten(z, self.channels)
+        grid = flat.reshape(z.shape)
+        left, total = jnp.where(finite.reshape(*z.shape[:-1], 1), grid, jnp.nan), jnp.zeros(z.shape)
+        outs = []
+        for size in self.grids:
+            out = self.quantizer(_resample(averaging(side, size), left), train)
+            part = _resample(bicubic(size, side), jax.lax.stop_gradient(out.z))
+            left, total = left - part, total + part
+            outs.append(out)
+        metrics = [out.metrics for out in outs]
+        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "dead") if n in metrics[0]}
+        return Quantized(
+            z=straight_through(grid, total),
+            indices=jnp.concatenate([out.indices.reshape(len(z), -1) for out in outs], axis=1),
+            loss=sum(out.loss for out in outs) / len(outs),
+            metrics={
+                "counts": sum(m["counts"] for m in metrics),
+                "nonfinite": jnp.sum(~finite, dtype=jnp.int32),
+                "quantization_error": relative_error(
+                    jax.lax.stop_gradient(flat), total.reshape(-1, self.channels), finite
+                ),
+                **sums,
+            },
+        )
+
+    def lookup(self, indices: Int[Array, "B N"]) -> Float[Array, "B h w C"]:
+        """The sum of all scales; of the first few where only their indices are given.
+
+        Raises:
+          ValueError: the number of indices is not that of a prefix of the scales.
+        """
+        ends = np.cumsum([size**2 for size in self.grids]).tolist()
+        if indices.ndim != 2 or indices.shape[1] not in ends:
+            raise ValueError(f"grids={self.grids} have [B, N] indices with N in {ends}, got shape {indices.shape}")
+        side = self.grids[-1]
+        total = jnp.zeros((len(indices), side, side, self.channels))
+        for size, end in zip(self.grids, ends, strict=True):
+            if end <= indices.shape[1]:
+                part = indices[:, end - size**2 : end].reshape(-1, size, size)
+                total += _resample(bicubic(size, side), self.quantizer.lookup(part))
+        return total
+
+
+def averaging(source: int, target: int) -> Float[np.ndarray, "target source"]:
+    """Rows average the stretch of the source that a target cell covers, cells cut by its border in proportion."""
+    edges = np.arange(target + 1) * source / target
+    cells = np.arange(source)
+    covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (np.maximum(covered, 0) * target / source).astype(np.float32)
+
+
+def bicubic(source: int, target: int) -> Float[np.ndarray, "target source"]:
+    """Cubic convolution (a = -0.75), half-pixel centres, border repeated: how PyTorch enlarges."""
+    centres = (np.arange(target) + 0.5) * source / target - 0.5
+    first = np.floor(centres).astype(int) - 1
+    matrix = np.zeros((target, source))
+    for tap in range(4):
+        x = np.abs(centres - (first + tap))
+        near = 1.25 * x**3 - 2.25 * x**2 + 1
+        far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(matrix, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(x <= 1, near, far))
+    return matrix.astype(np.float32)
+
+
+def _resample(matrix: Float[np.ndarray, "t s"], z: Float[Array, "B s s C"]) -> Float[Array, "B t t C"]:
+    return jnp.einsum("is,jt,bstc->bijc", matrix, matrix, z, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,68 @@
+"""SimVQ: a frozen random codebook seen through one learned linear map (Zhu et al. 2024, arXiv:2411.02038)."""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
+from vqrae_jax.quantizers.nearest import Distance, nearest, unit
+
+
+class SimVQ(nn.Module):
+    """Codes are W e + b of fixed random e: one gradient moves all of them, so none is left behind.
+
+    `params`: codebook_projection (W, b) and, with input_projection, input_projection. `batch_stats`: codebook [K, C],
+    the fixed vectors e.
+
+    Attributes:
+      num_embeddings, channels: K and C.
+      commitment_cost: weight of the commitment loss (of the codebook loss if `legacy`).
+      distance: "cosine": latents and codes are brought to unit length, and what is quantized is the direction.
+      input_projection: latents pass a learned linear map first. Nothing undoes it: the decoder reads projected latents.
+      legacy: the weight is on the codebook's term instead of the commitment's, as in the VQGAN release and the origin.
+      estimator: the gradient through the choice.
+    """
+
+    num_embeddings: int
+    channels: int
+    commitment_cost: float = 0.25
+    distance: Distance = "cosine"
+    input_projection: bool = True
+    legacy: bool = True
+    estimator: Estimator = "straight_through"
+
+    def setup(self):
+        shape, scale = (self.num_embeddings, self.channels), self.channels**-0.5
+        self.codebook = self.variable(
+            "batch_stats", "codebook", lambda: scale * jax.random.normal(self.make_rng("params"), shape)
+        )
+        dense = {"precision": jax.lax.Precision.HIGHEST}
+        self.codebook_projection = nn.Dense(self.channels, **dense, name="codebook_projection")
+        if self.input_projection:
+            self.projection = nn.Dense(self.channels, **dense, name="input_projection")
+
+    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+        """Quantizes latents; train makes no difference."""
+        flat, finite = flatten(z, self.channels)
+        flat = self.projection(flat) if self.input_projection else flat
+        flat = unit(flat) if self.distance == "cosine" else flat
+        codebook = self._codes()
+        indices = nearest(flat, codebook, self.distance)
+        codes = codebook[indices]
+        ends = (codes, flat) if self.legacy else (flat, codes)
+        return Quantized(
+            z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
+            indices=indices.reshape(z.shape[:-1]),
+            loss=vq_loss(*ends, finite, self.commitment_cost),
+            metrics=health(flat, codes, indices, self.num_embeddings, finite),
+        )
+
+    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+        """The codes of `indices`."""
+        return self._codes()[indices]
+
+    def _codes(self) -> Float[Array, "K C"]:
+        # The whole codebook, also for a few indices: another matmul shape could round differently.
+        codes = self.codebook_projection(self.codebook.value)
+        return unit(codes) if self.distance == "cosine" else codes
