@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax import assembly, checkpoint
 from vqrae_jax import config as config_lib
+from vqrae_jax.inference import folder as exported
 from vqrae_jax.models.vqrae import VQRAE
 
 PARTS = ("encoder", "quantizer", "decoder")
@@ -38,7 +39,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, step: int | None = None) -> "Tokenizer":
-        """Reads a run's workdir (its newest checkpoint, or that of `step`) or one checkpoint folder.
+        """Reads a run's workdir (its newest checkpoint, or that of `step`), one checkpoint, or an exported folder.
 
         The frozen encoder is not in a checkpoint: it is read from where the config says.
 
@@ -46,6 +47,8 @@ class Tokenizer:
           CheckpointError: nothing complete is there, or it is of another architecture than its config.
           PretrainedError: the encoder's weights cannot be had.
         """
+        if exported.is_folder(path):
+            return cls(*exported.read(path))
         folder = checkpoint.find(path, step)
         config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
         saved = checkpoint.saved_shapes(folder)

@@ -1,6 +1,7 @@
 """Our trees -> files of others: the tables of `families`, `tables` and `origin` read backwards."""
 
 import hashlib
+import logging
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from vqrae_jax.pretrained import origin
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.layout import to_file
 from vqrae_jax.pretrained.tables import Row, Table, paths, spell
+
+log = logging.getLogger(__name__)
 
 Transformers = Literal[4, 5]
 
@@ -67,6 +70,12 @@ def origin_state_dict(
     ours = [path for path in flat if path in origin.STATE or path.startswith("batch_stats/latent/")]
     kept = {path: leaf for path, leaf in flat.items() if path not in ours}
     state = to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
+    registers = origin.REGISTERS
+    if encoder_cls == "Dinov2withNorm" and registers not in state:
+        log.warning("the origin has no DINOv2 without registers: it adds four of zeros and computes other features")
+        state[registers] = np.zeros(
+            (1, 4, state[registers.replace("register_tokens", "cls_token")].shape[-1]), np.float32
+        )
     return state | (origin.fsq_constants(fsq_levels) if quantizer == "fsq" else {})
 
 
@@ -97,7 +106,7 @@ def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
     """A tree of arrays, as tensors named by their paths."""
     import safetensors.numpy
 
-    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten_dict(tree, sep="/").items()}
     safetensors.numpy.save_file(flat, path, metadata={"format": "vqrae_jax"})
 
 
@@ -105,7 +114,7 @@ def content_hash(tree: Mapping[str, Any]) -> str:
     """SHA-256 of names, shapes and values of a tree: the same whatever file or layout it was read from."""
     digest = hashlib.sha256()
     for name, leaf in sorted(flatten_dict(tree, sep="/").items()):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf, order="C")
         digest.update(f"{name} {array.shape} {array.dtype.name};".encode())
         digest.update(array.data)
     return digest.hexdigest()

@@ -59,6 +59,8 @@ STATE = {"batch_stats/quantizer/step": np.int32(1_000_000)}  # beyond the warm-u
 # The origin's EMA follows parameters only. These are buffers: under "ema" they still are what training began with.
 BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")
 
+REGISTERS = "encoder.encoder.embeddings.register_tokens"
+
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
