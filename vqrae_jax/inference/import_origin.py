@@ -1,12 +1,24 @@
-"""A trained RAE or VQRAE of the PyTorch origin -> a model of ours."""
+"""A trained RAE or VQRAE of the PyTorch origin -> a folder that `Tokenizer.load` reads.
 
-from collections.abc import Mapping
+python -m vqrae_jax.inference.import_origin --checkpoint=0100000.pt --config=configs/dinov2_b.py --output=imported
+"""
+
+import argparse
+import importlib.util
+import inspect
+import logging
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqrae_jax import assembly
+from vqrae_jax import config as config_lib
 from vqrae_jax.config import ModelConfig
+from vqrae_jax.inference import folder
 from vqrae_jax.models.vit import stack_blocks
-from vqrae_jax.pretrained import origin, sources
+from vqrae_jax.pretrained import origin, readers, sources
+from vqrae_jax.pretrained.errors import PretrainedError
 
 
 def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[assembly.Assembly, dict[str, Any]]:
@@ -43,3 +55,59 @@ def convert(
     if built.latent_stats:
         variables["batch_stats"]["latent"] = built.latent_stats
     return built, variables
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vqrae_jax.inference.import_origin",
+        description="Turns a checkpoint of the PyTorch RAE or VQRAE into a folder for Tokenizer.load.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a file, or owner/name/path/to/file of a hub repository")
+    parser.add_argument("--config", required=True, help="configs/NAME.py[:argument], or .json: the model it is of")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint")
+    parser.add_argument("--output", required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> pathlib.Path:
+    """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
+    config = read_config(args.config)
+    _, variables = read_checkpoint(config, args.checkpoint, args.weights)
+    return folder.write(args.output, config, variables, frozen=False)
+
+
+def read_config(name: str) -> ModelConfig:
+    """The model section of a config file: Python as in configs/ (an argument after a colon), or JSON.
+
+    Raises:
+      ConfigError: the file is not there, is none, or a field of it is not accepted.
+    """
+    path, _, argument = name.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file() or file.suffix not in (".py", ".json"):
+        raise config_lib.ConfigError(f"--config={name}: {path} is no .py or .json file on this machine")
+    if file.suffix == ".json":
+        return config_lib.from_dict(config_lib.Config, readers.read_json(file, "--config")).model
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise config_lib.ConfigError(f"--config={name}: the file has no function get_config")
+    takes = bool(inspect.signature(module.get_config).parameters)
+    if argument and not takes:
+        raise config_lib.ConfigError(f"--config={name}: this config takes no argument {argument!r}")
+    values = module.get_config(argument) if argument else module.get_config()
+    return config_lib.from_dict(config_lib.Config, values.to_dict()).model
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        print(f"wrote {run(parse())}")
+    except (config_lib.ConfigError, PretrainedError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
