@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 GAP = 2  # pixels between tiles
+TILE = 128  # smaller pictures are enlarged to about this, for people to see
 BACKGROUND = 255
 
 
@@ -27,9 +28,10 @@ def reconstruction_grid(
     columns: int = 2,
 ) -> UInt8[np.ndarray, "Y X 3"]:
     """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row."""
-    kinds = [images, reconstructions]
+    enlarge = max(TILE // images.shape[1], 1)
+    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, reconstructions)]
     if indices is not None:
-        kinds.append(np.stack([code_map(_grid(codes), images.shape[1]) for codes in indices]))
+        kinds.append(np.stack([code_map(_grid(codes), kinds[0].shape[1]) for codes in indices]))
     triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
