@@ -52,11 +52,13 @@ def assert_same(a, b):
 @given(st.data())
 def test_export_then_import_is_bit_exact(golden, data):
     case = data.draw(st.sampled_from(ENCODERS))
-    config = model(golden, case, data.draw(st.sampled_from(["ema", "none"])), normalize=data.draw(st.booleans()))
+    config = model(
+        golden, case, data.draw(st.sampled_from(["ema", "simvq", "fsq", "none"])), normalize=data.draw(st.booleans())
+    )
     version = data.draw(st.sampled_from([4, 5]))
     shapes = assembly.shapes(assembly.assemble(config, weights=False))
     variables = random_variables(shapes, data.draw(st.integers(0, 99)))
-    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version)
+    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
     _, back = import_origin.convert(config, {"model": state}, "model")
     assert_same(back, variables)
 
@@ -80,27 +82,33 @@ def test_import_then_export_gives_the_hub_file_back(golden, case):
     assert not {name for name in set(file) - set(written) if not name.startswith(unused)}
 
 
-@pytest.mark.parametrize("case", ["ema_vq_2d", "ema_vq_tokens", "rae"])
+QUANTIZERS = {"ema_vq_2d": "ema", "ema_vq_tokens": "ema", "simvq": "simvq", "fsq": "fsq", "rae": "none"}
+
+
+@pytest.mark.parametrize("case", QUANTIZERS)
 @pytest.mark.parametrize("version", [4, 5])
 def test_loads_strictly_in_the_origin(golden, case, version):
-    """Names and shapes are those of the origin's own checkpoint, in the spelling of either transformers."""
+    """Names, shapes and types are those of the origin's own checkpoint, in the spelling of either transformers."""
     params = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
-    config = model(golden, params["encoder_config_path"].split("/")[1], "none" if case == "rae" else "ema")
-    config = config.model_copy(update={
-        "encoder_input_size": params["encoder_input_size"], "decoder_patch_size": params["decoder_patch_size"],
-    })  # fmt: skip
     recorded = dict(np.load(golden / "vqrae" / case / "model.npz"))
     names = json.loads((golden / "vqrae" / case / "checkpoint_key_names.json").read_text())
     to_old = names["renamed"]
     if not names["checkpoint_pt_is_written_with"].startswith(f"transformers {version}"):
         renaming = to_old if version == 4 else {old: new for new, old in to_old.items()}
         recorded = {renaming.get(name, name): tensor for name, tensor in recorded.items()}
-    config = config.model_copy(update={"num_embeddings": len(recorded.get("quantizer.embedding", [0]))})
+    config = model(
+        golden, params["encoder_config_path"].split("/")[1], QUANTIZERS[case], normalize=case != "simvq"
+    ).model_copy(update={
+        "encoder_input_size": params["encoder_input_size"], "decoder_patch_size": params["decoder_patch_size"],
+        "num_embeddings": params.get("num_embeddings", 1),
+    })  # fmt: skip
     _, variables = import_origin.convert(config, {"model": recorded}, "model")
-    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version)
+    levels = params.get("fsq_levels", ())
+    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version, levels)
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in recorded.items()}
+    unused = {"quantizer.l2_norm_scale", *(name for name in state if name.endswith("mask_token") or ".head." in name)}
     for name, tensor in state.items():
-        if not name.endswith("mask_token"):
+        if name not in unused:
             np.testing.assert_array_equal(tensor, recorded[name], err_msg=name)
 
 
@@ -118,7 +126,7 @@ def test_what_has_no_name_is_not_lost_silently(golden):
     variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
     with pytest.raises(PretrainedError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
         export.origin_state_dict(variables, "MAEwNorm", "none")
-    with pytest.raises(PretrainedError, match=r"model\.quantizer='lfq'.*it has none, ema"):
+    with pytest.raises(PretrainedError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
         export.origin_state_dict(variables, "Dinov3withNorm", "lfq")
 
 

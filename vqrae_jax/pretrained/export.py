@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +52,11 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
 
 
 def origin_state_dict(
-    variables: Mapping[str, Any], encoder_cls: str, quantizer: str, transformers: Transformers = 4
+    variables: Mapping[str, Any],
+    encoder_cls: str,
+    quantizer: str,
+    transformers: Transformers = 4,
+    fsq_levels: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
     """{"params", "batch_stats"} of a whole model -> the state dict of the origin's RAE or VQRAE.
 
@@ -62,7 +66,8 @@ def origin_state_dict(
     flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")}, sep="/")
     ours = [path for path in flat if path in origin.STATE or path.startswith("batch_stats/latent/")]
     kept = {path: leaf for path, leaf in flat.items() if path not in ours}
-    return to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
+    state = to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
+    return state | (origin.fsq_constants(fsq_levels) if quantizer == "fsq" else {})
 
 
 def origin_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
@@ -123,4 +128,6 @@ def _fill(row: Row, flat: Mapping[str, np.ndarray]) -> np.ndarray:
     value, shape = row.filler
     up = next(leaf for path, leaf in flat.items() if path.endswith("vit/block00/mlp/up/kernel"))
     sizes = {"D": up.shape[0], "3D": 3 * up.shape[0], "M": up.shape[1]}
+    if (codebook := flat.get("batch_stats/quantizer/codebook")) is not None:
+        sizes["K"] = len(codebook)
     return np.full([sizes[n] if n in sizes else int(n) for n in shape.split()], value, np.float32)

@@ -5,7 +5,8 @@ dicts. Latent statistics and image means are not in them.
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vqrae_jax.pretrained.convert import convert
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.families import FAMILIES
-from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, nested
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, nested, norm
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,30 @@ QUANTIZER_TABLES: dict[str, Table] = {
         Row("quantizer.embedding", "batch_stats/quantizer/codebook"),
         Row("quantizer.ema_cluster_size", "batch_stats/quantizer/counts"),
         Row("quantizer.ema_w", "batch_stats/quantizer/sums"),
+    ],
+    "simvq": [
+        Row("quantizer.embedding.weight", "batch_stats/quantizer/codebook"),
+        *dense("quantizer.embedding_proj", "params/quantizer/codebook_projection"),
+        *dense("quantizer.z_proj", "params/quantizer/input_projection"),
+        Row("quantizer.l2_norm_scale", None, filler=(1.0, "")),  # only its sign acts
+        Row("quantizer.ema_cluster_size", None, filler=(0.0, "K")),  # never updated
+    ],
+    "fsq": [
+        Row("fsq_projection.post_gain", "params/quantizer/reduce/gain"),
+        *norm("fsq_projection.norm", "params/quantizer/reduce/norm"),
+        *dense("fsq_projection.net.0", "params/quantizer/reduce/hidden0"),
+        *dense("fsq_projection.net.2", "params/quantizer/reduce/hidden1"),
+        *dense("fsq_projection.net.4", "params/quantizer/reduce/out"),
+        Row("fsq_unprojection.fourier.B", "batch_stats/quantizer/expand/fourier"),
+        *dense("fsq_unprojection.mlp.0", "params/quantizer/expand/hidden0"),
+        *norm("fsq_unprojection.mlp.1", "params/quantizer/expand/norm0"),
+        *dense("fsq_unprojection.mlp.3", "params/quantizer/expand/hidden1"),
+        *norm("fsq_unprojection.mlp.4", "params/quantizer/expand/norm1"),
+        *dense("fsq_unprojection.mlp.6", "params/quantizer/expand/out"),
+        # What follows from the levels, see `fsq_constants`.
+        Row("quantizer.codebook", None),
+        Row("quantizer.basis", None),
+        Row("quantizer.scales", None),
     ],
 }
 
@@ -53,6 +78,18 @@ def table(encoder_cls: str, quantizer: str) -> Table:
         *nested(DECODER_TABLE, "decoder.", "params/decoder/"),
         *QUANTIZER_TABLES[quantizer],
     ]
+
+
+def fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
+    """The buffers of the origin's FSQ: every code in level units, the index weight and half the range per channel."""
+    scales = (np.asarray(levels, np.float32) - 1) / 2
+    steps = np.stack(np.meshgrid(*(np.arange(n) for n in levels), indexing="ij"), -1).reshape(-1, len(levels))
+    basis = np.asarray([math.prod(levels[i + 1 :]) for i in range(len(levels))], np.int64)
+    return {
+        "quantizer.codebook": (steps - scales).astype(np.float32),
+        "quantizer.basis": basis,
+        "quantizer.scales": scales,
+    }
 
 
 def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:

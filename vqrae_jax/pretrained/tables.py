@@ -20,7 +20,8 @@ class Row(NamedTuple):
     name: str  # in the file
     path: str | None  # in our tree; None: known and not wanted
     only: str = ""  # what export asks before it writes this name: "plain" or "gated" mlp, transformers "4" or "5"
-    filler: tuple[float, str] | None = None  # (value, shape) of what export writes where we keep nothing: "3D D"
+    # (value, shape) of what export writes where we keep nothing, as in (0.0, "3D D"): D width, M mlp, K codes
+    filler: tuple[float, str] | None = None
 
 
 Table = list[Row]
