@@ -24,6 +24,7 @@ RULES: list[tuple[str, P]] = [
     (r"quantizer/(.*/)?(codebook|sums)$", P("model", None)),
     (r"quantizer/(.*/)?counts$", P("model")),
     (r"(patch_embed|embed|pred)/kernel$", P()),
+    (r"quantizer/.+/kernel$", P()),  # projections and adapters
     (r"(pos_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),
 ]

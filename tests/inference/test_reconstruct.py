@@ -23,7 +23,7 @@ def test_one_picture(trained, folder, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert run(trained, "--image", folder / "a.png", "--output", out) == [out]
     assert "a.png: PSNR" in capsys.readouterr().out
-    assert images.read_image(out).shape == (40, 108, 3)  # three 32-pixel tiles, gaps and frame
+    assert images.read_image(out).shape == (136, 396, 3)  # three tiles of 128, gaps and frame
 
 
 def test_a_folder_into_one_picture_and_into_many(trained, folder, tmp_path, capsys):

@@ -1,10 +1,12 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vqrae_jax import sharding
-from vqrae_jax.config import ConfigError
+from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.train.tokenizer import TokenizerTask, masked_counts
 
 STEPS = 3
@@ -90,6 +92,29 @@ def test_accumulation_equals_the_mean_of_its_parts(tiny, assert_close):
     assert_close(stats["quantizer"]["codebook"], running["quantizer"]["codebook"], 1e-6)
     for name in ("embed", "pred"):
         assert_close(grads["decoder"][name]["kernel"], expected["decoder"][name]["kernel"], 1e-5, name)
+
+
+QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_fits_the_task(tiny, quantizer):
+    """Step, evaluation and pictures, in shapes only; what the quantizers compute is tested beside them."""
+    params = {"grids": (1, 2, 4)} if quantizer == "multiscale" else {}
+    task = TokenizerTask.build(tiny(model={"quantizer": quantizer, "quantizer_params": params}))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = task.shapes(mesh)
+    image = jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)
+    after, metrics = jax.eval_shape(task.step, state, {}, {"image": image})
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
+    assert all(value.shape == () for name, value in metrics.items() if name != "counts")
+    mask = jax.ShapeDtypeStruct((8,), bool)
+    sums = jax.eval_shape(task.evaluate_batch, state.inference(), {}, {"image": image, "mask": mask})
+    assert ("counts" in sums) == (quantizer != "none")
+    if quantizer != "none":
+        assert sums["counts"].shape == metrics["counts"].shape
+    assert sharding.unmatched(state.inference(), min_size=1024) == []
+    jax.eval_shape(task.pictures, state.inference(), {}, {"image": image})
 
 
 def test_padding_does_not_count(tiny):

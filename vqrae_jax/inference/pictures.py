@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 GAP = 2  # pixels between tiles
+TILE = 128  # smaller pictures are enlarged to about this, for people to see
 BACKGROUND = 255
 
 
@@ -24,12 +25,17 @@ def reconstruction_grid(
     images: UInt8[np.ndarray, "B H W 3"],
     reconstructions: UInt8[np.ndarray, "B H W 3"],
     indices: Int[np.ndarray, "B ..."] | None,
+    grid: int | None = None,
     columns: int = 2,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row."""
-    kinds = [images, reconstructions]
+    """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row.
+
+    Codes of several levels show the first, of several scales the last, which is the one of side `grid`.
+    """
+    enlarge = max(TILE // images.shape[1], 1)
+    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, reconstructions)]
     if indices is not None:
-        kinds.append(np.stack([code_map(_grid(codes), images.shape[1]) for codes in indices]))
+        kinds.append(np.stack([code_map(_grid(codes, grid), kinds[0].shape[1]) for codes in indices]))
     triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
@@ -37,11 +43,11 @@ def reconstruction_grid(
     return _frame(np.concatenate([_below(row) for row in rows]))
 
 
-def _grid(codes: Int[np.ndarray, "..."]) -> Int[np.ndarray, "h w"]:
-    """Codes of one picture as a square; of several levels the first."""
+def _grid(codes: Int[np.ndarray, "..."], side: int | None) -> Int[np.ndarray, "h w"]:
+    """Codes of one picture as a square."""
     if codes.ndim == 1:
-        side = round(len(codes) ** 0.5)
-        return codes.reshape(side, side)
+        side = side or round(len(codes) ** 0.5)
+        return codes[-side * side :].reshape(side, side)
     return codes if codes.ndim == 2 else codes[..., 0]
 
 

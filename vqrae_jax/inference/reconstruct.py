@@ -65,7 +65,9 @@ def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
             picture = np.concatenate(painted[group], axis=1)
         else:
             columns = 1 if len(names[group]) == 1 else 2
-            picture = pictures.reconstruction_grid(np.stack(originals[group]), painted[group], codes[group], columns)
+            picture = pictures.reconstruction_grid(
+                np.stack(originals[group]), painted[group], codes[group], tokenizer.grid, columns
+            )
         path = output / f"{len(written):05d}_{pathlib.Path(names[group][0]).stem}.png" if each else output
         images.write_image(path, picture)
         written.append(path)

@@ -35,6 +35,8 @@ class Tokenizer:
           variables: {"params": ..., "batch_stats": ...} with all of its parts, on any device or mesh.
         """
         self.module, self.variables = module, variables
+        image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
+        self._quantized = jax.eval_shape(functools.partial(module.apply, method="quantize"), variables, image)
         self._compiled = {m: jax.jit(functools.partial(module.apply, method=m)) for m in METHODS}
 
     @classmethod
@@ -66,8 +68,10 @@ class Tokenizer:
 
     @property
     def codebook_size(self) -> int:
-        """K, the number of codes."""
-        return self.module.quantizer.num_embeddings
+        """K, the number of codes; of several levels or groups, of each."""
+        if "counts" not in self._quantized.metrics:
+            raise TokenizerError("this is a continuous autoencoder (quantizer='none'): it has no codes")
+        return self._quantized.metrics["counts"].shape[-1]
 
     @property
     def grid(self) -> int:
@@ -102,13 +106,17 @@ class Tokenizer:
     def _run(self, method: str, x: np.ndarray) -> np.ndarray:
         return np.asarray(self._compiled[method](self.variables, x))
 
+    def _is_prefix(self, given: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+        """Codes of several levels decode from their first levels alone, coarse to fine."""
+        same = len(given) == len(whole) and given[:-1] == whole[:-1]
+        return same and 0 < given[-1] < whole[-1] and getattr(self.module.quantizer, "decodes_prefixes", False)
+
     def _check_indices(self, indices: Any) -> np.ndarray:
         indices = np.asarray(indices)
         if not np.issubdtype(indices.dtype, np.integer):
             raise TokenizerError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
-        n = self.grid
-        shape = (n * n,) if self.module.quantize_before_reshape else (n, n)
-        if indices.shape[1 : 1 + len(shape)] != shape:
+        shape = self._quantized.indices.shape[1:]
+        if indices.shape[1:] != shape and not self._is_prefix(indices.shape[1:], shape):
             raise TokenizerError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
         if indices.size and not 0 <= indices.min() <= indices.max() < self.codebook_size:
             raise TokenizerError(

@@ -24,6 +24,8 @@ class MultiScale(nn.Module):
       grids: side of every scale's grid, rising; the last is that of the latents.
     """
 
+    decodes_prefixes = True  # `lookup` takes the first scales alone
+
     quantizer: Quantizer
     channels: int
     grids: tuple[int, ...]

@@ -24,6 +24,8 @@ class Residual(nn.Module):
         depth - 1 levels; the indices of the others are -1 there. Draws from the rng stream "codes".
     """
 
+    decodes_prefixes = True  # `lookup` takes the first levels alone
+
     levels: tuple[Quantizer, ...]
     channels: int
     dropout: float = 0.0

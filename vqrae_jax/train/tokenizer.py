@@ -149,7 +149,9 @@ class TokenizerTask:
 
     def draw(self, arrays: Any) -> np.ndarray:
         images, reconstructions, indices = arrays
-        return pictures.reconstruction_grid(images, pictures.to_uint8(reconstructions), indices)
+        return pictures.reconstruction_grid(
+            images, pictures.to_uint8(reconstructions), indices, self.assembly.module.encoder.grid
+        )
 
     def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:
         variables = {**variables, "params": {**frozen, **variables["params"]}}

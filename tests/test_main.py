@@ -1,0 +1,62 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.train.loop import METRICS_FILE, PICTURE_FILE
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments, **options):
+    """The command as a user types it, on one device."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "vqrae_jax.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/quickstart.py"], "--workdir is required"),
+        (["--config=configs/absent.py", "--workdir=/tmp/x"], "configs/absent.py"),
+        (["--config=configs/quickstart.py", "--config.model.num_embedings=4"], "did you mean model.num_embeddings"),
+        (
+            ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.data.batch_size=0"],
+            "data.batch_size=0: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_input_errors_are_one_message_and_exit_code_1(arguments, message):
+    done = run(*arguments, timeout=60)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_quickstart_shortened(tmp_path):
+    """The README's first command, with fewer steps; then the same again, which resumes."""
+    short = [f"--config.train.{name}=2" for name in ("steps", "evaluate_every", "checkpoint_every", "log_every")]
+    command = ["--config=configs/quickstart.py", f"--workdir={tmp_path}", *short]
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    for row in ("validation PSNR", "codebook use", "perplexity", PICTURE_FILE, METRICS_FILE):
+        assert row in first.stdout.replace("\n", "")
+    again = run(*command, "--config.train.steps=3")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step 2" in again.stderr
+    assert Tokenizer.load(tmp_path).codebook_size == 512
+
+
+@pytest.mark.slow
+def test_the_quickstart_keeps_its_promise(tmp_path):
+    """At least 20 dB on photographs that it has not seen, more than half of the codes in use."""
+    done = run("--config=configs/quickstart.py", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip("│ \n").split("│", 1) for line in done.stdout.splitlines() if line.startswith("│"))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert float(rows["validation PSNR"].split()[0]) >= 20
+    assert float(rows["codebook use"].split("%")[0]) > 50
