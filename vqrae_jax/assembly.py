@@ -175,6 +175,11 @@ def _decoder(config: ModelConfig, encoder: Encoder) -> Decoder:
         act, eps = "gelu", 1e-12
     else:
         width, depth, heads, mlp, act, eps = _read_decoder_config(config.decoder_config_path)
+    if width % heads or width % 4:
+        raise ConfigError(
+            f"model.decoder_config_path={config.decoder_config_path!r}: decoder_hidden_size={width} must be divisible "
+            f"by decoder_num_attention_heads={heads}, and by 4 for its position table"
+        )
     blocks = BlocksConfig(
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
         scan=config.scan_layers, remat=config.remat, dtype=config.dtype,

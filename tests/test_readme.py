@@ -1,0 +1,52 @@
+"""Every statement of the README that can be run or looked up."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from vqrae_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    part.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.strip().splitlines()
+    for part in line.split("&&")
+]
+
+
+def test_the_two_commands_are_there():
+    assert "python -m pytest" in COMMANDS
+    assert "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart" in COMMANDS
+    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m vqrae_jax")])
+def test_commands_name_what_exists(command):
+    module, *arguments = shlex.split(command)[2:]
+    spec = importlib.util.find_spec(module)
+    assert spec
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name.startswith("config."):
+            config.check_field(config.Config, name.removeprefix("config."))
+        elif name == "config":
+            assert (ROOT / value.split(":")[0]).is_file()
+        else:
+            assert f'"{name}"' in (source := pathlib.Path(spec.origin).read_text()) or f'"--{name}"' in source
+
+
+def test_files_and_links_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`(?:configs/)?(\w+\.py)`", README):
+        assert list(ROOT.glob(f"configs/{name}")) or list(ROOT.rglob(f"vqrae_jax/**/{name}")), name
+
+
+def test_extras_exist():
+    given = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
+    assert {"cuda13", "tpu", "torch", "wandb"} <= given
