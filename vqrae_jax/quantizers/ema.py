@@ -30,7 +30,7 @@ class EMAQuantizer(nn.Module):
       step []: int32, updates so far, the first codes counted as one.
 
     Statistics are taken over the whole batch, which under `jit` is the global one. The output of a training step uses
-    the codes from before its update.
+    the codes from before its update; the first codes are made before.
 
     Attributes:
       num_embeddings: codebook size K.
@@ -75,22 +75,20 @@ class EMAQuantizer(nn.Module):
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also updates the state, after it was used."""
         flat, finite = flatten(z, self.channels)
+        # What searches and sums reads z itself, past the copy in which broken rows are zero.
+        fixed = jax.lax.stop_gradient(z.reshape(flat.shape).astype(jnp.float32))
         if self.distance == "cosine":
             flat = unit(flat)
-        fixed = jax.lax.stop_gradient(flat)
-        update = train and not self.frozen and not self.is_initializing()
-        some = jnp.any(finite)
-        begins = (self.step.value == 0) & some
-        if update and self.start != "normal":
-            self._begin(begins, fixed, finite)
+            fixed = jax.lax.stop_gradient(flat)
+        learns = train and not self.frozen and not self.is_initializing()
+        if learns and self.start != "normal":
+            self._begin(fixed, finite)
         indices = nearest(fixed, self.codebook.value, self.distance)
         codes = self.codebook.value[indices]
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
         metrics["dead"] = jnp.sum(self._is_dead(self.counts.value), dtype=jnp.int32)
-        if update:
-            learns = ~begins & some  # the batch that made the first codes is in them already
-            metrics["revived"] = self._update(learns, fixed, finite, indices, metrics["counts"])
-            self.step.value = self.step.value + some
+        if learns:
+            metrics["revived"] = self._update(fixed, finite, indices, metrics["counts"])
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
@@ -106,43 +104,44 @@ class EMAQuantizer(nn.Module):
         codes = jax.random.normal(key, (self.num_embeddings, self.channels))
         return unit(codes) if self.distance == "cosine" else codes
 
-    def _begin(self, begins: Bool[Array, ""], flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        """The first batch makes the first codes; every later one leaves them alone."""
+    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+        """The first batch with a finite latent makes the codes, with counts and sums that leave them where they are."""
         key = self.make_rng("codes")
 
-        def first():
+        def make(_, state):
+            codes, counts = state
             if self.start == "kmeans":
-                codes, counts = kmeans(key, flat, self.num_embeddings, self.distance, finite)
+                codes, counts = kmeans(key, flat, codes, self.distance, finite)
             else:
-                codes = flat[draw(key, finite.astype(jnp.float32), self.num_embeddings)]
-                counts = jnp.zeros(self.num_embeddings)
+                drawn = draw(key, finite.astype(jnp.float32), self.num_embeddings)
+                codes, counts = jnp.where(finite[drawn][:, None], flat[drawn], 0.0), jnp.zeros_like(counts)
             # A code that stands for no latent is just alive: at zero it would have no place (sums / counts).
-            mean = jnp.maximum(jnp.sum(finite), 1) / self.num_embeddings
-            counts = jnp.maximum(counts, mean * max(self.revival_threshold, 0.1))
-            return codes, counts, codes * self._smoothed(counts)[:, None]
+            mean = jnp.sum(finite) / self.num_embeddings
+            return codes, jnp.maximum(counts, mean * max(self.revival_threshold, 0.1))
 
-        state = (self.codebook.value, self.counts.value, self.sums.value)
-        state = jax.lax.cond(begins, first, lambda: state)
-        self.codebook.value, self.counts.value, self.sums.value = state
+        begins = (self.step.value == 0) & jnp.any(finite)
+        # A loop of one turn or none: unlike the branches of a condition, it leaves the codebook in its place in memory.
+        state = (self.codebook.value, self.counts.value)
+        codes, counts = jax.lax.fori_loop(0, begins.astype(jnp.int32), make, state)
+        self.codebook.value, self.counts.value = codes, counts
+        self.sums.value = jnp.where(begins, codes * self._smoothed(counts)[:, None], self.sums.value)
 
     def _update(
-        self,
-        learns: Bool[Array, ""],
-        flat: Float[Array, "N C"],
-        finite: Bool[Array, " N"],
-        indices: Int[Array, " N"],
-        found: Int[Array, " K"],
+        self, flat: Float[Array, "N C"], finite: Bool[Array, " N"], indices: Int[Array, " N"], found: Int[Array, " K"]
     ) -> Int[Array, ""]:
-        """One step of the running means, if it `learns`; returns how many codes were revived.
+        """One step of the running means; returns how many codes were revived.
 
-        Latents that are not finite are zero in `flat` and absent from `found`, so they have no part in it.
+        Rows of `flat` that are not finite have no part in it, and a batch of such rows alone changes nothing. Nor does
+        the batch that made the codes: it is in them.
         """
+        some = jnp.any(finite)
+        learns = some & (self.step.value > 0)
         decay = jnp.asarray(self.decay)
         if self.decay_warmup:
             decay = jnp.minimum(decay, self.step.value / (self.step.value + 1))
         decay = jnp.where(learns, decay, 1.0)
         counts = decay * self.counts.value + (1 - decay) * found
-        totals = code_totals(flat, indices, self.num_embeddings)
+        totals = code_totals(flat, indices, self.num_embeddings, finite)
         sums = decay * self.sums.value + (1 - decay) * totals
         revived = jnp.zeros((), jnp.int32)
         if self.revival_threshold:
@@ -151,6 +150,7 @@ class EMAQuantizer(nn.Module):
         codes = unit(codes) if self.distance == "cosine" else codes
         self.codebook.value = jnp.where(learns, codes, self.codebook.value)
         self.counts.value, self.sums.value = counts, sums
+        self.step.value = self.step.value + some
         return revived
 
     def _revive(
@@ -173,7 +173,7 @@ class EMAQuantizer(nn.Module):
         counts, sums = counts / parts, sums / parts[:, None]
         share = counts[parent]
         origin = self.codebook.value[parent]
-        codes = origin + REVIVAL_STEP * (flat[latent] - origin)
+        codes = jnp.where(moves[:, None], origin + REVIVAL_STEP * (flat[latent] - origin), 0.0)
         place = jnp.where(moves, dead, self.num_embeddings)  # beyond the end: dropped
         return (
             counts.at[place].set(share, mode="drop"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vqrae_jax.quantizers.nearest import Distance, nearest, unit
+from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
 ROUNDS = 8  # of seeding
@@ -20,34 +20,34 @@ ITERATIONS = 5  # of Lloyd; on image features later ones hardly move the error o
 def kmeans(
     key: PRNGKeyArray,
     z: Float[Array, "N C"],
-    num_embeddings: int,
+    codes: Float[Array, "K C"],
     distance: Distance = "l2",
     keep: Bool[Array, " N"] | None = None,
-) -> tuple[Float[Array, "K C"], Int[Array, " K"]]:
+) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
     """Codes and the number of latents that each stands for.
 
     With fewer latents than codes the surplus codes repeat latents and stand for none.
 
     Args:
       key: draws the seeds.
-      z: latents, finite; unit length if the distance is "cosine".
-      num_embeddings: K.
+      z: latents, of unit length if the distance is "cosine". Rows that do not count may be NaN.
+      codes: gives K, and its place in memory; its values are not read.
       distance: as in `nearest`.
       keep: latents that count; all where absent.
     """
     keep = jnp.ones(len(z), bool) if keep is None else keep
-    codes = _seeds(key, z, num_embeddings, distance, keep)
+    codes = _seeds(key, z, codes, keep)
 
     def iterate(_, codes):
         indices = nearest(z, codes, distance)
-        counts = code_counts(indices, num_embeddings, keep)
-        totals = code_totals(jnp.where(keep[:, None], z, 0), indices, num_embeddings)
-        means = totals / jnp.maximum(counts, 1)[:, None]
+        counts = code_counts(indices, len(codes), keep)
+        means = code_totals(z, indices, len(codes), keep) / jnp.maximum(counts, 1)[:, None]
         means = unit(means) if distance == "cosine" else means
         return jnp.where(counts[:, None] > 0, means, codes)
 
     codes = jax.lax.fori_loop(0, ITERATIONS, iterate, codes)
-    return codes, code_counts(nearest(z, codes, distance), num_embeddings, keep)
+    counts = code_counts(nearest(z, codes, distance), len(codes), keep)
+    return codes, counts.astype(jnp.float32)
 
 
 def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Array, " count"]:
@@ -61,15 +61,19 @@ def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Arra
 
 
 def _seeds(
-    key: PRNGKeyArray, z: Float[Array, "N C"], num_embeddings: int, distance: Distance, keep: Bool[Array, " N"]
+    key: PRNGKeyArray, z: Float[Array, "N C"], codes: Float[Array, "K C"], keep: Bool[Array, " N"]
 ) -> Float[Array, "K C"]:
-    share = -(-num_embeddings // ROUNDS)
+    size, channels = codes.shape
+    rounds = next(r for r in range(min(size, ROUNDS), 0, -1) if size % r == 0)
 
-    def add(carry, key):
-        gap = carry
-        codes = z[draw(key, jnp.where(keep, gap, 0.0), share)]
-        new = jnp.sum((z - codes[nearest(z, codes, distance)]) ** 2, axis=1)
-        return jnp.minimum(gap, new), codes
+    def add(i, state):
+        gap, seeds = state
+        drawn = draw(jax.random.fold_in(key, i), jnp.where(keep, gap, 0.0), size // rounds)
+        new = jnp.where(keep[drawn][:, None], z[drawn], 0.0)
+        _, distance = nearest_with_distance(z, new)
+        # Round i fills rows i, i + rounds, ...: a codebook sharded over its rows stays where it is.
+        return jnp.minimum(gap, distance), jax.lax.dynamic_update_index_in_dim(seeds, new, i, axis=1)
 
-    _, codes = jax.lax.scan(add, jnp.ones(len(z)), jax.random.split(key, ROUNDS))
-    return codes.reshape(-1, z.shape[1])[:num_embeddings]
+    seeds = codes.reshape(-1, rounds, channels)
+    _, seeds = jax.lax.fori_loop(0, rounds, add, (jnp.ones(len(z)), seeds))
+    return seeds.reshape(size, channels)

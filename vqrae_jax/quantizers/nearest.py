@@ -39,7 +39,7 @@ def nearest(
     passes.
 
     Args:
-      z: latents, finite.
+      z: latents. A row that is not finite gets some index in [0, K).
       codebook: codes, finite.
       distance: "l2", "cosine" (the largest cosine of the angle, whatever the lengths) or "dot" (the largest product).
       block: sizes to use instead of the backend's own.
@@ -47,19 +47,31 @@ def nearest(
     Returns:
       Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
     """
+    return nearest_with_distance(z, codebook, distance, block)[0]
+
+
+def nearest_with_distance(
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | None = None
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    """As `nearest`, and for "l2" the squared distance, at least zero and good to float32 relative to |z|^2.
+
+    For "cosine" and "dot" the second is minus the largest product of z with a (unit) code.
+    """
     z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook))
     codes = unit(codes) if distance == "cosine" else codes
     offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
     if block is not None:
-        return _blocked(z, codes, offsets, block)
-    return jax.lax.platform_dependent(
-        z,
-        codes,
-        offsets,
-        cpu=functools.partial(_blocked, block=CPU_BLOCK),
-        tpu=_whole,
-        default=functools.partial(_blocked, block=DEFAULT_BLOCK),
-    )
+        index, score = _blocked(z, codes, offsets, block)
+    else:
+        index, score = jax.lax.platform_dependent(
+            z,
+            codes,
+            offsets,
+            cpu=functools.partial(_blocked, block=CPU_BLOCK),
+            tpu=_whole,
+            default=functools.partial(_blocked, block=DEFAULT_BLOCK),
+        )
+    return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
 def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
@@ -67,14 +79,17 @@ def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
-def _whole(z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Int[Array, " N"]:
+def _whole(
+    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """One expression, for a compiler that fuses the arg-min into the matmul, as XLA for TPU does."""
-    return jnp.argmin(_scores(z, codes, offsets), axis=1).astype(jnp.int32)
+    scores = _scores(z, codes, offsets)
+    return jnp.argmin(scores, axis=1).astype(jnp.int32), jnp.min(scores, axis=1)
 
 
 def _blocked(
     z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
-) -> Int[Array, " N"]:
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     n, channels = z.shape
     # Rows go in strided blocks (block i holds rows i, i + steps, ...): scanning contiguous ones would cut the row axis,
     # and a scan over a sharded axis gathers it.
@@ -92,8 +107,8 @@ def _blocked(
         return None, _search(x, lanes, lane_offsets, width, len(codes))
 
     _, found = jax.lax.scan(search, None, jnp.arange(strided.shape[1]))
-    found = found.T.reshape(-1)
-    return found[:n] if padding else found
+    index, score = (x.T.reshape(-1) for x in found)
+    return (index[:n], score[:n]) if padding else (index, score)
 
 
 def _lanes(
@@ -113,7 +128,7 @@ def _lanes(
 
 def _search(
     x: Float[Array, "R C"], lanes: Float[Array, "L S C"], offsets: Float[Array, "L S"], width: int, size: int
-) -> Int[Array, " R"]:
+) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
     """The best code of every lane, block by block, then the best of the lanes."""
     count, length = offsets.shape
 
@@ -129,7 +144,7 @@ def _search(
     (score, index), _ = jax.lax.scan(visit, nothing, jnp.arange(length // width, dtype=jnp.int32))
     index += jnp.arange(count, dtype=jnp.int32) * (size // count)
     best = jnp.min(score, axis=1, keepdims=True)
-    return jnp.min(jnp.where(score == best, index, size - 1), axis=1)
+    return jnp.min(jnp.where(score == best, index, size - 1), axis=1), best[:, 0]
 
 
 def _first_minimum(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:

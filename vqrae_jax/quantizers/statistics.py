@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 ONE_HOT_BLOCK = 256  # codes whose one-hot columns exist at once
 
 
 def code_counts(
-    indices: Int[Array, "*b"], num_embeddings: int, keep: Int[Array, "*b"] | None = None
+    indices: Int[Array, "*b"], num_embeddings: int, keep: Bool[Array, "*b"] | None = None
 ) -> Int[Array, " K"]:
     """How often each code occurs among the entries that `keep` marks. Integers: any order of adding gives the same."""
     flat = indices.reshape(-1)
@@ -16,12 +16,16 @@ def code_counts(
     return jax.ops.segment_sum(ones, flat, num_embeddings)
 
 
-def code_totals(z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int) -> Float[Array, "K C"]:
-    """The sum of the latents of each code, float32.
+def code_totals(
+    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, keep: Bool[Array, " N"] | None = None
+) -> Float[Array, "K C"]:
+    """The sum of the latents of each code, among the rows that `keep` marks; float32. Other rows may be NaN.
 
     A scatter-add adds in a fixed order on CPU and TPU. On a GPU it would add in the order of arrival, which changes the
     last bits from run to run, so there a blocked one-hot matmul does it.
     """
+    if keep is not None:
+        indices = jnp.where(keep, indices, num_embeddings)  # beyond the end: dropped, and z need not be copied
     return jax.lax.platform_dependent(
         z.astype(jnp.float32),
         indices,
@@ -34,11 +38,12 @@ def code_totals(z: Float[Array, "N C"], indices: Int[Array, " N"], num_embedding
 def one_hot_totals(
     z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
 ) -> Float[Array, "K C"]:
-    """The same by matmuls with blocks of the one-hot matrix."""
+    """The same by matmuls with blocks of the one-hot matrix; indices outside [0, num_embeddings) are dropped."""
+    clean = jnp.where(((indices >= 0) & (indices < num_embeddings))[:, None], z, 0.0)  # 0 * NaN is NaN
 
     def visit(_, start):
         chosen = (indices == (start + jnp.arange(block))[:, None]).astype(jnp.float32)
-        return None, jnp.dot(chosen, z, precision=jax.lax.Precision.HIGHEST)
+        return None, jnp.dot(chosen, clean, precision=jax.lax.Precision.HIGHEST)
 
     _, totals = jax.lax.scan(visit, None, jnp.arange(0, num_embeddings, block))
     return totals.reshape(-1, z.shape[1])[:num_embeddings]
