@@ -152,6 +152,7 @@ class OptimizerConfig(Section):
     clip_norm: NonNegative = 0.0  # global gradient norm; 0 switches clipping off
     accumulate: Positive = 1  # micro-batches per optimizer step
     ema_decay: Decay = 0.9978  # of the parameters
+    ema_warmup: bool = True  # the decay of step t is at most (1 + t) / (10 + t), so that short runs forget their start
 
 
 class TrainConfig(Section):

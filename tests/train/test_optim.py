@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.config import OptimizerConfig
-from vqrae_jax.train.optim import learning_rate, make_optimizer, update_ema
+from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 
 CASES = ["cosine_warmup_steps", "linear_warmup_steps", "decay_end_before_warmup_end"]
 
@@ -36,6 +36,12 @@ def test_weight_decay_touches_kernels_only():
     assert np.all(updates["dense"]["kernel"] < 0)
     assert not np.any(updates["dense"]["bias"])
     assert not np.any(updates["pos_embed"])
+
+
+def test_ema_decay_warms_up():
+    warm = [float(ema_decay(OptimizerConfig(ema_decay=0.9), s)) for s in (0, 10, 10**6)]
+    assert warm == pytest.approx([0.1, 11 / 20, 0.9])
+    assert ema_decay(OptimizerConfig(ema_decay=0.9, ema_warmup=False), 0) == pytest.approx(0.9)
 
 
 def test_ema():

@@ -36,7 +36,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
-def update_ema(ema: Any, params: Any, decay: float) -> Any:
+def ema_decay(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+    """The decay after optimizer step s = 0, 1, ..."""
+    warm = (1 + step) / (10 + step)
+    return jnp.minimum(config.ema_decay, warm) if config.ema_warmup else jnp.asarray(config.ema_decay)
+
+
+def update_ema(ema: Any, params: Any, decay: jax.Array | float) -> Any:
     """ema <- decay * ema + (1 - decay) * params."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 

@@ -15,7 +15,7 @@ from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.inference import pictures
 from vqrae_jax.losses import pixel
-from vqrae_jax.train.optim import learning_rate, make_optimizer, update_ema
+from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics
 
@@ -93,7 +93,7 @@ class TokenizerTask:
         return TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=update_ema(state.ema_params, params, self.config.optimizer.ema_decay),
+            ema_params=update_ema(state.ema_params, params, ema_decay(self.config.optimizer, state.step)),
             batch_stats=batch_stats,
             opt_state=opt_state,
         ), metrics

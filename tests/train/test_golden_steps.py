@@ -1,0 +1,108 @@
+"""Three optimizer steps equal those of the PyTorch origin."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import assembly, config, sharding
+from vqrae_jax.pretrained import convert, tables
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+CASES = ["origin_start", "warm_clip_sched"]
+LEAVES = {  # the origin's name -> our path, and how ours is laid out there
+    "decoder_pred.weight": (("pred", "kernel"), np.transpose),
+    "decoder_embed.weight": (("embed", "kernel"), np.transpose),
+    "decoder_pos_embed": (("pos_embed",), np.asarray),
+    "trainable_cls_token": (("cls",), np.asarray),
+}
+TOLERANCE = {"final__": 4e-6, "ema_final__": 1e-6}  # absolute: 2 % of a step, three times the noise
+STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
+
+
+def build(golden, case):
+    """The task with the origin's settings, its start, and the recorded arrays."""
+    folder = golden / "train_steps"
+    params = json.loads((folder / "params.json").read_text())["params"]
+    given = json.loads((folder / f"{case}_summary.json").read_text())["config"]
+    scheduler = given["training"].get("scheduler", {})
+    sections = {
+        "model": {
+            "encoder_config_path": str(golden / params["encoder_config_path"]),
+            "encoder_input_size": params["encoder_input_size"],
+            "decoder_config_path": str(golden / params["decoder_config_path"]),
+            "decoder_patch_size": params["decoder_patch_size"],
+            "decoder_train_pos_embed": True,
+            "num_embeddings": params["num_embeddings"],
+            "codebook_init": "normal",
+            "revival_threshold": 0.0,
+            "quantizer_params": {"decay_warmup": False},
+        },
+        "data": {"image_size": 32, "batch_size": 4},
+        "optimizer": {
+            "learning_rate": given["training"]["optimizer"]["lr"],
+            "schedule": scheduler.get("type", "constant"),
+            "warmup_steps": scheduler.get("warmup_steps", 0),
+            "decay_end_steps": scheduler.get("decay_end_steps"),
+            "final_learning_rate": scheduler.get("final_lr", 0.0),
+            "clip_norm": given["training"]["clip_grad"] or 0.0,
+            "ema_decay": given["ema_decay"],
+            "ema_warmup": False,
+        },
+    }
+    task = TokenizerTask.build(config.from_dict(config.Config, sections))
+    start, recorded = np.load(folder / "init.npz"), np.load(folder / f"{case}.npz")
+    names = {n.removeprefix("decoder."): start[n] for n in start.files if n.startswith("decoder.")}
+    decoder = convert.convert(names, tables.DECODER_TABLE, assembly.shapes(task.assembly)["params"]["decoder"])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state, frozen = task.init(mesh), task.frozen(mesh)
+    source, prefix = (recorded, "warm_") if case.startswith("warm") else (start, "quantizer.")
+    quantizer = state.batch_stats["quantizer"] | {ours: source[prefix + theirs] for ours, theirs in STATE.items()}
+    params = jax.tree.map(jnp.asarray, {"decoder": decoder})
+    state = state.replace(
+        params=params, ema_params=params, batch_stats=jax.tree.map(jnp.asarray, {"quantizer": quantizer})
+    )
+    return task, state, frozen, recorded
+
+
+def leaf(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_equal_pytorch(golden, assert_close, case):
+    task, state, frozen, recorded = build(golden, case)
+    images = np.load(golden / "train_steps" / "batches.npz")["images"]
+    start = state
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+    grads, _ = gradient(state.params, state.batch_stats, frozen, images[0], jax.random.key(0))
+    step = jax.jit(task.step)
+    for i, batch in enumerate(np.round(images * 255).astype(np.uint8)):
+        state, metrics = step(state, frozen, {"image": batch})
+        for ours, theirs in (
+            ("loss/pixel", "rec_loss"),
+            ("loss/vq", "vq_loss"),
+            ("loss/total", "total_loss"),
+            ("learning_rate", "lr"),
+            ("grad_norm", "grad_norm"),
+        ):
+            assert_close(metrics[ours], recorded[theirs][i], 1e-5, f"{ours} of step {i}")
+        np.testing.assert_array_equal(
+            metrics["counts"], np.bincount(recorded["indices"][i].ravel(), minlength=len(metrics["counts"]))
+        )
+    for name, (path, lay_out) in LEAVES.items():
+        assert_close(
+            lay_out(leaf(grads["decoder"], path)), recorded[f"grad_step0__{name}"], 1e-5, f"gradient of {name}"
+        )
+        # The change, not the weights: three steps move them by little.
+        for ours, theirs in ((state.params, "final__"), (state.ema_params, "ema_final__")):
+            before = lay_out(leaf(start.params["decoder"], path))
+            moved = lay_out(leaf(ours["decoder"], path)) - before
+            error = np.abs(moved - (recorded[theirs + name] - before)).max()
+            assert error <= TOLERANCE[theirs], f"{theirs}{name}: {error:.1e}"
+    for ours, theirs in STATE.items():
+        assert_close(state.batch_stats["quantizer"][ours], recorded[f"final_codebook__{theirs}"], 1e-5, ours)
