@@ -1,5 +1,6 @@
 """Where pretrained files come from (a local folder or file, a hub id) and what they say, without PyTorch."""
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -82,6 +83,7 @@ def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
 
 def complete_config(given: dict[str, Any], source: str) -> dict[str, Any]:
     """Fills in the defaults of `given["model_type"]`, as transformers knows them."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that PyTorch is absent
     import transformers
 
     try:
