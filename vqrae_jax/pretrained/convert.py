@@ -84,7 +84,10 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 def _hint(names: Iterable[str], table: Table) -> str:
     kind = families.looks_like(names)
-    known = {id(family.table): name for name, family in families.FAMILIES.items()}.get(id(table))
-    if kind is None or kind == known:
+    known = {id(family.table): name for name, family in families.FAMILIES.items()} | {
+        id(tables.DECODER_TABLE): families.A_DECODER
+    }
+    asked = known.get(id(table))
+    if kind is None or kind == asked:
         return ""
-    return f"\n  by its names it looks like {kind}" + (f", and {known} was asked for" if known else "")
+    return f"\n  by its names it looks like {kind}" + (f", and {asked} was asked for" if asked else "")

@@ -72,7 +72,7 @@ def origin_state_dict(
     state = to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
     registers = origin.REGISTERS
     if encoder_cls == "Dinov2withNorm" and registers not in state:
-        log.warning("the origin has no DINOv2 without registers: it adds four of zeros and computes other features")
+        log.warning("%s", origin.NO_REGISTERS)
         state[registers] = np.zeros(
             (1, 4, state[registers.replace("register_tokens", "cls_token")].shape[-1]), np.float32
         )

@@ -226,8 +226,11 @@ FAMILIES = {
 }
 
 
+A_DECODER = "a decoder"
+
+
 def looks_like(names: Iterable[str]) -> str | None:
-    """What has these tensor names: an `encoder_cls`, "a decoder", or None where none fits most of them."""
+    """What has these tensor names: an `encoder_cls`, A_DECODER, or None where none fits most of them."""
     names = list(names)
 
     def known(table: Table, prefix: str) -> int:
@@ -235,6 +238,6 @@ def looks_like(names: Iterable[str]) -> str | None:
         return sum(1 for hit in found if hit and hit[1])
 
     scores = {name: known(family.table, family.tower) for name, family in FAMILIES.items()}
-    scores["a decoder"] = known(DECODER_TABLE, "decoder.")
+    scores[A_DECODER] = known(DECODER_TABLE, "decoder.")
     best = max(scores, key=scores.__getitem__)
     return best if scores[best] > len(names) / 2 else None

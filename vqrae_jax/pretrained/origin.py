@@ -60,6 +60,7 @@ STATE = {"batch_stats/quantizer/step": np.int32(1_000_000)}  # beyond the warm-u
 BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")
 
 REGISTERS = "encoder.encoder.embeddings.register_tokens"
+NO_REGISTERS = "the origin has no DINOv2 without registers: it adds four of zeros, and its features differ from ours"
 
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
@@ -138,10 +139,17 @@ def convert_checkpoint(
     wanted = {path: leaf for path, leaf in known.items() if not path.startswith("batch_stats/latent/")}
     norm = ("params/encoder/norm/scale", "params/encoder/norm/bias")
     _warn_of_affine_norm(tensors, encoder_cls, norm[0] in wanted, source)
+    if _has_empty_registers(tensors, wanted):
+        log.warning("%s: %s", source, NO_REGISTERS)
+        tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
     rows = table(encoder_cls, quantizer)
     read = flatten_dict(convert(tensors, rows, unflatten_dict(wanted, sep="/"), norm, source), sep="/")
     read |= {path: value for path, value in STATE.items() if path in flatten_dict(target, sep="/")}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(read, sep="/")
+
+
+def _has_empty_registers(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> bool:
+    return REGISTERS in tensors and "params/encoder/vit/registers" not in wanted and not np.any(tensors[REGISTERS])
 
 
 def _warn_of_affine_norm(tensors: Mapping[str, np.ndarray], encoder_cls: str, affine: bool, source: str) -> None:
