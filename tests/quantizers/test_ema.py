@@ -20,7 +20,21 @@ def origin(arrays, **changes):
     return EMAQuantizer(K, C, **settings), {"batch_stats": jax.tree.map(jnp.asarray, state)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiling is all that these tests spend time on.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jit, static_argnums=0)
+def evaluate(module, variables, z):
+    return module.apply(variables, z, mutable=["batch_stats"])
+
+
+@functools.partial(jit, static_argnums=0)
+def initialize(module, z):
+    return module.init(jax.random.key(0), z)
+
+
+@functools.partial(jit, static_argnums=0)
 def step(module, variables, z, key):
     return module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": key})
 
@@ -62,8 +76,8 @@ def test_gradients_equal_pytorch(golden, assert_close):
     module, variables = origin(arrays, commitment_cost=0.4)
     z = jnp.moveaxis(arrays["grad_z"], 1, -1)
     probe = jnp.moveaxis(arrays["grad_fixed_random"], 1, -1)
-    np.testing.assert_array_equal(module.apply(variables, z).indices, arrays["grad_indices"])
-    assert_close(module.apply(variables, z).loss, arrays["grad_vq_loss"], 1e-5)
+    np.testing.assert_array_equal(evaluate(module, variables, z)[0].indices, arrays["grad_indices"])
+    assert_close(evaluate(module, variables, z)[0].loss, arrays["grad_vq_loss"], 1e-5)
     loss = jax.grad(lambda z: module.apply(variables, z).loss)(z)
     through = jax.grad(lambda z: jnp.sum(module.apply(variables, z).z * probe))(z)
     assert_close(jnp.moveaxis(loss, -1, 1), arrays["grad_dz_vq_loss"], 1e-5)
@@ -80,28 +94,28 @@ def clusters():
 
 def fresh(z, **settings):
     module = EMAQuantizer(64, 8, **settings)
-    return module, module.init(jax.random.key(0), z)
+    return module, initialize(module, z)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lookup_is_the_exact_inverse(clusters, dtype):
     z = jnp.asarray(clusters[0], dtype).reshape(2, 16, 16, 8)
     module, variables = fresh(z)
-    out = module.apply(variables, z)
+    out = evaluate(module, variables, z)[0]
     assert out.indices.shape == (2, 16, 16)
     np.testing.assert_array_equal(module.apply(variables, out.indices, method="lookup"), out.z)
 
 
 def test_evaluation_changes_no_state(clusters):
     module, variables = fresh(clusters[0])
-    _, after = module.apply(variables, clusters[0], mutable=["batch_stats"])
+    _, after = evaluate(module, variables, clusters[0])
     jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
 
 
 def test_bfloat16_latents_get_the_codes_of_their_float32_values(clusters):
     z = jnp.asarray(clusters[0], jnp.bfloat16)
     module, variables = fresh(z)
-    low, high = (module.apply(variables, x).indices for x in (z, z.astype(jnp.float32)))
+    low, high = (evaluate(module, variables, x)[0].indices for x in (z, z.astype(jnp.float32)))
     np.testing.assert_array_equal(low, high)
 
 
@@ -109,7 +123,7 @@ def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(cluste
     """64 points, each 8 times: one batch finds them all, and there is nothing left to move."""
     z = np.repeat(clusters[0][:64], 8, axis=0)
     module = EMAQuantizer(128, 8, revival_threshold=0.0)
-    out, first = train(module, module.init(jax.random.key(0), z), z)
+    out, first = train(module, initialize(module, z), z)
     assert float(out.metrics["quantization_error"]) < 1e-10
     _, second = train(module, first, z, seed=1)
     first, second = first["batch_stats"], second["batch_stats"]
@@ -134,7 +148,7 @@ def test_fewer_latents_than_codes(clusters):
     for step in range(20):
         out, variables = train(module, variables, clusters[step % 4][16 * (step // 4) :][:16], seed=step)
         assert np.isfinite(out.loss)
-    out = module.apply(variables, clusters[0])
+    out = evaluate(module, variables, clusters[0])[0]
     assert np.count_nonzero(out.metrics["counts"]) > 32
 
 
@@ -190,7 +204,7 @@ def test_nonfinite_latents_are_reported_and_poison_nothing(clusters, bad, first)
     assert out.metrics["nonfinite"] == 3
     assert out.metrics["counts"].sum() == 509
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
-    gradient = jax.jit(jax.grad(lambda z: module.apply(after, z).loss))(jnp.asarray(z))
+    gradient = jit(jax.grad(lambda z: module.apply(after, z).loss))(jnp.asarray(z))
     assert np.isfinite(gradient).all()
     # What the good latents taught is as if the bad ones had not been there.
     good = np.delete(z, [3, 77, 401], axis=0)
@@ -226,8 +240,8 @@ def test_cosine_codes_stay_on_the_sphere(clusters):
     for step in range(4):
         _, variables = train(module, variables, clusters[step], seed=step)
     np.testing.assert_allclose(np.linalg.norm(variables["batch_stats"]["codebook"], axis=1), 1, rtol=1e-5)
-    scaled = module.apply(variables, 7 * clusters[0])
-    np.testing.assert_array_equal(scaled.indices, module.apply(variables, clusters[0]).indices)
+    scaled = evaluate(module, variables, 7 * clusters[0])[0]
+    np.testing.assert_array_equal(scaled.indices, evaluate(module, variables, clusters[0])[0].indices)
     assert float(scaled.metrics["quantization_error"]) < 0.05
 
 
@@ -238,7 +252,7 @@ def test_a_mesh_of_eight_gives_the_codebook_of_one_device(clusters):
     place = {"codebook": P("model"), "sums": P("model"), "counts": P("model"), "step": P()}
     place = {"batch_stats": {n: NamedSharding(mesh, p) for n, p in place.items()}}
     spread = jax.device_put(alone, place)
-    sharded = jax.jit(
+    sharded = jit(
         lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
         in_shardings=(place, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
         out_shardings=(None, place),

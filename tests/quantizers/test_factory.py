@@ -19,8 +19,7 @@ def test_the_config_knows_every_quantizer():
     assert set(NAMES) == set(QUANTIZERS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("params", [{}, {"codebook_dim": 4}])
+@pytest.mark.parametrize(("name", "params"), [*((name, {}) for name in NAMES), ("ema", {"codebook_dim": 4})])
 def test_every_name_takes_and_gives_latents(name, params):
     module = build(name, **params)
     shape = jax.ShapeDtypeStruct((2, 4, 4, 12), jnp.float32)

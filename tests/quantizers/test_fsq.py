@@ -59,7 +59,7 @@ def test_every_code_is_its_own_fixed_point(levels):
 def test_the_linear_adapter_reaches_every_level():
     module = FSQ((5, 4), 2, adapter="linear")
     z = np.random.default_rng(0).normal(size=(512, 2)).astype(np.float32) * 3
-    variables = module.init(jax.random.key(0), z)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
     eye = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
     out = module.apply({"params": {"reduce": eye, "expand": eye}}, z)
     assert np.count_nonzero(out.metrics["counts"]) == 20

@@ -24,7 +24,6 @@ K, C = 16, 6
 SHARED = EMAQuantizer(K, C)
 QUANTIZERS = {
     "ema": EMAQuantizer(K, C),
-    "ema_data": EMAQuantizer(K, C, start="data", decay_warmup=False),
     "ema_cosine": EMAQuantizer(K, C, distance="cosine"),
     "ema_rotation": EMAQuantizer(K, C, estimator="rotation"),
     "ema_distance_weighted": EMAQuantizer(K, C, estimator="distance_weighted"),
@@ -34,22 +33,22 @@ QUANTIZERS = {
     "simvq_l2": SimVQ(K, C, distance="l2", input_projection=False, legacy=False),
     "fsq": FSQ((4, 3), C),
     "fsq_linear": FSQ((5, 2, 3), C, adapter="linear"),
-    "fsq_none": FSQ((3,) * C, C, adapter="none"),
     "lfq": LFQ(C),
     "lfq_groups": LFQ(C, group=2),
     "bsq": LFQ(C, spherical=True),
     "gumbel": GumbelQuantizer(K, C),
     "ibq": IBQ(K, C),
-    "residual": Residual(tuple(EMAQuantizer(K, C) for _ in range(3)), C),
-    "residual_shared": Residual((SHARED,) * 3, C),
-    "residual_dropout": Residual(tuple(EMAQuantizer(K, C) for _ in range(3)), C, dropout=0.5),
-    "residual_simvq": Residual(tuple(SimVQ(K, C, distance="l2", input_projection=False) for _ in range(2)), C),
-    "product": Product(tuple(EMAQuantizer(K, 2) for _ in range(3)), C),
-    "multiscale": MultiScale(EMAQuantizer(K, C), C, (1, 2, 4)),
+    "residual_shared": Residual((SHARED,) * 2, C),
+    "residual_dropout": Residual(tuple(EMAQuantizer(K, C) for _ in range(2)), C, dropout=0.5),
+    "product": Product(tuple(EMAQuantizer(K, 3) for _ in range(2)), C),
+    "multiscale": MultiScale(EMAQuantizer(K, C), C, (2, 4)),
 }
+# Compiling is all that these tests spend time on.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 each = pytest.mark.parametrize("name", QUANTIZERS)
 # One of every way in which arrays meet; the others differ in arithmetic within a token only.
-SHARDED = ["ema", "ema_projected", "simvq", "fsq", "lfq", "gumbel", "ibq", "residual_dropout", "product", "multiscale"]
+KINDS = ["ema", "ema_projected", "simvq", "fsq", "lfq", "gumbel", "ibq", "residual_dropout", "product", "multiscale"]
 
 
 @functools.cache
@@ -61,7 +60,7 @@ def z(scale=1.0):
 def trained(name):
     """Variables after two training steps, so that nothing is at its initial value."""
     module = QUANTIZERS[name]
-    variables = jax.jit(module.init)(jax.random.key(0), z())
+    variables = jit(module.init)(jax.random.key(0), z())
     for step in range(2):
         _, state = train(name)(variables, z(), jax.random.key(step))
         variables = {**variables, **state}
@@ -71,18 +70,18 @@ def trained(name):
 @functools.cache
 def train(name):
     module = QUANTIZERS[name]
-    return jax.jit(lambda v, z, key: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": key}))
+    return jit(lambda v, z, key: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": key}))
 
 
 @functools.cache
 def evaluate(name):
     module = QUANTIZERS[name]
-    return jax.jit(lambda v, z: module.apply(v, z, mutable=["batch_stats"]))
+    return jit(lambda v, z: module.apply(v, z, mutable=["batch_stats"]))
 
 
 @functools.cache
 def lookup(name):
-    return jax.jit(functools.partial(QUANTIZERS[name].apply, method="lookup"))
+    return jit(functools.partial(QUANTIZERS[name].apply, method="lookup"))
 
 
 @each
@@ -101,7 +100,7 @@ def test_evaluation_changes_no_state_and_draws_nothing(name):
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
-@each
+@pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_latents_get_the_codes_of_their_float32_values(name):
     low = jnp.asarray(z(), jnp.bfloat16)
     outs = [evaluate(name)(trained(name), x)[0] for x in (low, low.astype(jnp.float32))]
@@ -145,7 +144,7 @@ def gradient(name):
         out, _ = module.apply(variables, latents, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(5)})
         return out.loss + jnp.sum(jnp.sin(out.z))
 
-    return jax.jit(jax.grad(scalar, (0, 1)))
+    return jit(jax.grad(scalar, (0, 1)))
 
 
 @each
@@ -156,7 +155,7 @@ def test_every_parameter_and_the_latents_receive_a_gradient(name):
     assert np.mean(np.any(latents, axis=-1)) > 0.9
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", KINDS)
 def test_eight_devices_give_what_one_gives(name):
     """4x2 mesh; every codebook split over "model"."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -168,7 +167,7 @@ def test_eight_devices_give_what_one_gives(name):
 
     shardings = jax.tree.map_with_path(place, alone)
     spread = jax.device_put(alone, shardings)
-    step = jax.jit(
+    step = jit(
         lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
         in_shardings=(shardings, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
     )

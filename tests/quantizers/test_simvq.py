@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +62,11 @@ def test_one_gradient_step_moves_every_code():
     """Also codes that were not chosen: what sets SimVQ apart."""
     z = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     module = SimVQ(64, 6)
-    variables = module.init(jax.random.key(0), z)
-    gradient = jax.grad(lambda p: module.apply(variables | {"params": p}, z).loss)(variables["params"])
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    gradient = jax.jit(jax.grad(lambda p: module.apply(variables | {"params": p}, z).loss))(variables["params"])
     params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
     before, after = (
-        module.apply(variables | {"params": p}, jnp.arange(64), method="lookup") for p in (variables["params"], params)
+        jax.jit(functools.partial(module.apply, method="lookup"))(variables | {"params": p}, jnp.arange(64))
+        for p in (variables["params"], params)
     )
     assert np.all(np.abs(after - before).max(axis=1) > 1e-6)
