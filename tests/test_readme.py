@@ -5,9 +5,12 @@ import pathlib
 import re
 import shlex
 
+import jax
+import numpy as np
 import pytest
 
 from vqrae_jax import config
+from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +41,31 @@ def test_commands_name_what_exists(command):
             assert (ROOT / value.split(":")[0]).is_file()
         else:
             assert f'"{name}"' in (source := pathlib.Path(spec.origin).read_text()) or f'"--{name}"' in source
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+def test_python_blocks_run(golden, tmp_path_factory, tiny, images):
+    """The first on a small run instead of the quickstart's, the second on a small encoder instead of the hub's."""
+    workdir = tmp_path_factory.mktemp("run")
+    loop.train(tiny(train={"steps": 1, "evaluate_every": 1}), workdir, jax.devices()[:1])
+    small = {
+        "runs/quickstart": str(workdir),
+        "facebook/dinov2-base": str(golden / "encoders" / "dinov2"),
+        '"ViT-B"': '"ViT-Nano", encoder_input_size=56',
+        "8192": "64",
+    }
+    use, build = re.findall(r"```python\n(.*?)```", README, re.S)
+    for block in (use, build):
+        for name, replacement in small.items():
+            block = block.replace(name, replacement)
+        names = {"images": images}
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["pictures"].shape[0] == 2
+        assert np.isfinite(names["pictures"]).all()
 
 
 def test_files_and_links_exist():
