@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from vqrae_jax.data import images
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.inference import latent_statistics
+from vqrae_jax.inference.latent_statistics import estimate, parse
+from vqrae_jax.pretrained.sources import read_latent_statistics
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """37 "images" whose 3 channels, far from zero, are the latent itself."""
+    rng = np.random.default_rng(0)
+    return (1000 + rng.normal(size=(37, 4, 4, 3)) @ rng.normal(size=(3, 3))).astype(np.float32)
+
+
+def batches(latents, size=10):
+    return (latents[i : i + size] for i in range(0, len(latents), size))
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_equals_float64_moments_although_the_mean_is_far_from_zero(latents, per_position):
+    moments = estimate(lambda image: image, batches(latents))
+    result = moments.result(per_position, 2)
+    axes = 0 if per_position else (0, 1, 2)
+    exact = latents.astype(np.float64)
+    np.testing.assert_allclose(result["mean"], exact.mean(axes), rtol=1e-6)
+    np.testing.assert_allclose(result["var"], exact.var(axes), rtol=2e-3)
+    # The textbook sum of squares in float32 is off by much more.
+    naive = (latents**2).mean((0, 1, 2)) - latents.mean((0, 1, 2)) ** 2
+    assert np.abs(naive / exact.var((0, 1, 2)) - 1).max() > 2e-3
+
+
+def test_principal_axes_diagonalize_the_covariance(latents):
+    result = estimate(lambda image: image, batches(latents)).result(False, 3)
+    rows = latents.reshape(-1, 3).astype(np.float64) - result["pca_mean"]
+    covariance = np.cov((rows @ result["pca_basis"]).T, bias=True)
+    np.testing.assert_allclose(covariance, np.diag(result["pca_var"]), atol=2e-3 * result["pca_var"][0])
+    assert np.all(np.diff(result["pca_var"]) <= 0)
+
+
+def test_the_command_writes_what_the_model_reads(golden, tmp_path):
+    rng = np.random.default_rng(1)
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        images.write_image(tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (60, 70, 3)).astype(np.uint8))
+    encoder, output = golden / "encoders" / "dinov2", tmp_path / "stats.npz"
+    given = [f"--encoder={encoder}", f"--data={tmp_path / 'photos'}", f"--output={output}", "--size=56", "--batch=2"]
+    latent_statistics.latent_statistics(parse([*given, "--per-position", "--components=4"]))
+    stats = read_latent_statistics(str(output), "model.normalization_stat_path")
+    assert stats["mean"].shape == stats["var"].shape == (4, 4, 36)
+    assert np.load(output)["pca_basis"].shape == (36, 4)
+
+
+def test_the_output_must_be_npz(tmp_path):
+    with pytest.raises(DataError, match="npz"):
+        latent_statistics.latent_statistics(parse(["--encoder=x", "--data=y", f"--output={tmp_path / 'stats.pt'}"]))

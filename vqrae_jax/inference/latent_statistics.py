@@ -1,0 +1,157 @@
+"""python -m vqrae_jax.inference.latent_statistics --encoder=facebook/dinov2-base --data=photographs --output=stats.npz
+
+Mean, variance and principal axes of an encoder's latents over a folder of images; `model.normalization_stat_path`
+reads the file.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vqrae_jax import assembly, sharding
+from vqrae_jax.config import ConfigError, ModelConfig, from_dict
+from vqrae_jax.data import images
+from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.pretrained.errors import PretrainedError
+
+log = logging.getLogger(__name__)
+
+
+class Moments:
+    """Mean, sum of squared deviations and of cross products of rows that come in batches, in float64.
+
+    Each batch is centred on its own mean before anything is squared, and merged by the difference of the means (Chan et
+    al. 1983, doi:10.1080/00031305.1983.10483115): no cancellation, however far the mean is from zero.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.mean = self.squares = self.products = 0.0
+
+    def add(self, count: int, mean: np.ndarray, squares: np.ndarray, products: np.ndarray) -> None:
+        """Merges a batch.
+
+        Args:
+          count: images in it.
+          mean: of the latents, [h, w, C].
+          squares: sums over images of squared deviations from it, [h, w, C].
+          products: [C, C], sums over images and positions of products of the deviations from the batch's channel means.
+        """
+        mean, squares, products = (np.asarray(x, np.float64) for x in (mean, squares, products))
+        total = self.count + count
+        weight = self.count * count / total
+        delta = mean - self.mean
+        channel_delta = delta.mean((0, 1))
+        positions = mean.shape[0] * mean.shape[1]
+        self.products = self.products + products + weight * positions * np.outer(channel_delta, channel_delta)
+        self.squares = self.squares + squares + weight * delta**2
+        self.mean = self.mean + delta * count / total
+        self.count = total
+
+    def result(self, per_position: bool, components: int) -> dict[str, np.ndarray]:
+        """`mean` and `var` [C] or [h, w, C], `pca_mean` [C], `pca_basis` [C, components], `pca_var` [components]."""
+        positions = self.mean.shape[0] * self.mean.shape[1]
+        channel_mean = self.mean.mean((0, 1))
+        covariance = self.products / (self.count * positions)
+        var, basis = np.linalg.eigh(covariance)
+        largest = np.argsort(var)[::-1][:components]
+        if per_position:
+            moments = {"mean": self.mean, "var": self.squares / self.count}
+        else:
+            moments = {"mean": channel_mean, "var": np.diagonal(covariance)}
+        pca = {"pca_mean": channel_mean, "pca_basis": basis[:, largest], "pca_var": np.maximum(var[largest], 0)}
+        return {name: np.asarray(value, np.float32) for name, value in (moments | pca).items()}
+
+
+def batch_moments(
+    latent: Float[Array, "B h w C"], mask: Float[Array, " B"]
+) -> tuple[Float[Array, "h w C"], Float[Array, "h w C"], Float[Array, "C C"]]:
+    """What `Moments.add` takes, over the images whose mask is one."""
+    latent = latent.astype(jnp.float32)
+    keep, count = mask[:, None, None, None], jnp.sum(mask)
+    mean = jnp.sum(latent * keep, axis=0) / count
+    centred = (latent - mean) * keep
+    across = (latent - jnp.mean(mean, axis=(0, 1))) * keep
+    products = jnp.einsum("bhwc,bhwd->cd", across, across, precision=jax.lax.Precision.HIGHEST)
+    return mean, jnp.sum(centred**2, axis=0), products
+
+
+def estimate(
+    encode: Callable[[Float[Array, "B H W 3"]], Float[Array, "B h w C"]],
+    batches: Iterable[Float[np.ndarray, "b H W 3"]],
+) -> Moments:
+    """One pass over batches of images in [0, 1], each spread over all devices."""
+    mesh = sharding.make_mesh()
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    step = jax.jit(lambda image, mask: batch_moments(encode(image), mask), in_shardings=(rows, rows))
+    moments, size = Moments(), 0
+    for batch in batches:
+        size = max(size, -(-len(batch) // mesh.size) * mesh.size)  # the last batch is filled up: one compilation
+        padding = size - len(batch)
+        image = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        mask = (np.arange(size) < len(batch)).astype(np.float32)
+        moments.add(len(batch), *jax.device_get(step(image, mask)))
+    return moments
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m vqrae_jax.inference.latent_statistics", description=__doc__)
+    parser.add_argument("--encoder", required=True, help="hub id or local folder, as model.encoder_config_path")
+    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls")
+    parser.add_argument("--size", type=int, default=224, help="pixels, as model.encoder_input_size")
+    parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
+    parser.add_argument("--output", required=True, help="file to write, .npz")
+    parser.add_argument("--per-position", action="store_true", help="mean and variance per position too: [h, w, C]")
+    parser.add_argument("--components", type=int, default=64, help="principal axes to keep")
+    parser.add_argument("--batch", type=int, default=32, help="images at once")
+    parser.add_argument("--limit", type=int, help="images to use; all by default")
+    return parser.parse_args(argv)
+
+
+def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Runs the command; returns what it wrote."""
+    output = pathlib.Path(args.output)
+    if output.suffix != ".npz":
+        raise DataError(f"--output={output}: the statistics are written as .npz")
+    model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
+    built = assembly.assemble(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"}))
+    params = {"params": jax.device_put(built.pretrained["encoder"])}
+    files = images.image_files(args.data, field="--data")[: args.limit]
+    moments = estimate(lambda image: built.module.encoder.apply(params, image), _read(files, args.size, args.batch))
+    if not moments.count:
+        raise DataError(f"--data={args.data}: none of {len(files)} files is a readable picture")
+    result = moments.result(args.per_position, args.components)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(output, **result)
+    share = result["pca_var"].sum() * moments.count / np.trace(moments.products) * moments.mean[..., 0].size
+    print(f"{moments.count} images; {len(result['pca_var'])} axes hold {share:.1%} of the variance; wrote {output}")
+    return result
+
+
+def _read(files: Sequence[str], size: int, batch: int) -> Iterator[Float[np.ndarray, "b H W 3"]]:
+    part = []
+    for file in files:
+        try:
+            part.append(images.center_crop(images.read_image(file, at_least=size), size).astype(np.float32) / 255)
+        except ImageError as error:
+            log.warning("skipped: %s", error)
+        if len(part) == batch:
+            yield np.stack(part)
+            part = []
+    if part:
+        yield np.stack(part)
+
+
+if __name__ == "__main__":
+    try:
+        latent_statistics(parse())
+    except (ConfigError, DataError, ImageError, PretrainedError) as error:
+        sys.exit(f"error: {error}")
