@@ -47,6 +47,7 @@ class QuantizerParams(Section):
     """Fields of one or some quantizers; the names before the colon read them."""
 
     codebook_dim: Positive | None = None  # all but fsq, none: channels of the codes, by learned projections in and out
+    whitening_dim: Positive | None = None  # all but none: principal axes of the latent that are kept, at variance one
     distance: Literal["l2", "cosine"] | None = None  # ema (None: l2), simvq (None: cosine)
     # ema, simvq: what gradient a latent receives through the choice of its code
     estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
@@ -58,6 +59,7 @@ class QuantizerParams(Section):
     adapter: Literal["mlp", "linear", "none"] = "mlp"  # fsq: from the latent to the levels and back
     entropy_cost: NonNegative = 0.1  # lfq, bsq, ibq: certainty of each latent, diversity of the batch
     diversity: NonNegative = 1.0  # lfq, bsq: weight of the second
+    orthogonality_cost: NonNegative = 0.0  # simvq, ibq, gumbel: mean squared cosine between codes
     temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel: of the soft codes
     final_temperature: Above0 = 0.1  # gumbel: after anneal_steps
     anneal_steps: Positive = 10_000  # gumbel
