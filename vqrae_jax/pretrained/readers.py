@@ -43,13 +43,15 @@ class Safetensors(Tensors):
 
         self._where, self._field = {}, field
         for file in files:
-            with _guarded(file, field, "a complete safetensors file"):
-                opened = safetensors.safe_open(file, framework="np")
-                self._where |= dict.fromkeys(opened.keys(), (file, opened))
+            with _guarded(file, field, "a complete safetensors file"), safetensors.safe_open(file, "np") as opened:
+                self._where |= dict.fromkeys(opened.keys(), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file, opened = self._where[name]
-        with _guarded(file, self._field, "a complete safetensors file"):
+        import safetensors
+
+        file = self._where[name]
+        # Opened for each tensor: a file that stays mapped keeps every page that was read in memory, a second copy.
+        with _guarded(file, self._field, "a complete safetensors file"), safetensors.safe_open(file, "np") as opened:
             return opened.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
