@@ -19,7 +19,9 @@ def test_the_config_knows_every_quantizer():
     assert set(NAMES) == set(QUANTIZERS)
 
 
-@pytest.mark.parametrize(("name", "params"), [*((name, {}) for name in NAMES), ("ema", {"codebook_dim": 4})])
+@pytest.mark.parametrize(
+    ("name", "params"), [*((name, {}) for name in NAMES), ("ema", {"codebook_dim": 4, "whitening_dim": 8})]
+)
 def test_every_name_takes_and_gives_latents(name, params):
     module = build(name, **params)
     shape = jax.ShapeDtypeStruct((2, 4, 4, 12), jnp.float32)
@@ -42,6 +44,7 @@ def test_defaults_are_the_origins_where_it_names_them():
         ("multiscale", {"grids": (1, 2)}, r"grids=\(1, 2\)"),
         ("multiscale", {"grids": (2, 1, 4)}, r"grids=\(2, 1, 4\)"),
         ("fsq", {"adapter": "none"}, "adapter='none'"),
+        ("ema", {"whitening_dim": 13}, "whitening_dim=13"),
     ],
 )
 def test_what_does_not_fit_is_named(name, given, field):

@@ -19,6 +19,7 @@ from vqrae_jax.quantizers.product import Product
 from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.whitened import Whitened
 
 K, C = 16, 6
 SHARED = EMAQuantizer(K, C)
@@ -29,6 +30,7 @@ QUANTIZERS = {
     "ema_distance_weighted": EMAQuantizer(K, C, estimator="distance_weighted"),
     "ema_frozen": EMAQuantizer(K, C, frozen=True),
     "ema_projected": Projected(EMAQuantizer(K, 3), C, 3),
+    "ema_whitened": Whitened(EMAQuantizer(K, 3), C, 3),
     "simvq": SimVQ(K, C),
     "simvq_l2": SimVQ(K, C, distance="l2", input_projection=False, legacy=False),
     "fsq": FSQ((4, 3), C),
@@ -48,7 +50,19 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 each = pytest.mark.parametrize("name", QUANTIZERS)
 # One of every way in which arrays meet; the others differ in arithmetic within a token only.
-KINDS = ["ema", "ema_projected", "simvq", "fsq", "lfq", "gumbel", "ibq", "residual_dropout", "product", "multiscale"]
+KINDS = [
+    "ema",
+    "ema_whitened",
+    "ema_projected",
+    "simvq",
+    "fsq",
+    "lfq",
+    "gumbel",
+    "ibq",
+    "residual_dropout",
+    "product",
+    "multiscale",
+]
 
 
 @functools.cache

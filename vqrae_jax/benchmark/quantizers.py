@@ -101,11 +101,11 @@ def blocked_matmul(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Flo
 
 def _features(given: argparse.Namespace) -> None:
     """Every quantizer at equal codes, trained online on precomputed latents (no decoder, so only the codes learn)."""
-    train, val = (np.load(pathlib.Path(given.features) / f"{name}.npy") for name in ("train", "val"))
+    train, val = (_grid(np.load(pathlib.Path(given.features) / f"{name}.npy")) for name in ("train", "val"))
     print("quantizer | error on val / variance | use | perplexity | ms per step")
     for name in given.quantizers.split(","):
         config = ModelConfig(quantizer=name, num_embeddings=given.codes, quantizer_params=QuantizerParams())
-        module = create(config, train.shape[-1], round(train.shape[1] ** 0.5))
+        module = create(config, train.shape[-1], train.shape[1])
         error, counts, seconds = cluster(module, train, val, given.epochs)
         share = counts / counts.sum(-1, keepdims=True)
         entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
@@ -113,8 +113,17 @@ def _features(given: argparse.Namespace) -> None:
         print(f"{name} | {error:.4f} | {use:.3f} | {perplexity:.0f} | {1e3 * seconds:.1f}", flush=True)
 
 
+def _grid(tokens: Float[np.ndarray, "B T C"]) -> Float[np.ndarray, "B h w C"]:
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.reshape(len(tokens), side, side, -1)
+
+
 def cluster(
-    module: Quantizer, train: Float[np.ndarray, "B T C"], val: Float[np.ndarray, "V T C"], epochs: int, batch: int = 32
+    module: Quantizer,
+    train: Float[np.ndarray, "B h w C"],
+    val: Float[np.ndarray, "V h w C"],
+    epochs: int,
+    batch: int = 32,
 ) -> tuple[float, np.ndarray, float]:
     """Trains on batches of images; error relative to the variance and counts on val, seconds per step."""
     variables = jax.jit(module.init)(jax.random.key(0), train[:1])

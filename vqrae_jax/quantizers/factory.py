@@ -15,6 +15,7 @@ from vqrae_jax.quantizers.product import Product
 from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.whitened import Whitened
 
 # Settings are the model section of a config: any object with its fields.
 Settings = Any
@@ -31,8 +32,19 @@ def create(settings: Settings, channels: int, grid: int) -> Quantizer:
     Raises:
       ValueError: names the field that does not fit.
     """
+    params = settings.quantizer_params
+    if settings.quantizer == "none":
+        return NoQuantizer()
+    if params.whitening_dim is None:
+        return _projected(settings, channels, grid)
+    if params.whitening_dim > channels:
+        raise ValueError(f"quantizer_params.whitening_dim={params.whitening_dim}: the latent has {channels} channels")
+    return Whitened(_projected(settings, params.whitening_dim, grid), channels, params.whitening_dim)
+
+
+def _projected(settings: Settings, channels: int, grid: int) -> Quantizer:
     width = settings.quantizer_params.codebook_dim
-    if width is None or settings.quantizer in ("fsq", "none"):
+    if width is None or settings.quantizer == "fsq":
         return QUANTIZERS[settings.quantizer](settings, channels, grid)
     return Projected(QUANTIZERS[settings.quantizer](settings, width, grid), channels, width)
 
@@ -58,7 +70,7 @@ def _simvq(settings: Settings, channels: int, grid: int) -> SimVQ:
     params = settings.quantizer_params
     return SimVQ(
         settings.num_embeddings, channels, settings.commitment_cost, params.distance or "cosine",
-        params.input_projection, params.legacy, params.estimator,
+        params.input_projection, params.legacy, params.estimator, params.orthogonality_cost,
     )  # fmt: skip
 
 
@@ -85,15 +97,16 @@ def _lfq(settings: Settings, channels: int, grid: int) -> LFQ | Projected:
 def _gumbel(settings: Settings, channels: int, grid: int) -> GumbelQuantizer:
     params = settings.quantizer_params
     return GumbelQuantizer(
-        settings.num_embeddings, channels, params.temperature, params.final_temperature, params.anneal_steps
-    )
+        settings.num_embeddings, channels, params.temperature, params.final_temperature, params.anneal_steps,
+        orthogonality_cost=params.orthogonality_cost,
+    )  # fmt: skip
 
 
 def _ibq(settings: Settings, channels: int, grid: int) -> IBQ:
     params = settings.quantizer_params
     return IBQ(
         settings.num_embeddings, channels, settings.commitment_cost, params.entropy_cost,
-        temperature=params.temperature,
+        temperature=params.temperature, orthogonality_cost=params.orthogonality_cost,
     )  # fmt: skip
 
 

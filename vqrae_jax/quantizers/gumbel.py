@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.estimators import value_of
+from vqrae_jax.quantizers.regularizers import orthogonality
 
 
 class GumbelQuantizer(nn.Module):
@@ -21,6 +22,7 @@ class GumbelQuantizer(nn.Module):
       temperature, final_temperature, anneal_steps: of the softmax; geometric from the first to the second in so many
         training steps (counted in `batch_stats`).
       kl_cost: weight of KL(softmax(logits) || uniform), which keeps codes in use.
+      orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
     """
 
     num_embeddings: int
@@ -29,6 +31,7 @@ class GumbelQuantizer(nn.Module):
     final_temperature: float = 0.1
     anneal_steps: int = 10_000
     kl_cost: float = 5e-4
+    orthogonality_cost: float = 0.0
 
     def setup(self):
         shape = (self.num_embeddings, self.channels)
@@ -48,12 +51,15 @@ class GumbelQuantizer(nn.Module):
         carrier = jnp.dot(soft, self.codebook, precision=jax.lax.Precision.HIGHEST)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         kl = jnp.sum(jnp.exp(log_p) * log_p, axis=-1, keepdims=True) + np.log(self.num_embeddings)
+        loss = self.kl_cost * kept_mean(kl, finite)
+        if self.orthogonality_cost:
+            loss += self.orthogonality_cost * orthogonality(self.codebook)
         if sample:
             self.step.value = self.step.value + 1
         return Quantized(
             z=value_of(codes, carrier).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
-            loss=self.kl_cost * kept_mean(kl, finite),
+            loss=loss,
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 

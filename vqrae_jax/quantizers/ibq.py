@@ -9,6 +9,7 @@ from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.entropy import entropies
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.regularizers import orthogonality
 
 
 class IBQ(nn.Module):
@@ -22,6 +23,7 @@ class IBQ(nn.Module):
       commitment_cost: weight of the pull of latents to codes.
       entropy_cost: weight of (mean entropy of a latent's softmax) - (entropy of the mean softmax).
       temperature: of the softmax.
+      orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
     """
 
     num_embeddings: int
@@ -29,6 +31,7 @@ class IBQ(nn.Module):
     commitment_cost: float = 0.25
     entropy_cost: float = 0.05
     temperature: float = 1.0
+    orthogonality_cost: float = 0.0
 
     def setup(self):
         shape = (self.num_embeddings, self.channels)
@@ -43,6 +46,8 @@ class IBQ(nn.Module):
         # The paper's double quantization loss: on the chosen code, and on the code as its index lets gradients through.
         loss = kept_mean((codes - fixed(flat)) ** 2, finite)
         loss += self.commitment_cost * kept_mean((fixed(codes) - flat) ** 2, finite)
+        if self.orthogonality_cost:
+            loss += self.orthogonality_cost * orthogonality(self.codebook)
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
         out = codes
         if train:

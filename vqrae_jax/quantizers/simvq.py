@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
+from vqrae_jax.quantizers.regularizers import orthogonality
 
 
 class SimVQ(nn.Module):
@@ -22,6 +23,7 @@ class SimVQ(nn.Module):
       input_projection: latents pass a learned linear map first. Nothing undoes it: the decoder reads projected latents.
       legacy: the weight is on the codebook's term instead of the commitment's, as in the VQGAN release and the origin.
       estimator: the gradient through the choice.
+      orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
     """
 
     num_embeddings: int
@@ -31,6 +33,7 @@ class SimVQ(nn.Module):
     input_projection: bool = True
     legacy: bool = True
     estimator: Estimator = "straight_through"
+    orthogonality_cost: float = 0.0
 
     def setup(self):
         shape, scale = (self.num_embeddings, self.channels), self.channels**-0.5
@@ -51,10 +54,13 @@ class SimVQ(nn.Module):
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
         ends = (codes, flat) if self.legacy else (flat, codes)
+        loss = vq_loss(*ends, finite, self.commitment_cost)
+        if self.orthogonality_cost:
+            loss += self.orthogonality_cost * orthogonality(codebook)
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
-            loss=vq_loss(*ends, finite, self.commitment_cost),
+            loss=loss,
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 

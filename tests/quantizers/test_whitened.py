@@ -1,0 +1,25 @@
+import jax
+import numpy as np
+
+from vqrae_jax.quantizers.ema import EMAQuantizer
+from vqrae_jax.quantizers.whitened import Whitened
+
+
+def test_codes_live_in_the_leading_axes_at_variance_one():
+    """Latents of rank 2 in 5 channels, variances 100 and 0.01: whitened, both axes get codes."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(5, 5)))[0][:, :2]
+    z = (7 + rng.normal(size=(1024, 2)) * [10, 0.1] @ axes.T).astype(np.float32)
+    module = Whitened(EMAQuantizer(64, 2), 5, 2)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    train = jax.jit(lambda v, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}))
+    for step in range(10):
+        out, variables = train(variables, jax.random.key(step))
+    state = variables["batch_stats"]
+    np.testing.assert_allclose(state["mean"], z.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(state["deviation"], [10, 0.1], rtol=0.1)
+    np.testing.assert_allclose(np.abs(state["basis"].T @ axes), np.eye(2), atol=1e-2)
+    np.testing.assert_allclose(np.std(state["quantizer"]["codebook"], axis=0), 1, atol=0.3)
+    # The small axis is coded as well as the large one: its error is a fraction of its own variance.
+    left = ((np.asarray(out.z) - z) @ axes) ** 2
+    assert np.all(left.mean(0) < 0.2 * np.asarray([100, 0.01]))
