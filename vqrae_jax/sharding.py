@@ -23,6 +23,9 @@ RULES: list[tuple[str, P]] = [
     (r"mlp/down/kernel$", P("model", None)),
     (r"quantizer/(.*/)?(codebook|sums)$", P("model", None)),
     (r"quantizer/(.*/)?counts$", P("model")),
+    (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
+    (r"quantizer/(.*/)?logits/bias$", P("model")),
+    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted)$", P()),
     (r"(patch_embed|embed|pred)/kernel$", P()),
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
     (r"(pos_embed|cls|registers)$", P()),

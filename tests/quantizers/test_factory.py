@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vqrae_jax import sharding
 from vqrae_jax.config import ModelConfig, QuantizerParams
 from vqrae_jax.quantizers.factory import QUANTIZERS, create
 
@@ -27,6 +28,13 @@ def test_every_name_takes_and_gives_latents(name, params):
     shape = jax.ShapeDtypeStruct((2, 4, 4, 12), jnp.float32)
     out, _ = jax.eval_shape(lambda z: module.init_with_output(jax.random.key(0), z), shape)
     assert out.z.shape == shape.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sharding_table_names_every_leaf(name):
+    module = build(name, codebook_dim=None if name in ("lfq", "bsq") else 4, whitening_dim=8)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 4, 4, 12), jnp.float32))
+    assert sharding.unmatched({kind: {"quantizer": tree} for kind, tree in shapes.items()}) == []
 
 
 def test_defaults_are_the_origins_where_it_names_them():

@@ -31,6 +31,10 @@ class Projected(nn.Module):
     def num_embeddings(self) -> int:
         return self.quantizer.num_embeddings
 
+    @property
+    def decodes_prefixes(self) -> bool:
+        return getattr(self.quantizer, "decodes_prefixes", False)
+
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are the inner quantizer's."""
         flat, finite = flatten(z, self.channels)

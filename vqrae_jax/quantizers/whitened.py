@@ -43,6 +43,10 @@ class Whitened(nn.Module):
     def num_embeddings(self) -> int:
         return self.quantizer.num_embeddings
 
+    @property
+    def decodes_prefixes(self) -> bool:
+        return getattr(self.quantizer, "decodes_prefixes", False)
+
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are the inner quantizer's, in whitened units."""
         flat, finite = flatten(z, self.channels)
