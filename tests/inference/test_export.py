@@ -25,15 +25,19 @@ def run(trained, *arguments):
 
 
 def pretrained(golden, **changes):
-    """A model over a frozen encoder of a hub folder."""
+    """A model over a frozen encoder of a hub folder, the rest drawn without compiling anything."""
     config = ModelConfig(**{
         "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "decoder_patch_size": 8,
         "num_embeddings": 32, **changes,
     })  # fmt: skip
     built = assembly.assemble(config)
-    variables = assembly.initial_variables(built, jax.random.key(0), ("encoder", "quantizer", "decoder"))
-    return config, built.module, jax.device_get(variables)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), assembly.shapes(built)
+    )
+    variables["params"]["encoder"] = built.pretrained["encoder"]
+    return config, built.module, variables
 
 
 def assert_same(a, b):
@@ -98,7 +102,7 @@ def test_damaged_folders(golden, tmp_path):
     {}, {"scan_layers": True}, {"quantizer": "none"}, {"quantizer": "simvq"}, {"quantizer": "fsq"},
 ])  # fmt: skip
 def test_the_origins_form_comes_back_bit_for_bit(golden, changes):
-    config, _, variables = pretrained(golden, codebook_init="normal", **changes)
+    config, _, variables = pretrained(golden, **changes)
     checkpoint = export.to_origin(config, variables)
     assert set(checkpoint) == {
         "step", "epoch", "model", "ema", "optimizer", "scheduler", "disc", "disc_optimizer", "disc_scheduler",
@@ -191,3 +195,12 @@ def test_command_line_errors_are_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_loads_without_the_decoder_that_it_started_from(trained, monkeypatch):
+    from vqrae_jax import checkpoint
+
+    meta = checkpoint.read_meta(checkpoint.find(trained))
+    meta["config"]["model"]["pretrained_decoder_path"] = "/gone/decoder.npz"
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path: meta)
+    assert Tokenizer.load(trained).image_size == 32

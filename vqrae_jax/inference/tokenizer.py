@@ -54,7 +54,10 @@ class Tokenizer:
         folder = checkpoint.find(path, step)
         config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
         saved = checkpoint.saved_shapes(folder)
-        built = assembly.assemble(config.model, latent_stats=saved["batch_stats"].get("latent", {}))
+        settings = config.model
+        if "decoder" in config.train.trainable:  # what it started from may be gone by now
+            settings = settings.model_copy(update={"pretrained_decoder_path": None})
+        built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
         shapes = assembly.shapes(built)
         trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable}
         checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
