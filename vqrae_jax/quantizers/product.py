@@ -49,7 +49,13 @@ class Product(nn.Module):
         )
 
     def lookup(self, indices: Int[Array, "*b G"]) -> Float[Array, "*b C"]:
-        """The codes of all groups side by side."""
+        """The codes of all groups side by side.
+
+        Raises:
+          ValueError: the last axis of the indices is not the groups'.
+        """
+        if indices.shape[-1:] != (len(self.groups),):
+            raise ValueError(f"indices of shape {indices.shape} for a product quantizer of {len(self.groups)} groups")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
 
     def _split(self, z: Float[Array, "*b C"]) -> list[Float[Array, "*b c"]]:

@@ -1,0 +1,69 @@
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import assembly
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.data import images
+from vqrae_jax.inference import codebook
+from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
+
+
+def tokenizer(golden, **fields):
+    config = ModelConfig(
+        encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
+        decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
+    )  # fmt: skip
+    built = assembly.assemble(config)
+    names = ["encoder", "quantizer", "decoder"]
+    return Tokenizer(built.module, assembly.initial_variables(built, jax.random.key(0), names))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}])
+def test_numbers_are_those_of_the_codes(golden, pictures, fields):
+    used = tokenizer(golden, **fields)
+    numbers, charts = codebook.study(used, pictures)
+    first = used.encode_to_indices(pictures / np.float32(255)).reshape(5, 4, 4, -1)[..., 0]
+    assert numbers["usage"] == pytest.approx(len(np.unique(first)) / 24)
+    assert numbers["images"], numbers["codes"] == (5, 24)
+    assert all(chart.dtype == np.uint8 and chart.ndim == 3 for chart in charts.values())
+    assert set(charts) == {"use", "map", "patches", "positions"}
+
+
+def test_a_product_of_codes_has_no_report(golden, pictures):
+    with pytest.raises(TokenizerError, match="Product"):
+        codebook.study(tokenizer(golden, quantizer="product"), pictures)
+
+
+def test_charts():
+    counts = np.asarray([0, 8, 4, 0])
+    use = codebook.use_chart(counts)
+    assert (use[0, 0] != 255).any()
+    assert (use[:, -1] == 255).all()
+    indices = np.zeros((4, 2, 2), int)
+    indices[:, 1, 1] = [0, 1, 2, 3]
+    positions = codebook.positions_chart(indices, 4)
+    assert positions[0, 0, 0] == 0
+    assert positions[-1, -1, 0] == 255
+    pictures = np.arange(4 * 16 * 3, dtype=np.uint8).reshape(4, 4, 4, 3)
+    errors = np.ones((4, 2, 2))
+    errors[2, 0, 1] = 0
+    patches = codebook.patches_chart(pictures, indices, errors, np.asarray([13, 1, 1, 1]))
+    np.testing.assert_array_equal(patches[:2, :2], pictures[2, :2, 2:])
+
+
+def test_the_command_writes_the_report(golden, pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    for i, picture in enumerate(pictures):
+        images.write_image(tmp_path / "photos" / f"{i}.png", picture)
+    monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, step: tokenizer(golden))
+    given = ["--checkpoint=x", f"--data={tmp_path / 'photos'}", f"--output={tmp_path / 'report'}", "--alarm=1"]
+    codebook.report(codebook.parse(given))
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"use.png", "map.png", "patches.png", "positions.png", "report.json"}
+    assert "ALARM" in capsys.readouterr().err
