@@ -28,6 +28,7 @@ from vqrae_jax.pretrained.errors import PretrainedError
 BATCH = 16
 SIDE = 512  # pixels of charts
 CODES, PATCHES = 16, 12  # rows and columns of patches.png
+ENLARGE = 3  # a patch of 16 pixels is too small to look at
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,7 +87,7 @@ def study(
     charts = {
         "use": use_chart(counts),
         "map": map_chart(table, counts),
-        "patches": patches_chart(pictures, indices, errors, counts),
+        "patches": patches_chart(pictures, indices, errors, counts).repeat(ENLARGE, 0).repeat(ENLARGE, 1),
         "positions": positions_chart(indices, size),
     }
     return numbers, charts
