@@ -4,20 +4,20 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder
-from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks
+from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks, unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, families, origin, sources, tables
+from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.base import Quantizer
 
@@ -238,14 +238,22 @@ def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path 
 
 
 def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
-    """A decoder from a state dict of its own, or from the whole model of a training checkpoint."""
     path, field = config.pretrained_decoder_path, "model.pretrained_decoder_path"
-    state = origin.select(sources.read_state_dict(path, field), "ema", path)
-    whole = any(name.startswith("decoder.") for name in state)
-    state = {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.") or not whole}
+    state = _decoder_state(sources.read_state_dict(path, field), path)
     if config.scan_layers:
         single = assemble(config.model_copy(update={"scan_layers": False}), weights=False)
         want = shapes(single)["params"]["decoder"]
     tree = convert.convert(state, tables.DECODER_TABLE, want, source=path)
     log.info("decoder weights from %s: %d tensors", path, len(flatten_dict(tree)))
     return stack_blocks(tree) if config.scan_layers else tree
+
+
+def _decoder_state(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The decoder's state dict out of a release, a training checkpoint of the origin, or an exported folder of ours."""
+    ours = {n.removeprefix("params/decoder/"): state[n] for n in state if n.startswith("params/decoder/")}
+    if ours:
+        tree = unflatten_dict(ours, sep="/")
+        return export.to_state_dict(unstack_blocks(tree) if "blocks" in tree else tree, tables.DECODER_TABLE)
+    state = origin.select(state, "ema", path)
+    whole = any(name.startswith("decoder.") for name in state)
+    return {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.") or not whole}

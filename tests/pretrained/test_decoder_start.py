@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax.assembly import assemble
 from vqrae_jax.config import ModelConfig
+from vqrae_jax.inference import folder
 from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.pretrained import convert
 from vqrae_jax.pretrained.errors import PretrainedError
@@ -52,6 +53,18 @@ def test_from_a_release_or_a_whole_model(golden, tmp_path, whole, decoder, bare,
     read = unstack_blocks(read) if scan else read
     assert_same(read, convert.convert(decoder, DECODER_TABLE, read))
     np.testing.assert_array_equal(read["embed"]["kernel"], decoder["decoder_embed.weight"].T)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_from_a_folder_that_we_exported(golden, tmp_path, whole, scanned):
+    """A VQRAE starts from the continuous autoencoder trained here, whichever way either keeps its blocks."""
+    continuous = config(golden, whole, quantizer="none", scan_layers=scanned)
+    decoder = assemble(continuous).pretrained["decoder"]
+    folder.write(tmp_path, continuous, {"params": {"decoder": decoder}, "batch_stats": {}}, frozen=False)
+    expected = unstack_blocks(decoder) if scanned else decoder
+    assert_same(assemble(config(golden, tmp_path)).pretrained["decoder"], expected)
+    scanning = assemble(config(golden, tmp_path / "model.safetensors", scan_layers=True)).pretrained["decoder"]
+    assert_same(unstack_blocks(scanning), expected)
 
 
 def test_from_a_training_checkpoint_in_pytorchs_own_file(golden, tmp_path, whole):

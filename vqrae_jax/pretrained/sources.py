@@ -142,5 +142,8 @@ def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
 
 
 def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
-    """Tensors of one file (see `readers.read_tensors`), local or inside a hub repository."""
+    """Tensors of one file (see `readers.read_tensors`), local or inside a hub repository, or of a local folder."""
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return read_weights(folder, field)
     return read_tensors(fetch_file(path, field), field)
