@@ -20,7 +20,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "assembly": {"models", "quantizers", "pretrained", "config"},
     "evaluation": {"models", "sharding"},
     "inference": {
-        "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding", "checkpoint",
+        "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding", "checkpoint",
         "config",
     },
     "train": {
