@@ -82,6 +82,15 @@ def one_device():
     return jax.devices()[:1]
 
 
+@pytest.fixture(scope="session")
+def one_mesh():
+    import jax
+
+    from vqrae_jax import sharding
+
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 def pytest_addoption(parser):
     parser.addoption("--network", action="store_true", help="run the tests that need the model hub")
 

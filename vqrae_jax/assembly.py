@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder
-from vqrae_jax.models.vit import BlocksConfig, ViTConfig, stack_blocks, unstack_blocks
+from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, stack_blocks, unpinned, unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
 from vqrae_jax.quantizers import factory
@@ -36,25 +36,31 @@ class Assembly:
     latent_stats: dict[str, np.ndarray]  # mean and/or var
 
 
-def assemble(config: ModelConfig, latent_stats: dict[str, np.ndarray] | None = None, weights: bool = True) -> Assembly:
+def assemble(
+    config: ModelConfig,
+    latent_stats: dict[str, np.ndarray] | None = None,
+    weights: bool = True,
+    pin: Callable[[Tokens], Tokens] = unpinned,
+) -> Assembly:
     """Builds the module and reads the pretrained weights that the config names.
 
     Args:
       config: the model section.
       latent_stats: statistics that are already at hand (from a checkpoint) instead of normalization_stat_path.
       weights: False reads the descriptions only, for shapes.
+      pin: says where tokens live, see BlocksConfig.
 
     Raises:
       ConfigError, PretrainedError: naming the field, before anything is compiled.
     """
-    encoder, folder = _encoder(config)
+    encoder, folder = _encoder(config, pin)
     if config.encoder_input_size % encoder.vit.patch:
         patch, size = encoder.vit.patch, config.encoder_input_size
         raise ConfigError(
             f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
             f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
         )
-    decoder = _decoder(config, encoder)
+    decoder = _decoder(config, encoder, pin)
     if latent_stats is None and config.normalization_stat_path:
         latent_stats = sources.read_latent_statistics(config.normalization_stat_path, "model.normalization_stat_path")
     latent_stats = latent_stats or {}
@@ -121,7 +127,7 @@ def _initialize(module: VQRAE):
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
 
 
-def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
+def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Encoder, pathlib.Path | None]:
     """The encoder and the folder of its weights, None where they start random."""
     params = config.encoder_params
     family = families.FAMILIES[config.encoder_cls]
@@ -151,7 +157,7 @@ def _encoder(config: ModelConfig) -> tuple[Encoder, pathlib.Path | None]:
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype)
+    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, pin=pin)
     bad = [layer for layer in params.layers if not -blocks.depth <= layer < blocks.depth]
     if bad or not params.layers:
         raise ConfigError(
@@ -169,7 +175,7 @@ def _weights_source(config: ModelConfig) -> tuple[str, str]:
     return config.encoder_config_path, "model.encoder_config_path"
 
 
-def _decoder(config: ModelConfig, encoder: Encoder) -> Decoder:
+def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Tokens]) -> Decoder:
     if config.decoder_config_path in SIZES:
         width, depth, heads, mlp = SIZES[config.decoder_config_path]
         act, eps = "gelu", 1e-12
@@ -182,7 +188,7 @@ def _decoder(config: ModelConfig, encoder: Encoder) -> Decoder:
         )
     blocks = BlocksConfig(
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
-        scan=config.scan_layers, remat=config.remat, dtype=config.dtype,
+        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, pin=pin,
     )  # fmt: skip
     return Decoder(
         blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed

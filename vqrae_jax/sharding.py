@@ -33,6 +33,10 @@ RULES: list[tuple[str, P]] = [
 ]
 
 
+# Search compares every latent with every code, so codes are never split over "data".
+NOT_FSDP = r"quantizer/(codebook|sums|counts)$"
+
+
 class MeshError(ValueError):
     """Devices, mesh and batch do not fit together."""
 
@@ -71,8 +75,9 @@ def shardings(tree: Any, mesh: Mesh, fsdp: bool = False, fsdp_min_size: int = 65
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        spec = list(_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
-        if fsdp and leaf.size >= fsdp_min_size:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = list(_spec(name, leaf.shape, mesh))
+        if fsdp and leaf.size >= fsdp_min_size and not re.search(NOT_FSDP, name):
             free = [i for i, axis in enumerate(spec) if axis is None and leaf.shape[i] % mesh.shape["data"] == 0]
             if free:
                 spec[max(free, key=lambda i: leaf.shape[i])] = "data"
@@ -103,6 +108,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_data(mesh: Mesh) -> NamedSharding:
     """Leading axis split over "data"."""
     return NamedSharding(mesh, P("data"))
+
+
+def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Inside `jit`: keeps the leading axis split over "data", where it divides, and the others whole."""
+    if x.shape[0] % mesh.shape["data"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, over_data(mesh))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import assembly, config, sharding
+from vqrae_jax import assembly, config
 from vqrae_jax.pretrained import convert, tables
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -22,7 +22,7 @@ TOLERANCE = {"final__": 4e-6, "ema_final__": 1e-6}  # absolute: 2 % of a step, t
 STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
 
 
-def build(golden, case):
+def build(golden, case, mesh):
     """The task with the origin's settings, its start, and the recorded arrays."""
     folder = golden / "train_steps"
     params = json.loads((folder / "params.json").read_text())["params"]
@@ -52,12 +52,11 @@ def build(golden, case):
             "ema_warmup": False,
         },
     }
-    task = TokenizerTask.build(config.from_dict(config.Config, sections))
+    task = TokenizerTask.build(config.from_dict(config.Config, sections), mesh)
     start, recorded = np.load(folder / "init.npz"), np.load(folder / f"{case}.npz")
     names = {n.removeprefix("decoder."): start[n] for n in start.files if n.startswith("decoder.")}
     decoder = convert.convert(names, tables.DECODER_TABLE, assembly.shapes(task.assembly)["params"]["decoder"])
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state, frozen = task.init(mesh), task.frozen(mesh)
+    state, frozen = task.init(), task.frozen()
     source, prefix = (recorded, "warm_") if case.startswith("warm") else (start, "quantizer.")
     quantizer = state.batch_stats["quantizer"] | {ours: source[prefix + theirs] for ours, theirs in STATE.items()}
     params = jax.tree.map(jnp.asarray, {"decoder": decoder})
@@ -74,8 +73,8 @@ def leaf(tree, path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_equal_pytorch(golden, assert_close, case):
-    task, state, frozen, recorded = build(golden, case)
+def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
+    task, state, frozen, recorded = build(golden, case, one_mesh)
     images = np.load(golden / "train_steps" / "batches.npz")["images"]
     start = state
     gradient = jax.jit(jax.grad(task.loss, has_aux=True))

@@ -19,8 +19,8 @@ def batches(size=8):
 
 
 def train(config, mesh):
-    task = TokenizerTask.build(config)
-    state, frozen = task.init(mesh), task.frozen(mesh)
+    task = TokenizerTask.build(config, mesh)
+    state, frozen = task.init(), task.frozen()
     where = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(task.step, out_shardings=(where, sharding.replicated(mesh)))
     gradient = jax.jit(jax.grad(task.loss, has_aux=True))
@@ -36,6 +36,22 @@ def train(config, mesh):
 @pytest.fixture(scope="module")
 def single(tiny):
     return train(tiny(), sharding.make_mesh(devices=jax.devices()[:1]))[0]
+
+
+def test_fsdp_splits_weights_and_never_activations(tiny):
+    """Each of eight devices computes its own picture of a batch of eight; only weights and sums cross devices."""
+    mesh = sharding.make_mesh(8, 1)
+    task = TokenizerTask.build(tiny(mesh={"data": 8, "fsdp": True, "fsdp_min_size": 1}), mesh)
+    image = jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8, sharding=sharding.over_data(mesh))
+    state = task.shapes()
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(task.step, out_shardings=(where, sharding.replicated(mesh)))
+    program = step.lower(state, {}, {"image": image}).compile().as_text()
+    assert "all-to-all" not in program
+    assert "f32[1,17,40]" in program  # decoder tokens of one picture, cls first
+    assert "f32[8,17," not in program  # of all of them
+    assert "f32[8,4,4,16]" not in program  # latents
+    assert "all-gather" in program
 
 
 @pytest.mark.parametrize(
@@ -61,23 +77,21 @@ def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
         assert state.opt_state[1][0].mu["decoder"]["block00"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
-def test_what_does_not_train_does_not_move(tiny):
+def test_what_does_not_train_does_not_move(tiny, one_mesh):
     config = tiny(train={"trainable": ("quantizer", "decoder")})
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    task = TokenizerTask.build(config)
-    state, frozen = task.init(mesh), task.frozen(mesh)
+    task = TokenizerTask.build(config, one_mesh)
+    state, frozen = task.init(), task.frozen()
     assert set(state.params) == {"decoder"}
     assert set(frozen) == {"encoder"}
     before = jax.device_get(frozen)
-    state, _ = jax.jit(task.step)(state, frozen, sharding.place_batch(batches()[0], mesh))
+    state, _ = jax.jit(task.step)(state, frozen, sharding.place_batch(batches()[0], one_mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
 
 
-def test_accumulation_equals_the_mean_of_its_parts(tiny, assert_close):
+def test_accumulation_equals_the_mean_of_its_parts(tiny, assert_close, one_mesh):
     config = tiny(optimizer={"accumulate": 2})
-    task = TokenizerTask.build(config)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state, frozen = task.init(mesh), task.frozen(mesh)
+    task = TokenizerTask.build(config, one_mesh)
+    state, frozen = task.init(), task.frozen()
     images = jnp.asarray(batches()[0]["image"]) / 255
     key = jax.random.key(3)
     grads, stats, metrics = jax.jit(task._gradients)(state, frozen, images, key)
@@ -98,12 +112,11 @@ QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_every_quantizer_fits_the_task(tiny, quantizer):
+def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
     """Step, evaluation and pictures, in shapes only; what the quantizers compute is tested beside them."""
     params = {"grids": (1, 2, 4)} if quantizer == "multiscale" else {}
-    task = TokenizerTask.build(tiny(model={"quantizer": quantizer, "quantizer_params": params}))
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = task.shapes(mesh)
+    task = TokenizerTask.build(tiny(model={"quantizer": quantizer, "quantizer_params": params}), one_mesh)
+    state = task.shapes()
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)
     after, metrics = jax.eval_shape(task.step, state, {}, {"image": image})
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
@@ -117,10 +130,9 @@ def test_every_quantizer_fits_the_task(tiny, quantizer):
     jax.eval_shape(task.pictures, state.inference(), {}, {"image": image})
 
 
-def test_padding_does_not_count(tiny):
-    task = TokenizerTask.build(tiny())
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state, frozen = task.init(mesh), task.frozen(mesh)
+def test_padding_does_not_count(tiny, one_mesh):
+    task = TokenizerTask.build(tiny(), one_mesh)
+    state, frozen = task.init(), task.frozen()
     images = batches()[0]["image"]
     evaluate = jax.jit(task.evaluate_batch)
 
@@ -143,14 +155,14 @@ def test_counts_of_several_levels():
     np.testing.assert_array_equal(masked_counts(indices[..., 0], (3,), jnp.array([True, True])), [1, 2, 1])
 
 
-def test_the_decoder_must_paint_what_the_data_gives(tiny):
+def test_the_decoder_must_paint_what_the_data_gives(tiny, one_mesh):
     with pytest.raises(
         ConfigError, match=r"decoder_patch_size=8 .* 32 pixels, but data\.image_size=64: set model\.dec"
     ):
-        TokenizerTask.build(tiny(data={"image_size": 64}))
+        TokenizerTask.build(tiny(data={"image_size": 64}), one_mesh)
 
 
-def test_nothing_to_train(tiny):
-    task = TokenizerTask.build(tiny(train={"trainable": ("quantizer",)}))
+def test_nothing_to_train(tiny, one_mesh):
+    task = TokenizerTask.build(tiny(train={"trainable": ("quantizer",)}), one_mesh)
     with pytest.raises(ConfigError, match=r"train\.trainable"):
-        task.init(sharding.make_mesh(devices=jax.devices()[:1]))
+        task.init()

@@ -66,5 +66,6 @@ class Decoder(nn.Module):
         x, _ = run_blocks(c, x + pos.astype(x.dtype))
         x = layer_norm(c, "norm")(x)[:, 1:]
         pixels = nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32)
+        pixels = c.pin(pixels)
         image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
         return image * jnp.asarray(self.std) + jnp.asarray(self.mean)

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         taps = tuple(layer % self.vit.blocks.depth for layer in self.layers)
         outputs, (h, w) = ViT(self.vit, name="vit")(image, taps)
         norm = layer_norm(self.vit.blocks, "norm", affine=not self.normalize)
-        latents = [norm(tokens).reshape(len(image), h, w, -1) for tokens in outputs]
+        latents = [self.vit.blocks.pin(norm(tokens)).reshape(len(image), h, w, -1) for tokens in outputs]
         if self.fusion == "concat":
             return jnp.concatenate(latents, axis=-1)
         return sum(latents) / (len(latents) if self.fusion == "mean" else 1)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,6 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.resize import resize
+
+Tokens = Float[Array, "B N D"]
+
+
+def unpinned(x: Tokens) -> Tokens:
+    """Leaves the placement of tokens to the compiler."""
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,9 @@ class BlocksConfig:
     scan: bool = False  # parameters stacked along a leading axis and scanned
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of activations; norms and softmax stay float32
+    # Identity on the tokens between blocks by which whoever shards the model says where they live: parameters split
+    # over the devices of a batch would otherwise draw the partitioner into splitting the tokens' channels as well.
+    pin: Callable[[Tokens], Tokens] = unpinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,16 +187,17 @@ def run_blocks(
 
     Returns the last block's output and the outputs of the blocks in `taps` (0 is the first).
     """
+    x = cfg.pin(x)
     block = nn.remat(Block, prevent_cse=not cfg.scan) if cfg.remat else Block
     if not cfg.scan:
         outputs = []
         for i in range(cfg.depth):
-            x = block(cfg, name=f"block{i:02d}")(x, rope)
+            x = cfg.pin(block(cfg, name=f"block{i:02d}")(x, rope))
             outputs.append(x)
         return x, [outputs[i] for i in taps]
 
     def body(one: nn.Module, carry: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array | None]:
-        carry = one(carry, rope)
+        carry = cfg.pin(one(carry, rope))
         return carry, carry if taps else None
 
     scan = nn.scan(body, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth)

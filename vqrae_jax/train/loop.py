@@ -42,12 +42,12 @@ class Run:
         self.skipped = pipeline.Skipped()
         self.evaluation = pipeline.evaluation_batches(config.data, **shard)
         self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
-        self.task: Task = TokenizerTask.build(config)
+        self.task: Task = TokenizerTask.build(config, self.mesh)
         self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
         self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
 
         where = sharding.replicated(self.mesh)
-        self.frozen = self.task.frozen(self.mesh)
+        self.frozen = self.task.frozen()
         self.state = self._restore_or_init()
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
@@ -59,9 +59,9 @@ class Run:
         """The newest checkpoint of the workdir, data included; without one, step 0."""
         step = self.checkpoints.latest_step
         if step is None:
-            return self.task.init(self.mesh)
+            return self.task.init()
         self._tell_config_changes(step)
-        target = self.task.shapes(self.mesh)
+        target = self.task.shapes()
         model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
         self.batches.set_state(data)
         log.info("resumed from step %d of %s", step, self.checkpoints.folder)

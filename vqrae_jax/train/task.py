@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from vqrae_jax.train.state import TrainState
 
@@ -14,13 +13,13 @@ Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "cou
 class Task(Protocol):
     """A thing to train."""
 
-    def shapes(self, mesh: Mesh) -> TrainState:
+    def shapes(self) -> TrainState:
         """The state as jax.ShapeDtypeStruct with shardings; nothing is computed."""
 
-    def init(self, mesh: Mesh) -> TrainState:
+    def init(self) -> TrainState:
         """The state before the first step, every leaf created where it will live."""
 
-    def frozen(self, mesh: Mesh) -> Any:
+    def frozen(self) -> Any:
         """Networks that the step reads and nothing changes."""
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:

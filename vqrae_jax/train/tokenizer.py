@@ -27,12 +27,14 @@ class TokenizerTask:
     """Encoder, quantizer and decoder; what of them trains is in `config.train.trainable`."""
 
     config: Config
+    mesh: Mesh
     assembly: assembly.Assembly
 
     @classmethod
-    def build(cls, config: Config) -> "TokenizerTask":
+    def build(cls, config: Config, mesh: Mesh) -> "TokenizerTask":
         """Reads the pretrained weights and checks what model, data and training ask of each other."""
-        task = cls(config, assembly.assemble(config.model))
+        pin = functools.partial(sharding.pin_batch, mesh=mesh)
+        task = cls(config, mesh, assembly.assemble(config.model, pin=pin))
         painted, given = task.assembly.image_size, config.data.image_size
         if painted != given:
             grid = task.assembly.module.decoder.grid
@@ -47,7 +49,7 @@ class TokenizerTask:
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.config.train.steps)
 
-    def shapes(self, mesh: Mesh) -> TrainState:
+    def shapes(self) -> TrainState:
         shapes = assembly.shapes(self.assembly)
         params = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable}
         if not params:
@@ -57,19 +59,19 @@ class TokenizerTask:
             )
         state = jax.eval_shape(self._create, params, shapes["batch_stats"])
         return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(mesh)(state)
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(state)
         )
 
-    def init(self, mesh: Mesh) -> TrainState:
-        where = jax.tree.map(lambda x: x.sharding, self.shapes(mesh))
+    def init(self) -> TrainState:
+        where = jax.tree.map(lambda x: x.sharding, self.shapes())
         trainable = self.config.train.trainable
-        variables = assembly.initial_variables(self.assembly, self._key(), trainable, self._place(mesh))
+        variables = assembly.initial_variables(self.assembly, self._key(), trainable, self._place)
         create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
         return create(variables["params"], variables["batch_stats"])
 
-    def frozen(self, mesh: Mesh) -> Any:
+    def frozen(self) -> Any:
         parts = [n for n in PARTS if n not in self.config.train.trainable]
-        return assembly.initial_params(self.assembly, self._key(), parts, self._place(mesh))
+        return assembly.initial_params(self.assembly, self._key(), parts, self._place)
 
     def _create(self, params: Any, batch_stats: Any) -> TrainState:
         ema = jax.tree.map(jnp.copy, params)
@@ -78,9 +80,9 @@ class TokenizerTask:
     def _key(self) -> jax.Array:
         return jax.random.key(self.config.train.seed)
 
-    def _place(self, mesh: Mesh) -> assembly.Placement:
-        fsdp = self.config.mesh
-        return functools.partial(sharding.shardings, mesh=mesh, fsdp=fsdp.fsdp, fsdp_min_size=fsdp.fsdp_min_size)
+    def _place(self, tree: Any) -> Any:
+        given = self.config.mesh
+        return sharding.shardings(tree, self.mesh, given.fsdp, given.fsdp_min_size)
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(self._key(), state.step)
