@@ -20,8 +20,8 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "assembly": {"models", "quantizers", "pretrained", "config"},
     "evaluation": {"models", "sharding"},
     "inference": {
-        "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding", "checkpoint",
-        "config",
+        "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
+        "checkpoint", "config",
     },
     "train": {
         "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",
