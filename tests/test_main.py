@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run(*arguments, **options):
     """The command as a user types it, on one device."""
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     command = [sys.executable, "-m", "vqrae_jax.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, **options)
 
