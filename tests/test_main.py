@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import subprocess
@@ -56,7 +57,8 @@ def test_the_quickstart_keeps_its_promise(tmp_path):
     """At least 20 dB on photographs that it has not seen, more than half of the codes in use."""
     done = run("--config=configs/quickstart.py", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    rows = dict(line.strip("│ \n").split("│", 1) for line in done.stdout.splitlines() if line.startswith("│"))
-    rows = {name.strip(): value.strip() for name, value in rows.items()}
-    assert float(rows["validation PSNR"].split()[0]) >= 20
-    assert float(rows["codebook use"].split("%")[0]) > 50
+    figures = json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[-1])
+    assert figures["step"] == 400
+    assert figures["eval/psnr"] >= 20
+    assert figures["eval/codebook_usage"] > 0.5
+    assert f"{figures['eval/psnr']:.2f} dB" in done.stdout
