@@ -12,6 +12,7 @@ from vqrae_jax.checkpoint import CheckpointError
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.inference import pictures
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
@@ -50,10 +51,11 @@ def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
     names, originals, skipped = _read(files, tokenizer.image_size)
     if not originals:
         raise DataError(f"--image: none of {len(files)} files is a readable picture; the first is {skipped[0]}")
-    painted, codes = _paint(tokenizer, np.stack(originals))
-    psnr = -10 * np.log10(np.maximum(((painted - np.stack(originals) / 255.0) ** 2).mean((1, 2, 3)), 1e-10))
+    originals = np.stack(originals)
+    painted, codes = _paint(tokenizer, originals)
+    figures = psnr(painted, originals / np.float32(255))
     painted = pictures.to_uint8(painted)
-    for name, decibels in zip(names, psnr, strict=True):
+    for name, decibels in zip(names, figures, strict=True):
         print(f"{name}: PSNR {decibels:.2f} dB, {codes[0].size} codes of {tokenizer.codebook_size}")
     if skipped:
         print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}", file=sys.stderr)
@@ -66,7 +68,7 @@ def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
         else:
             columns = 1 if len(names[group]) == 1 else 2
             picture = pictures.reconstruction_grid(
-                np.stack(originals[group]), painted[group], codes[group], tokenizer.grid, columns
+                originals[group], painted[group], codes[group], tokenizer.grid, columns
             )
         path = output / f"{len(written):05d}_{pathlib.Path(names[group][0]).stem}.png" if each else output
         images.write_image(path, picture)

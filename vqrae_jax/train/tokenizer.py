@@ -15,6 +15,7 @@ from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.inference import pictures
 from vqrae_jax.losses import pixel
+from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics
@@ -167,8 +168,6 @@ def to_float(image: jax.Array) -> jax.Array:
 
 def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -> jax.Array:
     """How often each code occurs where mask [B] is True; `shape` is [K], or [depth, K] for indices [B, ..., depth]."""
-    real = mask.reshape(-1, *[1] * (indices.ndim - 1))
     levels = indices[..., None] if len(shape) == 1 else indices
-    # Masked images count for a code past the end, which is then cut off.
-    count = jax.vmap(lambda level: jnp.bincount(level.reshape(-1), length=shape[-1] + 1)[:-1], in_axes=-1)
-    return count(jnp.where(real[..., None] if len(shape) == 1 else real, levels, shape[-1])).reshape(shape)
+    real = jnp.broadcast_to(mask.reshape(-1, *[1] * (levels.ndim - 2)), levels.shape[:-1])
+    return jax.vmap(lambda level: code_counts(level, shape[-1], real), in_axes=-1)(levels).reshape(shape)
