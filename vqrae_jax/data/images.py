@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 
+from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError, ImageError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -150,7 +151,7 @@ def flip(image):
 
 
 def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str]:
-    """Every image below `folder` by suffix, whatever its case, in an order that no file system changes.
+    """Every image below `folder`, here or in a bucket, by suffix, whatever its case, in an order that nothing changes.
 
     Hidden files and folders are left out; links are followed, each folder once.
 
@@ -158,26 +159,30 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
       DataError: naming `field`, for a folder that is missing, a file, or without images.
     """
     folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"{field}={folder!r} {what}: give a folder of images")
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(here)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.join(here, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+    found = files.below(folder, field) if files.is_remote(folder) else _walk(folder, field)
+    found = [path for path in found if path.lower().endswith(SUFFIXES)]
     if not found:
         raise DataError(
             f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
             "in the folder or below it"
         )
     return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _walk(folder, field):
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"{field}={folder!r} {what}: give a folder of images")
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(here, name) for name in names if not name.startswith(".")]
+    return found
 
 
 def _picture(image):
