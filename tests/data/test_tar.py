@@ -53,9 +53,11 @@ def test_each_image_has_its_bytes_and_label(shards, cache):
     for _ in range(2):  # the second time from the cache
         source = TarShards(shards)
         assert [source[i] for i in range(len(source))] == [{"image": png(20 * i), "label": i} for i in range(10)]
-        assert len(list(cache.glob("*.npy"))) == 3
+        assert len(list(cache.glob("*.npz"))) == 3
         assert not list(cache.glob("*.part"))
+    assert [source.key(i) for i in range(10)] == [f"n/{i:03d}" for i in range(10)]
     assert "train-1.tar" in source.name(4)
+    assert "n/004" in source.name(4)
 
 
 def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
@@ -87,6 +89,8 @@ def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
         b"long": -1,
         b"bad label": -1,
     }
+    keys = {source.key(i) for i in range(len(source))}
+    assert keys == {"x/1", "y/1", "../../etc/2", "a" * 200 + "/ü 猫", "bad"}
 
 
 def test_a_changed_shard_is_indexed_anew_and_a_damaged_index_too(shards, cache):

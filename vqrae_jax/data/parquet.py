@@ -83,6 +83,10 @@ class Tables:
             raise OSError("the row has no bytes; a path to a file elsewhere is not followed")
         return {"image": image, "label": -1 if label is None else int(label)}
 
+    def key(self, index: int) -> str:
+        """The row's number: it has no other name."""
+        return str(index)
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
         return f"row {index} of {self.path!r}"

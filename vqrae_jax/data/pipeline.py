@@ -155,7 +155,7 @@ def evaluation_batches(
     length = math.ceil(count / data.eval_batch_size) * data.eval_batch_size
     skipped = Skipped()
     crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
-    images = Masked(source, skipped, crop, data.image_size, count, length)
+    images = Masked(source, skipped, data.image_size, count, length, crop)
     return EvaluationBatches(images, skipped, count, local, slice(process_index, None, process_count), data)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.data.images import read_picture
+from vqrae_jax.data.images import center_crop, read_picture
 
 _LONGEST_RUN = 100  # unreadable neighbours after which the data, not a file, is at fault
 _NAMED = 5  # unreadable records warned of one by one
@@ -98,8 +98,13 @@ class Masked:
     What is missing, because it cannot be read or lies beyond the source, is black and has mask False.
     """
 
-    def __init__(self, source, skipped: Skipped, crop: Callable, size: int, count: int, length: int):
-        """`count`: records of `source` that take part; `length`: of this source, at least `count`."""
+    def __init__(self, source, skipped: Skipped, size: int, count: int, length: int, crop: Callable = center_crop):
+        """
+        Args:
+          count: records of `source` that take part.
+          length: of this source, at least `count`.
+          crop: (uint8 [H, W, 3], size) -> uint8 [..., size, size, 3].
+        """
         self._source, self._skipped, self._crop, self._size = source, skipped, crop, size
         self._count, self._length = count, length
 
@@ -107,15 +112,15 @@ class Masked:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 [size, size, 3], "label": int32, "mask": bool}."""
+        """{"image": uint8 [size, size, 3] or as `crop` gives it, "label": int32, "mask": bool}."""
         if index < self._count and index not in self._skipped:
             try:
                 record = _decoded(self._source, index, None)
-                image = np.asarray(self._crop(record["image"], self._size))
+                image = self._crop(np.asarray(record["image"]), self._size)
                 return {"image": image, "label": record["label"], "mask": np.bool_(True)}
             except (OSError, ImageError) as error:
                 self._skipped.add(index, self._source.name(index), error)
-        black = np.zeros((self._size, self._size, 3), np.uint8)
+        black = np.zeros_like(self._crop(np.zeros((self._size, self._size, 3), np.uint8), self._size))
         return {"image": black, "label": np.int32(-1), "mask": np.bool_(False)}
 
     def __repr__(self) -> str:

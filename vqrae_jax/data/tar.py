@@ -10,6 +10,7 @@ import os
 import pathlib
 import tarfile
 import tempfile
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,13 @@ _READERS = 8  # shards indexed at once
 
 
 class Index(NamedTuple):
-    """The images of a shard."""
+    """The images of a shard, or of several."""
 
     starts: np.ndarray  # int64 [images], byte offsets
     sizes: np.ndarray  # int64 [images]
     labels: np.ndarray  # int64 [images], -1 without
+    lengths: np.ndarray  # int64 [images], bytes of each key
+    keys: np.ndarray  # uint8 [sum of lengths], one after another
 
 
 class TarShards:
@@ -55,6 +58,7 @@ class TarShards:
             found = list(pool.map(lambda shard: _index(shard, field, cache), self._shards))
         self._ends = np.cumsum([len(index.starts) for index in found])
         self._index = Index(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        self._key_ends = np.cumsum(self._index.lengths)
         if not len(self):
             raise DataError(f"{field}={self.path!r}: no member of these tar files ends in {', '.join(SUFFIXES)}")
 
@@ -68,14 +72,19 @@ class TarShards:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        start, size, label = (int(values[index]) for values in self._index)
+        start, size, label = (int(values[index]) for values in self._index[:3])
         if size > LARGEST:
             raise OSError(f"{size} bytes are more than the {LARGEST} that an encoded image may have")
         return {"image": files.read(self._shard(index), start, start + size), "label": label}
 
+    def key(self, index: int) -> str:
+        """The name that the image and its label share, folders included: WebDataset's __key__."""
+        end = int(self._key_ends[index])
+        return bytes(self._index.keys[end - int(self._index.lengths[index]) : end]).decode(errors="replace")
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
-        return f"the image at byte {self._index.starts[index]} of {self._shard(index)!r}"
+        return f"{self.key(index)!r} of {self._shard(index)!r}"
 
     def _shard(self, index):
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]
@@ -95,15 +104,16 @@ def _index(shard, field, cache):
         state = f"{shard} {files.size(shard)} {'' if files.is_remote(shard) else os.stat(shard).st_mtime_ns}"
     except OSError as error:
         raise DataError(f"{field}: a shard cannot be read: {error}") from error
-    kept = cache / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.npy"
+    kept = cache / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.npz"
     try:
-        return Index(*np.load(kept, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError):
+        with np.load(kept, allow_pickle=False) as arrays:
+            return Index(**arrays)
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         index = _walk(shard, field)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache, suffix=".part", delete=False) as file:
-            np.save(file, np.stack(index))
+            np.savez(file, **index._asdict())
         os.replace(file.name, kept)
     except OSError:  # a full or read-only disk costs time at the next start, nothing else
         pass
@@ -131,7 +141,10 @@ def _walk(shard, field):
             ".tar (gunzip), as a compressed one cannot be read at random"
         ) from error
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
-    return Index(places[:, 0], places[:, 1], np.array([_number(labels.get(key)) for key in images], np.int64))
+    numbers = np.array([_number(labels.get(key)) for key in images], np.int64)
+    keys = [key.removeprefix("./").lstrip("/").encode(errors="surrogateescape") for key in images]
+    lengths = np.array([len(key) for key in keys], np.int64)
+    return Index(places[:, 0], places[:, 1], numbers, lengths, np.frombuffer(b"".join(keys), np.uint8))
 
 
 def _number(text):
