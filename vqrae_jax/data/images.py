@@ -98,7 +98,7 @@ def center_crop(image, size: int):
     Bicubic with antialias as PIL does it. An image at least four times too large is first averaged over whole blocks,
     down to no less than twice the size: hardly a difference, and several times faster.
     """
-    return _like(image, _resized_square(_picture(image), size, size, lambda spare: spare // 2))
+    return _resized_square(image, size, size, lambda spare: spare // 2)
 
 
 def random_crop(
@@ -111,8 +111,7 @@ def random_crop(
     the short side, and resizes that; `resize` then plays no part.
     """
     if tuple(scale) == (1.0, 1.0):
-        side = max(size, round(size * resize))
-        return _like(image, _resized_square(_picture(image), size, side, lambda spare: int(rng.integers(spare + 1))))
+        return _resized_square(image, size, max(size, round(size * resize)), lambda spare: int(rng.integers(spare + 1)))
     height, width = _height_width(image)
     side = size * np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1])))
     side = int(np.clip(round(side), 1, min(height, width)))
@@ -218,10 +217,11 @@ def _adm_resized(picture, side):
     return picture.resize([round(length * scale) for length in picture.size], Image.Resampling.BICUBIC)
 
 
-def _resized_square(picture, size, side, place):
-    """A square of `size` from `picture` with its short side resized to `side`; place(spare pixels) -> offset."""
+def _resized_square(image, size, side, place):
+    """A square of `size` from `image` with its short side resized to `side`; place(spare pixels) -> offset."""
     from PIL import Image
 
+    picture = _picture(image)
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
     left, top = place(width - size), place(height - size)
@@ -229,7 +229,7 @@ def _resized_square(picture, size, side, place):
     across, down = picture.width / width, picture.height / height
     right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
     box = (left * across, top * down, right, bottom)
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    return _like(image, picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _upright(picture):
