@@ -18,7 +18,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "models": {"quantizers", "resize"},
     "pretrained": {"resize"},
     "assembly": {"models", "quantizers", "pretrained", "config"},
-    "evaluation": {"models", "sharding"},
+    "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
         "checkpoint", "config",

@@ -140,6 +140,39 @@ class LossConfig(Section):
     vq_weight: NonNegative = 1.0
 
 
+class LPIPSFiles(Section):
+    """Weights of LPIPS: local folders or files, or `owner/name` and `owner/name/path/to/file` of the hub."""
+
+    trunk: str = "timm/vgg16.tv_in1k"
+    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"
+
+
+Figure = Literal["lpips", "inception", "encoder", "linear_probe"]
+
+
+class EvaluationConfig(Section):
+    """What is measured on the validation images beside PSNR, SSIM and the use of the codes.
+
+    inception and encoder give Frechet, kernel and paired distances in their features, inception its score as well.
+    """
+
+    figures: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
+    training_figures: tuple[Figure, ...] = ()  # by each evaluation inside training
+    images: Positive | None = None  # the first of the validation images; None: all
+    lpips: LPIPSFiles = LPIPSFiles()
+    # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
+    inception_path: str | None = None
+    # Besides the validation images themselves (rFID): .npz with mu and sigma, or a folder of images.
+    inception_reference: str | None = None
+    encoder_cls: Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"] = "Dinov2withNorm"
+    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one is FD-DINOv2
+    encoder_input_size: Positive = 224  # pixels
+    encoder_pool: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
+    encoder_reference: str | None = None
+    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of at most so many
+    pictures: Positive = 4  # in each of the rows best, median and worst of the page
+
+
 class OptimizerConfig(Section):
     """AdamW and its schedule; steps are optimizer steps."""
 
@@ -187,6 +220,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()

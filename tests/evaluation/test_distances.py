@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from vqrae_jax.evaluation.frechet import frechet_distance
 from vqrae_jax.evaluation.inception_score import InceptionScore
 from vqrae_jax.evaluation.kernel_distance import kernel_distance
-from vqrae_jax.evaluation.moments import Moments
+from vqrae_jax.evaluation.moments import Gaussian, Moments
 from vqrae_jax.evaluation.probe import linear_probe
 
 
@@ -20,18 +20,18 @@ def gaussian(seed, count, width=24):
 def moments(rows):
     m = Moments()
     m.add(rows)
-    return m.mean, m.covariance
+    return m.gaussian()
 
 
 def scipy_distance(a, b):
-    (m, s), (n, t) = moments(a), moments(b)
+    (m, s, _), (n, t, _) = moments(a), moments(b)
     return (m - n) @ (m - n) + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frechet_distance_equals_scipy(seed):
     a, b = gaussian(seed, 200), gaussian(seed + 10, 300)
-    assert frechet_distance(*moments(a), *moments(b)) == pytest.approx(scipy_distance(a, b), rel=1e-6)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(scipy_distance(a, b), rel=1e-6)
 
 
 def test_frechet_distance_of_commuting_covariances():
@@ -39,16 +39,18 @@ def test_frechet_distance_of_commuting_covariances():
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
     s, t = np.array([4.0, 1, 0.25, 0, 1e-3]), np.array([1.0, 1, 4, 9, 0])
     expected = 25 + ((np.sqrt(s) - np.sqrt(t)) ** 2).sum()
-    got = frechet_distance(np.zeros(5), axes * s @ axes.T, 5 * axes[0], axes * t @ axes.T)
+    got = frechet_distance(Gaussian(np.zeros(5), axes * s @ axes.T), Gaussian(5 * axes[0], axes * t @ axes.T))
     assert got == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_with_fewer_samples_than_dimensions():
     """A set is at 0 from itself; two disjoint pairs of points on lines have the distance of their lines' lengths."""
     few = gaussian(0, 6)
-    assert frechet_distance(*moments(few), *moments(few)) == pytest.approx(0, abs=1e-9 * np.trace(moments(few)[1]))
+    assert frechet_distance(moments(few), moments(few)) == pytest.approx(
+        0, abs=1e-9 * np.trace(moments(few).covariance)
+    )
     a, b = (scale * np.eye(24)[[i]] * np.array([[1.0], [-1.0]]) for i, scale in ((0, 1), (1, 2)))
-    assert frechet_distance(*moments(a), *moments(b)) == pytest.approx(2 + 8)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(2 + 8)
 
 
 def test_kernel_distance_is_unbiased(monkeypatch):

@@ -3,22 +3,18 @@
 import numpy as np
 from jaxtyping import Float
 
+from vqrae_jax.evaluation.moments import Gaussian
 
-def frechet_distance(
-    mean: Float[np.ndarray, " D"],
-    covariance: Float[np.ndarray, "D D"],
-    other_mean: Float[np.ndarray, " D"],
-    other_covariance: Float[np.ndarray, "D D"],
-) -> float:
+
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2), at least 0.
 
     The trace of the root is the sum of the singular values of S^1/2 S'^1/2, so that only symmetric matrices have to be
     decomposed; it is real, and exact for covariances without full rank too.
     """
-    cross = _root(covariance) @ _root(other_covariance)
-    shared = np.linalg.svd(cross, compute_uv=False).sum()
-    difference = np.asarray(mean, np.float64) - other_mean
-    distance = difference @ difference + np.trace(covariance) + np.trace(other_covariance) - 2 * shared
+    shared = np.linalg.svd(_root(one.covariance) @ _root(other.covariance), compute_uv=False).sum()
+    apart = np.asarray(one.mean, np.float64) - other.mean
+    distance = apart @ apart + np.trace(one.covariance) + np.trace(other.covariance) - 2 * shared
     return max(float(distance), 0.0)
 
 

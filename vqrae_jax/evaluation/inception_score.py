@@ -11,8 +11,8 @@ class InceptionScore:
     """
 
     def __init__(self, splits: int):
-        self._splits, self._seen = splits, 0
-        self._count = self._negentropy = np.zeros(splits)
+        self._splits, self.count = splits, 0
+        self._counts = self._negentropy = np.zeros(splits)
         self._share = np.zeros((splits, 1))
 
     def add(self, logits: Float[np.ndarray, "n classes"]) -> None:
@@ -21,16 +21,16 @@ class InceptionScore:
         logits = logits - logits.max(1, keepdims=True)
         log_share = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         share = np.exp(log_share)
-        turn = (self._seen + np.arange(len(logits))) % self._splits
+        turn = (self.count + np.arange(len(logits))) % self._splits
         member = (np.arange(self._splits)[:, None] == turn).astype(np.float64)
-        self._seen += len(logits)
-        self._count = self._count + member.sum(1)
+        self.count += len(logits)
+        self._counts = self._counts + member.sum(1)
         self._negentropy = self._negentropy + member @ (share * log_share).sum(1)
         self._share = self._share + member @ share
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits; at least one picture per split."""
-        marginal = self._share / self._count[:, None]
+        marginal = self._share / self._counts[:, None]
         log_marginal = np.log(np.where(marginal > 0, marginal, 1))
-        scores = np.exp(self._negentropy / self._count - (marginal * log_marginal).sum(1))
+        scores = np.exp(self._negentropy / self._counts - (marginal * log_marginal).sum(1))
         return float(scores.mean()), float(scores.std())

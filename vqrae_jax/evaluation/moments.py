@@ -1,7 +1,22 @@
 """Mean and covariance of rows that come in batches, in any order and any parts."""
 
+import hashlib
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
+
+
+class Gaussian(NamedTuple):
+    """What of a set of features a Frechet distance looks at."""
+
+    mean: Float[np.ndarray, " D"]
+    covariance: Float[np.ndarray, "D D"]
+    count: int | None = None  # features it was estimated from, where that is known
+
+    def digest(self) -> str:
+        """SHA-256 of mean and covariance."""
+        return hashlib.sha256(np.float64(self.mean).tobytes() + np.float64(self.covariance).tobytes()).hexdigest()
 
 
 class Moments:
@@ -31,13 +46,12 @@ class Moments:
             return
         total = self.count + other.count
         delta = other.mean - self.mean
-        self.products = self.products + other.products + self.count * other.count / total * np.multiply.outer(
-            delta, delta
+        self.products = (
+            self.products + other.products + self.count * other.count / total * np.multiply.outer(delta, delta)
         )
         self.mean = self.mean + delta * (other.count / total)
         self.count = total
 
-    @property
-    def covariance(self) -> Float[np.ndarray, "D D"]:
-        """Of the population, from count - 1 degrees of freedom, as `numpy.cov`; needs two rows."""
-        return self.products / (self.count - 1)
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance, the latter from count - 1 degrees of freedom as `numpy.cov`; needs two rows."""
+        return Gaussian(self.mean, self.products / (self.count - 1), self.count)

@@ -12,8 +12,8 @@ K1, K2 = 0.01, 0.03
 def ssim(reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
     """Mean similarity per picture, at most 1; both in [0, 1], the reconstruction is clipped.
 
-    Per channel, over the positions where the whole window lies inside the picture, population variances: the form of
-    scikit-image with gaussian_weights=True and use_sample_covariance=False, and of torchmetrics but for its border.
+    Per channel, over the positions where the whole window lies inside the picture, population variances: the form on
+    which scikit-image (gaussian_weights=True, use_sample_covariance=False) and torchmetrics agree.
 
     Raises:
       ValueError: a side is shorter than the window.

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int, UInt8
 GAP = 2  # pixels between tiles
 TILE = 128  # smaller pictures are enlarged to about this, for people to see
 BACKGROUND = 255
+GAIN = 4  # by which differences are enlarged, to be seen
 
 
 def to_uint8(image: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
@@ -41,6 +42,24 @@ def reconstruction_grid(
     triples += [blank] * (-len(triples) % columns)
     rows = [_beside(triples[i : i + columns], gap=4 * GAP) for i in range(0, len(triples), columns)]
     return _frame(np.concatenate([_below(row) for row in rows]))
+
+
+def difference_map(
+    image: UInt8[np.ndarray, "*b H W 3"], reconstruction: UInt8[np.ndarray, "*b H W 3"]
+) -> UInt8[np.ndarray, "*b H W 3"]:
+    """The absolute difference per channel, times GAIN; black where the two are equal."""
+    difference = np.abs(image.astype(np.int32) - reconstruction)
+    return np.minimum(difference * GAIN, 255).astype(np.uint8)
+
+
+def difference_grid(
+    images: UInt8[np.ndarray, "B H W 3"], reconstructions: Float[np.ndarray, "B H W 3"]
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """Rows of input | reconstruction | difference."""
+    painted = to_uint8(reconstructions)
+    enlarge = max(TILE // images.shape[1], 1)
+    kinds = (kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, painted, difference_map(images, painted)))
+    return _frame(np.concatenate([_below(_beside(list(row))) for row in zip(*kinds, strict=True)]))
 
 
 def _grid(codes: Int[np.ndarray, "..."], side: int | None) -> Int[np.ndarray, "h w"]:

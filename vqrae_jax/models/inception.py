@@ -1,4 +1,4 @@
-"""Inception-v3 as the Frechet inception distance knows it (Szegedy et al. 2015, arXiv:1512.00567; weights of 2015-12-05).
+"""Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567) as the Frechet inception distance knows it: of 2015-12-05.
 
 It differs from the Inception-v3 of classifier libraries: 1,008 classes, averages over the pixels inside the picture
 only, and a maximum where the last block has an average.
