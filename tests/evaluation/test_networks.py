@@ -5,6 +5,8 @@ import pytest
 from vqrae_jax.config import ConfigError, EvaluationConfig
 from vqrae_jax.evaluation import networks, reference
 from vqrae_jax.evaluation.moments import Gaussian
+from vqrae_jax.models.inception import Inception
+from vqrae_jax.models.lpips import LPIPS
 from vqrae_jax.pretrained.errors import PretrainedError
 
 # The class token after the final norm, first channels: transformers 5.23 in PyTorch, on the golden's two images.
@@ -23,6 +25,20 @@ def test_encoder_features_equal_pytorch(golden, assert_close):
     assert_close(mean, io["features_affine_56"].mean(1), 1e-5)
     cls = encoder_features(golden, "dinov2_with_registers", "cls", io["images_56"])
     assert_close(cls[:, :4], np.array(CLS), 1e-5)
+
+
+def test_what_every_network_gives():
+    modules = {"lpips": LPIPS(), "inception": Inception()}
+    image = jax.ShapeDtypeStruct((3, 64, 48, 3), np.float32)
+    params = {"lpips": jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]}
+    params["inception"] = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+    rows = jax.eval_shape(networks.Networks(modules, {}, {}).compare, params, image, image)
+    assert {name: row.shape for name, row in rows.items()} == {
+        "lpips": (3,),
+        "inception/image": (3, 2048),
+        "inception/reconstruction": (3, 2048),
+        "scores/reconstruction": (3, 1008),
+    }
 
 
 def test_reconstructions_are_seen_as_bytes():
@@ -48,7 +64,7 @@ def test_missing_weights_are_named_with_the_way_around_them(figure, settings, me
 
 def test_an_encoder_without_class_token(golden):
     settings = {"encoder_cls": "SigLIP2wNorm", "encoder_path": str(golden / "encoders" / "siglip")}
-    with pytest.raises(ConfigError, match="evaluation.encoder_pool='cls': .* has no class token; take 'mean'"):
+    with pytest.raises(ConfigError, match=r"evaluation.encoder_pool='cls': .* has no class token; take 'mean'"):
         networks.load(EvaluationConfig(**settings), ("encoder",))
 
 

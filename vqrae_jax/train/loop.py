@@ -167,10 +167,10 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
     return figures
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Figures of the newest checkpoint of workdir over the validation images; writes what `report` describes."""
     find(workdir)
-    run = Run(config, workdir, evaluating=True)
+    run = Run(config, workdir, devices, evaluating=True)
     if run.measurement is None:
         raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
     try:
