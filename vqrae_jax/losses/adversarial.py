@@ -39,9 +39,7 @@ def lecam(real: Logits, fake: Logits, mean_real: Scalar, mean_fake: Scalar) -> S
     return (jax.nn.relu(real - mean_fake) ** 2).mean() + (jax.nn.relu(mean_real - fake) ** 2).mean()
 
 
-def adaptive_weight(
-    reconstruction: Float[Array, "*n"], adversarial: Float[Array, "*n"], largest: float
-) -> Scalar:
+def adaptive_weight(reconstruction: Float[Array, "*n"], adversarial: Float[Array, "*n"], largest: float) -> Scalar:
     """|reconstruction| / |adversarial|, at most `largest` (Esser et al. 2021, arXiv:2012.09841, eq. 7).
 
     Both are gradients with respect to the kernel of the decoder's last layer.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Images = Float[Array, "B H W 3"]
+Draw = Float[Array, " B"]  # one number in [0, 1) per picture
 SHIFT = 1 / 8  # largest translation, relative to the side
 
 
@@ -23,15 +24,17 @@ def augment(image: Images, key: PRNGKeyArray, probability: float = 1.0, cutout: 
 
 
 def apply_augmentations(
-    image: Images, gates: Float[Array, "3"], draws: Float[Array, "7 B"], cutout: float  # noqa: F722
+    image: Images,
+    gates: jax.Array,
+    draws: jax.Array,
+    cutout: float,
 ) -> Images:
     """What `augment` does once chance has decided.
 
     Args:
       image: in [-1, 1].
-      gates: whether to translate, colour and cut out.
-      draws: in [0, 1), seven numbers per picture: shift down and right; brightness, saturation, contrast; row and
-        column of the cutout.
+      gates: [3], whether to translate, colour and cut out.
+      draws: [7, B] in [0, 1): shift down and right; brightness, saturation, contrast; row and column of the cutout.
       cutout: as in `augment`.
     """
     image = jnp.where(gates[0], translate(image, draws[0], draws[1]), image)
@@ -39,7 +42,7 @@ def apply_augmentations(
     return jnp.where(gates[2], cut_out(image, draws[5], draws[6], cutout), image) if cutout else image
 
 
-def translate(image: Images, down: Float[Array, "B"], right: Float[Array, "B"]) -> Images:  # noqa: F821
+def translate(image: Images, down: Draw, right: Draw) -> Images:
     """Shows picture position p + shift at p, whole pixels; zeros beyond the border."""
     for axis, draw in ((1, down), (2, right)):
         side = image.shape[axis]
@@ -54,7 +57,10 @@ def translate(image: Images, down: Float[Array, "B"], right: Float[Array, "B"]) 
 
 
 def recolour(
-    image: Images, brightness: Float[Array, "B"], saturation: Float[Array, "B"], contrast: Float[Array, "B"]  # noqa: F821
+    image: Images,
+    brightness: Draw,
+    saturation: Draw,
+    contrast: Draw,
 ) -> Images:
     """Adds up to a half either way, then scales around grey (0 to 2) and around the mean (0.5 to 1.5)."""
     brightness, saturation, contrast = (x[:, None, None, None] for x in (brightness, saturation, contrast))
@@ -65,7 +71,7 @@ def recolour(
     return (image - mean) * (contrast + 0.5) + mean
 
 
-def cut_out(image: Images, row: Float[Array, "B"], column: Float[Array, "B"], share: float) -> Images:  # noqa: F821
+def cut_out(image: Images, row: Draw, column: Draw, share: float) -> Images:
     """Zeros in a rectangle of `share` of the sides, which may lie partly outside."""
     cut = jnp.ones((1, 1, 1, 1), bool)
     for axis, draw in ((1, row), (2, column)):

@@ -1,4 +1,4 @@
-"""Networks that tell pictures from reconstructions: heads on a frozen DINO ViT, and a PatchGAN that needs no weights."""
+"""Networks that tell pictures from reconstructions: heads on a frozen DINO ViT, or a PatchGAN without weights."""
 
 import math
 from typing import Literal
@@ -64,7 +64,7 @@ class SpectralConv(nn.Module):
         return jnp.dot(jnp.dot(v.value, matrix, precision=product), u.value, precision=product)
 
 
-def unit(x: Float[Array, "n"]) -> Float[Array, "n"]:  # noqa: F821
+def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
@@ -90,9 +90,7 @@ class ConvNormAct(nn.Module):
             self.features, self.window, self.stride, self.circular, self.spectral, self.dtype, name="conv"
         )(x, train)
         groups = self.features if self.norm == "batch" else math.gcd(32, self.features)
-        x = nn.GroupNorm(
-            groups, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm"
-        )(x)
+        x = nn.GroupNorm(groups, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
         return nn.leaky_relu(x, 0.2)
 
 

@@ -38,7 +38,9 @@ def part_rates(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]
     return {part: scaled(part) for part in ("encoder", "quantizer", "decoder")}
 
 
-def make_optimizer(config: AdamWConfig, rates: optax.Schedule | dict[str, optax.Schedule]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: AdamWConfig, rates: optax.Schedule | dict[str, optax.Schedule]
+) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW; weight decay on kernels only.
 
     rates: one for all parameters, or one for each subtree at their root.
@@ -56,9 +58,8 @@ def _scale_by_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransform
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
-        scaled = {
-            name: jax.tree.map(lambda u, r=-rates[name](state.count): r * u, tree) for name, tree in updates.items()
-        }
+        now = {name: -rate(state.count) for name, rate in rates.items()}
+        scaled = {name: optax.tree.scale(now[name], tree) for name, tree in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
