@@ -18,14 +18,15 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "models": {"quantizers", "resize"},
     "pretrained": {"resize"},
     "assembly": {"models", "quantizers", "pretrained", "config"},
+    "critics": {"assembly", "models", "pretrained", "config"},
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
         "checkpoint", "config",
     },
     "train": {
-        "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",
-        "sharding", "checkpoint", "config",
+        "", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation",
+        "inference", "sharding", "checkpoint", "config",
     },
     "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
     "benchmark": {"train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config"},

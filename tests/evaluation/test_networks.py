@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.config import ConfigError, EvaluationConfig
+from vqrae_jax.config import ConfigError, EvaluationConfig, PerceptualConfig
 from vqrae_jax.evaluation import networks, reference
 from vqrae_jax.evaluation.moments import Gaussian
 from vqrae_jax.models.inception import Inception
@@ -52,13 +52,12 @@ def test_reconstructions_are_seen_as_bytes():
         ("inception", {}, r"evaluation.inception_path is None: download https://.*pt_inception-2015-12-05"),
         ("inception", {"inception_path": "/absent.pth"}, r"evaluation.inception_path='/absent.pth' is neither a file"),
         ("encoder", {"encoder_path": "/absent"}, r"evaluation.encoder_path='/absent' is neither a folder"),
-        ("lpips", {"lpips": {"trunk": "/absent.pth"}}, r"evaluation.lpips.trunk='/absent.pth' is neither"),
-        ("lpips", {"lpips": {"trunk": "none/such"}}, r"evaluation.lpips.trunk='none/such' could not be had from the"),
+        ("lpips", {}, r"loss.perceptual.trunk='none/such' could not be had from the model hub"),
     ],
 )
 def test_missing_weights_are_named_with_the_way_around_them(figure, settings, message):
     with pytest.raises((ConfigError, PretrainedError), match=message) as error:
-        networks.load(EvaluationConfig(**settings), ("linear_probe", figure))
+        networks.load(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
     assert f"leave '{figure}' out of evaluation.figures" in str(error.value)
 
 

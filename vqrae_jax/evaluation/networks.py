@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vqrae_jax import assembly
-from vqrae_jax.config import ConfigError, EvaluationConfig, Figure, ModelConfig, from_dict
+from vqrae_jax.config import ConfigError, EvaluationConfig, Figure, ModelConfig, PerceptualConfig, from_dict
 from vqrae_jax.models.encoder import PooledEncoder
 from vqrae_jax.models.inception import SIDE, Inception
 from vqrae_jax.models.lpips import LPIPS
@@ -64,18 +64,26 @@ def to_bytes(image: Images) -> Images:
     return jnp.round(jnp.clip(image, 0, 1) * 255) / 255
 
 
-def load(config: EvaluationConfig, figures: Collection[Figure]) -> Networks:
-    """Reads the networks that `figures` need.
+def load(
+    config: EvaluationConfig,
+    figures: Collection[Figure],
+    perceptual: PerceptualConfig = PerceptualConfig(),  # noqa: B008 (it is frozen)
+) -> Networks:
+    """Reads the networks that `figures` need; `perceptual` names the files of LPIPS.
 
     Raises:
       ConfigError, PretrainedError: which file is missing, and how to do without the figure.
     """
-    readers = {"lpips": _lpips, "inception": _inception, "encoder": _encoder}
+    readers = {
+        "lpips": lambda: _lpips(perceptual),
+        "inception": lambda: _inception(config),
+        "encoder": lambda: _encoder(config),
+    }
     modules, params, protocol = {}, {}, {}
     for name, read in readers.items():
         if name in figures:
             try:
-                modules[name], params[name], told = read(config)
+                modules[name], params[name], told = read()
             except (ConfigError, PretrainedError) as error:
                 raise type(error)(f"{error}\n  To do without it, leave {name!r} out of evaluation.figures") from None
             protocol[name] = told | {"sha256": export.content_hash(params[name])}
@@ -88,11 +96,11 @@ def feature_width(networks: Networks, name: str) -> int:
     return features[name].shape[-1]
 
 
-def _lpips(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _lpips(config: PerceptualConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
     module = LPIPS()
     target = _shape(lambda image: module.init(jax.random.key(0), image, image), 32)["params"]
-    params = read_lpips(target, config.lpips.trunk, config.lpips.heads, "evaluation.lpips")
-    return module, params, {"network": "VGG16, LPIPS v0.1", **config.lpips.model_dump()}
+    params = read_lpips(target, config.trunk, config.heads)
+    return module, params, {"network": "VGG16, LPIPS v0.1", "trunk": config.trunk, "heads": config.heads}
 
 
 def _inception(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -110,15 +118,15 @@ def _encoder(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
     fields = {"encoder_cls": "encoder_cls", "encoder_path": "encoder_config_path"}
     fields["encoder_input_size"] = "encoder_input_size"
     values = {theirs: getattr(config, ours) for ours, theirs in fields.items()}
-    values |= {"decoder_config_path": "ViT-Nano", "encoder_params": {"normalize": False}}
     try:
-        built = assembly.assemble(from_dict(ModelConfig, values))
+        encoder, params = assembly.encoder_alone(
+            from_dict(ModelConfig, values | {"encoder_params": {"normalize": False}})
+        )
     except (ConfigError, PretrainedError) as error:
         told = str(error)
         for ours, theirs in fields.items():
             told = told.replace(f"model.{theirs}", f"evaluation.{ours}")
         raise type(error)(told) from None
-    encoder = built.module.encoder
     if config.encoder_pool == "cls" and not encoder.vit.cls:
         raise ConfigError(f"evaluation.encoder_pool='cls': {config.encoder_path} has no class token; take 'mean'")
     module = PooledEncoder(encoder.vit, config.encoder_input_size, encoder.mean, encoder.std, config.encoder_pool)
@@ -128,7 +136,7 @@ def _encoder(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
         "resize": f"bicubic with antialias to {config.encoder_input_size}",
         "pool": config.encoder_pool,
     }
-    return module, built.pretrained["encoder"], protocol
+    return module, params, protocol
 
 
 def _shape(function: Callable[[jax.Array], Any], size: int) -> Any:

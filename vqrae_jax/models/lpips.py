@@ -46,7 +46,7 @@ class LPIPS(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, "B"]:  # noqa: F821
+    def __call__(self, reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
         trunk = VGG16(self.dtype, name="trunk")
         # One pass over each: the image's features need no gradient and are not kept for one.
         ours, theirs = (trunk((2 * x - 1 - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (reconstruction, image))

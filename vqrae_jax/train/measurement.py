@@ -46,7 +46,7 @@ class Measurement:
         self, config: Config, task: Task, mesh: Mesh, batches: pipeline.EvaluationBatches, figures: Collection[Figure]
     ):
         self._config, self._mesh, self._batches, self._figures = config, mesh, batches, tuple(figures)
-        self._networks = networks.load(config.evaluation, figures)
+        self._networks = networks.load(config.evaluation, figures, config.loss.perceptual)
         self._widths = {n: networks.feature_width(self._networks, n) for n in networks.FEATURES if n in figures}
         where = sharding.replicated(mesh)
         self._params = jax.device_put(self._networks.params, where)
