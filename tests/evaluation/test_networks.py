@@ -67,6 +67,12 @@ def test_an_encoder_without_class_token(golden):
         networks.load(EvaluationConfig(**settings), ("encoder",))
 
 
+def test_an_encoder_asked_for_half_patches(golden):
+    settings = {"encoder_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 30}
+    with pytest.raises(ConfigError, match="encoder_input_size=30: no multiple of the patch size 14; near: 28 and 42"):
+        networks.load(EvaluationConfig(**settings), ("encoder",))
+
+
 def test_reference_files_come_back(tmp_path):
     path, gaussian = tmp_path / "new" / "reference.npz", Gaussian(np.arange(3.0), np.eye(3), 7)
     reference.write(path, gaussian)

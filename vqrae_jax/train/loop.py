@@ -42,7 +42,7 @@ class Run:
         evaluating: bool = False,
     ):
         """With `evaluating`, nothing is read or written that only training needs."""
-        self.config, self.workdir = config, pathlib.Path(workdir).absolute()
+        self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
         self.first = jax.process_index() == 0
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
@@ -81,7 +81,7 @@ class Run:
         model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
         if self.batches is not None:
             self.batches.set_state(data)
-        log.info("resumed from step %d of %s", step, self.checkpoints.folder)
+        log.info("%s step %d of %s", "evaluating" if self.evaluating else "resumed from", step, self.checkpoints.folder)
         return TrainState.join(model, rest)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
@@ -126,8 +126,11 @@ class Run:
     def _tell_config_changes(self, step: int) -> None:
         before = read_meta(find(self.checkpoints.folder, step))["config"]
         now = self.config.model_dump(mode="json")
+        if self.evaluating:  # the others play no part
+            before, now = ({"model": config["model"]} for config in (before, now))
         for name, old, new in _differences(before, now):
-            log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
+            doing = "evaluating" if self.evaluating else "resuming"
+            log.warning("%s with another %s: %r, the checkpoint had %r", doing, name, new, old)
 
 
 def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
@@ -178,7 +181,8 @@ def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Devic
         evaluator, figures = run.measure()
         examples = run.measurement.examples(evaluator, run.state.inference(), run.frozen)
         if run.first:
-            protocol = run.measurement.protocol() | {"checkpoint": str(find(workdir, step))}
+            told = {"checkpoint": str(find(workdir, step)), "revision": git_revision()}
+            protocol = run.measurement.protocol(evaluator) | told
             report.write(run.workdir, step, figures, evaluator.remarks, protocol, examples)
         return {"step": step, **figures}
     finally:

@@ -95,20 +95,22 @@ class Measurement:
         ]
         return {kind: [found[np.flatnonzero(places == place)[0]] for place in which] for kind, which in chosen.items()}
 
-    def protocol(self) -> dict[str, Any]:
-        """What has to be known of the figures to compare them with others."""
+    def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
+        """What has to be known of the figures of a pass to compare them with others."""
         data = self._config.data
-        skipped = self._batches.skipped
         return {
             "data": repr(self._batches),
-            "images_unreadable": skipped.count,
+            "images": evaluator.images,
+            "images_unreadable": self._batches.count - evaluator.images,
             "crop": f"short side to {data.image_size} pixels by Pillow's bicubic with antialias, central square",
             "pixels": "reconstructions clipped to [0, 1], and rounded to bytes before any network sees them",
             "psnr": "per picture over all pixels and channels, then the mean",
             "ssim": f"Gaussian window {WINDOW}, sigma {SIGMA}, k1 {K1}, k2 {K2}, population variances, per channel",
             "weights": "running mean of the parameters, codebook as it was trained",
+            "rfid": "of reconstructions from the same images before they were coded; fid: from the reference",
+            "kernel": f"unbiased, (x . y / D + 1)^3, all pairs of the first {self._config.evaluation.kernel_images}",
+            "linear_probe": "ridge on 80 % of the images, mean of the quantized latents; accuracy on the others",
             "networks": {n: told | self._told(n) for n, told in self._networks.protocol.items()},
-            "kernel_images": self._config.evaluation.kernel_images,
             "model": self._config.model.model_dump(mode="json"),
             "jax": jax.__version__,
             "vqrae_jax": __version__,
