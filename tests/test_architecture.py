@@ -21,7 +21,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "evaluation": {"models", "sharding"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config", "compilation",
+        "checkpoint", "config", "compilation", "resize",
     },
     "train": {
         "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",

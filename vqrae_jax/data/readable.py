@@ -84,20 +84,26 @@ class Masked:
     What is missing, because it cannot be read or lies beyond the source, is black and has mask False.
     """
 
-    def __init__(self, source, skipped: Skipped, size: int, count: int, length: int):
-        """`count`: records of `source` that take part; `length`: of this source, at least `count`."""
+    def __init__(self, source, skipped: Skipped, size: int, count: int, length: int, crop=center_crop):
+        """
+        Args:
+          count: records of `source` that take part.
+          length: of this source, at least `count`.
+          crop: (uint8 [H, W, 3], size) -> uint8 [..., size, size, 3].
+        """
         self._source, self._skipped, self._size, self._count, self._length = source, skipped, size, count, length
+        self._crop = crop
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 [size, size, 3], "label": int32, "mask": bool}."""
+        """{"image": uint8 [size, size, 3] or as `crop` gives it, "label": int32, "mask": bool}."""
         record = _decoded(self._source, index, self._skipped, None) if index < self._count else None
         if record is None:
-            black = np.zeros((self._size, self._size, 3), np.uint8)
+            black = np.zeros_like(self._crop(np.zeros((self._size, self._size, 3), np.uint8), self._size))
             return {"image": black, "label": np.int32(-1), "mask": np.bool_(False)}
-        return {"image": center_crop(record["image"], self._size), "label": record["label"], "mask": np.bool_(True)}
+        return {"image": self._crop(record["image"], self._size), "label": record["label"], "mask": np.bool_(True)}
 
     def __repr__(self) -> str:
         return f"Masked({self._source!r}, size={self._size}, count={self._count}, length={self._length})"
