@@ -47,10 +47,9 @@ pictures = tokenizer.decode(latents)  # [B, {size}, {size}, 3] in [0, 1]"""
 
 def write(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures | None = None) -> None:
     """Writes README.md to `folder`, and with `images` the picture that it shows."""
-    discrete = tokenizer.config.quantizer != "none"
-    rows = _facts(tokenizer, discrete)
+    discrete, rows = tokenizer.has_codes, _facts(tokenizer)
     if images is not None and len(images):
-        rows += _show(tokenizer, folder, images, discrete)
+        rows += _show(tokenizer, folder, images)
     shown = f"![input, reconstruction and codes]({PICTURE})\n\n" if (folder / PICTURE).is_file() else ""
     kind = f"{np.prod(tokenizer.code_shape)} codes of {tokenizer.codebook_size}" if discrete else "a continuous latent"
     what = (
@@ -66,10 +65,10 @@ def write(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures | None 
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _facts(tokenizer: "Tokenizer", discrete: bool) -> list[tuple[str, Any]]:
+def _facts(tokenizer: "Tokenizer") -> list[tuple[str, Any]]:
     config, known = tokenizer.config, tokenizer.provenance
     rows: list[tuple[str, Any]] = [("quantizer", config.quantizer), ("grid", f"{tokenizer.grid} x {tokenizer.grid}")]
-    if discrete:
+    if tokenizer.has_codes:
         rows += [("bits per image", f"{tokenizer.bits_per_image:.0f}"), ("hash of the codes", f"`{tokenizer.hash}`")]
     rows += [(f"trained {name}", known[name]) for name in ("step", "version", "revision") if known.get(name)]
     if data := known.get("data"):
@@ -77,22 +76,22 @@ def _facts(tokenizer: "Tokenizer", discrete: bool) -> list[tuple[str, Any]]:
     return rows + [(name, f"{value:.4g}") for name, value in known.get("figures", {}).items()]
 
 
-def _show(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures, discrete: bool) -> list[tuple[str, Any]]:
+def _show(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures) -> list[tuple[str, Any]]:
     """Draws the first images; figures on all of them."""
     colour = tokenizer.module.encoder.mean
     originals = images.batch(slice(None), tokenizer.image_size, tokenizer.fit, colour)
     if originals.dtype != np.uint8:
         originals = pictures.to_uint8(originals)
-    codes = np.asarray(tokenizer.encode_to_indices(originals)) if discrete else None
+    codes = np.asarray(tokenizer.encode_to_indices(originals)) if tokenizer.has_codes else None
     painted = np.asarray(tokenizer.reconstruct(originals))
     chosen = slice(SHOWN)
     drawn = pictures.reconstruction_grid(
-        originals[chosen], pictures.to_uint8(painted[chosen]), codes[chosen] if discrete else None, tokenizer.grid
+        originals[chosen], pictures.to_uint8(painted[chosen]), None if codes is None else codes[chosen], tokenizer.grid
     )
     image_files.write_image(folder / PICTURE, drawn)
     decibels = psnr(painted, originals / np.float32(255))
     rows = [(f"PSNR on the {len(originals)} images given", f"{float(np.mean(decibels)):.2f} dB")]
-    if discrete:
+    if codes is not None:
         used = codebook.health(np.bincount(codes.reshape(-1), minlength=tokenizer.codebook_size))
         rows.append(("codes in use on them", f"{used['usage']:.1%}"))
     return rows

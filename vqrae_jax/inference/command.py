@@ -18,10 +18,12 @@ from vqrae_jax.pretrained.errors import PretrainedError
 
 T = TypeVar("T")
 
+CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder, or a hub id"
 
-def run(action: Callable[[], Any]) -> None:
+
+def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     """Runs a command; leaves the process by `sys.exit` unless all is well."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     try:
         enable_compilation_cache()
         action()

@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m vqrae_jax.inference.tokenize",
         description="Turns a dataset into shards of codes with labels and ids. Run it again to go on after a stop.",
     )
-    parser.add_argument("--checkpoint", required=True, help="workdir of a run, exported folder, or hub id")
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
     parser.add_argument("--data", help="images: what data.path is in a config")
     parser.add_argument("--source", default="folder", help="what data.source is in a config; default: folder")

@@ -78,7 +78,7 @@ class Tokenizer:
           output: "jax" leaves results on the device.
         """
         self.module, self.config, self.frozen, self.provenance = module, config, frozen, provenance or {}
-        self.fit, self.output = fit, output
+        self.fit, self.output, self.batch_size = fit, output, batch_size
         self._programs = programs.Programs(module, variables, mesh, batch_size, memory_limit)
         self.variables = self._programs.variables
         image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
@@ -118,9 +118,14 @@ class Tokenizer:
     from_pretrained = load
 
     @property
+    def has_codes(self) -> bool:
+        """False for a continuous autoencoder (quantizer "none"), which only encodes and decodes."""
+        return self._quantized.indices is not None
+
+    @property
     def codebook_size(self) -> int:
         """K, the number of codes; of several levels or groups, of each."""
-        if "counts" not in self._quantized.metrics:
+        if not self.has_codes:
             raise TokenizerError(NO_CODES)
         return self._quantized.metrics["counts"].shape[-1]
 
@@ -132,7 +137,7 @@ class Tokenizer:
     @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of the codes of one picture."""
-        if self._quantized.indices is None:
+        if not self.has_codes:
             raise TokenizerError(NO_CODES)
         return self._quantized.indices.shape[1:]
 
@@ -203,7 +208,7 @@ class Tokenizer:
 
     def reconstruct(self, images: Any) -> Float[Array, "B S S 3"]:
         """Exactly decode_from_indices(encode_to_indices(images)); without codes, decode(encode(images))."""
-        if self._quantized.indices is None:
+        if not self.has_codes:
             return self.decode(self.encode(images))
         return self.decode_from_indices(self.encode_to_indices(images))
 
