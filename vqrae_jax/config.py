@@ -108,14 +108,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where images come from and what a batch is."""
 
-    source: Literal["photographs", "folder", "tfds"] = "folder"
-    path: str | None = None  # folder: images, flat or in class subfolders; tfds: data_dir or prepared folder
-    eval_path: str | None = None  # folder: validation images; none means no evaluation
+    source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
+    # Here or in a bucket (gs://, s3://). folder: images, flat or in class subfolders; webdataset: .tar shards, and
+    # parquet: .parquet or .arrow files with encoded images: a folder, a file or a pattern as in "data/train-*.tar";
+    # tfds: data_dir or prepared folder.
+    path: str | None = None
+    eval_path: str | None = None  # all but tfds: validation images, named like path; none means no evaluation
     name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
-    crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
+    # random: short side to image_size * resize, then a random square; adm: guided-diffusion's random crop
+    crop: Literal["random", "center", "adm"] = "random"
+    eval_crop: Literal["center", "adm"] = "center"  # adm: guided-diffusion's centre crop
     resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
     # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
