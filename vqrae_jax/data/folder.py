@@ -36,6 +36,10 @@ class Folder:
         """
         return {"image": files.read(os.path.join(self.path, self._files[index])), "label": self._labels[index]}
 
+    def key(self, index: int) -> str:
+        """The file, relative to the folder."""
+        return self._files[index].replace(os.sep, "/")
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
         return repr(os.path.join(self.path, self._files[index]))

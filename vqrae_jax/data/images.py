@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import os
+import sys
 import threading
 
 import numpy as np
@@ -57,6 +58,24 @@ def read_picture(source: str | os.PathLike | bytes, at_least: int | None = None)
         raise ImageError(f"cannot read the image {name}: {_reason(source, error)}") from error
 
 
+def is_pil(value: object) -> bool:
+    """Whether `value` is a PIL image; PIL is not imported for it."""
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(value, pil.Image)
+
+
+def from_pil(picture) -> np.ndarray:
+    """A PIL image as `read_image` would give it, uint8 [H, W, 3].
+
+    Raises:
+      ImageError: pixels of an unknown range, or a file behind it that cannot be read.
+    """
+    try:
+        return np.array(_to_rgb(_upright(picture)))
+    except Exception as error:
+        raise ImageError(f"cannot use the PIL image of mode {picture.mode!r}: {error}") from error
+
+
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes uint8 [H, W, 3] or [H, W] as PNG, JPEG or WebP, whichever the suffix says; missing folders are made.
 
@@ -99,6 +118,19 @@ def center_crop(image, size: int):
     down to no less than twice the size: hardly a difference, and several times faster.
     """
     return _resized_square(image, size, size, lambda spare: spare // 2)
+
+
+def ten_crop(image, size: int, resize: float = 1.1) -> np.ndarray:
+    """The four corners and the centre of `image` [H, W, 3] with a short side of size * resize, and their mirror images.
+
+    Returns uint8 [10, size, size, 3] (Krizhevsky et al. 2012).
+    """
+    picture, crops = _picture(image), []
+    for down, across in ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1)):  # halves of the spare pixels
+        halves = iter((across, down))
+        square = _resized_square(picture, size, round(size * resize), lambda spare: spare * next(halves) // 2)  # noqa: B023
+        crops.append(np.asarray(square))
+    return np.stack([*crops, *map(flip, crops)])
 
 
 def random_crop(

@@ -128,6 +128,13 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return len(self._images) // (self._local * self._place.step)
 
+    def __repr__(self) -> str:
+        return repr(self._images)
+
+    def picture(self, index: int):
+        """Image `index` of the data as the batches have it, uint8 [S, S, 3]; on any process."""
+        return self._images[index]["image"]
+
     def __iter__(self):
         import grain
 

@@ -57,6 +57,10 @@ class Prepared:
             raise OSError(f"a damaged record: {error}") from error
         return {"image": image, "label": label}
 
+    def key(self, index: int) -> str:
+        """The record's number: it has no other name."""
+        return str(index)
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
         return f"record {index} of {self._dataset}, split {self._split!r}"
