@@ -81,7 +81,10 @@ def _step(n: int, k: int, c: int, torch_python: str) -> None:
 def _torch(python: str, n: int, k: int, c: int) -> float:
     """Seconds per step of the textbook layer; infinite where that Python has no torch."""
     program = pathlib.Path(__file__).with_name("torch_vq.py")
-    done = subprocess.run([python, program, *map(str, (n, k, c, REPEATS))], capture_output=True, text=True, check=False)
+    # -P: beside it are modules with the names of Python's own
+    done = subprocess.run(
+        [python, "-P", program, *map(str, (n, k, c, REPEATS))], capture_output=True, text=True, check=False
+    )
     return float(done.stdout) if done.returncode == 0 else float("inf")
 
 
