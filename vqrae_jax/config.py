@@ -121,7 +121,8 @@ class DataConfig(Section):
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
-    crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
+    # random: short side to image_size * resize, then a random square; adm: the same, resize drawn from 1 to 1.25
+    crop: Literal["random", "adm", "center"] = "random"
     resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
     # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from vqrae_jax import assembly
 from vqrae_jax.config import AdversaryConfig, ConfigError, ModelConfig, PerceptualConfig
+from vqrae_jax.models.convnext import ConvNeXtConfig
 from vqrae_jax.models.discriminator import DinoDiscriminator, PatchDiscriminator
 from vqrae_jax.models.lpips import LPIPS
-from vqrae_jax.models.perceptual import EncoderDistance
+from vqrae_jax.models.perceptual import EncoderDistance, LogitDistance
 from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, unpinned
+from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
 from vqrae_jax.pretrained.dino import convert_dino, read_dino
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.lpips import read_lpips
@@ -40,6 +42,13 @@ def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpin
             module = LPIPS(config.dtype)
             target = jax.eval_shape(module.init, jax.random.key(0), image, image)["params"]
             return Critic(module, read_lpips(target, config.trunk, config.heads))
+        if config.network == "convnext":
+            if config.path is None:
+                raise ConfigError("path is None: name a ConvNeXt classifier, as in facebook/convnext-small-224")
+            fields, tensors = read_convnext(config.path, "loss.perceptual.path")
+            module = LogitDistance(ConvNeXtConfig(**fields, dtype=config.dtype), config.input_size)
+            target = jax.eval_shape(module.init, jax.random.key(0), image, image)["params"]["classifier"]
+            return Critic(module, {"classifier": convert_convnext(tensors, target, config.path)})
         model = ModelConfig(
             encoder_cls=config.encoder_cls,
             encoder_config_path=config.path,

@@ -49,13 +49,14 @@ def run() -> None:
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
-    """What is wrong with input; anything else is a bug and keeps its traceback."""
+    """What is wrong with input, or with where a run has got to; anything else is a bug and keeps its traceback."""
     from vqrae_jax.checkpoint import CheckpointError
     from vqrae_jax.data.errors import DataError
     from vqrae_jax.pretrained.errors import PretrainedError
     from vqrae_jax.sharding import MeshError
+    from vqrae_jax.train.guard import DivergedError
 
-    return config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError
+    return config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError, DivergedError
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

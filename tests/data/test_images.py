@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.data.images import center_crop, flip, image_files, random_crop, read_image, write_image
+from vqrae_jax.data.images import adm_crop, center_crop, flip, image_files, random_crop, read_image, write_image
 
 
 @pytest.fixture
@@ -186,6 +186,7 @@ def test_crops_and_flips_keep_shape_and_dtype(shape, size):
         random_crop(image, size, rng),
         random_crop(image, size, rng, resize=1.3),
         random_crop(image, size, rng, scale=(0.2, 4.0)),
+        adm_crop(image, size, rng),
     ]
     for crop in [*crops, *map(flip, crops)]:
         assert crop.dtype == np.uint8

@@ -109,6 +109,12 @@ def random_crop(
     return square if side == size else center_crop(square, size)
 
 
+def adm_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square, as ADM cuts it (Dhariwal & Nichol 2021): the short side resized to size to 1.25 size first."""
+    side = int(rng.integers(size, int(np.ceil(size / 0.8)) + 1))
+    return _resized_square(image, size, side, lambda spare: int(rng.integers(spare + 1)))
+
+
 def flip(image: np.ndarray) -> np.ndarray:
     """`image` [H, W, 3] mirrored left to right."""
     return image[:, ::-1]

@@ -4,7 +4,7 @@ import functools
 import math
 
 from vqrae_jax.data.errors import DataError
-from vqrae_jax.data.images import center_crop, flip, random_crop
+from vqrae_jax.data.images import adm_crop, center_crop, flip, random_crop
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
 
 
@@ -62,6 +62,11 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
     return iter(batches)
 
 
+def count_training_images(data) -> int:
+    """How many there are, those that cannot be read included."""
+    return len(_training_source(data))
+
+
 class EvaluationBatches:
     """Batches of the validation images in order, as often as they are asked for.
 
@@ -110,7 +115,10 @@ def evaluation_batches(
 
 def _augment(record, rng, *, size, crop, resize, scale, mirror):
     image = record["image"]
-    image = random_crop(image, size, rng, resize, scale) if crop == "random" else center_crop(image, size)
+    if crop == "random":
+        image = random_crop(image, size, rng, resize, scale)
+    else:
+        image = adm_crop(image, size, rng) if crop == "adm" else center_crop(image, size)
     if mirror and rng.random() < 0.5:
         image = flip(image)
     return {"image": image, "label": record["label"]}

@@ -184,9 +184,9 @@ def _read_config(path: str, step: int | None) -> tuple[config_lib.ModelConfig, b
     """The model section, and whether its encoder is the pretrained one."""
     if folder.is_folder(path):
         return folder.read_config(path), folder.has_pretrained_encoder(path)
-    meta = checkpoint.read_meta(checkpoint.find(path, step))
-    config = config_lib.from_dict(config_lib.Config, meta["config"])
-    return config.model, "encoder" not in config.train.trainable
+    found = checkpoint.find(path, step)
+    config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(found)["config"])
+    return config.model, "encoder" not in checkpoint.saved_shapes(found)["params"]
 
 
 def main() -> None:

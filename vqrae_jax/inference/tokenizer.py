@@ -121,12 +121,13 @@ def read_model(path: str | os.PathLike, step: int | None = None) -> tuple[VQRAE,
     folder = checkpoint.find(path, step)
     config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
     saved = checkpoint.saved_shapes(folder)
+    held = {*config.train.trainable, *saved["params"]}  # what train.start_from gave and did not train is in it too
     settings = config.model
-    if "decoder" in config.train.trainable:  # what it started from may be gone by now
+    if "decoder" in held:  # what it started from may be gone by now
         settings = settings.model_copy(update={"pretrained_decoder_path": None})
     built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
     shapes = assembly.shapes(built)
-    trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable}
+    trained = {n: p for n, p in shapes["params"].items() if n in held}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)

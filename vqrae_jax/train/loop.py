@@ -14,11 +14,12 @@ import numpy as np
 
 from vqrae_jax import __version__, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.config import Config, ConfigError, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
+from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics, Task
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -33,6 +34,7 @@ class Run:
     """Everything one run holds; built before anything long starts, so that what is wrong is said at once."""
 
     def __init__(self, config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None):
+        config = in_steps(config, lambda: pipeline.count_training_images(config.data))
         self.config, self.workdir = config, pathlib.Path(workdir).absolute()
         self.first = jax.process_index() == 0
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
@@ -52,6 +54,7 @@ class Run:
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
+        self.first_bad = jax.jit(first_bad)
         self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
         self.pictures = jax.jit(self.task.pictures, out_shardings=where)
 
@@ -123,23 +126,26 @@ class Run:
 def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
     run = Run(config, workdir, devices)
-    settings = config.train
+    settings = run.config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window = Window(config.data.batch_size)
+    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
             run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
             window.add(metrics, run.accumulate)
+            guard.add(step, metrics, run.first_bad)
             progress.advance(step)
             last = step == settings.steps
+            evaluated = step % settings.evaluate_every == 0 or last
+            saved = step % settings.checkpoint_every == 0 or last
+            if saved or evaluated or step % settings.log_every == 0:
+                guard.check()
             if step % settings.log_every == 0 or last:
                 values = window.flush() | {"data/skipped": run.skipped.count}
                 run.writers.scalars(step, values)
                 progress.status(step, _status(values))
-            evaluated = step % settings.evaluate_every == 0 or last
-            saved = step % settings.checkpoint_every == 0 or last
             if evaluated or saved:
                 window.pause()
             if evaluated:
