@@ -158,7 +158,7 @@ def test_terms_wait_for_their_start(tiny, one_mesh, whole):
     loss = {**RECIPE["loss"], "perceptual": {**PERCEPTUAL, "start_steps": 2}}
     task = TokenizerTask.build(tiny(model=MODEL, loss=loss, adversary={**PATCH, **late}), one_mesh)
     start = jax.device_get(task.init())
-    state, metrics, frozen = run(task)
+    state, metrics, _ = run(task)
     perceptual, fooling, turns = (
         [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")
     )
