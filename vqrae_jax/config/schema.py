@@ -108,15 +108,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where images come from and what a batch is."""
 
-    source: Literal["photographs", "folder", "tfds"] = "folder"
-    path: str | None = None  # folder: images, flat or in class subfolders; tfds: data_dir or prepared folder
-    eval_path: str | None = None  # folder: validation images; none means no evaluation
+    source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
+    # Here or in a bucket (gs://, s3://). folder: images, flat or in class subfolders; webdataset: .tar shards, and
+    # parquet: .parquet or .arrow files with encoded images: a folder, a file or a pattern as in "data/train-*.tar";
+    # tfds: data_dir or prepared folder.
+    path: str | None = None
+    eval_path: str | None = None  # all but tfds: validation images, named like path; none means no evaluation
     name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
-    # random: short side to image_size * resize, then a random square; adm: the same, resize drawn from 1 to 1.25
-    crop: Literal["random", "adm", "center"] = "random"
+    # random: short side to image_size * resize, then a random square; adm: guided-diffusion's random crop
+    crop: Literal["random", "center", "adm"] = "random"
+    eval_crop: Literal["center", "adm"] = "center"  # adm: guided-diffusion's centre crop
     resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
     # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
@@ -162,6 +166,32 @@ class LossConfig(Section):
     feature_distance: Literal["cosine", "l2"] = "cosine"
     distill_weight: NonNegative = 0.0  # holds an encoder that trains to the latents of its frozen copy
     distill_distance: Literal["cosine", "l2"] = "l2"
+
+
+Figure = Literal["lpips", "inception", "encoder", "linear_probe"]
+
+
+class EvaluationConfig(Section):
+    """What is measured on the validation images beside PSNR, SSIM and the use of the codes.
+
+    inception and encoder give Frechet, kernel and paired distances in their features, inception its score as well;
+    lpips reads the files that loss.perceptual names as trunk and heads.
+    """
+
+    figures: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
+    training_figures: tuple[Figure, ...] = ()  # by each evaluation inside training
+    images: Positive | None = None  # the first of the validation images; None: all
+    # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
+    inception_path: str | None = None
+    # Besides the validation images themselves (rFID): .npz with mu and sigma, or a folder of images.
+    inception_reference: str | None = None
+    encoder_cls: EncoderClass = "Dinov2withNorm"
+    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one is FD-DINOv2
+    encoder_input_size: Positive = 224  # pixels
+    encoder_pool: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
+    encoder_reference: str | None = None
+    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of at most so many
+    pictures: Positive = 4  # in each of the rows best, median and worst of the page
 
 
 class AdamWConfig(Section):
@@ -257,6 +287,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     adversary: AdversaryConfig = AdversaryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()

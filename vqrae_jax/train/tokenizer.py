@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from vqrae_jax import assembly, checkpoint, critics, sharding
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.adversary import Adversary
@@ -241,12 +242,20 @@ class TokenizerTask:
         return grads, batch_stats, reconstructions, metrics
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        images, mask = to_float(batch["image"]), batch["mask"]
+        images = to_float(batch["image"])
         out = self._forward(variables, frozen, images)
-        sums = {"psnr": jnp.where(mask, psnr(out.reconstruction, images), 0).sum(), "images": mask.sum()}
+        z = out.quantized.z
+        seen = {
+            "reconstruction": out.reconstruction,
+            "code": z.reshape(len(z), -1, z.shape[-1]).astype(jnp.float32).mean(1),
+            "psnr": psnr(out.reconstruction, images),
+        }
+        if min(images.shape[1:3]) >= WINDOW:
+            seen["ssim"] = ssim(out.reconstruction, images)
         if "counts" in out.quantized.metrics:
-            sums["counts"] = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
-        return sums
+            shape = out.quantized.metrics["counts"].shape
+            seen["counts"] = masked_counts(out.quantized.indices, shape, batch["mask"])
+        return seen
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
