@@ -27,7 +27,8 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",
         "sharding", "checkpoint", "config",
     },
-    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
+    "preflight": {"train", "pretrained", "sharding", "config"},
+    "main": {"train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding"},
     "benchmark": {"train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config"},
 }  # fmt: skip
 ONLY_IN = {
@@ -35,7 +36,7 @@ ONLY_IN = {
     "optax": {"train"},
     "tensorboardX": {"train"},
     "wandb": {"train"},
-    "rich": {"train", "inference", "benchmark"},
+    "rich": {"train", "inference", "preflight", "benchmark"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "PIL": {"data"},

@@ -108,9 +108,9 @@ def parse(text: str) -> Topology:
     kind, _, rest = text.partition(":")
     if kind in SHAPES and rest in SHAPES[kind]:
         return Topology(text, "tpu", kind, tuple(map(int, rest.split("x"))))
-    if kind == "gpu" and (match := re.fullmatch(r"(\d+)x(\w+)", rest)):
-        if match[2] in GPUS and int(match[1]) in GPU_COUNTS:
-            return Topology(text, "gpu", match[2], (int(match[1]),))
+    gpus = re.fullmatch(r"(\d+)x(\w+)", rest) if kind == "gpu" else None
+    if gpus and gpus[2] in GPUS and int(gpus[1]) in GPU_COUNTS:
+        return Topology(text, "gpu", gpus[2], (int(gpus[1]),))
     if kind == "cpu" and rest.isdigit() and 1 <= int(rest) <= 64:
         return Topology(text, "cpu", "cpu", (int(rest),))
     raise TopologyError(f"--topology={text!r} does not exist; these do:\n{known()}")

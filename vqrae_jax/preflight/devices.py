@@ -1,5 +1,6 @@
 """Devices that are not there: jax.Device objects of a topology, to compile for and never to run on."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -51,10 +52,8 @@ def has_libtpu() -> bool:
 
 
 def _cpu(count: int) -> list[jax.Device]:
-    try:
+    with contextlib.suppress(RuntimeError):  # jax has started: what it has must do
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # jax has started: what it has must do
-        pass
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise TopologyError(f"{count} CPU devices are wanted and jax started with {len(devices)} in this process")

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 PARTS = ("encoder", "quantizer", "decoder", "lpips", "discriminator")
@@ -35,9 +34,8 @@ class Product:
     flops: float
 
 
-def count(function: Any, *arguments: Any) -> list[Product]:
-    """The products of `function` at `arguments` (arrays or shapes), summed by what describes them."""
-    traced = jax.jit(function).trace(*arguments).jaxpr
+def count(traced: ClosedJaxpr) -> list[Product]:
+    """The products of a program (`jax.jit(f).trace(...).jaxpr`), summed by what describes them."""
     total: collections.Counter[tuple[str, bool, str]] = collections.Counter()
     for stack, kind, flops in _products(traced.jaxpr, "", 1.0):
         total[_part(stack), "transpose(" in stack, kind] += flops

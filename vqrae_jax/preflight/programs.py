@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import sharding
-from vqrae_jax.config import Config
+from vqrae_jax.config import Config, ModelConfig
 from vqrae_jax.preflight import flops, hlo, roofline
 from vqrae_jax.preflight.chips import Topology, TopologyError, positions
-from vqrae_jax.pretrained import released
+from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.task import evaluate_program, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 
@@ -73,7 +73,7 @@ class Plan:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, mesh, "data.eval_batch_size")
-        config = config.model_copy(update={"model": released.without_files(config.model)})
+        config = config.model_copy(update={"model": _without_files(config.model)})
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
     def arguments(self) -> float:
@@ -123,14 +123,15 @@ class Plan:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.over_data(self.mesh))
 
     def _cost(self, name: str, images: int, program: Any, *arguments: Any) -> Cost:
-        products = flops.count(program, *arguments)
+        traced = program.trace(*arguments)
+        products = flops.count(traced.jaxpr)
         parts: dict[str, float] = {}
         for p in products:
             part = f"{p.part} backward" if p.backward else p.part
             parts[part] = parts.get(part, 0.0) + p.flops
         total = sum(parts.values())
         try:
-            compiled = program.lower(*arguments).compile()
+            compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             memory = _from_error(str(error), self.arguments())
             if memory is None:
@@ -148,9 +149,7 @@ class Plan:
         if chip := self.topology.chip:
             compute = flops.seconds(products, self.mesh.size, chip.flops, chip.passes)
             line = roofline.Roofline(compute, text.memory_traffic() / chip.bandwidth, self._network(text))
-        return Cost(
-            name, images, memory, memory.peak <= self.topology.memory, total, parts, collectives, line
-        )
+        return Cost(name, images, memory, memory.peak <= self.topology.memory, total, parts, collectives, line)
 
     def _communication(self, program: hlo.Program) -> list[tuple[str, str, float, int]]:
         sums: dict[tuple[str, str], list[float]] = {}
@@ -168,7 +167,20 @@ class Plan:
     def _positions(self) -> list[roofline.Position]:
         if self.topology.platform != "tpu":
             return positions(self.topology)
-        return [tuple(d.coords) for d in self.mesh.devices.flat]
+        flat = len(self.topology.shape)  # chips have three coordinates on two-dimensional slices as well
+        return [tuple(d.coords[:flat]) for d in self.mesh.devices.flat]
+
+
+def _without_files(model: ModelConfig) -> ModelConfig:
+    """The same model by descriptions: no weights, and of the encoders that we know no config.json either."""
+    params = model.encoder_params
+    source = params.dinov2_path or params.dinov3_path or params.model_name or model.encoder_config_path
+    changes: dict[str, Any] = {"pretrained_decoder_path": None, "normalization_stat_path": None}
+    if source in ARCHITECTURES:
+        nothing = dict.fromkeys(("dinov2_path", "dinov3_path", "model_name"))
+        changes["encoder_config_path"] = None
+        changes["encoder_params"] = params.model_copy(update={**nothing, "architecture": ARCHITECTURES[source]})
+    return model.model_copy(update=changes)
 
 
 def _from_error(message: str, arguments: float) -> Memory | None:

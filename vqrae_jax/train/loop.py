@@ -20,7 +20,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.task import Metrics, Task, evaluate_program, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -46,14 +46,12 @@ class Run:
         self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
         self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
 
-        where = sharding.replicated(self.mesh)
         self.frozen = self.task.frozen()
         self.state = self._restore_or_init()
-        placed = jax.tree.map(lambda x: x.sharding, self.state)
-        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
-        self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.evaluate_batch = evaluate_program(self.task, self.mesh)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint of the workdir, data included; without one, step 0."""

@@ -32,10 +32,13 @@ class TokenizerTask:
     assembly: assembly.Assembly
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh) -> "TokenizerTask":
-        """Reads the pretrained weights and checks what model, data and training ask of each other."""
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True) -> "TokenizerTask":
+        """Reads the pretrained weights and checks what model, data and training ask of each other.
+
+        With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
+        """
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built = assembly.assemble(config.model, pin=pin)
+        built = assembly.assemble(config.model, weights=weights, pin=pin)
         if "encoder" not in config.train.trainable:
             built = assembly.for_frozen_encoder(built)
         task = cls(config, mesh, built)
@@ -62,9 +65,7 @@ class TokenizerTask:
                 f"{', '.join(PARTS)}"
             )
         state = jax.eval_shape(self._create, params, shapes["batch_stats"])
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(state)
-        )
+        return self._placed(state)
 
     def init(self) -> TrainState:
         where = jax.tree.map(lambda x: x.sharding, self.shapes())
@@ -74,8 +75,20 @@ class TokenizerTask:
         return create(variables["params"], variables["batch_stats"])
 
     def frozen(self) -> Any:
-        parts = [n for n in PARTS if n not in self.config.train.trainable]
-        return assembly.initial_params(self.assembly, self._key(), parts, self._place)
+        return assembly.initial_params(self.assembly, self._key(), self._frozen_parts, self._place)
+
+    def frozen_shapes(self) -> Any:
+        params = assembly.shapes(self.assembly)["params"]
+        return self._placed({n: params[n] for n in self._frozen_parts if n in params})
+
+    @property
+    def _frozen_parts(self) -> list[str]:
+        return [n for n in PARTS if n not in self.config.train.trainable]
+
+    def _placed(self, tree: Any) -> Any:
+        """Shapes with shardings."""
+        where = self._place(tree)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
 
     def _create(self, params: Any, batch_stats: Any) -> TrainState:
         ema = jax.tree.map(jnp.copy, params)
