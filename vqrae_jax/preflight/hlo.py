@@ -262,9 +262,12 @@ def _groups(op: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
         shape, dims = _ints(match[1]), _ints(match[2])
         order = _transposed(dims, _ints(match[3]) if match[3] else range(len(dims)))
         return tuple(tuple(order[i : i + shape[1]]) for i in range(0, len(order), shape[1]))
-    if match := re.match(r"mesh\[([^\]]*)\](?:[^{,]*)\{([^}]*)\}", text):
-        return _mesh_groups(match[1], match[2])
-    return (tuple(range(devices)),)
+    if match := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
+        groups, order = _mesh_groups(match[1], match[3]), _device_order(match[2], devices)
+        return tuple(tuple(order[i] for i in group) for group in groups)
+    if not text or text.startswith("{}"):
+        return (tuple(range(devices)),)
+    raise ValueError(f"replica groups of a form that is not known: {text[:100]}")
 
 
 def _mesh_groups(mesh: str, chosen: str) -> tuple[tuple[int, ...], ...]:
@@ -287,6 +290,16 @@ def _mesh_groups(mesh: str, chosen: str) -> tuple[tuple[int, ...], ...]:
     length = math.prod(dims[i] for i in taken)
     order = _transposed(dims, [*kept, *taken])
     return tuple(tuple(order[i : i + length]) for i in range(0, len(order), length))
+
+
+def _device_order(text: str | None, devices: int) -> list[int]:
+    """The devices of a mesh in its order: as they are, [4,2]T(1,0), or listed."""
+    if not text:
+        return list(range(devices))
+    if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", text):
+        dims = _ints(match[1])
+        return _transposed(dims, _ints(match[2]) if match[2] else range(len(dims)))
+    return _ints(text)
 
 
 def _transposed(dims: list[int], permutation: list[int] | range) -> list[int]:

@@ -76,16 +76,20 @@ class Plan:
         config = config.model_copy(update={"model": _without_files(config.model)})
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
+    def train_arguments(self) -> tuple[Any, Any, Any]:
+        """What a training step is given, as shapes: state, frozen networks, batch."""
+        return self.task.shapes(), self.task.frozen_shapes(), self._images(self.config.data.batch_size)
+
     def arguments(self) -> float:
         """Bytes per device of what a training step is given."""
-        state, frozen, batch = self._train_arguments()
+        state, frozen, batch = self.train_arguments()
         leaves = jax.tree.leaves((state, frozen, batch))
         return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
     def train(self) -> Cost:
         """One optimizer step."""
         return self._cost(
-            "train", self.config.data.batch_size, step_program(self.task, self.mesh), *self._train_arguments()
+            "train", self.config.data.batch_size, step_program(self.task, self.mesh), *self.train_arguments()
         )
 
     def evaluate(self) -> Cost:
@@ -111,9 +115,6 @@ class Plan:
         """What this config runs, as functions without arguments."""
         tokenizes = self.config.model.quantizer != "none"
         return [self.train, self.evaluate, *([self.tokenize] if tokenizes else [])]
-
-    def _train_arguments(self) -> tuple[Any, Any, Any]:
-        return self.task.shapes(), self.task.frozen_shapes(), self._images(self.config.data.batch_size)
 
     def _images(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         pixels = self.config.data.image_size
