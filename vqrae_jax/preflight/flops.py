@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-PARTS = ("encoder", "quantizer", "decoder", "lpips", "discriminator")
+PARTS = ("perceptual", "discriminator", "teacher", "encoder", "quantizer", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,4 +94,7 @@ def _kind(eqn: Any) -> str:
 
 def _part(stack: str) -> str:
     words = set(re.findall(r"\w+", stack.lower()))
+    names = ("lpips", "encoderdistance", "logitdistance")
+    words |= {"perceptual"} if words & set(names) else set()
+    words |= {"discriminator"} if words & {"dinodiscriminator", "patchdiscriminator"} else set()
     return next((part for part in PARTS if part in words), "other")

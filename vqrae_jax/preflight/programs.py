@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import sharding
-from vqrae_jax.config import Config, ModelConfig
+from vqrae_jax.config import Config, LossConfig, ModelConfig
 from vqrae_jax.preflight import flops, hlo, roofline
 from vqrae_jax.preflight.chips import Topology, TopologyError, positions
 from vqrae_jax.pretrained.released import ARCHITECTURES
-from vqrae_jax.train.task import evaluate_program, step_program
-from vqrae_jax.train.tokenizer import TokenizerTask, to_float
+from vqrae_jax.train.task import step_program
+from vqrae_jax.train.tokenizer import PARTS, TokenizerTask, to_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, mesh, "data.eval_batch_size")
-        config = config.model_copy(update={"model": _without_files(config.model)})
+        config = config.model_copy(update={"model": _without_files(config.model), "loss": _without_file(config.loss)})
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
     def train_arguments(self) -> tuple[Any, Any, Any]:
@@ -97,7 +97,13 @@ class Plan:
         size = self.config.data.eval_batch_size
         variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         batch = {**self._images(size), "mask": self._shape((size,), jnp.bool)}
-        return self._cost("evaluate", size, evaluate_program(self.task, self.mesh), variables, frozen, batch)
+
+        def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
+            seen = self.task.evaluate_batch(variables, frozen, batch)
+            return {n: value for n, value in seen.items() if n not in ("reconstruction", "code")}  # stay on the devices
+
+        program = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh))
+        return self._cost("evaluate", size, program, variables, frozen, batch)
 
     def tokenize(self) -> Cost:
         """Codes of one batch of validation images."""
@@ -105,7 +111,8 @@ class Plan:
         variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
 
         def tokenize(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            variables = {**variables, "params": {**frozen, **variables["params"]}}
+            parts = {n: frozen[n] for n in PARTS if n in frozen}
+            variables = {**variables, "params": {**parts, **variables["params"]}}
             image = to_float(batch["image"])
             return self.task.assembly.module.apply(variables, image, method="encode_to_indices")
 
@@ -182,6 +189,15 @@ def _without_files(model: ModelConfig) -> ModelConfig:
         changes["encoder_config_path"] = None
         changes["encoder_params"] = params.model_copy(update={**nothing, "architecture": ARCHITECTURES[source]})
     return model.model_copy(update=changes)
+
+
+def _without_file(loss: LossConfig) -> LossConfig:
+    """The same losses; a perceptual encoder that we know by its description."""
+    wanted = loss.perceptual
+    if wanted.network != "encoder" or wanted.path not in ARCHITECTURES:
+        return loss
+    described = wanted.model_copy(update={"path": None, "architecture": ARCHITECTURES[wanted.path]})
+    return loss.model_copy(update={"perceptual": described})
 
 
 def _from_error(message: str, arguments: float) -> Memory | None:

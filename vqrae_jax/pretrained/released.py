@@ -3,6 +3,8 @@
 By these a model can be described, counted and compiled where there is no hub.
 """
 
+from typing import Any
+
 ARCHITECTURES = {
     "facebook/dinov2-with-registers-small": {
         "model_type": "dinov2_with_registers",
@@ -96,4 +98,18 @@ ARCHITECTURES = {
         "image_size": 224,
         "patch_size": 16,
     },
+}
+
+
+def _dino(width: int, patch: int) -> dict[str, Any]:
+    blocks = {"width": width, "depth": 12, "heads": width // 64, "mlp": 4 * width, "act": "gelu_tanh"}
+    return {"blocks": blocks, "patch": patch, "grid": 224 // patch}
+
+
+# Trunks of the discriminator: fields of models.vit.ViTConfig.
+DINO = {
+    "facebook/dino-vits8": _dino(384, 8),
+    "facebook/dino-vits16": _dino(384, 16),
+    "facebook/dino-vitb8": _dino(768, 8),
+    "facebook/dino-vitb16": _dino(768, 16),
 }

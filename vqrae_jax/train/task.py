@@ -31,7 +31,11 @@ class Task(Protocol):
         """One optimizer step; pure."""
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        """Sums over the batch's real images ("images" is their number); pure."""
+        """What is measured of images [B]; pure.
+
+        "counts" [..., K], how often each code was chosen for the images whose "mask" is True; and rows [B, ...]:
+        "reconstruction" [B, H, W, 3], "code" (one vector per image) and any scores.
+        """
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         """Arrays from which `draw` makes a picture; pure."""
@@ -44,8 +48,3 @@ def step_program(task: Task, mesh: Mesh) -> Any:
     """The jitted step: the state is given up, and its successor lives where it lived."""
     where = jax.tree.map(lambda x: x.sharding, task.shapes())
     return jax.jit(task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
-
-
-def evaluate_program(task: Task, mesh: Mesh) -> Any:
-    """The jitted evaluation of a batch, its sums on every device."""
-    return jax.jit(task.evaluate_batch, out_shardings=sharding.replicated(mesh))
