@@ -12,7 +12,7 @@ PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
-LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation"}
+LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation", "compilation"}
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
     "models": {"quantizers", "resize"},
@@ -22,24 +22,29 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config",
+        "checkpoint", "config", "compilation", "resize",
     },
     "train": {
         "", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation",
         "inference", "sharding", "checkpoint", "config",
     },
-    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
-    "benchmark": {"train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config"},
+    "preflight": {"train", "pretrained", "sharding", "config"},
+    "main": {"train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
+    "benchmark": {
+        "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "compilation",
+    },
 }  # fmt: skip
 ONLY_IN = {
     "orbax": {"checkpoint"},
     "optax": {"train"},
     "tensorboardX": {"train"},
     "wandb": {"train"},
-    "rich": {"train", "inference", "benchmark"},
+    "rich": {"train", "inference", "preflight", "benchmark"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "PIL": {"data"},
+    "PIL": {"data", "benchmark"},
+    "pyarrow": {"data"},
+    "fsspec": {"data"},
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},

@@ -1,5 +1,7 @@
 """Pictures of what a tokenizer does, as uint8 arrays: one look everywhere."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -28,15 +30,21 @@ def reconstruction_grid(
     indices: Int[np.ndarray, "B ..."] | None,
     grid: int | None = None,
     columns: int = 2,
+    shown: Sequence[str] = ("input", "reconstruction", "codes"),
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row.
+    """Rows of what is `shown`, by default input | reconstruction | code map, `columns` pictures per row.
+
+    Args:
+      shown: of input, reconstruction, difference and codes, in this order; codes only where there are some.
 
     Codes of several levels show the first, of several scales the last, which is the one of side `grid`.
     """
     enlarge = max(TILE // images.shape[1], 1)
-    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, reconstructions)]
-    if indices is not None:
-        kinds.append(np.stack([code_map(_grid(codes, grid), kinds[0].shape[1]) for codes in indices]))
+    drawn = {"input": images, "reconstruction": reconstructions, "difference": difference_map(images, reconstructions)}
+    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for name, kind in drawn.items() if name in shown]
+    if indices is not None and "codes" in shown:
+        side = images.shape[1] * enlarge
+        kinds.append(np.stack([code_map(_grid(codes, grid), side) for codes in indices]))
     triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
@@ -50,16 +58,6 @@ def difference_map(
     """The absolute difference per channel, times GAIN; black where the two are equal."""
     difference = np.abs(image.astype(np.int32) - reconstruction)
     return np.minimum(difference * GAIN, 255).astype(np.uint8)
-
-
-def difference_grid(
-    images: UInt8[np.ndarray, "B H W 3"], reconstructions: Float[np.ndarray, "B H W 3"]
-) -> UInt8[np.ndarray, "Y X 3"]:
-    """Rows of input | reconstruction | difference."""
-    painted = to_uint8(reconstructions)
-    enlarge = max(TILE // images.shape[1], 1)
-    kinds = (kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, painted, difference_map(images, painted)))
-    return _frame(np.concatenate([_below(_beside(list(row))) for row in zip(*kinds, strict=True)]))
 
 
 def _grid(codes: Int[np.ndarray, "..."], side: int | None) -> Int[np.ndarray, "h w"]:

@@ -98,7 +98,11 @@ class VQRAE(nn.Module):
 
     def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W 3"]:
         """Paints codes: `decode_from_indices(encode_to_indices(x)) == __call__(x)`."""
-        return self.decode(self._normalize(self.quantizer.lookup(indices)))
+        return self.decode(self.lookup(indices))
+
+    def lookup(self, indices: Int[Array, "B h w"]) -> Float[Array, "B h w C"]:
+        """The latent of codes: `lookup(encode_to_indices(x)) == encode(x)`."""
+        return self._normalize(self.quantizer.lookup(indices))
 
     def quantize(self, image: Float[Array, "B H W 3"], train: bool = False) -> Quantized:
         """Encodes and quantizes; z is [B, h, w, C], or [B, N, C] with quantize_before_reshape."""

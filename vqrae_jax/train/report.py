@@ -39,7 +39,10 @@ def write(
     (workdir / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     for kind, found in examples.items():
         images, painted = np.stack([e.image for e in found]), np.stack([e.reconstruction for e in found])
-        image_files.write_image(workdir / FOLDER / f"{kind}.png", pictures.difference_grid(images, painted))
+        rows = pictures.reconstruction_grid(
+            images, pictures.to_uint8(painted), None, columns=1, shown=("input", "reconstruction", "difference")
+        )
+        image_files.write_image(workdir / FOLDER / f"{kind}.png", rows)
     page = _PAGE.format(
         title=f"{html.escape(workdir.name)}, step {step}",
         figures="".join(f"<tr><td>{name}<td>{_short(value)}" for name, value in figures.items()),
