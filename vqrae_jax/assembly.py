@@ -54,12 +54,6 @@ def assemble(
       ConfigError, PretrainedError: naming the field, before anything is compiled.
     """
     encoder, folder = _encoder(config, pin)
-    if config.encoder_input_size % encoder.vit.patch:
-        patch, size = encoder.vit.patch, config.encoder_input_size
-        raise ConfigError(
-            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
-            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
-        )
     decoder = _decoder(config, encoder, pin)
     if latent_stats is None and config.normalization_stat_path:
         latent_stats = sources.read_latent_statistics(config.normalization_stat_path, "model.normalization_stat_path")
@@ -182,6 +176,12 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     _check_layers("model.encoder_params.layers", params.layers, blocks)
     vit = ViTConfig(blocks=blocks, **fields)
+    if config.encoder_input_size % vit.patch:
+        patch, size = vit.patch, config.encoder_input_size
+        raise ConfigError(
+            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
+            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
+        )
     return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
 
 
