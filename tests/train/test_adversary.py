@@ -113,11 +113,15 @@ def test_one_pass_back_equals_two(whole, assert_close):
     picture, key = images()[0] / 255, jax.random.key(1)
     ours, _, _, told = jax.jit(task.gradients)(state, frozen, picture, key, state.batch_stats)
 
+    noise, codes = jax.random.split(key)
+
     def painted(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        return task.assembly.module.apply(
-            variables, picture, train=True, method="forward", mutable=["batch_stats"]
-        )[0].reconstruction  # fmt: skip
+        out, _ = task.assembly.module.apply(
+            variables, picture, train=True, method="forward", mutable=["batch_stats"],
+            rngs={"noise": noise, "codes": codes},
+        )  # fmt: skip
+        return out.reconstruction
 
     def pixel(params):
         return jnp.abs(painted(params) - picture).mean()
