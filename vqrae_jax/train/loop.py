@@ -23,7 +23,7 @@ from vqrae_jax.train import report
 from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.task import Metrics, Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -66,14 +66,12 @@ class Run:
             self.workdir, config.model_dump(), config.train.wandb_project, self.first and not evaluating
         )
 
-        where = sharding.replicated(self.mesh)
         self.frozen = self.task.frozen()
         self.state = self._restore_or_init()
-        placed = jax.tree.map(lambda x: x.sharding, self.state)
-        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
         self.first_bad = jax.jit(first_bad)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint of the workdir, data included; without one, step 0."""
