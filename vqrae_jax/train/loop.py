@@ -20,7 +20,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.task import Metrics, Task, is_sum
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -52,6 +52,7 @@ class Run:
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
+        self.codebook = jax.jit(self.task.codebook, out_shardings=where)
         self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
         self.pictures = jax.jit(self.task.pictures, out_shardings=where)
 
@@ -126,7 +127,7 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
     settings = config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window = Window(config.data.batch_size)
+    window = Window(config.data.batch_size, settings.codebook_alarm)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
@@ -135,7 +136,9 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
             progress.advance(step)
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
-                values = window.flush() | {"data/skipped": run.skipped.count}
+                window.pause()
+                values = {n: float(v) for n, v in jax.device_get(run.codebook(run.state, run.frozen)).items()}
+                values |= window.flush() | {"data/skipped": run.skipped.count}
                 run.writers.scalars(step, values)
                 progress.status(step, _status(values))
             evaluated = step % settings.evaluate_every == 0 or last
@@ -172,8 +175,8 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 class Window:
     """Sums metrics on the device between two log lines; reading them is the only time that the host waits."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, codebook_alarm: float = 0.0):
+        self._batch_size, self._codebook_alarm = batch_size, codebook_alarm
         self._total: Metrics | None = None
         self._steps = self._timed_steps = 0
         self._seconds = 0.0
@@ -189,7 +192,7 @@ class Window:
         self._steps += 1
 
     def pause(self) -> None:
-        """Evaluation and saving are not training time."""
+        """Logging, evaluation and saving are not training time."""
         if self._since is None:
             return
         jax.block_until_ready(self._total)
@@ -197,13 +200,16 @@ class Window:
         self._since = None
 
     def flush(self) -> dict[str, float]:
-        """Means of scalars, codebook health over the window, images per second."""
+        """Means of scalars, sums of events, codebook health over the window, images per second; warns of bad health."""
         total = jax.device_get(self._total)
         now = time.perf_counter()
         running = 0.0 if self._since is None else now - self._since
-        values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        if "counts" in total:
-            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
+        counts = total.pop("counts", None)
+        values = {n: float(v) if is_sum(v) else float(v) / self._steps for n, v in total.items()}
+        if counts is not None:
+            values |= {f"codebook/{n}": v for n, v in codebook.health(counts).items()}
+            if message := codebook.alarm(counts, self._codebook_alarm):
+                log.warning(message)
         if self._timed_steps:
             values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
         self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now

@@ -7,7 +7,13 @@ import numpy as np
 
 from vqrae_jax.train.state import TrainState
 
-Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "counts" [..., K], summed over it
+# Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the codes), summed over it.
+Metrics = dict[str, Any]
+
+
+def is_sum(metric: Any) -> bool:
+    """Whether a metric is added up instead of averaged."""
+    return bool(np.issubdtype(metric.dtype, np.integer))
 
 
 class Task(Protocol):
@@ -27,6 +33,9 @@ class Task(Protocol):
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
         """Sums over the batch's real images ("images" is their number); pure."""
+
+    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
+        """What the state tells of the codebook, for the log; empty where there is none; pure."""
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         """Arrays from which `draw` makes a picture; pure."""

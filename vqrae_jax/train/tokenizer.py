@@ -15,10 +15,11 @@ from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.inference import pictures
 from vqrae_jax.losses import pixel
+from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics
+from vqrae_jax.train.task import Metrics, is_sum
 
 PARTS = ("encoder", "quantizer", "decoder")
 
@@ -135,7 +136,7 @@ class TokenizerTask:
 
         start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
         (grads, batch_stats), stacked = jax.lax.scan(add, start, (micro, jax.random.split(key, parts)))
-        return grads, batch_stats, {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+        return grads, batch_stats, {n: v.sum(0) if is_sum(v) else v.mean(0) for n, v in stacked.items()}
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
         images, mask = to_float(batch["image"]), batch["mask"]
@@ -144,6 +145,11 @@ class TokenizerTask:
         if "counts" in out.quantized.metrics:
             sums["counts"] = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
         return sums
+
+    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
+        variables = {"params": {**frozen, **state.params}, "batch_stats": state.batch_stats}
+        codes = self.assembly.module.apply(variables, method=lambda model: model.quantizer.codes())
+        return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
