@@ -28,7 +28,10 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "sharding", "checkpoint", "config",
     },
     "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
-    "benchmark": {"train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config"},
+    "benchmark": {
+        "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
+        "config",
+    },
 }  # fmt: skip
 ONLY_IN = {
     "orbax": {"checkpoint"},
