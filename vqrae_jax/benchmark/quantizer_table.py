@@ -25,7 +25,6 @@ from vqrae_jax.evaluation import codebook
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.losses.pixel import l2
 from vqrae_jax.models.decoder import Decoder
-from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
@@ -89,8 +88,8 @@ def run(given: argparse.Namespace) -> None:
     """
     if given.codes not in LEVELS:
         raise ConfigError(f"--codes={given.codes}: the table knows equal bits for {' and '.join(map(str, LEVELS))}")
-    module = _model(given)
-    train, val = (_read(given, module, split) for split in ("train", "val"))
+    built = _assemble(given)
+    train, val = (_read(given, built, split) for split in ("train", "val"))
     steps = given.steps or given.epochs * (len(train.images) // BATCH)
     everything = settings(given.codes, train.latents.shape[1], steps)
     names = given.quantizers.split(",") if given.quantizers else list(everything)
@@ -101,7 +100,7 @@ def run(given: argparse.Namespace) -> None:
     print(*(f"| {line} |" for line in lines), sep="\n", flush=True)
     rows: list[dict[str, Any]] = []
     for name in ["none", *(n for n in names if n != "none")]:  # its time is what the others are compared with
-        rows.append(_row(name, everything[name], module.decoder, train, val, steps))
+        rows.append(_row(name, everything[name], built.module.decoder, train, val, steps))
         rows[-1]["time / none"] = rows[-1]["ms per step"] / rows[0]["ms per step"]
         lines.append(
             " | ".join("-" if rows[-1][c] is None else form.format(rows[-1][c]) for c, form in COLUMNS.items())
@@ -120,23 +119,24 @@ def run(given: argparse.Namespace) -> None:
         print(f"wrote {output}")
 
 
-def _model(given: argparse.Namespace) -> VQRAE:
-    """The encoder with its parameters, and a decoder that is small enough for a laptop to train one per row."""
+def _assemble(given: argparse.Namespace) -> assembly.Assembly:
+    """The encoder that was asked for, with a decoder that is small enough to train one per row."""
     config = {"encoder_cls": given.encoder_cls, "encoder_config_path": given.encoder, "encoder_input_size": given.size}
-    built = assembly.assemble(from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"}))
-    encoder, decoder = built.module.encoder, built.module.decoder
+    config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"})
+    built = assembly.for_frozen_encoder(assembly.assemble(config))
+    decoder = built.module.decoder
     blocks = dataclasses.replace(decoder.blocks, depth=1)
-    decoder = decoder.clone(blocks=blocks, patch=given.size // encoder.grid)
-    params = {"encoder": jax.device_put(built.pretrained["encoder"])}
-    return built.module.clone(decoder=decoder).bind({"params": params})
+    decoder = decoder.clone(blocks=blocks, patch=given.size // decoder.grid)
+    return dataclasses.replace(built, module=built.module.clone(decoder=decoder))
 
 
-def _read(given: argparse.Namespace, module: VQRAE, split: str) -> Split:
+def _read(given: argparse.Namespace, built: assembly.Assembly, split: str) -> Split:
     """The images of a subfolder, and what the encoder makes of them."""
     data = {"eval_path": str(pathlib.Path(given.images) / split), "image_size": given.size, "eval_batch_size": BATCH}
-    encode = jax.jit(lambda image: module.encoder(image.astype(jnp.float32) / 255))
+    encoder, params = built.module.encoder, {"params": jax.device_put(built.pretrained["encoder"])}
+    encode = jax.jit(lambda params, image: encoder.apply(params, image.astype(jnp.float32) / 255))
     parts = [
-        (np.asarray(encode(batch["image"]))[batch["mask"]], batch["image"][batch["mask"]])
+        (np.asarray(encode(params, batch["image"]))[batch["mask"]], batch["image"][batch["mask"]])
         for batch in pipeline.evaluation_batches(from_dict(DataConfig, data), limit=given.limit)
     ]
     return Split(*(np.concatenate(column) for column in zip(*parts, strict=True)))
