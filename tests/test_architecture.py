@@ -12,25 +12,26 @@ PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
-LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation"}
+LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation", "compilation"}
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
     "models": {"quantizers", "resize"},
     "pretrained": {"resize"},
     "assembly": {"models", "quantizers", "pretrained", "config"},
-    "evaluation": {"models", "sharding"},
+    "critics": {"assembly", "models", "pretrained", "config"},
+    "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config",
+        "checkpoint", "config", "compilation", "resize",
     },
     "train": {
-        "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",
-        "sharding", "checkpoint", "config",
+        "", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation",
+        "inference", "sharding", "checkpoint", "config",
     },
-    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
+    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config",
+        "config", "compilation",
     },
 }  # fmt: skip
 ONLY_IN = {
@@ -41,7 +42,9 @@ ONLY_IN = {
     "rich": {"train", "inference", "benchmark"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "PIL": {"data"},
+    "PIL": {"data", "benchmark"},
+    "pyarrow": {"data"},
+    "fsspec": {"data"},
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},

@@ -27,6 +27,11 @@ def main(argv: Sequence[str]) -> None:
     for name in ("config", "workdir"):
         if not flags.FLAGS[name].present:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
+    if "://" in WORKDIR.value:
+        raise config_lib.ConfigError(
+            f"--workdir={WORKDIR.value!r}: a run is written to a folder: mount the bucket (gcsfuse) and give its path; "
+            "data.path and data.eval_path may be addresses"
+        )
     config = _read_config()
     from vqrae_jax.train import loop
 

@@ -26,7 +26,8 @@ RULES: list[tuple[str, P]] = [
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
     (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted)$", P()),
-    (r"(patch_embed|embed|pred)/kernel$", P()),
+    (r"(patch_embed|embed|pred|features)/kernel$", P()),
+    (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
     (r"(pos_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),

@@ -31,7 +31,7 @@ def test_decay_ends_with_training_by_default():
 
 def test_weight_decay_touches_kernels_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "pos_embed": jnp.ones(3)}
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, learning_rate=1.0), 10)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), lambda _: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert np.all(updates["dense"]["kernel"] < 0)
     assert not np.any(updates["dense"]["bias"])

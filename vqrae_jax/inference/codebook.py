@@ -17,14 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from vqrae_jax.checkpoint import CheckpointError
-from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images, pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
-from vqrae_jax.inference import data_flags
+from vqrae_jax.inference import command, data_flags
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -188,9 +185,8 @@ def _spacing(codes: Float[np.ndarray, "K C"]) -> dict[str, float]:
 
 
 def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
-    batches = pipeline.evaluation_batches(data_flags.data_config(args, size, BATCH), limit=args.limit)
-    if batches is None:
-        raise DataError("--split is empty: name the split of the dataset")
+    data = data_flags.data_config(args, image_size=size, eval_batch_size=BATCH)
+    batches = pipeline.evaluation_batches(data, limit=args.limit)
     pictures = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
     if skipped := batches.count - len(pictures):
         print(f"skipped: {skipped} images that cannot be read", file=sys.stderr)
@@ -200,7 +196,4 @@ def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
 
 
 if __name__ == "__main__":
-    try:
-        report(parse())
-    except (CheckpointError, ConfigError, DataError, PretrainedError, TokenizerError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: report(parse()))

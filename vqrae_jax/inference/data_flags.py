@@ -1,6 +1,7 @@
 """The arguments by which a command is told its images: any source that a config's data section can name."""
 
 import argparse
+from typing import Any
 
 from vqrae_jax.config import ConfigError, DataConfig, from_dict
 
@@ -13,14 +14,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
 
 
-def data_config(args: argparse.Namespace, image_size: int, batch_size: int) -> DataConfig:
-    """The images as a config's validation data: in order, with nothing random.
+def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
+    """The images as a config's validation data: in order, with nothing random; `fields` are further ones of it.
 
     Raises:
-      ConfigError: no such source, or no --data for it.
+      ConfigError: no such source, or it lacks --data or --split.
     """
-    if args.data is None and args.source == "folder":
-        raise ConfigError("--data is missing: give a folder of images, or another --source")
+    if args.data is None and args.source not in ("photographs", "tfds"):
+        raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
+    if not args.split:
+        raise ConfigError("--split is empty: name the split of the dataset")
     given = {"source": args.source, "path": args.data, "eval_path": args.data, "name": args.name}
-    given |= {"eval_split": args.split, "image_size": image_size, "eval_batch_size": batch_size}
-    return from_dict(DataConfig, given)
+    return from_dict(DataConfig, given | {"eval_split": args.split} | fields)

@@ -6,7 +6,6 @@ Mean, variance and principal axes of an encoder's latents over images; `model.no
 import argparse
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -16,11 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vqrae_jax import assembly, sharding
-from vqrae_jax.config import ConfigError, ModelConfig, from_dict
+from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
-from vqrae_jax.inference import data_flags
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.inference import command, data_flags
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +135,8 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     params = {"params": jax.device_put(built.pretrained["encoder"])}
     mesh = sharding.make_mesh()
     batch = -(-args.batch // mesh.size) * mesh.size
-    batches = pipeline.evaluation_batches(data_flags.data_config(args, args.size, batch), limit=args.limit)
-    if batches is None:
-        raise DataError("--split is empty: name the split of the dataset")
+    data = data_flags.data_config(args, image_size=args.size, eval_batch_size=batch)
+    batches = pipeline.evaluation_batches(data, limit=args.limit)
     moments = estimate(lambda image: built.module.encoder.apply(params, image), batches, mesh)
     if not moments.count:
         raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
@@ -154,7 +151,4 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    try:
-        latent_statistics(parse())
-    except (ConfigError, DataError, PretrainedError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: latent_statistics(parse()))

@@ -32,7 +32,11 @@ class Task(Protocol):
         """One optimizer step; pure."""
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        """Sums over the batch's real images ("images" is their number); pure."""
+        """What is measured of images [B]; pure.
+
+        "counts" [..., K], how often each code was chosen for the images whose "mask" is True; and rows [B, ...]:
+        "reconstruction" [B, H, W, 3], "code" (one vector per image) and any scores.
+        """
 
     def codebook(self, state: TrainState, frozen: Any) -> Metrics:
         """What the state tells of the codebook, for the log; empty where there is none; pure."""

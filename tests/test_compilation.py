@@ -1,0 +1,49 @@
+"""The cache is set in processes of their own: it is a setting of the whole process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import logging, sys, time
+logging.basicConfig()
+from vqrae_jax.compilation import enable_compilation_cache
+folder = enable_compilation_cache()
+print(folder)
+import jax, jax.numpy as jnp
+jax.jit(lambda x: sum(jnp.sin(x @ x + i) @ x for i in range(40)))(jnp.ones((8, 8)))
+print(len(list(folder.iterdir())) if folder else None)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    def in_new_process(**settings):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache"), **settings}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return (*done.stdout.split(), done.stderr)
+
+    return in_new_process
+
+
+def test_programs_are_kept_in_the_users_cache(run, tmp_path):
+    folder, files, _ = run()
+    assert folder.startswith(str(tmp_path / "cache" / "vqrae_jax"))
+    assert int(files) > 0
+    assert run()[1] == files  # read, not written again
+
+
+def test_jax_settings_win(run, tmp_path):
+    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path))[0] == str(tmp_path)
+    assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    folder, files, told = run(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert (folder, files) == ("None", "None")
+    assert "no compilation cache" in told
