@@ -65,7 +65,7 @@ def test_any_source_of_images_serves(golden, tmp_path, capsys):
     with pytest.raises(ConfigError, match="--data is missing"):
         latent_statistics.latent_statistics(parse(given))
     with pytest.raises(ConfigError, match="source='tape'"):
-        latent_statistics.latent_statistics(parse([*given, "--source=tape"]))
+        latent_statistics.latent_statistics(parse([*given, "--source=tape", "--data=x"]))
 
 
 def test_the_output_must_be_npz(tmp_path):
