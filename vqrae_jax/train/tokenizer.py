@@ -281,7 +281,8 @@ class TokenizerTask:
         return seen
 
     def codebook(self, state: TrainState, frozen: Any) -> Metrics:
-        variables = {"params": {**frozen, **state.params}, "batch_stats": state.batch_stats}
+        params = self._params(frozen, state, state.params)
+        variables = {"params": params, "batch_stats": state.batch_stats}
         codes = self.assembly.module.apply(variables, method=lambda model: model.quantizer.codes())
         return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
