@@ -31,7 +31,8 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "preflight": {"train", "pretrained", "sharding", "config"},
     "main": {"train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
     "benchmark": {
-        "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "compilation",
+        "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
+        "config", "compilation",
     },
 }  # fmt: skip
 ONLY_IN = {

@@ -47,7 +47,9 @@ def test_everything_is_written(straight):
     workdir, figures = straight
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6]
-    assert {"loss/pixel", "loss/vq", "codebook/usage", "codebook/perplexity", "grad_norm"} <= lines[0].keys()
+    assert {"loss/pixel", "loss/vq", "grad_norm"} <= lines[0].keys()
+    health = ("usage", "perplexity", "entropy_bits", "dead", "starved", "revived", "quantization_error", "distance")
+    assert {f"codebook/{name}" for name in health} <= lines[0].keys()
     assert figures["eval/images"] == 64
     assert (workdir / "reconstructions.png").stat().st_size > 1000
     assert any((workdir / "tensorboard").iterdir())
@@ -138,18 +140,21 @@ loop.train(config, sys.argv[1])
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
-def test_windows_average_scalars_and_add_counts():
-    window = loop.Window(batch_size=4)
+def test_windows_average_scalars_add_events_and_warn(caplog):
+    window = loop.Window(batch_size=4, codebook_alarm=0.6)
 
     def add(a, b):
         return jax.tree.map(lambda x, y: x + y, a, b)
 
     for value, counts in ((1.0, [1, 0, 1, 0]), (3.0, [1, 0, 0, 0])):
-        window.add({"loss": np.float32(value), "counts": np.array(counts)}, add)
+        window.add({"loss": np.float32(value), "counts": np.array(counts), "revived": np.int32(3)}, add)
     flushed = window.flush()
     assert flushed["loss"] == 2.0
+    assert flushed["revived"] == 6
     assert flushed["codebook/usage"] == 0.5
     assert flushed["images_per_second"] > 0
-    window.add({"loss": np.float32(5.0), "counts": np.array([1, 1, 1, 1])}, add)
+    assert not caplog.text
+    window.add({"loss": np.float32(5.0), "counts": np.array([2, 2, 0, 0])}, add)
     window.pause()
     assert window.flush()["loss"] == 5.0
+    assert "ALARM: 2 of 4 codes are in use, fewer than 60.0%" in caplog.text

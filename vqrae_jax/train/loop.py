@@ -23,7 +23,7 @@ from vqrae_jax.train import report
 from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task, step_program
+from vqrae_jax.train.task import Metrics, Task, is_sum, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -71,7 +71,9 @@ class Run:
         self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
         self.first_bad = jax.jit(first_bad)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
+        where = sharding.replicated(self.mesh)
+        self.codebook = jax.jit(self.task.codebook, out_shardings=where)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint of the workdir, data included; without one, step 0."""
@@ -141,7 +143,8 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
     settings = run.config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
+    window = Window(config.data.batch_size, settings.codebook_alarm)
+    guard = Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
@@ -155,7 +158,9 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
             if saved or evaluated or step % settings.log_every == 0:
                 guard.check()
             if step % settings.log_every == 0 or last:
-                values = window.flush() | {"data/skipped": run.skipped.count}
+                window.pause()
+                values = {n: float(v) for n, v in jax.device_get(run.codebook(run.state, run.frozen)).items()}
+                values |= window.flush() | {"data/skipped": run.skipped.count}
                 run.writers.scalars(step, values)
                 progress.status(step, _status(values))
             if evaluated or saved:
@@ -197,8 +202,8 @@ def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Devic
 class Window:
     """Sums metrics on the device between two log lines; reading them is the only time that the host waits."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, codebook_alarm: float = 0.0):
+        self._batch_size, self._codebook_alarm = batch_size, codebook_alarm
         self._total: Metrics | None = None
         self._steps = self._timed_steps = 0
         self._seconds = 0.0
@@ -214,7 +219,7 @@ class Window:
         self._steps += 1
 
     def pause(self) -> None:
-        """Evaluation and saving are not training time."""
+        """Logging, evaluation and saving are not training time."""
         if self._since is None:
             return
         jax.block_until_ready(self._total)
@@ -222,13 +227,16 @@ class Window:
         self._since = None
 
     def flush(self) -> dict[str, float]:
-        """Means of scalars, codebook health over the window, images per second."""
+        """Means of scalars, sums of events, codebook health over the window, images per second; warns of bad health."""
         total = jax.device_get(self._total)
         now = time.perf_counter()
         running = 0.0 if self._since is None else now - self._since
-        values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        if "counts" in total:
-            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
+        counts = total.pop("counts", None)
+        values = {n: float(v) if is_sum(v) else float(v) / self._steps for n, v in total.items()}
+        if counts is not None:
+            values |= {f"codebook/{n}": v for n, v in codebook.health(counts).items()}
+            if message := codebook.alarm(counts, self._codebook_alarm):
+                log.warning(message)
         if self._timed_steps:
             values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
         self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now

@@ -15,12 +15,13 @@ from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
+from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.objective import Objective, Painted
 from vqrae_jax.train.optim import ema_decay, make_optimizer, part_rates, update_ema
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics
+from vqrae_jax.train.task import Metrics, is_sum
 
 PARTS = ("encoder", "quantizer", "decoder")
 
@@ -260,7 +261,7 @@ class TokenizerTask:
         start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
         keys = jax.random.split(key, len(images))
         (grads, batch_stats), (reconstructions, stacked) = jax.lax.scan(add, start, (images, keys))
-        metrics = {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+        metrics = {n: v.sum(0) if is_sum(v) else v.mean(0) for n, v in stacked.items()}
         return grads, batch_stats, reconstructions, metrics
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
@@ -278,6 +279,12 @@ class TokenizerTask:
             shape = out.quantized.metrics["counts"].shape
             seen["counts"] = masked_counts(out.quantized.indices, shape, batch["mask"])
         return seen
+
+    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
+        params = self._params(frozen, state, state.params)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        codes = self.assembly.module.apply(variables, method=lambda model: model.quantizer.codes())
+        return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
