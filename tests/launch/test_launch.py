@@ -18,7 +18,7 @@ JOB = {
     "IMAGE": "vqrae:tpu",
     "CONFIG": "configs/dinov2_b.py",
     "WORKDIR": "/mnt/bucket/run",
-    "BUCKET": "mine",
+    "BUCKET": "b",
 }
 
 
@@ -110,9 +110,8 @@ def test_create_takes_the_runtime_of_the_generation(kind, runtime):
 def test_from_nothing_to_a_run_and_back_dry():
     done = launch("tpu/watch.sh", *RUN, **POD)
     assert done.returncode == 0, done.stderr
-    created, archived, copied, installed, mounted, trained = (
-        done.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
-    )
+    ran = done.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
+    created, archived, copied, installed, mounted, trained = ran
     assert "queued-resources create" in created
     assert archived.startswith("git archive")
     assert "scp" in copied
@@ -180,7 +179,7 @@ def test_the_jobset_of_a_slice(topology, hosts, chips):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
     assert pod["containers"][0]["args"] == RUN
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "mine"
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
 def test_the_jobset_of_gpus_names_process_0():
