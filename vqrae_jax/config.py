@@ -168,6 +168,12 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 1_000
     keep_last: Positive = 3
     keep_best: Count = 1  # by validation PSNR
+    keep_every: Count = 0  # steps; checkpoints of their multiples are kept for good; 0: none
+    # Another run's workdir (or one of its checkpoints) whose model a new run starts from, its optimizer fresh.
+    start_from: str | None = None
+    start_parts: tuple[str, ...] = ()  # what is taken: paths like "decoder", "quantizer/codebook"; (): all of it
+    start_renames: dict[str, str] = {}  # beginning of a path in that checkpoint -> what it is called here
+    hang_seconds: NonNegative = 900  # without a step, after which every thread's stack is printed; 0: never
     pictures: Positive = 8  # validation images drawn at each evaluation
     wandb_project: str | None = None  # also log to Weights & Biases
 
@@ -175,8 +181,9 @@ class TrainConfig(Section):
 class MeshConfig(Section):
     """How devices are laid out."""
 
-    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that "model" leaves
+    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that the others leave
     model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
+    slices: Positive = 1  # TPU slices (or nodes) that only share batches; parameters are whole in each
     fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
     fsdp_min_size: Positive = 65_536  # elements below which a leaf is kept whole
 
