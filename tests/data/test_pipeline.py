@@ -111,8 +111,9 @@ def test_processes_share_the_global_batch(processes):
     ]
     for k, batch in enumerate(whole):
         for i in range(processes):
-            assert np.array_equal(parts[i][k]["image"], batch["image"][i::processes])
-            assert np.array_equal(parts[i][k]["label"], batch["label"][i::processes])
+            share = slice(i * 8 // processes, (i + 1) * 8 // processes)
+            assert np.array_equal(parts[i][k]["image"], batch["image"][share])
+            assert np.array_equal(parts[i][k]["label"], batch["label"][share])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
