@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vqrae_jax import checkpoint
 from vqrae_jax import config as config_lib
 from vqrae_jax.inference import folder
-from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.inference.tokenizer import Tokenizer, read_model
 from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
@@ -162,13 +162,13 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
         raise config_lib.ConfigError(f"--output={output}: a PyTorch checkpoint is a .pt or .pth file")
     config, frozen = _read_config(args.checkpoint, args.step)
-    tokenizer = Tokenizer.load(args.checkpoint, args.step)
-    variables = jax.device_get(tokenizer.variables)
+    if args.format == "stablehlo":
+        tokenizer = Tokenizer.load(args.checkpoint, args.step)
+        return write_programs(tokenizer.module, jax.device_get(tokenizer.variables), output)
+    variables = jax.device_get(read_model(args.checkpoint, args.step)[1])
     if args.format == "safetensors":
         written = folder.write(output, config, variables, frozen)
         return [written / folder.CONFIG, written / folder.WEIGHTS]
-    if args.format == "stablehlo":
-        return write_programs(tokenizer.module, variables, output)
     state = to_origin(config, variables, args.transformers)
     output.parent.mkdir(parents=True, exist_ok=True)
     export.write_torch(state, output)

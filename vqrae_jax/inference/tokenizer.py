@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax import assembly, checkpoint
 from vqrae_jax import config as config_lib
 from vqrae_jax.inference import folder as exported
+from vqrae_jax.models.encoder import at_input_size
 from vqrae_jax.models.vqrae import VQRAE
 
 PARTS = ("encoder", "quantizer", "decoder")
@@ -49,25 +50,10 @@ class Tokenizer:
           CheckpointError: nothing complete is there, or it is of another architecture than its config.
           PretrainedError: the encoder's weights cannot be had.
         """
-        if exported.is_folder(path):
-            return cls(*exported.read(path))
-        folder = checkpoint.find(path, step)
-        config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
-        saved = checkpoint.saved_shapes(folder)
-        settings = config.model
-        if "decoder" in config.train.trainable:  # what it started from may be gone by now
-            settings = settings.model_copy(update={"pretrained_decoder_path": None})
-        built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
-        shapes = assembly.shapes(built)
-        trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable}
-        checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
-        model = checkpoint.read_model(folder, target)
-        key = jax.random.key(config.train.seed)
-        frozen = assembly.initial_params(built, key, [n for n in PARTS if n not in trained])
-        variables = {**model, "params": jax.device_put({**frozen, **model["params"]}, device)}
-        return cls(built.module, variables)
+        module, variables = read_model(path, step)
+        encoder, params = at_input_size(module.encoder, variables["params"]["encoder"])
+        variables = {**variables, "params": {**variables["params"], "encoder": params}}
+        return cls(module.clone(encoder=encoder), jax.device_put(variables, jax.devices()[0]))
 
     @property
     def codebook_size(self) -> int:
@@ -126,6 +112,28 @@ class Tokenizer:
                 f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
             )
         return indices.astype(np.int32)
+
+
+def read_model(path: str | os.PathLike, step: int | None = None) -> tuple[VQRAE, dict[str, Any]]:
+    """The module and its variables as they were trained and are exported; arguments and errors as `Tokenizer.load`."""
+    if exported.is_folder(path):
+        return exported.read(path)
+    folder = checkpoint.find(path, step)
+    config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
+    saved = checkpoint.saved_shapes(folder)
+    settings = config.model
+    if "decoder" in config.train.trainable:  # what it started from may be gone by now
+        settings = settings.model_copy(update={"pretrained_decoder_path": None})
+    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
+    shapes = assembly.shapes(built)
+    trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable}
+    checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
+    model = checkpoint.read_model(folder, target)
+    key = jax.random.key(config.train.seed)
+    frozen = assembly.initial_params(built, key, [n for n in PARTS if n not in trained])
+    return built.module, {**model, "params": {**frozen, **model["params"]}}
 
 
 def check_images(images: Any) -> np.ndarray:
