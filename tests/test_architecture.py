@@ -12,7 +12,18 @@ PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
-LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation", "compilation"}
+LEAVES = {
+    "quantizers",
+    "losses",
+    "data",
+    "sharding",
+    "checkpoint",
+    "resize",
+    "config",
+    "generation",
+    "compilation",
+    "distributed",
+}
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
     "models": {"quantizers", "resize"},
@@ -24,10 +35,13 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "checkpoint", "config", "compilation",
     },
     "train": {
-        "", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "inference",
-        "sharding", "checkpoint", "config",
+        "", "distributed", "assembly", "models", "quantizers", "losses", "pretrained", "generation", "data",
+        "evaluation", "inference", "sharding", "checkpoint", "config",
     },
-    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
+    "checkpoint": {"", "distributed"},
+    "main": {
+        "", "distributed", "train", "config", "checkpoint", "data", "pretrained", "sharding", "compilation",
+    },
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "compilation",
     },

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import tempfile
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vqrae_jax import __version__
+from vqrae_jax import __version__, distributed
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,30 @@ def check_writable(workdir: str | os.PathLike) -> pathlib.Path:
             f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
         ) from error
     return folder
+
+
+def check_shared(workdir: str | os.PathLike) -> None:
+    """Every process of a run sees what process 0 writes in `workdir`; all of them call it.
+
+    Raises:
+      CheckpointError: one does not.
+    """
+    if distributed.count() == 1:
+        return
+    probe = pathlib.Path(workdir).absolute() / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
+    if distributed.index() == 0:
+        probe.touch()
+    distributed.exchange("written")
+
+    def look() -> None:
+        if not probe.exists():
+            raise CheckpointError(
+                f"--workdir: {probe.parent} of process 0 is another folder here: give one that all processes share"
+            )
+
+    distributed.together(look)
+    if distributed.index() == 0:
+        probe.unlink()
 
 
 def _read(path: pathlib.Path, item: str, target: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 from vqrae_jax import checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.train import loop
+from vqrae_jax.train import loop, watch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -117,7 +117,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
 import resource, sys, jax
 sys.path.insert(0, "tests")
 from conftest import tiny_config
-from vqrae_jax.train import loop
+from vqrae_jax.train import loop, watch
 config = tiny_config()
 write = loop.Run.save
 def save(run, metrics=None):
@@ -139,7 +139,7 @@ loop.train(config, sys.argv[1])
 
 
 def test_windows_average_scalars_and_add_counts():
-    window = loop.Window(batch_size=4)
+    window = watch.Window(batch_size=4)
 
     def add(a, b):
         return jax.tree.map(lambda x, y: x + y, a, b)

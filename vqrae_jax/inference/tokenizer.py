@@ -126,7 +126,7 @@ def read_model(path: str | os.PathLike, step: int | None = None) -> tuple[VQRAE,
         settings = settings.model_copy(update={"pretrained_decoder_path": None})
     built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
     shapes = assembly.shapes(built)
-    trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable}
+    trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable or n in saved["params"]}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)

@@ -1,10 +1,10 @@
 """The one training loop: batches in, state forward, numbers and checkpoints out."""
 
+import functools
 import logging
 import os
 import pathlib
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import __version__, sharding
+from vqrae_jax import __version__, checkpoint, distributed, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train import restore
+from vqrae_jax.train.stop import Stopped, StopSignal
+from vqrae_jax.train.task import Task
 from vqrae_jax.train.tokenizer import TokenizerTask
+from vqrae_jax.train.watch import Health, Window, tell_memory, watching
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
 log = logging.getLogger(__name__)
@@ -35,37 +37,50 @@ class Run:
     def __init__(self, config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None):
         self.config, self.workdir = config, pathlib.Path(workdir).absolute()
         self.first = jax.process_index() == 0
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
-        sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
-        sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
-        shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.skipped = pipeline.Skipped()
-        self.evaluation = pipeline.evaluation_batches(config.data, **shard)
-        self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
-        self.task: Task = TokenizerTask.build(config, self.mesh)
-        self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
-        self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
-
+        distributed.together(lambda: self._prepare(devices))
+        checkpoint.check_shared(self.workdir)
+        settings = config.train
+        self.checkpoints = Checkpoints(self.workdir, settings.keep_last, settings.keep_best, settings.keep_every)
+        self.writers = Writers(self.workdir, config.model_dump(), settings.wandb_project, self.first)
+        self._begin()
         where = sharding.replicated(self.mesh)
-        self.frozen = self.task.frozen()
-        self.state = self._restore_or_init()
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
         self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
         self.pictures = jax.jit(self.task.pictures, out_shardings=where)
 
-    def _restore_or_init(self) -> TrainState:
-        """The newest checkpoint of the workdir, data included; without one, step 0."""
-        step = self.checkpoints.latest_step
-        if step is None:
-            return self.task.init()
-        self._tell_config_changes(step)
-        target = self.task.shapes()
-        model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
-        self.batches.set_state(data)
-        log.info("resumed from step %d of %s", step, self.checkpoints.folder)
-        return TrainState.join(model, rest)
+    def _prepare(self, devices: list[jax.Device] | None) -> None:
+        """What each process does by itself, and what most errors come from."""
+        config = self.config
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
+        sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
+        sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
+        index, count = sharding.data_share(self.mesh)
+        shard = {"process_index": index, "process_count": count}
+        self.evaluation = pipeline.evaluation_batches(config.data, **shard)
+        self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
+        self.task: Task = TokenizerTask.build(config, self.mesh)
+        checkpoint.check_writable(self.workdir)
+
+    def _begin(self) -> None:
+        """State and frozen networks: of the newest checkpoint, of another run, or new."""
+        settings = self.config.train
+        place = functools.partial(
+            sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
+        )
+        frozen = self.task.frozen()
+        start = restore.resume(self.checkpoints, self.task.shapes(), frozen, place)
+        if start is None:
+            start = restore.Start(self.task.init(), frozen)
+            if settings.start_from:
+                start = restore.start_from(settings, start.state, frozen, place)
+        else:
+            self._tell_config_changes(int(start.state.step))
+            self.batches.set_state(start.data)
+            log.info("resumed from step %d of %s", int(start.state.step), self.checkpoints.folder)
+        self.state, self.frozen, self._own = start.state, start.frozen, start.own
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
@@ -77,7 +92,8 @@ class Run:
         }
         scores = {"psnr": metrics["eval/psnr"]} if metrics and "eval/psnr" in metrics else None
         data = self.batches.get_state()
-        self.checkpoints.save(int(state.step), state.inference(), state.rest(), data, meta, scores)
+        model = restore.with_own(state.inference(), self.frozen, self._own)
+        self.checkpoints.save(int(state.step), model, state.rest(), data, meta, scores)
 
     def evaluate(self) -> dict[str, float]:
         """Figures over all validation images, by the EMA parameters with the live codebook; empty without data."""
@@ -120,33 +136,59 @@ class Run:
             log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
 
 
-def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
-    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    devices: list[jax.Device] | None = None,
+    profile_steps: range = range(0),
+) -> dict[str, float]:
+    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation.
+
+    Args:
+      profile_steps: steps that are traced for TensorBoard's profile tab.
+
+    Raises:
+      Stopped: SIGTERM, Ctrl-C or a preemption notice; the step before it is saved.
+    """
     run = Run(config, workdir, devices)
     settings = config.train
     start = int(run.state.step)
+    tell_memory(
+        {"params": run.state.params, "ema": run.state.ema_params, "optimizer": run.state.opt_state,
+         "batch_stats": run.state.batch_stats, "frozen": run.frozen}
+    )  # fmt: skip
     progress = Progress(settings.steps, start, run.first)
-    window = Window(config.data.batch_size)
+    window, health = Window(config.data.batch_size), Health()
     figures: dict[str, float] = {}
     try:
-        for step in range(start + 1, settings.steps + 1):
-            run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
-            window.add(metrics, run.accumulate)
-            progress.advance(step)
-            last = step == settings.steps
-            if step % settings.log_every == 0 or last:
-                values = window.flush() | {"data/skipped": run.skipped.count}
-                run.writers.scalars(step, values)
-                progress.status(step, _status(values))
-            evaluated = step % settings.evaluate_every == 0 or last
-            saved = step % settings.checkpoint_every == 0 or last
-            if evaluated or saved:
-                window.pause()
-            if evaluated:
-                figures = _evaluate(run, step)
-            if saved:
-                run.save(figures if evaluated else None)
-        run.checkpoints.wait()
+        with StopSignal() as stop, watching(run.workdir, settings.hang_seconds, profile_steps) as (beats, dog, profile):
+            for step in range(start + 1, settings.steps + 1):
+                profile.before(step)
+                batch = window.fetch(run.next_batch)
+                run.state, metrics = run.step(run.state, run.frozen, batch)
+                window.add(metrics, run.accumulate)
+                dog.step()
+                beats.beat(step)
+                progress.advance(step)
+                profile.after(step, metrics)
+                last, stopped = step == settings.steps, stop.asked(step)
+                if step % settings.log_every == 0 or last:
+                    values = health.share(window.flush() | {"data/skipped": run.skipped.count})
+                    run.writers.scalars(step, values)
+                    progress.status(step, _status(values))
+                evaluated = (step % settings.evaluate_every == 0 and not stopped) or last
+                saved = step % settings.checkpoint_every == 0 or last or stopped
+                if evaluated or saved:
+                    window.pause()
+                if evaluated:
+                    figures = _evaluate(run, step)
+                if saved:
+                    run.save(figures if evaluated else None)
+                if stopped and not last:
+                    run.checkpoints.wait()
+                    raise Stopped(step)
+            run.checkpoints.wait()
+            beats.beat(settings.steps, force=True)
     finally:
         progress.close()
         run.close()
@@ -167,47 +209,6 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return {"step": int(run.state.step), **run.evaluate()}
     finally:
         run.close()
-
-
-class Window:
-    """Sums metrics on the device between two log lines; reading them is the only time that the host waits."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._total: Metrics | None = None
-        self._steps = self._timed_steps = 0
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def add(self, metrics: Metrics, accumulate: Any) -> None:
-        if self._since is None:  # the first step after a pause may compile or wait: it is not timed
-            jax.block_until_ready(metrics)
-            self._since = time.perf_counter()
-        else:
-            self._timed_steps += 1
-        self._total = metrics if self._total is None else accumulate(self._total, metrics)
-        self._steps += 1
-
-    def pause(self) -> None:
-        """Evaluation and saving are not training time."""
-        if self._since is None:
-            return
-        jax.block_until_ready(self._total)
-        self._seconds += time.perf_counter() - self._since
-        self._since = None
-
-    def flush(self) -> dict[str, float]:
-        """Means of scalars, codebook health over the window, images per second."""
-        total = jax.device_get(self._total)
-        now = time.perf_counter()
-        running = 0.0 if self._since is None else now - self._since
-        values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        if "counts" in total:
-            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
-        if self._timed_steps:
-            values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
-        self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now
-        return values
 
 
 def git_revision() -> str | None:

@@ -1,13 +1,16 @@
 """What a run begins with: its own newest checkpoint that can be read, or parts of another run's model."""
 
+import dataclasses
 import functools
 import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed
+from vqrae_jax.assembly import Placement
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from vqrae_jax.config import ConfigError, TrainConfig
 from vqrae_jax.models.vit import restack_blocks, stacked_blocks
@@ -16,14 +19,21 @@ from vqrae_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 
-def resume(checkpoints: Checkpoints, target: TrainState, place: Any) -> tuple[TrainState, dict[str, Any], int] | None:
-    """The newest readable checkpoint onto the shapes and shardings of `target`: (state, data state, step).
+@dataclasses.dataclass
+class Start:
+    """What a run goes on with."""
+
+    state: TrainState
+    frozen: dict[str, Any]
+    own: tuple[str, ...] = ()  # frozen networks that only checkpoints of this project hold, so this run's must as well
+    data: dict[str, Any] | None = None  # where the input stands; None: at its beginning
+
+
+def resume(checkpoints: Checkpoints, target: TrainState, frozen: dict[str, Any], place: Placement) -> Start | None:
+    """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
 
     One that is damaged is told and set aside, so that its step can be saved again. Layers may have been stacked for
     scanning or not.
-
-    Args:
-      place: a tree of shapes -> a tree of shardings.
 
     Raises:
       CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
@@ -31,13 +41,13 @@ def resume(checkpoints: Checkpoints, target: TrainState, place: Any) -> tuple[Tr
     damaged = {}
     for step in reversed(checkpoints.steps):
         path = checkpoints.folder / str(step)
-        found, problem = distributed.together(functools.partial(_attempt, path, target, place))
+        found, problem = distributed.together(functools.partial(_attempt, path, target, frozen, place))
         problems = [said for said in distributed.exchange(problem) if said]
         if not problems:
             for bad, reason in damaged.items():
-                log.warning("%s; set aside as %s.damaged, resuming from step %d", reason, bad, step)
+                log.warning("%s; it is now called %s.damaged, and the run goes on from step %d", reason, bad, step)
                 checkpoints.set_aside(bad)
-            return *found, step
+            return found
         damaged[step] = problems[0]
     if damaged:
         raise CheckpointError(
@@ -47,28 +57,35 @@ def resume(checkpoints: Checkpoints, target: TrainState, place: Any) -> tuple[Tr
     return None
 
 
-def _attempt(path: Any, target: TrainState, place: Any) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+def _attempt(path: Any, target: TrainState, frozen: dict[str, Any], place: Placement) -> tuple[Start | None, str]:
     """What is in the checkpoint, or else what is wrong with it."""
     try:
-        stacked = stacked_blocks(checkpoint.saved_shapes(path)["params"])
-        trees = (target.inference(), target.rest())
-        wanted = trees
-        convert = _differs(stacked, target.params)
+        checkpoint.read_meta(path)
+        saved = checkpoint.saved_shapes(path)["params"]
+        own = tuple(name for name in frozen if name in saved)
+        model = _shapes(with_own(target.inference(), frozen, own))
+        wanted = ours = (model, target.rest())
+        stacked = stacked_blocks(saved)
+        if convert := _differs(stacked, model["params"]):
+            wanted = _placed(jax.eval_shape(functools.partial(restack_blocks, stacked=stacked), ours), place)
+        *trees, data = checkpoint.read(path, *wanted)
         if convert:
-            wanted = _placed(jax.eval_shape(functools.partial(restack_blocks, stacked=stacked), trees), place)
-        model, rest, data = checkpoint.read(path, *wanted)
-        if convert:
-            ours = stacked_blocks(target.params)
-            where = jax.tree.map(lambda x: x.sharding, trees)
-            model, rest = _restacked((model, rest), ours, where)
-        return (TrainState.join(model, rest), data), ""
+            trees = _restacked(tuple(trees), stacked_blocks(model["params"]), jax.tree.map(lambda x: x.sharding, ours))
+        model, rest = trees
+        params = model["params"]
+        trained = {n: tree for n, tree in params.items() if n not in own}
+        state = TrainState.join({**model, "params": trained}, rest)
+        return Start(state, {**frozen, **{n: params[n] for n in own}}, own, data), ""
     except DamagedError as error:
         return None, str(error)
 
 
-def start_from(
-    config: TrainConfig, state: TrainState, frozen: Any, place: Any
-) -> tuple[TrainState, Any]:
+def with_own(model: dict[str, Any], frozen: dict[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
+    """The `model` item of a checkpoint: what inference needs of the state, and the frozen networks that are its own."""
+    return {**model, "params": {**{name: frozen[name] for name in own}, **model["params"]}}
+
+
+def start_from(config: TrainConfig, state: TrainState, frozen: dict[str, Any], place: Placement) -> Start:
     """State and frozen networks with what `config.start_from` names in the place of their own beginning.
 
     Taken are EMA parameters and mutable state; the optimizer begins anew.
@@ -104,11 +121,12 @@ def start_from(
         read = _restacked(read, stacked_blocks(ours), jax.tree.map(lambda x: x.sharding, ours))
     log.info("%d arrays from %s", len(taken), path)
     params = read.get("params", {})
-    return state.replace(
+    state = state.replace(
         params=_overlaid(state.params, params),
-        ema_params=_overlaid(state.ema_params, jax.tree.map(lambda x: x.copy(), params)),
+        ema_params=_overlaid(state.ema_params, jax.tree.map(jnp.copy, params)),  # the step donates both
         batch_stats=_overlaid(state.batch_stats, read.get("batch_stats", {})),
-    ), _overlaid(frozen, params)
+    )
+    return Start(state, _overlaid(frozen, params), tuple(name for name in frozen if name in params))
 
 
 def _differs(stacked: dict[str, bool], params: Any) -> bool:
@@ -120,7 +138,11 @@ def _restacked(tree: Any, stacked: dict[str, bool], where: Any) -> Any:
     return jax.jit(functools.partial(restack_blocks, stacked=stacked), out_shardings=where)(tree)
 
 
-def _placed(shapes: Any, place: Any) -> Any:
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _placed(shapes: Any, place: Placement) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, place(shapes))
 
 
@@ -141,4 +163,5 @@ def _is_taken(name: str, parts: tuple[str, ...]) -> bool:
 def _overlaid(tree: Any, over: Any) -> Any:
     """`tree` with the leaves that `over` has as well."""
     given = flatten_dict(over)
-    return unflatten_dict({name: given.get(name, leaf) for name, leaf in flatten_dict(tree).items()})
+    leaves = flatten_dict(tree, keep_empty_nodes=True)
+    return unflatten_dict({name: given.get(name, leaf) for name, leaf in leaves.items()})

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from vqrae_jax import distributed
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The run ended early, as it was asked to, with everything saved. Not an error."""
 
     def __init__(self, step: int):

@@ -1,9 +1,8 @@
-"""How a run is doing: times of its steps, signs of life, what memory holds, stacks when it hangs, a profile on request."""
+"""How a run is doing: times of its steps, signs of life, what memory holds, stacks when it hangs, a profile."""
 
 import faulthandler
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
@@ -102,11 +101,11 @@ class Health:
             every = np.asarray(multihost_utils.process_allgather(numbers))
             slowest = int(every[:, 0].argmax())
             wait = float(every[slowest, 0])
-            low, high = every[:, 2].min(), every[:, 2].max()
-            log.info(
-                "%d processes: median step %.3f to %.3f s, longest wait for data %.1f %% (process %d), skipped %d",
-                len(every), low, high, 100 * wait, slowest, every[:, 1].sum(),
-            )  # fmt: skip
+            if "data_wait" in values:
+                log.info(
+                    "%d processes: median step %.3f to %.3f s, longest wait for data %.1f %% (process %d), skipped %d",
+                    len(every), every[:, 2].min(), every[:, 2].max(), 100 * wait, slowest, every[:, 1].sum(),
+                )  # fmt: skip
             values = values | {"data/skipped": int(every[:, 1].sum())}
             if "data_wait" in values:
                 values["data_wait"] = wait
@@ -217,17 +216,3 @@ def _readable(size: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def profile_range(text: str | None) -> range:
-    """"10:13" -> steps 10 to 12, as in a Python slice.
-
-    Raises:
-      ValueError: anything else.
-    """
-    if not text:
-        return range(0)
-    first, colon, end = text.partition(":")
-    if not (colon and first.isdigit() and end.isdigit() and 0 < int(first) < int(end)):
-        raise ValueError(f"--profile_steps={text!r} is no range of steps, as in 10:13 for steps 10 to 12")
-    return range(int(first), int(end))
