@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from vqrae_jax import checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.train import loop, watch
+from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -117,7 +118,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
 import resource, sys, jax
 sys.path.insert(0, "tests")
 from conftest import tiny_config
-from vqrae_jax.train import loop, watch
+from vqrae_jax.train import loop
 config = tiny_config()
 write = loop.Run.save
 def save(run, metrics=None):
@@ -138,18 +139,17 @@ loop.train(config, sys.argv[1])
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
-def test_windows_average_scalars_and_add_counts():
-    window = watch.Window(batch_size=4)
+def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
+    """SIGTERM, or Ctrl-C once, during step 2."""
+    fetch, before = loop.Run.next_batch, signal.getsignal(signal.SIGINT)
 
-    def add(a, b):
-        return jax.tree.map(lambda x, y: x + y, a, b)
+    def next_batch(run):
+        if int(run.state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(run)
 
-    for value, counts in ((1.0, [1, 0, 1, 0]), (3.0, [1, 0, 0, 0])):
-        window.add({"loss": np.float32(value), "counts": np.array(counts)}, add)
-    flushed = window.flush()
-    assert flushed["loss"] == 2.0
-    assert flushed["codebook/usage"] == 0.5
-    assert flushed["images_per_second"] > 0
-    window.add({"loss": np.float32(5.0), "counts": np.array([1, 1, 1, 1])}, add)
-    window.pause()
-    assert window.flush()["loss"] == 5.0
+    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
+    with pytest.raises(loop.Stopped, match="stopped at step 2, which is saved"):
+        loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
+    assert checkpoint.find(tmp_path).name == "2"
+    assert signal.getsignal(signal.SIGINT) is before

@@ -75,7 +75,8 @@ class Run:
         if start is None:
             start = restore.Start(self.task.init(), frozen)
             if settings.start_from:
-                start = restore.start_from(settings, start.state, frozen, place)
+                state = start.state
+                start = distributed.together(lambda: restore.start_from(settings, state, frozen, place))
         else:
             self._tell_config_changes(int(start.state.step))
             self.batches.set_state(start.data)

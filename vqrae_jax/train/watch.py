@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -148,12 +148,12 @@ class Watchdog:
     An evaluation and a save count as part of the step before them.
     """
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    def __init__(self, seconds: float, file: IO[str] | None = None):
+        self._seconds, self._file = seconds, file or sys.__stderr__
 
     def step(self) -> None:
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
