@@ -39,10 +39,18 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Keeps the last `keep_last`, the `keep_best` with the highest "psnr" among those saved with metrics, and those whose
-    step is a multiple of `keep_every` (0: none).
+    step is a multiple of `keep_every` (0: none). With `reading`, another run may be saving there: nothing is changed.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep_last: int = 3, keep_best: int = 1, keep_every: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        keep_every: int = 0,
+        reading: bool = False,
+    ):
+        self.reading = reading
         self.folder = check_writable(workdir)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
@@ -54,7 +62,8 @@ class Checkpoints:
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not reading,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -86,7 +95,8 @@ class Checkpoints:
         """Renames the folder of `step`, so that the step can be saved again; every process calls it."""
         if jax.process_index() == 0:
             path = self.folder / str(step)
-            path.rename(path.with_name(f"{step}.damaged"))
+            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))
+            log.warning("%s is now called %s", path, aside.name)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
 

@@ -1,5 +1,6 @@
 """What a run begins with."""
 
+import functools
 import logging
 import shutil
 
@@ -7,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint
-from vqrae_jax.config import ConfigError
+from vqrae_jax import checkpoint, sharding
+from vqrae_jax.config import ConfigError, TrainConfig
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.vit import restack_blocks, stacked_blocks
 from vqrae_jax.train import loop, restore
+from vqrae_jax.train.tokenizer import TokenizerTask
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, opened, tmp_p
         run = opened(tmp_path)
     assert int(run.state.step) == 1
     assert "checkpoints/2 cannot be read" in caplog.text
-    assert "it is now called 2.damaged, and the run goes on from step 1" in caplog.text
-    assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
+    assert "step 1 is taken in its place" in caplog.text
+    (aside,) = (tmp_path / "checkpoints").glob("2.damaged-*")
+    assert f"is now called {aside.name}" in caplog.text
     run.state, _ = run.step(run.state, run.frozen, run.next_batch())
     run.save()
     run.checkpoints.wait()
@@ -111,32 +114,38 @@ def test_a_new_run_takes_another_ones_model(trained, opened, tmp_path):
     assert_equal(Tokenizer.load(tmp_path).variables["params"]["encoder"], source["params"]["encoder"])
 
 
-def test_parts_renames_and_stacking(trained, opened, tmp_path, tiny):
-    source, fresh = opened(trained).state, opened(tmp_path / "fresh").state
-    train = {"start_from": str(trained), "start_parts": ("decoder",)}
-    run = opened(tmp_path / "part", train=train, model={"scan_layers": True})
-    assert_equal(run.state.params["decoder"], restack(source, True).ema_params["decoder"])
-    assert_equal(run.state.params["encoder"], fresh.params["encoder"])
-    assert_equal(run.state.batch_stats, fresh.batch_stats)
+@pytest.fixture(scope="module")
+def fresh(tiny, one_mesh):
+    """The task and state of a run that begins, of plain and of stacked layers."""
+    tasks = [TokenizerTask.build(tiny(model={"scan_layers": scan}), one_mesh) for scan in (False, True)]
+    return [(task, task.init()) for task in tasks]
+
+
+def begin(task_and_state, **train):
+    task, state = task_and_state
+    place = functools.partial(sharding.shardings, mesh=task.mesh)
+    return restore.start_from(TrainConfig(**train), state, {}, place).state
+
+
+def test_parts_renames_and_stacking(trained, opened, fresh):
+    source, (plain, stacked) = opened(trained).state, fresh
+    state = begin(stacked, start_from=str(trained), start_parts=("decoder",))
+    assert_equal(state.params["decoder"], restack(source, True).ema_params["decoder"])
+    assert_equal(state.params["encoder"], stacked[1].params["encoder"])
+    assert_equal(state.batch_stats, stacked[1].batch_stats)
     renames = {"decoder/block00": "decoder/block01", "decoder/block01": "decoder/block00"}
-    run = opened(tmp_path / "swapped", train=train | {"start_renames": renames})
-    assert_equal(run.state.params["decoder"]["block01"], source.ema_params["decoder"]["block00"])
-    assert_equal(run.state.params["decoder"]["block00"], source.ema_params["decoder"]["block01"])
+    state = begin(plain, start_from=str(trained), start_parts=("decoder",), start_renames=renames)
+    assert_equal(state.params["decoder"]["block01"], source.ema_params["decoder"]["block00"])
+    assert_equal(state.params["decoder"]["block00"], source.ema_params["decoder"]["block01"])
 
 
-@pytest.mark.parametrize(
-    ("train", "model", "error", "message"),
-    [
-        ({"start_parts": ("decoder", "head")}, {}, ConfigError, r"has decoder, encoder, quantizer, not \['head'\]"),
-        (
-            {},
-            {"num_embeddings": 16},
-            checkpoint.CheckpointError,
-            r"quantizer/codebook \(32, 16\) instead of \(16, 16\)",
-        ),
-        ({"start_renames": {"decoder/pred": "decoder/out"}}, {}, checkpoint.CheckpointError, r"missing \(2\): .*pred"),
-    ],
-)
-def test_what_does_not_fit_is_named(trained, opened, tmp_path, train, model, error, message):
-    with pytest.raises(error, match=message):
-        opened(tmp_path, train={"start_from": str(trained), **train}, model=model)
+def test_what_does_not_fit_is_named(trained, fresh):
+    plain, _ = fresh
+    with pytest.raises(ConfigError, match=r"has decoder, encoder, quantizer, not \['head'\]"):
+        begin(plain, start_from=str(trained), start_parts=("decoder", "head"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"missing \(2\): .*pred"):
+        begin(plain, start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
+    task, state = plain
+    smaller = state.replace(batch_stats=jax.tree.map(lambda x: x[:16] if x.ndim else x, state.batch_stats))
+    with pytest.raises(checkpoint.CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
+        begin((task, smaller), start_from=str(trained))

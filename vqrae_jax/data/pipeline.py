@@ -45,9 +45,14 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
     transform = functools.partial(
         _augment, size=data.image_size, crop=data.crop, resize=data.resize, scale=data.scale, mirror=data.flip
     )
-    batches = grain.MapDataset.source(images).seed(seed % 2**32).shuffle().random_map(transform).repeat()
-    part = Part(batches, process_index, process_count, local)
-    batches = grain.MapDataset.source(part).batch(local, drop_remainder=True)
+    batches = (
+        grain.MapDataset.source(images)
+        .seed(seed % 2**32)
+        .shuffle()
+        .random_map(transform)
+        .repeat()
+        .batch(local, drop_remainder=True)[process_index::process_count]
+    )
     # Whole batches are what workers deal in, or else their number would decide what a batch holds.
     batches = batches.to_iter_dataset(_read_options(grain, data))
     if data.workers:
@@ -65,18 +70,18 @@ class EvaluationBatches:
     Process i has the i-th of process_count equal parts of each batch, and every process has the same number of batches.
     """
 
-    def __init__(self, images: "Part", skipped: Skipped, count: int, local: int, data):
+    def __init__(self, images: Masked, skipped: Skipped, count: int, local: int, place: slice, data):
         self.skipped = skipped
         self.count = count  # images over all processes, those that cannot be read included
-        self._images, self._local, self._data = images, local, data
+        self._images, self._local, self._place, self._data = images, local, place, data
 
     def __len__(self) -> int:
-        return len(self._images) // self._local
+        return len(self._images) // (self._local * self._place.step)
 
     def __iter__(self):
         import grain
 
-        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)
+        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._place]
         return iter(batches.to_iter_dataset(_read_options(grain, self._data)))
 
 
@@ -100,21 +105,7 @@ def evaluation_batches(
     length = math.ceil(count / data.eval_batch_size) * data.eval_batch_size
     skipped = Skipped()
     images = Masked(source, skipped, data.image_size, count, length)
-    return EvaluationBatches(Part(images, process_index, process_count, local), skipped, count, local, data)
-
-
-class Part:
-    """Of records in batches of count * local, part `index` of each batch."""
-
-    def __init__(self, records, index: int, count: int, local: int):
-        self._records, self._index, self._count, self._local = records, index, count, local
-
-    def __len__(self) -> int:
-        return len(self._records) // (self._count * self._local) * self._local
-
-    def __getitem__(self, i: int):
-        batch, row = divmod(i, self._local)
-        return self._records[(batch * self._count + self._index) * self._local + row]
+    return EvaluationBatches(images, skipped, count, local, slice(process_index, None, process_count), data)
 
 
 def _augment(record, rng, *, size, crop, resize, scale, mirror):

@@ -34,14 +34,22 @@ PICTURE_FILE = "reconstructions.png"
 class Run:
     """Everything one run holds; built before anything long starts, so that what is wrong is said at once."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        devices: list[jax.Device] | None = None,
+        evaluating: bool = False,
+    ):
+        """With `evaluating`, another process may be training in `workdir`."""
         self.config, self.workdir = config, pathlib.Path(workdir).absolute()
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
         distributed.together(lambda: self._prepare(devices))
         checkpoint.check_shared(self.workdir)
         settings = config.train
-        self.checkpoints = Checkpoints(self.workdir, settings.keep_last, settings.keep_best, settings.keep_every)
+        kept = (settings.keep_last, settings.keep_best, settings.keep_every)
+        self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
         self.writers = Writers(self.workdir, config.model_dump(), settings.wandb_project, self.first)
         self._begin()
         where = sharding.replicated(self.mesh)
@@ -203,7 +211,7 @@ def train(
 def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     """Figures of the newest checkpoint of workdir over the validation images."""
     find(workdir)
-    run = Run(config, workdir)
+    run = Run(config, workdir, evaluating=True)
     if run.evaluation is None:
         raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
     try:

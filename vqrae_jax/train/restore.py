@@ -45,8 +45,9 @@ def resume(checkpoints: Checkpoints, target: TrainState, frozen: dict[str, Any],
         problems = [said for said in distributed.exchange(problem) if said]
         if not problems:
             for bad, reason in damaged.items():
-                log.warning("%s; it is now called %s.damaged, and the run goes on from step %d", reason, bad, step)
-                checkpoints.set_aside(bad)
+                log.warning("%s; step %d is taken in its place", reason, step)
+                if not checkpoints.reading:
+                    checkpoints.set_aside(bad)
             return found
         damaged[step] = problems[0]
     if damaged:
