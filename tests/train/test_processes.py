@@ -224,6 +224,35 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     assert f"resumed from step {step}" in again[0][2]
 
 
+FAILING = """
+import jax
+from vqrae_jax import main
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.train import loop
+
+fetch = loop.Run.next_batch
+
+def next_batch(run):
+    if jax.process_index() == 1 and int(run.state.step) == 2:
+        raise DataError("the disk is gone")
+    return fetch(run)
+
+loop.Run.next_batch = next_batch
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_them_all(config, tmp_path):
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    first, second = finish(spawn(config, tmp_path, devices=1, program=program))
+    assert first[0] != 0
+    assert second[0] == 1
+    assert "error (process 1): the disk is gone" in second[2]
+    assert checkpoint.find(tmp_path).name == "2"
+
+
 @pytest.mark.slow
 def test_kill_at_any_moment(tiny, tmp_path, one_device):
     """20 times kill -9 on one of two processes, during training and saving: as if nothing had happened."""
@@ -231,7 +260,7 @@ def test_kill_at_any_moment(tiny, tmp_path, one_device):
     images.mkdir()
     for i in range(24):
         Image.new("RGB", (40, 40), (10 * i,) * 3).save(images / f"{i:02d}.png")
-    steps, epoch = 150, 3
+    steps, epoch = 120, 3
     config = tiny(
         data={"source": "folder", "path": str(images), "scale": (1, 1), "batch_size": 8},
         train={

@@ -131,9 +131,11 @@ class Run:
     def next_batch(self) -> dict[str, jax.Array]:
         return self._placed(next(self.batches), "image")
 
-    def close(self) -> None:
+    def close(self, orderly: bool = True) -> None:
+        """Unless `orderly`, the other processes may be gone, and what would wait for them is left as it is."""
         self.writers.close()
-        self.checkpoints.close()
+        if orderly or distributed.count() == 1:
+            self.checkpoints.close()
 
     def _placed(self, batch: dict[str, np.ndarray], *names: str) -> dict[str, jax.Array]:
         return sharding.place_batch({n: batch[n] for n in names}, self.mesh)
@@ -169,6 +171,7 @@ def train(
     progress = Progress(settings.steps, start, run.first)
     window, health = Window(config.data.batch_size), Health()
     figures: dict[str, float] = {}
+    orderly = False
     try:
         with StopSignal() as stop, watching(run.workdir, settings.hang_seconds, profile_steps) as (beats, dog, profile):
             for step in range(start + 1, settings.steps + 1):
@@ -193,14 +196,17 @@ def train(
                     figures = _evaluate(run, step)
                 if saved:
                     run.save(figures if evaluated else None)
-                if stopped and not last:
-                    run.checkpoints.wait()
-                    raise Stopped(step)
+                if stopped:
+                    break
             run.checkpoints.wait()
-            beats.beat(settings.steps, force=True)
+            beats.beat(int(run.state.step), force=True)
+            orderly = True
     finally:
         progress.close()
-        run.close()
+        run.close(orderly)
+    step = int(run.state.step)
+    if step < settings.steps:
+        raise Stopped(step)
     if not figures:  # the run was complete before it began
         figures = _evaluate(run, start, write=False)
     if run.first:
