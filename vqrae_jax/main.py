@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import logging
+import os
+import pathlib
 import re
 import shlex
 import sys
@@ -30,7 +32,15 @@ PROCESSES = flags.DEFINE_integer(
 PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must be there.")
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "10:13 traces steps 10 to 12 for TensorBoard and XProf.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or evaluate the newest checkpoint of workdir.")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "evaluate", "preflight"],
+    "train; or evaluate the newest checkpoint of workdir; or compile for --topology and tell what the run would cost.",
+)
+TOPOLOGY = flags.DEFINE_string("topology", None, "For preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8.")
+JSON = flags.DEFINE_string("json", None, "For preflight: where to write it; preflight.json of workdir if there is one.")
+ALTERNATIVES = flags.DEFINE_integer("alternatives", 2, "For preflight: other meshes and batches to compile.", 0)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,9 +48,16 @@ def main(argv: Sequence[str]) -> None:
         raise config_lib.ConfigError(
             f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE"
         )
-    for name in ("config", "workdir"):
+    if "://" in (WORKDIR.value or ""):
+        raise config_lib.ConfigError(
+            f"--workdir={WORKDIR.value!r}: a run is written to a folder: mount the bucket (gcsfuse) and give its path; "
+            "data.path and data.eval_path may be addresses"
+        )
+    for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
+    if MODE.value == "preflight":
+        sys.exit(0 if _preflight(_read_config()) else 1)
     distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
     logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
     enable_compilation_cache()
@@ -59,6 +76,14 @@ def main(argv: Sequence[str]) -> None:
         figures = loop.evaluate(config, WORKDIR.value)
         if distributed.index() == 0:
             print(json.dumps(figures, indent=2))
+
+
+def _preflight(config: config_lib.Config) -> bool:
+    """Whether the config fits."""
+    from vqrae_jax.preflight import command
+
+    path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
+    return command.preflight(config, TOPOLOGY.value, ALTERNATIVES.value, path and pathlib.Path(path)).fits
 
 
 def run() -> None:
@@ -96,13 +121,18 @@ def _profile_steps() -> range:
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
-    """What is wrong with input; anything else is a bug and keeps its traceback."""
+    """What is wrong with input, or with where a run has got to; anything else is a bug and keeps its traceback."""
     from vqrae_jax.checkpoint import CheckpointError
     from vqrae_jax.data.errors import DataError
+    from vqrae_jax.preflight.chips import TopologyError
     from vqrae_jax.pretrained.errors import PretrainedError
     from vqrae_jax.sharding import MeshError
+    from vqrae_jax.train.guard import DivergedError
 
-    return distributed.DistributedError, config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError
+    return (
+        distributed.DistributedError, config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError,
+        TopologyError, DivergedError,
+    )  # fmt: skip
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from vqrae_jax import assembly
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.inference import export, folder, import_origin
-from vqrae_jax.inference.tokenizer import Tokenizer, read_model
+from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained.errors import PretrainedError
 
 
@@ -65,9 +65,9 @@ def test_folder_leaves_the_frozen_encoder_out_and_names_it(golden, tmp_path):
     assert len(described["encoder"]["sha256"]) == 64
     size = (path / "model.safetensors").stat().st_size
     assert size < 1.05 * sum(x.nbytes for n in ("decoder",) for x in jax.tree.leaves(variables["params"][n])) + 2e4
-    assert_same(read_model(path)[1], variables)
+    assert_same(Tokenizer.load(path).trained, variables)
     whole = folder.write(tmp_path / "whole", config, variables, frozen=False)
-    assert_same(read_model(whole)[1], variables)
+    assert_same(Tokenizer.load(whole).trained, variables)
     running = Tokenizer.load(path)  # with positions for 4 x 4 patches, not the 8 x 8 of the file
     assert running.variables["params"]["encoder"]["vit"]["pos_embed"].shape == (1, 1 + 4**2, 32)
     again = run(path, "--format=safetensors", f"--output={tmp_path / 'again'}")

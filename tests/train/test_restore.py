@@ -1,6 +1,5 @@
 """What a run begins with."""
 
-import functools
 import logging
 import shutil
 
@@ -8,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint, sharding
-from vqrae_jax.config import ConfigError, TrainConfig
-from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax import checkpoint
+from vqrae_jax.config import ConfigError
 from vqrae_jax.models.vit import restack_blocks, stacked_blocks
 from vqrae_jax.train import loop, restore
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -95,57 +93,33 @@ def test_stacked_blocks_are_found_by_name():
     assert stacked_blocks(tree) == {"decoder": True, "trunk": False}
 
 
-def test_a_new_run_takes_another_ones_model(trained, opened, tmp_path):
-    """The encoder that was trained there is frozen here, and must be in this run's own checkpoints."""
-    source = opened(trained).state.inference()
-    train = {"start_from": str(trained), "trainable": ("decoder",)}
-    run = opened(tmp_path, train=train)
-    assert int(run.state.step) == 0
-    assert_equal(run.state.params, {"decoder": source["params"]["decoder"]})
-    assert_equal(run.state.ema_params, run.state.params)
-    assert_equal(run.state.batch_stats, source["batch_stats"])
-    assert_equal(run.frozen, {"encoder": source["params"]["encoder"]})
-    run.state, _ = run.step(run.state, run.frozen, run.next_batch())
-    run.save()
-    run.checkpoints.wait()
-    again = opened(tmp_path, train=train | {"start_from": "/gone"})
-    assert int(again.state.step) == 1
-    assert_equal(again.frozen, run.frozen)
-    assert_equal(Tokenizer.load(tmp_path).variables["params"]["encoder"], source["params"]["encoder"])
-
-
 @pytest.fixture(scope="module")
-def fresh(tiny, one_mesh):
-    """The task and state of a run that begins, of plain and of stacked layers."""
-    tasks = [TokenizerTask.build(tiny(model={"scan_layers": scan}), one_mesh) for scan in (False, True)]
-    return [(task, task.init()) for task in tasks]
+def begin(tiny, one_mesh):
+    """The state of a run that begins: begin(scan_layers, **fields of the train section)."""
+
+    def start(scan=False, **train):
+        task = TokenizerTask.build(tiny(model={"scan_layers": scan}, train=train), one_mesh)
+        return jax.device_get(task.init())
+
+    return start
 
 
-def begin(task_and_state, **train):
-    task, state = task_and_state
-    place = functools.partial(sharding.shardings, mesh=task.mesh)
-    return restore.start_from(TrainConfig(**train), state, {}, place).state
-
-
-def test_parts_renames_and_stacking(trained, opened, fresh):
-    source, (plain, stacked) = opened(trained).state, fresh
-    state = begin(stacked, start_from=str(trained), start_parts=("decoder",))
-    assert_equal(state.params["decoder"], restack(source, True).ema_params["decoder"])
-    assert_equal(state.params["encoder"], stacked[1].params["encoder"])
-    assert_equal(state.batch_stats, stacked[1].batch_stats)
+def test_parts_renames_and_stacking(trained, opened, begin):
+    source = opened(trained).state
+    taken = begin(scan=True, start_from=str(trained))
+    assert int(taken.step) == 0
+    assert_equal(taken.inference(), restack(source, True).inference())
+    fresh, part = begin(), begin(start_from=str(trained), start_parts=("decoder",))
+    assert_equal(part.params, {**fresh.params, "decoder": source.ema_params["decoder"]})
+    assert_equal(part.batch_stats, fresh.batch_stats)
     renames = {"decoder/block00": "decoder/block01", "decoder/block01": "decoder/block00"}
-    state = begin(plain, start_from=str(trained), start_parts=("decoder",), start_renames=renames)
-    assert_equal(state.params["decoder"]["block01"], source.ema_params["decoder"]["block00"])
-    assert_equal(state.params["decoder"]["block00"], source.ema_params["decoder"]["block01"])
+    swapped = begin(start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
+    assert_equal(swapped["block01"], source.ema_params["decoder"]["block00"])
+    assert_equal(swapped["block00"], source.ema_params["decoder"]["block01"])
 
 
-def test_what_does_not_fit_is_named(trained, fresh):
-    plain, _ = fresh
-    with pytest.raises(ConfigError, match=r"has decoder, encoder, quantizer, not \['head'\]"):
-        begin(plain, start_from=str(trained), start_parts=("decoder", "head"))
+def test_what_does_not_fit_is_named(trained, begin, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"missing \(2\): .*pred"):
-        begin(plain, start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
-    task, state = plain
-    smaller = state.replace(batch_stats=jax.tree.map(lambda x: x[:16] if x.ndim else x, state.batch_stats))
-    with pytest.raises(checkpoint.CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
-        begin((task, smaller), start_from=str(trained))
+        begin(start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
+    with pytest.raises(ConfigError, match=r"start_parts=\('decoder',\.: .* has encoder, painter, quantizer, not"):
+        begin(start_from=str(trained), start_parts=("decoder",), start_renames={"decoder": "painter"})

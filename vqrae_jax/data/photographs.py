@@ -54,6 +54,10 @@ class TrainingPhotographs:
         label = index % len(self._photographs)
         return {"image": self._photographs[label], "label": label}
 
+    def key(self, index: int) -> str:
+        """The record's number: it has no other name."""
+        return str(index)
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
         return f"photograph {index % len(self._photographs)}"
@@ -83,6 +87,10 @@ class ValidationPhotographs:
 
     def __getitem__(self, index: int) -> dict:
         return self._records[index]
+
+    def key(self, index: int) -> str:
+        """The record's number: it has no other name."""
+        return str(index)
 
     def name(self, index: int) -> str:
         """What to call a record in a message."""

@@ -17,13 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from vqrae_jax.checkpoint import CheckpointError
-from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.evaluation import codebook
+from vqrae_jax.inference import command
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-from vqrae_jax.pretrained.errors import PretrainedError
 
 BATCH = 16
 SIDE = 512  # pixels of charts
@@ -202,7 +200,4 @@ def _read(files: Sequence[str], size: int) -> UInt8[np.ndarray, "B S S 3"]:
 
 
 if __name__ == "__main__":
-    try:
-        report(parse())
-    except (CheckpointError, ConfigError, DataError, ImageError, PretrainedError, TokenizerError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: report(parse()))

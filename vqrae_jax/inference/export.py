@@ -6,9 +6,7 @@ stablehlo: encode and decode as programs that run without this package, for any 
 """
 
 import argparse
-import logging
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vqrae_jax import checkpoint
 from vqrae_jax import config as config_lib
-from vqrae_jax.inference import folder
-from vqrae_jax.inference.tokenizer import Tokenizer, read_model
+from vqrae_jax.inference import command, folder
+from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.quantizers.none import NoQuantizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -161,15 +157,14 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
     output = pathlib.Path(args.output)
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
         raise config_lib.ConfigError(f"--output={output}: a PyTorch checkpoint is a .pt or .pth file")
-    config, frozen = _read_config(args.checkpoint, args.step)
-    if args.format == "stablehlo":
-        tokenizer = Tokenizer.load(args.checkpoint, args.step)
-        return write_programs(tokenizer.module, jax.device_get(tokenizer.variables), output)
-    variables = jax.device_get(read_model(args.checkpoint, args.step)[1])
+    tokenizer = Tokenizer.load(args.checkpoint, args.step)
     if args.format == "safetensors":
-        written = folder.write(output, config, variables, frozen)
+        written = tokenizer.save_pretrained(output)
         return [written / folder.CONFIG, written / folder.WEIGHTS]
-    state = to_origin(config, variables, args.transformers)
+    if args.format == "stablehlo":
+        return write_programs(tokenizer.module, jax.device_get(tokenizer.variables), output)
+    variables = jax.device_get(tokenizer.trained)
+    state = to_origin(tokenizer.config, variables, args.transformers)
     output.parent.mkdir(parents=True, exist_ok=True)
     export.write_torch(state, output)
     statistics = export.origin_statistics(variables)
@@ -180,22 +175,8 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
     return [output, beside]
 
 
-def _read_config(path: str, step: int | None) -> tuple[config_lib.ModelConfig, bool]:
-    """The model section, and whether its encoder is the pretrained one."""
-    if folder.is_folder(path):
-        return folder.read_config(path), folder.has_pretrained_encoder(path)
-    meta = checkpoint.read_meta(checkpoint.find(path, step))
-    config = config_lib.from_dict(config_lib.Config, meta["config"])
-    return config.model, "encoder" not in config.train.trainable
-
-
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        written = run(parse())
-    except (checkpoint.CheckpointError, config_lib.ConfigError, PretrainedError) as error:
-        sys.exit(f"error: {error}")
-    print("wrote " + ", ".join(str(path) for path in written))
+    command.run(lambda: print("wrote " + ", ".join(str(path) for path in run(parse()))))
 
 
 if __name__ == "__main__":

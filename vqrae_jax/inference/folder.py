@@ -21,7 +21,13 @@ FORMAT = "vqrae_jax"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write(folder: str | os.PathLike, config: config_lib.ModelConfig, variables: Any, frozen: bool) -> pathlib.Path:
+def write(
+    folder: str | os.PathLike,
+    config: config_lib.ModelConfig,
+    variables: Any,
+    frozen: bool,
+    provenance: dict[str, Any] | None = None,
+) -> pathlib.Path:
     """Writes `variables` ({"params", "batch_stats"}, all parts) to `folder`.
 
     Args:
@@ -29,6 +35,7 @@ def write(folder: str | os.PathLike, config: config_lib.ModelConfig, variables: 
       config: the model section.
       variables: arrays of any kind.
       frozen: the encoder is the pretrained one that the config names; it is left out, and its content hash noted.
+      provenance: plain values to note: where it comes from, its figures.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +47,7 @@ def write(folder: str | os.PathLike, config: config_lib.ModelConfig, variables: 
         # Both are in model.safetensors now.
         "model": config.model_copy(update={"pretrained_decoder_path": None}).model_dump(mode="json"),
         "encoder": None,
+        "provenance": {"version": __version__} | (provenance or {}),
     }
     if frozen:
         digest = export.content_hash(variables["params"]["encoder"])
@@ -63,6 +71,18 @@ def read_config(path: str | os.PathLike) -> config_lib.ModelConfig:
 def has_pretrained_encoder(path: str | os.PathLike) -> bool:
     """Whether the encoder is not in the folder, but had from elsewhere."""
     return _described(path).get("encoder") is not None
+
+
+def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write` was told, and the version of this package that the folder is from."""
+    described = _described(path)
+    return {"version": described.get("version")} | (described.get("provenance") or {})
+
+
+def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the folder."""
+    tensors = readers.read_tensors(pathlib.Path(path).expanduser() / WEIGHTS, "--checkpoint")
+    return {name: tuple(tensors[name].shape) for name in tensors}
 
 
 def read(path: str | os.PathLike) -> tuple[VQRAE, dict[str, Any]]:

@@ -8,17 +8,15 @@ import importlib.util
 import inspect
 import logging
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqrae_jax import assembly
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.inference import folder
+from vqrae_jax.inference import command, folder
 from vqrae_jax.models.vit import stack_blocks
 from vqrae_jax.pretrained import origin, readers, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 
 
 def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[assembly.Assembly, dict[str, Any]]:
@@ -102,11 +100,7 @@ def read_config(name: str) -> ModelConfig:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        print(f"wrote {run(parse())}")
-    except (config_lib.ConfigError, PretrainedError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: print(f"wrote {run(parse())}"), logging.INFO)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ reads the file.
 import argparse
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -16,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vqrae_jax import assembly, sharding
-from vqrae_jax.config import ConfigError, ModelConfig, from_dict
+from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.inference import command
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,4 @@ def _read(files: Sequence[str], size: int, batch: int) -> Iterator[Float[np.ndar
 
 
 if __name__ == "__main__":
-    try:
-        latent_statistics(parse())
-    except (ConfigError, DataError, ImageError, PretrainedError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: latent_statistics(parse()))

@@ -1,11 +1,14 @@
 """Pictures of what a tokenizer does, as uint8 arrays: one look everywhere."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 GAP = 2  # pixels between tiles
 TILE = 128  # smaller pictures are enlarged to about this, for people to see
 BACKGROUND = 255
+GAIN = 4  # by which differences are enlarged, to be seen
 
 
 def to_uint8(image: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
@@ -27,20 +30,34 @@ def reconstruction_grid(
     indices: Int[np.ndarray, "B ..."] | None,
     grid: int | None = None,
     columns: int = 2,
+    shown: Sequence[str] = ("input", "reconstruction", "codes"),
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Rows of input | reconstruction | code map (if there are codes), `columns` pictures per row.
+    """Rows of what is `shown`, by default input | reconstruction | code map, `columns` pictures per row.
+
+    Args:
+      shown: of input, reconstruction, difference and codes, in this order; codes only where there are some.
 
     Codes of several levels show the first, of several scales the last, which is the one of side `grid`.
     """
     enlarge = max(TILE // images.shape[1], 1)
-    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for kind in (images, reconstructions)]
-    if indices is not None:
-        kinds.append(np.stack([code_map(_grid(codes, grid), kinds[0].shape[1]) for codes in indices]))
+    drawn = {"input": images, "reconstruction": reconstructions, "difference": difference_map(images, reconstructions)}
+    kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for name, kind in drawn.items() if name in shown]
+    if indices is not None and "codes" in shown:
+        side = images.shape[1] * enlarge
+        kinds.append(np.stack([code_map(_grid(codes, grid), side) for codes in indices]))
     triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
     rows = [_beside(triples[i : i + columns], gap=4 * GAP) for i in range(0, len(triples), columns)]
     return _frame(np.concatenate([_below(row) for row in rows]))
+
+
+def difference_map(
+    image: UInt8[np.ndarray, "*b H W 3"], reconstruction: UInt8[np.ndarray, "*b H W 3"]
+) -> UInt8[np.ndarray, "*b H W 3"]:
+    """The absolute difference per channel, times GAIN; black where the two are equal."""
+    difference = np.abs(image.astype(np.int32) - reconstruction)
+    return np.minimum(difference * GAIN, 255).astype(np.uint8)
 
 
 def _grid(codes: Int[np.ndarray, "..."], side: int | None) -> Int[np.ndarray, "h w"]:

@@ -1,25 +1,27 @@
 """python -m vqrae_jax.inference.reconstruct --checkpoint=runs/quickstart --image=cat.png --output=out.png"""
 
 import argparse
+import glob
+import json
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from vqrae_jax.checkpoint import CheckpointError
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.evaluation.psnr import psnr
-from vqrae_jax.inference import pictures
-from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.inference import command, inputs, pictures
+from vqrae_jax.inference.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-BATCH = 16
+BATCH = 32
+SHOWN = ("input", "reconstruction", "difference", "codes")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,87 +30,135 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m vqrae_jax.inference.reconstruct",
         description="Encodes pictures to codes, paints them again, and shows input | reconstruction | code map.",
     )
-    parser.add_argument("--checkpoint", required=True, help="workdir of a run, or one step of its checkpoints folder")
-    parser.add_argument("--image", required=True, nargs="+", help="pictures and folders of pictures")
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
+    parser.add_argument(
+        "--image", required=True, nargs="+", help="pictures, folders of pictures, patterns as 'a/*.png'"
+    )
     parser.add_argument(
         "--output", required=True, help="picture to write (.png, .jpg, .webp), or a folder for one each"
     )
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
+    parser.add_argument("--show", default="input,reconstruction,codes", help=f"of {','.join(SHOWN)}; has a default")
+    parser.add_argument("--only", action="store_true", help="the reconstructions alone, pixel by pixel")
+    parser.add_argument("--format", default="png", choices=["png", "jpg", "webp"], help="in a folder; default: png")
     parser.add_argument(
-        "--only", action="store_true", help="write the reconstructions alone, without input and code map"
+        "--fit", default="crop", choices=["crop", "pad", "stretch"], help="how a picture becomes square; default: crop"
     )
+    parser.add_argument("--metrics", help="JSON file for the figures of each picture")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures computed at once; default: {BATCH}")
     return parser.parse_args(argv)
 
 
 def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
-    """Runs the command; returns the files written."""
+    """Runs the command; returns the pictures written."""
     output = pathlib.Path(args.output)
     each = not output.suffix
     if not each and output.suffix.lower() not in images.WRITTEN:
         raise DataError(f"--output={output}: pictures are written as {', '.join(sorted(images.WRITTEN))}")
-    files = [f for name in args.image for f in _files(name)]
-    tokenizer = Tokenizer.load(args.checkpoint, args.step)
-    names, originals, skipped = _read(files, tokenizer.image_size)
-    if not originals:
+    shown = tuple(args.show.split(","))
+    if unknown := set(shown) - set(SHOWN):
+        raise ConfigError(f"--show={args.show}: {', '.join(sorted(unknown))} is none of {', '.join(SHOWN)}")
+    files = [file for name in args.image for file in _files(name)]
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(1, min(args.batch, len(files))), fit=args.fit)
+    skipped: list[str] = []
+    written, kept, figures = [], [], {}
+    for names, originals in command.progress(_read(files, tokenizer, skipped), len(files), "pictures", _count):
+        painted, codes = _paint(tokenizer, originals)
+        decibels = np.asarray(psnr(painted, originals / np.float32(255)))
+        painted = pictures.to_uint8(painted)
+        for name, value in zip(names, decibels.tolist(), strict=True):
+            figures[name] = {"psnr": value}
+            codes_of = f", {codes[0].size} codes of {tokenizer.codebook_size}" if codes is not None else ""
+            print(f"{name}: PSNR {value:.2f} dB{codes_of}")
+        if not each:
+            kept.append((originals, painted, codes))
+            continue
+        for i, name in enumerate(names):
+            one = slice(i, i + 1)
+            picture = _draw(args, shown, tokenizer, originals[one], painted[one], None if codes is None else codes[one])
+            path = output / f"{len(written):05d}_{pathlib.Path(name).stem}.{args.format}"
+            images.write_image(path, picture)
+            written.append(path)
+    if not figures:
         raise DataError(f"--image: none of {len(files)} files is a readable picture; the first is {skipped[0]}")
-    originals = np.stack(originals)
-    painted, codes = _paint(tokenizer, originals)
-    figures = psnr(painted, originals / np.float32(255))
-    painted = pictures.to_uint8(painted)
-    for name, decibels in zip(names, figures, strict=True):
-        print(f"{name}: PSNR {decibels:.2f} dB, {codes[0].size} codes of {tokenizer.codebook_size}")
-    if skipped:
-        print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}", file=sys.stderr)
-
-    groups = [slice(i, i + 1) for i in range(len(names))] if each else [slice(None)]
-    written = []
-    for group in groups:
-        if args.only:
-            picture = np.concatenate(painted[group], axis=1)
-        else:
-            columns = 1 if len(names[group]) == 1 else 2
-            picture = pictures.reconstruction_grid(
-                originals[group], painted[group], codes[group], tokenizer.grid, columns
-            )
-        path = output / f"{len(written):05d}_{pathlib.Path(names[group][0]).stem}.png" if each else output
-        images.write_image(path, picture)
-        written.append(path)
-    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
+    if kept:
+        originals, painted, codes = (None if x[0] is None else np.concatenate(x) for x in zip(*kept, strict=True))
+        images.write_image(output, _draw(args, shown, tokenizer, originals, painted, codes))
+        written.append(output)
+    _report(args, figures, skipped, written)
     return written
 
 
 def _files(name: str) -> list[str]:
-    return images.image_files(name, field="--image") if pathlib.Path(name).is_dir() else [name]
+    if pathlib.Path(name).is_dir():
+        return images.image_files(name, field="--image")
+    if pathlib.Path(name).exists() or not glob.has_magic(name):
+        return [name]
+    if not (found := sorted(glob.glob(name, recursive=True))):
+        raise DataError(f"--image={name!r}: no file is called like this")
+    return found
 
 
-def _read(files: list[str], size: int) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Readable files, their central squares at `size` pixels, and the files that are no pictures."""
-    names, originals, skipped = [], [], []
-    for file in files:
+def _count(group: tuple[list[str], Any]) -> int:
+    return len(group[0])
+
+
+def _read(files: list[str], tokenizer: Tokenizer, skipped: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Readable files and their squares, in groups; the files that are no pictures end in `skipped`."""
+    size, colour = tokenizer.image_size, tokenizer.module.encoder.mean
+    group: list[tuple[str, np.ndarray]] = []
+    for i, file in enumerate(files):
         try:
-            originals.append(images.center_crop(images.read_image(file), size))
-            names.append(file)
+            group.append((file, inputs.fitted(images.read_image(file), size, tokenizer.fit, colour)))
         except ImageError as error:
             log.warning("%s", error)
             skipped.append(str(error))
-    return names, originals, skipped
+        if group and (len(group) == tokenizer.batch_size or i + 1 == len(files)):
+            names, originals = zip(*group, strict=True)
+            yield list(names), np.stack(originals)
+            group = []
 
 
-def _paint(tokenizer: Tokenizer, originals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reconstructions and codes, in batches of one size so that nothing compiles twice."""
-    size = min(BATCH, len(originals))
-    padded = np.concatenate([originals, np.repeat(originals[-1:], -len(originals) % size, axis=0)])
-    codes = np.concatenate([tokenizer.encode_to_indices(padded[i : i + size]) for i in range(0, len(padded), size)])
-    painted = np.concatenate([tokenizer.decode_from_indices(codes[i : i + size]) for i in range(0, len(padded), size)])
-    return painted[: len(originals)], codes[: len(originals)]
+def _paint(tokenizer: Tokenizer, originals: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reconstructions, and codes where there are some."""
+    if not tokenizer.has_codes:
+        return tokenizer.reconstruct(originals), None
+    codes = tokenizer.encode_to_indices(originals)
+    return tokenizer.decode_from_indices(codes), codes
+
+
+def _draw(
+    args: argparse.Namespace,
+    shown: Sequence[str],
+    tokenizer: Tokenizer,
+    originals: np.ndarray,
+    painted: np.ndarray,
+    codes: np.ndarray | None,
+) -> np.ndarray:
+    if args.only:
+        return np.concatenate(painted, axis=1)
+    columns = 1 if len(originals) == 1 else 2
+    return pictures.reconstruction_grid(originals, painted, codes, tokenizer.grid, columns, shown)
+
+
+def _report(
+    args: argparse.Namespace, figures: dict[str, dict[str, float]], skipped: list[str], written: list[pathlib.Path]
+) -> None:
+    mean = {name: float(np.mean([f[name] for f in figures.values()])) for name in next(iter(figures.values()))}
+    if args.metrics:
+        path = pathlib.Path(args.metrics)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report = {"mean": mean, "pictures": figures, "skipped": skipped}
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if len(figures) > 1:
+        print(f"mean of {len(figures)} pictures: PSNR {mean['psnr']:.2f} dB")
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}", file=sys.stderr)
+    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        reconstruct(parse())
-    except (CheckpointError, ConfigError, DataError, PretrainedError, TokenizerError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: reconstruct(parse()))
 
 
 if __name__ == "__main__":

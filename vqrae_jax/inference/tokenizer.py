@@ -1,65 +1,118 @@
 """A trained tokenizer for use: images -> codes -> images."""
 
 import functools
+import hashlib
+import json
+import math
 import os
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from vqrae_jax import assembly, checkpoint
 from vqrae_jax import config as config_lib
+from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
-from vqrae_jax.models.encoder import at_input_size
+from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError
+from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.vqrae import VQRAE
+from vqrae_jax.pretrained import export
+from vqrae_jax.quantizers.none import NO_CODES
 
-PARTS = ("encoder", "quantizer", "decoder")
-METHODS = ("__call__", "encode", "decode", "encode_to_indices", "decode_from_indices")
+__all__ = ["Tokenizer", "TokenizerError"]
 
-
-class TokenizerError(ValueError):
-    """What was given is no picture or no code of this tokenizer."""
+METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
+# Fields of the model section that decide what a code means, beside the weights.
+MEANING = (
+    "encoder_cls", "encoder_input_size", "quantizer", "num_embeddings", "quantize_before_reshape",
+    "encoder_params.normalize", "encoder_params.layers", "encoder_params.fusion",
+    "quantizer_params.codebook_dim", "quantizer_params.whitening_dim", "quantizer_params.distance",
+    "quantizer_params.levels", "quantizer_params.inner", "quantizer_params.depth", "quantizer_params.groups",
+    "quantizer_params.grids",
+)  # fmt: skip
 
 
 class Tokenizer:
-    """Encodes images to codes and paints codes, in batches of any size; each new shape is compiled once.
+    """Encodes images to codes and paints codes.
 
-    Images are numpy or jax arrays [B, H, W, 3], floats in [0, 1] or uint8, of any size: the encoder sees them resized
-    to its input size. Results are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
+    Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]; arrays are numpy's or
+    JAX's, uint8 or floats in [0, 1], of any size. They are made squares of `image_size` pixels as `fit` says. Results
+    are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
+
+    Any number of images goes through in batches of few sizes (powers of two), the last one padded, so that little is
+    ever compiled. `module` and `variables` are what runs, with the encoder's position grid at its input size; `trained`
+    has the variables as they are in the files.
     """
 
-    def __init__(self, module: VQRAE, variables: dict[str, Any]):
+    def __init__(
+        self,
+        module: VQRAE,
+        variables: dict[str, Any],
+        config: config_lib.ModelConfig | None = None,
+        *,
+        frozen: bool = False,
+        provenance: dict[str, Any] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int | None = None,
+        memory_limit: int | None = None,
+        fit: Fit = "crop",
+        output: Literal["numpy", "jax"] = "numpy",
+    ):
         """
         Args:
           module: the model.
-          variables: {"params": ..., "batch_stats": ...} with all of its parts, on any device or mesh.
+          variables: {"params": ..., "batch_stats": ...} with all of its parts, of numpy or on any device or mesh; as
+            jax.ShapeDtypeStruct, only the properties work.
+          config: the model section that `module` was built from; only to save, and for `hash`.
+          frozen: the encoder is the pretrained one that `config` names.
+          provenance: what is known of its making, for the model card.
+          mesh: where to compute; None: where the variables are. Batches are split over its data axis.
+          batch_size: images of every batch; None: powers of two up to 64, as far as `memory_limit` allows.
+          memory_limit: bytes that a compiled program may need on a device for its intermediate values; None: half of
+            the device's memory.
+          fit: what happens to images that are no squares: "crop" takes the central square, "pad" shows all on the mean
+            colour, "stretch" changes proportions. All resample bicubically with antialias.
+          output: "jax" leaves results on the device.
         """
-        self.module, self.variables = module, variables
-        image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
-        self._quantized = jax.eval_shape(functools.partial(module.apply, method="quantize"), variables, image)
-        self._compiled = {m: jax.jit(functools.partial(module.apply, method=m)) for m in METHODS}
+        self.config, self.frozen, self.provenance = config, frozen, provenance or {}
+        self.trained, self.mesh = programs.placed(variables, mesh)
+        self.module, self.variables = programs.running(module, self.trained)
+        self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
+        quantize = functools.partial(self.module.apply, method="quantize")
+        self._quantized = jax.eval_shape(quantize, self.variables, self._image_shape(1))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, step: int | None = None) -> "Tokenizer":
-        """Reads a run's workdir (its newest checkpoint, or that of `step`), one checkpoint, or an exported folder.
+    def load(cls, path: str | os.PathLike, step: int | None = None, **options: Any) -> "Tokenizer":
+        """Reads a run's workdir (its newest checkpoint, or that of `step`), one checkpoint, an exported folder, or the
+        hub id of one.
 
-        The frozen encoder is not in a checkpoint: it is read from where the config says.
+        The frozen encoder is not in a checkpoint: it is read from where the config says. `options` are those of the
+        constructor: mesh, batch_size, memory_limit, fit, output.
 
         Raises:
           CheckpointError: nothing complete is there, or it is of another architecture than its config.
-          PretrainedError: the encoder's weights cannot be had.
+          PretrainedError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
         """
-        module, variables = read_model(path, step)
-        encoder, params = at_input_size(module.encoder, variables["params"]["encoder"])
-        variables = {**variables, "params": {**variables["params"], "encoder": params}}
-        return cls(module.clone(encoder=encoder), jax.device_put(variables, jax.devices()[0]))
+        found = locate(path, step)
+        module, variables = read_model(found, options.get("mesh"))
+        known = {"config": found.config, "frozen": found.frozen, "provenance": found.provenance}
+        return cls(module, variables, **known, **options)
+
+    from_pretrained = load
+
+    @property
+    def has_codes(self) -> bool:
+        """False for a continuous autoencoder (quantizer "none"), which only encodes and decodes."""
+        return self._quantized.indices is not None
 
     @property
     def codebook_size(self) -> int:
         """K, the number of codes; of several levels or groups, of each."""
-        if "counts" not in self._quantized.metrics:
-            raise TokenizerError("this is a continuous autoencoder (quantizer='none'): it has no codes")
+        if not self.has_codes:
+            raise TokenizerError(NO_CODES)
         return self._quantized.metrics["counts"].shape[-1]
 
     @property
@@ -68,43 +121,159 @@ class Tokenizer:
         return self.module.encoder.grid
 
     @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of one picture."""
+        if not self.has_codes:
+            raise TokenizerError(NO_CODES)
+        return self._quantized.indices.shape[1:]
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """The smallest of uint16 and int32 that holds every code."""
+        return np.dtype(np.uint16 if self.codebook_size <= 1 << 16 else np.int32)
+
+    @property
+    def bits_per_image(self) -> float:
+        """Codes of a picture times log2 of the codebook size."""
+        return math.prod(self.code_shape) * math.log2(self.codebook_size)
+
+    @property
     def image_size(self) -> int:
         """Side in pixels of the pictures it paints."""
         return self.module.decoder.image_size
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> Float[np.ndarray, "B h w C"]:
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code, along one side."""
+        return self.image_size // self.grid
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of what decides the meaning of a code: encoder, quantizer, and the settings that they read.
+
+        Tokenizers that differ in the decoder alone have the same: they paint the same codes, each in its way.
+        """
+        if self.config is None:
+            raise TokenizerError("a tokenizer without its config has no hash: give config=, or load it from its folder")
+        values = self.config.model_dump(mode="json")
+        meaning = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in MEANING}
+        trees = {
+            f"{kind}/{part}": tree
+            for kind, parts in self.trained.items()
+            for part, tree in parts.items()
+            if part in ("encoder", "quantizer", "latent")
+        }
+        digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+        digest.update(export.content_hash(jax.device_get(trees)).encode())
+        return digest.hexdigest()
+
+    def encode(self, images: Any) -> Float[Array, "B h w C"]:
         """Quantized latents, as `decode` takes them."""
-        return self._run("encode", check_images(images))
+        return self._images("encode", images)
 
-    def decode(self, latents: Float[Array, "B h w C"]) -> Float[np.ndarray, "B S S 3"]:
-        """Paints latents of `encode`."""
-        return np.clip(self._run("decode", np.asarray(latents)), 0, 1)
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B S S 3"]:
+        """Paints latents of `encode` or `lookup`."""
+        latents = np.asarray(latents, np.float32)
+        shape = jax.eval_shape(self.function("encode"), self.variables, self._image_shape(1)).shape
+        if latents.shape[1:] != shape[1:]:
+            raise TokenizerError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape[1:]))}]")
+        return self._rows("decode", latents)
 
-    def encode_to_indices(self, images: Float[Array, "B H W 3"]) -> Int[np.ndarray, "B h w"]:
-        """Codes in [0, codebook_size), int32; [B, h*w] for a tokenizer with quantize_before_reshape."""
-        return self._run("encode_to_indices", check_images(images))
+    def encode_to_indices(self, images: Any) -> Int[Array, "B h w"]:
+        """Codes in [0, codebook_size), int32, [B, *code_shape]: [B, h, w], or [B, h*w] with quantize_before_reshape."""
+        _ = self.code_shape
+        return self._images("encode_to_indices", images)
 
-    def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[np.ndarray, "B S S 3"]:
+    def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B S S 3"]:
         """Paints codes."""
-        return np.clip(self._run("decode_from_indices", self._check_indices(indices)), 0, 1)
+        return self._rows("decode_from_indices", self._check_indices(indices))
 
-    def reconstruct(self, images: Float[Array, "B H W 3"]) -> Float[np.ndarray, "B S S 3"]:
-        """decode_from_indices(encode_to_indices(images)) in one pass."""
-        return np.clip(self._run("__call__", check_images(images)), 0, 1)
+    def lookup(self, indices: Int[Array, "B h w"]) -> Float[Array, "B h w C"]:
+        """The latents of codes: lookup(encode_to_indices(images)) equals encode(images)."""
+        return self._rows("lookup", self._check_indices(indices))
 
-    def _run(self, method: str, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self._compiled[method](self.variables, x))
+    def reconstruct(self, images: Any) -> Float[Array, "B S S 3"]:
+        """Exactly decode_from_indices(encode_to_indices(images)); without codes, decode(encode(images))."""
+        if not self.has_codes:
+            return self.decode(self.encode(images))
+        return self.decode_from_indices(self.encode_to_indices(images))
+
+    def function(self, method: str) -> Callable[[Any, Any], Any]:
+        """A pure function (variables, x) -> result for your own jitted code, differentiable where the model is.
+
+        Give it `tokenizer.variables`; images are [B, H, W, 3] floats in [0, 1], pictures are not clipped, and nothing
+        is resized, padded or checked.
+
+        Args:
+          method: encode, encode_to_indices, lookup, decode or decode_from_indices.
+        """
+        if method not in METHODS:
+            raise TokenizerError(f"no function {method!r}: there are {', '.join(METHODS)}")
+        return functools.partial(programs.apply, self.module, method)
+
+    def stream(
+        self, method: str, batches: Iterable[Shaped[np.ndarray, "B ..."]]
+    ) -> Iterator[Shaped[np.ndarray, "B ..."]]:
+        """Results of batches of equal shape, in order; one is computed while the one before is fetched and used.
+
+        Nothing is checked, resized or split: images are [B, S, S, 3], uint8 or float32 in [0, 1].
+        """
+        return self._programs.stream(method, batches)
+
+    def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> pathlib.Path:
+        """Writes config.json, model.safetensors and a model card to `folder`, for `load` and for the hub.
+
+        A frozen pretrained encoder is not in it, only where it is had and what its content hash must be.
+
+        Args:
+          folder: made where it is missing.
+          images: some to show in the card, beside their reconstructions, with the figures on them.
+          name: what the card tells to load; None: the folder.
+
+        Raises:
+          TokenizerError: the tokenizer was built without its config.
+        """
+        if self.config is None:
+            raise TokenizerError("a tokenizer without its config cannot be saved: give config=, or load it")
+        written = exported.write(folder, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
+        card.write(self, written, name or written.name, None if images is None else Pictures(images))
+        return written
+
+    def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
+        """Saves it to a repository of the model hub, made where it is missing; returns its address.
+
+        Raises:
+          PretrainedError: no network, no right to write, or no login.
+        """
+        return export.push(lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token)
+
+    @functools.cached_property
+    def _programs(self) -> programs.Programs:
+        return programs.Programs(self.module, self.variables, self.mesh, self.batch_size, self.memory_limit)
+
+    def _image_shape(self, count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, self.image_size, self.image_size, 3), np.float32)
+
+    def _images(self, method: str, images: Any) -> Any:
+        pictures, size = Pictures(images), self.image_size
+
+        def take(chosen: slice) -> np.ndarray:
+            return pictures.batch(chosen, size, self.fit, self.module.encoder.mean)
+
+        return self._programs.run(method, len(pictures), (size, size, 3), pictures.dtype, take, self.output)
+
+    def _rows(self, method: str, rows: Shaped[np.ndarray, "B ..."]) -> Any:
+        return self._programs.run(method, len(rows), rows.shape[1:], rows.dtype, rows.__getitem__, self.output)
 
     def _is_prefix(self, given: tuple[int, ...], whole: tuple[int, ...]) -> bool:
         """Codes of several levels decode from their first levels alone, coarse to fine."""
         same = len(given) == len(whole) and given[:-1] == whole[:-1]
         return same and 0 < given[-1] < whole[-1] and getattr(self.module.quantizer, "decodes_prefixes", False)
 
-    def _check_indices(self, indices: Any) -> np.ndarray:
-        indices = np.asarray(indices)
+    def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
+        indices, shape = np.asarray(indices), self.code_shape
         if not np.issubdtype(indices.dtype, np.integer):
             raise TokenizerError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
-        shape = self._quantized.indices.shape[1:]
         if indices.shape[1:] != shape and not self._is_prefix(indices.shape[1:], shape):
             raise TokenizerError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
         if indices.size and not 0 <= indices.min() <= indices.max() < self.codebook_size:
@@ -112,49 +281,3 @@ class Tokenizer:
                 f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
             )
         return indices.astype(np.int32)
-
-
-def read_model(path: str | os.PathLike, step: int | None = None) -> tuple[VQRAE, dict[str, Any]]:
-    """The module and its variables as they were trained and are exported; arguments and errors as `Tokenizer.load`."""
-    if exported.is_folder(path):
-        return exported.read(path)
-    folder = checkpoint.find(path, step)
-    config = config_lib.from_dict(config_lib.Config, checkpoint.read_meta(folder)["config"])
-    saved = checkpoint.saved_shapes(folder)
-    settings = config.model
-    if "decoder" in config.train.trainable:  # what it started from may be gone by now
-        settings = settings.model_copy(update={"pretrained_decoder_path": None})
-    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
-    shapes = assembly.shapes(built)
-    trained = {n: p for n, p in shapes["params"].items() if n in config.train.trainable or n in saved["params"]}
-    checkpoint.check_shapes(saved, {**shapes, "params": trained}, folder)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
-    model = checkpoint.read_model(folder, target)
-    key = jax.random.key(config.train.seed)
-    frozen = assembly.initial_params(built, key, [n for n in PARTS if n not in trained])
-    return built.module, {**model, "params": {**frozen, **model["params"]}}
-
-
-def check_images(images: Any) -> np.ndarray:
-    """Images as float32 in [0, 1].
-
-    Raises:
-      TokenizerError: wrong rank, channels, type or range, with what to do about it.
-    """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
-        hint = "add a batch axis: images[None]" if images.ndim == 3 else "channels come last, three of them"
-        raise TokenizerError(f"images have shape {images.shape}; expected [B, H, W, 3] ({hint})")
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / 255
-    # bfloat16 is no np.floating; what converts to float without being an integer or a bool is one here.
-    if images.dtype.kind not in "fV":
-        raise TokenizerError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
-    images = images.astype(np.float32)
-    if images.size and not (images.min() >= 0 and images.max() <= 1):
-        raise TokenizerError(
-            f"images span [{images.min():.3g}, {images.max():.3g}]; floats are in [0, 1]: divide by 255, or undo a "
-            f"normalization, before"
-        )
-    return images

@@ -4,14 +4,15 @@ import hashlib
 import logging
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vqrae_jax.pretrained import origin
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.errors import PretrainedError, first_line
 from vqrae_jax.pretrained.layout import to_file
 from vqrae_jax.pretrained.tables import Row, Table, paths, spell
 
@@ -118,6 +119,28 @@ def content_hash(tree: Mapping[str, Any]) -> str:
         digest.update(f"{name} {array.shape} {array.dtype.name};".encode())
         digest.update(array.data)
     return digest.hexdigest()
+
+
+def push(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, token: str | None) -> str:
+    """Uploads the folder that `write` fills to a model repository of the hub; returns its address.
+
+    Raises:
+      PretrainedError: no network, no right to write, or no login.
+    """
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory(prefix="vqrae-jax-") as folder:
+        write(pathlib.Path(folder))
+        try:
+            hub = huggingface_hub.HfApi(token=token)
+            address = hub.create_repo(repo_id, private=private, exist_ok=True)
+            hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A vqrae_jax tokenizer")
+        except Exception as error:  # the hub client has many: no network, not logged in, no such owner
+            raise PretrainedError(
+                f"push_to_hub({repo_id!r}) did not work ({type(error).__name__}: {first_line(error)}); log in with "
+                f"`hf auth login`, or save_pretrained to a folder and upload that"
+            ) from error
+    return str(address)
 
 
 def _blocks(flat: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.errors import PretrainedError, first_line
 
 Tensors = Mapping[str, np.ndarray]
 SUFFIXES = ".safetensors, .npz, .msgpack, .pt, .pth, .bin"
@@ -138,5 +138,5 @@ def _guarded(file: pathlib.Path, field: str, kind: str) -> Iterator[None]:
     except PretrainedError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise PretrainedError(f"{file} ({field}) is not {kind} ({type(error).__name__}: {reason[:300]})") from error
+        reason = first_line(error)
+        raise PretrainedError(f"{file} ({field}) is not {kind} ({type(error).__name__}: {reason})") from error

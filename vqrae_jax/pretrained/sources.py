@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.errors import PretrainedError, first_line
 from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors
 
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
@@ -65,9 +65,9 @@ def _from_hub(download: Any, name: str, field: str) -> pathlib.Path:
     try:
         return pathlib.Path(download())
     except Exception as error:  # the hub client has many: no network, no such model, gated, disk
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise PretrainedError(
-            f"{field}={name!r} could not be had from the model hub ({type(error).__name__}: {reason}). Download it "
+            f"{field}={name!r} could not be had from the model hub ({type(error).__name__}: {first_line(error)}), and "
+            f"is no path on this machine. Download it "
             f"where there is a network and give the local path, or set HF_HOME to a cache that holds it"
         ) from error
 
@@ -147,3 +147,10 @@ def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
     if folder.is_dir():
         return read_weights(folder, field)
     return read_tensors(fetch_file(path, field), field)
+
+
+def read_named(name: str, field: str) -> Mapping[str, Any]:
+    """Tensors of a local file or folder, of a hub id (owner/name), or of a file inside a hub repository."""
+    if pathlib.Path(name).expanduser().exists() or name.count("/") != 1:
+        return read_state_dict(name, field)
+    return read_weights(fetch(name, field), field)

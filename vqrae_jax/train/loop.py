@@ -14,14 +14,15 @@ import numpy as np
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.config import Config, ConfigError, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.errors import DataError
-from vqrae_jax.evaluation import codebook
-from vqrae_jax.train import restore
+from vqrae_jax.evaluation.evaluator import Evaluator
+from vqrae_jax.train import report, restore
+from vqrae_jax.train.guard import Guard, first_bad
+from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.stop import Stopped, StopSignal
-from vqrae_jax.train.task import Task
+from vqrae_jax.train.task import Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.watch import Health, Window, tell_memory, watching
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
@@ -41,55 +42,61 @@ class Run:
         devices: list[jax.Device] | None = None,
         evaluating: bool = False,
     ):
-        """With `evaluating`, another process may be training in `workdir`."""
-        self.config, self.workdir = config, pathlib.Path(workdir).absolute()
+        """With `evaluating`, nothing is read or written that only training needs: another run may be saving there."""
+        self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
         distributed.together(lambda: self._prepare(devices))
         checkpoint.check_shared(self.workdir)
-        settings = config.train
+        settings = self.config.train
         kept = (settings.keep_last, settings.keep_best, settings.keep_every)
         self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
-        self.writers = Writers(self.workdir, config.model_dump(), settings.wandb_project, self.first)
+        self.writers = Writers(
+            self.workdir, self.config.model_dump(), settings.wandb_project, self.first and not evaluating
+        )
         self._begin()
-        where = sharding.replicated(self.mesh)
-        placed = jax.tree.map(lambda x: x.sharding, self.state)
-        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
-        self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.first_bad = jax.jit(first_bad)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
 
     def _prepare(self, devices: list[jax.Device] | None) -> None:
         """What each process does by itself, and what most errors come from."""
+        if not self.evaluating:
+            self.config = in_steps(self.config, lambda: pipeline.count_training_images(self.config.data))
         config = self.config
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
         index, count = sharding.data_share(self.mesh)
         shard = {"process_index": index, "process_count": count}
-        self.evaluation = pipeline.evaluation_batches(config.data, **shard)
-        self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
+        self.evaluation = pipeline.evaluation_batches(config.data, limit=config.evaluation.images, **shard)
+        self.batches = None
+        if not self.evaluating:
+            self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
         self.task: Task = TokenizerTask.build(config, self.mesh)
+        self.measurement = None
+        if self.evaluation is not None:
+            wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
+            self.measurement = Measurement(config, self.task, self.mesh, self.evaluation, wanted)
         checkpoint.check_writable(self.workdir)
 
     def _begin(self) -> None:
-        """State and frozen networks: of the newest checkpoint, of another run, or new."""
-        settings = self.config.train
+        """Frozen networks, and the state of the newest checkpoint or a new one."""
         place = functools.partial(
             sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )
-        frozen = self.task.frozen()
-        start = restore.resume(self.checkpoints, self.task.shapes(), frozen, place)
-        if start is None:
-            start = restore.Start(self.task.init(), frozen)
-            if settings.start_from:
-                state = start.state
-                start = distributed.together(lambda: restore.start_from(settings, state, frozen, place))
-        else:
-            self._tell_config_changes(int(start.state.step))
-            self.batches.set_state(start.data)
-            log.info("resumed from step %d of %s", int(start.state.step), self.checkpoints.folder)
-        self.state, self.frozen, self._own = start.state, start.frozen, start.own
+        self.frozen = self.task.frozen()
+        found = restore.resume(self.checkpoints, self.task.shapes(), place)
+        if found is None:
+            self.state = self.task.init()
+            return
+        self.state, data = found
+        step = int(self.state.step)
+        self._tell_config_changes(step)
+        if self.batches is not None:
+            self.batches.set_state(data)
+        log.info("%s step %d of %s", "evaluating" if self.evaluating else "resumed from", step, self.checkpoints.folder)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
@@ -101,24 +108,16 @@ class Run:
         }
         scores = {"psnr": metrics["eval/psnr"]} if metrics and "eval/psnr" in metrics else None
         data = self.batches.get_state()
-        model = restore.with_own(state.inference(), self.frozen, self._own)
-        self.checkpoints.save(int(state.step), model, state.rest(), data, meta, scores)
+        self.checkpoints.save(int(state.step), state.inference(), state.rest(), data, meta, scores)
 
     def evaluate(self) -> dict[str, float]:
         """Figures over all validation images, by the EMA parameters with the live codebook; empty without data."""
-        if self.evaluation is None:
-            return {}
-        total, variables = None, self.state.inference()
-        for batch in self.evaluation:
-            sums = self.evaluate_batch(variables, self.frozen, self._placed(batch, "image", "mask"))
-            total = sums if total is None else self.accumulate(total, sums)
-        total = jax.device_get(total)
-        if not total["images"]:
-            raise DataError("data.eval_path: none of its images can be read")
-        figures = {"eval/psnr": float(total["psnr"] / total["images"]), "eval/images": int(total["images"])}
-        if "counts" in total:
-            figures |= {f"eval/codebook_{name}": value for name, value in codebook.health(total["counts"]).items()}
-        return figures
+        return {} if self.measurement is None else self.measure()[1]
+
+    def measure(self) -> tuple[Evaluator, dict[str, float]]:
+        """`evaluate`, and what it gathered."""
+        evaluator, figures = self.measurement.run(self.state.inference(), self.frozen)
+        return evaluator, {f"eval/{name}": value for name, value in figures.items()}
 
     def draw(self) -> np.ndarray | None:
         """The first validation images, reconstructed."""
@@ -143,8 +142,11 @@ class Run:
     def _tell_config_changes(self, step: int) -> None:
         before = read_meta(find(self.checkpoints.folder, step))["config"]
         now = self.config.model_dump(mode="json")
+        if self.evaluating:  # the others play no part
+            before, now = ({"model": config["model"]} for config in (before, now))
         for name, old, new in _differences(before, now):
-            log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
+            doing = "evaluating" if self.evaluating else "resuming"
+            log.warning("%s with another %s: %r, the checkpoint had %r", doing, name, new, old)
 
 
 def train(
@@ -162,14 +164,14 @@ def train(
       Stopped: SIGTERM, Ctrl-C or a preemption notice; the step before it is saved.
     """
     run = Run(config, workdir, devices)
-    settings = config.train
+    settings = run.config.train
     start = int(run.state.step)
     tell_memory(
         {"params": run.state.params, "ema": run.state.ema_params, "optimizer": run.state.opt_state,
          "batch_stats": run.state.batch_stats, "frozen": run.frozen}
     )  # fmt: skip
     progress = Progress(settings.steps, start, run.first)
-    window, health = Window(config.data.batch_size), Health()
+    window, health, guard = Window(config.data.batch_size), Health(), Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
     orderly = False
     try:
@@ -179,17 +181,20 @@ def train(
                 batch = window.fetch(run.next_batch)
                 run.state, metrics = run.step(run.state, run.frozen, batch)
                 window.add(metrics, run.accumulate)
+                guard.add(step, metrics, run.first_bad)
                 dog.step()
                 beats.beat(step)
                 progress.advance(step)
                 profile.after(step, metrics)
                 last, stopped = step == settings.steps, stop.asked(step)
+                evaluated = (step % settings.evaluate_every == 0 and not stopped) or last
+                saved = step % settings.checkpoint_every == 0 or last or stopped
+                if saved or evaluated or step % settings.log_every == 0:
+                    guard.check()
                 if step % settings.log_every == 0 or last:
                     values = health.share(window.flush() | {"data/skipped": run.skipped.count})
                     run.writers.scalars(step, values)
                     progress.status(step, _status(values))
-                evaluated = (step % settings.evaluate_every == 0 and not stopped) or last
-                saved = step % settings.checkpoint_every == 0 or last or stopped
                 if evaluated or saved:
                     window.pause()
                 if evaluated:
@@ -214,14 +219,21 @@ def train(
     return figures
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
-    """Figures of the newest checkpoint of workdir over the validation images."""
+def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
+    """Figures of the newest checkpoint of workdir over the validation images; writes what `report` describes."""
     find(workdir)
-    run = Run(config, workdir, evaluating=True)
-    if run.evaluation is None:
+    run = Run(config, workdir, devices, evaluating=True)
+    if run.measurement is None:
         raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
     try:
-        return {"step": int(run.state.step), **run.evaluate()}
+        step = int(run.state.step)
+        evaluator, figures = run.measure()
+        examples = run.measurement.examples(evaluator, run.state.inference(), run.frozen)
+        if run.first:
+            told = {"checkpoint": str(find(workdir, step)), "revision": git_revision()}
+            protocol = run.measurement.protocol(evaluator) | told
+            report.write(run.workdir, step, figures, evaluator.remarks, protocol, examples)
+        return {"step": step, **figures}
     finally:
         run.close()
 

@@ -1,0 +1,166 @@
+"""One file of codes with labels and ids, in four formats that others read too; without JAX."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import tarfile
+from typing import Literal
+
+import numpy as np
+
+from vqrae_jax.data.errors import DataError
+
+Format = Literal["npz", "parquet", "webdataset", "array_record"]
+SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "webdataset": ".tar", "array_record": ".array_record"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The content of a shard: one entry per image that could be read."""
+
+    index: np.ndarray  # int64 [n], number of the image in the source
+    id: list[str]
+    label: np.ndarray  # int32 [n], -1 where there is none
+    codes: np.ndarray  # [n, *code_shape]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def joined(parts: list[Columns]) -> Columns:
+    """One after the other."""
+    return Columns(
+        np.concatenate([part.index for part in parts]).astype(np.int64),
+        [name for part in parts for name in part.id],
+        np.concatenate([part.label for part in parts]).astype(np.int32),
+        np.concatenate([part.codes for part in parts]),
+    )
+
+
+def read_shard(path: str | os.PathLike) -> Columns:
+    """The content of one shard, whatever its format.
+
+    Raises:
+      DataError: missing, damaged, or of another kind.
+    """
+    path = pathlib.Path(path)
+    kind = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
+    if kind is None:
+        raise DataError(f"{path} is no shard of codes: those end in {', '.join(SUFFIXES.values())}")
+    try:
+        return READ[kind](path)
+    except Exception as error:  # each library has its own for a damaged file
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} cannot be read as a shard of codes ({reason})") from error
+
+
+def _write_npz(path: pathlib.Path, columns: Columns) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, index=columns.index, id=np.asarray(columns.id, str), label=columns.label, codes=columns.codes)
+
+
+def _read_npz(path: pathlib.Path) -> Columns:
+    with np.load(path, allow_pickle=False) as npz:
+        return Columns(npz["index"], npz["id"].tolist(), npz["label"], npz["codes"])
+
+
+def _write_parquet(path: pathlib.Path, columns: Columns) -> None:
+    """Codes are flat lists of a fixed length; their shape is in the schema's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    length = int(np.prod(columns.codes.shape[1:]))
+    table = pa.table({
+        "index": pa.array(columns.index),
+        "id": pa.array(columns.id, pa.string()),
+        "label": pa.array(columns.label),
+        "codes": pa.FixedSizeListArray.from_arrays(pa.array(columns.codes.reshape(-1)), length),
+    })  # fmt: skip
+    shape = json.dumps(columns.codes.shape[1:]).encode()
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"code_shape": shape}), path)
+
+
+def _read_parquet(path: pathlib.Path) -> Columns:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path).read()
+    shape = json.loads(table.schema.metadata[b"code_shape"])
+    codes = table["codes"].combine_chunks().flatten().to_numpy()
+    return Columns(
+        table["index"].to_numpy(), table["id"].to_pylist(), table["label"].to_numpy(), codes.reshape(-1, *shape)
+    )
+
+
+def _write_webdataset(path: pathlib.Path, columns: Columns) -> None:
+    """A sample is NUMBER.npy (codes), NUMBER.cls (label) and NUMBER.json (id)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, name, label, codes in zip(
+            columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
+        ):
+            array = io.BytesIO()
+            np.save(array, codes)
+            parts = {"npy": array.getvalue(), "cls": str(label).encode(), "json": json.dumps({"id": name}).encode()}
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{index:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _read_webdataset(path: pathlib.Path) -> Columns:
+    samples: dict[int, dict[str, bytes]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            number, _, suffix = member.name.partition(".")
+            samples.setdefault(int(number), {})[suffix] = tar.extractfile(member).read()
+    rows = list(samples.values())
+    return Columns(
+        np.asarray(list(samples), np.int64),
+        [json.loads(row["json"])["id"] for row in rows],
+        np.asarray([int(row["cls"]) for row in rows], np.int32),
+        _stacked([np.load(io.BytesIO(row["npy"]), allow_pickle=False) for row in rows]),
+    )
+
+
+def _write_array_record(path: pathlib.Path, columns: Columns) -> None:
+    """A record is a msgpack map: index, id, label, codes (bytes, little-endian), shape and dtype of the codes."""
+    import msgpack
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    for index, name, label, codes in zip(
+        columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
+    ):
+        kind = {"shape": codes.shape, "dtype": codes.dtype.str}
+        writer.write(msgpack.packb({"index": index, "id": name, "label": label, "codes": codes.tobytes(), **kind}))
+    writer.close()
+
+
+def _read_array_record(path: pathlib.Path) -> Columns:
+    import msgpack
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    if not path.is_file():  # the library ends the process over some of what it cannot open
+        raise FileNotFoundError(path)
+    reader = ArrayRecordReader(os.fspath(path))
+    rows = [msgpack.unpackb(record) for record in (reader.read_all() if reader.num_records() else [])]
+    reader.close()
+    return Columns(
+        np.asarray([row["index"] for row in rows], np.int64),
+        [row["id"] for row in rows],
+        np.asarray([row["label"] for row in rows], np.int32),
+        _stacked([np.frombuffer(row["codes"], row["dtype"]).reshape(row["shape"]) for row in rows]),
+    )
+
+
+WRITE = {
+    "npz": _write_npz, "parquet": _write_parquet, "webdataset": _write_webdataset, "array_record": _write_array_record,
+}  # fmt: skip
+READ = {
+    "npz": _read_npz, "parquet": _read_parquet, "webdataset": _read_webdataset, "array_record": _read_array_record,
+}  # fmt: skip
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    return np.stack(rows) if rows else np.zeros((0, 0), np.uint16)

@@ -1,0 +1,106 @@
+"""Where a trained tokenizer is, what its files say about it, and its weights."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from vqrae_jax import assembly, checkpoint
+from vqrae_jax import config as config_lib
+from vqrae_jax.inference import folder as exported
+from vqrae_jax.inference.programs import placement
+from vqrae_jax.models.vqrae import VQRAE
+from vqrae_jax.pretrained import sources
+
+PARTS = ("encoder", "quantizer", "decoder")
+METRICS_FILE = "metrics.jsonl"  # of a run: one JSON object per line
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A tokenizer on this machine."""
+
+    path: pathlib.Path  # the exported folder, or the folder of one checkpoint
+    config: config_lib.ModelConfig
+    frozen: bool  # the encoder is the pretrained one that the config names, and not in the files
+    provenance: dict[str, Any]  # version, and where known revision, step, figures, data
+    run: config_lib.Config | None = None  # of a checkpoint: the whole config
+
+
+def locate(path: str | os.PathLike, step: int | None = None) -> Location:
+    """Finds a run's workdir (its newest checkpoint, or that of `step`), a checkpoint, an exported folder, or a hub id.
+
+    Raises:
+      CheckpointError: nothing complete is there.
+      PretrainedError: the folder is damaged, or the hub cannot give it.
+      ConfigError: a config of another version of this package.
+    """
+    local = pathlib.Path(path).expanduser()
+    if not local.exists() and _is_hub_id(str(path)):
+        local = sources.fetch(str(path), "tokenizer")
+    if exported.is_folder(local):
+        config, frozen = exported.read_config(local), exported.has_pretrained_encoder(local)
+        return Location(local, config, frozen, exported.read_provenance(local))
+    found = checkpoint.find(local, step)
+    meta = checkpoint.read_meta(found)
+    run = config_lib.from_dict(config_lib.Config, meta["config"])
+    provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
+    provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
+    if figures := _figures(found.parent.parent / METRICS_FILE, meta.get("step")):
+        provenance["figures"] = figures
+    frozen = "encoder" not in checkpoint.saved_shapes(found)["params"]
+    return Location(found, run.model, frozen, provenance, run)
+
+
+def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
+    """The module and its variables as they were trained and are exported.
+
+    Args:
+      found: by `locate`.
+      mesh: where the variables of a checkpoint are placed; None: on this process's first device. Those of a folder are
+        numpy arrays.
+
+    Raises:
+      CheckpointError: it is of another architecture than its config.
+      PretrainedError: the encoder's weights cannot be had, or the folder is damaged.
+    """
+    if found.run is None:
+        return exported.read(found.path)
+    saved = checkpoint.saved_shapes(found.path)
+    # What train.start_from gave and did not train is in a checkpoint too.
+    held, settings = {*found.run.train.trainable, *saved["params"]}, found.config
+    if "decoder" in held:  # what it started from may be gone by now
+        settings = settings.model_copy(update={"pretrained_decoder_path": None})
+    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
+    shapes = assembly.shapes(built)
+    trained = {n: p for n, p in shapes["params"].items() if n in held}
+    checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
+    place = functools.partial(placement, mesh=mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))
+    model = checkpoint.read_model(found.path, target)
+    key = jax.random.key(found.run.train.seed)
+    rest = assembly.initial_params(built, key, [n for n in PARTS if n not in trained], place)
+    return built.module, {**model, "params": {**rest, **model["params"]}}
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _figures(file: pathlib.Path, step: int | None) -> dict[str, float]:
+    """What the run's log says of the evaluation at `step`."""
+    if not file.is_file():
+        return {}
+    found: dict[str, float] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if values.get("step") == step:
+            found |= {name: value for name, value in values.items() if name.startswith("eval/")}
+    return found
