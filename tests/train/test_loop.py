@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -140,21 +141,17 @@ loop.train(config, sys.argv[1])
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
-def test_windows_average_scalars_add_events_and_warn(caplog):
-    window = loop.Window(batch_size=4, codebook_alarm=0.6)
+def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
+    """SIGTERM, or Ctrl-C once, during step 2."""
+    fetch, before = loop.Run.next_batch, signal.getsignal(signal.SIGINT)
 
-    def add(a, b):
-        return jax.tree.map(lambda x, y: x + y, a, b)
+    def next_batch(run):
+        if int(run.state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(run)
 
-    for value, counts in ((1.0, [1, 0, 1, 0]), (3.0, [1, 0, 0, 0])):
-        window.add({"loss": np.float32(value), "counts": np.array(counts), "revived": np.int32(3)}, add)
-    flushed = window.flush()
-    assert flushed["loss"] == 2.0
-    assert flushed["revived"] == 6
-    assert flushed["codebook/usage"] == 0.5
-    assert flushed["images_per_second"] > 0
-    assert not caplog.text
-    window.add({"loss": np.float32(5.0), "counts": np.array([2, 2, 0, 0])}, add)
-    window.pause()
-    assert window.flush()["loss"] == 5.0
-    assert "ALARM: 2 of 4 codes are in use, fewer than 60.0%" in caplog.text
+    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
+    with pytest.raises(loop.Stopped, match="stopped at step 2, which is saved"):
+        loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
+    assert checkpoint.find(tmp_path).name == "2"
+    assert signal.getsignal(signal.SIGINT) is before

@@ -265,12 +265,16 @@ class TrainConfig(Section):
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
     # Workdir or checkpoint of another run: a new run starts from its EMA parameters and codebook, at step 0.
     start_from: str | None = None
+    start_parts: tuple[Part, ...] = ()  # what is taken of it; (): all that it has
+    start_renames: dict[str, str] = {}  # beginning of a path in that checkpoint -> what it is called here
     log_every: Positive = 50
     evaluate_every: Positive = 5_000
     checkpoint_every: Positive = 1_000
     keep_last: Positive = 3
     keep_best: Count = 1  # by validation PSNR
     codebook_alarm: Fraction = 0.1  # warn when a window of the log uses a smaller share of the codes; 0: never
+    keep_every: Count = 0  # steps; checkpoints of their multiples are kept for good; 0: none
+    hang_seconds: NonNegative = 900  # without a step, after which every thread's stack is printed; 0: never
     pictures: Positive = 8  # validation images drawn at each evaluation
     wandb_project: str | None = None  # also log to Weights & Biases
 
@@ -278,8 +282,9 @@ class TrainConfig(Section):
 class MeshConfig(Section):
     """How devices are laid out."""
 
-    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that "model" leaves
+    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that the others leave
     model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
+    slices: Positive = 1  # TPU slices (or nodes) that only share batches; parameters are whole in each
     fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
     fsdp_min_size: Positive = 65_536  # elements below which a leaf is kept whole
 

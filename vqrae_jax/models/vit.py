@@ -220,6 +220,32 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     return {**{n: p for n, p in params.items() if n != "blocks"}, **single}
 
 
+def stacked_blocks(params: dict[str, Any], name: str = "") -> dict[str, bool]:
+    """Of every network in params, by name, whether its blocks are stacked."""
+    if not isinstance(params, dict):
+        return {}
+    found = {}
+    if "blocks" in params or "block00" in params:
+        found[name] = "blocks" in params
+    for n, tree in params.items():
+        found |= stacked_blocks(tree, n)
+    return found
+
+
+def restack_blocks(tree: Any, stacked: dict[str, bool], name: str = "") -> Any:
+    """`tree`, any nest that holds trees of params (an optimizer's state, say), with blocks as `stacked_blocks` says."""
+    if isinstance(tree, dict):
+        if stacked.get(name) and "block00" in tree:
+            return stack_blocks(tree)
+        if stacked.get(name) is False and "blocks" in tree:
+            return unstack_blocks(tree)
+        return {n: restack_blocks(value, stacked, n) for n, value in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [restack_blocks(part, stacked, name) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
+
+
 class ViT(nn.Module):
     """Normalised pixels -> tokens of the chosen blocks, before any final norm."""
 

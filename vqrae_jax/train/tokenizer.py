@@ -10,13 +10,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vqrae_jax import assembly, checkpoint, critics, sharding
+from vqrae_jax import assembly, critics, sharding
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
 from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
+from vqrae_jax.train import restore
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.objective import Objective, Painted
 from vqrae_jax.train.optim import ema_decay, make_optimizer, part_rates, update_ema
@@ -44,7 +45,8 @@ class TokenizerTask:
         With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
         """
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built, start = assembly.assemble(config.model, weights=weights, pin=pin), _start_shapes(config)
+        built = assembly.assemble(config.model, weights=weights, pin=pin)
+        start = restore.start_shapes(config.train, assembly.shapes(built)) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = assembly.for_frozen_encoder(built)
         painted, given = built.image_size, config.data.image_size
@@ -89,9 +91,8 @@ class TokenizerTask:
         variables = assembly.initial_variables(self.assembly, self._key(), drawn, self._place)
         params, batch_stats = variables["params"], variables["batch_stats"]
         if self.start:
-            folder = checkpoint.find(self.config.train.start_from)
-            given = checkpoint.read_model(folder, self._placed(self.start))
-            params, batch_stats = {**params, **given["params"]}, given.get("batch_stats", {})
+            given = restore.read_start(self.config.train, self._placed(self.start), self._place)
+            params, batch_stats = {**params, **given["params"]}, {**batch_stats, **given["batch_stats"]}
         create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
         return create(params, batch_stats, self._key())
 
@@ -102,7 +103,7 @@ class TokenizerTask:
             networks["teacher"] = assembly.initial_params(self.assembly, self._key(), ["encoder"], self._place)[
                 "encoder"
             ]
-        return networks | jax.device_put(self._critics, self._place(self._critics))
+        return networks | jax.tree.map(assembly.put, self._critics, self._place(self._critics))
 
     def frozen_shapes(self) -> Any:
         params = assembly.shapes(self.assembly)["params"]
@@ -138,13 +139,9 @@ class TokenizerTask:
             raise ConfigError(
                 f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
             )
-        if self.start:
-            held = {n: tree for n, tree in shapes["params"].items() if n in self._given}
-            folder = checkpoint.find(self.config.train.start_from)
-            checkpoint.check_shapes(self.start, {**shapes, "params": held}, folder)
-            return
         learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
-        random = [n for n in learned if n not in trainable and n not in self.assembly.pretrained]
+        known = {*trainable, *self._given, *self.assembly.pretrained, *(self.start or {}).get("batch_stats", {})}
+        random = [n for n in learned if n not in known]
         if weights and random:
             raise ConfigError(
                 f"train.trainable={trainable} leaves {' and '.join(random)} at random values: add it, or name the run "
@@ -313,9 +310,3 @@ def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -
     levels = indices[..., None] if len(shape) == 1 else indices
     real = jnp.broadcast_to(mask.reshape(-1, *[1] * (levels.ndim - 2)), levels.shape[:-1])
     return jax.vmap(lambda level: code_counts(level, shape[-1], real), in_axes=-1)(levels).reshape(shape)
-
-
-def _start_shapes(config: Config) -> Any:
-    if config.train.start_from is None:
-        return None
-    return {"batch_stats": {}, **checkpoint.saved_shapes(checkpoint.find(config.train.start_from))}
