@@ -28,7 +28,10 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "sharding", "checkpoint", "config",
     },
     "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding"},
-    "benchmark": {"train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config"},
+    "benchmark": {
+        "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "sharding",
+        "preflight",
+    },
 }  # fmt: skip
 ONLY_IN = {
     "orbax": {"checkpoint"},
@@ -42,7 +45,7 @@ ONLY_IN = {
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},
-    "safetensors": {"pretrained"},
+    "safetensors": {"pretrained", "benchmark"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
     "ml_collections": {"main", "config"},
