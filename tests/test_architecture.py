@@ -47,7 +47,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     },
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config", "compilation",
+        "config", "compilation", "sharding", "preflight",
     },
 }  # fmt: skip
 ONLY_IN = {
@@ -64,7 +64,7 @@ ONLY_IN = {
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},
-    "safetensors": {"pretrained"},
+    "safetensors": {"pretrained", "benchmark"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
     "ml_collections": {"main", "config"},
