@@ -47,6 +47,8 @@ ONLY_IN = {
     "safetensors": {"pretrained"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
+    "matplotlib": {"inference"},
+    "gradio": {"inference"},
     "ml_collections": {"main", "config"},
     "pydantic": {"config"},
     "tensorflow": set(),
