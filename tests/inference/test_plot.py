@@ -49,8 +49,8 @@ def test_what_cannot_be_drawn_is_said(tmp_path, lines, message):
     folder = tmp_path / "none" if lines is None else write(tmp_path / "run", lines)
     with pytest.raises(DataError, match=message):
         plot.plot(plot.parse([f"--workdir={folder}", f"--output={tmp_path / 'x.png'}"]))
+    path = run(tmp_path / "other")
     with pytest.raises(DataError, match="eval/psnr"):
-        path = run(tmp_path / "other")
         plot.plot(plot.parse([f"--workdir={path}", f"--output={tmp_path / 'x.png'}", "--show=wrong/*"]))
 
 

@@ -29,6 +29,20 @@ def code_map(indices: Int[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "S
     return _fit(tiles, size)
 
 
+def square(codes: Int[np.ndarray, "..."], side: int | None = None) -> Int[np.ndarray, "h w"]:
+    """Codes of one picture as a square: of several levels the first, of several scales the last."""
+    if codes.ndim == 1:
+        side = side or round(len(codes) ** 0.5)
+        return codes[-side * side :].reshape(side, side)
+    return codes if codes.ndim == 2 else codes[..., 0]
+
+
+def enlarged(image: UInt8[np.ndarray, "*b H W 3"], side: int) -> UInt8[np.ndarray, "*b y x 3"]:
+    """At least `side` pixels high, every pixel a square of whole pixels."""
+    times = -(-side // image.shape[-3])
+    return image.repeat(times, -3).repeat(times, -2)
+
+
 def reconstruction_grid(
     images: UInt8[np.ndarray, "B H W 3"],
     reconstructions: UInt8[np.ndarray, "B H W 3"],
@@ -49,7 +63,7 @@ def reconstruction_grid(
     kinds = [kind.repeat(enlarge, 1).repeat(enlarge, 2) for name, kind in drawn.items() if name in shown]
     if indices is not None and "codes" in shown:
         side = images.shape[1] * enlarge
-        kinds.append(np.stack([code_map(_grid(codes, grid), side) for codes in indices]))
+        kinds.append(np.stack([code_map(square(codes, grid), side) for codes in indices]))
     triples = [_beside(list(triple)) for triple in zip(*kinds, strict=True)]
     blank = np.full_like(triples[0], BACKGROUND)
     triples += [blank] * (-len(triples) % columns)
@@ -85,9 +99,8 @@ def mark(
 
 
 def strip(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> UInt8[np.ndarray, "S X 3"]:
-    """Small pictures of one size beside each other, enlarged to at least `side` pixels, uninterpolated."""
-    enlarge = -(-side // tiles[0].shape[0])
-    return _beside([tile.repeat(enlarge, 0).repeat(enlarge, 1) for tile in tiles], gap=2 * GAP)
+    """Small pictures of one size beside each other, enlarged to at least `side` pixels."""
+    return _beside([enlarged(tile, side) for tile in tiles], gap=2 * GAP)
 
 
 def tiled(tiles: UInt8[np.ndarray, "N h w 3"], columns: int) -> UInt8[np.ndarray, "Y X 3"]:
@@ -149,14 +162,6 @@ def _rendered(figure) -> UInt8[np.ndarray, "y x 3"]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _grid(codes: Int[np.ndarray, "..."], side: int | None) -> Int[np.ndarray, "h w"]:
-    """Codes of one picture as a square."""
-    if codes.ndim == 1:
-        side = side or round(len(codes) ** 0.5)
-        return codes[-side * side :].reshape(side, side)
-    return codes if codes.ndim == 2 else codes[..., 0]
 
 
 def _colours(indices: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
