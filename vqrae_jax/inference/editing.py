@@ -40,7 +40,7 @@ def paste(
 
 def blend(
     tokenizer: Tokenizer, first: Int[np.ndarray, "*b"], second: Int[np.ndarray, "*b"], shares: Sequence[float]
-) -> Int[np.ndarray, "n *b"]:
+) -> Int[np.ndarray, "..."]:
     """From the codes of one picture to those of another: what the quantizer chooses for their weighted mean, by place.
 
     Args:
