@@ -14,9 +14,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vqrae_jax import assembly
 from vqrae_jax.config import Config, ConfigError, from_dict
+from vqrae_jax.pretrained import families, tables
+from vqrae_jax.pretrained.layout import file_shape
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 RECORDED = json.loads((pathlib.Path(__file__).parent / "parameter_counts.json").read_text())
@@ -73,6 +76,70 @@ def test_released_autoencoders(name, pixels):
     assert config.model.quantizer == "none"
     for path in (config.model.pretrained_decoder_path, config.model.normalization_stat_path):
         assert path.startswith("nyu-visionx/RAE-collections/")
+
+
+def linear(name, wide, high):
+    return {f"{name}.weight": (high, wide), f"{name}.bias": (high,)}
+
+
+def affine(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def published_decoder():
+    """Names and shapes of decoders/dinov2/wReg_base/ViTXL_n08/model.pt."""
+    state = {"decoder_pos_embed": (1, 257, 1152), "trainable_cls_token": (1, 1, 1152)}
+    state |= linear("decoder_embed", 768, 1152) | affine("decoder_norm", 1152) | linear("decoder_pred", 1152, 768)
+    for i in range(28):
+        block = f"decoder_layers.{i}."
+        for name in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            state |= linear(f"{block}attention.{name}", 1152, 1152)
+        state |= linear(f"{block}intermediate.dense", 1152, 4096) | linear(f"{block}output.dense", 4096, 1152)
+        state |= affine(f"{block}layernorm_before", 1152) | affine(f"{block}layernorm_after", 1152)
+    return state
+
+
+def published_encoder():
+    """Names and shapes of facebook/dinov2-with-registers-base/model.safetensors."""
+    state = {
+        "embeddings.cls_token": (1, 1, 768), "embeddings.mask_token": (1, 768),
+        "embeddings.register_tokens": (1, 4, 768), "embeddings.position_embeddings": (1, 1370, 768),
+        "embeddings.patch_embeddings.projection.weight": (768, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (768,), **affine("layernorm", 768),
+    }  # fmt: skip
+    for i in range(12):
+        block = f"encoder.layer.{i}."
+        for name in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            state |= linear(f"{block}attention.{name}", 768, 768)
+        state |= linear(f"{block}mlp.fc1", 768, 3072) | linear(f"{block}mlp.fc2", 3072, 768)
+        state |= affine(f"{block}norm1", 768) | affine(f"{block}norm2", 768)
+        state |= {f"{block}layer_scale1.lambda1": (768,), f"{block}layer_scale2.lambda1": (768,)}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("part", "published", "table", "entries"),
+    [
+        ("decoder", published_decoder(), tables.DECODER_TABLE, 456),
+        ("encoder", published_encoder(), families.FAMILIES["Dinov2withNorm"].table, 224),
+    ],
+)
+def test_released_files_fill_the_model(part, published, table, entries):
+    """The tensors of the published files, by name and shape, fill every leaf of the model and leave none over."""
+    config = load("rae_dinov2_b", "256")
+    affine_norm = config.model.encoder_params.model_copy(update={"normalize": False})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"encoder_params": affine_norm})})
+    want = {
+        path: file_shape(path, leaf.shape)
+        for path, leaf in flatten_dict(assembly.shapes(build_without_hub(config))["params"][part], sep="/").items()
+    }
+    assert len(published) == entries
+    filled = {}
+    for name, shape in published.items():
+        row, paths = tables.find(table, name)
+        assert paths or row.path is None, name
+        filled |= dict.fromkeys(paths, shape)
+    assert filled == want
 
 
 def test_every_config_of_the_folder_is_valid():

@@ -65,9 +65,13 @@ def test_folder_leaves_the_frozen_encoder_out_and_names_it(golden, tmp_path):
     assert len(described["encoder"]["sha256"]) == 64
     size = (path / "model.safetensors").stat().st_size
     assert size < 1.05 * sum(x.nbytes for n in ("decoder",) for x in jax.tree.leaves(variables["params"][n])) + 2e4
-    assert_same(Tokenizer.load(path).variables, variables)
+    assert_same(Tokenizer.load(path).trained, variables)
     whole = folder.write(tmp_path / "whole", config, variables, frozen=False)
-    assert_same(Tokenizer.load(whole).variables, variables)
+    assert_same(Tokenizer.load(whole).trained, variables)
+    running = Tokenizer.load(path)  # with positions for 4 x 4 patches, not the 8 x 8 of the file
+    assert running.variables["params"]["encoder"]["vit"]["pos_embed"].shape == (1, 1 + 4**2, 32)
+    again = run(path, "--format=safetensors", f"--output={tmp_path / 'again'}")
+    assert [file.read_bytes() for file in again] == [(path / file.name).read_bytes() for file in again]
 
 
 def test_another_encoder_is_refused(golden, tmp_path):

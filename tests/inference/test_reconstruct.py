@@ -1,6 +1,12 @@
+import json
+import subprocess
+import sys
+
+import jax
 import numpy as np
 import pytest
 
+from vqrae_jax import Tokenizer, assembly
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import reconstruct
@@ -42,3 +48,43 @@ def test_nothing_readable(trained, folder, tmp_path):
 def test_unknown_output_format(trained, folder, tmp_path):
     with pytest.raises(DataError, match=r"--output=.*x\.txt"):
         run(trained, "--image", folder / "a.png", "--output", tmp_path / "x.txt")
+
+
+def test_patterns_panels_and_figures(trained, folder, tmp_path):
+    report = tmp_path / "new folder" / "figures.json"
+    arguments = ["--show=input,difference", f"--metrics={report}", "--format=webp", "--fit=pad"]
+    written = run(trained, "--image", folder / "*.[pj]*g", "--output", tmp_path / "out", *arguments)
+    assert [p.name for p in written] == ["00000_a.webp", "00001_ü b.webp"]
+    assert images.read_image(written[0]).shape == (136, 266, 3)  # two tiles of 128
+    told = json.loads(report.read_text())
+    assert set(told["pictures"]) == {str(folder / "a.png"), str(folder / "ü b.jpg")}
+    assert told["mean"]["psnr"] == pytest.approx(np.mean([p["psnr"] for p in told["pictures"].values()]))
+    assert len(told["skipped"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--image=*.tiff"], "no file is called like this"), (["--image=a.png", "--show=inputs"], "inputs is none of")],
+)
+def test_arguments_that_mean_nothing(trained, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(trained, *arguments, "--output", tmp_path / "x.png")
+
+
+def test_a_continuous_autoencoder_reconstructs(tiny, folder, tmp_path):
+    config = tiny(model={"quantizer": "none"}).model
+    built = assembly.assemble(config)
+    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    Tokenizer(built.module, variables, config).save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
+    written = run(tmp_path / "rae", "--image", folder / "a.png", "--output", tmp_path / "out.png")
+    assert images.read_image(written[0]).shape == (136, 266, 3)  # no code map
+
+
+def test_the_command_says_errors_in_one_line(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vqrae_jax.inference.reconstruct", f"--checkpoint={tmp_path / 'none'}", "--image",
+         str(folder), "--output=out.png"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0
+    assert done.stderr.startswith("error: ")

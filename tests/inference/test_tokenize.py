@@ -1,6 +1,9 @@
 """A tokenized dataset is what the tokenizer says of each image, whoever wrote it and however often it was stopped."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -138,3 +141,43 @@ def test_the_manifest_is_plain_json(whole):
     manifest = json.loads((whole / codes.MANIFEST).read_text())
     assert manifest["count"] == sum(shard["count"] for shard in manifest["shards"])
     assert all(len(shard["sha256"]) == 64 for shard in manifest["shards"])
+
+
+def start(trained, photos, output, *arguments):
+    """The command in a process of its own."""
+    given = [f"--checkpoint={trained}", f"--data={photos}", f"--output={output}", "--batch=8", "--shard-size=8"]
+    command = [sys.executable, "-m", "vqrae_jax.inference.tokenize", *given, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["npz", "parquet", "webdataset", "array_record"])
+def test_killed_ten_times_nothing_is_lost_or_doubled(trained, tmp_path, form):
+    rng = np.random.default_rng(0)
+    for i in range(640):
+        images.write_image(tmp_path / "photos" / f"{i:03d}.png", rng.integers(0, 256, (32, 32, 3), np.uint8))
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    run(trained, tmp_path / "photos", whole, f"--format={form}")
+    for kills in range(10):
+        process, seen = (
+            start(trained, tmp_path / "photos", output, f"--format={form}"),
+            len(list(output.glob("codes-*"))),
+        )
+        while len(list(output.glob("codes-*"))) == seen and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.03))
+        assert process.poll() is None, f"it was done after {kills} kills: {process.stderr.read()}"
+        process.kill()
+        process.wait()
+    process = start(trained, tmp_path / "photos", output, f"--format={form}")
+    assert process.wait() == 0, process.stderr.read()
+    assert content(output) == content(whole)
+    assert [record["index"] for record in codes.Codes(output)] == list(range(640))
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_write_what_one_would(trained, photos, whole, tmp_path):
+    processes = [start(trained, photos, tmp_path, "--processes=2", f"--process={i}") for i in range(2)]
+    for process in processes:
+        assert process.wait() == 0, process.stderr.read()
+    assert content(tmp_path) == content(whole)

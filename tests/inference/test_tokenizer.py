@@ -1,9 +1,17 @@
+import pathlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from vqrae_jax import Tokenizer
+from vqrae_jax import Tokenizer, sharding
+from vqrae_jax.checkpoint import CheckpointError
+from vqrae_jax.data import images as image_files
+from vqrae_jax.inference import programs
 from vqrae_jax.inference.tokenizer import TokenizerError
+from vqrae_jax.pretrained.errors import PretrainedError
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +45,188 @@ def test_bytes_jax_arrays_and_other_sizes_are_taken(tokenizer, images):
     assert tokenizer.encode_to_indices(jnp.zeros((1, 32, 32, 3), jnp.bfloat16)).shape == (1, 4, 4)
 
 
-def test_one_compilation_per_shape(trained, images):
+@pytest.fixture
+def compilations(monkeypatch):
+    """The programs compiled so far."""
+    done = []
+    compile_program = programs.Programs._program
+
+    def counted(self, *key):
+        before = len(self._compiled)
+        program = compile_program(self, *key)
+        done.extend([key] * (len(self._compiled) - before))
+        return program
+
+    monkeypatch.setattr(programs.Programs, "_program", counted)
+    return done
+
+
+def test_few_sizes_are_compiled(trained, images, compilations):
+    """No other program runs on rows than those counted: powers of two by themselves, one size where it is given."""
+    many = np.concatenate([images] * 30)
+    free, fixed = Tokenizer.load(trained), Tokenizer.load(trained, batch_size=4)
+    expected = fixed.encode_to_indices(many)
+    for count in (1, 2, 3, 4, 5, 70, 80, 90):
+        np.testing.assert_array_equal(fixed.encode_to_indices(many[:count]), expected[:count])
+    assert [key[1][0] for key in compilations] == [4]
+    for count in (3, 4, 64, 65, 90):
+        np.testing.assert_array_equal(free.encode_to_indices(many[:count]), expected[:count])
+    assert [key[1][0] for key in compilations] == [4, 4, 64]
+
+
+def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
     tokenizer = Tokenizer.load(trained)
-    for batch in (images, images, images[:1], images[1:2]):
-        tokenizer.encode_to_indices(batch)
-    assert tokenizer._compiled["encode_to_indices"]._cache_size() == 2
+    many = np.concatenate([images] * 22)
+    whole = tokenizer.encode_to_indices(many)
+    needed = tokenizer._programs._program(*compilations[0]).memory_analysis().temp_size_in_bytes
+    compilations.clear()
+    limited = Tokenizer.load(trained, memory_limit=needed // 4)
+    np.testing.assert_array_equal(limited.encode_to_indices(many), whole)
+    assert compilations[0][1][0] == 64
+    assert compilations[-1][1][0] <= 16
+    used = limited._programs._program(*compilations[-1]).memory_analysis().temp_size_in_bytes
+    assert used <= needed // 4 or compilations[-1][1][0] == 1
+
+
+def test_on_a_mesh(trained, images):
+    one, spread = Tokenizer.load(trained), Tokenizer.load(trained, mesh=sharding.make_mesh(data=4, model=2))
+    np.testing.assert_array_equal(spread.encode_to_indices(images), one.encode_to_indices(images))
+    np.testing.assert_allclose(spread.reconstruct(images), one.reconstruct(images), atol=1e-5)
+    assert spread.hash == one.hash
+    with pytest.raises(TokenizerError, match="batch_size=6: give a positive multiple of the 4 devices"):
+        Tokenizer.load(trained, mesh=sharding.make_mesh(data=4, model=2), batch_size=6).reconstruct(images)
+
+
+def test_reconstruct_is_decoding_the_codes_exactly(tokenizer, images):
+    indices = tokenizer.encode_to_indices(images)
+    np.testing.assert_array_equal(tokenizer.reconstruct(images), tokenizer.decode_from_indices(indices))
+    np.testing.assert_array_equal(tokenizer.lookup(indices), tokenizer.encode(images))
+
+
+def test_what_it_says_of_itself(tokenizer):
+    assert (tokenizer.grid, tokenizer.downsampling, tokenizer.codebook_size) == (4, 8, 32)
+    assert tokenizer.bits_per_image == 4 * 4 * 5
+    assert tokenizer.code_shape == (4, 4)
+    assert tokenizer.code_dtype == np.uint16
+
+
+def test_pil_images_and_lists_of_any_sizes(tokenizer):
+    rng = np.random.default_rng(1)
+    arrays = [rng.integers(0, 256, size, np.uint8) for size in ((32, 32, 3), (70, 50, 3), (20, 41, 3))]
+    expected = tokenizer.encode_to_indices(np.stack([image_files.center_crop(x, 32) for x in arrays]))
+    pil = [Image.fromarray(x) for x in arrays]
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(arrays), expected)
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(pil), expected)
+    np.testing.assert_array_equal(tokenizer.encode_to_indices([pil[0], arrays[1], jnp.asarray(arrays[2])]), expected)
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(pil[1]), expected[1:2])
+    gray = Image.fromarray(arrays[0][..., 0])
+    np.testing.assert_array_equal(
+        tokenizer.encode_to_indices(gray), tokenizer.encode_to_indices(arrays[0][None, ..., :1].repeat(3, -1))
+    )
+    with pytest.raises(TokenizerError, match=r"images\[1\] of the list has shape \(32, 32\)"):
+        tokenizer.encode_to_indices([arrays[0], arrays[0][..., 0]])
+
+
+def test_nothing_in_nothing_out(tokenizer):
+    assert tokenizer.encode_to_indices(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 4, 4)
+    assert tokenizer.decode_from_indices(np.zeros((0, 4, 4), np.int64)).shape == (0, 32, 32, 3)
+
+
+def test_results_may_stay_on_the_device(trained, images):
+    tokenizer = Tokenizer.load(trained, output="jax")
+    assert isinstance(tokenizer.reconstruct(images), jax.Array)
+    assert tokenizer.reconstruct(images).shape == (3, 32, 32, 3)
+
+
+def test_a_stream_gives_the_same(tokenizer, images):
+    batches = [images[:2], images[1:]]
+    for got, batch in zip(tokenizer.stream("encode_to_indices", iter(batches)), batches, strict=True):
+        np.testing.assert_array_equal(got, tokenizer.encode_to_indices(batch))
+
+
+def test_pure_functions(tokenizer, images):
+    """Jitted by its user, and differentiated: the decoder's picture follows the latent."""
+    encode, decode = tokenizer.function("encode"), tokenizer.function("decode")
+    latent = jax.jit(encode)(tokenizer.variables, images)
+    np.testing.assert_allclose(latent, tokenizer.encode(images), atol=1e-5)
+
+    def error(latent):
+        return jnp.mean((decode(tokenizer.variables, latent) - images) ** 2)
+
+    before, slope = jax.jit(jax.value_and_grad(error))(latent)
+    assert error(latent - 1e-2 * slope / jnp.linalg.norm(slope)) < before
+    with pytest.raises(TokenizerError, match="no function 'paint': there are encode, "):
+        tokenizer.function("paint")
+
+
+def test_saved_and_loaded(tokenizer, images, tmp_path):
+    folder = tokenizer.save_pretrained(tmp_path / "a tokenizer ü", images)
+    again = Tokenizer.from_pretrained(folder)
+    np.testing.assert_array_equal(again.encode_to_indices(images), tokenizer.encode_to_indices(images))
+    assert again.hash == tokenizer.hash
+    assert again.provenance["step"] == 3
+    assert again.provenance["figures"].keys() >= {"eval/psnr"}
+    card = (folder / "README.md").read_text()
+    for words in ("library_name: vqrae_jax", "16 codes of 32", "PSNR on the 3 images", "eval/psnr", again.hash):
+        assert words in card
+    assert image_files.read_image(folder / "reconstructions.png").ndim == 3
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_hash_is_of_the_codes_not_of_the_decoder(tokenizer):
+    def changed(part):
+        params = dict(tokenizer.trained["params"])
+        if part == "codes":
+            stats = jax.tree.map(lambda x: x + 1, tokenizer.trained["batch_stats"])
+            return Tokenizer(tokenizer.module, {"params": params, "batch_stats": stats}, tokenizer.config).hash
+        params[part] = jax.tree.map(lambda x: x + 1, params[part])
+        return Tokenizer(tokenizer.module, {**tokenizer.trained, "params": params}, tokenizer.config).hash
+
+    assert changed("decoder") == tokenizer.hash
+    assert changed("encoder") != tokenizer.hash
+    assert changed("codes") != tokenizer.hash
+    with pytest.raises(TokenizerError, match="has no hash: give config="):
+        _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
+
+
+def test_a_damaged_or_missing_tokenizer_is_one_sentence(tokenizer, tmp_path):
+    folder = tokenizer.save_pretrained(tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])  # as an interrupted download leaves it
+    with pytest.raises(PretrainedError, match=r"model\.safetensors .* is not a complete safetensors file"):
+        Tokenizer.load(folder)
+    with pytest.raises(PretrainedError, match=r"'nobody/nothing' could not be had from the model hub .*no path"):
+        Tokenizer.load("nobody/nothing")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_push_to_hub(tokenizer, monkeypatch):
+    """The hub's client is replaced: what would be uploaded can be loaded."""
+    import huggingface_hub
+
+    seen = {}
+
+    class Hub:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen["hash"] = Tokenizer.load(folder_path).hash
+            seen["card"] = (pathlib.Path(folder_path) / "README.md").read_text()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert tokenizer.push_to_hub("me/tokens", token="t").endswith("me/tokens")
+    assert seen["hash"] == tokenizer.hash
+    assert seen["token"] == "t"
+    assert 'Tokenizer.load("me/tokens")' in seen["card"]
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(PretrainedError, match=r"push_to_hub\('me/tokens'\) did not work \(ZeroDivisionError"):
+        tokenizer.push_to_hub("me/tokens")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from vqrae_jax.assembly import assemble
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.encoder import Encoder, at_input_size
 from vqrae_jax.models.vit import ViT
 
 CASES = [
@@ -90,3 +90,21 @@ def test_encoder_is_a_module_of_its_own(golden):
     encoder, weights, _ = load(golden / "encoders" / "dinov2")
     assert isinstance(encoder, Encoder)
     assert set(weights) == {"vit"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_position_grid_is_resampled_once(golden, assert_close, case):
+    """The encoder for one input size computes what the encoder that resamples in every call computes."""
+    encoder, weights, params = load(golden / "encoders" / case)
+    side = params["input_sizes"][0][0]
+    encoder = encoder.clone(input_size=side)
+    frozen, resampled = at_input_size(encoder, weights)
+    assert frozen.vit.grid in (0, side // encoder.vit.patch)
+    assert ("pos_embed" in resampled["vit"]) == (frozen.vit.grid > 0)
+    io = np.load(golden / "encoders" / case / "io.npz")
+    features = jax.jit(frozen.apply)({"params": resampled}, io[f"images_{side}"])
+    assert_close(features, jax.jit(encoder.apply)({"params": weights}, io[f"images_{side}"]), 1e-6)
+    if "pos_embed" in resampled["vit"]:
+        table = resampled["vit"]["pos_embed"]
+        assert table.dtype == np.float32
+        assert table.shape[1] == frozen.vit.grid**2 + int(frozen.vit.cls)

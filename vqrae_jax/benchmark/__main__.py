@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-BENCHMARKS = {"quantizers": "search and training step of the quantizers, against bare matmuls and PyTorch"}
+BENCHMARKS = {
+    "quantizers": "search and training step of the quantizers, against bare matmuls and PyTorch",
+    "tokenize": "tokenizing a folder from disk to disk, against the bare encoder and search",
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -45,8 +45,8 @@ CONTINUOUS = """latents = tokenizer.encode(images)  # images [B, H, W, 3]: uint8
 pictures = tokenizer.decode(latents)  # [B, {size}, {size}, 3] in [0, 1]"""
 
 
-def write(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures | None = None) -> None:
-    """Writes README.md to `folder`, and with `images` the picture that it shows."""
+def write(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: Pictures | None = None) -> None:
+    """Writes README.md to `folder`, for those who load `name`; and with `images` the picture that it shows."""
     discrete, rows = tokenizer.has_codes, _facts(tokenizer)
     if images is not None and len(images):
         rows += _show(tokenizer, folder, images)
@@ -58,7 +58,7 @@ def write(tokenizer: "Tokenizer", folder: pathlib.Path, images: Pictures | None 
         + f", and a picture of {tokenizer.image_size} x {tokenizer.image_size} pixels is painted from it again."
     )
     text = TEMPLATE.format(
-        title=folder.name, name=folder.name, what=what, picture=shown,
+        title=name.rpartition("/")[2], name=name, what=what, picture=shown,
         use=(DISCRETE if discrete else CONTINUOUS).format(size=tokenizer.image_size),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
     )  # fmt: skip

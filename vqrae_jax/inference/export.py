@@ -161,9 +161,9 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
     if args.format == "safetensors":
         written = tokenizer.save_pretrained(output)
         return [written / folder.CONFIG, written / folder.WEIGHTS]
-    variables = jax.device_get(tokenizer.variables)
     if args.format == "stablehlo":
-        return write_programs(tokenizer.module, variables, output)
+        return write_programs(tokenizer.module, jax.device_get(tokenizer.variables), output)
+    variables = jax.device_get(tokenizer.trained)
     state = to_origin(tokenizer.config, variables, args.transformers)
     output.parent.mkdir(parents=True, exist_ok=True)
     export.write_torch(state, output)

@@ -79,6 +79,12 @@ def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
     return {"version": described.get("version")} | (described.get("provenance") or {})
 
 
+def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the folder."""
+    tensors = readers.read_tensors(pathlib.Path(path).expanduser() / WEIGHTS, "--checkpoint")
+    return {name: tuple(tensors[name].shape) for name in tensors}
+
+
 def read(path: str | os.PathLike) -> tuple[VQRAE, dict[str, Any]]:
     """The module and its variables, with the encoder from where config.json says.
 

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import logging
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import command, folder
 from vqrae_jax.models.vit import stack_blocks
 from vqrae_jax.pretrained import origin, readers, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 
 
 def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[assembly.Assembly, dict[str, Any]]:

@@ -69,7 +69,7 @@ def _model(found: Location) -> dict[str, Any]:
     parameters = {part: _count(tree) for part, tree in shapes["params"].items()} | {
         f"{part} (state)": _count(tree) for part, tree in shapes["batch_stats"].items()
     }
-    tokenizer = Tokenizer(built.module, shapes, found.config, abstract=True)
+    tokenizer = Tokenizer(built.module, shapes, found.config)
     model = {"image size": tokenizer.image_size, "grid": tokenizer.grid, "downsampling": tokenizer.downsampling}
     if tokenizer.has_codes:
         model |= {

@@ -7,7 +7,6 @@ reads the file.
 import argparse
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -122,7 +121,9 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
-    built = assembly.assemble(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"}))
+    built = assembly.for_frozen_encoder(
+        assembly.assemble(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"}))
+    )
     params = {"params": jax.device_put(built.pretrained["encoder"])}
     files = images.image_files(args.data, field="--data")[: args.limit]
     moments = estimate(lambda image: built.module.encoder.apply(params, image), _read(files, args.size, args.batch))

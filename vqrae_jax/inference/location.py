@@ -1,16 +1,22 @@
-"""Where a trained tokenizer is, and what its files say about it before any weights are read."""
+"""Where a trained tokenizer is, what its files say about it, and its weights."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 from typing import Any
 
-from vqrae_jax import checkpoint
+import jax
+
+from vqrae_jax import assembly, checkpoint
 from vqrae_jax import config as config_lib
 from vqrae_jax.inference import folder as exported
+from vqrae_jax.inference.programs import placement
+from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import sources
 
+PARTS = ("encoder", "quantizer", "decoder")
 METRICS_FILE = "metrics.jsonl"  # of a run: one JSON object per line
 
 
@@ -47,6 +53,36 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     if figures := _figures(found.parent.parent / METRICS_FILE, meta.get("step")):
         provenance["figures"] = figures
     return Location(found, run.model, "encoder" not in run.train.trainable, provenance, run)
+
+
+def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
+    """The module and its variables as they were trained and are exported.
+
+    Args:
+      found: by `locate`.
+      mesh: where the variables of a checkpoint are placed; None: on this process's first device. Those of a folder are
+        numpy arrays.
+
+    Raises:
+      CheckpointError: it is of another architecture than its config.
+      PretrainedError: the encoder's weights cannot be had, or the folder is damaged.
+    """
+    if found.run is None:
+        return exported.read(found.path)
+    saved = checkpoint.saved_shapes(found.path)
+    trainable, settings = found.run.train.trainable, found.config
+    if "decoder" in trainable:  # what it started from may be gone by now
+        settings = settings.model_copy(update={"pretrained_decoder_path": None})
+    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
+    shapes = assembly.shapes(built)
+    trained = {n: p for n, p in shapes["params"].items() if n in trainable}
+    checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
+    place = functools.partial(placement, mesh=mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))
+    model = checkpoint.read_model(found.path, target)
+    key = jax.random.key(found.run.train.seed)
+    rest = assembly.initial_params(built, key, [n for n in PARTS if n not in trained], place)
+    return built.module, {**model, "params": {**rest, **model["params"]}}
 
 
 def _is_hub_id(name: str) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Shaped
 
 from vqrae_jax import sharding
 from vqrae_jax.inference.inputs import TokenizerError, bucket, padded
+from vqrae_jax.models.encoder import at_input_size
 from vqrae_jax.models.vqrae import VQRAE
 
 LARGEST_BATCH = 64
@@ -30,9 +31,8 @@ class Programs:
         batch_size: int | None,
         memory_limit: int | None,
     ):
-        """See `Tokenizer`."""
-        self.module = module
-        self.variables, mesh = _placed(variables, mesh)
+        """As `Tokenizer`, the variables on their devices already."""
+        self.module, self.variables = module, variables
         self._multiple = mesh.shape["data"] if mesh else 1
         if batch_size is not None and (batch_size < 1 or batch_size % self._multiple):
             raise TokenizerError(
@@ -120,14 +120,28 @@ def _compute(module: VQRAE, method: str, variables: Any, x: jax.Array) -> jax.Ar
     return jnp.clip(out, 0, 1) if method.startswith("decode") else out
 
 
-def _placed(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sharding.Mesh | None]:
-    """The variables on their devices, and the mesh if they are on one."""
+def placed(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sharding.Mesh | None]:
+    """The variables on their devices, and the mesh if they are on one; shapes stay shapes."""
     leaves = jax.tree.leaves(variables)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        return variables, mesh
     if mesh is None and all(isinstance(x, jax.Array) for x in leaves):
         meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, jax.sharding.NamedSharding)}
         if meshes:
             return variables, meshes.pop()
     return jax.device_put(variables, placement(variables, mesh)), mesh
+
+
+def running(module: VQRAE, trained: Any) -> tuple[VQRAE, Any]:
+    """Module and variables as they run: the encoder's position grid is resampled once instead of in every call."""
+    params = trained["params"]
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        return module, trained
+    encoder, resampled = at_input_size(module.encoder, params["encoder"])
+    if encoder is module.encoder:
+        return module, trained
+    resampled = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), resampled, params["encoder"])
+    return module.clone(encoder=encoder), {**trained, "params": {**params, "encoder": resampled}}
 
 
 def _memory(leaf: jax.Array) -> int:

@@ -62,7 +62,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
-    plan = _plan(args, tokenizer, len(source))
+    plan = make_plan(args, tokenizer, len(source))
     batch = args.batch or _batch(plan.views, len(devices))
     if args.shard_size % batch:
         raise ConfigError(
@@ -71,20 +71,33 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         )
     missing = codes.begin(args.output, plan)
     mine = [shard for shard in missing if shard % args.processes == args.process]
-    skipped = pipeline.Skipped()
-    total = sum(stop - start for start, stop in map(plan.range, mine))
-    with concurrent.futures.ThreadPoolExecutor(1) as disk:
-        writing = None
-        encoded = _encode(tokenizer, source, plan, mine, batch, args.threads, skipped)
-        for shard, columns in command.progress(encoded, total, "images", lambda item: _length(plan, item[0])):
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(codes.write_shard, args.output, plan, shard, columns)
-        if writing is not None:
-            writing.result()
+    write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
     manifest = codes.finish(args.output, plan)
     _report(args, plan, manifest, len(mine))
     return manifest
+
+
+def write_shards(
+    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
+) -> None:
+    """Encodes and writes `shards`. Reading, the device and the disk work at the same time.
+
+    Args:
+      source: of `pipeline.evaluation_source`.
+      output: folder, for which `codes.begin` was called.
+      batch: images per batch, a divisor of the plan's shard size.
+      threads: that read and crop.
+    """
+    total = sum(_length(plan, shard) for shard in shards)
+    encoded = _encode(tokenizer, source, plan, shards, batch, threads)
+    with concurrent.futures.ThreadPoolExecutor(1) as disk:
+        writing = None
+        for shard, columns in command.progress(encoded, total, "images", lambda item: _length(plan, item[0])):
+            if writing is not None:
+                writing.result()
+            writing = disk.submit(codes.write_shard, output, plan, shard, columns)
+        if writing is not None:
+            writing.result()
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -109,7 +122,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: give at least 1")
 
 
-def _plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
+def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
+    """What the command will write, for a source of so many images."""
     views = len(pipeline.VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
     described = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
     if args.source == "folder":
@@ -140,11 +154,11 @@ def _length(plan: codes.Plan, shard: int) -> int:
 
 
 def _encode(
-    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], batch: int, threads: int, skipped: Any
+    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], batch: int, threads: int
 ) -> Iterator[tuple[int, code_shards.Columns]]:
-    """The content of each shard. Reading, the device and the disk work at the same time."""
+    """The content of each shard."""
     starts = [start for shard in shards for start in range(*plan.range(shard), batch)]
-    batches = pipeline.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, skipped)
+    batches = pipeline.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, pipeline.Skipped())
     known = collections.deque()
 
     def pictures() -> Iterator[np.ndarray]:

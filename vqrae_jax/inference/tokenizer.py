@@ -13,19 +13,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from vqrae_jax import assembly, checkpoint
 from vqrae_jax import config as config_lib
 from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError
-from vqrae_jax.inference.location import locate
+from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
 from vqrae_jax.quantizers.none import NO_CODES
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
-PARTS = ("encoder", "quantizer", "decoder")
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
 # Fields of the model section that decide what a code means, beside the weights.
 MEANING = (
@@ -45,7 +43,8 @@ class Tokenizer:
     are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
 
     Any number of images goes through in batches of few sizes (powers of two), the last one padded, so that little is
-    ever compiled.
+    ever compiled. `module` and `variables` are what runs, with the encoder's position grid at its input size; `trained`
+    has the variables as they are in the files.
     """
 
     def __init__(
@@ -65,7 +64,8 @@ class Tokenizer:
         """
         Args:
           module: the model.
-          variables: {"params": ..., "batch_stats": ...} with all of its parts, of numpy or on any device or mesh.
+          variables: {"params": ..., "batch_stats": ...} with all of its parts, of numpy or on any device or mesh; as
+            jax.ShapeDtypeStruct, only the properties work.
           config: the model section that `module` was built from; only to save, and for `hash`.
           frozen: the encoder is the pretrained one that `config` names.
           provenance: what is known of its making, for the model card.
@@ -77,12 +77,12 @@ class Tokenizer:
             colour, "stretch" changes proportions. All resample bicubically with antialias.
           output: "jax" leaves results on the device.
         """
-        self.module, self.config, self.frozen, self.provenance = module, config, frozen, provenance or {}
-        self.fit, self.output, self.batch_size = fit, output, batch_size
-        self._programs = programs.Programs(module, variables, mesh, batch_size, memory_limit)
-        self.variables = self._programs.variables
-        image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
-        self._quantized = jax.eval_shape(functools.partial(module.apply, method="quantize"), self.variables, image)
+        self.config, self.frozen, self.provenance = config, frozen, provenance or {}
+        self.trained, self.mesh = programs.placed(variables, mesh)
+        self.module, self.variables = programs.running(module, self.trained)
+        self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
+        quantize = functools.partial(self.module.apply, method="quantize")
+        self._quantized = jax.eval_shape(quantize, self.variables, self._image_shape(1))
 
     @classmethod
     def load(cls, path: str | os.PathLike, step: int | None = None, **options: Any) -> "Tokenizer":
@@ -97,23 +97,9 @@ class Tokenizer:
           PretrainedError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
         """
         found = locate(path, step)
+        module, variables = read_model(found, options.get("mesh"))
         known = {"config": found.config, "frozen": found.frozen, "provenance": found.provenance}
-        if found.run is None:
-            return cls(*exported.read(found.path), **known, **options)
-        saved = checkpoint.saved_shapes(found.path)
-        trainable, settings = found.run.train.trainable, found.config
-        if "decoder" in trainable:  # what it started from may be gone by now
-            settings = settings.model_copy(update={"pretrained_decoder_path": None})
-        built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
-        shapes = assembly.shapes(built)
-        trained = {n: p for n, p in shapes["params"].items() if n in trainable}
-        checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
-        place = functools.partial(programs.placement, mesh=options.get("mesh"))
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))
-        model = checkpoint.read_model(found.path, target)
-        key = jax.random.key(found.run.train.seed)
-        rest = assembly.initial_params(built, key, [n for n in PARTS if n not in trained], place)
-        return cls(built.module, {**model, "params": {**rest, **model["params"]}}, **known, **options)
+        return cls(module, variables, **known, **options)
 
     from_pretrained = load
 
@@ -173,7 +159,7 @@ class Tokenizer:
         meaning = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in MEANING}
         trees = {
             f"{kind}/{part}": tree
-            for kind, parts in self.variables.items()
+            for kind, parts in self.trained.items()
             for part, tree in parts.items()
             if part in ("encoder", "quantizer", "latent")
         }
@@ -234,7 +220,7 @@ class Tokenizer:
         """
         return self._programs.stream(method, batches)
 
-    def save_pretrained(self, folder: str | os.PathLike, images: Any = None) -> pathlib.Path:
+    def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> pathlib.Path:
         """Writes config.json, model.safetensors and a model card to `folder`, for `load` and for the hub.
 
         A frozen pretrained encoder is not in it, only where it is had and what its content hash must be.
@@ -242,14 +228,15 @@ class Tokenizer:
         Args:
           folder: made where it is missing.
           images: some to show in the card, beside their reconstructions, with the figures on them.
+          name: what the card tells to load; None: the folder.
 
         Raises:
           TokenizerError: the tokenizer was built without its config.
         """
         if self.config is None:
             raise TokenizerError("a tokenizer without its config cannot be saved: give config=, or load it")
-        written = exported.write(folder, self.config, jax.device_get(self.variables), self.frozen, self.provenance)
-        card.write(self, written, None if images is None else Pictures(images))
+        written = exported.write(folder, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
+        card.write(self, written, name or written.name, None if images is None else Pictures(images))
         return written
 
     def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
@@ -258,7 +245,11 @@ class Tokenizer:
         Raises:
           PretrainedError: no network, no right to write, or no login.
         """
-        return export.push(lambda folder: self.save_pretrained(folder, images), repo_id, private, token)
+        return export.push(lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token)
+
+    @functools.cached_property
+    def _programs(self) -> programs.Programs:
+        return programs.Programs(self.module, self.variables, self.mesh, self.batch_size, self.memory_limit)
 
     def _image_shape(self, count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, self.image_size, self.image_size, 3), np.float32)

@@ -1,12 +1,15 @@
 """Pixels -> latent grid: resize, normalize, pretrained ViT, final LayerNorm."""
 
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm
+from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
 from vqrae_jax.resize import resize
 
 Fusion = Literal["sum", "mean", "concat"]
@@ -56,3 +59,16 @@ class Encoder(nn.Module):
         if self.fusion == "concat":
             return jnp.concatenate(latents, axis=-1)
         return sum(latents) / (len(latents) if self.fusion == "mean" else 1)
+
+
+def at_input_size(encoder: Encoder, params: Mapping[str, Any]) -> tuple[Encoder, dict[str, Any]]:
+    """The same encoder with its position grid resampled to input_size once, in float32, instead of in every call.
+
+    For running frozen weights: those of the file, with their own grid, are what is exported and hashed.
+    """
+    vit, grid = encoder.vit, encoder.grid
+    if vit.pos == "rope" or grid == vit.grid:
+        return encoder, dict(params)
+    table = np.asarray(resample_positions(vit, jnp.asarray(params["vit"]["pos_embed"]), grid, grid))
+    tree = {**params, "vit": {**params["vit"], "pos_embed": table}}
+    return encoder.clone(vit=dataclasses.replace(vit, grid=grid)), tree

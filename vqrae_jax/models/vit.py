@@ -257,11 +257,16 @@ class ViT(nn.Module):
 
     def _positions(self, h: int, w: int) -> Float[Array, "1 n D"]:
         """The stored table (cls first, then rows), its grid resampled to h x w when that is another one."""
-        c, width = self.cfg, self.cfg.blocks.width
-        cls = int(c.cls)
-        table = self.param("pos_embed", nn.initializers.normal(0.02), (1, cls + c.grid**2, width))
-        if (h, w) == (c.grid, c.grid):
-            return table
-        grid = table[:, cls:].reshape(1, c.grid, c.grid, width)
-        grid = resize(grid, h, w, "bicubic_antialias" if c.antialias else "bicubic")
-        return jnp.concatenate([table[:, :cls], grid.reshape(1, h * w, width)], axis=1)
+        c = self.cfg
+        table = self.param("pos_embed", nn.initializers.normal(0.02), (1, int(c.cls) + c.grid**2, c.blocks.width))
+        return resample_positions(c, table, h, w)
+
+
+def resample_positions(cfg: ViTConfig, table: Float[Array, "1 n D"], h: int, w: int) -> Float[Array, "1 m D"]:
+    """A table of cfg.grid x cfg.grid positions (after that of cls) for a grid of h x w, as PyTorch resamples it."""
+    if (h, w) == (cfg.grid, cfg.grid):
+        return table
+    cls, width = int(cfg.cls), table.shape[-1]
+    grid = table[:, cls:].reshape(1, cfg.grid, cfg.grid, width)
+    grid = resize(grid, h, w, "bicubic_antialias" if cfg.antialias else "bicubic")
+    return jnp.concatenate([table[:, :cls], grid.reshape(1, h * w, width)], axis=1)

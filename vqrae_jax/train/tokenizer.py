@@ -35,7 +35,10 @@ class TokenizerTask:
     def build(cls, config: Config, mesh: Mesh) -> "TokenizerTask":
         """Reads the pretrained weights and checks what model, data and training ask of each other."""
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        task = cls(config, mesh, assembly.assemble(config.model, pin=pin))
+        built = assembly.assemble(config.model, pin=pin)
+        if "encoder" not in config.train.trainable:
+            built = assembly.for_frozen_encoder(built)
+        task = cls(config, mesh, built)
         painted, given = task.assembly.image_size, config.data.image_size
         if painted != given:
             grid = task.assembly.module.decoder.grid

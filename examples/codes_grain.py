@@ -1,0 +1,22 @@
+"""A tokenized dataset in grain: shuffled batches of codes and labels, without end.
+
+python examples/codes_grain.py /data/codes
+"""
+
+import sys
+
+import grain
+
+from vqrae_jax.data.codes import Codes
+
+
+def batches(path: str, batch_size: int, seed: int = 0) -> grain.DatasetIterator:
+    """Iterates over {"codes": [batch, ...], "label": int32 [batch]}; `get_state` and `set_state` resume it exactly."""
+    records = grain.MapDataset.source(Codes(path)).seed(seed).shuffle().repeat()
+    wanted = records.map(lambda record: {name: record[name] for name in ("codes", "label")})
+    return iter(wanted.batch(batch_size, drop_remainder=True).to_iter_dataset())
+
+
+if __name__ == "__main__":
+    batch = next(batches(sys.argv[1], 4))
+    print({name: (value.shape, value.dtype) for name, value in batch.items()})

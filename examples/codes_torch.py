@@ -1,0 +1,30 @@
+"""A tokenized dataset in PyTorch; JAX is not imported.
+
+python examples/codes_torch.py /data/codes
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from vqrae_jax.data.codes import Codes
+
+
+class CodeDataset(torch.utils.data.Dataset):
+    """(codes int64 [...], label) of each image."""
+
+    def __init__(self, path: str):
+        self.records = Codes(path)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        record = self.records[index]
+        return torch.from_numpy(record["codes"].astype(np.int64)), int(record["label"])
+
+
+if __name__ == "__main__":
+    codes, labels = next(iter(torch.utils.data.DataLoader(CodeDataset(sys.argv[1]), batch_size=4, shuffle=True)))
+    print(codes.shape, labels.tolist(), "jax imported:", "jax" in sys.modules)

@@ -1,0 +1,85 @@
+"""The examples do what they say."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vqrae_jax.data import codes
+from vqrae_jax.data.code_shards import Columns
+
+FOLDER = pathlib.Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """Ten images of 2 x 2 codes, in parquet."""
+    folder = tmp_path_factory.mktemp("codes")
+    plan = codes.Plan("0" * 64, "made up", 10, "one", (2, 2), "uint16", 100, 32, "parquet", 4)
+    for shard in codes.begin(folder, plan):
+        index = np.arange(*plan.range(shard))
+        grids = (index[:, None, None] * 10 + np.arange(4).reshape(2, 2)).astype(np.uint16)
+        columns = Columns(index, [f"{i}.png" for i in index], (index % 3).astype(np.int32), grids)
+        codes.write_shard(folder, plan, shard, columns)
+    codes.finish(folder, plan)
+    return folder
+
+
+def test_grain_sees_every_record_once_an_epoch_and_resumes(tokenized):
+    module = example("codes_grain")
+    batches = module.batches(str(tokenized), 5)
+    first = next(batches)
+    state = batches.get_state()
+    second = next(batches)
+    assert sorted([*first["codes"][:, 0, 0], *second["codes"][:, 0, 0]]) == [10 * i for i in range(10)]
+    np.testing.assert_array_equal(first["label"], first["codes"][:, 0, 0] // 10 % 3)
+    again = module.batches(str(tokenized), 5)
+    again.set_state(state)
+    np.testing.assert_array_equal(next(again)["codes"], second["codes"])
+
+
+def test_reading_needs_no_jax(tokenized):
+    script = (
+        "import sys\nfrom vqrae_jax.data.codes import Codes\n"
+        f"read = Codes({str(tokenized)!r})\nassert len(read) == 10 and read[3]['codes'][0, 1] == 31\n"
+        "assert not {'jax', 'flax', 'grain', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=FOLDER.parent)
+
+
+def test_pytorch(tokenized):
+    pytest.importorskip("torch")
+    grids, label = example("codes_torch").CodeDataset(str(tokenized))[7]
+    assert grids.tolist() == [[70, 71], [72, 73]]
+    assert label == 1
+
+
+def test_hugging_face_datasets(tokenized, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    pytest.importorskip("datasets")
+    records = example("codes_datasets").load(str(tokenized))
+    assert records[7]["codes"].tolist() == [[70, 71], [72, 73]]
+    assert records[7]["id"] == "7.png"
+
+
+def test_the_decoder_is_differentiable(tiny):
+    import jax
+
+    from vqrae_jax import Tokenizer, assembly
+
+    config = tiny().model
+    built = assembly.assemble(config)
+    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    picture = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
+    _, errors = example("invert_a_picture").invert(Tokenizer(built.module, variables, config), picture, steps=20)
+    assert errors[-1] < 0.9 * errors[0]

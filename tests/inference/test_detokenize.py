@@ -1,0 +1,85 @@
+"""Codes -> pictures: exactly what `reconstruct` paints, and only codes of the same tokenizer."""
+
+import numpy as np
+import pytest
+
+from vqrae_jax import Tokenizer
+from vqrae_jax.data import images
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.inference import detokenize, reconstruct, tokenize
+from vqrae_jax.inference.tokenizer import TokenizerError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        images.write_image(folder / f"{i:02d}.png", rng.integers(0, 256, (34 + i, 40, 3), np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenized(trained, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    given = [f"--checkpoint={trained}", f"--data={photos}", f"--output={folder}", "--batch=8", "--shard-size=8"]
+    tokenize.tokenize(tokenize.parse([*given, "--format=parquet"]))
+    return folder
+
+
+def run(checkpoint, codes, output, *arguments):
+    given = [f"--checkpoint={checkpoint}", f"--codes={codes}", f"--output={output}", "--batch=8", *arguments]
+    return detokenize.detokenize(detokenize.parse(given))
+
+
+def test_round_trip_equals_reconstruct_byte_for_byte(trained, photos, tokenized, tmp_path):
+    given = [f"--checkpoint={trained}", "--image", str(photos), f"--output={tmp_path / 'a'}", "--only", "--batch=8"]
+    expected = reconstruct.reconstruct(reconstruct.parse(given))
+    painted = run(trained, tokenized, tmp_path / "b")
+    assert [path.name for path in painted] == [f"{i:08d}.png" for i in range(11)]
+    assert [path.read_bytes() for path in painted] == [path.read_bytes() for path in expected]
+
+
+def test_an_array_of_codes_and_views(trained, photos, tokenized, tmp_path):
+    grids = np.random.default_rng(0).integers(0, 32, (3, 4, 4)).astype(np.int64)
+    np.save(tmp_path / "made up.npy", grids)
+    painted = run(trained, tmp_path / "made up.npy", tmp_path / "pictures", "--limit=2")
+    assert len(painted) == 2
+    expected = Tokenizer.load(trained).decode_from_indices(grids[:1])[0]
+    assert np.abs(images.read_image(painted[0]) / 255 - expected).max() <= 0.5 / 255 + 1e-5
+
+    given = [f"--checkpoint={trained}", f"--data={photos}", f"--output={tmp_path / 'codes'}", "--views=flip"]
+    tokenize.tokenize(tokenize.parse([*given, "--limit=2"]))
+    names = [path.name for path in run(trained, tmp_path / "codes", tmp_path / "views")]
+    assert names == ["00000000_0.png", "00000000_1.png", "00000001_0.png", "00000001_1.png"]
+
+
+def test_codes_of_another_tokenizer_are_refused(trained, tokenized, tmp_path):
+    other = Tokenizer.load(trained)
+    quantizer = other.trained["batch_stats"]["quantizer"]
+    moved = {**other.trained, "batch_stats": {"quantizer": {**quantizer, "codebook": quantizer["codebook"] + 1}}}
+    folder = Tokenizer(other.module, moved, other.config).save_pretrained(tmp_path / "other")
+    with pytest.raises(TokenizerError, match=r"are of the tokenizer \w{12}, this one is \w{12}.*or --force"):
+        run(folder, tokenized, tmp_path / "pictures")
+    assert len(run(folder, tokenized, tmp_path / "pictures", "--force")) == 11
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.full((1, 4, 4), 32), TokenizerError, r"span \[32, 32\]; the codes are 0 to 31"),
+        (np.zeros((1, 5, 5), int), TokenizerError, r"shape \(1, 5, 5\); expected \[B, 4, 4\]"),
+        (np.zeros((1, 4, 4)), TokenizerError, "indices are float64"),
+        (b"no array", DataError, "cannot be read as an array"),
+    ],
+)
+def test_what_is_no_code(trained, tmp_path, array, error, message):
+    path = tmp_path / "codes.npy"
+    path.write_bytes(array) if isinstance(array, bytes) else np.save(path, array)
+    with pytest.raises(error, match=message):
+        run(trained, path, tmp_path / "pictures")
+
+
+def test_a_folder_without_codes(trained, tmp_path):
+    with pytest.raises(DataError, match=r"has no manifest\.json: give a folder that"):
+        run(trained, tmp_path, tmp_path / "pictures")
