@@ -28,7 +28,8 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation",
         "inference", "sharding", "checkpoint", "config",
     },
-    "main": {"train", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
+    "preflight": {"train", "pretrained", "sharding", "config"},
+    "main": {"train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "compilation",
     },
@@ -38,7 +39,7 @@ ONLY_IN = {
     "optax": {"train"},
     "tensorboardX": {"train"},
     "wandb": {"train"},
-    "rich": {"train", "inference", "benchmark"},
+    "rich": {"train", "inference", "preflight", "benchmark"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "PIL": {"data", "benchmark"},

@@ -52,6 +52,11 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
     return TrainBatches(images, source, skipped, data, process_index, process_count)
 
 
+def count_training_images(data) -> int:
+    """How many there are, those that cannot be read included."""
+    return len(sources.training_source(data))
+
+
 class TrainBatches:
     """An iterator whose whole state is one number, the images that all processes together have been given.
 

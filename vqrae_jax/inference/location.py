@@ -52,7 +52,8 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
     provenance |= _measured(found.parent.parent, meta.get("step"))
-    return Location(found, run.model, "encoder" not in run.train.trainable, provenance, run)
+    frozen = "encoder" not in checkpoint.saved_shapes(found)["params"]
+    return Location(found, run.model, frozen, provenance, run)
 
 
 def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
@@ -70,12 +71,13 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
     if found.run is None:
         return exported.read(found.path)
     saved = checkpoint.saved_shapes(found.path)
-    trainable, settings = found.run.train.trainable, found.config
-    if "decoder" in trainable:  # what it started from may be gone by now
+    # What train.start_from gave and did not train is in a checkpoint too.
+    held, settings = {*found.run.train.trainable, *saved["params"]}, found.config
+    if "decoder" in held:  # what it started from may be gone by now
         settings = settings.model_copy(update={"pretrained_decoder_path": None})
     built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
     shapes = assembly.shapes(built)
-    trained = {n: p for n, p in shapes["params"].items() if n in trainable}
+    trained = {n: p for n, p in shapes["params"].items() if n in held}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
     place = functools.partial(placement, mesh=mesh)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))

@@ -14,15 +14,16 @@ import numpy as np
 
 from vqrae_jax import __version__, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.config import Config, ConfigError, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.train import report
+from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.task import Metrics, Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -42,6 +43,8 @@ class Run:
         evaluating: bool = False,
     ):
         """With `evaluating`, nothing is read or written that only training needs."""
+        if not evaluating:
+            config = in_steps(config, lambda: pipeline.count_training_images(config.data))
         self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
         self.first = jax.process_index() == 0
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
@@ -63,13 +66,12 @@ class Run:
             self.workdir, config.model_dump(), config.train.wandb_project, self.first and not evaluating
         )
 
-        where = sharding.replicated(self.mesh)
         self.frozen = self.task.frozen()
         self.state = self._restore_or_init()
-        placed = jax.tree.map(lambda x: x.sharding, self.state)
-        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.first_bad = jax.jit(first_bad)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint of the workdir, data included; without one, step 0."""
@@ -136,23 +138,26 @@ class Run:
 def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
     run = Run(config, workdir, devices)
-    settings = config.train
+    settings = run.config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window = Window(config.data.batch_size)
+    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
             run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
             window.add(metrics, run.accumulate)
+            guard.add(step, metrics, run.first_bad)
             progress.advance(step)
             last = step == settings.steps
+            evaluated = step % settings.evaluate_every == 0 or last
+            saved = step % settings.checkpoint_every == 0 or last
+            if saved or evaluated or step % settings.log_every == 0:
+                guard.check()
             if step % settings.log_every == 0 or last:
                 values = window.flush() | {"data/skipped": run.skipped.count}
                 run.writers.scalars(step, values)
                 progress.status(step, _status(values))
-            evaluated = step % settings.evaluate_every == 0 or last
-            saved = step % settings.checkpoint_every == 0 or last
             if evaluated or saved:
                 window.pause()
             if evaluated:

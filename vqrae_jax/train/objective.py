@@ -35,14 +35,14 @@ class Objective:
     perceptual: critics.Critic | None
 
     @classmethod
-    def build(cls, config: Config, module: VQRAE, pin: Callable[[Tokens], Tokens]) -> "Objective":
-        """Reads the weights of the perceptual network, if it has a weight.
+    def build(cls, config: Config, module: VQRAE, pin: Callable[[Tokens], Tokens], weights: bool = True) -> "Objective":
+        """Reads the weights of the perceptual network, if it has a weight; with weights=False only their shapes.
 
         Raises:
           PretrainedError, ConfigError: they cannot be had.
         """
         wanted = config.loss.perceptual
-        return cls(config, module.encoder, critics.perceptual(wanted, pin) if wanted.weight else None)
+        return cls(config, module.encoder, critics.perceptual(wanted, pin, weights) if wanted.weight else None)
 
     @property
     def needs_teacher(self) -> bool:

@@ -37,10 +37,13 @@ class TokenizerTask:
     start: Any = None  # shapes of the model that `train.start_from` gives
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh) -> "TokenizerTask":
-        """Reads the pretrained weights and checks what model, data and training ask of each other."""
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True) -> "TokenizerTask":
+        """Reads the pretrained weights and checks what model, data and training ask of each other.
+
+        With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
+        """
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built, start = assembly.assemble(config.model, pin=pin), _start_shapes(config)
+        built, start = assembly.assemble(config.model, weights=weights, pin=pin), _start_shapes(config)
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = assembly.for_frozen_encoder(built)
         painted, given = built.image_size, config.data.image_size
@@ -51,12 +54,13 @@ class TokenizerTask:
                 f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints "
                 f"pictures of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
             )
-        objective = Objective.build(config, built.module, pin)
+        objective = Objective.build(config, built.module, pin, weights)
         adversary = None
         if config.adversary.discriminator != "none":
-            adversary = Adversary(config.adversary, critics.discriminator(config.adversary), config.train.steps)
+            critic = critics.discriminator(config.adversary, weights)
+            adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
-        task._check_parts()
+        task._check_parts(weights)
         return task
 
     @functools.cached_property
@@ -76,9 +80,7 @@ class TokenizerTask:
         shapes = assembly.shapes(self.assembly)
         held = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable + self._given}
         state = jax.eval_shape(self._create, held, shapes["batch_stats"], self._key())
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(state)
-        )
+        return self._placed(state)
 
     def init(self) -> TrainState:
         where = jax.tree.map(lambda x: x.sharding, self.shapes())
@@ -86,27 +88,42 @@ class TokenizerTask:
         variables = assembly.initial_variables(self.assembly, self._key(), drawn, self._place)
         params, batch_stats = variables["params"], variables["batch_stats"]
         if self.start:
-            target = jax.tree.map(
-                lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), self.start, self._place(self.start)
-            )
             folder = checkpoint.find(self.config.train.start_from)
-            given = checkpoint.read_model(folder, target)
+            given = checkpoint.read_model(folder, self._placed(self.start))
             params, batch_stats = {**params, **given["params"]}, given.get("batch_stats", {})
         create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
         return create(params, batch_stats, self._key())
 
     def frozen(self) -> Any:
         """Parts that neither train nor come from train.start_from, and the networks that judge."""
-        parts = [n for n in PARTS if n not in self.config.train.trainable + self._given]
-        networks = assembly.initial_params(self.assembly, self._key(), parts, self._place)
-        read = dict(self.objective.frozen())
-        if self.objective.needs_teacher and "encoder" not in networks:
+        networks = assembly.initial_params(self.assembly, self._key(), self._frozen_parts, self._place)
+        if self._has_teacher:
             networks["teacher"] = assembly.initial_params(self.assembly, self._key(), ["encoder"], self._place)[
                 "encoder"
             ]
-        if self.adversary:
-            read["discriminator"] = self.adversary.critic.params
-        return networks | jax.device_put(read, self._place(read))
+        return networks | jax.device_put(self._critics, self._place(self._critics))
+
+    def frozen_shapes(self) -> Any:
+        params = assembly.shapes(self.assembly)["params"]
+        networks = {n: params[n] for n in self._frozen_parts if n in params}
+        if self._has_teacher:
+            networks["teacher"] = params["encoder"]
+        return self._placed(networks | self._critics)
+
+    @property
+    def _frozen_parts(self) -> list[str]:
+        return [n for n in PARTS if n not in self.config.train.trainable + self._given]
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Whether the pretrained encoder is held beside the one that trains."""
+        return self.objective.needs_teacher and "encoder" not in self._frozen_parts
+
+    @property
+    def _critics(self) -> dict[str, Any]:
+        """Parameters of the networks that judge."""
+        adversary = {"discriminator": self.adversary.critic.params} if self.adversary else {}
+        return self.objective.frozen() | adversary
 
     def _create(self, held: Any, batch_stats: Any, key: jax.Array) -> TrainState:
         params = {n: tree for n, tree in held.items() if n in self.config.train.trainable}
@@ -114,7 +131,7 @@ class TokenizerTask:
         adversary = self.adversary.create(jax.random.fold_in(key, 1)) if self.adversary else {}
         return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params), adversary)
 
-    def _check_parts(self) -> None:
+    def _check_parts(self, weights: bool) -> None:
         trainable, shapes = self.config.train.trainable, assembly.shapes(self.assembly)
         if not set(trainable) & set(shapes["params"]):
             raise ConfigError(
@@ -127,7 +144,7 @@ class TokenizerTask:
             return
         learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
         random = [n for n in learned if n not in trainable and n not in self.assembly.pretrained]
-        if random:
+        if weights and random:
             raise ConfigError(
                 f"train.trainable={trainable} leaves {' and '.join(random)} at random values: add it, or name the run "
                 "that trained it in train.start_from"
@@ -139,6 +156,11 @@ class TokenizerTask:
     def _place(self, tree: Any) -> Any:
         given = self.config.mesh
         return sharding.shardings(tree, self.mesh, given.fsdp, given.fsdp_min_size)
+
+    def _placed(self, tree: Any) -> Any:
+        """Shapes with shardings."""
+        where = self._place(tree)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
 
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(self._key(), state.step)
