@@ -137,6 +137,16 @@ def _initialize(module: VQRAE):
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
 
 
+def encoder_alone(
+    config: ModelConfig, pin: Callable[[Tokens], Tokens] = unpinned
+) -> tuple[Encoder, dict[str, Any] | None]:
+    """The encoder that the config names, and its pretrained parameters; None where they start random."""
+    encoder, folder = _encoder(config, pin)
+    image = jax.ShapeDtypeStruct((1, config.encoder_input_size, config.encoder_input_size, 3), jnp.float32)
+    want = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
+    return encoder, None if folder is None else _read_encoder(config, want, folder)
+
+
 def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Encoder, pathlib.Path | None]:
     """The encoder and the folder of its weights, None where they start random."""
     params = config.encoder_params
@@ -168,11 +178,9 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, pin=pin)
-    bad = [layer for layer in params.layers if not -blocks.depth <= layer < blocks.depth]
-    if bad or not params.layers:
-        raise ConfigError(
-            f"model.encoder_params.layers={params.layers}: the encoder has blocks 0 to {blocks.depth - 1}"
-        )
+    if not params.layers:
+        raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
+    _check_layers("model.encoder_params.layers", params.layers, blocks)
     vit = ViTConfig(blocks=blocks, **fields)
     return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
 
@@ -200,9 +208,16 @@ def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Toke
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
         scan=config.scan_layers, remat=config.remat, dtype=config.dtype, pin=pin,
     )  # fmt: skip
+    _check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
-        blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed
-    )
+        blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed,
+        features=len(config.decoder_features) * encoder.vit.blocks.width,
+    )  # fmt: skip
+
+
+def _check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:
+    if any(not -blocks.depth <= layer < blocks.depth for layer in layers):
+        raise ConfigError(f"{field}={layers}: the encoder has blocks 0 to {blocks.depth - 1}")
 
 
 def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
@@ -243,14 +258,18 @@ def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path 
     want = shapes(assembly)["params"]
     read = {}
     if folder is not None:
-        field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
-        read["encoder"] = convert.convert(
-            sources.read_weights(folder, field), family.table, want["encoder"],
-            unwanted=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
-        )  # fmt: skip
+        read["encoder"] = _read_encoder(config, want["encoder"], folder)
     if config.pretrained_decoder_path:
         read["decoder"] = _read_decoder(config, want["decoder"])
     return read
+
+
+def _read_encoder(config: ModelConfig, want: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
+    return convert.convert(
+        sources.read_weights(folder, field), family.table, want,
+        unwanted=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
+    )  # fmt: skip
 
 
 def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +278,14 @@ def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
     if config.scan_layers:
         single = assemble(config.model_copy(update={"scan_layers": False}), weights=False)
         want = shapes(single)["params"]["decoder"]
-    tree = convert.convert(state, tables.DECODER_TABLE, want, source=path)
+    head = want.get("features")  # files of others have none
+    tree = convert.convert(state, tables.DECODER_TABLE, {n: p for n, p in want.items() if n != "features"}, source=path)
+    if head is not None:
+        rng = np.random.default_rng(0)
+        tree["features"] = {
+            "kernel": rng.normal(0, 0.02, head["kernel"].shape).astype(np.float32),
+            "bias": np.zeros(head["bias"].shape, np.float32),
+        }
     log.info("decoder weights from %s: %d tensors", path, len(flatten_dict(tree)))
     return stack_blocks(tree) if config.scan_layers else tree
 
@@ -269,6 +295,7 @@ def _decoder_state(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     ours = {n.removeprefix("params/decoder/"): state[n] for n in state if n.startswith("params/decoder/")}
     if ours:
         tree = unflatten_dict(ours, sep="/")
+        tree.pop("features", None)
         return export.to_state_dict(unstack_blocks(tree) if "blocks" in tree else tree, tables.DECODER_TABLE)
     state = origin.select(state, "ema", path)
     whole = any(name.startswith("decoder.") for name in state)

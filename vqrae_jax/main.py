@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,15 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures; a run in it is resumed.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or evaluate the newest checkpoint of workdir.")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "evaluate", "preflight"],
+    "train; or evaluate the newest checkpoint of workdir; or compile for --topology and tell what the run would cost.",
+)
+TOPOLOGY = flags.DEFINE_string("topology", None, "For preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8.")
+JSON = flags.DEFINE_string("json", None, "For preflight: where to write it; preflight.json of workdir if there is one.")
+ALTERNATIVES = flags.DEFINE_integer("alternatives", 2, "For preflight: other meshes and batches to compile.", 0)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,16 +34,31 @@ def main(argv: Sequence[str]) -> None:
         raise config_lib.ConfigError(
             f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE"
         )
-    for name in ("config", "workdir"):
+    if "://" in (WORKDIR.value or ""):
+        raise config_lib.ConfigError(
+            f"--workdir={WORKDIR.value!r}: a run is written to a folder: mount the bucket (gcsfuse) and give its path; "
+            "data.path and data.eval_path may be addresses"
+        )
+    for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
     config = _read_config()
+    if MODE.value == "preflight":
+        sys.exit(0 if _preflight(config) else 1)
     from vqrae_jax.train import loop
 
     if MODE.value == "train":
         loop.train(config, WORKDIR.value)
     else:
         print(json.dumps(loop.evaluate(config, WORKDIR.value), indent=2))
+
+
+def _preflight(config: config_lib.Config) -> bool:
+    """Whether the config fits."""
+    from vqrae_jax.preflight import command
+
+    path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
+    return command.preflight(config, TOPOLOGY.value, ALTERNATIVES.value, path and pathlib.Path(path)).fits
 
 
 def run() -> None:
@@ -49,13 +74,17 @@ def run() -> None:
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
-    """What is wrong with input; anything else is a bug and keeps its traceback."""
+    """What is wrong with input, or with where a run has got to; anything else is a bug and keeps its traceback."""
     from vqrae_jax.checkpoint import CheckpointError
     from vqrae_jax.data.errors import DataError
+    from vqrae_jax.preflight.chips import TopologyError
     from vqrae_jax.pretrained.errors import PretrainedError
     from vqrae_jax.sharding import MeshError
+    from vqrae_jax.train.guard import DivergedError
 
-    return config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError
+    return (
+        config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError, TopologyError, DivergedError
+    )  # fmt: skip
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Method = Literal["bilinear", "bicubic", "bicubic_antialias"]
+Method = Literal["bilinear", "bilinear_tf1", "bicubic", "bicubic_antialias"]
 
 
 def resize(x: Float[Array, "*b H W C"], height: int, width: int, method: Method) -> Float[Array, "*b h w C"]:
-    """Resamples the two axes before the last to (height, width), half-pixel centres, in float32.
+    """Resamples the two axes before the last to (height, width), in float32; half-pixel centres but for bilinear_tf1.
 
     bilinear and bicubic (a = -0.75) equal torch's interpolate(align_corners=False); bicubic_antialias (a = -0.5, kernel
-    stretched when shrinking) equals the same call with antialias=True.
+    stretched when shrinking) equals the same call with antialias=True; bilinear_tf1 is TensorFlow 1's
+    resize_bilinear(align_corners=False), by which Inception's features are defined: sample i lies at i * n_in / n_out.
     """
     if x.shape[-3:-1] == (height, width):
         return x
@@ -32,8 +33,9 @@ def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]
     """The weights by which one axis of n_in samples becomes n_out samples; every row sums to one."""
     if method == "bicubic_antialias":
         return _stretched(n_in, n_out)
-    kernel, taps = (_triangle, range(2)) if method == "bilinear" else (_cubic, range(-1, 3))
-    centre = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    kernel, taps = (_cubic, range(-1, 3)) if method == "bicubic" else (_triangle, range(2))
+    shift = 0.0 if method == "bilinear_tf1" else 0.5
+    centre = (np.arange(n_out) + shift) * (n_in / n_out) - shift
     if method == "bilinear":
         centre = np.maximum(centre, 0)  # torch clamps the source coordinate of linear modes at the first sample
     first = np.floor(centre).astype(int)

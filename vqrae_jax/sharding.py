@@ -26,7 +26,8 @@ RULES: list[tuple[str, P]] = [
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
     (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted)$", P()),
-    (r"(patch_embed|embed|pred)/kernel$", P()),
+    (r"(patch_embed|embed|pred|features)/kernel$", P()),
+    (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
     (r"(pos_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),
@@ -98,7 +99,11 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> list[str | None]:
     spec = [None] * (len(shape) - len(rule)) + list(rule)
     if len(spec) != len(shape):  # a scalar stand-in of the optimizer under a parameter's name
         return [None] * len(shape)
-    return [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
+    # A mesh axis of one device splits nothing, and would keep fsdp from splitting that dimension.
+    return [
+        axis if axis and mesh.shape[axis] > 1 and shape[i] % mesh.shape[axis] == 0 else None
+        for i, axis in enumerate(spec)
+    ]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -20,6 +20,7 @@ from vqrae_jax import assembly
 from vqrae_jax.config import Config, ConfigError, from_dict
 from vqrae_jax.pretrained import families, tables
 from vqrae_jax.pretrained.layout import file_shape
+from vqrae_jax.pretrained.released import ARCHITECTURES
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 RECORDED = json.loads((pathlib.Path(__file__).parent / "parameter_counts.json").read_text())
@@ -36,8 +37,8 @@ def load(name, *arguments):
 
 
 def build_without_hub(config):
-    """The config's modules, with the encoder's architecture as recorded from the hub's config.json."""
-    architecture = RECORDED["encoders"][config.model.encoder_config_path]["architecture"]
+    """The config's modules, with the encoder's architecture as the hub's config.json has it."""
+    architecture = ARCHITECTURES[config.model.encoder_config_path]
     params = config.model.encoder_params.model_copy(update={"architecture": architecture})
     changes = {"encoder_config_path": None, "encoder_params": params}
     changes |= {"pretrained_decoder_path": None, "normalization_stat_path": None}

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.data.images import center_crop, flip, image_files, random_crop, read_image, write_image
+from vqrae_jax.data.images import (
+    adm_center_crop,
+    adm_random_crop,
+    center_crop,
+    flip,
+    image_files,
+    random_crop,
+    read_image,
+    read_picture,
+    write_image,
+)
 
 
 @pytest.fixture
@@ -186,6 +196,8 @@ def test_crops_and_flips_keep_shape_and_dtype(shape, size):
         random_crop(image, size, rng),
         random_crop(image, size, rng, resize=1.3),
         random_crop(image, size, rng, scale=(0.2, 4.0)),
+        adm_center_crop(image, size),
+        adm_random_crop(image, size, rng),
     ]
     for crop in [*crops, *map(flip, crops)]:
         assert crop.dtype == np.uint8
@@ -232,6 +244,53 @@ def test_scale_is_the_side_in_source_pixels():
     assert 28 < min(sides) < 36
     assert 118 < max(sides) < 132
     assert abs(np.log2(sides).mean() - 6) < 0.15  # log-uniform between 2**5 and 2**7
+
+
+def test_a_picture_is_cropped_as_its_array(picture):
+    data = encoded(Image.fromarray(picture).resize((240, 160)), "PNG")
+    array, read = read_image(data), read_picture(data)
+    assert np.array_equal(array, read)
+    crops = [
+        lambda image, rng: center_crop(image, 32),
+        lambda image, rng: random_crop(image, 32, rng),
+        lambda image, rng: random_crop(image, 32, rng, scale=(0.5, 4.0)),
+        lambda image, rng: adm_center_crop(image, 32),
+        lambda image, rng: adm_random_crop(image, 32, rng),
+        lambda image, rng: flip(image),
+    ]
+    for crop in crops:
+        one, other = (crop(image, np.random.default_rng(3)) for image in (array, read))
+        assert isinstance(one, np.ndarray)
+        assert isinstance(other, Image.Image)
+        assert np.array_equal(one, other)
+
+
+def test_the_centre_of_adm_is_halved_by_averaging_then_resized_whole():
+    noise = np.random.default_rng(0).integers(0, 256, (140, 200, 3), dtype=np.uint8)
+    half = Image.fromarray(noise).resize((100, 70), Image.Resampling.BOX)  # 140 >= 2 * 64, 70 is not
+    averaged = noise.reshape(70, 2, 100, 2, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(half) - averaged).max() <= 1  # rounded twice
+    whole = np.asarray(half.resize((91, 64), Image.Resampling.BICUBIC))
+    assert np.array_equal(adm_center_crop(noise, 64), whole[:, 13:77])
+    assert np.array_equal(adm_center_crop(noise[:64, :64], 64), noise[:64, :64])
+
+
+def test_the_random_crop_of_adm_shows_at_least_eight_tenths_of_the_short_side():
+    image = np.arange(80, dtype=np.uint8)[:, None, None].repeat(80, axis=1).repeat(3, axis=2) * 3  # 3 levels a row
+    spans = []
+    for seed in range(200):
+        crop = adm_random_crop(image, 64, np.random.default_rng(seed)).astype(float)
+        spans.append((crop[60, 0, 0] - crop[3, 0, 0]) / 57 / 3)  # rows of the source per row of the crop
+    assert min(spans) < 1.03
+    assert max(spans) > 1.22
+    assert all(0.97 < span < 1.28 for span in spans)  # 80 / 80 to 80 / 64
+
+
+def test_a_long_strip_does_not_fill_the_memory():
+    strip = np.zeros((2, 200_000, 3), np.uint8)
+    strip[:, 90_000:110_000] = 200
+    for crop in (adm_center_crop(strip, 256), adm_random_crop(strip, 256, np.random.default_rng(0))):
+        assert (crop == 200).all()
 
 
 def test_a_flip_is_its_own_inverse_and_swaps_left_and_right(picture):

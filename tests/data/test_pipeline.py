@@ -2,8 +2,11 @@
 
 import json
 import logging
+import pathlib
+import resource
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.images import adm_center_crop
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Skipped
 
@@ -102,33 +106,60 @@ def test_crops_and_flips_differ_from_epoch_to_epoch(grays):
     assert 4 < mirrored < 20
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_global_batch(processes):
+@pytest.mark.parametrize(("processes", "workers"), [(2, 0), (4, 0), (1, 1)])
+def test_the_parts_of_all_processes_are_the_batch_of_one(processes, workers):
+    """A mesh over processes sees the array that one process would have."""
     whole = take(train_batches(photographs(), seed=3), 4)
-    parts = [
-        take(train_batches(photographs(threads=3), seed=3, process_index=i, process_count=processes), 4)
-        for i in range(processes)
-    ]
+    parts = []
+    for i in range(processes):
+        data = photographs(threads=3, workers=workers)
+        batches = train_batches(data, seed=3, process_index=i, process_count=processes)
+        parts.append(take(batches, 4))
+        batches.close()
     for k, batch in enumerate(whole):
+        for key in ("image", "label"):
+            assert np.array_equal(np.concatenate([part[k][key] for part in parts]), batch[key])
+
+
+def test_a_run_goes_on_bit_for_bit_on_other_processes_workers_and_batches(grays):
+    """4 -> 2 -> 1 -> 4 processes, past the end of an epoch: nothing twice, nothing left out."""
+    plain = folder(grays, crop="random", image_size=6)
+    expected = take(train_batches(plain, seed=0), 12)
+    state, seen = train_batches(plain, seed=0).get_state(), []
+    for processes, workers in ((4, 0), (2, 0), (1, 2), (4, 0)):
+        parts, states = [], []
         for i in range(processes):
-            assert np.array_equal(parts[i][k]["image"], batch["image"][i::processes])
-            assert np.array_equal(parts[i][k]["label"], batch["label"][i::processes])
+            batches = train_batches(
+                plain.model_copy(update={"workers": workers}), seed=0, process_index=i, process_count=processes
+            )
+            batches.set_state(json.loads(json.dumps(state)))
+            parts.append(take(batches, 3))
+            states.append(batches.get_state())
+            batches.close()
+        assert all(other == states[0] for other in states)
+        state = states[0]
+        seen += [
+            {key: np.concatenate([part[k][key] for part in parts]) for key in ("image", "label")} for k in range(3)
+        ]
+    assert same(seen, expected)
+    assert state == {"images": 48}
+    larger = train_batches(plain.model_copy(update={"batch_size": 8}), seed=0)
+    larger.set_state({"images": 4})
+    assert np.array_equal(next(larger)["image"], np.concatenate([batch["image"] for batch in expected[1:3]]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_iterator_goes_on_bit_for_bit(grays, workers):
-    data = folder(grays, workers=workers, crop="random", image_size=6)
-    straight = train_batches(data, seed=0)
-    take(straight, 3)  # past the first epoch
-    state = json.loads(json.dumps(straight.get_state()))
-    expected = take(straight, 4)
-    resumed = train_batches(data, seed=0)
-    resumed.set_state(state)
-    assert same(take(resumed, 4), expected)
-    threads = take(train_batches(folder(grays, image_size=6), seed=0), 7)
-    assert same(threads[3:], expected)
-    straight.close()
-    resumed.close()
+def test_a_state_of_something_else_is_refused(grays):
+    batches = train_batches(folder(grays), seed=0)
+    for state in ({"next_index": 3}, {"images": -1}, {"images": "3"}, None):
+        with pytest.raises(DataError, match="the number of images seen"):
+            batches.set_state(state)
+
+
+def test_a_set_state_takes_an_iterator_back(grays):
+    batches = train_batches(folder(grays), seed=0)
+    first = take(batches, 3)
+    batches.set_state({"images": 0})
+    assert same(take(batches, 3), first)
 
 
 def spoil(path):
@@ -137,16 +168,19 @@ def spoil(path):
     (path / "9.png").write_bytes((path / "8.png").read_bytes()[:40])
 
 
-def test_broken_files_give_way_to_the_next_readable_one(grays, caplog):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_give_way_to_the_next_readable_one(grays, caplog, workers):
     spoil(grays)
     skipped = Skipped()
     with caplog.at_level(logging.WARNING):
-        batches = take(train_batches(folder(grays, batch_size=10), seed=0, skipped=skipped), 3)
+        iterator = train_batches(folder(grays, batch_size=10, workers=workers), seed=0, skipped=skipped)
+        batches = take(iterator, 3)
+        iterator.close()
     for batch in batches:
         assert sorted(numbers(batch)) == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
     assert skipped.count == 3
     assert sorted(name.rsplit("/", 1)[1] for name in skipped.names) == ["3.png'", "4.png'", "9.png'"]
-    assert all(name in caplog.text for name in ("3.png", "4.png", "9.png"))
+    assert all(name in caplog.text for name in ("3.png", "4.png", "9.png", "it is empty", "damaged at its start"))
     assert len(caplog.records) == 3  # once, not every epoch
     assert same(batches, take(train_batches(folder(grays, batch_size=10, threads=5), seed=0), 3))
 
@@ -254,3 +288,50 @@ def test_batches_must_divide_among_processes(grays):
 def test_a_missing_validation_folder_names_its_field(grays):
     with pytest.raises(DataError, match=r"data\.eval_path='/none'"):
         evaluation_batches(folder(grays, eval_path="/none"))
+
+
+def test_the_crops_of_adm_are_chosen_by_name(grays):
+    rows = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for file in grays.iterdir():
+        Image.fromarray(rows).save(file)
+    (batch,) = evaluation_batches(folder(grays, eval_crop="adm", eval_batch_size=10))
+    assert np.array_equal(batch["image"][3], adm_center_crop(rows, 8))
+    one, other = (next(train_batches(folder(grays, crop="adm", batch_size=10), seed=0)) for _ in range(2))
+    assert same([one], [other])
+    assert len({image.tobytes() for image in one["image"]}) > 5
+
+
+def test_threads_end_with_close(grays):
+    before = set(threading.enumerate())
+    batches = train_batches(folder(grays), seed=0)
+    next(batches)
+    started = set(threading.enumerate()) - before
+    assert started
+    batches.close()
+    for thread in started:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_three_epochs(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 256, (400, 500, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    batches = train_batches(folder(tmp_path, image_size=256, batch_size=16, threads=4), seed=0)
+    resident = []
+    for _ in range(4):
+        for _ in range(20):
+            next(batches)
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * resource.getpagesize() / 2**20)
+    batches.close()
+    assert max(resident[1:]) - resident[0] < 16  # MiB; an epoch decodes 190
+
+
+def test_a_gigantic_picture_is_skipped_and_named(grays, monkeypatch, caplog):
+    Image.new("RGB", (300, 300)).save(grays / "3.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    next(train_batches(folder(grays, batch_size=10), seed=0))
+    assert "3.png" in caplog.text
+    assert "exceeds limit" in caplog.text

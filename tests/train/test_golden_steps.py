@@ -77,8 +77,8 @@ def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
     task, state, frozen, recorded = build(golden, case, one_mesh)
     images = np.load(golden / "train_steps" / "batches.npz")["images"]
     start = state
-    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
-    grads, _ = gradient(state.params, state.batch_stats, frozen, images[0], jax.random.key(0))
+    gradient = jax.jit(task.gradients)
+    grads, *_ = gradient(state, frozen, images[0], jax.random.key(0), state.batch_stats)
     step = jax.jit(task.step)
     for i, batch in enumerate(np.round(images * 255).astype(np.uint8)):
         state, metrics = step(state, frozen, {"image": batch})

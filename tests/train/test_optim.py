@@ -5,22 +5,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.config import OptimizerConfig
-from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
+from vqrae_jax.config import Config, OptimizerConfig, from_dict, in_steps
+from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part_rates, update_ema
 
-CASES = ["cosine_warmup_steps", "linear_warmup_steps", "decay_end_before_warmup_end"]
+CASES = [
+    "cosine_warmup_steps", "linear_warmup_steps", "decay_end_before_warmup_end",
+    "cosine_epochs_as_in_the_shipped_configs", "cosine_no_warmup", "linear_fractional_epochs",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_schedules_equal_the_origin(golden, case):
     given = next(c for c in json.loads((golden / "schedules.json").read_text())["cases"] if c["name"] == case)
     s = given["training_config"]["scheduler"]
-    config = OptimizerConfig(
-        schedule=s["type"], warmup_steps=s["warmup_steps"], decay_end_steps=s["decay_end_steps"],
-        learning_rate=s["base_lr"], final_learning_rate=s["final_lr"],
-    )  # fmt: skip
-    rate = jax.jit(learning_rate(config, steps=10**6))
+    names = {"decay_end_epoch": "decay_end_epochs", "base_lr": "learning_rate", "final_lr": "final_learning_rate",
+             "type": "schedule"}  # fmt: skip
+    images = 4 * given["steps_per_epoch"] + 3  # the last batch of an epoch is dropped
+    whole = from_dict(
+        Config, {"data": {"batch_size": 4}, "optimizer": {names.get(name, name): value for name, value in s.items()}}
+    )
+    rate = jax.jit(learning_rate(in_steps(whole, lambda: images).optimizer, steps=10**6))
     np.testing.assert_allclose([rate(i) for i in given["steps"]], given["lr"], rtol=1e-5)
+
+
+def test_parts_have_their_own_rates():
+    config = OptimizerConfig(encoder_rate=0.1, constant=("quantizer",), warmup_steps=2, learning_rate=1.0)
+    rates = part_rates(config, steps=100)
+    assert [float(rates[part](0)) for part in ("encoder", "quantizer", "decoder")] == pytest.approx([0.05, 0.5, 0.5])
+    assert rates["quantizer"](99) == 1.0
+    assert rates["decoder"](99) < 0.1
+    assert rates["encoder"](50) == pytest.approx(0.1 * float(rates["decoder"](50)))
+    params = {part: {"kernel": jnp.ones((2, 2))} for part in rates}
+    optimizer = make_optimizer(config, rates)
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["encoder"]["kernel"], 0.1 * updates["decoder"]["kernel"], rtol=1e-6)
+    updates, _ = optimizer.update(params, state, params)
+    np.testing.assert_allclose(updates["decoder"]["kernel"], -1, rtol=1e-5)  # Adam's step is one; the rate is warm
+
+
+def test_rates_are_scaled_to_the_batch():
+    config = from_dict(Config, {"data": {"batch_size": 64}, "optimizer": {"reference_batch": 256},
+                                "adversary": {"optimizer": {"reference_batch": 128, "learning_rate": 1e-3}},
+                                "train": {"epochs": 2.5}})  # fmt: skip
+    scaled = in_steps(config, lambda: 650)
+    assert scaled.optimizer.learning_rate == pytest.approx(2e-4 / 4)
+    assert scaled.optimizer.final_learning_rate == pytest.approx(2e-5 / 4)
+    assert scaled.adversary.optimizer.learning_rate == pytest.approx(5e-4)
+    assert scaled.train.steps == 25
+    assert in_steps(scaled, lambda: 1) == scaled  # once is enough: a checkpoint keeps what was resolved
+
+
+def test_a_config_in_steps_counts_no_images():
+    def refuse():
+        raise AssertionError
+
+    assert in_steps(Config(), refuse) == Config()
 
 
 def test_decay_ends_with_training_by_default():
@@ -31,7 +70,7 @@ def test_decay_ends_with_training_by_default():
 
 def test_weight_decay_touches_kernels_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "pos_embed": jnp.ones(3)}
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, learning_rate=1.0), 10)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), lambda _: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert np.all(updates["dense"]["kernel"] < 0)
     assert not np.any(updates["dense"]["bias"])

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "input": "images per second and core of the training input, against a PyTorch DataLoader",
     "quantizers": "search and training step of the quantizers, against bare matmuls and PyTorch",
     "tokenize": "tokenizing a folder from disk to disk, against the bare encoder and search",
 }

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from vqrae_jax.data import codes, pipeline
+from vqrae_jax.data import codes
 from vqrae_jax.inference import tokenize
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
 def measure(args: argparse.Namespace) -> tuple[float, float, int]:
     """Seconds of the bare program and of the command for the same number of images, and that number."""
     tokenizer = Tokenizer.load(args.checkpoint)
-    source = pipeline.evaluation_source(tokenize.data_config(args))
+    source = tokenize.find_source(args)
     plan = tokenize.make_plan(args, tokenizer, len(source))
     batches = -(-plan.images // args.batch)
     size = tokenizer.image_size

@@ -29,7 +29,7 @@ class Plan:
     tokenizer: str  # hash of the tokenizer
     source: str  # what was tokenized
     images: int  # of the source, those that cannot be read included
-    views: str  # how many codes an image has, see `pipeline.VIEWS`
+    views: str  # how many codes an image has, see `ordered.VIEWS`
     code_shape: tuple[int, ...]  # of one image, with a leading axis of views where there are several
     code_dtype: str
     codebook_size: int

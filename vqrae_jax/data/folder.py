@@ -2,11 +2,12 @@
 
 import os
 
+from vqrae_jax.data import files
 from vqrae_jax.data.images import image_files
 
 
 class Folder:
-    """Images below a folder, read when asked for.
+    """Images below a folder, here or in a bucket, read when asked for.
 
     A record is {"image": encoded bytes, "label": int}: the label counts the top-level subfolders that hold images, in
     sorted order; an image directly in the folder has -1.
@@ -18,7 +19,8 @@ class Folder:
           DataError: naming `field`, for a folder that is missing, a file, or without images.
         """
         self.path = os.fspath(path)
-        self._files = [os.path.relpath(file, self.path) for file in image_files(self.path, field)]
+        start = len(os.path.join(self.path, ""))
+        self._files = [file[start:] for file in image_files(self.path, field)]
         first = [file.split(os.sep, 1) for file in self._files]
         self.classes = sorted({parts[0] for parts in first if len(parts) > 1})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -32,8 +34,7 @@ class Folder:
         Raises:
           OSError: the file has gone or may not be read.
         """
-        with open(os.path.join(self.path, self._files[index]), "rb") as file:
-            return {"image": file.read(), "label": self._labels[index]}
+        return {"image": files.read(os.path.join(self.path, self._files[index])), "label": self._labels[index]}
 
     def key(self, index: int) -> str:
         """The file, relative to the folder."""

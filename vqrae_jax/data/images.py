@@ -2,12 +2,14 @@
 
 import io
 import itertools
+import math
 import os
 import sys
 import threading
 
 import numpy as np
 
+from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError, ImageError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -15,6 +17,7 @@ WRITTEN = {".png": {}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp
 # Named rather than left open: PIL hands some of its other formats to external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _ORIENTATION = 0x0112  # the EXIF tag
+_STRIP = 64  # a picture this many times longer than wide
 _temporary = itertools.count()
 
 
@@ -34,6 +37,11 @@ def read_image(source: str | os.PathLike | bytes, at_least: int | None = None) -
     Raises:
       ImageError: missing, empty, truncated, not an image, or more pixels than PIL holds to be safe.
     """
+    return np.array(read_picture(source, at_least))
+
+
+def read_picture(source: str | os.PathLike | bytes, at_least: int | None = None):
+    """`read_image` as a PIL image in mode RGB, for the crops below: they would only turn an array into one again."""
     from PIL import Image
 
     if isinstance(source, bytes | bytearray | memoryview):
@@ -45,7 +53,7 @@ def read_image(source: str | os.PathLike | bytes, at_least: int | None = None) -
             if at_least:
                 picture.draft(None, (at_least, at_least))
             picture.load()
-            return np.array(_to_rgb(_upright(picture)))
+            return _to_rgb(_upright(picture))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         raise ImageError(f"cannot read the image {name}: {_reason(source, error)}") from error
 
@@ -100,7 +108,10 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
             os.remove(temporary)
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+# A crop of an array is an array, that of a PIL image in mode RGB a PIL image.
+
+
+def center_crop(image, size: int):
     """The central square of `image` [H, W, 3] once its short side has `size` pixels: uint8 [size, size, 3].
 
     Bicubic with antialias as PIL does it. An image at least four times too large is first averaged over whole blocks,
@@ -109,21 +120,22 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return _resized_square(image, size, size, lambda spare: spare // 2)
 
 
-def ten_crop(image: np.ndarray, size: int, resize: float = 1.1) -> np.ndarray:
+def ten_crop(image, size: int, resize: float = 1.1) -> np.ndarray:
     """The four corners and the centre of `image` [H, W, 3] with a short side of size * resize, and their mirror images.
 
     Returns uint8 [10, size, size, 3] (Krizhevsky et al. 2012).
     """
-    crops = []
+    picture, crops = _picture(image), []
     for down, across in ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1)):  # halves of the spare pixels
         halves = iter((across, down))
-        crops.append(_resized_square(image, size, round(size * resize), lambda spare: spare * next(halves) // 2))  # noqa: B023
+        square = _resized_square(picture, size, round(size * resize), lambda spare: spare * next(halves) // 2)  # noqa: B023
+        crops.append(np.asarray(square))
     return np.stack([*crops, *map(flip, crops)])
 
 
 def random_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator, resize: float = 1.0, scale: tuple[float, float] = (1.0, 1.0)
-) -> np.ndarray:
+    image, size: int, rng: np.random.Generator, resize: float = 1.0, scale: tuple[float, float] = (1.0, 1.0)
+):
     """A random square of `image` [H, W, 3] as uint8 [size, size, 3].
 
     With `scale` (1, 1) the short side is resized to size * resize and a square is cut at a random place. Any other
@@ -132,21 +144,45 @@ def random_crop(
     """
     if tuple(scale) == (1.0, 1.0):
         return _resized_square(image, size, max(size, round(size * resize)), lambda spare: int(rng.integers(spare + 1)))
-    height, width = image.shape[:2]
+    height, width = _height_width(image)
     side = size * np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1])))
     side = int(np.clip(round(side), 1, min(height, width)))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    square = image[top : top + side, left : left + side]
+    square = _cut(image, left, top, side)
     return square if side == size else center_crop(square, size)
 
 
-def flip(image: np.ndarray) -> np.ndarray:
+def adm_center_crop(image, size: int):
+    """The central square of ADM (Dhariwal and Nichol 2021, guided-diffusion's `center_crop_arr`).
+
+    Halved by averaging while the short side is at least 2 * size, then resized bicubically, then cut: the protocol
+    that most published Frechet distances on ImageNet assume.
+    """
+    picture = _adm_resized(_picture(image), size)
+    left, top = ((length - size) // 2 for length in picture.size)
+    return _like(image, _cut(picture, left, top, size))
+
+
+def adm_random_crop(image, size: int, rng: np.random.Generator, smallest: float = 0.8):
+    """A random square of ADM (guided-diffusion's `random_crop_arr`): uint8 [size, size, 3].
+
+    The short side is resized as in `adm_center_crop` to a whole number drawn uniformly from size to
+    ceil(size / smallest), then a square is cut at a random place.
+    """
+    picture = _adm_resized(_picture(image), int(rng.integers(size, math.ceil(size / smallest) + 1)))
+    top, left = (int(rng.integers(length - size + 1)) for length in picture.size[::-1])
+    return _like(image, _cut(picture, left, top, size))
+
+
+def flip(image):
     """`image` [H, W, 3] mirrored left to right."""
-    return image[:, ::-1]
+    from PIL import Image
+
+    return image[:, ::-1] if isinstance(image, np.ndarray) else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str]:
-    """Every image below `folder` by suffix, whatever its case, in an order that no file system changes.
+    """Every image below `folder`, here or in a bucket, by suffix, whatever its case, in an order that nothing changes.
 
     Hidden files and folders are left out; links are followed, each folder once.
 
@@ -154,20 +190,8 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
       DataError: naming `field`, for a folder that is missing, a file, or without images.
     """
     folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"{field}={folder!r} {what}: give a folder of images")
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(here)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.join(here, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+    found = files.below(folder, field) if files.is_remote(folder) else _walk(folder, field)
+    found = [path for path in found if path.lower().endswith(SUFFIXES)]
     if not found:
         raise DataError(
             f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
@@ -176,11 +200,60 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
+def _walk(folder, field):
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"{field}={folder!r} {what}: give a folder of images")
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(here, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _picture(image):
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+
+
+def _like(image, picture):
+    return np.asarray(picture) if isinstance(image, np.ndarray) else picture
+
+
+def _height_width(image):
+    return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+
+
+def _cut(image, left, top, side):
+    right, bottom = left + side, top + side
+    return image[top:bottom, left:right] if isinstance(image, np.ndarray) else image.crop((left, top, right, bottom))
+
+
+def _adm_resized(picture, side):
+    """`picture` with a short side of `side`; of a strip, whose whole would fill the memory, the middle."""
+    from PIL import Image
+
+    longest = _STRIP * min(picture.size)
+    if max(picture.size) > longest:
+        spare = [max(0, length - longest) // 2 for length in picture.size]
+        picture = picture.crop((*spare, *(length - cut for length, cut in zip(picture.size, spare, strict=True))))
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize([length // 2 for length in picture.size], Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    return picture.resize([round(length * scale) for length in picture.size], Image.Resampling.BICUBIC)
+
+
 def _resized_square(image, size, side, place):
     """A square of `size` from `image` with its short side resized to `side`; place(spare pixels) -> offset."""
     from PIL import Image
 
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = _picture(image)
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
     left, top = place(width - size), place(height - size)
@@ -188,7 +261,7 @@ def _resized_square(image, size, side, place):
     across, down = picture.width / width, picture.height / height
     right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
     box = (left * across, top * down, right, bottom)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    return _like(image, picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _upright(picture):

@@ -5,17 +5,19 @@ import math
 
 import numpy as np
 
+from vqrae_jax.data import sources
 from vqrae_jax.data.errors import DataError
-from vqrae_jax.data.images import center_crop, flip, random_crop, ten_crop
-from vqrae_jax.data.readable import Masked, Replaced, Skipped
+from vqrae_jax.data.images import adm_center_crop, adm_random_crop, center_crop, flip, random_crop
+from vqrae_jax.data.readable import Masked, Replaced, Skipped, tell
 
 
 def train_batches(data, *, seed: int, process_index: int = 0, process_count: int = 1, skipped: Skipped | None = None):
     """This process's part of the training batches, without end.
 
-    Epochs are shuffled anew. Which images make up global batch k, and how each is cropped and flipped, depends on
-    `seed` and k alone: neither the number of processes, threads or workers nor a restart changes it. Only within the
-    global batch do processes change the order: image i belongs to process i % process_count.
+    Epochs are shuffled anew, each image once in each. Which images make up global batch k, in which order, and how
+    each is cropped and flipped, depends on `seed` and k alone: neither the number of processes, threads or workers nor
+    a restart changes it. Process i has images [i * b, (i + 1) * b) of every global batch, b = batch_size /
+    process_count, so that the processes' parts one after another are the batch of a single process.
 
     Args:
       data: a `config.DataConfig`.
@@ -23,45 +25,96 @@ def train_batches(data, *, seed: int, process_index: int = 0, process_count: int
       skipped: counts the images that cannot be read; each is replaced by the next readable one.
 
     Returns:
-      An iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]} with b = batch_size / process_count and
-      S = image_size; label -1 where there is none. `get_state()` gives a JSON-able state, `set_state` takes it back in
-      an iterator with the same number of workers. Call `close()` when workers are used.
+      `TrainBatches`: an iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]} with S = image_size; label -1
+      where there is none.
 
     Raises:
       DataError: here for a config that cannot run, while iterating for data of which a long run cannot be read.
     """
     import grain
-    from absl import flags
 
-    local = _local("batch_size", data.batch_size, process_count)
+    _local("batch_size", data.batch_size, process_count)
     _check_crop(data)
-    source = _training_source(data)
+    source = sources.training_source(data)
     if len(source) < data.batch_size:
         raise DataError(
             f"data.batch_size={data.batch_size} exceeds the {len(source)} training images of {source!r}: "
             "lower it or give more images"
         )
-    sampled = data.crop == "random" and tuple(data.scale) != (1.0, 1.0)
-    side = math.ceil(data.image_size * (data.resize if data.crop == "random" else 1))
-    images = Replaced(source, Skipped() if skipped is None else skipped, at_least=None if sampled else side)
-    transform = functools.partial(
-        _augment, size=data.image_size, crop=data.crop, resize=data.resize, scale=data.scale, mirror=data.flip
-    )
-    batches = (
-        grain.MapDataset.source(images)
+    images = (
+        grain.MapDataset.source(Replaced(source, _at_least(data)))
         .seed(seed % 2**32)
         .shuffle()
-        .random_map(transform)
-        .repeat()[process_index::process_count]
-        .batch(local, drop_remainder=True)
+        .random_map(functools.partial(_augment, data=data))
+        .repeat()
     )
-    # Whole batches are what workers deal in, or else their number would decide what a batch holds.
-    batches = batches.to_iter_dataset(_read_options(grain, data))
-    if data.workers:
+    skipped = Skipped() if skipped is None else skipped
+    return TrainBatches(images, source, skipped, data, process_index, process_count)
+
+
+def count_training_images(data) -> int:
+    """How many there are, those that cannot be read included."""
+    return len(sources.training_source(data))
+
+
+class TrainBatches:
+    """An iterator whose whole state is one number, the images that all processes together have been given.
+
+    `get_state()` gives it, JSON-able, and `set_state` takes it back, under any number of processes, threads and workers
+    and any batch size. Threads and workers start with the first batch; `close()` ends them.
+    """
+
+    def __init__(self, images, source, skipped: Skipped, data, process_index: int, process_count: int):
+        self._images, self._source, self._skipped, self._data = images, source, skipped, data
+        self._place = slice(process_index, None, process_count)
+        self._position, self._iterator = 0, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        if self._iterator is None:
+            self._iterator = iter(self._from_position())
+        batch = next(self._iterator)
+        tell(batch.pop("unreadable"), self._source, self._skipped)
+        self._position += self._data.batch_size
+        return batch
+
+    def get_state(self) -> dict:
+        return {"images": self._position}
+
+    def set_state(self, state: dict) -> None:
+        """
+        Raises:
+          DataError: a state that `get_state` has not given.
+        """
+        position = state.get("images") if isinstance(state, dict) else None
+        if not isinstance(position, int) or position < 0:
+            raise DataError(
+                f"the checkpoint says of its input {state!r}, expected the number of images seen, as in "
+                "{'images': 25600}: it was written by another version; resume with that one"
+            )
+        self.close()
+        self._position = position
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _from_position(self):
+        import grain
+        from absl import flags
+
+        local = self._data.batch_size // self._place.step
+        batches = self._images[self._position :].batch(local, drop_remainder=True)[self._place]
+        # Whole batches are what workers deal in, or else their number would decide what a batch holds.
+        batches = batches.to_iter_dataset(_read_options(grain, self._data))
+        if not self._data.workers:
+            return batches
         if not flags.FLAGS.is_parsed():  # grain's workers read flags, which nobody parses in a notebook
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-    return iter(batches)
+        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
 
 
 class EvaluationBatches:
@@ -69,7 +122,7 @@ class EvaluationBatches:
 
     Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}. The mask is False where there is no
     image: past the end of the data, and in place of an image that cannot be read (`skipped` counts those met so far).
-    Image i of a global batch belongs to process i % process_count, and every process has the same number of batches.
+    Process i has images [i * b, (i + 1) * b) of each global batch, and every process has the same number of batches.
     """
 
     def __init__(self, images: Masked, skipped: Skipped, count: int, local: int, place: slice, data):
@@ -80,10 +133,17 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return len(self._images) // (self._local * self._place.step)
 
+    def __repr__(self) -> str:
+        return repr(self._images)
+
+    def picture(self, index: int):
+        """Image `index` of the data as the batches have it, uint8 [S, S, 3]; on any process."""
+        return self._images[index]["image"]
+
     def __iter__(self):
         import grain
 
-        batches = grain.MapDataset.source(self._images)[self._place].batch(self._local, drop_remainder=True)
+        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._place]
         return iter(batches.to_iter_dataset(_read_options(grain, self._data)))
 
 
@@ -100,105 +160,35 @@ def evaluation_batches(
       DataError: a config that cannot run.
     """
     local = _local("eval_batch_size", data.eval_batch_size, process_count)
-    source = _evaluation_source(data)
+    source = sources.evaluation_source(data)
     if source is None:
         return None
     count = len(source) if limit is None else min(limit, len(source))
     length = math.ceil(count / data.eval_batch_size) * data.eval_batch_size
     skipped = Skipped()
-    images = Masked(source, skipped, data.image_size, count, length)
+    crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
+    images = Masked(source, skipped, data.image_size, count, length, crop)
     return EvaluationBatches(images, skipped, count, local, slice(process_index, None, process_count), data)
 
 
-def evaluation_source(data):
-    """The validation images that the config names, by number: records {"image", "label"} and `key(number)`.
-
-    Raises:
-      DataError: a config that cannot run, or names none.
-    """
-    source = _evaluation_source(data)
-    if source is None:
-        raise DataError("data.eval_path is not set: give the images")
-    return source
-
-
-VIEWS = {
-    "one": lambda image, size: center_crop(image, size)[None],
-    "flip": lambda image, size: np.stack([center_crop(image, size), flip(center_crop(image, size))]),
-    "ten-crop": ten_crop,
-}
-
-
-class _Batches:
-    """Batches of consecutive records, as a random access source."""
-
-    def __init__(self, records, starts: list[int], size: int):
-        self._records, self._starts, self._size = records, starts, size
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict:
-        start = self._starts[index]
-        records = [self._records[start + i] for i in range(self._size)]
-        return {name: np.stack([record[name] for record in records]) for name in records[0]} | {"first": start}
-
-
-def ordered_batches(source, starts: list[int], size: int, image_size: int, views: str, threads: int, skipped: Skipped):
-    """Batches of the images [start, start + size) of a source for each of `starts`, read ahead by threads.
-
-    Args:
-      source: of `evaluation_source`.
-      views: a name in VIEWS: the central crop, also mirrored, or the ten of `images.ten_crop`.
-      skipped: counts the images that cannot be read.
-
-    Returns:
-      An iterator over {"image": uint8 [size, views, S, S, 3], "label": int32 [size], "mask": bool [size], "first":
-      start}; the mask is False, and the image black, where there is none or it cannot be read.
-    """
-    import grain
-
-    records = Masked(source, skipped, image_size, len(source), len(source) + size, VIEWS[views])
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    return iter(grain.MapDataset.source(_Batches(records, starts, size)).to_iter_dataset(options))
-
-
-def _augment(record, rng, *, size, crop, resize, scale, mirror):
-    image = record["image"]
-    image = random_crop(image, size, rng, resize, scale) if crop == "random" else center_crop(image, size)
-    if mirror and rng.random() < 0.5:
+def _augment(record, rng, *, data):
+    image, size = record["image"], data.image_size
+    if data.crop == "random":
+        image = random_crop(image, size, rng, data.resize, data.scale)
+    elif data.crop == "adm":
+        image = adm_random_crop(image, size, rng)
+    else:
+        image = center_crop(image, size)
+    if data.flip and rng.random() < 0.5:
         image = flip(image)
-    return {"image": image, "label": record["label"]}
+    return record | {"image": np.asarray(image)}
 
 
-def _training_source(data):
-    if data.source == "photographs":
-        from vqrae_jax.data.photographs import TrainingPhotographs
-
-        return TrainingPhotographs()
-    if data.source == "folder":
-        from vqrae_jax.data.folder import Folder
-
-        if not data.path:
-            raise DataError("data.path is not set: data.source='folder' needs a folder of training images")
-        return Folder(data.path)
-    from vqrae_jax.data.tfds_source import Prepared
-
-    return Prepared(data.name, data.path, data.train_split, "data.train_split")
-
-
-def _evaluation_source(data):
-    if data.source == "photographs":
-        from vqrae_jax.data.photographs import ValidationPhotographs
-
-        return ValidationPhotographs(data.image_size)
-    if data.source == "folder":
-        from vqrae_jax.data.folder import Folder
-
-        return Folder(data.eval_path, "data.eval_path") if data.eval_path else None
-    from vqrae_jax.data.tfds_source import Prepared
-
-    return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
+def _at_least(data):
+    """Pixels of the short side that a JPEG has to keep for the crop; None: all of them."""
+    if data.crop == "adm" or (data.crop == "random" and tuple(data.scale) != (1.0, 1.0)):
+        return None
+    return math.ceil(data.image_size * (data.resize if data.crop == "random" else 1))
 
 
 def _local(field, size, process_count):

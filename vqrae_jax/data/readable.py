@@ -1,23 +1,23 @@
 """Around a source: decoding, and what happens to records that cannot be decoded."""
 
+import json
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.data.images import center_crop, read_image
+from vqrae_jax.data.images import center_crop, read_picture
 
 _LONGEST_RUN = 100  # unreadable neighbours after which the data, not a file, is at fault
 _NAMED = 5  # unreadable records warned of one by one
+_REASON = 200  # characters kept of why
 
 _log = logging.getLogger(__name__)
 
 
 class Skipped:
-    """Counts the unreadable records of one source, each once, and warns of the first few by name.
-
-    A worker process counts in a copy of its own; its warnings reach the same standard error.
-    """
+    """Counts the unreadable records of one source, each once, and warns of the first few by name."""
 
     def __init__(self):
         self._names = {}
@@ -34,13 +34,13 @@ class Skipped:
     def __contains__(self, index: int) -> bool:
         return index in self._names
 
-    def add(self, index: int, name: str, error: Exception) -> None:
+    def add(self, index: int, name: str, reason: Exception | str) -> None:
         before = self.count
         self._names.setdefault(index, name)
         if before == self.count:
             return
         if before < _NAMED:
-            _log.warning("skipped %s: %s", name, error)
+            _log.warning("skipped %s: %s", name, reason)
         elif before == _NAMED:
             _log.warning("further unreadable images are skipped and counted without a warning")
 
@@ -49,76 +49,87 @@ class Replaced:
     """Decoded records of `source`; one that cannot be read gives way to the next that can.
 
     So every index has a picture, and the same one each time: batches keep their shape and a resumed run its order.
+    A record tells which it stands in for, so that whoever takes the batches can count them, in whatever process they
+    were read.
     """
 
-    def __init__(self, source, skipped: Skipped, at_least: int | None = None):
+    def __init__(self, source, at_least: int | None = None):
         """`at_least`: pixels of the short side that a JPEG keeps, see `images.read_image`."""
-        self._source, self._skipped, self._at_least = source, skipped, at_least
+        self._source, self._at_least = source, at_least
+        self._unreadable = {}  # index -> reason, of those met in this process
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 [H, W, 3], "label": int32}.
+        """{"image": PIL image or uint8 [H, W, 3], "label": int32, "unreadable": JSON [[index, reason], ...] or ""}.
 
         Raises:
           DataError: no readable record among the next hundred.
         """
-        tries = min(_LONGEST_RUN, len(self))
-        for step in range(tries):
-            record = _decoded(self._source, (index + step) % len(self), self._skipped, self._at_least)
-            if record is not None:
-                return record
+        tries, passed = min(_LONGEST_RUN, len(self)), []
+        for at in (number % len(self) for number in range(index, index + tries)):
+            if at not in self._unreadable:
+                try:
+                    record = _decoded(self._source, at, self._at_least)
+                    return record | {"unreadable": np.str_(json.dumps(passed) if passed else "")}
+                except (OSError, ImageError) as error:
+                    self._unreadable[at] = str(error)[:_REASON]
+            passed.append([at, self._unreadable[at]])
         raise DataError(
-            f"data.path: {tries} images in a row cannot be read, the first of them "
-            f"{self._source.name(index)}; check {self._source!r}"
+            f"data.path: {tries} images in a row cannot be read, the first of them {self._source.name(index)}: "
+            f"{self._unreadable[index]}; check {self._source!r}"
         )
 
     def __repr__(self) -> str:
         return f"Replaced({self._source!r})"
 
 
+def tell(unreadable: np.ndarray, source, skipped: Skipped) -> None:
+    """Adds what the records of a batch stand in for, `unreadable` [b] as `Replaced` gives it, to `skipped`."""
+    for text in unreadable[unreadable != ""]:
+        for index, reason in json.loads(str(text)):
+            skipped.add(index, source.name(index), reason)
+
+
 class Masked:
-    """Centre crops of `source`, in order, up to a length of your choice.
+    """Crops of `source`, in order, up to a length of your choice.
 
     What is missing, because it cannot be read or lies beyond the source, is black and has mask False.
     """
 
-    def __init__(self, source, skipped: Skipped, size: int, count: int, length: int, crop=center_crop):
+    def __init__(self, source, skipped: Skipped, size: int, count: int, length: int, crop: Callable = center_crop):
         """
         Args:
           count: records of `source` that take part.
           length: of this source, at least `count`.
           crop: (uint8 [H, W, 3], size) -> uint8 [..., size, size, 3].
         """
-        self._source, self._skipped, self._size, self._count, self._length = source, skipped, size, count, length
-        self._crop = crop
+        self._source, self._skipped, self._crop, self._size = source, skipped, crop, size
+        self._count, self._length = count, length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
         """{"image": uint8 [size, size, 3] or as `crop` gives it, "label": int32, "mask": bool}."""
-        record = _decoded(self._source, index, self._skipped, None) if index < self._count else None
-        if record is None:
-            black = np.zeros_like(self._crop(np.zeros((self._size, self._size, 3), np.uint8), self._size))
-            return {"image": black, "label": np.int32(-1), "mask": np.bool_(False)}
-        return {"image": self._crop(record["image"], self._size), "label": record["label"], "mask": np.bool_(True)}
+        if index < self._count and index not in self._skipped:
+            try:
+                record = _decoded(self._source, index, None)
+                image = self._crop(np.asarray(record["image"]), self._size)
+                return {"image": image, "label": record["label"], "mask": np.bool_(True)}
+            except (OSError, ImageError) as error:
+                self._skipped.add(index, self._source.name(index), error)
+        black = np.zeros_like(self._crop(np.zeros((self._size, self._size, 3), np.uint8), self._size))
+        return {"image": black, "label": np.int32(-1), "mask": np.bool_(False)}
 
     def __repr__(self) -> str:
         return f"Masked({self._source!r}, size={self._size}, count={self._count}, length={self._length})"
 
 
-def _decoded(source, index, skipped, at_least):
-    """The record with its image as an array, or None when it cannot be read."""
-    if index in skipped:
-        return None
-    try:
-        record = source[index]
-        image = record["image"]
-        if not isinstance(image, np.ndarray):
-            image = read_image(image, at_least)
-    except (OSError, ImageError) as error:
-        skipped.add(index, source.name(index), error)
-        return None
+def _decoded(source, index, at_least):
+    record = source[index]
+    image = record["image"]
+    if not isinstance(image, np.ndarray):
+        image = read_picture(image, at_least)
     return {"image": image, "label": np.int32(record["label"])}

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.data.tfrecord import Part, TFRecords
 
@@ -84,7 +85,7 @@ def _builder(name, path):
     tfds = _tfds()
 
     path = None if path is None else os.path.expanduser(os.fspath(path))
-    if path is not None and not os.path.isdir(path):
+    if path is not None and not _is_folder(path):
         raise DataError(f"data.path={path!r} is not a folder: give the data_dir of TFDS or a prepared dataset's folder")
     try:
         if name is None:
@@ -105,6 +106,10 @@ def _builder(name, path):
         ) from error
 
 
+def _is_folder(path):
+    return bool(files.below(path, "data.path")) if files.is_remote(path) else os.path.isdir(path)
+
+
 def _prepared_folder(path):
     if path is None:
         raise DataError(
@@ -113,9 +118,12 @@ def _prepared_folder(path):
         )
     tfds = _tfds()
 
-    if os.path.isfile(os.path.join(path, "dataset_info.json")):
+    from etils import epath
+
+    folder = epath.Path(path)
+    if (folder / "dataset_info.json").exists():
         return path
-    versions = [entry for entry in os.listdir(path) if os.path.isfile(os.path.join(path, entry, "dataset_info.json"))]
+    versions = [entry.name for entry in folder.iterdir() if (entry / "dataset_info.json").exists()]
     if not versions or not all(map(tfds.core.Version.is_valid, versions)):
         raise DataError(
             f"data.path={path!r} has no dataset_info.json: give the prepared folder, which ends in a "
@@ -139,23 +147,29 @@ def _records(builder, split, field):
     try:
         records = None
         if kinds.ARRAY_RECORD in formats:
+            if files.is_remote(builder.data_dir):
+                raise DataError(
+                    f"data.path={str(builder.data_dir)!r}: array_record files are read from a disk only: mount the "
+                    "bucket (gcsfuse) or copy the folder, or prepare the dataset as tfrecord"
+                )
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             records = builder.as_data_source(split, deserialize_method=raw, file_format=kinds.ARRAY_RECORD)
-        files = builder.info.splits[split].file_instructions
+        parts = builder.info.splits[split].file_instructions
     except (ValueError, KeyError, AssertionError) as error:
         raise DataError(
             f"{field}={split!r} is no split of {builder.info.full_name}: it has {known}, and parts of them "
             "as in 'train[:90%]'"
         ) from error
-    if sum(file.take for file in files) < 1:
+    if sum(file.take for file in parts) < 1:
         raise DataError(f"{field}={split!r} of {builder.info.full_name} is empty: it has {known}")
-    missing = [file.filename for file in files if not os.path.isfile(file.filename)]
+    names = [os.fspath(file.filename) for file in parts]
+    missing = [name for name in names if not files.is_remote(name) and not os.path.isfile(name)]
     if missing:
         raise DataError(
-            f"{field}={split!r} of {builder.info.full_name}: {len(missing)} of {len(files)} files are "
+            f"{field}={split!r} of {builder.info.full_name}: {len(missing)} of {len(parts)} files are "
             f"missing, the first is {missing[0]!r}; prepare or copy the dataset again"
         )
-    return records or TFRecords([Part(file.filename, file.skip, file.take) for file in files])
+    return records or TFRecords([Part(os.fspath(file.filename), file.skip, file.take) for file in parts])
 
 
 def _image_feature(builder):

@@ -5,12 +5,13 @@ data, checksum of the data (4 bytes). There is no index, so one is made by walki
 read. Checksums are not verified: a damaged picture shows when it is decoded.
 """
 
-import os
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from vqrae_jax.data import files
 
 _LENGTH = struct.Struct("<Q")
 _HEADER, _FOOTER = 12, 4  # bytes around the data
@@ -51,17 +52,14 @@ class TFRecords:
         if record >= len(offsets) - 1:
             raise OSError(f"{part.path!r} is cut short: it has {len(offsets) - 1} whole records, not number {record}")
         start, end = int(offsets[record]), int(offsets[record + 1])
-        # Opened anew each time: a thousand shards held open would exceed the limit of many systems.
-        with open(part.path, "rb") as file:
-            file.seek(start + _HEADER)
-            return file.read(end - start - _HEADER - _FOOTER)
+        return files.read(part.path, start + _HEADER, end - _FOOTER)
 
 
 def _record_offsets(path):
     """Byte offsets of the whole records of a file, then where the last one ends: int64 [records + 1]."""
-    size = os.path.getsize(path)
+    size = files.size(path)
     offsets = [0]
-    with open(path, "rb", buffering=0) as file:
+    with files.opened(path) as file:
         while offsets[-1] + _HEADER + _FOOTER <= size:
             file.seek(offsets[-1])
             end = offsets[-1] + _HEADER + _LENGTH.unpack(file.read(_LENGTH.size))[0] + _FOOTER

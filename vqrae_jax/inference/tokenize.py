@@ -17,7 +17,8 @@ import numpy as np
 
 from vqrae_jax import sharding
 from vqrae_jax.config import ConfigError, DataConfig, from_dict
-from vqrae_jax.data import code_shards, codes, pipeline
+from vqrae_jax.data import code_shards, codes, ordered, sources
+from vqrae_jax.data.readable import Skipped
 from vqrae_jax.inference import command
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for the codes")
     parser.add_argument("--format", default="npz", choices=list(code_shards.SUFFIXES), help="default: npz")
     parser.add_argument(
-        "--views", default="one", choices=list(pipeline.VIEWS), help="codes per image: central crop, also mirrored, ten"
+        "--views", default="one", choices=list(ordered.VIEWS), help="codes per image: central crop, also mirrored, ten"
     )
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument("--shard-size", type=int, default=SHARD, help=f"images per shard; default: {SHARD}")
@@ -58,7 +59,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
       DataError, ConfigError, CheckpointError, PretrainedError, TokenizerError: before any image is encoded.
     """
     _check(args)
-    source = pipeline.evaluation_source(data_config(args))
+    source = find_source(args)
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
@@ -83,7 +84,7 @@ def write_shards(
     """Encodes and writes `shards`. Reading, the device and the disk work at the same time.
 
     Args:
-      source: of `pipeline.evaluation_source`.
+      source: of `sources.evaluation_source`.
       output: folder, for which `codes.begin` was called.
       batch: images per batch, a divisor of the plan's shard size.
       threads: that read and crop.
@@ -100,17 +101,13 @@ def write_shards(
             writing.result()
 
 
-def data_config(args: argparse.Namespace) -> DataConfig:
-    """The images as a config's validation data: fixed, in order, with nothing random."""
-    if args.data is None and args.source == "folder":
-        raise ConfigError("--data is missing: give a folder of images, or another --source")
-    return from_dict(
-        DataConfig,
-        {
-            "source": args.source, "path": args.data, "eval_path": args.data, "name": args.name,
-            "eval_split": args.split,
-        },
-    )  # fmt: skip
+def find_source(args: argparse.Namespace) -> Any:
+    """The images, as a config's validation data: fixed, in order, with nothing random."""
+    values = {"path": args.data, "eval_path": args.data, "name": args.name, "eval_split": args.split}
+    source = sources.evaluation_source(from_dict(DataConfig, {"source": args.source, **values}))
+    if source is None:
+        raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
+    return source
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -124,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
     """What the command will write, for a source of so many images."""
-    views = len(pipeline.VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
+    views = len(ordered.VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
     described = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
     if args.source == "folder":
         del described["split"]
@@ -144,7 +141,7 @@ def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> co
 
 def _batch(views: str, devices: int) -> int:
     """Images per batch: a power of two, of about ROWS pictures per device."""
-    pictures = len(pipeline.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
+    pictures = len(ordered.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
     return devices << max((ROWS // pictures).bit_length() - 1, 0)
 
 
@@ -158,7 +155,7 @@ def _encode(
 ) -> Iterator[tuple[int, code_shards.Columns]]:
     """The content of each shard."""
     starts = [start for shard in shards for start in range(*plan.range(shard), batch)]
-    batches = pipeline.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, pipeline.Skipped())
+    batches = ordered.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, Skipped())
     known = collections.deque()
 
     def pictures() -> Iterator[np.ndarray]:

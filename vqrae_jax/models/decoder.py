@@ -38,6 +38,7 @@ class Decoder(nn.Module):
       patch: pixels per latent, one side.
       mean, std: per channel; the network paints normalized pixels, as its encoder sees them.
       train_pos_embed: lets gradients into the position table (the origin's behaviour).
+      features: channels of a linear head that predicts encoder features from the last tokens; 0: no such head.
     """
 
     blocks: BlocksConfig
@@ -46,14 +47,20 @@ class Decoder(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     train_pos_embed: bool = False
+    features: int = 0
 
     @property
     def image_size(self) -> int:
         return self.grid * self.patch
 
     @nn.compact
-    def __call__(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Returns pictures in [0, 1], not clipped, float32; a latent of another grid is resampled bilinearly."""
+    def __call__(
+        self, latent: Float[Array, "B h w C"], with_features: bool = False
+    ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], Float[Array, "B g g F"] | None]:
+        """Returns pictures in [0, 1], not clipped, float32; a latent of another grid is resampled bilinearly.
+
+        With `with_features` also the predicted features, None without that head.
+        """
         c, n = self.blocks, self.grid
         dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
         x = nn.Dense(c.width, **dense, name="embed")(latent)
@@ -68,4 +75,8 @@ class Decoder(nn.Module):
         pixels = nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32)
         pixels = c.pin(pixels)
         image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
-        return image * jnp.asarray(self.std) + jnp.asarray(self.mean)
+        image = image * jnp.asarray(self.std) + jnp.asarray(self.mean)
+        features = nn.Dense(self.features, **dense, name="features")(x) if self.features else None
+        if not with_features:
+            return image
+        return image, None if features is None else features.reshape(len(x), n, n, -1)

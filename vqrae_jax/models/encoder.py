@@ -72,3 +72,28 @@ def at_input_size(encoder: Encoder, params: Mapping[str, Any]) -> tuple[Encoder,
     table = np.asarray(resample_positions(vit, jnp.asarray(params["vit"]["pos_embed"]), grid, grid))
     tree = {**params, "vit": {**params["vit"], "pos_embed": table}}
     return encoder.clone(vit=dataclasses.replace(vit, grid=grid)), tree
+
+
+class PooledEncoder(nn.Module):
+    """One vector per picture, as distances between sets of pictures use it; parameters as those of `Encoder`.
+
+    Attributes:
+      vit, mean, std: as in `Encoder`.
+      input_size: side in pixels to which images are resized, bicubic with antialias as image processors do it.
+      pool: the class token, or the mean of the patch tokens, after the pretrained final LayerNorm.
+    """
+
+    vit: ViTConfig
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pool: Literal["cls", "mean"]
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Images in [0, 1] -> float32 features."""
+        image = resize(image, self.input_size, self.input_size, "bicubic_antialias")
+        image = (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        (tokens,), _ = ViT(self.vit, name="vit")(image, (self.vit.blocks.depth - 1,), keep_prefix=True)
+        tokens = layer_norm(self.vit.blocks, "norm")(tokens).astype(jnp.float32)
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, self.vit.prefix :].mean(1)

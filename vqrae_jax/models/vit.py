@@ -221,15 +221,17 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class ViT(nn.Module):
-    """Normalised pixels -> patch tokens of the chosen blocks, before any final norm."""
+    """Normalised pixels -> tokens of the chosen blocks, before any final norm."""
 
     cfg: ViTConfig
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], taps: tuple[int, ...]
+        self, image: Float[Array, "B H W 3"], taps: tuple[int, ...], keep_prefix: bool = False
     ) -> tuple[list[Float[Array, "B N D"]], tuple[int, int]]:
-        """Returns the outputs of the blocks `taps` without their prefix tokens, and the patch grid (h, w)."""
+        """Returns the outputs of the blocks `taps`, without prefix tokens (cls, registers) unless these are to be kept,
+        and the patch grid (h, w).
+        """
         c, width = self.cfg, self.cfg.blocks.width
         patches = patchify(image, c.patch).astype(c.blocks.dtype)
         B, h, w, _ = patches.shape
@@ -246,7 +248,7 @@ class ViT(nn.Module):
             prefix = [token + pos[:, :1] if c.cls and i == 0 else token for i, token in enumerate(prefix)]
         prefix = [jnp.broadcast_to(token, (B, *token.shape[1:])).astype(x.dtype) for token in prefix]
         _, outputs = run_blocks(c.blocks, jnp.concatenate([*prefix, x], axis=1), rope, taps)
-        return [tokens[:, c.prefix :] for tokens in outputs], (h, w)
+        return [tokens if keep_prefix else tokens[:, c.prefix :] for tokens in outputs], (h, w)
 
     def _prefix(self) -> list[Float[Array, "1 n D"]]:
         normal, width = nn.initializers.normal(0.02), self.cfg.blocks.width

@@ -21,6 +21,8 @@ class Output:
     reconstruction: Any  # Float [B, H, W, 3], not clipped
     latent: Any  # Float [B, h, w, C] (or [B, N, C]): quantized and normalized, what `decode` takes
     quantized: Quantized
+    encoded: Any = None  # Float [B, h, w, C]: what the encoder saw, before noise and quantization
+    features: Any = None  # Float [B, g, g, F]: the decoder's guess at encoder features, where it has that head
 
 
 class VQRAE(nn.Module):
@@ -73,9 +75,11 @@ class VQRAE(nn.Module):
 
     def forward(self, image: Float[Array, "B H W 3"], train: bool = False) -> Output:
         """One pass with everything that it produces."""
-        quantized = self.quantize(image, train)
+        encoded = self.encoder(image)
+        quantized = self._quantize(encoded, train)
         latent = self._normalize(quantized.z)
-        return Output(self.decode(latent), latent, quantized)
+        reconstruction, features = self._paint(latent)
+        return Output(reconstruction, latent, quantized, encoded, features)
 
     def encode(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B h w C"]:
         """The quantized, normalized latent."""
@@ -83,8 +87,7 @@ class VQRAE(nn.Module):
 
     def decode(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Paints a latent, as `encode` returns it."""
-        z = self.latent.undo(self._to_grid(latent))
-        return self.decoder(z)
+        return self._paint(latent)[0]
 
     def encode_to_indices(self, image: Float[Array, "B H W 3"]) -> Int[Array, "B h w"]:
         """The codes: [B, h, w], or [B, N] with quantize_before_reshape. ValueError if the model has none."""
@@ -103,7 +106,12 @@ class VQRAE(nn.Module):
 
     def quantize(self, image: Float[Array, "B H W 3"], train: bool = False) -> Quantized:
         """Encodes and quantizes; z is [B, h, w, C], or [B, N, C] with quantize_before_reshape."""
-        z = self.encoder(image)
+        return self._quantize(self.encoder(image), train)
+
+    def _paint(self, latent: Float[Array, "B h w C"]) -> tuple[Float[Array, "B H W 3"], Float[Array, "B g g F"] | None]:
+        return self.decoder(self.latent.undo(self._to_grid(latent)), with_features=True)
+
+    def _quantize(self, z: Float[Array, "B h w C"], train: bool) -> Quantized:
         if train and self.noise_tau:
             z = self._noised(z)
         if self.quantize_before_reshape:

@@ -1,6 +1,7 @@
 """How one array lies in a PyTorch file and in our trees; the parameter's path decides."""
 
 import math
+import re
 
 import numpy as np
 
@@ -8,9 +9,12 @@ import numpy as np
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The PyTorch shape of the parameter `path` that has `shape` here.
 
-    Linear layers are (out, in) there and (in, out) here, with the attention heads unfolded; the patch embedding is a
-    convolution (out, in, row, column) there and a matrix (row * column * in, out) here.
+    Linear layers are (out, in) there and (in, out) here, with the attention heads unfolded; convolutions are (out, in,
+    *window) there and (*window, in, out) here; the patch embedding is a convolution (out, in, row, column) there and a
+    matrix (row * column * in, out) here.
     """
+    if _is_convolution(path):
+        return (*shape[:-3:-1], *shape[:-2])
     if path.endswith("patch_embed/kernel"):
         side = math.isqrt(shape[0] // 3)
         return (shape[1], 3, side, side)
@@ -30,7 +34,9 @@ def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
     expected = file_shape(path, shape)
     if _without_ones(tensor.shape) != _without_ones(expected):
         raise ValueError(f"{tuple(tensor.shape)} in the file, {expected} expected for {path}")
-    if path.endswith("/kernel"):
+    if _is_convolution(path):
+        tensor = np.moveaxis(tensor.reshape(expected), (1, 0), (-2, -1))
+    elif path.endswith("/kernel"):
         tensor = tensor.reshape(expected).transpose((2, 3, 1, 0) if len(expected) == 4 else (1, 0))
     # Half of the trees are transposed views of what was read: the copy lets go of the file's bytes.
     return np.array(tensor.reshape(shape), dtype=np.float32, order="C", copy=True)
@@ -39,12 +45,18 @@ def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 def to_file(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `from_file`."""
     expected = file_shape(path, array.shape)
+    if _is_convolution(path):
+        return np.ascontiguousarray(np.moveaxis(array, (-2, -1), (1, 0)))
     if not path.endswith("/kernel"):
         return np.asarray(array.reshape(expected), order="C")
     if len(expected) == 4:
         out, channels, side, _ = expected
         return np.ascontiguousarray(array.reshape(side, side, channels, out).transpose(3, 2, 0, 1))
     return np.ascontiguousarray(array.reshape(expected[::-1]).T)
+
+
+def _is_convolution(path: str) -> bool:
+    return re.search(r"conv\w*/kernel$", path) is not None
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

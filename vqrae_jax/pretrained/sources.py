@@ -147,3 +147,10 @@ def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
     if folder.is_dir():
         return read_weights(folder, field)
     return read_tensors(fetch_file(path, field), field)
+
+
+def read_named(name: str, field: str) -> Mapping[str, Any]:
+    """Tensors of a local file or folder, of a hub id (owner/name), or of a file inside a hub repository."""
+    if pathlib.Path(name).expanduser().exists() or name.count("/") != 1:
+        return read_state_dict(name, field)
+    return read_weights(fetch(name, field), field)

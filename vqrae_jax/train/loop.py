@@ -14,13 +14,16 @@ import numpy as np
 
 from vqrae_jax import __version__, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.config import Config, ConfigError, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
+from vqrae_jax.evaluation.evaluator import Evaluator
+from vqrae_jax.train import report
+from vqrae_jax.train.guard import Guard, first_bad
+from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task
+from vqrae_jax.train.task import Metrics, Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
@@ -32,28 +35,43 @@ PICTURE_FILE = "reconstructions.png"
 class Run:
     """Everything one run holds; built before anything long starts, so that what is wrong is said at once."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None):
-        self.config, self.workdir = config, pathlib.Path(workdir).absolute()
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        devices: list[jax.Device] | None = None,
+        evaluating: bool = False,
+    ):
+        """With `evaluating`, nothing is read or written that only training needs."""
+        if not evaluating:
+            config = in_steps(config, lambda: pipeline.count_training_images(config.data))
+        self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
         self.first = jax.process_index() == 0
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
         shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.skipped = pipeline.Skipped()
-        self.evaluation = pipeline.evaluation_batches(config.data, **shard)
-        self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
+        self.evaluation = pipeline.evaluation_batches(config.data, limit=config.evaluation.images, **shard)
+        self.batches = None
+        if not evaluating:
+            self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
         self.task: Task = TokenizerTask.build(config, self.mesh)
+        self.measurement = None
+        if self.evaluation is not None:
+            wanted = config.evaluation.figures if evaluating else config.evaluation.training_figures
+            self.measurement = Measurement(config, self.task, self.mesh, self.evaluation, wanted)
         self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
-        self.writers = Writers(self.workdir, config.model_dump(), config.train.wandb_project, self.first)
+        self.writers = Writers(
+            self.workdir, config.model_dump(), config.train.wandb_project, self.first and not evaluating
+        )
 
-        where = sharding.replicated(self.mesh)
         self.frozen = self.task.frozen()
         self.state = self._restore_or_init()
-        placed = jax.tree.map(lambda x: x.sharding, self.state)
-        self.step = jax.jit(self.task.step, donate_argnums=0, out_shardings=(placed, where))
+        self.step = step_program(self.task, self.mesh)
         self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
-        self.evaluate_batch = jax.jit(self.task.evaluate_batch, out_shardings=where)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+        self.first_bad = jax.jit(first_bad)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint of the workdir, data included; without one, step 0."""
@@ -63,8 +81,9 @@ class Run:
         self._tell_config_changes(step)
         target = self.task.shapes()
         model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
-        self.batches.set_state(data)
-        log.info("resumed from step %d of %s", step, self.checkpoints.folder)
+        if self.batches is not None:
+            self.batches.set_state(data)
+        log.info("%s step %d of %s", "evaluating" if self.evaluating else "resumed from", step, self.checkpoints.folder)
         return TrainState.join(model, rest)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
@@ -81,19 +100,12 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Figures over all validation images, by the EMA parameters with the live codebook; empty without data."""
-        if self.evaluation is None:
-            return {}
-        total, variables = None, self.state.inference()
-        for batch in self.evaluation:
-            sums = self.evaluate_batch(variables, self.frozen, self._placed(batch, "image", "mask"))
-            total = sums if total is None else self.accumulate(total, sums)
-        total = jax.device_get(total)
-        if not total["images"]:
-            raise DataError("data.eval_path: none of its images can be read")
-        figures = {"eval/psnr": float(total["psnr"] / total["images"]), "eval/images": int(total["images"])}
-        if "counts" in total:
-            figures |= {f"eval/codebook_{name}": value for name, value in codebook.health(total["counts"]).items()}
-        return figures
+        return {} if self.measurement is None else self.measure()[1]
+
+    def measure(self) -> tuple[Evaluator, dict[str, float]]:
+        """`evaluate`, and what it gathered."""
+        evaluator, figures = self.measurement.run(self.state.inference(), self.frozen)
+        return evaluator, {f"eval/{name}": value for name, value in figures.items()}
 
     def draw(self) -> np.ndarray | None:
         """The first validation images, reconstructed."""
@@ -116,30 +128,36 @@ class Run:
     def _tell_config_changes(self, step: int) -> None:
         before = read_meta(find(self.checkpoints.folder, step))["config"]
         now = self.config.model_dump(mode="json")
+        if self.evaluating:  # the others play no part
+            before, now = ({"model": config["model"]} for config in (before, now))
         for name, old, new in _differences(before, now):
-            log.warning("resuming with another %s: %r, the checkpoint had %r", name, new, old)
+            doing = "evaluating" if self.evaluating else "resuming"
+            log.warning("%s with another %s: %r, the checkpoint had %r", doing, name, new, old)
 
 
 def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
     run = Run(config, workdir, devices)
-    settings = config.train
+    settings = run.config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window = Window(config.data.batch_size)
+    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
             run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
             window.add(metrics, run.accumulate)
+            guard.add(step, metrics, run.first_bad)
             progress.advance(step)
             last = step == settings.steps
+            evaluated = step % settings.evaluate_every == 0 or last
+            saved = step % settings.checkpoint_every == 0 or last
+            if saved or evaluated or step % settings.log_every == 0:
+                guard.check()
             if step % settings.log_every == 0 or last:
                 values = window.flush() | {"data/skipped": run.skipped.count}
                 run.writers.scalars(step, values)
                 progress.status(step, _status(values))
-            evaluated = step % settings.evaluate_every == 0 or last
-            saved = step % settings.checkpoint_every == 0 or last
             if evaluated or saved:
                 window.pause()
             if evaluated:
@@ -157,14 +175,21 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
     return figures
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
-    """Figures of the newest checkpoint of workdir over the validation images."""
+def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
+    """Figures of the newest checkpoint of workdir over the validation images; writes what `report` describes."""
     find(workdir)
-    run = Run(config, workdir)
-    if run.evaluation is None:
+    run = Run(config, workdir, devices, evaluating=True)
+    if run.measurement is None:
         raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
     try:
-        return {"step": int(run.state.step), **run.evaluate()}
+        step = int(run.state.step)
+        evaluator, figures = run.measure()
+        examples = run.measurement.examples(evaluator, run.state.inference(), run.frozen)
+        if run.first:
+            told = {"checkpoint": str(find(workdir, step)), "revision": git_revision()}
+            protocol = run.measurement.protocol(evaluator) | told
+            report.write(run.workdir, step, figures, evaluator.remarks, protocol, examples)
+        return {"step": step, **figures}
     finally:
         run.close()
 

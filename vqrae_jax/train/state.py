@@ -11,9 +11,11 @@ class TrainState:
 
     step: Any  # Int32 []: optimizer steps done
     params: dict[str, Any]  # the subtrees that train
-    ema_params: dict[str, Any]  # their running mean
+    ema_params: dict[str, Any]  # their running mean, and what another run gave and does not train
     batch_stats: dict[str, Any]  # mutable collections: codebook and its statistics
     opt_state: Any
+    # params, opt_state, spectral (power iteration) and lecam (running means) of the discriminator; empty without one
+    adversary: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     def inference(self) -> dict[str, Any]:
         """What a tokenizer is made of: EMA parameters and the LIVE codebook.
@@ -24,7 +26,8 @@ class TrainState:
 
     def rest(self) -> dict[str, Any]:
         """What only resuming needs."""
-        return {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        rest = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        return {**rest, "adversary": self.adversary} if self.adversary else rest
 
     @classmethod
     def join(cls, inference: dict[str, Any], rest: dict[str, Any]) -> "TrainState":

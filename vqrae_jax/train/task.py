@@ -4,7 +4,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from vqrae_jax import sharding
 from vqrae_jax.train.state import TrainState
 
 Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "counts" [..., K], summed over it
@@ -22,14 +24,27 @@ class Task(Protocol):
     def frozen(self) -> Any:
         """Networks that the step reads and nothing changes."""
 
+    def frozen_shapes(self) -> Any:
+        """`frozen` as jax.ShapeDtypeStruct with shardings; nothing is read or computed."""
+
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         """One optimizer step; pure."""
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        """Sums over the batch's real images ("images" is their number); pure."""
+        """What is measured of images [B]; pure.
+
+        "counts" [..., K], how often each code was chosen for the images whose "mask" is True; and rows [B, ...]:
+        "reconstruction" [B, H, W, 3], "code" (one vector per image) and any scores.
+        """
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         """Arrays from which `draw` makes a picture; pure."""
 
     def draw(self, arrays: Any) -> np.ndarray:
         """uint8 [H, W, 3]."""
+
+
+def step_program(task: Task, mesh: Mesh) -> Any:
+    """The jitted step: the state is given up, and its successor lives where it lived."""
+    where = jax.tree.map(lambda x: x.sharding, task.shapes())
+    return jax.jit(task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vqrae_jax import assembly, sharding
+from vqrae_jax import assembly, checkpoint, critics, sharding
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
-from vqrae_jax.losses import pixel
 from vqrae_jax.quantizers.statistics import code_counts
-from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
+from vqrae_jax.train.adversary import Adversary
+from vqrae_jax.train.objective import Objective, Painted
+from vqrae_jax.train.optim import ema_decay, make_optimizer, part_rates, update_ema
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics
 
@@ -30,56 +32,123 @@ class TokenizerTask:
     config: Config
     mesh: Mesh
     assembly: assembly.Assembly
+    objective: Objective
+    adversary: Adversary | None = None
+    start: Any = None  # shapes of the model that `train.start_from` gives
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh) -> "TokenizerTask":
-        """Reads the pretrained weights and checks what model, data and training ask of each other."""
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True) -> "TokenizerTask":
+        """Reads the pretrained weights and checks what model, data and training ask of each other.
+
+        With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
+        """
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built = assembly.assemble(config.model, pin=pin)
-        if "encoder" not in config.train.trainable:
+        built, start = assembly.assemble(config.model, weights=weights, pin=pin), _start_shapes(config)
+        if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = assembly.for_frozen_encoder(built)
-        task = cls(config, mesh, built)
-        painted, given = task.assembly.image_size, config.data.image_size
+        painted, given = built.image_size, config.data.image_size
         if painted != given:
-            grid = task.assembly.module.decoder.grid
+            grid = built.module.decoder.grid
             fits = f"model.decoder_patch_size={given // grid} or " if given % grid == 0 else ""
             raise ConfigError(
                 f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints "
                 f"pictures of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
             )
+        objective = Objective.build(config, built.module, pin, weights)
+        adversary = None
+        if config.adversary.discriminator != "none":
+            critic = critics.discriminator(config.adversary, weights)
+            adversary = Adversary(config.adversary, critic, config.train.steps)
+        task = cls(config, mesh, built, objective, adversary, start)
+        task._check_parts(weights)
         return task
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer, self.config.train.steps)
+        return make_optimizer(self.config.optimizer, self._rates)
+
+    @functools.cached_property
+    def _rates(self) -> dict[str, optax.Schedule]:
+        return part_rates(self.config.optimizer, self.config.train.steps)
+
+    @functools.cached_property
+    def _given(self) -> tuple[str, ...]:
+        """Parts that train.start_from gives: in the checkpoint even where they do not train."""
+        return tuple(self.start["params"]) if self.start else ()
 
     def shapes(self) -> TrainState:
         shapes = assembly.shapes(self.assembly)
-        params = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable}
-        if not params:
-            raise ConfigError(
-                f"train.trainable={self.config.train.trainable}: none of these parts has parameters; choose from "
-                f"{', '.join(PARTS)}"
-            )
-        state = jax.eval_shape(self._create, params, shapes["batch_stats"])
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self._place(state)
-        )
+        held = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable + self._given}
+        state = jax.eval_shape(self._create, held, shapes["batch_stats"], self._key())
+        return self._placed(state)
 
     def init(self) -> TrainState:
         where = jax.tree.map(lambda x: x.sharding, self.shapes())
-        trainable = self.config.train.trainable
-        variables = assembly.initial_variables(self.assembly, self._key(), trainable, self._place)
+        drawn = [n for n in self.config.train.trainable if n not in self._given]
+        variables = assembly.initial_variables(self.assembly, self._key(), drawn, self._place)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        if self.start:
+            folder = checkpoint.find(self.config.train.start_from)
+            given = checkpoint.read_model(folder, self._placed(self.start))
+            params, batch_stats = {**params, **given["params"]}, given.get("batch_stats", {})
         create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
-        return create(variables["params"], variables["batch_stats"])
+        return create(params, batch_stats, self._key())
 
     def frozen(self) -> Any:
-        parts = [n for n in PARTS if n not in self.config.train.trainable]
-        return assembly.initial_params(self.assembly, self._key(), parts, self._place)
+        """Parts that neither train nor come from train.start_from, and the networks that judge."""
+        networks = assembly.initial_params(self.assembly, self._key(), self._frozen_parts, self._place)
+        if self._has_teacher:
+            networks["teacher"] = assembly.initial_params(self.assembly, self._key(), ["encoder"], self._place)[
+                "encoder"
+            ]
+        return networks | jax.device_put(self._critics, self._place(self._critics))
 
-    def _create(self, params: Any, batch_stats: Any) -> TrainState:
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params))
+    def frozen_shapes(self) -> Any:
+        params = assembly.shapes(self.assembly)["params"]
+        networks = {n: params[n] for n in self._frozen_parts if n in params}
+        if self._has_teacher:
+            networks["teacher"] = params["encoder"]
+        return self._placed(networks | self._critics)
+
+    @property
+    def _frozen_parts(self) -> list[str]:
+        return [n for n in PARTS if n not in self.config.train.trainable + self._given]
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Whether the pretrained encoder is held beside the one that trains."""
+        return self.objective.needs_teacher and "encoder" not in self._frozen_parts
+
+    @property
+    def _critics(self) -> dict[str, Any]:
+        """Parameters of the networks that judge."""
+        adversary = {"discriminator": self.adversary.critic.params} if self.adversary else {}
+        return self.objective.frozen() | adversary
+
+    def _create(self, held: Any, batch_stats: Any, key: jax.Array) -> TrainState:
+        params = {n: tree for n, tree in held.items() if n in self.config.train.trainable}
+        ema = jax.tree.map(jnp.copy, held)
+        adversary = self.adversary.create(jax.random.fold_in(key, 1)) if self.adversary else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params), adversary)
+
+    def _check_parts(self, weights: bool) -> None:
+        trainable, shapes = self.config.train.trainable, assembly.shapes(self.assembly)
+        if not set(trainable) & set(shapes["params"]):
+            raise ConfigError(
+                f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
+            )
+        if self.start:
+            held = {n: tree for n, tree in shapes["params"].items() if n in self._given}
+            folder = checkpoint.find(self.config.train.start_from)
+            checkpoint.check_shapes(self.start, {**shapes, "params": held}, folder)
+            return
+        learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
+        random = [n for n in learned if n not in trainable and n not in self.assembly.pretrained]
+        if weights and random:
+            raise ConfigError(
+                f"train.trainable={trainable} leaves {' and '.join(random)} at random values: add it, or name the run "
+                "that trained it in train.start_from"
+            )
 
     def _key(self) -> jax.Array:
         return jax.random.key(self.config.train.seed)
@@ -88,65 +157,127 @@ class TokenizerTask:
         given = self.config.mesh
         return sharding.shardings(tree, self.mesh, given.fsdp, given.fsdp_min_size)
 
+    def _placed(self, tree: Any) -> Any:
+        """Shapes with shardings."""
+        where = self._place(tree)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
+
     def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(self._key(), state.step)
-        images = to_float(batch["image"])
-        grads, batch_stats, metrics = self._gradients(state, frozen, images, key)
+        images = self._micro_batches(to_float(batch["image"]))
+        grads, batch_stats, reconstructions, metrics = self._gradients(state, frozen, images, key)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(self.config.optimizer, state.step)
+        adversary = state.adversary
+        if self.adversary:
+            adversary, told = self.adversary.turn(
+                adversary, frozen["discriminator"], reconstructions, images, state.step, jax.random.fold_in(key, 3)
+            )
+            metrics |= told
         metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["learning_rate"] = learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
+        metrics |= {f"grad_norm/{n}": optax.tree.norm(tree) for n, tree in grads.items()}
+        metrics["learning_rate"] = self._rates["decoder"](state.step)
         return TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=update_ema(state.ema_params, params, ema_decay(self.config.optimizer, state.step)),
+            ema_params=state.ema_params | update_ema({n: state.ema_params[n] for n in params}, params, decay),
             batch_stats=batch_stats,
             opt_state=opt_state,
+            adversary=adversary,
         ), metrics
 
-    def loss(
-        self, params: Any, batch_stats: Any, frozen: Any, images: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """The total loss of a micro-batch, the updated batch_stats, and what to log."""
-        variables = {"params": {**frozen, **params}, "batch_stats": batch_stats}
-        noise, codes = jax.random.split(key)
-        out, updated = self.assembly.module.apply(
-            variables, images, train=True, method="forward", mutable=["batch_stats"],
-            rngs={"noise": noise, "codes": codes},
-        )  # fmt: skip
-        weights = self.config.loss
-        pixel_loss = pixel.LOSSES[weights.pixel](out.reconstruction, images)
-        total = weights.pixel_weight * pixel_loss + weights.vq_weight * out.quantized.loss
-        metrics = {"loss/total": total, "loss/pixel": pixel_loss, "loss/vq": out.quantized.loss}
-        metrics |= {n if n == "counts" else f"codebook/{n}": v for n, v in out.quantized.metrics.items()}
-        return total, (updated["batch_stats"], metrics)
+    def gradients(
+        self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array, batch_stats: Any
+    ) -> tuple[Any, Any, jax.Array, Metrics]:
+        """Of one micro-batch [b, H, W, 3] in [0, 1]: gradients like state.params, the updated batch_stats, the
+        reconstructions, and what to log.
 
-    def _gradients(self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array) -> tuple[Any, Any, Metrics]:
-        """Mean gradients over the micro-batches; the codebook is updated after each of them."""
-        gradient = jax.grad(self.loss, has_aux=True)
+        The adversarial term needs no second pass back: both losses' gradients with respect to the picture are weighed
+        by what they are at the decoder's last layer, added, and pulled back once.
+        """
+
+        def paint(params: Any) -> tuple[Painted, Any]:
+            variables = {"params": self._params(frozen, state, params), "batch_stats": batch_stats}
+            noise, codes = jax.random.split(key)
+            out, updated = self.assembly.module.apply(
+                variables, images, train=True, method="forward", mutable=["batch_stats"],
+                rngs={"noise": noise, "codes": codes},
+            )  # fmt: skip
+            painted = Painted(out.reconstruction, out.quantized.loss, out.encoded, out.features)
+            return painted, (updated["batch_stats"], out.quantized.metrics)
+
+        painted, pull, (updated, codes) = jax.vjp(paint, state.params, has_aux=True)
+        metrics = {n if n == "counts" else f"codebook/{n}": v for n, v in codes.items()}
+        terms = functools.partial(self.objective.terms, frozen=frozen, image=images, step=state.step)
+        (total, values), cotangent = jax.value_and_grad(terms, has_aux=True)(painted)
+        metrics |= {f"loss/{n}": v for n, v in values.items()}
+        if self.adversary:
+
+            def at_last_layer(of_picture: jax.Array) -> jax.Array:
+                only = jax.tree.map(jnp.zeros_like, painted).replace(reconstruction=of_picture)
+                return pull(only)[0]["decoder"]["pred"]["kernel"]  # of all that is pulled back, only this is computed
+
+            more, gradient, told = self.adversary.term(
+                state.adversary, frozen["discriminator"], painted.reconstruction, cotangent.reconstruction,
+                at_last_layer, state.step, jax.random.fold_in(key, 2),
+            )  # fmt: skip
+            total, metrics = total + more, metrics | told
+            cotangent = cotangent.replace(reconstruction=cotangent.reconstruction + gradient)
+        metrics["loss/total"] = total
+        (grads,) = pull(cotangent)
+        if "quantizer" not in self.config.train.trainable and "quantizer" in updated:
+            updated = {**updated, "quantizer": batch_stats["quantizer"]}
+        return grads, updated, jax.lax.stop_gradient(painted.reconstruction), metrics
+
+    def _params(self, frozen: Any, state: TrainState, params: Any) -> Any:
+        parts = {n: frozen[n] for n in PARTS if n in frozen}
+        return {**parts, **{n: tree for n, tree in state.ema_params.items() if n not in params}, **params}
+
+    def _micro_batches(self, images: jax.Array) -> jax.Array:
+        """[B, ...] -> [parts, B / parts, ...]; part i takes images i, i + parts, ...: so each stays spread over all
+        devices."""
         parts = self.config.optimizer.accumulate
-        if parts == 1:
-            grads, (batch_stats, metrics) = gradient(state.params, state.batch_stats, frozen, images, key)
-            return grads, batch_stats, metrics
-        # Micro-batch i takes images i, i + parts, ...: so each stays spread over all devices.
-        micro = images.reshape(len(images) // parts, parts, *images.shape[1:]).swapaxes(0, 1)
+        return images.reshape(len(images) // parts, parts, *images.shape[1:]).swapaxes(0, 1)
 
-        def add(carry: tuple[Any, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
+    def _gradients(
+        self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
+    ) -> tuple[Any, Any, jax.Array, Metrics]:
+        """Mean gradients over the micro-batches; the codebook is updated after each of them."""
+        if len(images) == 1:
+            grads, batch_stats, reconstruction, metrics = self.gradients(
+                state, frozen, images[0], key, state.batch_stats
+            )
+            return grads, batch_stats, reconstruction[None], metrics
+
+        def add(carry: tuple[Any, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], Any]:
             total, batch_stats = carry
-            grads, (batch_stats, metrics) = gradient(state.params, batch_stats, frozen, *part)
-            return (jax.tree.map(lambda t, g: t + g / parts, total, grads), batch_stats), metrics
+            grads, batch_stats, reconstruction, metrics = self.gradients(state, frozen, *part, batch_stats)
+            total = jax.tree.map(lambda t, g: t + g / len(images), total, grads)
+            # Kept for the discriminator only.
+            return (total, batch_stats), (reconstruction if self.adversary else None, metrics)
 
         start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-        (grads, batch_stats), stacked = jax.lax.scan(add, start, (micro, jax.random.split(key, parts)))
-        return grads, batch_stats, {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+        keys = jax.random.split(key, len(images))
+        (grads, batch_stats), (reconstructions, stacked) = jax.lax.scan(add, start, (images, keys))
+        metrics = {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+        return grads, batch_stats, reconstructions, metrics
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        images, mask = to_float(batch["image"]), batch["mask"]
+        images = to_float(batch["image"])
         out = self._forward(variables, frozen, images)
-        sums = {"psnr": jnp.where(mask, psnr(out.reconstruction, images), 0).sum(), "images": mask.sum()}
+        z = out.quantized.z
+        seen = {
+            "reconstruction": out.reconstruction,
+            "code": z.reshape(len(z), -1, z.shape[-1]).astype(jnp.float32).mean(1),
+            "psnr": psnr(out.reconstruction, images),
+        }
+        if min(images.shape[1:3]) >= WINDOW:
+            seen["ssim"] = ssim(out.reconstruction, images)
         if "counts" in out.quantized.metrics:
-            sums["counts"] = masked_counts(out.quantized.indices, out.quantized.metrics["counts"].shape, mask)
-        return sums
+            shape = out.quantized.metrics["counts"].shape
+            seen["counts"] = masked_counts(out.quantized.indices, shape, batch["mask"])
+        return seen
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
@@ -160,7 +291,8 @@ class TokenizerTask:
         )
 
     def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:
-        variables = {**variables, "params": {**frozen, **variables["params"]}}
+        parts = {n: frozen[n] for n in PARTS if n in frozen}
+        variables = {**variables, "params": {**parts, **variables["params"]}}
         return self.assembly.module.apply(variables, images, method="forward")
 
 
@@ -174,3 +306,9 @@ def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -
     levels = indices[..., None] if len(shape) == 1 else indices
     real = jnp.broadcast_to(mask.reshape(-1, *[1] * (levels.ndim - 2)), levels.shape[:-1])
     return jax.vmap(lambda level: code_counts(level, shape[-1], real), in_axes=-1)(levels).reshape(shape)
+
+
+def _start_shapes(config: Config) -> Any:
+    if config.train.start_from is None:
+        return None
+    return {"batch_stats": {}, **checkpoint.saved_shapes(checkpoint.find(config.train.start_from))}

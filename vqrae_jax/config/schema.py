@@ -1,15 +1,11 @@
-"""The schema of a run: every field, its default, what it accepts, and the JSON form that is saved beside checkpoints.
+"""The schema of a run: every field, its default, and what it accepts.
 
 The model section keeps the vocabulary and the defaults of the PyTorch VQRAE. A section is frozen once built; what a
 single field accepts is in its type, what fields ask of each other is checked by the section that owns both.
 """
 
-import difflib
-import json
-import typing
 from typing import Annotated, Any, Literal
 
-import ml_collections
 import pydantic
 from pydantic import Field
 
@@ -19,6 +15,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Epochs = NonNegative | None
+Part = Literal["encoder", "quantizer", "decoder"]
+EncoderClass = Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"]
 
 
 class ConfigError(ValueError):
@@ -74,7 +73,7 @@ class QuantizerParams(Section):
 class ModelConfig(Section):
     """image -> encoder -> quantizer -> decoder -> image."""
 
-    encoder_cls: Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"] = "Dinov2withNorm"
+    encoder_cls: EncoderClass = "Dinov2withNorm"
     # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: nothing is
     # loaded, the encoder of `encoder_params.architecture` starts from random weights.
     encoder_config_path: str | None = "facebook/dinov2-base"
@@ -84,6 +83,7 @@ class ModelConfig(Section):
     decoder_patch_size: Positive = 16  # pixels; the output is latent grid * decoder_patch_size
     decoder_train_pos_embed: bool = False  # the origin calls its table fixed and trains it; here fixed means fixed
     pretrained_decoder_path: str | None = None  # a decoder to start from
+    decoder_features: tuple[int, ...] = ()  # encoder blocks whose tokens an extra head of the decoder predicts
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
@@ -108,14 +108,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where images come from and what a batch is."""
 
-    source: Literal["photographs", "folder", "tfds"] = "folder"
-    path: str | None = None  # folder: images, flat or in class subfolders; tfds: data_dir or prepared folder
-    eval_path: str | None = None  # folder: validation images; none means no evaluation
+    source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
+    # Here or in a bucket (gs://, s3://). folder: images, flat or in class subfolders; webdataset: .tar shards, and
+    # parquet: .parquet or .arrow files with encoded images: a folder, a file or a pattern as in "data/train-*.tar";
+    # tfds: data_dir or prepared folder.
+    path: str | None = None
+    eval_path: str | None = None  # all but tfds: validation images, named like path; none means no evaluation
     name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
-    crop: Literal["random", "center"] = "random"  # random: short side to image_size * resize, then a random square
+    # random: short side to image_size * resize, then a random square; adm: guided-diffusion's random crop
+    crop: Literal["random", "center", "adm"] = "random"
+    eval_crop: Literal["center", "adm"] = "center"  # adm: guided-diffusion's centre crop
     resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
     # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
@@ -132,26 +137,117 @@ class DataConfig(Section):
         return self
 
 
+class PerceptualConfig(Section):
+    """A distance between what a frozen network sees in two pictures."""
+
+    # lpips; convnext: logits of a classifier; encoder: patch tokens of any encoder that the model section can name
+    network: Literal["lpips", "convnext", "encoder"] = "lpips"
+    weight: NonNegative = 0.0  # 0: off, nothing is read
+    start_steps: Count = 0  # steps before it counts
+    start_epochs: Epochs = None
+    trunk: str = "timm/vgg16.tv_in1k"  # lpips: VGG16; a hub id, or a file
+    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: version 0.1
+    path: str | None = None  # convnext, encoder: hub id or folder; encoder, None: random weights of `architecture`
+    encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
+    architecture: dict[str, Any] = {}  # encoder without pretrained weights: as in encoder_params
+    layers: tuple[int, ...] = (-1,)  # encoder: blocks that are compared
+    input_size: Positive = 224  # convnext, encoder: pixels
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+
+
 class LossConfig(Section):
-    """Terms of the tokenizer's loss."""
+    """Terms of the tokenizer's loss; a weight of 0 switches one off."""
 
     pixel: Literal["l1", "l2"] = "l1"
     pixel_weight: NonNegative = 1.0
     vq_weight: NonNegative = 1.0
+    perceptual: PerceptualConfig = PerceptualConfig()
+    feature_weight: NonNegative = 0.0  # of the decoder's guess at the frozen encoder's model.decoder_features
+    feature_distance: Literal["cosine", "l2"] = "cosine"
+    distill_weight: NonNegative = 0.0  # holds an encoder that trains to the latents of its frozen copy
+    distill_distance: Literal["cosine", "l2"] = "l2"
 
 
-class OptimizerConfig(Section):
-    """AdamW and its schedule; steps are optimizer steps."""
+Figure = Literal["lpips", "inception", "encoder", "linear_probe"]
+
+
+class EvaluationConfig(Section):
+    """What is measured on the validation images beside PSNR, SSIM and the use of the codes.
+
+    inception and encoder give Frechet, kernel and paired distances in their features, inception its score as well;
+    lpips reads the files that loss.perceptual names as trunk and heads.
+    """
+
+    figures: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
+    training_figures: tuple[Figure, ...] = ()  # by each evaluation inside training
+    images: Positive | None = None  # the first of the validation images; None: all
+    # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
+    inception_path: str | None = None
+    # Besides the validation images themselves (rFID): .npz with mu and sigma, or a folder of images.
+    inception_reference: str | None = None
+    encoder_cls: EncoderClass = "Dinov2withNorm"
+    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one is FD-DINOv2
+    encoder_input_size: Positive = 224  # pixels
+    encoder_pool: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
+    encoder_reference: str | None = None
+    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of at most so many
+    pictures: Positive = 4  # in each of the rows best, median and worst of the page
+
+
+class AdamWConfig(Section):
+    """AdamW and its schedule; steps are optimizer steps, epochs passes over the training images in place of them."""
 
     learning_rate: Above0 = 2e-4
     final_learning_rate: NonNegative = 2e-5
+    reference_batch: Positive | None = None  # the rates above are for this batch; scaled by data.batch_size over it
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
+    warmup_epochs: Epochs = None
     decay_end_steps: int | None = None  # None: train.steps
+    decay_end_epochs: Epochs = None
     b1: Decay = 0.9
     b2: Decay = 0.95
     weight_decay: NonNegative = 0.0  # on kernels only
     clip_norm: NonNegative = 0.0  # global gradient norm; 0 switches clipping off
+
+
+class AdversaryConfig(Section):
+    """A discriminator and the term it adds to the tokenizer's loss."""
+
+    discriminator: Literal["none", "dino", "patch"] = "none"
+    weight: NonNegative = 0.75
+    adaptive: bool = True  # weight times the ratio of both gradients at the decoder's last layer
+    adaptive_max: Above0 = 1e4
+    start_steps: Count = 0  # steps before the discriminator trains
+    start_epochs: Epochs = None
+    generator_start_steps: Count = 0  # steps before the decoder is to fool it
+    generator_start_epochs: Epochs = None
+    disc_updates: Positive = 1  # per step of the tokenizer
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"  # vanilla: minus the mean logit
+    lecam_weight: NonNegative = 0.0
+    lecam_decay: Decay = 0.999
+    augment: Fraction = 1.0  # probability of each of DiffAug's translation, colour and cutout
+    cutout: Fraction = 0.0  # side of the cutout relative to the picture
+    path: str = "facebook/dino-vits8"  # dino: hub id, folder, or file of DINO's authors
+    trunk_heads: Positive | None = None  # dino: attention heads; None: one per 64 channels
+    taps: tuple[Count, ...] = (2, 5, 8, 11)  # dino: blocks with a head, beside the last
+    window: Positive = 9  # dino: tokens that a head's convolution spans
+    norm: Literal["batch", "group"] = "batch"  # over each picture by itself
+    spectral: bool = True  # spectral normalization
+    width: Positive = 64  # patch: channels of the first layer
+    layers: Positive = 3  # patch
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    optimizer: AdamWConfig = AdamWConfig()
+
+
+class OptimizerConfig(AdamWConfig):
+    """That of the tokenizer."""
+
+    encoder_rate: NonNegative = 1.0  # learning rate of a part relative to the schedule
+    quantizer_rate: NonNegative = 1.0
+    decoder_rate: NonNegative = 1.0
+    constant: tuple[Part, ...] = ()  # parts whose rate stays where warm-up left it
     accumulate: Positive = 1  # micro-batches per optimizer step
     ema_decay: Decay = 0.9978  # of the parameters
     ema_warmup: bool = True  # the decay of step t is at most (1 + t) / (10 + t), so that short runs forget their start
@@ -161,8 +257,11 @@ class TrainConfig(Section):
     """The run."""
 
     steps: Positive = 100_000
+    epochs: Epochs = None  # passes over the training images, in place of steps
     seed: Count = 0
-    trainable: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ("quantizer", "decoder")
+    trainable: tuple[Part, ...] = ("quantizer", "decoder")
+    # Workdir or checkpoint of another run: a new run starts from its EMA parameters and codebook, at step 0.
+    start_from: str | None = None
     log_every: Positive = 50
     evaluate_every: Positive = 5_000
     checkpoint_every: Positive = 1_000
@@ -187,6 +286,8 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -200,90 +301,21 @@ class Config(Section):
             )
         return self
 
-
-SectionT = typing.TypeVar("SectionT", bound=Section)
-
-
-def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
-    """Builds `schema` from plain values.
-
-    Raises:
-      ConfigError: lists every unknown, missing or unacceptable field at once, with the nearest known name.
-    """
-    try:
-        return schema.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(schema, e) for e in error.errors())) from None
-
-
-def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the config is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"the config is a JSON {type(values).__name__}, expected an object")
-    return from_dict(schema, values)
-
-
-def to_json(config: Section) -> str:
-    return config.model_dump_json(indent=2)
-
-
-def defaults() -> ml_collections.ConfigDict:
-    """Every default as the editable tree that config files change and flags override."""
-    return _editable(Config())
-
-
-def pairing(text: str) -> tuple[str, int]:
-    """The argument of a config file, "decoder,pixels": `configs/dinov2_b.py:ViT-L,512` -> ("ViT-L", 512)."""
-    decoder, _, pixels = text.partition(",")
-    if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:
-        raise ConfigError(f"--config: {text!r} is no decoder and picture size, as in ViT-XL,256 (a multiple of 16)")
-    return decoder, int(pixels)
-
-
-def _editable(section: Section) -> ml_collections.ConfigDict:
-    tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if value is None:  # a placeholder knows the type that a flag's text has to become
-            value = ml_collections.config_dict.placeholder(int if int in typing.get_args(field.annotation) else str)
-        tree[name] = _editable(value) if isinstance(value, Section) else value
-    return tree
-
-
-def check_field(schema: type[Section], path: str) -> None:
-    """Raises ConfigError if `path` (as in "model.num_embeddings") names no field, with the nearest that does."""
-    at: Any = schema
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if not (isinstance(at, type) and issubclass(at, Section)):
-            return  # inside a free-form field
-        if part not in at.model_fields:
-            raise ConfigError(_unknown(at, parts[:i], part))
-        at = at.model_fields[part].annotation
-
-
-def _unknown(section: type[Section], path: list[str], name: str) -> str:
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"known here: {', '.join(known)}"
-    return f"unknown config field {'.'.join([*path, name])}: {hint}"
-
-
-def _explain(schema: type[Section], error: dict[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
-    name = ".".join(path) or "config"
-    if error["type"] == "extra_forbidden":
-        return _unknown(_section_at(schema, path[:-1]), path[:-1], path[-1])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{name}: {message}"
-    return f"{name}={error['input']!r}: {message}"
-
-
-def _section_at(schema: type[Section], path: list[str]) -> type[Section]:
-    for part in path:
-        schema = schema.model_fields[part].annotation
-    return schema
+    @pydantic.model_validator(mode="after")
+    def _terms_have_what_they_need(self):
+        loss, adversary = self.loss, self.adversary
+        if loss.feature_weight and not self.model.decoder_features:
+            raise ValueError(
+                f"loss.feature_weight={loss.feature_weight} needs model.decoder_features, the encoder blocks to predict"
+            )
+        if loss.distill_weight and "encoder" not in self.train.trainable:
+            raise ValueError(
+                f"loss.distill_weight={loss.distill_weight} is for an encoder that trains, and "
+                f"train.trainable={self.train.trainable} has none"
+            )
+        if adversary.discriminator != "none" and adversary.adaptive and "decoder" not in self.train.trainable:
+            raise ValueError(
+                f"adversary.adaptive weighs gradients of the decoder, which train.trainable={self.train.trainable} "
+                "leaves as it is: set adversary.adaptive=False"
+            )
+        return self

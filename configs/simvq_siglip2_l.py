@@ -1,0 +1,47 @@
+"""SimVQ with 16,384 codes on SigLIP2-L in the two stages of the VQRAE paper: 100,000 steps, then 70,000.
+
+--config=configs/simvq_siglip2_l.py:1 trains the codebook and the decoder on the frozen encoder. Then
+--config=configs/simvq_siglip2_l.py:2 --config.train.start_from=RUN_OF_STAGE_1 --workdir=ANOTHER trains the encoder as
+well, at a twentieth of the rate, held to its frozen copy by distillation.
+
+Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
+the torch extra). Estimate, not measured: 32 TPU v5e or 8 H100, two days for each stage. Aims at 22 dB PSNR, an rFID
+below 1.5 on ImageNet's validation images, and nearly all codes in use. No run of full size has been done yet.
+"""
+
+from vqrae_jax import config
+from vqrae_jax.config import recipes
+
+
+def get_config(stage="1"):
+    if stage not in ("1", "2"):
+        raise config.ConfigError(f"--config: stage {stage!r}; there are 1 and 2, as in configs/simvq_siglip2_l.py:2")
+    c = config.defaults()
+    c.model.encoder_cls = "SigLIP2wNorm"
+    c.model.encoder_config_path = "google/siglip2-large-patch16-256"
+    c.model.encoder_input_size = 256
+    c.model.decoder_config_path = "ViT-XL"
+    c.model.decoder_features = (-1,)
+    c.model.scan_layers = True
+    c.model.remat = True
+    c.model.quantizer = "simvq"
+    c.model.num_embeddings = 16_384
+    c.loss.feature_weight = 0.5
+    recipes.rae_stage1(c)
+    recipes.half_precision(c)
+    c.train.epochs = None
+    c.optimizer.clip_norm = 1.0
+    c.optimizer.warmup_epochs = c.adversary.optimizer.warmup_epochs = None
+    c.adversary.start_epochs = c.adversary.generator_start_epochs = None
+    c.optimizer.warmup_steps = c.adversary.optimizer.warmup_steps = 5_000
+    if stage == "1":
+        c.train.steps = 100_000
+        c.adversary.start_steps, c.adversary.generator_start_steps = 40_000, 50_000
+    else:
+        c.train.steps = 70_000
+        c.train.trainable = ("encoder", "quantizer", "decoder")
+        c.optimizer.learning_rate, c.optimizer.final_learning_rate = 1e-4, 1e-5
+        c.optimizer.encoder_rate = 0.05
+        c.loss.distill_weight = 1.0
+        c.adversary.generator_start_steps = 2_000  # the discriminator begins anew
+    return c

@@ -1,0 +1,42 @@
+"""One GPU for a day: DINOv2-S, a ViT-S decoder, 256 codes at 256 pixels, the full recipe.
+
+--config=configs/small.py:ema (the default), :simvq or :fsq chooses the quantizer. Needs --config.data.path and a
+network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need the torch extra). Estimate,
+not measured: one H100 or A100, 12 to 24 hours for 150,000 steps of 64 images. Aims at 20 dB PSNR and more than 80 % of
+the codes in use on held-out images.
+"""
+
+from vqrae_jax import config
+from vqrae_jax.config import recipes
+
+QUANTIZERS = ("ema", "simvq", "fsq")
+
+
+def get_config(quantizer="ema"):
+    if quantizer not in QUANTIZERS:
+        raise config.ConfigError(f"--config: quantizer {quantizer!r}; this file has {', '.join(QUANTIZERS)}")
+    c = config.defaults()
+    c.model.encoder_cls = "Dinov2withNorm"
+    c.model.encoder_config_path = "facebook/dinov2-with-registers-small"
+    c.model.decoder_config_path = "ViT-S"
+    c.model.decoder_features = (-1,)
+    c.model.scan_layers = True
+    c.model.quantizer = quantizer
+    if quantizer == "fsq":
+        c.model.quantizer_params.levels = (8, 8, 5, 5)
+        c.model.num_embeddings = 8 * 8 * 5 * 5
+    if quantizer == "ema":
+        c.model.quantizer_params.codebook_dim = 32
+        c.model.quantizer_params.distance = "cosine"
+    c.loss.feature_weight = 0.5
+    recipes.rae_stage1(c)
+    recipes.half_precision(c)
+    c.train.epochs = None
+    c.train.steps = 150_000
+    c.data.batch_size = c.data.eval_batch_size = 64
+    c.optimizer.clip_norm = 1.0
+    c.optimizer.warmup_epochs = c.adversary.optimizer.warmup_epochs = None
+    c.adversary.start_epochs = c.adversary.generator_start_epochs = None
+    c.optimizer.warmup_steps = c.adversary.optimizer.warmup_steps = 2_000
+    c.adversary.start_steps, c.adversary.generator_start_steps = 50_000, 60_000
+    return c

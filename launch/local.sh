@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains on this machine, and again where it stopped if it is run again.
+#
+#   launch/local.sh --config=configs/dinov2_b.py --workdir=runs/one --config.data.path=/data/train
+#
+# PROCESSES  how many processes share the work over loopback (default 1: one process drives every device it finds)
+# PORT       of process 0, for several processes (default 12345)
+# PYTHON     the interpreter (default python)
+# DRY_RUN=1  only prints what it would run
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+
+[[ "$*" == *--config=* && "$*" == *--workdir=* ]] || { echo "error: --config=FILE and --workdir=FOLDER are needed" >&2; exit 2; }
+PROCESSES=${PROCESSES:-1}
+PORT=${PORT:-12345}
+[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || { echo "error: PROCESSES=$PROCESSES is no number above 0" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+train=("${PYTHON:-python}" -m vqrae_jax.main "$@")
+if [[ "$PROCESSES" == 1 ]]; then
+  run "${train[@]}"
+  exit
+fi
+
+children=()
+trap 'kill "${children[@]}" 2>/dev/null || true' EXIT # one that fails takes the others with it
+for ((i = 0; i < PROCESSES; i++)); do
+  run exec "${train[@]}" --coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i" &
+  children+=($!)
+done
+for _ in "${children[@]}"; do
+  wait -n
+done

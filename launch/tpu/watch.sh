@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains to the end: creates the pod, sets it up and trains, as often as it is preempted. Needs its own terminal (tmux).
+#
+#   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer TYPE=v5litepod-256 SPOT=1 \
+#     launch/tpu/watch.sh --config=configs/dinov2_b.py --workdir=gs://my-bucket/runs/one
+#
+# PROJECT, ZONE, NAME, TYPE, SPOT, RUNTIME, SERVICE_ACCOUNT, WAIT, DRY_RUN: see launch/tpu/create.sh
+# CRASHES    how often in a row training may fail on a healthy pod before this gives up (default 3)
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+source "$here/pod.sh"
+need TYPE
+
+crashes=0
+while true; do
+  status=0
+  "$here/create.sh" || status=$?
+  [[ "$status" == 3 ]] && continue
+  [[ "$status" == 0 ]] || exit "$status"
+  if "$here/setup.sh" && "$here/train.sh" "$@"; then
+    echo "training is done; the pod still costs: $here/delete.sh" >&2
+    exit
+  else
+    status=$?
+  fi
+  [[ "$status" == 2 ]] && exit 2 # what was asked for is wrong
+  state=$(pod_state)
+  if [[ "$state" == READY ]]; then
+    crashes=$((crashes + 1))
+    echo "training failed on a healthy pod, $crashes in a row" >&2
+    ((crashes < ${CRASHES:-3})) || exit 1
+  else
+    crashes=0
+    echo "the pod is ${state:-gone}: once more" >&2
+  fi
+  sleep "${WAIT:-30}"
+done

@@ -1,0 +1,165 @@
+"""WebDataset shards give each image once, with its label, and nothing in a tar file is trusted."""
+
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data import tar
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.pipeline import train_batches
+from vqrae_jax.data.tar import TarShards
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vqrae_jax" / "tar"
+
+
+def png(level):
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 8), (level,) * 3).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(path, members, mode="w", **options):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, mode, **options) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Ten images, number i of gray level 20 * i and label i, in three shards."""
+    for shard, numbers in enumerate((range(4), range(4, 7), range(7, 10))):
+        members = [
+            (f"./n/{i:03d}.{end}", data) for i in numbers for end, data in (("png", png(20 * i)), ("cls", b"%d\n" % i))
+        ]
+        write(tmp_path / "shards" / f"train-{shard}.tar", members)
+    return tmp_path / "shards"
+
+
+def test_each_image_has_its_bytes_and_label(shards, cache):
+    for _ in range(2):  # the second time from the cache
+        source = TarShards(shards)
+        assert [source[i] for i in range(len(source))] == [{"image": png(20 * i), "label": i} for i in range(10)]
+        assert len(list(cache.glob("*.npz"))) == 3
+        assert not list(cache.glob("*.part"))
+    assert [source.key(i) for i in range(10)] == [f"n/{i:03d}" for i in range(10)]
+    assert "train-1.tar" in source.name(4)
+    assert "n/004" in source.name(4)
+
+
+def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
+    link = tarfile.TarInfo("link.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    path = write(
+        tmp_path / "a.tar",
+        [
+            ("x/1.cls", b"7"),
+            ("x/1.JPG", b"first"),
+            ("x/1.png", b"second of the same"),
+            ("x/1.seg.png", b"a mask"),
+            ("y/1.webp", b"another folder"),
+            ("../../etc/2.png", b"a name is only a name"),
+            ("a" * 200 + "/ü 猫.png", b"long"),
+            ("bad.png", b"bad label"),
+            ("bad.cls", b"seven"),
+            ("._1.png", b"hidden"),
+            ("notes.txt", b"text"),
+        ],
+    )
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(link)
+    source = TarShards(path)
+    assert {record["image"]: record["label"] for record in (source[i] for i in range(len(source)))} == {
+        b"first": 7,
+        b"another folder": -1,
+        b"a name is only a name": -1,
+        b"long": -1,
+        b"bad label": -1,
+    }
+    keys = {source.key(i) for i in range(len(source))}
+    assert keys == {"x/1", "y/1", "../../etc/2", "a" * 200 + "/ü 猫", "bad"}
+
+
+def test_a_changed_shard_is_indexed_anew_and_a_damaged_index_too(shards, cache):
+    TarShards(shards)
+    write(shards / "train-1.tar", [("new.png", b"new")])
+    assert len(TarShards(shards)) == 8
+    for file in cache.iterdir():
+        file.write_bytes(b"damaged")
+    assert len(TarShards(shards)) == 8
+
+
+def test_without_a_cache_folder_it_works_too(shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(TarShards(shards)) == 10
+
+
+@pytest.mark.parametrize("kind", ["gz", "text", "cut", "images missing", "shard missing"])
+def test_what_cannot_be_read_is_named(shards, kind):
+    path = shards / "train-1.tar"
+    if kind == "gz":
+        write(path, [("a.png", b"a")], "w:gz")
+    elif kind == "text":
+        path.write_text("no tar file" * 100)
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:700])
+    elif kind == "images missing":
+        path = write(shards / "val-0.tar", [("a.txt", b"a")])
+    else:
+        path = shards / "none.tar"
+    expected = "ends in" if kind == "images missing" else path.name
+    with pytest.raises(DataError, match=rf"data\.eval_path.*{expected}"):
+        TarShards(path, "data.eval_path")
+
+
+def test_a_shard_cut_short_later_and_a_gigantic_member_cost_only_their_images(shards, monkeypatch):
+    source = TarShards(shards)
+    path = shards / "train-1.tar"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(OSError, match="cut short"):
+        source[6]
+    monkeypatch.setattr(tar, "LARGEST", 20)
+    with pytest.raises(OSError, match="more than the 20"):
+        source[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_is_shuffled_over_shards_and_resumes(shards, workers):
+    data = DataConfig(
+        source="webdataset", path=f"{shards}/train-{{0..2}}.tar", image_size=8, batch_size=5, workers=workers
+    )
+    batches = train_batches(data, seed=0)
+    seen = [next(batches) for _ in range(4)]
+    for k in (0, 2):
+        assert sorted(np.concatenate([seen[k]["label"], seen[k + 1]["label"]])) == list(range(10))
+    assert all((batch["image"][:, 0, 0, 0] == 20 * batch["label"]).all() for batch in seen)
+    resumed = train_batches(data, seed=0)
+    resumed.set_state(json.loads('{"images": 15}'))
+    assert (next(resumed)["label"] == seen[3]["label"]).all()
+    batches.close()
+    resumed.close()
+
+
+def test_a_bucket_of_shards(shards):
+    system = fsspec.filesystem("memory")
+    system.put(str(shards), "/shards", recursive=True)
+    try:
+        source = TarShards("memory://shards/train-*.tar")
+        assert [source[i]["label"] for i in range(10)] == list(range(10))
+        assert source[9]["image"] == png(180)
+    finally:
+        system.store.clear()

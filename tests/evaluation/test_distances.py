@@ -1,0 +1,117 @@
+"""Frechet and kernel distance, Inception score, linear probe: against closed forms and the field's libraries."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+from sklearn.linear_model import Ridge
+
+from vqrae_jax.evaluation.frechet import frechet_distance
+from vqrae_jax.evaluation.inception_score import InceptionScore
+from vqrae_jax.evaluation.kernel_distance import kernel_distance
+from vqrae_jax.evaluation.moments import Gaussian, Moments
+from vqrae_jax.evaluation.probe import linear_probe
+
+
+def gaussian(seed, count, width=24):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
+
+
+def moments(rows):
+    m = Moments()
+    m.add(rows)
+    return m.gaussian()
+
+
+def scipy_distance(a, b):
+    (m, s, _), (n, t, _) = moments(a), moments(b)
+    return (m - n) @ (m - n) + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frechet_distance_equals_scipy(seed):
+    a, b = gaussian(seed, 200), gaussian(seed + 10, 300)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(scipy_distance(a, b), rel=1e-6)
+
+
+def test_frechet_distance_of_commuting_covariances():
+    """|m - m'|^2 + sum of (sqrt(s) - sqrt(s'))^2, singular ones included."""
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    s, t = np.array([4.0, 1, 0.25, 0, 1e-3]), np.array([1.0, 1, 4, 9, 0])
+    expected = 25 + ((np.sqrt(s) - np.sqrt(t)) ** 2).sum()
+    got = frechet_distance(Gaussian(np.zeros(5), axes * s @ axes.T), Gaussian(5 * axes[0], axes * t @ axes.T))
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_with_fewer_samples_than_dimensions():
+    """A set is at 0 from itself; two disjoint pairs of points on lines have the distance of their lines' lengths."""
+    few = gaussian(0, 6)
+    assert frechet_distance(moments(few), moments(few)) == pytest.approx(
+        0, abs=1e-9 * np.trace(moments(few).covariance)
+    )
+    a, b = (scale * np.eye(24)[[i]] * np.array([[1.0], [-1.0]]) for i, scale in ((0, 1), (1, 2)))
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(2 + 8)
+
+
+def test_kernel_distance_is_unbiased(monkeypatch):
+    x, y = gaussian(0, 7, 5), gaussian(1, 9, 5) + 1
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    def mean_of_pairs(a):
+        return np.mean([kernel(u, v) for i, u in enumerate(a) for j, v in enumerate(a) if i != j])
+
+    between = np.mean([kernel(u, v) for u in x for v in y])
+    expected = mean_of_pairs(x) + mean_of_pairs(y) - 2 * between
+    assert kernel_distance(x, y) == pytest.approx(expected)
+    monkeypatch.setattr("vqrae_jax.evaluation.kernel_distance.BLOCK", 2)
+    assert kernel_distance(x, y) == pytest.approx(expected)
+
+
+def test_inception_score_of_certain_classes_is_their_number():
+    score = InceptionScore(splits=2)
+    for part in np.split(np.eye(5)[np.arange(20) // 4] * 100, 4):
+        score.add(part)
+    assert score.result() == pytest.approx((5, 0))
+    score = InceptionScore(splits=1)
+    score.add(np.zeros((8, 5)))
+    assert score.result() == pytest.approx((1, 0))
+
+
+def test_inception_score_equals_its_definition():
+    logits = np.random.default_rng(0).normal(size=(30, 6)) * 2
+    score = InceptionScore(splits=3)
+    score.add(logits[:11])
+    score.add(logits[11:])
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[i::3] for i in range(3))]
+    assert score.result() == pytest.approx((np.mean(parts), np.std(parts)))
+
+
+def test_linear_probe_reads_what_is_linear_and_nothing_else():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    features = np.eye(4)[labels] @ rng.normal(size=(4, 10)) * 3 + rng.normal(size=(400, 10))
+    assert linear_probe(features, labels)["accuracy"] > 0.9
+    assert linear_probe(rng.normal(size=(400, 10)), labels)["accuracy"] < 0.4
+    assert linear_probe(features, labels) == linear_probe(features * 1000 + 5, labels)  # no scale to choose
+
+
+def test_linear_probe_is_ridge_regression(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 100)
+    features = np.eye(3)[labels] @ rng.normal(size=(3, 8)) + rng.normal(size=(100, 8))
+    monkeypatch.setattr("vqrae_jax.evaluation.probe.PENALTIES", (0.3,))
+    fit, test = np.split(np.random.default_rng(0).permutation(100), [80])
+    penalty = 0.3 * features[fit].var(0).mean() * len(fit)
+    model = Ridge(alpha=penalty).fit(features[fit], np.eye(3)[labels[fit]])
+    expected = (model.predict(features[test]).argmax(1) == labels[test]).mean()
+    assert linear_probe(features, labels)["accuracy"] == pytest.approx(expected)
+
+
+def test_linear_probe_with_more_features_than_images():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 20)
+    features = rng.normal(size=(40, 100)) + 2 * labels[:, None]
+    assert linear_probe(features, labels)["accuracy"] == 1

@@ -1,0 +1,63 @@
+"""GAN losses, DiffAug and the adaptive weight equal the PyTorch origin's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax.losses import adversarial
+from vqrae_jax.losses.augment import apply_augmentations, augment
+
+
+def test_losses_equal_pytorch(golden):
+    z = np.load(golden / "discriminator" / "gan_losses.npz")
+    real, fake = z["logits_real"], z["logits_fake"]
+    for name, loss in adversarial.DISCRIMINATOR.items():
+        assert loss(real, fake) == pytest.approx(float(z[f"{name}_d_mean"]), abs=2e-6)
+    assert adversarial.GENERATOR["vanilla"](fake) == pytest.approx(float(z["vanilla_g_mean"]), abs=2e-6)
+
+
+def test_non_saturating_loss():
+    logits = jnp.array([[0.0, 3.0, -200.0]])
+    np.testing.assert_allclose(adversarial.non_saturating_generator(logits) * 3, np.log(2) + np.log1p(np.exp(-3)) + 200)
+    gradient = jax.grad(adversarial.non_saturating_generator)(logits)
+    np.testing.assert_allclose(gradient[0, 2], -1 / 3, rtol=1e-6)  # where vanilla's own loss is flat
+
+
+def test_lecam():
+    """Zero while logits stay on their side of the other's mean; quadratic beyond."""
+    real, fake = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, -3.0]])
+    assert adversarial.lecam(real, fake, jnp.asarray(-3.0), jnp.asarray(2.0)) == 0
+    assert adversarial.lecam(real, fake, jnp.asarray(0.0), jnp.asarray(0.5)) == pytest.approx((0.25 + 2.25) / 2 + 5)
+
+
+CASES = ["normal", "clamped", "zero_gan", "zero_recon", "small_max", "tiny_gan_below_max"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adaptive_weight_equals_pytorch(golden, case):
+    z = np.load(golden / "adaptive_weight.npz")
+    weight = adversarial.adaptive_weight(
+        z[f"{case}__recon_grads"], z[f"{case}__gan_grads"], float(z[f"{case}__max_d_weight"])
+    )
+    np.testing.assert_allclose(weight, z[f"{case}__d_weight"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("case", "probability", "cutout"), [
+    ("p1_cut0", 1.0, 0.0), ("p1_cut03", 1.0, 0.3), ("p05_cut02", 0.5, 0.2),
+])  # fmt: skip
+def test_augmentation_equals_pytorch(golden, assert_close, case, probability, cutout):
+    z = np.load(golden / "discriminator" / "diffaug.npz")
+    gates, draws = jnp.asarray(z[f"{case}_gate"]) <= probability, z[f"{case}_rand01"][..., 0, 0]
+    assert_close(apply_augmentations(jnp.asarray(z["images"]), gates, draws, cutout), z[f"{case}_out"], 1e-5)
+
+
+def test_augmentation_is_a_function_of_its_key():
+    image = jax.random.uniform(jax.random.key(0), (4, 16, 16, 3))
+    a, b, other = (augment(image, jax.random.key(k), cutout=0.25) for k in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - other).max() > 0.1
+    np.testing.assert_allclose(augment(image, jax.random.key(1), probability=0.0), image, atol=1e-6)
+    gradient = jax.grad(lambda x: (augment(x, jax.random.key(1), cutout=0.25) ** 2).sum())(image)
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0

@@ -1,0 +1,88 @@
+"""The network of the Frechet inception distance, against one written in PyTorch from its publication.
+
+`golden/inception`: names and shapes of the file, the recipe of random weights, and what PyTorch 2.13 made of two
+pictures with them.
+"""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax.models.inception import Inception
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.pretrained.inception import read_inception
+from vqrae_jax.resize import resize
+
+
+@pytest.fixture(scope="module")
+def recipe(golden):
+    return json.loads((golden / "inception" / "recipe.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def io(golden):
+    return np.load(golden / "inception" / "io.npz")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 299, 299, 3), np.float32))["params"]
+
+
+def random_file(recipe):
+    """The recipe of the golden: one generator, tensors in the file's order."""
+    rng, state = np.random.default_rng(recipe["seed"]), {}
+    for name, shape in recipe["shapes"].items():
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 4:
+            x *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        elif name == "fc.weight":
+            x *= np.float32(0.05)
+        elif name.endswith("running_var"):
+            x = 1 + 0.5 * np.tanh(x)
+        elif name.endswith("bn.weight"):
+            x = 1 + 0.2 * np.tanh(x)
+        else:
+            x *= np.float32(0.1)
+        state[name] = x
+    return state
+
+
+def test_features_and_scores_equal_pytorch(recipe, io, shapes, tmp_path, assert_close):
+    np.savez(tmp_path / "inception.npz", **random_file(recipe))
+    params = read_inception(shapes, str(tmp_path / "inception.npz"), "evaluation.inception_path")
+    images = io["images"].astype(np.float32) / 255
+
+    def run(params, images):
+        return Inception().apply({"params": params}, images, capture_intermediates=True)
+
+    (features, logits), seen = jax.jit(run)(params, images)
+    for name, shape in recipe["maps"].items():
+        tap = np.asarray(seen["intermediates"][name]["__call__"][0])
+        assert [tap.shape[i] for i in (3, 1, 2)] == shape
+        assert_close(np.linalg.norm(tap.reshape(2, -1), axis=1), io[f"l2_{name}"], 1e-4, name)
+    assert_close(features, io["features"], 1e-4, "features")
+    assert_close(logits, io["logits"], 1e-4, "logits")
+
+
+def test_resize_is_that_of_tensorflow_1(io, assert_close):
+    resized = resize(io["images"].astype(np.float32), 299, 299, "bilinear_tf1")
+    assert_close(resized[:, ::37, ::41], io["resized_rows"], 1e-5)
+
+
+def test_parameters_are_counted(recipe, shapes):
+    """Those of the classifier with 1,008 classes; fixed statistics do not count."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    learned = [x for path, x in leaves if not re.search("mean|var", jax.tree_util.keystr(path))]
+    assert sum(x.size for x in learned) == recipe["parameters"] == 23_850_960
+
+
+def test_another_network_is_refused(shapes, tmp_path):
+    np.savez(tmp_path / "other.npz", **{"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)})
+    with pytest.raises(PretrainedError, match=r"missing \(472\)"):
+        read_inception(shapes, str(tmp_path / "other.npz"), "evaluation.inception_path")
+    with pytest.raises(PretrainedError, match=r"evaluation.inception_path='/absent.pth' is neither a file"):
+        read_inception(shapes, "/absent.pth", "evaluation.inception_path")

@@ -1,0 +1,88 @@
+"""Counted FLOPs equal closed forms, whatever wraps the products."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vqrae_jax.models.vit import BlocksConfig, run_blocks
+from vqrae_jax.preflight import flops
+
+B, N, D, HEADS, MLP, L = 2, 10, 16, 2, 48, 3
+# Per block: four projections, the two products of attention, the mlp.
+BLOCK = 2 * B * N * (4 * D * D + 2 * N * D + 2 * D * MLP)
+ATTENTION = 2 * B * N * 2 * N * D
+
+
+class Decoder(nn.Module):
+    """Blocks alone; the name puts its work under "decoder"."""
+
+    cfg: BlocksConfig
+
+    @nn.compact
+    def __call__(self, x):
+        return run_blocks(self.cfg, x)[0]
+
+
+def traced(function, *arguments):
+    return flops.count(jax.jit(function).trace(*arguments).jaxpr)
+
+
+def total(products, backward=None):
+    return sum(p.flops for p in products if backward is None or p.backward == backward)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_transformer_blocks(scan, remat):
+    cfg = BlocksConfig(D, L, HEADS, MLP, scan=scan, remat=remat)
+    module, x = Decoder(cfg, name="decoder"), jnp.zeros((B, N, D))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    forward = traced(module.apply, params, x)
+    assert total(forward) == L * BLOCK
+    assert {(p.part, p.kind) for p in forward} == {("decoder", "highest")}
+
+    def loss(params, x):
+        return module.apply(params, x).sum()
+
+    step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x)
+    assert total(step, backward=False) == L * BLOCK
+    # Twice the forward pass; recomputing leaves out what no gradient needs, the mlp's last product.
+    recomputed = BLOCK - 2 * B * N * D * MLP if remat else 0
+    assert total(step, backward=True) == L * (2 * BLOCK + recomputed)
+
+
+def test_precision_decides_the_time():
+    def program(x, y):
+        half = x.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)
+        return half, x @ y, jnp.dot(x, y, precision="highest")
+
+    x = jnp.zeros((8, 8))
+    products = traced(program, x, x)
+    assert {p.kind: p.flops for p in products} == {"bfloat16": 1024, "default": 1024, "highest": 1024}
+    assert flops.seconds(products, 2, 512.0, {"default": 1, "highest": 6}) == (1 + 1 + 6) * 1024 / (2 * 512)
+
+
+def test_convolutions_plain_grouped_strided_and_their_gradients():
+    x, kernel = jnp.zeros((2, 12, 12, 8)), jnp.zeros((3, 3, 8, 16))
+    convolve = nn.Conv(16, (3, 3), use_bias=False)
+    macs = 2 * 12 * 12 * 16 * 3 * 3 * 8
+    assert total(traced(convolve.apply, {"params": {"kernel": kernel}}, x)) == 2 * macs
+    strided = nn.Conv(16, (3, 3), strides=2, use_bias=False)
+    assert total(traced(strided.apply, {"params": {"kernel": kernel}}, x)) == 2 * macs / 4
+    grouped = nn.Conv(16, (3, 3), feature_group_count=4, use_bias=False)
+    assert total(traced(grouped.apply, {"params": {"kernel": kernel[:, :, :2]}}, x)) == 2 * macs / 4
+    gradient = jax.value_and_grad(lambda x: strided.apply({"params": {"kernel": kernel}}, x).sum())
+    assert total(traced(gradient, x)) == 2 * 2 * macs / 4
+
+
+def test_loops_of_known_length_count_and_others_do_not():
+    x = jnp.zeros((4, 4))
+
+    def loops(x, n):
+        known = jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x)
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, known)
+
+    assert total(traced(loops, x, 3)) == 5 * 128
+    chosen = traced(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x)
+    assert total(chosen) == 2 * 128

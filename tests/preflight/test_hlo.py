@@ -1,0 +1,93 @@
+"""What is read from compiled programs, against programs whose traffic is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vqrae_jax import sharding
+from vqrae_jax.preflight import hlo
+
+LINE = "  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add"
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("mesh['axis_0'=8] {'axis_0'}", (tuple(range(8)),)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}", ((3, 1), (0, 2))),
+        ("mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("mesh['a'=8] {'a':(1)2}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+    ],
+)
+def test_replica_groups(text, groups):
+    line = LINE.replace("{}", text).replace("{{0}}", "{0}")
+    program = hlo.Program(f"ENTRY %main (y: f32[8]) -> f32[8] {{\n  %y = f32[8]{{0}} parameter(0)\n{line}\n}}\n", 8)
+    (found,) = program.collectives()
+    assert found.groups == groups
+    assert (found.kind, found.size, found.trips) == ("all-reduce", 32, 1)
+
+
+def compiled(function, mesh, *arguments):
+    """The program of a function at (shape, spec) arguments."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]
+    return hlo.Program(jax.jit(function).lower(*shapes).compile().as_text(), mesh.size)
+
+
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_a_sum_over_one_axis_of_the_mesh(axis):
+    mesh = sharding.make_mesh(4, 2)
+    found = compiled(lambda x: x.sum(0), mesh, ((mesh.shape[axis], 64), P(axis))).collectives()
+    (reduced,) = [c for c in found if c.kind == "all-reduce"]
+    assert hlo.axes(reduced, dict(mesh.shape)) == (axis,)
+    assert reduced.size == 64 * 4
+
+
+def test_collectives_of_a_loop_count_its_trips():
+    mesh = sharding.make_mesh(8, 1)
+
+    def body(x, weights):
+        return jnp.tanh(x @ weights), None
+
+    program = compiled(lambda x, w: jax.lax.scan(body, x, w)[0], mesh, ((8, 16), P()), ((5, 16, 16), P(None, "data")))
+    assert sum(c.trips * c.size for c in program.collectives()) >= 5 * 8 * 16 * 4 / 2
+    assert {c.trips for c in program.collectives()} == {5}
+
+
+def test_one_device_sends_nothing():
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    assert compiled(lambda x: x.sum(0), mesh, ((8, 64), P("data"))).collectives() == []
+
+
+@functools.cache
+def scanned(length):
+    """A loop that reads one slice of its weights and writes one slice of its results per turn."""
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+
+    def body(x, weights):
+        return jnp.tanh(x @ weights), x
+
+    program = compiled(lambda x, w: jax.lax.scan(body, x, w), mesh, ((64, 64), P()), ((length, 64, 64), P()))
+    return program.memory_traffic()
+
+
+def test_traffic_of_a_loop_grows_with_its_length_not_its_square():
+    """Slices count, not the arrays they are cut from or written into."""
+    assert scanned(64) == pytest.approx(4 * scanned(16), rel=0.1)
+    assert scanned(64) >= 64 * 3 * 64 * 64 * 4  # a weight read, a result read and written
+    assert scanned(64) <= 64 * 16 * 64 * 64 * 4
+
+
+def test_traffic_of_a_product_is_its_operands_and_result():
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    program = compiled(jnp.dot, mesh, ((128, 256), P()), ((256, 64), P()))
+    assert program.memory_traffic() == 4 * (128 * 256 + 256 * 64 + 128 * 64)

@@ -1,0 +1,228 @@
+"""Laws of the recipe: which term moves what, one pass back, starts, frozen networks, restarts, meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import sharding
+from vqrae_jax.config import ConfigError
+from vqrae_jax.losses.adversarial import adaptive_weight
+from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1, "cutout": 0.2}
+PERCEPTUAL = {"network": "encoder", "weight": 1.0, "architecture": ENCODER, "input_size": 32}
+MODEL = {"quantizer_params": {"codebook_dim": 8}, "decoder_features": (0,)}
+RECIPE = {"model": MODEL, "adversary": PATCH, "loss": {
+    "perceptual": PERCEPTUAL, "feature_weight": 0.5, "distill_weight": 2.0,
+}}  # fmt: skip
+NOTHING = {"pixel_weight": 0.0, "vq_weight": 0.0}
+
+
+def images(steps=3, size=8):
+    low = np.random.default_rng(0).uniform(size=(steps, size, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
+    return (low * 255).astype(np.uint8)
+
+
+def run(task, steps=3, state=None):
+    """The state after some steps, its metrics, and the frozen networks."""
+    state, frozen = task.init() if state is None else state, task.frozen()
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(task.step, out_shardings=(where, sharding.replicated(task.mesh)))
+    metrics = []
+    for batch in images()[:steps]:
+        state, told = step(state, frozen, sharding.place_batch({"image": batch}, task.mesh))
+        metrics.append(jax.device_get(told))
+    return state, metrics, frozen
+
+
+def assert_same(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, one_mesh):
+    """Three steps with every term on."""
+    task = TokenizerTask.build(tiny(**RECIPE), one_mesh)
+    start = jax.device_get((task.init(), task.frozen()))
+    return task, start, *run(task)
+
+
+def moved(tree):
+    return {n for n, part in tree.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
+
+
+ALL = {"encoder", "quantizer", "decoder"}
+TERMS = {  # what is switched on -> the parts, and the heads of the decoder, that get gradients
+    "pixel": ({"pixel_weight": 1.0}, {}, ALL, {"pred"}),
+    "vq": ({"vq_weight": 1.0}, {}, {"encoder", "quantizer"}, set()),
+    "perceptual": ({"perceptual": PERCEPTUAL}, {}, ALL, {"pred"}),
+    "features": ({"feature_weight": 1.0}, {}, ALL, {"features"}),
+    "distill": ({"distill_weight": 1.0}, {}, {"encoder"}, set()),
+    "adversarial": ({}, {**PATCH, "adaptive": False}, ALL, {"pred"}),
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_each_term_alone_moves_what_it_should(tiny, one_mesh, term):
+    loss, adversary, parts, heads = TERMS[term]
+    config = tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary)
+    task = TokenizerTask.build(config, one_mesh)
+    state, frozen = task.init(), task.frozen()
+    if term == "distill":  # student and teacher are the same at the start
+        state.params["encoder"] = jax.tree.map(lambda x: 1.1 * x, state.params["encoder"])
+    grads, *_ = jax.jit(task.gradients)(state, frozen, images()[0] / 255, jax.random.key(1), state.batch_stats)
+    assert moved(grads) == parts
+    assert moved(grads["decoder"]) & {"pred", "features"} == heads
+    assert set(frozen) <= {"teacher", "perceptual", "discriminator"}
+
+
+def test_the_discriminator_moves_itself_only(whole):
+    """Its loss has no gradient in what was painted, and its parameters are not the tokenizer's."""
+    task, _, state, _, frozen = whole
+    fake, real = jax.random.uniform(jax.random.key(0), (2, 4, 32, 32, 3))
+
+    @jax.jit
+    def loss(params, pictures):
+        return task.adversary.loss(params, state.adversary, frozen["discriminator"], pictures, real, jax.random.key(1))[
+            0
+        ]
+
+    own, of_pictures = jax.grad(loss, (0, 1))(state.adversary["params"], fake)
+    assert moved(own) == set(state.adversary["params"])
+    assert not np.any(of_pictures)
+    assert not set(state.adversary["params"]) & set(state.params)
+
+
+def test_one_pass_back_equals_two(whole, assert_close):
+    """The gradient of pixel + weight * adversarial loss, the weight from two separate passes back."""
+    task, _, state, _, frozen = whole
+    given = task.config
+    config = given.model_copy(update={
+        "loss": given.loss.model_copy(update={"feature_weight": 0.0, "distill_weight": 0.0, "vq_weight": 0.0}),
+    })  # fmt: skip
+    objective = dataclasses.replace(task.objective, config=config, perceptual=None)
+    task = dataclasses.replace(task, config=config, objective=objective)
+    picture, key = images()[0] / 255, jax.random.key(1)
+    ours, _, _, told = jax.jit(task.gradients)(state, frozen, picture, key, state.batch_stats)
+
+    def painted(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return task.assembly.module.apply(
+            variables, picture, train=True, method="forward", mutable=["batch_stats"]
+        )[0].reconstruction  # fmt: skip
+
+    def pixel(params):
+        return jnp.abs(painted(params) - picture).mean()
+
+    def gan(params):
+        return task.adversary.generator_loss(
+            state.adversary, frozen["discriminator"], painted(params), jax.random.fold_in(key, 2)
+        )
+
+    g, h = (jax.jit(jax.grad(f))(state.params) for f in (pixel, gan))
+    weight = 0.75 * adaptive_weight(*(x["decoder"]["pred"]["kernel"] for x in (g, h)), 1e4)
+    assert_close(told["gan/weight"], weight, 1e-5)
+    for name in ("pred", "embed"):
+        expected = g["decoder"][name]["kernel"] + weight * h["decoder"][name]["kernel"]
+        assert_close(ours["decoder"][name]["kernel"], expected, 1e-5, name)
+
+
+def test_frozen_networks_do_not_move(whole):
+    task, (_, before), _, _, frozen = whole
+    assert_same(frozen, before)
+    again = task.frozen()
+    assert_same(again, before)
+
+
+def test_everything_is_told(whole):
+    _, _, state, metrics, _ = whole
+    told = metrics[-1]
+    losses = {"pixel", "vq", "perceptual", "features", "distill", "adversarial", "total"}
+    assert {n.removeprefix("loss/") for n in told if n.startswith("loss/")} == losses
+    assert {"gan/weight", "gan/logits_real", "gan/logits_fake", "gan/discriminator", "gan/lecam"} <= told.keys()
+    parts = np.array([told[f"grad_norm/{part}"] for part in ALL])
+    assert told["grad_norm"] == pytest.approx(np.sqrt((parts**2).sum()), rel=1e-5)
+    assert int(state.step) == 3
+    assert state.adversary["lecam"]["real"] != 0
+
+
+def test_terms_wait_for_their_start(tiny, one_mesh, whole):
+    """Before: as if they were not there, bit for bit. From then on: there."""
+    late = {"start_steps": 1, "generator_start_steps": 2, "disc_updates": 2}
+    loss = {**RECIPE["loss"], "perceptual": {**PERCEPTUAL, "start_steps": 2}}
+    task = TokenizerTask.build(tiny(model=MODEL, loss=loss, adversary={**PATCH, **late}), one_mesh)
+    start = jax.device_get(task.init())
+    state, metrics, _ = run(task)
+    perceptual, fooling, turns = (
+        [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")
+    )
+    assert perceptual == fooling == [False, False, True]
+    assert turns == [False, True, True]
+    count = jax.tree.leaves(state.adversary["opt_state"])[0]
+    assert int(count) == 4
+    first, *_ = run(task, 1)
+    assert_same(first.adversary, start.adversary)
+
+
+def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
+    """PatchGAN's norms see one picture at a time, so two halves are the whole, but for chance and power iteration."""
+    plain = {**PATCH, "augment": 0.0, "spectral": False, "lecam_weight": 0.0}
+    adversary, fake = None, jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
+    task = TokenizerTask.build(tiny(adversary=plain), one_mesh)
+    state, real = task.init().adversary, images()[0] / 255
+    turn = jax.jit(task.adversary.turn)
+    after = []
+    for parts in (1, 2):
+        halves = [x.reshape(parts, 8 // parts, 32, 32, 3) for x in (fake, real)]
+        adversary, told = turn(state, {}, *halves, 0, jax.random.key(1))
+        after.append((adversary, told))
+    assert_close(after[1][1]["gan/discriminator"], after[0][1]["gan/discriminator"], 1e-5)
+    assert_close(after[1][1]["gan/grad_norm"], after[0][1]["gan/grad_norm"], 1e-4)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
+    mesh = {"data": 4, "model": 2, "fsdp": fsdp, "fsdp_min_size": 1}
+    task = TokenizerTask.build(tiny(**RECIPE, mesh=mesh), sharding.make_mesh(4, 2))
+    _, metrics, _ = run(task, 2)
+    for ours, theirs in zip(metrics, whole[3], strict=False):
+        for name in ("loss/total", "loss/adversarial", "gan/discriminator", "gan/weight", "gan/grad_norm"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    assert sharding.unmatched(task.shapes().rest(), min_size=1024) == []
+
+
+def test_missing_trunks_say_how_to_do_without(tiny, one_mesh, golden):
+    with pytest.raises(PretrainedError, match=r"adversary\.path='facebook/dino-vits8' could not be had.*\n.*none"):
+        TokenizerTask.build(tiny(adversary={"discriminator": "dino"}), one_mesh)
+    file = str(golden / "discriminator" / "dino_bn.npz")
+    with pytest.raises(ConfigError, match=r"adversary\.taps=\(2, 5, 8, 11\): the trunk has blocks 0 to 3"):
+        TokenizerTask.build(tiny(adversary={"discriminator": "dino", "path": file, "trunk_heads": 2}), one_mesh)
+
+
+def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
+    """In shapes only; what it computes is tested beside it."""
+    file = str(golden / "discriminator" / "dino_bn.npz")
+    dino = {"discriminator": "dino", "path": file, "trunk_heads": 2, "taps": (1, 2), "dtype": "bfloat16"}
+    task = TokenizerTask.build(tiny(adversary=dino, optimizer={"accumulate": 2}), one_mesh)
+    state = task.shapes()
+    assert set(state.adversary["params"]) == {"head0", "head1", "head2"}
+    frozen = jax.eval_shape(task.frozen)
+    assert set(frozen) == {"discriminator"}
+    after, _ = jax.eval_shape(task.step, state, frozen, {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)})
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"loss": {"feature_weight": 1.0}}, r"feature_weight=1\.0 needs model\.decoder_features"),
+    ({"loss": {"distill_weight": 1.0}, "train": {"trainable": ("quantizer", "decoder")}}, r"distill_weight=1\.0"),
+    ({"adversary": {"discriminator": "patch"}, "train": {"trainable": ("encoder",)}}, r"adversary\.adaptive=False"),
+])  # fmt: skip
+def test_terms_ask_for_what_they_need(tiny, change, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**change)

@@ -1,0 +1,94 @@
+"""Training in stages: a run that starts from another's model, and what of it then stays as it was."""
+
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import checkpoint
+from vqrae_jax.checkpoint import CheckpointError
+from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.train import loop
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+SHORT = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2}
+MODEL = {"quantizer_params": {"codebook_dim": 8}}
+PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1}
+
+
+def assert_same(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def first(tiny, tmp_path_factory):
+    """Stage 1: the encoder is frozen."""
+    workdir = tmp_path_factory.mktemp("first")
+    config = tiny(model=MODEL, train={**SHORT, "trainable": ("quantizer", "decoder")}, adversary=PATCH)
+    loop.train(config, workdir, jax.devices()[:1])
+    path = checkpoint.find(workdir)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), checkpoint.saved_shapes(path)
+    )
+    return workdir, jax.device_get(checkpoint.read_model(path, target))
+
+
+def test_the_second_stage_starts_from_the_first(tiny, first, one_mesh):
+    """EMA parameters and codebook of stage 1, the pretrained encoder, and a frozen copy of it to distil from."""
+    workdir, model = first
+    config = tiny(model=MODEL, train={"start_from": str(workdir)}, loss={"distill_weight": 1.0})
+    task = TokenizerTask.build(config, one_mesh)
+    state, frozen = task.init(), task.frozen()
+    assert set(state.params) == {"encoder", "quantizer", "decoder"}
+    for part in ("quantizer", "decoder"):
+        assert_same(state.params[part], model["params"][part])
+        assert_same(state.ema_params[part], model["params"][part])
+    assert_same(state.batch_stats, model["batch_stats"])
+    assert_same(frozen["teacher"], state.params["encoder"])
+    assert int(state.step) == 0
+    assert state.adversary == {}
+
+
+def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
+    """Codes and their projections are those of the first run to the bit, in the checkpoint and for inference."""
+    workdir, model = first
+    config = tiny(model=MODEL, train={**SHORT, "trainable": ("decoder",), "start_from": str(workdir)})
+    loop.train(config, tmp_path, one_device)
+    run = loop.Run(config, tmp_path, one_device)  # resumes
+    state = jax.device_get(run.state)
+    run.close()
+    assert int(state.step) == 2
+    assert set(state.params) == {"decoder"}
+    assert_same(state.ema_params["quantizer"], model["params"]["quantizer"])
+    assert_same(state.batch_stats["quantizer"], model["batch_stats"]["quantizer"])
+    moved = state.params["decoder"]["embed"]["kernel"] - model["params"]["decoder"]["embed"]["kernel"]
+    assert np.abs(moved).max() > 0
+    images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    before, after = Tokenizer.load(workdir), Tokenizer.load(tmp_path)
+    np.testing.assert_array_equal(before.encode_to_indices(images), after.encode_to_indices(images))
+
+
+def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
+    """Its parameters, moments, power iteration and running means; inference knows nothing of it."""
+    workdir, model = first
+    assert set(model["params"]) == {"quantizer", "decoder"}
+    mesh = {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}
+    config = tiny(model=MODEL, adversary=PATCH, mesh=mesh, train={**SHORT, "trainable": ("quantizer", "decoder")})
+    run = loop.Run(config, workdir)
+    adversary = jax.device_get(run.state.adversary)
+    run.close()
+    assert set(adversary) == {"params", "opt_state", "spectral", "lecam"}
+    assert adversary["lecam"]["real"] != 0
+    assert int(jax.tree.leaves(adversary["opt_state"])[0]) == 2
+
+
+def test_a_start_that_is_not_there(tiny, tmp_path, one_mesh):
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        TokenizerTask.build(tiny(train={"start_from": str(tmp_path / "nowhere")}), one_mesh)
+
+
+def test_a_start_of_another_model(tiny, first, one_mesh):
+    config = tiny(model={**MODEL, "num_embeddings": 64}, train={"start_from": str(first[0])})
+    with pytest.raises(CheckpointError, match="of another architecture"):
+        TokenizerTask.build(config, one_mesh)

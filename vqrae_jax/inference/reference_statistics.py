@@ -1,0 +1,94 @@
+"""python -m vqrae_jax.inference.reference_statistics --data=photographs --size=256 --inception=FILE --output=ref.npz
+
+Mean and covariance of a network's features over a folder of images, for `evaluation.inception_reference` or
+`evaluation.encoder_reference`. Images are cropped as in evaluation: short side to `size`, then the central square.
+"""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vqrae_jax import sharding
+from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
+from vqrae_jax.data import pipeline
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.evaluation import networks, reference
+from vqrae_jax.evaluation.moments import Moments
+from vqrae_jax.inference import command
+
+
+def feature_moments(
+    nets: networks.Networks, params: Any, batches: Iterable[dict[str, Any]], mesh: Mesh
+) -> dict[str, Moments]:
+    """Moments of the features of every network in `nets`, over batches as `pipeline.evaluation_batches` gives them.
+
+    Each batch is spread over the mesh; its features, not its images, come back to every process.
+    """
+    where, moments = sharding.replicated(mesh), {}
+
+    @functools.partial(jax.jit, out_shardings=where)
+    def step(params: Any, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+        return nets.features(params, batch["image"].astype(jnp.float32) / 255), batch["mask"]
+
+    for batch in batches:
+        placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
+        features, mask = jax.device_get(step(params, placed))
+        for name in networks.FEATURES:
+            if name in features:
+                moments.setdefault(name, Moments()).add(features[name][mask])
+    return moments
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vqrae_jax.inference.reference_statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
+    parser.add_argument("--size", type=int, required=True, help="pixels, as data.image_size")
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--inception", help="file, as evaluation.inception_path")
+    network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
+    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls")
+    parser.add_argument("--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size")
+    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="as evaluation.encoder_pool")
+    parser.add_argument("--output", required=True, help="file to write, .npz")
+    parser.add_argument("--batch", type=int, default=64, help="images at once")
+    parser.add_argument("--limit", type=int, help="images to use; all by default")
+    return parser.parse_args(argv)
+
+
+def reference_statistics(args: argparse.Namespace) -> Moments:
+    """Runs the command; returns what it wrote."""
+    output = pathlib.Path(args.output)
+    if output.suffix != ".npz":
+        raise DataError(f"--output={output}: the statistics are written as .npz")
+    name = "inception" if args.inception else "encoder"
+    settings = {"encoder_cls": args.encoder_cls, "encoder_input_size": args.encoder_size, "encoder_pool": args.pool}
+    settings |= {"inception_path": args.inception} if args.inception else {"encoder_path": args.encoder}
+    mesh = sharding.make_mesh()
+    size = -(-args.batch // mesh.size) * mesh.size
+    data = {"source": "folder", "eval_path": args.data, "image_size": args.size, "eval_batch_size": size}
+    batches = pipeline.evaluation_batches(from_dict(DataConfig, data), limit=args.limit)
+    nets = networks.load(from_dict(EvaluationConfig, settings), (name,))
+    moments = feature_moments(nets, jax.device_put(nets.params, sharding.replicated(mesh)), batches, mesh)[name]
+    if moments.count < 2:
+        raise DataError(f"--data={args.data}: {moments.count} of its images can be read; a covariance needs two")
+    gaussian = moments.gaussian()
+    reference.write(output, gaussian)
+    width = len(gaussian.mean)
+    few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""
+    print(f"{moments.count} images{few}; wrote {output}")
+    return moments
+
+
+if __name__ == "__main__":
+    command.run(lambda: reference_statistics(parse()))

@@ -1,0 +1,48 @@
+"""Losses of generator and discriminator, LeCam regularization, and the weight that balances the generator's term.
+
+Logits are [B, M], positive where a picture is taken for a real one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Logits = Float[Array, "B M"]
+Scalar = Float[Array, ""]
+
+
+def hinge_discriminator(real: Logits, fake: Logits) -> Scalar:
+    """Half the margin violations (Lim & Ye 2017, arXiv:1705.02894)."""
+    return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+
+
+def vanilla_discriminator(real: Logits, fake: Logits) -> Scalar:
+    """Half the cross entropies (Goodfellow et al. 2014, arXiv:1406.2661)."""
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
+
+
+def linear_generator(fake: Logits) -> Scalar:
+    return -fake.mean()
+
+
+def non_saturating_generator(fake: Logits) -> Scalar:
+    """-log sigmoid of the logits (Goodfellow et al. 2014)."""
+    return jax.nn.softplus(-fake).mean()
+
+
+DISCRIMINATOR = {"hinge": hinge_discriminator, "vanilla": vanilla_discriminator}
+GENERATOR = {"vanilla": linear_generator, "non_saturating": non_saturating_generator}
+
+
+def lecam(real: Logits, fake: Logits, mean_real: Scalar, mean_fake: Scalar) -> Scalar:
+    """How far logits are beyond the running means of the other side (Tseng et al. 2021, arXiv:2104.03310, eq. 4)."""
+    return (jax.nn.relu(real - mean_fake) ** 2).mean() + (jax.nn.relu(mean_real - fake) ** 2).mean()
+
+
+def adaptive_weight(reconstruction: Float[Array, "*n"], adversarial: Float[Array, "*n"], largest: float) -> Scalar:
+    """|reconstruction| / |adversarial|, at most `largest` (Esser et al. 2021, arXiv:2012.09841, eq. 7).
+
+    Both are gradients with respect to the kernel of the decoder's last layer.
+    """
+    ratio = jnp.linalg.norm(reconstruction) / (jnp.linalg.norm(adversarial) + 1e-6)
+    return jnp.clip(ratio, 0, largest)

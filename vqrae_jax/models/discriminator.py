@@ -1,0 +1,173 @@
+"""Networks that tell pictures from reconstructions: heads on a frozen DINO ViT, or a PatchGAN without weights."""
+
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vqrae_jax.models.vit import ViT, ViTConfig, matmul_precision
+from vqrae_jax.resize import resize
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Norm = Literal["batch", "group"]
+SPECTRAL = "spectral"  # the collection of the power iteration's vectors
+
+
+class SpectralConv(nn.Module):
+    """A convolution whose kernel is divided by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
+
+    Each call with train=True takes one step of the power iteration, for which the collection "spectral" is mutable: `u`
+    [features] and `v` [inputs of one output]. Otherwise the stored vectors serve as they are.
+
+    Attributes:
+      window: its sides, one (over [B, N, C]) or two (over [B, H, W, C]).
+      circular: pads by wrapping around; otherwise with zeros. Sides stay, but for the stride.
+      spectral: False leaves the kernel as it is.
+    """
+
+    features: int
+    window: tuple[int, ...]
+    stride: int = 1
+    circular: bool = False
+    spectral: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *n C"], train: bool = False) -> Float[Array, "B *m F"]:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (*self.window, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if self.spectral:
+            kernel = kernel / self._largest_singular_value(kernel.reshape(-1, self.features), train)
+        pads = [(0, 0), *((side // 2, (side - 1) // 2) for side in self.window), (0, 0)]
+        x = jnp.pad(x.astype(self.dtype), pads, mode="wrap" if self.circular else "constant")
+        axes = ("NHC", "HIO", "NHC") if len(self.window) == 1 else ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel.astype(self.dtype), (self.stride,) * len(self.window), "VALID", dimension_numbers=axes,
+            precision=matmul_precision(self.dtype),
+        )  # fmt: skip
+        return y + bias.astype(self.dtype)
+
+    def _largest_singular_value(self, matrix: Float[Array, "M F"], train: bool) -> Float[Array, ""]:
+        def start(rows: int) -> jax.Array:
+            return unit(jax.random.normal(self.make_rng("params"), (rows,)))
+
+        u = self.variable(SPECTRAL, "u", start, matrix.shape[1])
+        v = self.variable(SPECTRAL, "v", start, matrix.shape[0])
+        product = jax.lax.Precision.HIGHEST
+        if train and not self.is_initializing():
+            fixed = jax.lax.stop_gradient(matrix)
+            v.value = unit(jnp.dot(fixed, u.value, precision=product))
+            u.value = unit(jnp.dot(v.value, fixed, precision=product))
+        return jnp.dot(jnp.dot(v.value, matrix, precision=product), u.value, precision=product)
+
+
+def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, normalization over each picture by itself, leaky ReLU.
+
+    norm: "batch" takes statistics per channel, "group" per 32 groups of channels. Neither mixes pictures, so that the
+    logits of one do not depend on the batch or on how it is spread over devices.
+    """
+
+    features: int
+    window: tuple[int, ...]
+    stride: int = 1
+    circular: bool = False
+    spectral: bool = True
+    norm: Norm = "batch"
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *n C"], train: bool = False) -> Float[Array, "B *m F"]:
+        x = SpectralConv(
+            self.features, self.window, self.stride, self.circular, self.spectral, self.dtype, name="conv"
+        )(x, train)
+        groups = self.features if self.norm == "batch" else math.gcd(32, self.features)
+        x = nn.GroupNorm(groups, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
+        return nn.leaky_relu(x, 0.2)
+
+
+class Head(nn.Module):
+    """Tokens of one block -> one logit per token (Sauer et al. 2023, arXiv:2301.09515)."""
+
+    window: int
+    spectral: bool
+    norm: Norm
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], train: bool = False) -> Float[Array, "B N"]:
+        width, rest = x.shape[-1], (self.spectral, self.norm, self.norm_eps, self.dtype)
+        x = ConvNormAct(width, (1,), 1, True, *rest, name="narrow")(x, train)
+        x = (x + ConvNormAct(width, (self.window,), 1, True, *rest, name="wide")(x, train)) / math.sqrt(2)
+        return SpectralConv(1, (1,), spectral=self.spectral, dtype=self.dtype, name="conv_out")(x, train)[..., 0]
+
+
+class DinoDiscriminator(nn.Module):
+    """Heads on several blocks of a frozen DINO ViT. Only the heads are to be trained; the trunk is `params/trunk`.
+
+    Attributes:
+      trunk: the ViT; pictures are resized bilinearly to the side it was trained on.
+      taps: blocks that get a head each, beside the last, which is the first head's.
+      window: of the middle convolution of the heads, in tokens.
+    """
+
+    trunk: ViTConfig
+    taps: tuple[int, ...] = (2, 5, 8, 11)
+    window: int = 9
+    norm: Norm = "batch"
+    norm_eps: float = 1e-6
+    spectral: bool = True
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B M"]:
+        """Logits of pictures in [0, 1], float32; positive means real."""
+        blocks = self.trunk.blocks
+        side = self.trunk.grid * self.trunk.patch
+        image = resize(image, side, side, "bilinear")
+        image = (image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        taken, _ = ViT(self.trunk, name="trunk")(image, (blocks.depth - 1, *self.taps))
+        logits = [
+            Head(self.window, self.spectral, self.norm, self.norm_eps, blocks.dtype, name=f"head{i}")(tokens, train)
+            for i, tokens in enumerate(taken)
+        ]
+        return jnp.concatenate(logits, axis=1).astype(jnp.float32)
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): a logit per overlapping patch, from a small plain network.
+
+    Attributes:
+      width: channels after the first convolution; doubled by each further one, up to eightfold.
+      layers: convolutions of stride two.
+    """
+
+    width: int = 64
+    layers: int = 3
+    norm: Norm = "group"
+    norm_eps: float = 1e-6
+    spectral: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B M"]:
+        """Logits of pictures in [0, 1], float32; positive means real."""
+        rest = {"spectral": self.spectral, "dtype": self.dtype}
+        x = SpectralConv(self.width, (4, 4), 2, **rest, name="conv_in")(2 * image - 1, train)
+        x = nn.leaky_relu(x, 0.2)
+        for i in range(1, self.layers + 1):
+            block = ConvNormAct(
+                self.width * min(2**i, 8), (4, 4), 2 if i < self.layers else 1, norm=self.norm, norm_eps=self.norm_eps,
+                **rest, name=f"layer{i}",
+            )  # fmt: skip
+            x = block(x, train)
+        x = SpectralConv(1, (4, 4), **rest, name="conv_out")(x, train)
+        return x.reshape(len(x), -1).astype(jnp.float32)

@@ -1,0 +1,150 @@
+"""What a preflight found, as tables and as JSON."""
+
+import dataclasses
+import json
+import pathlib
+
+from rich.console import Console
+from rich.table import Table
+
+from vqrae_jax.preflight.alternatives import Way
+from vqrae_jax.preflight.chips import GIB
+from vqrae_jax.preflight.programs import Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything a preflight found.
+
+    Attributes:
+      capacity: bytes per device.
+      stand_in: the programs were compiled for CPUs in place of the chips asked for.
+      others: alternatives; without a compiled program (None) where the arguments alone do not fit.
+    """
+
+    topology: str
+    chips: int
+    capacity: float
+    stand_in: bool
+    way: Way
+    steps: int
+    programs: list[Cost]
+    others: list[tuple[Way, Cost | None]]
+
+    @property
+    def fits(self) -> bool:
+        return all(cost.fits for cost in self.programs)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes everything as JSON; sizes in bytes, times in seconds."""
+        programs = [{**dataclasses.asdict(c), "peak": c.memory.peak, **_speed(c)} for c in self.programs]
+        others = [
+            {**dataclasses.asdict(way), "fits": bool(cost and cost.fits), "peak": cost and cost.memory.peak}
+            | (_speed(cost) if cost else {})
+            for way, cost in self.others
+        ]
+        values = {**dataclasses.asdict(self), "fits": self.fits, "programs": programs, "others": others}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2))
+
+    def print(self) -> None:
+        console = Console(width=None if Console().is_terminal else 120, highlight=False)
+        for table in (self._memory(), self._time(), self._flops(), self._communication(), self._others()):
+            if table.row_count:
+                console.print(table)
+        if self.stand_in:
+            console.print(
+                "Memory, traffic and collectives are those of the program that XLA compiles for as many CPUs."
+            )
+        console.print(self._verdict(), soft_wrap=True)
+
+    def _verdict(self) -> str:
+        room = f"{_gib(self.capacity)} GiB per device of {self.topology}"
+        if short := [c.name for c in self.programs if not c.fits]:
+            return f"DOES NOT FIT: {' and '.join(short)} in {room}"
+        train = self.programs[0]
+        said = f"fits: {_gib(max(c.memory.peak for c in self.programs))} of {room}"
+        if train.roofline is None:
+            return said
+        best, worst = (_hours(self.steps * t) for t in (train.roofline.fastest, train.roofline.slowest))
+        return f"{said}; {self.steps:,} steps take at least {best} hours, {worst} if sending hides behind nothing"
+
+    def _memory(self) -> Table:
+        table = _table(f"{self.topology}: GiB per device, of {_gib(self.capacity)}", "program", "arguments",
+                       "temporaries", "outputs", "code", "peak", "fits")  # fmt: skip
+        for c in self.programs:
+            m = c.memory
+            sizes = (m.arguments, m.temporaries, m.outputs, m.code, m.peak)
+            table.add_row(c.name, *map(_gib, sizes), "yes" if c.fits else "NO")
+        return table
+
+    def _time(self) -> Table:
+        table = _table("roofline: ms per call if nothing else bound", "program", "images", "compute", "memory",
+                       "network", "binds", "images/s")  # fmt: skip
+        for c in self.programs:
+            if line := c.roofline:
+                times = (f"{1e3 * t:.1f}" for t in (line.compute, line.memory, line.network))
+                table.add_row(c.name, f"{c.images:,}", *times, line.bound, _rate(c))
+        return table
+
+    def _flops(self) -> Table:
+        table = _table("GFLOPs per image, products and convolutions", "program", "total", "by network")
+        for c in self.programs:
+            each = [f"{part} {flops / c.images / 1e9:,.1f}" for part, flops in c.parts.items()]
+            table.add_row(c.name, f"{c.flops / c.images / 1e9:,.1f}", ", ".join(each))
+        return table
+
+    def _communication(self) -> Table:
+        table = _table("collectives of one call", "program", "kind", "mesh axis", "MB", "runs")
+        for c in self.programs:
+            for kind, axis, size, runs in c.collectives:
+                table.add_row(c.name, kind, axis, f"{size / 1e6:,.2f}", f"{runs:,}")
+        return table
+
+    def _others(self) -> Table:
+        table = _table("training otherwise", "data x model", "fsdp", "remat", "batch", "accumulate", "peak GiB", "fits",
+                       "binds", "images/s")  # fmt: skip
+        for way, cost in [(self.way, self.programs[0]), *self.others]:
+            line = cost and cost.roofline
+            table.add_row(
+                f"{way.data} x {way.model}", _yes(way.fsdp), _yes(way.remat), f"{way.batch:,}", str(way.accumulate),
+                _gib(cost.memory.peak) if cost else "too much", _yes(bool(cost and cost.fits)),
+                line.bound if line else "", _rate(cost) if line else "",
+            )  # fmt: skip
+        return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 or name in ("by network", "kind", "mesh axis") else "right")
+    return table
+
+
+def _speed(cost: Cost) -> dict[str, float]:
+    """Images per second, at best and if sending hides behind nothing."""
+    line = cost.roofline
+    if line is None:
+        return {}
+    return {
+        "seconds": line.fastest,
+        "images_per_second": cost.images / line.fastest,
+        "images_per_second_without_overlap": cost.images / line.slowest,
+    }
+
+
+def _rate(cost: Cost) -> str:
+    speed = _speed(cost)
+    return f"{speed['images_per_second_without_overlap']:,.0f} to {speed['images_per_second']:,.0f}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.3g}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

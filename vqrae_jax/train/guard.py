@@ -1,0 +1,51 @@
+"""Stops a run whose losses are no numbers any more, and says since when and which."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax.checkpoint import completed_steps
+from vqrae_jax.train.task import Metrics
+
+
+class DivergedError(RuntimeError):
+    """A loss or gradient became infinite or no number; the message says when, which, and from where to go on."""
+
+
+NEVER = np.iinfo(np.int32).max
+
+
+class Guard:
+    """Remembers on the device in which step each metric went bad first; `check` reads it, and waits for the device."""
+
+    def __init__(self, checkpoints: pathlib.Path):
+        self._checkpoints = checkpoints
+        self._first: Metrics = {}
+
+    def add(self, step: int, metrics: Metrics, first_bad: Any) -> None:
+        watched = {n: v for n, v in metrics.items() if n.startswith(("loss/", "gan/", "grad_norm"))}
+        self._first = first_bad(self._first or {n: np.int32(NEVER) for n in watched}, watched, np.int32(step))
+
+    def check(self) -> None:
+        """Raises DivergedError before anything of a spoilt state is logged, evaluated or saved."""
+        first = {n: int(step) for n, step in jax.device_get(self._first).items()}
+        step = min(first.values(), default=NEVER)
+        if step == NEVER:
+            return
+        terms = ", ".join(n for n in first if first[n] == step)
+        good = max(completed_steps(self._checkpoints), default=None)
+        going_on = (
+            "no checkpoint is complete" if good is None else f"the last good one is {self._checkpoints / str(good)}"
+        )
+        raise DivergedError(
+            f"step {step}: not finite any more: {terms}; {going_on}. The same command goes on from there: with a lower "
+            "optimizer.learning_rate or a smaller weight of the term, or with optimizer.clip_norm"
+        )
+
+
+def first_bad(first: Metrics, metrics: Metrics, step: jax.Array) -> Metrics:
+    """For each metric the first step in which it was not finite."""
+    return {n: jnp.where(jnp.isfinite(metrics[n]), first[n], jnp.minimum(first[n], step)) for n in first}
