@@ -8,11 +8,32 @@ HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "vqrae_jax"
 # What people import; everything else is inside.
 MODULES = (
-    "inference/tokenizer", "inference/editing", "inference/pictures", "data/codes", "data/code_shards", "assembly",
-    "config", "models/vqrae", "models/encoder", "models/decoder", "quantizers/base", "quantizers/ema",
-    "quantizers/simvq", "quantizers/fsq", "quantizers/lfq", "quantizers/gumbel", "quantizers/ibq",
-    "quantizers/residual", "quantizers/product", "quantizers/multiscale", "checkpoint", "sharding", "compilation",
-)  # fmt: skip
+    "inference/tokenizer",
+    "inference/editing",
+    "inference/pictures",
+    "data/codes",
+    "data/code_shards",
+    "assembly",
+    "config",
+    "config/schema",
+    "config/recipes",
+    "models/vqrae",
+    "models/encoder",
+    "models/decoder",
+    "quantizers/base",
+    "quantizers/ema",
+    "quantizers/simvq",
+    "quantizers/fsq",
+    "quantizers/lfq",
+    "quantizers/gumbel",
+    "quantizers/ibq",
+    "quantizers/residual",
+    "quantizers/product",
+    "quantizers/multiscale",
+    "checkpoint",
+    "sharding",
+    "compilation",
+)
 TITLE = (
     "# API\n\nWritten from the docstrings by `python docs/write_api.py`. Axes are named in the README's design notes.\n"
 )
@@ -24,7 +45,8 @@ def document() -> str:
 
 
 def _module(name: str) -> str:
-    source = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    file = PACKAGE / f"{name}.py"
+    source = (file if file.is_file() else PACKAGE / name / "__init__.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     parts = [f"\n## vqrae_jax.{name.replace('/', '.')}\n\n{_text(tree)}\n"]
     for node in tree.body:
