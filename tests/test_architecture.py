@@ -67,6 +67,8 @@ ONLY_IN = {
     "safetensors": {"pretrained", "benchmark"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
+    "matplotlib": {"inference"},
+    "gradio": {"inference"},
     "ml_collections": {"main", "config"},
     "pydantic": {"config"},
     "tensorflow": set(),

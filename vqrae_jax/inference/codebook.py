@@ -1,9 +1,9 @@
 """python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --data=photographs --output=report
 
 How a tokenizer uses its codes on images: numbers on the screen and in report.json, and four pictures.
-use.png: how often each code occurs, sorted, as a share of the most frequent. map.png: the codes in their first two
-principal axes, darker where used more, pale where never. patches.png: one row per code, most used first, with the image
-patches nearest to it. positions.png: entropy of the codes at each position of the grid, white for the highest.
+use.png: how often each code occurs, sorted. map.png: the codes in their first two principal axes, darker where used
+more, pale where never. patches.png: one row per code, most used first, with the image patches nearest to it.
+positions.png: entropy of the codes at each position of the grid, white for the highest.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from vqrae_jax.data import images, pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.inference import command, data_flags
+from vqrae_jax.inference.pictures import histogram
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
 from vqrae_jax.quantizers.nearest import nearest_other
 
@@ -83,20 +84,14 @@ def study(
         **_spacing(table[counts > 0]),
     }
     charts = {
-        "use": use_chart(counts),
+        "use": histogram(
+            np.sort(counts)[::-1], f"{(counts > 0).sum()} of {size} codes in use", "codes, most used first"
+        ),
         "map": map_chart(table, counts),
         "patches": patches_chart(pictures, indices, errors, counts).repeat(ENLARGE, 0).repeat(ENLARGE, 1),
         "positions": positions_chart(indices, size),
     }
     return numbers, charts
-
-
-def use_chart(counts: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "S S 3"]:
-    """Sorted counts as bars, relative to the largest."""
-    at = np.linspace(0, len(counts) - 1, SIDE).round().astype(int)
-    heights = np.sort(counts)[::-1][at] / max(counts.max(), 1)
-    bars = np.arange(SIDE)[:, None] >= SIDE * (1 - heights)[None]
-    return np.where(bars[..., None], np.uint8([60, 90, 160]), np.uint8(255))
 
 
 def map_chart(table: Float[np.ndarray, "K C"], counts: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "S S 3"]:
