@@ -27,3 +27,15 @@ def test_grid_of_tokens_and_of_several_levels():
     deep = pictures.reconstruction_grid(images, images, np.zeros((3, 4, 4, 2), int))
     np.testing.assert_array_equal(flat, deep)
     assert pictures.reconstruction_grid(images, images, None).shape[1] < flat.shape[1]
+
+
+def test_differences_are_enlarged_and_clipped():
+    image, painted = np.full((1, 16, 16, 3), 100, np.uint8), np.full((1, 16, 16, 3), 90, np.uint8)
+    painted[0, 0, 0] = 250
+    difference = pictures.difference_map(image, painted)
+    assert difference[0, 1, 1].tolist() == [10 * pictures.GAIN] * 3
+    assert difference[0, 0, 0].tolist() == [255] * 3
+    np.testing.assert_array_equal(difference, pictures.difference_map(painted, image))
+    grid = pictures.difference_grid(np.repeat(image, 3, 0), np.repeat(painted, 3, 0) / 255)
+    assert grid.shape[0] > 3 * pictures.TILE
+    assert grid.shape[1] > 3 * pictures.TILE
