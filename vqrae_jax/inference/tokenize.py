@@ -69,7 +69,8 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         )
     missing = codes.begin(args.output, plan)
     mine = [shard for shard in missing if shard % args.processes == args.process]
-    write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
+    if mine:
+        write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
     manifest = codes.finish(args.output, plan)
     _report(args, plan, manifest, len(mine))
     return manifest
