@@ -37,7 +37,7 @@ class Opponent:
         }  # fmt: skip
         (folder / "spec.json").write_text(json.dumps(specification))
         self._program = subprocess.Popen(
-            [python, pathlib.Path(__file__).with_name("torch_stages.py"), folder / "spec.json"],
+            [python, "-P", pathlib.Path(__file__).with_name("torch_stages.py"), folder / "spec.json"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             # Its threads must sleep while ours work.
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
