@@ -74,6 +74,7 @@ def test_fsdp_gathers_weights_and_reduces_gradients(tiny):
     fsdp_bounds(sent(found), found)
 
 
+@pytest.mark.slow
 def test_tokens_that_move_are_noticed(tiny):
     """The same step where nothing says that tokens stay with their images."""
     found = plan(tiny, fsdp=True, fsdp_min_size=1)

@@ -90,7 +90,7 @@ def test_input_errors_come_before_any_compilation(tiny):
         command.preflight(tiny(data={"image_size": 48}), "cpu:8")
 
 
-@pytest.mark.parametrize("name", ["dinov2_b", "rae_dinov2_b"])
+@pytest.mark.parametrize("name", ["dinov2_b", pytest.param("rae_dinov2_b", marks=pytest.mark.slow)])
 def test_configs_of_released_encoders_need_no_hub(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
