@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.configs.test_released import RECORDED, load
-from vqrae_jax.config import Config, ConfigError, from_dict, in_steps
+from tests.configs.test_released import load
+from vqrae_jax.config import ConfigError, in_steps
+from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 IMAGENET = 1_281_167
@@ -21,11 +22,10 @@ FAST = [("simvq_siglip2_l", ("2",)), ("small", ("ema",))]
 )
 def test_the_step_of_every_recipe_fits(name, arguments, one_mesh):
     config = in_steps(load(name, *arguments), lambda: IMAGENET)
-    values = config.model_dump()
-    recorded = RECORDED["encoders"][config.model.encoder_config_path]["architecture"]
-    values["model"] |= {"encoder_config_path": None}
-    values["model"]["encoder_params"]["architecture"] = recorded
-    task = TokenizerTask.build(from_dict(Config, values), one_mesh, weights=False)
+    architecture = ARCHITECTURES[config.model.encoder_config_path]
+    params = config.model.encoder_params.model_copy(update={"architecture": architecture})
+    model = config.model.model_copy(update={"encoder_config_path": None, "encoder_params": params})
+    task = TokenizerTask.build(config.model_copy(update={"model": model}), one_mesh, weights=False)
     size = config.data.image_size
     assert task.assembly.module.encoder.grid == 16
     state, frozen = task.shapes(), task.frozen_shapes()

@@ -141,7 +141,7 @@ def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] 
     settings = run.config.train
     start = int(run.state.step)
     progress = Progress(settings.steps, start, run.first)
-    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
+    window, guard = Window(config.data.batch_size), Guard(run.checkpoints)
     figures: dict[str, float] = {}
     try:
         for step in range(start + 1, settings.steps + 1):
