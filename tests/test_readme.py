@@ -1,8 +1,10 @@
-"""Every statement of the README that can be run or looked up."""
+"""Every statement of the README and the pages in docs/ that can be run or looked up."""
 
+import importlib
 import importlib.util
 import pathlib
 import re
+import runpy
 import shlex
 
 import jax
@@ -14,9 +16,11 @@ from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 COMMANDS = [
     part.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.strip().splitlines()
     for part in line.split("&&")
 ]
@@ -28,20 +32,35 @@ def test_the_two_commands_are_there():
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m vqrae_jax")])
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("python -m vqrae_jax")}))
 def test_commands_name_what_exists(command):
     module, *arguments = shlex.split(command)[2:]
     source = pathlib.Path(importlib.util.find_spec(module).origin)
     if source.name == "__init__.py":
         source = source.with_name("__main__.py")
+    parser = getattr(importlib.import_module(module), "parse", None)
+    if parser and "--help" not in arguments:
+        parser(arguments)
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config."):
             config.check_field(config.Config, name.removeprefix("config."))
-        elif name == "config":
+        elif name == "config" and value:
             assert (ROOT / value.split(":")[0]).is_file()
-        else:
+        elif argument.startswith("--"):
             assert name == "help" or f'"{name}"' in source.read_text() or f'"--{name}"' in source.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_fields_exist(page):
+    sections = "|".join(config.Config.model_fields)
+    for name in re.findall(rf"`((?:{sections})(?:\.\w+)+)(?:=[^`]*)?`", PAGES[page]):
+        config.check_field(config.Config, name)
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    written = runpy.run_path(str(ROOT / "docs" / "write_api.py"))["document"]()
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == written, "run python docs/write_api.py"
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +88,14 @@ def test_python_blocks_run(golden, tmp_path_factory, tiny, images):
         assert np.isfinite(names["pictures"]).all()
 
 
-def test_files_and_links_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"`(?:configs/)?(\w+\.py)`", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_files_and_links_exist(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`(?:configs/)?(\w+\.py)`", PAGES[page]):
         assert list(ROOT.glob(f"configs/{name}")) or list(ROOT.rglob(f"vqrae_jax/**/{name}")), name
 
 
 def test_extras_exist():
     given = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
-    assert {"cuda13", "tpu", "torch", "wandb"} <= given
+    assert {"cuda13", "tpu", "torch", "wandb", "demo", "notebook", "browser"} <= given

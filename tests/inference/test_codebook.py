@@ -41,10 +41,6 @@ def test_a_product_of_codes_has_no_report(golden, pictures):
 
 
 def test_charts():
-    counts = np.asarray([0, 8, 4, 0])
-    use = codebook.use_chart(counts)
-    assert (use[0, 0] != 255).any()
-    assert (use[:, -1] == 255).all()
     indices = np.zeros((4, 2, 2), int)
     indices[:, 1, 1] = [0, 1, 2, 3]
     positions = codebook.positions_chart(indices, 4)

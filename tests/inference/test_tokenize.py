@@ -1,6 +1,7 @@
 """A tokenized dataset is what the tokenizer says of each image, whoever wrote it and however often it was stopped."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Tokenizer
+from vqrae_jax.benchmark import tokenize as benchmark
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data import codes, images
 from vqrae_jax.data.errors import DataError
@@ -93,6 +95,8 @@ def test_goes_on_where_it_stopped(trained, photos, whole, tmp_path, monkeypatch,
     first = (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns
     run(trained, photos, tmp_path)
     assert "wrote 2 of 3 shards" in capsys.readouterr().out
+    run(trained, photos, tmp_path)
+    assert "wrote 0 of 3 shards" in capsys.readouterr().out
     assert (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns == first
     assert content(tmp_path) == content(whole)
 
@@ -141,6 +145,11 @@ def test_the_manifest_is_plain_json(whole):
     manifest = json.loads((whole / codes.MANIFEST).read_text())
     assert manifest["count"] == sum(shard["count"] for shard in manifest["shards"])
     assert all(len(shard["sha256"]) == 64 for shard in manifest["shards"])
+
+
+def test_the_benchmark_tells_a_ratio(trained, photos, capsys):
+    benchmark.main([f"--checkpoint={trained}", f"--data={photos}", "--batch=8", "--limit=16"])
+    assert re.search(r"ratio \d+\.\d+, 16 images in batches of 8", capsys.readouterr().out)
 
 
 def start(trained, photos, output, *arguments):

@@ -15,6 +15,7 @@ from vqrae_jax.config import ConfigError
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference.inputs import TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.sharding import MeshError
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     try:
         enable_compilation_cache()
         action()
-    except (CheckpointError, ConfigError, DataError, OSError, PretrainedError, TokenizerError) as error:
+    except (CheckpointError, ConfigError, DataError, MeshError, OSError, PretrainedError, TokenizerError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -43,8 +43,9 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     told = {
         "path": str(found.path),
         "kind": "exported folder" if found.run is None else "checkpoint",
-        "provenance": {k: v for k, v in found.provenance.items() if k != "figures"},
+        "provenance": {k: v for k, v in found.provenance.items() if k not in ("figures", "protocol")},
         "figures": found.provenance.get("figures", {}),
+        "protocol": found.provenance.get("protocol", {}),
         **_model(found),
         "bytes": sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file()),
         "config": values if args.config else _changed(values, defaults),

@@ -18,6 +18,7 @@ from vqrae_jax.pretrained import sources
 
 PARTS = ("encoder", "quantizer", "decoder")
 METRICS_FILE = "metrics.jsonl"  # of a run: one JSON object per line
+EVALUATION_FILE = "evaluation.json"  # of a run: what --mode=evaluate measured, and how
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     run = config_lib.from_dict(config_lib.Config, meta["config"])
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
-    if figures := _figures(found.parent.parent / METRICS_FILE, meta.get("step")):
-        provenance["figures"] = figures
+    provenance |= _measured(found.parent.parent, meta.get("step"))
     frozen = "encoder" not in checkpoint.saved_shapes(found)["params"]
     return Location(found, run.model, frozen, provenance, run)
 
@@ -91,16 +91,24 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _figures(file: pathlib.Path, step: int | None) -> dict[str, float]:
-    """What the run's log says of the evaluation at `step`."""
-    if not file.is_file():
-        return {}
-    found: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:  # the line that a kill cut short
-            continue
+def _measured(workdir: pathlib.Path, step: int | None) -> dict[str, Any]:
+    """What the run's log says of the evaluation at `step`; more, and by what protocol, where it was evaluated."""
+    log, evaluation = workdir / METRICS_FILE, workdir / EVALUATION_FILE
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    logged: dict[str, float] = {}
+    for values in map(_object, lines):
         if values.get("step") == step:
-            found |= {name: value for name, value in values.items() if name.startswith("eval/")}
-    return found
+            logged |= {name: value for name, value in values.items() if name.startswith("eval/")}
+    told = _object(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {}
+    if told.get("step") == step and "figures" in told:
+        return {"figures": told["figures"], "protocol": told.get("protocol", {})}
+    return {"figures": logged} if logged else {}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object; an empty one for text that a kill cut short."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

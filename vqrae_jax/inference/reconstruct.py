@@ -15,6 +15,7 @@ from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import command, inputs, pictures
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -64,12 +65,12 @@ def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
     written, kept, figures = [], [], {}
     for names, originals in command.progress(_read(files, tokenizer, skipped), len(files), "pictures", _count):
         painted, codes = _paint(tokenizer, originals)
-        decibels = np.asarray(psnr(painted, originals / np.float32(255)))
+        measured = _measure(painted, originals / np.float32(255))
         painted = pictures.to_uint8(painted)
-        for name, value in zip(names, decibels.tolist(), strict=True):
-            figures[name] = {"psnr": value}
-            codes_of = f", {codes[0].size} codes of {tokenizer.codebook_size}" if codes is not None else ""
-            print(f"{name}: PSNR {value:.2f} dB{codes_of}")
+        coded = f", {codes[0].size} codes of {tokenizer.codebook_size}" if codes is not None else ""
+        for i, name in enumerate(names):
+            figures[name] = {kind: float(values[i]) for kind, values in measured.items()}
+            print(f"{name}: {_told(figures[name])}{coded}")
         if not each:
             kept.append((originals, painted, codes))
             continue
@@ -127,6 +128,19 @@ def _paint(tokenizer: Tokenizer, originals: np.ndarray) -> tuple[np.ndarray, np.
     return tokenizer.decode_from_indices(codes), codes
 
 
+def _measure(painted: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of each picture; both in [0, 1]."""
+    measured = {"psnr": np.asarray(psnr(painted, originals))}
+    if originals.shape[1] >= WINDOW:
+        measured["ssim"] = np.asarray(ssim(painted, originals))
+    return measured
+
+
+def _told(figures: dict[str, float]) -> str:
+    similar = f", SSIM {figures['ssim']:.3f}" if "ssim" in figures else ""
+    return f"PSNR {figures['psnr']:.2f} dB{similar}"
+
+
 def _draw(
     args: argparse.Namespace,
     shown: Sequence[str],
@@ -151,7 +165,7 @@ def _report(
         report = {"mean": mean, "pictures": figures, "skipped": skipped}
         path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if len(figures) > 1:
-        print(f"mean of {len(figures)} pictures: PSNR {mean['psnr']:.2f} dB")
+        print(f"mean of {len(figures)} pictures: {_told(mean)}")
     if skipped:
         print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}", file=sys.stderr)
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))

@@ -7,7 +7,6 @@ Mean and covariance of a network's features over a folder of images, for `evalua
 import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vqrae_jax import sharding
-from vqrae_jax.config import ConfigError, DataConfig, EvaluationConfig, from_dict
+from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import networks, reference
 from vqrae_jax.evaluation.moments import Moments
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.inference import command
 
 
 def feature_moments(
@@ -92,7 +91,4 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
 
 
 if __name__ == "__main__":
-    try:
-        reference_statistics(parse())
-    except (ConfigError, DataError, PretrainedError, sharding.MeshError) as error:
-        sys.exit(f"error: {error}")
+    command.run(lambda: reference_statistics(parse()))

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax.config import ConfigError
-
-METRICS_FILE = "metrics.jsonl"
+from vqrae_jax.inference.location import METRICS_FILE
 
 
 class Writers:

@@ -1,0 +1,96 @@
+"""Shards of codes: what is written is read, and what is damaged or missing is named."""
+
+import numpy as np
+import pytest
+
+from vqrae_jax.data import codes
+from vqrae_jax.data.code_shards import SUFFIXES, Columns, read_shard
+from vqrae_jax.data.errors import DataError
+
+
+def plan(form="npz", **changes):
+    fields = {
+        "tokenizer": "0" * 64, "source": "made up", "images": 10, "views": "one", "code_shape": (2, 2),
+        "code_dtype": "int32", "codebook_size": 100_000, "image_size": 32, "format": form, "shard_size": 4,
+    }  # fmt: skip
+    return codes.Plan(**(fields | changes))
+
+
+def columns(index):
+    index = np.asarray(index, np.int64)
+    grids = (index[:, None, None] * 7919 + np.arange(4).reshape(2, 2)).astype(np.int32)
+    return Columns(index, [f"a b/ü {i}.png" for i in index], (index % 3).astype(np.int32), grids)
+
+
+def write(folder, described, unreadable=()):
+    for shard in codes.begin(folder, described):
+        there = [i for i in range(*described.range(shard)) if i not in unreadable]
+        codes.write_shard(folder, described, shard, columns(there))
+    return codes.finish(folder, described)
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_what_is_written_is_read(tmp_path, form):
+    """A whole shard may be unreadable images."""
+    manifest = write(tmp_path, plan(form), unreadable=(1, 4, 5, 6, 7))
+    assert manifest["skipped"] == [1, 4, 5, 6, 7]
+    read, expected = codes.Codes(tmp_path), columns([0, 2, 3, 8, 9])
+    read.verify()
+    assert len(read) == 5
+    for i, record in enumerate(read):
+        np.testing.assert_array_equal(record["codes"], expected.codes[i])
+        assert record["codes"].dtype == np.int32
+        assert (record["index"], record["id"], record["label"]) == (
+            expected.index[i], expected.id[i], expected.label[i],
+        )  # fmt: skip
+    np.testing.assert_array_equal(read[-1]["codes"], read[4]["codes"])
+    with pytest.raises(IndexError):
+        read[5]
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_writing_is_the_same_bytes_every_time(tmp_path, form):
+    for name in "ab":
+        write(tmp_path / name, plan(form))
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_a_damaged_shard_is_named(tmp_path, form):
+    write(tmp_path, plan(form))
+    file = tmp_path / plan(form).file(1)
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"codes-00001-of-00003"):
+        codes.Codes(tmp_path)[5]
+    with pytest.raises(DataError, match=r"codes-00001-of-00003.* is not the file that manifest\.json describes"):
+        codes.Codes(tmp_path).verify()
+    file.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        codes.Codes(tmp_path)[5]
+
+
+def test_few_shards_are_kept(tmp_path):
+    write(tmp_path, plan())
+    read = codes.Codes(tmp_path, cached=1)
+    assert [read[i]["index"] for i in (9, 0, 5)] == [9, 0, 5]
+    assert len(read._open) == 1
+
+
+def test_what_is_no_dataset_of_codes(tmp_path):
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        codes.Codes(tmp_path)
+    (tmp_path / codes.MANIFEST).write_text("{}")
+    with pytest.raises(DataError, match="describes no codes"):
+        codes.Codes(tmp_path)
+    (tmp_path / codes.MANIFEST).write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        codes.Codes(tmp_path)
+    with pytest.raises(DataError, match="no shard of codes"):
+        read_shard(tmp_path / "x.bin")
+
+
+def test_codes_without_a_manifest_are_not_touched(tmp_path):
+    (tmp_path / plan().file(0)).write_bytes(b"someone's")
+    with pytest.raises(DataError, match=r"holds codes without a manifest\.json"):
+        codes.begin(tmp_path, plan())

@@ -1,0 +1,80 @@
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import assembly
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.inference import editing
+from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
+
+
+def build(golden, **fields):
+    config = ModelConfig(
+        encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
+        decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
+    )  # fmt: skip
+    built = assembly.assemble(config)
+    names = ["encoder", "quantizer", "decoder"]
+    return Tokenizer(built.module, assembly.initial_variables(built, jax.random.key(0), names), batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    return build(golden)
+
+
+def codes_of(tokenizer, seed):
+    return np.random.default_rng(seed).integers(0, tokenizer.codebook_size, tokenizer.code_shape)
+
+
+def test_a_region_is_moved_and_cut_at_the_edge():
+    onto, source = np.zeros((4, 4), int), np.arange(1, 17).reshape(4, 4)
+    pasted = editing.paste(onto, source, (1, 0, 3, 3), (2, 2))
+    np.testing.assert_array_equal(pasted[2:, 2:], [[5, 6], [9, 10]])
+    assert (pasted != 0).sum() == 4
+    assert not onto.any()
+
+
+@pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}, {"quantize_before_reshape": True}])
+def test_a_blend_begins_and_ends_with_its_pictures(golden, fields):
+    tokenizer = build(golden, **fields)
+    first, second = codes_of(tokenizer, 0), codes_of(tokenizer, 1)
+    path = editing.blend(tokenizer, first, second, [0.0, 0.5, 1.0])
+    np.testing.assert_array_equal(path[[0, 2]], [first, second])
+    assert path[1].shape == tokenizer.code_shape
+    assert tokenizer.decode_from_indices(path).shape == (3, 32, 32, 3)
+    if not fields:  # what is put in by hand at the ends is what the quantizer chooses anyway
+        np.testing.assert_array_equal(editing.blend(tokenizer, first, second, [1e-6])[0], first)
+
+
+def test_the_middle_of_a_blend_is_the_nearest_code_to_the_mean(tokenizer):
+    first, second = codes_of(tokenizer, 0), codes_of(tokenizer, 1)
+    middle = editing.blend(tokenizer, first, second, [0.5])[0]
+    table = np.concatenate([tokenizer.lookup(np.full((1, 4, 4), k))[:, 0, 0] for k in range(24)])
+    mean = (table[first] + table[second]) / 2
+    distance = ((mean[..., None, :] - table) ** 2).sum(-1)
+    chosen = np.take_along_axis(distance, middle[..., None], -1)[..., 0]
+    np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_nearest_patches_are_in_order_and_not_the_patch_itself():
+    latents = np.zeros((2, 2, 2, 1))
+    latents[0, :, :, 0] = [[0, 5], [1, 9]]
+    latents[1, :, :, 0] = [[0, 7], [8, 6]]
+    assert editing.nearest_patches(latents, (0, 0, 0), 3) == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert len(editing.nearest_patches(latents, (0, 0, 0), 99)) == 7
+
+
+def test_a_painted_code_is_the_middle_of_a_picture_of_it(tokenizer):
+    painted = editing.paint_codes(tokenizer, np.asarray([3, 5]))
+    whole = tokenizer.decode_from_indices(np.full((1, 4, 4), 5))
+    np.testing.assert_allclose(painted[1], whole[0, 16:24, 16:24], atol=1e-6)
+
+
+def test_codes_without_a_place_are_refused(golden, tokenizer):
+    with pytest.raises(TokenizerError, match="by place"):
+        editing.as_grid(build(golden, quantizer="multiscale"), np.zeros((1, 30), int))
+    with pytest.raises(TokenizerError, match="paints nothing"):
+        editing.paint_codes(build(golden, quantizer="residual"), np.zeros(1, int))
+    with pytest.raises(TokenizerError, match="one picture"):
+        editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])
