@@ -36,12 +36,9 @@ class Guard:
             return
         terms = ", ".join(n for n in first if first[n] == step)
         self._checkpoints.wait()  # the last one may still be on its way to the disk
-        good = self._checkpoints.latest_step
-        going_on = (
-            "no checkpoint is complete"
-            if good is None
-            else f"the last good one is {self._checkpoints.folder / str(good)}"
-        )
+        good = self._checkpoints.steps[-1:]
+        folder = self._checkpoints.folder
+        going_on = f"the last good one is {folder / str(good[0])}" if good else "no checkpoint is complete"
         raise DivergedError(
             f"step {step}: not finite any more: {terms}; {going_on}. The same command goes on from there: with a lower "
             "optimizer.learning_rate or a smaller weight of the term, or with optimizer.clip_norm"
