@@ -11,7 +11,8 @@ from vqrae_jax.train.guard import DivergedError, Guard, first_bad
 
 
 def test_the_first_bad_step_and_its_terms_are_named(tmp_path):
-    guard, watch = Guard(tmp_path), jax.jit(first_bad)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    guard, watch = Guard(checkpoints), jax.jit(first_bad)
     guard.check()  # nothing yet
     for step, bad in ((1, ()), (2, ()), (3, ("loss/vq", "grad_norm")), (4, ("loss/vq", "loss/pixel"))):
         names = ("loss/vq", "loss/pixel", "grad_norm")
@@ -21,6 +22,7 @@ def test_the_first_bad_step_and_its_terms_are_named(tmp_path):
             guard.check()
     with pytest.raises(DivergedError, match=r"step 3: not finite any more: grad_norm, loss/vq; no checkpoint is"):
         guard.check()
+    checkpoints.close()
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """Stops a run whose losses are no numbers any more, and says since when and which."""
 
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax.checkpoint import completed_steps
+from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.train.task import Metrics
 
 
@@ -21,7 +20,7 @@ NEVER = np.iinfo(np.int32).max
 class Guard:
     """Remembers on the device in which step each metric went bad first; `check` reads it, and waits for the device."""
 
-    def __init__(self, checkpoints: pathlib.Path):
+    def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
         self._first: Metrics = {}
 
@@ -36,10 +35,10 @@ class Guard:
         if step == NEVER:
             return
         terms = ", ".join(n for n in first if first[n] == step)
-        good = max(completed_steps(self._checkpoints), default=None)
-        going_on = (
-            "no checkpoint is complete" if good is None else f"the last good one is {self._checkpoints / str(good)}"
-        )
+        self._checkpoints.wait()  # the last one may still be on its way to the disk
+        good = self._checkpoints.steps[-1:]
+        folder = self._checkpoints.folder
+        going_on = f"the last good one is {folder / str(good[0])}" if good else "no checkpoint is complete"
         raise DivergedError(
             f"step {step}: not finite any more: {terms}; {going_on}. The same command goes on from there: with a lower "
             "optimizer.learning_rate or a smaller weight of the term, or with optimizer.clip_norm"

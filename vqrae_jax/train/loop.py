@@ -176,7 +176,7 @@ def train(
     )  # fmt: skip
     progress = Progress(settings.steps, start, run.first)
     window, health = Window(config.data.batch_size, settings.codebook_alarm), Health()
-    guard = Guard(run.checkpoints.folder)
+    guard = Guard(run.checkpoints)
     figures: dict[str, float] = {}
     orderly = False
     try:
