@@ -12,7 +12,18 @@ PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
-LEAVES = {"quantizers", "losses", "data", "sharding", "checkpoint", "resize", "config", "generation", "compilation"}
+LEAVES = {
+    "quantizers",
+    "losses",
+    "data",
+    "sharding",
+    "checkpoint",
+    "resize",
+    "config",
+    "generation",
+    "compilation",
+    "distributed",
+}
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
     "models": {"quantizers", "resize"},
@@ -25,13 +36,18 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
         "checkpoint", "config", "compilation", "resize",
     },
     "train": {
-        "", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation",
-        "inference", "sharding", "checkpoint", "config",
+        "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
+        "evaluation", "inference", "sharding", "checkpoint", "config",
     },
+    "checkpoint": {"", "distributed"},
     "preflight": {"train", "pretrained", "sharding", "config"},
-    "main": {"train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding", "compilation"},
+    "main": {
+        "", "distributed", "train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding",
+        "compilation",
+    },
     "benchmark": {
-        "train", "inference", "assembly", "models", "quantizers", "pretrained", "data", "config", "compilation",
+        "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
+        "config", "compilation", "sharding", "preflight",
     },
 }  # fmt: skip
 ONLY_IN = {
@@ -48,7 +64,7 @@ ONLY_IN = {
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},
-    "safetensors": {"pretrained"},
+    "safetensors": {"pretrained", "benchmark"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
     "matplotlib": {"inference"},

@@ -71,6 +71,32 @@ def test_latent_statistics_must_fit_the_latent(tmp_path):
         np.testing.assert_array_equal(stats["var"], np.full(shape, 4.0))
 
 
+def test_whitening_takes_the_principal_axes_of_the_file(tmp_path):
+    path, rng = tmp_path / "stat.npz", np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(16, 6)))[0].astype(np.float32)
+    moments = {"mean": np.zeros(16, np.float32)}
+    axes = {"pca_mean": np.full(16, 2, np.float32), "pca_basis": basis, "pca_var": np.float32([9, 4, 1, 1, 1, 1])}
+    params = {"whitening_dim": 2, "codebook_dim": 3}
+
+    def quantizer(saved, **params):
+        np.savez(path, **saved)
+        built = assembly.assemble(random_encoder(normalization_stat_path=str(path), quantizer_params=params))
+        return assembly.initial_variables(built, jax.random.key(0), [])["batch_stats"]["quantizer"]
+
+    state = quantizer(moments | axes, **params)
+    np.testing.assert_array_equal(state["basis"], basis[:, :2])
+    np.testing.assert_array_equal(state["mean"], axes["pca_mean"])
+    np.testing.assert_allclose(state["deviation"], [3, 2])
+    assert state["fitted"] == 1
+    assert "codebook" in state["quantizer"]["quantizer"]
+    assert quantizer(moments, **params)["fitted"] == 0  # the first batch's
+    assert "basis" not in quantizer(moments | axes)
+    with pytest.raises(ConfigError, match=r"6 principal axes of 16 channels.*whitening_dim=7.*--components=7"):
+        quantizer(moments | axes, whitening_dim=7)
+    with pytest.raises(PretrainedError, match=r"pca_var.*expected pca_mean \[C\]"):
+        quantizer(moments | axes | {"pca_var": np.ones(5, np.float32)}, **params)
+
+
 def test_a_decoder_whose_heads_do_not_fit(tmp_path):
     given = {"decoder_hidden_size": 30, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({**given, "decoder_intermediate_size": 8}))

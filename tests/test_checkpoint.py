@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vqrae_jax
 from vqrae_jax import checkpoint
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints
 
@@ -18,7 +19,14 @@ def save(folder, scores, **options):
     kept = Checkpoints(folder, **options)
     for step, score in scores.items():
         model, train = trees(float(step))
-        kept.save(step, model, train, {"next_index": step}, {"config": {}}, score and {"psnr": score})
+        kept.save(
+            step,
+            model,
+            train,
+            {"next_index": step},
+            {"config": {}, "version": vqrae_jax.__version__},
+            score and {"psnr": score},
+        )
     kept.wait()
     return kept
 
@@ -31,14 +39,37 @@ def shapes(tree):
 def test_round_trip(tmp_path):
     kept = save(tmp_path, {1: None})
     model, train = trees(1.0)
-    restored = kept.restore(1, shapes(model), shapes(train))
     kept.close()
+    restored = checkpoint.read(checkpoint.find(tmp_path), shapes(model), shapes(train))
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 10.0, 2: 30.0, 3: 20.0, 4: None, 5: 15.0}, keep_last=2, keep_best=1).close()
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4, 5]
+
+
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
+    save(tmp_path, dict.fromkeys(range(1, 8)), keep_last=1, keep_best=0, keep_every=3).close()
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [3, 6, 7]
+
+
+def test_a_newer_version_is_refused(tmp_path, monkeypatch):
+    save(tmp_path, {1: None}).close()
+    path = checkpoint.find(tmp_path)
+    monkeypatch.setattr(checkpoint, "__version__", "0.0.9")
+    with pytest.raises(CheckpointError, match=r"written by vqrae_jax .* newer than this 0\.0\.9: update"):
+        checkpoint.read_meta(path)
+    monkeypatch.setattr(checkpoint, "__version__", "10.0.0")
+    assert checkpoint.read_meta(path)["config"] == {}
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    save(tmp_path, {1: None}).close()
+    model, _ = trees(1.0)
+    del model["batch_stats"]
+    read = checkpoint.read_model(checkpoint.find(tmp_path), shapes(model), partial=True)
+    jax.tree.map(np.testing.assert_array_equal, read, model)
 
 
 def test_saving_a_step_twice_changes_nothing(tmp_path):
@@ -73,7 +104,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
     assert checkpoint.find(tmp_path).name == "1"
     kept = Checkpoints(tmp_path)
-    assert kept.latest_step == 1
+    assert kept.steps == [1]
     kept.close()
 
 
@@ -83,7 +114,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = checkpoint.find(tmp_path)
     for data in (path / "model").rglob("d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=rf"{path} .*(damaged|complete)"):
+    with pytest.raises(checkpoint.DamagedError, match=rf"{path} .*(damaged|complete)"):
         checkpoint.read_model(path, shapes(model))
     shutil.rmtree(path / "meta")
     with pytest.raises(CheckpointError, match="no readable config"):

@@ -30,6 +30,8 @@ def run(*arguments, **options):
             ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.data.batch_size=0"],
             "data.batch_size=0: Input should be greater than or equal to 1",
         ),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--profile_steps=3"], "'3' is no range, as in 10:13"),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--processes=2"], "Give all three"),
     ],
 )
 def test_input_errors_are_one_message_and_exit_code_1(arguments, message):
@@ -47,8 +49,9 @@ def test_the_quickstart_shortened(tmp_path):
     assert first.returncode == 0, first.stderr
     for row in ("validation PSNR", "codebook use", "perplexity", PICTURE_FILE, METRICS_FILE):
         assert row in first.stdout.replace("\n", "")
-    again = run(*command, "--config.train.steps=3")
+    again = run(*command, "--config.train.steps=3", "--profile_steps=3:4")
     assert again.returncode == 0, again.stderr
+    assert list((tmp_path / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
     assert "resumed from step 2" in again.stderr
     assert Tokenizer.load(tmp_path).codebook_size == 512
 

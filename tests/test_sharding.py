@@ -1,5 +1,8 @@
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -57,3 +60,63 @@ def test_errors_name_the_field():
         sharding.make_mesh(3, 2)
     with pytest.raises(sharding.MeshError, match=r"data\.batch_size=10 is not divisible by 8 .* are 8 and 16"):
         sharding.check_batch(10, 2, sharding.make_mesh(4, 2))
+
+
+def test_slices_share_batches_and_nothing_else(shapes):
+    mesh = sharding.make_mesh(2, 2, slices=2)
+    assert mesh.shape == {"slice": 2, "data": 2, "model": 2}
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert sharding.over_data(mesh).spec == P(("slice", "data"))
+    assert sharding.data_ways(mesh) == 4
+    assert sharding.data_share(mesh) == (0, 1)
+    for where in jax.tree.leaves(sharding.shardings(shapes["params"]["decoder"], mesh, fsdp=True)):
+        assert "slice" not in str(where.spec)
+    with pytest.raises(sharding.MeshError, match=r"mesh\.slices=3 x mesh\.model=1 does not divide the 8 devices"):
+        sharding.make_mesh(slices=3)
+    with pytest.raises(sharding.MeshError, match=r"data\.batch_size=6 .* \(4 devices"):
+        sharding.check_batch(6, 1, mesh)
+
+
+class Chip:
+    """A device as far as its place is concerned."""
+
+    platform = device_kind = "chip"
+
+    def __init__(self, number, process_index, slice_index=None):
+        self.id, self.process_index = number, process_index
+        if slice_index is not None:
+            self.slice_index = slice_index
+
+
+def test_real_slices_are_kept_whole():
+    chips = [Chip(i, process_index=i // 2, slice_index=i % 2) for i in range(8)]
+    grid = sharding._by_slice(chips, 2, 4, 1)
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
+    with pytest.raises(sharding.MeshError, match=r"mesh\.slices=4, but these devices are 2 slices: set mesh\.slices=2"):
+        sharding._by_slice(chips, 4, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "owners", "expected"),
+    [
+        (1, [0, 0, 1, 1], {0: (0, 2), 1: (1, 2)}),
+        (1, [0, 1, 0, 1], {0: (0, 2), 1: (1, 2)}),
+        (2, [0, 0, 1, 1], {0: (0, 2), 1: (1, 2)}),
+        (4, [0, 0, 1, 1], {0: (0, 1), 1: (0, 1)}),  # both hold halves of every weight, and see the same images
+        (2, [0, 1, 2, 3], {0: (0, 2), 1: (0, 2), 3: (1, 2)}),
+        (2, [0, 1, 1, 1], {1: None}),
+    ],
+)
+def test_which_part_of_a_batch_a_process_holds(model, owners, expected, monkeypatch):
+    """`owners`: the process of each of four devices."""
+    chips = np.array([Chip(i, owner) for i, owner in enumerate(owners)])
+    mesh = types.SimpleNamespace(
+        devices=chips.reshape(-1, model), shape={"data": len(owners) // model, "model": model}, size=len(owners)
+    )
+    for process, share in expected.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        if share is None:
+            with pytest.raises(sharding.MeshError, match=r"mesh\.model=2 cuts the 4 devices across processes"):
+                sharding.data_share(mesh)
+        else:
+            assert sharding.data_share(mesh) == share

@@ -20,6 +20,7 @@ from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.quantizers.whitened import fitted_state
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class Assembly:
     image_size: int  # of the pictures it paints
     pretrained: dict[str, Any]  # subtrees of params read from files: encoder, decoder (numpy, float32)
     latent_stats: dict[str, np.ndarray]  # mean and/or var
+    whitening: dict[
+        str, np.ndarray
+    ]  # state of a whitened quantizer from known principal axes; empty: the first batch's
 
 
 def assemble(
@@ -54,14 +58,10 @@ def assemble(
       ConfigError, PretrainedError: naming the field, before anything is compiled.
     """
     encoder, folder = _encoder(config, pin)
-    if config.encoder_input_size % encoder.vit.patch:
-        patch, size = encoder.vit.patch, config.encoder_input_size
-        raise ConfigError(
-            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
-            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
-        )
     decoder = _decoder(config, encoder, pin)
+    whitening = {}
     if latent_stats is None and config.normalization_stat_path:
+        whitening = _whitening(config, encoder)
         latent_stats = sources.read_latent_statistics(config.normalization_stat_path, "model.normalization_stat_path")
     latent_stats = latent_stats or {}
     _check_latent_stats(config, encoder, latent_stats)
@@ -74,7 +74,7 @@ def assemble(
         reshape_to_2d=config.reshape_to_2d,
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
     )
-    assembly = Assembly(module, decoder.image_size, {}, latent_stats)
+    assembly = Assembly(module, decoder.image_size, {}, latent_stats, whitening)
     if weights:
         assembly.pretrained.update(_read_weights(config, assembly, folder))
     return assembly
@@ -126,10 +126,17 @@ def _create(
         variables = {"batch_stats": {}, **init(key)}
         if assembly.latent_stats:
             variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
+        if assembly.whitening:
+            variables["batch_stats"]["quantizer"] |= assembly.whitening
         return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
 
     drawn = jax.jit(create, out_shardings=place(draw) if place else None)(key) if any(draw.values()) else draw
-    return {**drawn, "params": drawn["params"] | (jax.device_put(read, place(read)) if place else read)}
+    return {**drawn, "params": drawn["params"] | (jax.tree.map(put, read, place(read)) if place else read)}
+
+
+def put(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """`value`, which every process has, where it shall live; deviceput would first compare it between processes."""
+    return jax.make_array_from_callback(value.shape, where, lambda index: np.asarray(value[index]))
 
 
 def _initialize(module: VQRAE):
@@ -182,6 +189,12 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     _check_layers("model.encoder_params.layers", params.layers, blocks)
     vit = ViTConfig(blocks=blocks, **fields)
+    if config.encoder_input_size % vit.patch:
+        patch, size = vit.patch, config.encoder_input_size
+        raise ConfigError(
+            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
+            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
+        )
     return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
 
 
@@ -252,6 +265,25 @@ def _check_latent_stats(config: ModelConfig, encoder: Encoder, stats: dict[str, 
                 f"{value.shape} (channel last), the latent of this encoder at {config.encoder_input_size} pixels needs "
                 f"{accepted[0]} or {accepted[1]}"
             )
+
+
+def _whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
+    """The principal axes of the latents, if the quantizer wants them and the file of the statistics has them."""
+    path, dim = config.normalization_stat_path, config.quantizer_params.whitening_dim
+    if dim is None or config.quantizer == "none":
+        return {}
+    axes = sources.read_principal_axes(path, "model.normalization_stat_path")
+    if axes is None:
+        log.info("%s has no principal axes: quantizer_params.whitening_dim takes those of the first batch", path)
+        return {}
+    channels, count = axes["pca_basis"].shape
+    if channels != encoder.channels or count < dim:
+        raise ConfigError(
+            f"model.normalization_stat_path={path!r} has {count} principal axes of {channels} channels, but "
+            f"quantizer_params.whitening_dim={dim} asks for {dim} of {encoder.channels}: write the file with this "
+            f"encoder and --components={dim} or more (python -m vqrae_jax.inference.latent_statistics)"
+        )
+    return jax.device_get(fitted_state(axes["pca_mean"], axes["pca_basis"], axes["pca_var"], dim))
 
 
 def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path | None) -> dict[str, Any]:

@@ -2,17 +2,24 @@
 
 A checkpoint is workdir/checkpoints/<step> with four items: `model` (what inference needs: EMA parameters and the live
 batch_stats), `train` (the rest of the train state), `data` (where the input stands) and `meta` (config, version,
-revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete.
+revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete. Every process of a
+run saves its part of the arrays; each reads what it needs by itself, so that one that cannot is not waited for.
 """
 
 import logging
 import os
 import pathlib
+import re
 import tempfile
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from vqrae_jax import __version__, distributed
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +31,27 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the folder and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint has its name but not its content."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
-    Keeps the last `keep_last` and the `keep_best` with the highest "psnr" among those saved with metrics.
+    Keeps the last `keep_last`, the `keep_best` with the highest "psnr" among those saved with metrics, and those whose
+    step is a multiple of `keep_every` (0: none). With `reading`, another run may be saving there: nothing is changed.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep_last: int = 3, keep_best: int = 1):
-        self.folder = pathlib.Path(workdir).absolute() / FOLDER
-        _check_writable(self.folder)
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        keep_every: int = 0,
+        reading: bool = False,
+    ):
+        self.reading = reading
+        self.folder = check_writable(workdir)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -40,14 +59,18 @@ class Checkpoints:
                     get_metric_fn=lambda metrics: metrics["psnr"], n=keep_best, keep_checkpoints_without_metrics=False
                 )
             )
+        if keep_every:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not reading,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Of complete checkpoints, rising."""
+        return sorted(self._manager.all_steps())
 
     def save(
         self, step: int, model: Any, train: Any, data: dict[str, Any], meta: dict[str, Any],
@@ -68,23 +91,14 @@ class Checkpoints:
         """Returns once everything is on disk."""
         self._guarded(self._manager.wait_until_finished, "finishing a save")
 
-    def restore(self, step: int, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """Reads step onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
-
-        Returns model, train, data.
-        """
-        path = self.folder / str(step)
-        check_shapes(saved_shapes(path), model, path)
-        items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(model), train=ocp.args.StandardRestore(train), data=ocp.args.JsonRestore()
-        )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} cannot be restored ({_reason(error)}); delete it to resume from the one before"
-            ) from error
-        return restored.model, restored.train, restored.data
+    def set_aside(self, step: int) -> None:
+        """Renames the folder of `step`, so that the step can be saved again; every process calls it."""
+        if jax.process_index() == 0:
+            path = self.folder / str(step)
+            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))
+            log.warning("%s is now called %s", path, aside.name)
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
 
     def close(self) -> None:
         self._guarded(self._manager.close, "finishing a save")
@@ -131,13 +145,18 @@ def find(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
-    """Config, version and revision of the checkpoint at `path`."""
-    try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
-    except Exception as error:
+    """Config, version and revision of the checkpoint at `path`.
+
+    Raises:
+      DamagedError: not to be read.
+      CheckpointError: written by a newer version of this package.
+    """
+    meta = _read_json(path / "meta", "config")
+    if _numbers(meta["version"]) > _numbers(__version__):
         raise CheckpointError(
-            f"{path} has no readable config ({_reason(error)}); the checkpoint is not complete"
-        ) from error
+            f"{path} was written by vqrae_jax {meta['version']}, newer than this {__version__}: update the package"
+        )
+    return meta
 
 
 def saved_shapes(path: pathlib.Path) -> Any:
@@ -145,20 +164,39 @@ def saved_shapes(path: pathlib.Path) -> Any:
     try:
         tree = ocp.StandardCheckpointHandler().metadata(path / "model").tree
     except Exception as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} has no readable model ({_reason(error)}); the checkpoint is not complete"
         ) from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def read_model(path: pathlib.Path, target: Any) -> Any:
-    """The `model` item onto the shapes and shardings of `target`."""
-    check_shapes(saved_shapes(path), target, path)
-    try:
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(path / "model", target)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({_reason(error)}); the checkpoint is damaged") from error
+def read_model(path: pathlib.Path, target: Any, partial: bool = False) -> Any:
+    """The `model` item onto the shapes and shardings of `target`; partial: of what is saved, the leaves in `target`."""
+    if not partial:
+        check_shapes(saved_shapes(path), target, path)
+        return _read(path, "model", target)
+    return _guarded_read(
+        path,
+        lambda: ocp.PyTreeCheckpointHandler().restore(
+            path / "model",
+            args=ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+            ),
+        ),
+    )
+
+
+def read(path: pathlib.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
+
+    Returns model, train, data.
+
+    Raises:
+      DamagedError: not to be read.
+      CheckpointError: of another architecture, or written by a newer version of this package.
+    """
+    read_meta(path)
+    return read_model(path, model), _read(path, "train", train), _read_json(path / "data", "data state")
 
 
 def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:
@@ -181,7 +219,13 @@ def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:
     raise CheckpointError("\n".join([*lines, "use the config it was trained with, or another workdir"]))
 
 
-def _check_writable(folder: pathlib.Path) -> None:
+def check_writable(workdir: str | os.PathLike) -> pathlib.Path:
+    """The folder of checkpoints in `workdir`, made and tried.
+
+    Raises:
+      CheckpointError: no rights, no space, a file in its place.
+    """
+    folder = pathlib.Path(workdir).absolute() / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -190,6 +234,56 @@ def _check_writable(folder: pathlib.Path) -> None:
         raise CheckpointError(
             f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
         ) from error
+    return folder
+
+
+def check_shared(workdir: str | os.PathLike) -> None:
+    """Every process of a run sees what process 0 writes in `workdir`; all of them call it.
+
+    Raises:
+      CheckpointError: one does not.
+    """
+    if distributed.count() == 1:
+        return
+    probe = pathlib.Path(workdir).absolute() / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
+    if distributed.index() == 0:
+        probe.touch()
+    distributed.exchange("written")
+
+    def look() -> None:
+        if not probe.exists():
+            raise CheckpointError(
+                f"--workdir: {probe.parent} of process 0 is another folder here: give one that all processes share"
+            )
+
+    distributed.together(look)
+    if distributed.index() == 0:
+        probe.unlink()
+
+
+def _read(path: pathlib.Path, item: str, target: Any) -> Any:
+    args = ocp.args.StandardRestore(target)
+    return _guarded_read(path, lambda: ocp.StandardCheckpointHandler().restore(path / item, args=args))
+
+
+def _guarded_read(path: pathlib.Path, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:
+        raise DamagedError(f"{path} cannot be read ({_reason(error)}); the checkpoint is damaged") from error
+
+
+def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
+    try:
+        return ocp.JsonCheckpointHandler().restore(path)
+    except Exception as error:
+        raise DamagedError(
+            f"{path.parent} has no readable {what} ({_reason(error)}); the checkpoint is not complete"
+        ) from error
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _reason(error: BaseException) -> str:

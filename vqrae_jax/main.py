@@ -1,23 +1,37 @@
 """python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
 
+import importlib.metadata
 import json
 import logging
 import os
 import pathlib
 import re
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from vqrae_jax import __version__, distributed
 from vqrae_jax import config as config_lib
+from vqrae_jax.compilation import enable_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures; a run in it is resumed.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, for several processes where TPU, SLURM or Open MPI do not say it."
+)
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "How many processes; 1 starts nothing even where there is a cluster."
+)
+PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must be there.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "10:13 traces steps 10 to 12 for TensorBoard and XProf.")
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -42,15 +56,26 @@ def main(argv: Sequence[str]) -> None:
     for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
-    config = _read_config()
     if MODE.value == "preflight":
-        sys.exit(0 if _preflight(config) else 1)
+        sys.exit(0 if _preflight(_read_config()) else 1)
+    distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
+    logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
+    enable_compilation_cache()
+    config = distributed.together(_read_config)
+    profile_steps = distributed.together(_profile_steps)
+    distributed.compare({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
     from vqrae_jax.train import loop
 
     if MODE.value == "train":
-        loop.train(config, WORKDIR.value)
+        try:
+            loop.train(config, WORKDIR.value, profile_steps=profile_steps)
+        except loop.Stopped as stopped:
+            if distributed.index() == 0:
+                print(f"{stopped}. To go on:\n  {_command()}", file=sys.stderr)
     else:
-        print(json.dumps(loop.evaluate(config, WORKDIR.value), indent=2))
+        figures = loop.evaluate(config, WORKDIR.value)
+        if distributed.index() == 0:
+            print(json.dumps(figures, indent=2))
 
 
 def _preflight(config: config_lib.Config) -> bool:
@@ -64,13 +89,35 @@ def _preflight(config: config_lib.Config) -> bool:
 def run() -> None:
     """What is wrong with the input is one message and exit code 1, not a traceback."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page per checkpoint
-    logging.getLogger("vqrae_jax").setLevel(logging.INFO)
     try:
         app.run(main, flags_parser=_parse)
     except Exception as error:
+        said_by_first = isinstance(error, distributed.DistributedError) or not distributed.started()
         if not isinstance(error, _input_errors()):
-            raise
-        sys.exit(f"error: {error}")
+            traceback.print_exc()
+        elif distributed.index() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif not said_by_first:
+            print(f"error (process {distributed.index()}): {error}", file=sys.stderr)
+        if distributed.count() > 1:
+            distributed.leave(1)
+        sys.exit(1)
+
+
+def _command() -> str:
+    return shlex.join([sys.executable, "-m", "vqrae_jax.main", *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"vqrae_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _profile_steps() -> range:
+    first, colon, end = (PROFILE_STEPS.value or "1:1").partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) <= int(end)):
+        raise config_lib.ConfigError(f"--profile_steps={PROFILE_STEPS.value!r} is no range, as in 10:13 (10, 11, 12)")
+    return range(int(first), int(end))
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
@@ -83,7 +130,8 @@ def _input_errors() -> tuple[type[Exception], ...]:
     from vqrae_jax.train.guard import DivergedError
 
     return (
-        config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError, TopologyError, DivergedError
+        distributed.DistributedError, config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError,
+        TopologyError, DivergedError,
     )  # fmt: skip
 
 

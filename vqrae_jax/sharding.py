@@ -1,4 +1,8 @@
-"""Where arrays live: a ("data", "model") mesh, a table of names, and one rule for fsdp; the model knows none of it."""
+"""Where arrays live: a ("data", "model") mesh, a table of names, and one rule for fsdp; the model knows none of it.
+
+Several slices of TPUs, joined by a network slower than that within them, are a third axis "slice" in front: batches are
+split over it as well, parameters are not.
+"""
 
 import logging
 import re
@@ -6,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,27 +47,74 @@ class MeshError(ValueError):
     """Devices, mesh and batch do not fit together."""
 
 
-def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of data x model devices; data = -1 takes all that model leaves."""
+def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:
+    """A mesh of slices x data x model devices; data = -1 takes all that the others leave. One slice is no axis."""
     devices = jax.devices() if devices is None else devices
-    if len(devices) % model:
-        raise MeshError(f"mesh.model={model} does not divide the {len(devices)} devices")
-    data = len(devices) // model if data == -1 else data
-    if data * model != len(devices):
+    outer = slices * model
+    said = f"mesh.slices={slices} x mesh.model={model}" if slices > 1 else f"mesh.model={model}"
+    if len(devices) % outer:
+        raise MeshError(f"{said} does not divide the {len(devices)} devices")
+    data = len(devices) // outer if data == -1 else data
+    if data * outer != len(devices):
         raise MeshError(
-            f"mesh.data={data} x mesh.model={model} asks for {data * model} devices, there are {len(devices)}; "
-            f"mesh.data=-1 takes what mesh.model leaves"
+            f"mesh.data={data} x {said} asks for {data * outer} devices, there are {len(devices)}; "
+            f"mesh.data=-1 takes what is left"
         )
     # Auto: the partitioner spreads shardings by itself, ordinary code needs no annotations.
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if slices == 1:
+        return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return Mesh(_by_slice(devices, slices, data, model), ("slice", "data", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _by_slice(devices: list[jax.Device], slices: int, data: int, model: int) -> np.ndarray:
+    """Devices [slices, data, model]; without slices of their own (one pod, GPUs, CPU) in the order given."""
+    found = len({getattr(device, "slice_index", None) for device in devices})
+    if found == 1:
+        return np.asarray(devices).reshape(slices, data, model)
+    if found != slices:
+        raise MeshError(f"mesh.slices={slices}, but these devices are {found} slices: set mesh.slices={found} or 1")
+    return mesh_utils.create_hybrid_device_mesh((1, data, model), (slices, 1, 1), devices)
+
+
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that a batch is split over."""
+    return tuple(name for name in mesh.axis_names if name != "model")
+
+
+def data_ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.size // mesh.shape["model"]
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process's devices hold part i of n of every batch.
+
+    Processes whose devices differ along "model" only hold the same part and must read the same images.
+
+    Raises:
+      MeshError: the mesh cuts across processes.
+    """
+    rows = mesh.devices.reshape(data_ways(mesh), -1)
+    owners = [frozenset(device.process_index for device in row) for row in rows]
+    mine = {i for i, owner in enumerate(owners) if jax.process_index() in owner}
+    shares: dict[frozenset[int], list[int]] = {}
+    for i, owner in enumerate(owners):
+        shares.setdefault(owner, []).append(i)
+    here = [n for n, held in enumerate(shares.values()) if mine.intersection(held)]
+    if len(here) != 1 or len({len(held) for held in shares.values()}) != 1:
+        raise MeshError(
+            f"mesh.model={mesh.shape['model']} cuts the {mesh.size} devices across processes: take a number that "
+            "divides the devices of one process, or is a multiple of them"
+        )
+    return here[0], len(shares)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data.batch_size") -> None:
     """Every device along "data" takes an equal share of every micro-batch."""
-    parts = mesh.shape["data"] * accumulate
+    parts = data_ways(mesh) * accumulate
     if batch_size % parts:
         raise MeshError(
-            f"{field}={batch_size} is not divisible by {parts} ({mesh.shape['data']} devices along the data axis x "
+            f"{field}={batch_size} is not divisible by {parts} ({data_ways(mesh)} devices along the data axis x "
             f"{accumulate} micro-batches); the nearest sizes are {batch_size // parts * parts} and "
             f"{(batch_size // parts + 1) * parts}"
         )
@@ -111,13 +163,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over "data"."""
-    return NamedSharding(mesh, P("data"))
+    """Leading axis split over all devices of a batch."""
+    axes = data_axes(mesh)
+    return NamedSharding(mesh, P(axes if len(axes) > 1 else axes[0]))
 
 
 def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Inside `jit`: keeps the leading axis split over "data", where it divides, and the others whole."""
-    if x.shape[0] % mesh.shape["data"]:
+    """Inside `jit`: keeps the leading axis split as batches are, where it divides, and the others whole."""
+    if x.shape[0] % data_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, over_data(mesh))
 

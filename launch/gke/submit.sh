@@ -2,9 +2,10 @@
 # Starts a training as a JobSet on Google Kubernetes Engine, which restarts it after a preemption; one that runs stays.
 #
 #   NAME=tokenizer IMAGE=us-docker.pkg.dev/my-project/images/vqrae:tpu CONFIG=configs/dinov2_b.py \
-#     WORKDIR=gs://my-bucket/runs/one TOPOLOGY=16x16 launch/gke/submit.sh tpu
+#     BUCKET=my-bucket WORKDIR=/mnt/bucket/runs/one TOPOLOGY=16x16 launch/gke/submit.sh tpu
 #
-# NAME, IMAGE, CONFIG, WORKDIR  the JobSet's name, what to run and where to; the pods share no disk
+# NAME, IMAGE, CONFIG, WORKDIR  the JobSet's name, what to run and where to
+# BUCKET       of Google Cloud Storage, at /mnt/bucket in every pod: they share no disk
 # TOPOLOGY     tpu: chips of the slice, as in --topology of preflight
 # ACCELERATOR  tpu: tpu-v4-podslice, tpu-v5-lite-podslice (default), tpu-v5p-slice, tpu-v6e-slice
 #              gpu: nvidia-h100-80gb (default), nvidia-h200-141gb, ...
@@ -15,8 +16,8 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/../steps.sh"
-need NAME IMAGE CONFIG WORKDIR
-command -v envsubst > /dev/null || { echo "error: envsubst is needed (package gettext-base)" >&2; exit 2; }
+need NAME IMAGE CONFIG WORKDIR BUCKET
+command -v envsubst > /dev/null || { echo "error: envsubst is needed (gettext-base)" >&2; exit 2; }
 kind=${1:-}
 case "$kind" in
   tpu)
@@ -33,7 +34,8 @@ case "$kind" in
     ;;
   *) echo "error: launch/gke/submit.sh tpu, or gpu" >&2; exit 2 ;;
 esac
-export NAME IMAGE CONFIG WORKDIR TOPOLOGY=${TOPOLOGY:-} SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} RESTARTS=${RESTARTS:-100}
+export NAME IMAGE CONFIG WORKDIR BUCKET TOPOLOGY=${TOPOLOGY:-}
+export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} RESTARTS=${RESTARTS:-100}
 
 jobset=$(envsubst < "$here/$kind.yaml") # pods' own variables are written $(NAME), which envsubst leaves alone
 [[ "${DRY_RUN:-0}" == 1 ]] && echo "$jobset"

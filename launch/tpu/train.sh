@@ -2,13 +2,13 @@
 # Trains on every worker of a pod, and again where it stopped if it is run again; ends with the training's exit status.
 #
 #   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer \
-#     launch/tpu/train.sh --config=configs/dinov2_b.py --workdir=gs://my-bucket/runs/one
+#     launch/tpu/train.sh --config=configs/dinov2_b.py --workdir=/mnt/bucket/runs/one
 #
 # PROJECT, ZONE, NAME, DRY_RUN: see launch/tpu/pod.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pod.sh"
-[[ "$*" == *--config=* && "$*" == *--workdir=gs://* ]] || {
-  echo "error: --config=FILE and --workdir=gs://BUCKET/FOLDER are needed: workers share no disk" >&2
+[[ "$*" == *--config=* && "$*" == *--workdir=/mnt/bucket/* ]] || {
+  echo "error: --config=FILE and --workdir=/mnt/bucket/FOLDER are needed: workers share no disk" >&2
   exit 2
 }
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Trains to the end: creates the pod, sets it up and trains, as often as it is preempted. Needs its own terminal (tmux).
 #
-#   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer TYPE=v5litepod-256 SPOT=1 \
-#     launch/tpu/watch.sh --config=configs/dinov2_b.py --workdir=gs://my-bucket/runs/one
+#   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer TYPE=v5litepod-256 SPOT=1 BUCKET=my-bucket \
+#     launch/tpu/watch.sh --config=configs/dinov2_b.py --workdir=/mnt/bucket/runs/one
 #
 # PROJECT, ZONE, NAME, TYPE, SPOT, RUNTIME, SERVICE_ACCOUNT, WAIT, DRY_RUN: see launch/tpu/create.sh
+# BUCKET     see launch/tpu/setup.sh
 # CRASHES    how often in a row training may fail on a healthy pod before this gives up (default 3)
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/pod.sh"
-need TYPE
+need TYPE BUCKET
 
 crashes=0
 while true; do

@@ -16,6 +16,7 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 IMAGENET = 1_281_167
 FULL = [("vqrae_dinov2_b", ()), ("recipe_16k", ()), ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)),
         ("fsq_dinov2_b", ()), ("small", ("ema",)), ("small", ("simvq",)), ("small", ("fsq",))]  # fmt: skip
+FAST = [("simvq_siglip2_l", ("2",)), ("small", ("ema",))]
 
 
 def shapes_only(module, config, *given):
@@ -38,7 +39,11 @@ def without_hub(monkeypatch):
     monkeypatch.setattr(critics, "discriminator", discriminator)
 
 
-@pytest.mark.parametrize(("name", "arguments"), FULL, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [given if given in FAST else pytest.param(*given, marks=pytest.mark.slow) for given in FULL],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else x,
+)
 def test_the_step_of_every_recipe_fits(name, arguments, without_hub, one_mesh):
     config = in_steps(load(name, *arguments), lambda: IMAGENET)
     values = config.model_dump()

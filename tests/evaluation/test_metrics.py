@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from vqrae_jax.evaluation.codebook import health
+from vqrae_jax.evaluation.codebook import alarm, health
 from vqrae_jax.evaluation.psnr import psnr
 
 
@@ -28,3 +28,12 @@ def test_health():
     levels = health(np.array([[5, 5], [9, 0]]))
     assert levels["usage"] == 0.75
     assert levels["dead"] == 1
+
+
+def test_the_alarm_asks_for_no_more_codes_than_there_were_latents():
+    assert alarm(np.array([3, 1, 0, 0]), 0.5) is None
+    assert "1 of 4 codes are in use" in alarm(np.array([4, 0, 0, 0]), 0.5)
+    assert alarm(np.array([4, 0, 0, 0]), 0.0) is None
+    assert alarm(np.bincount([7], minlength=1000), 0.5) is None
+    assert alarm(np.zeros(4, int), 0.5) is None
+    assert "codes of level 1" in alarm(np.array([[2, 2], [4, 0]]), 0.6)

@@ -69,7 +69,7 @@ def test_an_encoder_without_class_token(golden):
 
 def test_an_encoder_asked_for_half_patches(golden):
     settings = {"encoder_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 30}
-    with pytest.raises(ConfigError, match="encoder_input_size=30: no multiple of the patch size 14; near: 28 and 42"):
+    with pytest.raises(ConfigError, match=r"evaluation.encoder_input_size=30 is not divisible .* 14; .* 28 and 42"):
         networks.load(EvaluationConfig(**settings), ("encoder",))
 
 

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 
+from vqrae_jax import sharding
+from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import latent_statistics
 from vqrae_jax.inference.latent_statistics import estimate, parse
-from vqrae_jax.pretrained.sources import read_latent_statistics
+from vqrae_jax.pretrained.sources import read_latent_statistics, read_principal_axes
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +17,16 @@ def latents():
     return (1000 + rng.normal(size=(37, 4, 4, 3)) @ rng.normal(size=(3, 3))).astype(np.float32)
 
 
-def batches(latents, size=10):
-    return (latents[i : i + size] for i in range(0, len(latents), size))
+def batches(latents, size=16):
+    """Batches of one size; where there is no image, the mask says so."""
+    padded = np.pad(latents, ((0, -len(latents) % size), (0, 0), (0, 0), (0, 0)), constant_values=5.0)
+    masks = np.arange(len(padded)) < len(latents)
+    return ({"image": padded[i : i + size], "mask": masks[i : i + size]} for i in range(0, len(padded), size))
 
 
 @pytest.mark.parametrize("per_position", [False, True])
 def test_equals_float64_moments_although_the_mean_is_far_from_zero(latents, per_position):
-    moments = estimate(lambda image: image, batches(latents))
+    moments = estimate(lambda image: image, batches(latents), sharding.make_mesh())
     result = moments.result(per_position, 2)
     axes = 0 if per_position else (0, 1, 2)
     exact = latents.astype(np.float64)
@@ -33,7 +38,7 @@ def test_equals_float64_moments_although_the_mean_is_far_from_zero(latents, per_
 
 
 def test_principal_axes_diagonalize_the_covariance(latents):
-    result = estimate(lambda image: image, batches(latents)).result(False, 3)
+    result = estimate(lambda image: image, batches(latents), sharding.make_mesh()).result(False, 3)
     rows = latents.reshape(-1, 3).astype(np.float64) - result["pca_mean"]
     covariance = np.cov((rows @ result["pca_basis"]).T, bias=True)
     np.testing.assert_allclose(covariance, np.diag(result["pca_var"]), atol=2e-3 * result["pca_var"][0])
@@ -50,7 +55,17 @@ def test_the_command_writes_what_the_model_reads(golden, tmp_path):
     latent_statistics.latent_statistics(parse([*given, "--per-position", "--components=4"]))
     stats = read_latent_statistics(str(output), "model.normalization_stat_path")
     assert stats["mean"].shape == stats["var"].shape == (4, 4, 36)
-    assert np.load(output)["pca_basis"].shape == (36, 4)
+    assert read_principal_axes(str(output), "field")["pca_basis"].shape == (36, 4)
+
+
+def test_any_source_of_images_serves(golden, tmp_path, capsys):
+    given = [f"--encoder={golden / 'encoders' / 'dinov2'}", f"--output={tmp_path / 'stats.npz'}", "--size=56"]
+    latent_statistics.latent_statistics(parse([*given, "--source=photographs", "--limit=5", "--batch=3"]))
+    assert capsys.readouterr().out.startswith("5 images; ")
+    with pytest.raises(ConfigError, match="--data is missing"):
+        latent_statistics.latent_statistics(parse(given))
+    with pytest.raises(ConfigError, match="source='tape'"):
+        latent_statistics.latent_statistics(parse([*given, "--source=tape", "--data=x"]))
 
 
 def test_the_output_must_be_npz(tmp_path):

@@ -29,6 +29,15 @@ def test_grid_of_tokens_and_of_several_levels():
     assert pictures.reconstruction_grid(images, images, None).shape[1] < flat.shape[1]
 
 
+def test_differences_are_enlarged_and_clipped():
+    image, painted = np.full((1, 16, 16, 3), 100, np.uint8), np.full((1, 16, 16, 3), 90, np.uint8)
+    painted[0, 0, 0] = 250
+    difference = pictures.difference_map(image, painted)
+    assert difference[0, 1, 1].tolist() == [10 * pictures.GAIN] * 3
+    assert difference[0, 0, 0].tolist() == [255] * 3
+    np.testing.assert_array_equal(difference, pictures.difference_map(painted, image))
+
+
 def test_a_mark_frames_its_cells_and_nothing_else():
     image = np.zeros((32, 32, 3), np.uint8)
     marked = pictures.mark(image, 4, [(1, 2, 2, 4)])

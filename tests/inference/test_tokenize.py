@@ -95,6 +95,8 @@ def test_goes_on_where_it_stopped(trained, photos, whole, tmp_path, monkeypatch,
     first = (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns
     run(trained, photos, tmp_path)
     assert "wrote 2 of 3 shards" in capsys.readouterr().out
+    run(trained, photos, tmp_path)
+    assert "wrote 0 of 3 shards" in capsys.readouterr().out
     assert (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns == first
     assert content(tmp_path) == content(whole)
 

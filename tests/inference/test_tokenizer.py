@@ -127,6 +127,14 @@ def test_pil_images_and_lists_of_any_sizes(tokenizer):
         tokenizer.encode_to_indices([arrays[0], arrays[0][..., 0]])
 
 
+def test_the_resizing_may_be_left_to_the_model(trained):
+    tokenizer, pictures = Tokenizer.load(trained, fit="model"), np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
+    direct = tokenizer.function("encode_to_indices")(tokenizer.variables, pictures.astype(np.float32))
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(pictures), direct)
+    with pytest.raises(TokenizerError, match="images of one size at a time"):
+        tokenizer.encode_to_indices([pictures[0], pictures[0, 1:]])
+
+
 def test_nothing_in_nothing_out(tokenizer):
     assert tokenizer.encode_to_indices(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 4, 4)
     assert tokenizer.decode_from_indices(np.zeros((0, 4, 4), np.int64)).shape == (0, 32, 32, 3)

@@ -11,9 +11,15 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
-POD = {"PROJECT": "p", "ZONE": "us-west4-a", "NAME": "pod", "TYPE": "v5litepod-256", "WAIT": "0"}
-RUN = ["--config=configs/dinov2_b.py", "--workdir=gs://bucket/run"]
-JOB = {"NAME": "pod", "IMAGE": "vqrae:tpu", "CONFIG": "configs/dinov2_b.py", "WORKDIR": "gs://bucket/run"}
+POD = {"PROJECT": "p", "ZONE": "us-west4-a", "NAME": "pod", "TYPE": "v5litepod-256", "WAIT": "0", "BUCKET": "mine"}
+RUN = ["--config=configs/dinov2_b.py", "--workdir=/mnt/bucket/run"]
+JOB = {
+    "NAME": "pod",
+    "IMAGE": "vqrae:tpu",
+    "CONFIG": "configs/dinov2_b.py",
+    "WORKDIR": "/mnt/bucket/run",
+    "BUCKET": "b",
+}
 
 
 def launch(script, *arguments, dry=True, **variables):
@@ -73,7 +79,7 @@ def test_shellcheck():
     [
         ("tpu/create.sh", {k: v for k, v in POD.items() if k != "ZONE"}, "ZONE is not set"),
         ("tpu/create.sh", POD | {"TYPE": "v3-8"}, "TYPE=v3-8"),
-        ("tpu/train.sh", POD, "--workdir=gs://"),
+        ("tpu/train.sh", POD, "--workdir=/mnt/bucket/"),
         ("tpu/delete.sh", {}, "PROJECT is not set"),
         ("gke/submit.sh", {}, "NAME is not set"),
         ("gke/submit.sh", JOB, "launch/gke/submit.sh tpu, or gpu"),
@@ -104,13 +110,15 @@ def test_create_takes_the_runtime_of_the_generation(kind, runtime):
 def test_from_nothing_to_a_run_and_back_dry():
     done = launch("tpu/watch.sh", *RUN, **POD)
     assert done.returncode == 0, done.stderr
-    created, archived, copied, installed, trained = done.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
+    ran = done.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
+    created, archived, copied, installed, mounted, trained = ran
     assert "queued-resources create" in created
     assert archived.startswith("git archive")
     assert "scp" in copied
     assert "--worker=all" in copied
     assert ".[tpu]" in installed
-    assert "vqrae_jax.main --config=configs/dinov2_b.py --workdir=gs://bucket/run" in trained
+    assert "gcsfuse --implicit-dirs mine /mnt/bucket" in mounted
+    assert "vqrae_jax.main --config=configs/dinov2_b.py --workdir=/mnt/bucket/run" in trained
     assert commands(launch("tpu/delete.sh", **POD)) == [
         "gcloud compute tpus queued-resources delete pod --project=p --zone=us-west4-a --force --quiet"
     ]
@@ -171,6 +179,7 @@ def test_the_jobset_of_a_slice(topology, hosts, chips):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
     assert pod["containers"][0]["args"] == RUN
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
 def test_the_jobset_of_gpus_names_process_0():

@@ -65,7 +65,10 @@ def rms(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("case", ["bn_sn", "bn_nosn", "gn_sn", "gn_nosn"])
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("bn_nosn", "gn_sn")]
+
+
+@pytest.mark.parametrize("case", ["bn_sn", *SLOW, "gn_nosn"])
 def test_equals_pytorch(golden, assert_close, case):
     module, variables, recorded, kernels = read(golden, case)
     images = np.load(golden / "discriminator" / "images.npz")

@@ -56,7 +56,7 @@ def test_no_features_no_nan():
 def test_half_precision_is_near(files):
     params = read_lpips(SHAPES, *files)
     x, y = jax.random.uniform(jax.random.key(0), (2, 1, 16, 16, 3))
-    full, half = (LPIPS(dtype).apply({"params": params}, x, y) for dtype in ("float32", "bfloat16"))
+    full, half = (jax.jit(LPIPS(dtype).apply)({"params": params}, x, y) for dtype in ("float32", "bfloat16"))
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, full, rtol=0.03)
 

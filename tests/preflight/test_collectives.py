@@ -28,9 +28,10 @@ def plan(tiny, **mesh):
 
 def sent(plan):
     """Bytes by kind; every collective must be along "data"."""
-    program = step_program(plan.task, plan.mesh).trace(*plan.train_arguments()).lower().compile().as_text()
+    program = step_program(plan.task, plan.mesh).trace(*plan.train_arguments()).lower().compile()
+    assert program.memory_analysis().argument_size_in_bytes == plan.arguments()
     total = dict.fromkeys(hlo.COLLECTIVES, 0.0)
-    for c in hlo.Program(program, plan.mesh.size).collectives():
+    for c in hlo.Program(program.as_text(), plan.mesh.size).collectives():
         assert hlo.axes(c, dict(plan.mesh.shape)) == ("data",)
         total[c.kind] += c.size * c.trips
     return total

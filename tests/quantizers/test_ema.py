@@ -177,7 +177,7 @@ def test_revival_conserves_counts_and_places(clusters):
     out, after = train(module, {"batch_stats": state}, clusters[0])
     _, plain = train(module.clone(revival_threshold=0.0), {"batch_stats": state}, clusters[0])
     after, plain = after["batch_stats"], plain["batch_stats"]
-    assert out.metrics["revived"] == out.metrics["dead"] == 2
+    assert out.metrics["revived"] == out.metrics["starved"] == 2
     np.testing.assert_allclose(after["counts"].sum(), plain["counts"][2:].sum(), rtol=1e-5)
     np.testing.assert_allclose(after["codebook"][2:], plain["codebook"][2:], rtol=1e-4, atol=1e-5)
     gap = np.linalg.norm(np.asarray(after["codebook"])[:2, None] - np.asarray(state["codebook"])[None, 2:], axis=-1)

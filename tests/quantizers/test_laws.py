@@ -29,7 +29,9 @@ QUANTIZERS = {
     "ema_rotation": EMAQuantizer(K, C, estimator="rotation"),
     "ema_projected": Projected(EMAQuantizer(K, 3), C, 3),
     "ema_whitened": Whitened(EMAQuantizer(K, 3), C, 3),
+    "ema_diverse": Projected(EMAQuantizer(K, 3, diversity_cost=0.1), C, 3),
     "simvq": SimVQ(K, C),
+    "simvq_diverse": SimVQ(K, C, diversity_cost=0.1, temperature=0.1),
     "fsq": FSQ((4, 3), C),
     "lfq": LFQ(C, group=4),
     "bsq": LFQ(C, spherical=True),
@@ -48,8 +50,8 @@ each = pytest.mark.parametrize("name", QUANTIZERS)
 KINDS = [
     "ema",
     "ema_whitened",
-    "ema_projected",
-    "simvq",
+    "ema_diverse",
+    "simvq_diverse",
     "fsq",
     "lfq",
     "gumbel",
@@ -162,6 +164,16 @@ def test_every_parameter_and_the_latents_receive_a_gradient(name):
     params, latents = gradient(name)(variables.get("params", {}), z(), variables)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(params))
     assert np.mean(np.any(latents, axis=-1)) > 0.9
+
+
+@each
+def test_codes_are_those_of_one_codebook(name):
+    codes = jit(functools.partial(QUANTIZERS[name].apply, method="codes"))(trained(name))
+    if name in ("fsq", "lfq", "bsq"):
+        assert codes is None
+    else:
+        assert len(codes) == K
+        assert np.isfinite(codes).all()
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vqrae_jax.quantizers.nearest import Block, nearest
+from vqrae_jax.quantizers.nearest import Block, nearest, nearest_other
 from vqrae_jax.quantizers.statistics import code_counts, code_totals, one_hot_totals
 
 BLOCKS = [None, Block(1, 1), Block(7, 3), Block(64, 64), Block(128, 1000)]
@@ -88,6 +88,19 @@ def test_temporaries_do_not_grow_with_the_product():
     shape = jax.ShapeDtypeStruct((16_384, 32), jnp.float32)
     memory = search.lower(shape, shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+@pytest.mark.parametrize(("K", "sample"), [(2, 2), (96, 96), (331, 512), (5000, 40)])
+def test_nearest_other_equals_brute_force(K, sample):
+    _, codebook = arrays(1, K, 5)
+    codebook += 100
+    codebook[-1] = codebook[0]
+    exact = np.sqrt(((codebook[:, None].astype(np.float64) - codebook[None]) ** 2).sum(-1))
+    np.fill_diagonal(exact, np.inf)
+    count = min(sample, K)
+    chosen = np.arange(count) * K // count
+    found = jax.jit(nearest_other, static_argnums=1)(codebook, sample)
+    np.testing.assert_allclose(found, exact.min(1)[chosen], rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 256])

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.whitened import Whitened
+from vqrae_jax.quantizers.whitened import Whitened, fitted_state
 
 
 def test_codes_live_in_the_leading_axes_at_variance_one():
@@ -23,3 +23,20 @@ def test_codes_live_in_the_leading_axes_at_variance_one():
     # The small axis is coded as well as the large one: its error is a fraction of its own variance.
     left = ((np.asarray(out.z) - z) @ axes) ** 2
     assert np.all(left.mean(0) < 0.2 * np.asarray([100, 0.01]))
+
+
+def test_known_axes_are_kept():
+    """Four axes are known, two are wanted; the batch, of other axes, changes nothing."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(5, 4)))[0].astype(np.float32)
+    state = fitted_state(np.full(5, 3.0, np.float32), basis, np.float32([16, 4, 1, 0.25]), 2)
+    module = Whitened(EMAQuantizer(8, 2), 5, 2)
+    z = rng.normal(size=(64, 5)).astype(np.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    variables["batch_stats"] |= state
+    train = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)}))
+    _, after = train(variables)
+    for name, value in state.items():
+        np.testing.assert_array_equal(after["batch_stats"][name], value)
+    np.testing.assert_array_equal(state["basis"], basis[:, :2])
+    np.testing.assert_allclose(state["deviation"], [4, 2])

@@ -23,6 +23,7 @@ def test_the_first_bad_step_and_its_terms_are_named(tmp_path):
         guard.check()
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_before_it_saves(tiny, tmp_path, one_device):
     """The rate is finite for a step and far too large after it."""
     mad = {"learning_rate": 1e37, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}

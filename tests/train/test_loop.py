@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -47,7 +48,9 @@ def test_everything_is_written(straight):
     workdir, figures = straight
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6]
-    assert {"loss/pixel", "loss/vq", "codebook/usage", "codebook/perplexity", "grad_norm"} <= lines[0].keys()
+    assert {"loss/pixel", "loss/vq", "grad_norm"} <= lines[0].keys()
+    health = ("usage", "perplexity", "entropy_bits", "dead", "starved", "revived", "quantization_error", "distance")
+    assert {f"codebook/{name}" for name in health} <= lines[0].keys()
     assert figures["eval/images"] == 64
     assert (workdir / "reconstructions.png").stat().st_size > 1000
     assert any((workdir / "tensorboard").iterdir())
@@ -138,18 +141,17 @@ loop.train(config, sys.argv[1])
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
-def test_windows_average_scalars_and_add_counts():
-    window = loop.Window(batch_size=4)
+def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
+    """SIGTERM, or Ctrl-C once, during step 2."""
+    fetch, before = loop.Run.next_batch, signal.getsignal(signal.SIGINT)
 
-    def add(a, b):
-        return jax.tree.map(lambda x, y: x + y, a, b)
+    def next_batch(run):
+        if int(run.state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(run)
 
-    for value, counts in ((1.0, [1, 0, 1, 0]), (3.0, [1, 0, 0, 0])):
-        window.add({"loss": np.float32(value), "counts": np.array(counts)}, add)
-    flushed = window.flush()
-    assert flushed["loss"] == 2.0
-    assert flushed["codebook/usage"] == 0.5
-    assert flushed["images_per_second"] > 0
-    window.add({"loss": np.float32(5.0), "counts": np.array([1, 1, 1, 1])}, add)
-    window.pause()
-    assert window.flush()["loss"] == 5.0
+    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
+    with pytest.raises(loop.Stopped, match="stopped at step 2, which is saved"):
+        loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
+    assert checkpoint.find(tmp_path).name == "2"
+    assert signal.getsignal(signal.SIGINT) is before

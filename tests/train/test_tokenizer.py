@@ -58,11 +58,14 @@ def test_fsdp_splits_weights_and_never_activations(tiny):
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
-)
+    [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1},
+     {"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
+)  # fmt: skip
 def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
     config = tiny(mesh=mesh)
-    (grads, stats, losses), state = train(config, sharding.make_mesh(mesh["data"], mesh["model"]))
+    (grads, stats, losses), state = train(
+        config, sharding.make_mesh(mesh["data"], mesh["model"], slices=mesh.get("slices", 1))
+    )
     np.testing.assert_allclose(losses, single[2], rtol=1e-5)
     for name in ("codebook", "counts", "sums"):
         assert_close(stats["quantizer"][name], single[1]["quantizer"][name], 1e-5, name)

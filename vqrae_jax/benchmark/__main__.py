@@ -3,10 +3,19 @@
 import importlib
 import sys
 
-BENCHMARKS = {
-    "input": "images per second and core of the training input, against a PyTorch DataLoader",
-    "quantizers": "search and training step of the quantizers, against bare matmuls and PyTorch",
-    "tokenize": "tokenizing a folder from disk to disk, against the bare encoder and search",
+STAGES = "timed beside this machine's ceilings, with --against=pytorch beside PyTorch"
+BENCHMARKS = {  # name -> module and what it measures
+    "encoder": ("speed", f"DINOv2 at 224 pixels, {STAGES}"),
+    "decoder": ("speed", f"the ViT decoder, {STAGES}"),
+    "quantizer": ("speed", f"the EMA quantizer's training step, {STAGES}"),
+    "train_step": ("speed", f"the whole training step, {STAGES}; several stages can be named"),
+    "end_to_end": ("end_to_end", "the training loop with input, logging and checkpoints, against its bare step"),
+    "quantizers": (
+        "quantizers",
+        "search and training step of the quantizers, and a table of all of them at equal bits",
+    ),
+    "input": ("input", "images per second and core of the training input, against a PyTorch DataLoader"),
+    "tokenize": ("tokenize", "tokenizing a folder from disk to disk, against the bare encoder and search"),
 }
 
 
@@ -17,9 +26,11 @@ def main(arguments: list[str]) -> None:
       SystemExit: no such benchmark.
     """
     if not arguments or arguments[0] not in BENCHMARKS:
-        known = "\n".join(f"  {name}: {what}" for name, what in BENCHMARKS.items())
+        known = "\n".join(f"  {name}: {what}" for name, (_, what) in BENCHMARKS.items())
         raise SystemExit(f"usage: python -m vqrae_jax.benchmark NAME [arguments]\n{known}")
-    importlib.import_module(f"vqrae_jax.benchmark.{arguments[0]}").main(arguments[1:])
+    module, _ = BENCHMARKS[arguments[0]]
+    rest = arguments if module == "speed" else arguments[1:]
+    importlib.import_module(f"vqrae_jax.benchmark.{module}").main(rest)
 
 
 if __name__ == "__main__":

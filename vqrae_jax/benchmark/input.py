@@ -23,7 +23,9 @@ MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
 def main(arguments: list[str]) -> None:
     """Prints images per CPU second of both, timed in turns, and the memory of three epochs."""
     parser = argparse.ArgumentParser(prog="python -m vqrae_jax.benchmark input", description=__doc__)
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch, numpy and Pillow")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="a Python (3.11 or newer) with torch, numpy and Pillow"
+    )
     parser.add_argument("--images", help="a flat folder of JPEGs; default: 500 x 375 crops of the shipped photographs")
     parser.add_argument("--size", type=int, default=256, help="pixels of a training image")
     parser.add_argument("--batch", type=int, default=64)
@@ -41,8 +43,6 @@ def main(arguments: list[str]) -> None:
         for name, speed in best.items():
             ratio = f", {speed / torch:.2f} times PyTorch" if torch and speed != torch else ""
             print(f"  {name}: {speed:.0f}{ratio}")
-        if not torch:
-            print("  no torch with Pillow there: give --torch-python for the comparison")
         _memory(given, folder, count)
 
 
@@ -81,9 +81,13 @@ def _ours(given: argparse.Namespace, folder: str, count: int, normalized: bool) 
 def _torch(given: argparse.Namespace, folder: str) -> float:
     """Images per CPU second of a DataLoader with one worker; 0 where that Python has no torch or no Pillow."""
     program = pathlib.Path(__file__).with_name("torch_input.py")
-    command = [given.torch_python, program, folder, str(given.size), str(given.batch), "1", "3"]
+    # -P: beside it are modules with the names of Python's own
+    command = [given.torch_python, "-P", program, folder, str(given.size), str(given.batch), "1", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else 0.0
+    if done.returncode:
+        print(f"  PyTorch is left out: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        return 0.0
+    return float(done.stdout)
 
 
 def _memory(given: argparse.Namespace, folder: str, count: int) -> None:

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.config import ModelConfig, QuantizerParams
-from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.benchmark import quantizer_table
 from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import CPU_BLOCK, nearest
 
 REPEATS = 5
@@ -27,13 +25,20 @@ def main(arguments: list[str]) -> None:
     """Prints the tables; timings are the best of some repetitions."""
     parser = argparse.ArgumentParser(prog="python -m vqrae_jax.benchmark quantizers", description=__doc__)
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch, for the comparison")
-    parser.add_argument("--features", help="folder with train.npy and val.npy, [images, tokens, channels], to cluster")
-    parser.add_argument("--codes", type=int, default=2048, help="codebook size on features")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training features")
-    parser.add_argument("--quantizers", default="ema", help="comma-separated names, on features")
+    table = parser.add_argument_group("the table of all quantizers at equal bits, instead of the timings")
+    table.add_argument("--images", help="folder with the images in train/ and val/; makes the table")
+    table.add_argument("--encoder", default="facebook/dinov2-small", help="as model.encoder_config_path")
+    table.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls")
+    table.add_argument("--size", type=int, default=224, help="pixels, as model.encoder_input_size")
+    table.add_argument("--codes", type=int, default=2048, help="codebook size: 2048 or 8192")
+    table.add_argument("--epochs", type=int, default=8, help="passes over the training images")
+    table.add_argument("--steps", type=int, help="so many steps instead")
+    table.add_argument("--limit", type=int, help="use the first so many images of train/ and of val/")
+    table.add_argument("--quantizers", help="rows, comma-separated; all by default")
+    table.add_argument("--output", help="folder for table.md and table.json")
     given = parser.parse_args(arguments)
-    if given.features:
-        _features(given)
+    if given.images:
+        quantizer_table.run(given)
     else:
         _search(65_536, 65_536, 32)
         _step(4096, 8192, 768, given.torch_python)
@@ -81,7 +86,10 @@ def _step(n: int, k: int, c: int, torch_python: str) -> None:
 def _torch(python: str, n: int, k: int, c: int) -> float:
     """Seconds per step of the textbook layer; infinite where that Python has no torch."""
     program = pathlib.Path(__file__).with_name("torch_vq.py")
-    done = subprocess.run([python, program, *map(str, (n, k, c, REPEATS))], capture_output=True, text=True, check=False)
+    # -P: beside it are modules with the names of Python's own
+    done = subprocess.run(
+        [python, "-P", program, *map(str, (n, k, c, REPEATS))], capture_output=True, text=True, check=False
+    )
     return float(done.stdout) if done.returncode == 0 else float("inf")
 
 
@@ -97,54 +105,6 @@ def blocked_matmul(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Flo
         return None, jnp.sum(jax.lax.scan(add, jnp.zeros((rows, codes)), parts)[0], axis=1)
 
     return jax.lax.scan(over_rows, None, z.reshape(-1, rows, z.shape[1]))[1].reshape(-1)
-
-
-def _features(given: argparse.Namespace) -> None:
-    """Every quantizer at equal codes, trained online on precomputed latents (no decoder, so only the codes learn)."""
-    train, val = (_grid(np.load(pathlib.Path(given.features) / f"{name}.npy")) for name in ("train", "val"))
-    print("quantizer | error on val / variance | use | perplexity | ms per step")
-    for name in given.quantizers.split(","):
-        config = ModelConfig(quantizer=name, num_embeddings=given.codes, quantizer_params=QuantizerParams())
-        module = create(config, train.shape[-1], train.shape[1])
-        error, counts, seconds = cluster(module, train, val, given.epochs)
-        share = counts / counts.sum(-1, keepdims=True)
-        entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
-        use, perplexity = (counts > 0).mean(), np.exp(entropy).mean()
-        print(f"{name} | {error:.4f} | {use:.3f} | {perplexity:.0f} | {1e3 * seconds:.1f}", flush=True)
-
-
-def _grid(tokens: Float[np.ndarray, "B T C"]) -> Float[np.ndarray, "B h w C"]:
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.reshape(len(tokens), side, side, -1)
-
-
-def cluster(
-    module: Quantizer,
-    train: Float[np.ndarray, "B h w C"],
-    val: Float[np.ndarray, "V h w C"],
-    epochs: int,
-    batch: int = 32,
-) -> tuple[float, np.ndarray, float]:
-    """Trains on batches of images; error relative to the variance and counts on val, seconds per step."""
-    variables = jax.jit(module.init)(jax.random.key(0), train[:1])
-
-    def train_step(variables: Any, z: jax.Array, key: jax.Array) -> Any:
-        out, state = module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": key})
-        return out.loss, {**variables, **state}
-
-    step = jax.jit(train_step, donate_argnums=0)
-    rng, times = np.random.default_rng(0), []
-    for epoch in range(epochs):
-        order = rng.permutation(len(train))
-        for i in range(len(train) // batch):
-            start = time.perf_counter()
-            z = jnp.asarray(train[order[i * batch : (i + 1) * batch]])
-            loss, variables = step(variables, z, jax.random.fold_in(jax.random.key(1), epoch * 10_000 + i))
-            loss.block_until_ready()
-            times.append(time.perf_counter() - start)
-    out = jax.jit(lambda v, z: module.apply(v, z))(variables, val)
-    error = float(jnp.mean((out.z - val) ** 2) / np.var(val))
-    return error, np.asarray(out.metrics["counts"]), float(np.median(times))
 
 
 def _jitted(function: Callable, *arguments: Any) -> Callable[[], Any]:

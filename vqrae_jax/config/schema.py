@@ -46,7 +46,9 @@ class QuantizerParams(Section):
     """Fields of one or some quantizers; the names before the colon read them."""
 
     codebook_dim: Positive | None = None  # all but fsq, none: channels of the codes, by learned projections in and out
-    whitening_dim: Positive | None = None  # all but none: principal axes of the latent that are kept, at variance one
+    # all but none: principal axes of the latent that are kept, at variance one; those of normalization_stat_path where
+    # the file has them, else of the first batch
+    whitening_dim: Positive | None = None
     distance: Literal["l2", "cosine"] | None = None  # ema (None: l2), simvq (None: cosine)
     # ema, simvq: what gradient a latent receives through the choice of its code
     estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
@@ -58,8 +60,9 @@ class QuantizerParams(Section):
     adapter: Literal["mlp", "linear", "none"] = "mlp"  # fsq: from the latent to the levels and back
     entropy_cost: NonNegative = 0.1  # lfq, bsq, ibq: certainty of each latent, diversity of the batch
     diversity: NonNegative = 1.0  # lfq, bsq: weight of the second
+    diversity_cost: NonNegative = 0.0  # ema, simvq: log K less the entropy of the batch's mean soft code
     orthogonality_cost: NonNegative = 0.0  # simvq, ibq, gumbel: mean squared cosine between codes
-    temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel: of the soft codes
+    temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel; of diversity_cost: of the soft codes
     final_temperature: Above0 = 0.1  # gumbel: after anneal_steps
     anneal_steps: Positive = 10_000  # gumbel
     inner: Literal["ema", "simvq", "lfq", "bsq", "gumbel", "ibq"] = "ema"  # residual, product, multiscale: made of
@@ -86,7 +89,7 @@ class ModelConfig(Section):
     decoder_features: tuple[int, ...] = ()  # encoder blocks whose tokens an extra head of the decoder predicts
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
-    normalization_stat_path: str | None = None  # .npz or .pt with mean and/or var of the latents
+    normalization_stat_path: str | None = None  # .npz or .pt: mean and/or var of the latents, principal axes
     # none: the continuous autoencoder RAE
     quantizer: Literal[
         "ema", "simvq", "fsq", "lfq", "bsq", "gumbel", "ibq", "residual", "product", "multiscale", "none"
@@ -262,11 +265,16 @@ class TrainConfig(Section):
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
     # Workdir or checkpoint of another run: a new run starts from its EMA parameters and codebook, at step 0.
     start_from: str | None = None
+    start_parts: tuple[Part, ...] = ()  # what is taken of it; (): all that it has
+    start_renames: dict[str, str] = {}  # beginning of a path in that checkpoint -> what it is called here
     log_every: Positive = 50
     evaluate_every: Positive = 5_000
     checkpoint_every: Positive = 1_000
     keep_last: Positive = 3
     keep_best: Count = 1  # by validation PSNR
+    codebook_alarm: Fraction = 0.1  # warn when a window of the log uses a smaller share of the codes; 0: never
+    keep_every: Count = 0  # steps; checkpoints of their multiples are kept for good; 0: none
+    hang_seconds: NonNegative = 900  # without a step, after which every thread's stack is printed; 0: never
     pictures: Positive = 8  # validation images drawn at each evaluation
     wandb_project: str | None = None  # also log to Weights & Biases
 
@@ -274,8 +282,9 @@ class TrainConfig(Section):
 class MeshConfig(Section):
     """How devices are laid out."""
 
-    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that "model" leaves
+    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that the others leave
     model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
+    slices: Positive = 1  # TPU slices (or nodes) that only share batches; parameters are whole in each
     fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
     fsdp_min_size: Positive = 65_536  # elements below which a leaf is kept whole
 

@@ -25,5 +25,21 @@ def health(counts: Int[np.ndarray, "*levels K"]) -> dict[str, float]:
     }
 
 
+def alarm(counts: Int[np.ndarray, "*levels K"], share: float) -> str | None:
+    """A sentence where fewer than `share` of the codes are in use that could be (with fewer latents than codes, not
+    all can); None otherwise."""
+    levels = np.reshape(counts, (-1, np.shape(counts)[-1]))
+    used = (levels > 0).sum(1)
+    possible = np.minimum(levels.shape[1], levels.sum(1))
+    worst = int(np.argmin(used / np.maximum(possible, 1)))
+    if used[worst] >= share * possible[worst]:
+        return None
+    which = f" of level {worst}" if len(levels) > 1 else ""
+    return (
+        f"ALARM: {used[worst]} of {levels.shape[1]} codes{which} are in use, fewer than {share:.1%} of those that "
+        f"{levels[worst].sum()} latents could use"
+    )
+
+
 def _entropy_bits(share: Float[np.ndarray, "levels K"]) -> Float[np.ndarray, " levels"]:
     return -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1)

@@ -127,10 +127,6 @@ def _encoder(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
         for ours, theirs in fields.items():
             told = told.replace(f"model.{theirs}", f"evaluation.{ours}")
         raise type(error)(told) from None
-    patch, size = encoder.vit.patch, config.encoder_input_size
-    if size % patch:
-        near = f"{size // patch * patch} and {(size // patch + 1) * patch}"
-        raise ConfigError(f"evaluation.encoder_input_size={size}: no multiple of the patch size {patch}; near: {near}")
     if config.encoder_pool == "cls" and not encoder.vit.cls:
         raise ConfigError(f"evaluation.encoder_pool='cls': {config.encoder_path} has no class token; take 'mean'")
     module = PooledEncoder(encoder.vit, config.encoder_input_size, encoder.mean, encoder.std, config.encoder_pool)

@@ -1,6 +1,6 @@
 """python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --data=photographs --output=report
 
-How a tokenizer uses its codes on a folder of images: numbers on the screen and in report.json, and four pictures.
+How a tokenizer uses its codes on images: numbers on the screen and in report.json, and four pictures.
 use.png: how often each code occurs, sorted. map.png: the codes in their first two principal axes, darker where used
 more, pale where never. patches.png: one row per code, most used first, with the image patches nearest to it.
 positions.png: entropy of the codes at each position of the grid, white for the highest.
@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from vqrae_jax.data import images
-from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.data import images, pipeline
+from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
-from vqrae_jax.inference import command
+from vqrae_jax.inference import command, data_flags
 from vqrae_jax.inference.pictures import histogram
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
+from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
 SIDE = 512  # pixels of charts
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="workdir of a run, or one step of its checkpoints folder")
-    parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
+    data_flags.add(parser)
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
     parser.add_argument("--limit", type=int, default=1000, help="images to use")
@@ -49,8 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def report(args: argparse.Namespace) -> dict[str, float]:
     """Runs the command; returns the numbers."""
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
-    pictures = _read(images.image_files(args.data, field="--data")[: args.limit], tokenizer.image_size)
-    numbers, charts = study(tokenizer, pictures)
+    numbers, charts = study(tokenizer, _read(args, tokenizer.image_size))
     output = pathlib.Path(args.output)
     for name, chart in charts.items():
         images.write_image(output / f"{name}.png", chart)
@@ -171,27 +171,23 @@ def _lookup(tokenizer: Tokenizer, indices: Int[np.ndarray, "*b"]) -> Float[np.nd
 
 
 def _spacing(codes: Float[np.ndarray, "K C"]) -> dict[str, float]:
-    """Median and smallest distance from a code in use to the nearest other one; of at most 2,048 codes."""
-    codes = codes[:2048].astype(np.float64)
+    """Mean, median and smallest distance from a code in use to the nearest other one; of at most 2,048 codes."""
     if len(codes) < 2:
         return {}
-    square = (codes**2).sum(1)
-    distance = square[:, None] + square - 2 * codes @ codes.T
-    np.fill_diagonal(distance, np.inf)
-    nearest = np.sqrt(np.maximum(distance.min(1), 0))
-    return {"code_distance_median": float(np.median(nearest)), "code_distance_min": float(nearest.min())}
+    distance = np.asarray(nearest_other(codes, 2048), np.float64)
+    statistics = {"": distance.mean(), "_median": np.median(distance), "_min": distance.min()}
+    return {f"code_distance{name}": float(value) for name, value in statistics.items()}
 
 
-def _read(files: Sequence[str], size: int) -> UInt8[np.ndarray, "B S S 3"]:
-    pictures = []
-    for file in files:
-        try:
-            pictures.append(images.center_crop(images.read_image(file, at_least=size), size))
-        except ImageError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    if not pictures:
-        raise DataError(f"--data: none of {len(files)} files is a readable picture")
-    return np.stack(pictures)
+def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
+    data = data_flags.data_config(args, image_size=size, eval_batch_size=BATCH)
+    batches = pipeline.evaluation_batches(data, limit=args.limit)
+    pictures = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    if skipped := batches.count - len(pictures):
+        print(f"skipped: {skipped} images that cannot be read", file=sys.stderr)
+    if not len(pictures):
+        raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
+    return pictures
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def to_origin(config: config_lib.ModelConfig, variables: Any, transformers: expo
     params = dict(variables["params"])
     if config.scan_layers:
         params["decoder"] = unstack_blocks(params["decoder"])
+    # The head that predicts encoder features serves training only; the origin has none.
+    params["decoder"] = {n: tree for n, tree in params["decoder"].items() if n != "features"}
     state = export.origin_state_dict(
         {**variables, "params": params}, config.encoder_cls, config.quantizer, transformers,
         config.quantizer_params.levels,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped, UInt8
 from vqrae_jax.data import images as image_files
 from vqrae_jax.resize import matrix
 
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "pad", "stretch", "model"]
 
 
 class TokenizerError(ValueError):
@@ -40,6 +40,19 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._items)
 
+    def shape(self, size: int, fit: Fit) -> tuple[int, int, int]:
+        """Of each once fitted.
+
+        Raises:
+          TokenizerError: left to the model, they have to be of one size.
+        """
+        if fit != "model" or not len(self):
+            return (size, size, 3)
+        shapes = {x.shape for x in self._items}
+        if len(shapes) > 1:
+            raise TokenizerError(f'fit="model" takes images of one size at a time, not {sorted(shapes)}')
+        return shapes.pop()
+
     def batch(self, chosen: slice, size: int, fit: Fit, fill: Sequence[float]) -> Shaped[np.ndarray, "b S S 3"]:
         """Some of them, fitted, as `dtype`."""
         items = [fitted(x, size, fit, fill) for x in self._items[chosen]]
@@ -55,9 +68,9 @@ def fitted(
 
     Args:
       fit: "crop" takes the central square, "pad" shows all of it on `fill` (a colour in [0, 1]), "stretch" changes its
-        proportions.
+        proportions, "model" leaves it as it is.
     """
-    if picture.shape[:2] == (size, size):
+    if fit == "model" or picture.shape[:2] == (size, size):
         return picture
     if fit == "crop" and picture.dtype == np.uint8:
         return image_files.center_crop(picture, size)

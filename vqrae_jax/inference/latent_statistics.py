@@ -1,24 +1,24 @@
 """python -m vqrae_jax.inference.latent_statistics --encoder=facebook/dinov2-base --data=photographs --output=stats.npz
 
-Mean, variance and principal axes of an encoder's latents over a folder of images; `model.normalization_stat_path`
-reads the file.
+Mean, variance and principal axes of an encoder's latents over images; `model.normalization_stat_path` reads the file.
 """
 
 import argparse
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vqrae_jax import assembly, sharding
 from vqrae_jax.config import ModelConfig, from_dict
-from vqrae_jax.data import images
-from vqrae_jax.data.errors import DataError, ImageError
-from vqrae_jax.inference import command
+from vqrae_jax.data import pipeline
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.inference import command, data_flags
 
 log = logging.getLogger(__name__)
 
@@ -84,19 +84,27 @@ def batch_moments(
 
 def estimate(
     encode: Callable[[Float[Array, "B H W 3"]], Float[Array, "B h w C"]],
-    batches: Iterable[Float[np.ndarray, "b H W 3"]],
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
 ) -> Moments:
-    """One pass over batches of images in [0, 1], each spread over all devices."""
-    mesh = sharding.make_mesh()
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    step = jax.jit(lambda image, mask: batch_moments(encode(image), mask), in_shardings=(rows, rows))
-    moments, size = Moments(), 0
+    """One pass over batches of images, spread over the mesh.
+
+    Args:
+      encode: images in [0, 1] to latents.
+      batches: {"image": [b, H, W, 3] uint8 or floats in [0, 1], "mask": bool [b]}, this process's parts, of one size.
+      mesh: its "data" axis divides the batch.
+    """
+
+    def step(image: Array, mask: Array) -> tuple[Array, ...]:
+        image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+        return jnp.sum(mask), *batch_moments(encode(image), mask.astype(jnp.float32))
+
+    step, moments = jax.jit(step, out_shardings=sharding.replicated(mesh)), Moments()
     for batch in batches:
-        size = max(size, -(-len(batch) // mesh.size) * mesh.size)  # the last batch is filled up: one compilation
-        padding = size - len(batch)
-        image = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        mask = (np.arange(size) < len(batch)).astype(np.float32)
-        moments.add(len(batch), *jax.device_get(step(image, mask)))
+        placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
+        count, *sums = jax.device_get(step(placed["image"], placed["mask"]))
+        if count:
+            moments.add(int(count), *sums)
     return moments
 
 
@@ -106,7 +114,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", required=True, help="hub id or local folder, as model.encoder_config_path")
     parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls")
     parser.add_argument("--size", type=int, default=224, help="pixels, as model.encoder_input_size")
-    parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
+    data_flags.add(parser)
     parser.add_argument("--output", required=True, help="file to write, .npz")
     parser.add_argument("--per-position", action="store_true", help="mean and variance per position too: [h, w, C]")
     parser.add_argument("--components", type=int, default=64, help="principal axes to keep")
@@ -125,30 +133,21 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
         assembly.assemble(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"}))
     )
     params = {"params": jax.device_put(built.pretrained["encoder"])}
-    files = images.image_files(args.data, field="--data")[: args.limit]
-    moments = estimate(lambda image: built.module.encoder.apply(params, image), _read(files, args.size, args.batch))
+    mesh = sharding.make_mesh()
+    batch = -(-args.batch // mesh.size) * mesh.size
+    data = data_flags.data_config(args, image_size=args.size, eval_batch_size=batch)
+    batches = pipeline.evaluation_batches(data, limit=args.limit)
+    moments = estimate(lambda image: built.module.encoder.apply(params, image), batches, mesh)
     if not moments.count:
-        raise DataError(f"--data={args.data}: none of {len(files)} files is a readable picture")
+        raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
     result = moments.result(args.per_position, args.components)
     output.parent.mkdir(parents=True, exist_ok=True)
     np.savez(output, **result)
     share = result["pca_var"].sum() * moments.count / np.trace(moments.products) * moments.mean[..., 0].size
+    if skipped := batches.count - moments.count:
+        log.warning("skipped: %d images that cannot be read", skipped)
     print(f"{moments.count} images; {len(result['pca_var'])} axes hold {share:.1%} of the variance; wrote {output}")
     return result
-
-
-def _read(files: Sequence[str], size: int, batch: int) -> Iterator[Float[np.ndarray, "b H W 3"]]:
-    part = []
-    for file in files:
-        try:
-            part.append(images.center_crop(images.read_image(file, at_least=size), size).astype(np.float32) / 255)
-        except ImageError as error:
-            log.warning("skipped: %s", error)
-        if len(part) == batch:
-            yield np.stack(part)
-            part = []
-    if part:
-        yield np.stack(part)
 
 
 if __name__ == "__main__":

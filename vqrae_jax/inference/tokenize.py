@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from vqrae_jax import sharding
-from vqrae_jax.config import ConfigError, DataConfig, from_dict
+from vqrae_jax.config import ConfigError
 from vqrae_jax.data import code_shards, codes, ordered, sources
 from vqrae_jax.data.readable import Skipped
-from vqrae_jax.inference import command
+from vqrae_jax.inference import command, data_flags
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 ROWS = 32  # pictures of a batch per device
@@ -34,10 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    parser.add_argument("--data", help="images: what data.path is in a config")
-    parser.add_argument("--source", default="folder", help="what data.source is in a config; default: folder")
-    parser.add_argument("--name", help="what data.name is in a config")
-    parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
+    data_flags.add(parser)
     parser.add_argument("--output", required=True, help="folder for the codes")
     parser.add_argument("--format", default="npz", choices=list(code_shards.SUFFIXES), help="default: npz")
     parser.add_argument(
@@ -72,7 +69,8 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         )
     missing = codes.begin(args.output, plan)
     mine = [shard for shard in missing if shard % args.processes == args.process]
-    write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
+    if mine:
+        write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
     manifest = codes.finish(args.output, plan)
     _report(args, plan, manifest, len(mine))
     return manifest
@@ -102,12 +100,7 @@ def write_shards(
 
 
 def find_source(args: argparse.Namespace) -> Any:
-    """The images, as a config's validation data: fixed, in order, with nothing random."""
-    values = {"path": args.data, "eval_path": args.data, "name": args.name, "eval_split": args.split}
-    source = sources.evaluation_source(from_dict(DataConfig, {"source": args.source, **values}))
-    if source is None:
-        raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
-    return source
+    return sources.evaluation_source(data_flags.data_config(args))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -74,7 +74,8 @@ class Tokenizer:
           memory_limit: bytes that a compiled program may need on a device for its intermediate values; None: half of
             the device's memory.
           fit: what happens to images that are no squares: "crop" takes the central square, "pad" shows all on the mean
-            colour, "stretch" changes proportions. All resample bicubically with antialias.
+            colour, "stretch" changes proportions. All resample bicubically with antialias, to `image_size`. "model"
+            leaves images of one size to the encoder's own resizing, as PyTorch VQRAE does (bicubic without antialias).
           output: "jax" leaves results on the device.
         """
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
@@ -260,7 +261,8 @@ class Tokenizer:
         def take(chosen: slice) -> np.ndarray:
             return pictures.batch(chosen, size, self.fit, self.module.encoder.mean)
 
-        return self._programs.run(method, len(pictures), (size, size, 3), pictures.dtype, take, self.output)
+        shape = pictures.shape(size, self.fit)
+        return self._programs.run(method, len(pictures), shape, pictures.dtype, take, self.output)
 
     def _rows(self, method: str, rows: Shaped[np.ndarray, "B ..."]) -> Any:
         return self._programs.run(method, len(rows), rows.shape[1:], rows.dtype, rows.__getitem__, self.output)

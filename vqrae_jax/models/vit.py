@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vqrae_jax.models import low_precision
 from vqrae_jax.resize import resize
 
 Tokens = Float[Array, "B N D"]
@@ -41,6 +42,7 @@ class BlocksConfig:
     scan: bool = False  # parameters stacked along a leading axis and scanned
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of activations; norms and softmax stay float32
+    matmul: Literal["dtype", "int8", "fp8"] = "dtype"  # of the blocks' dense layers; eight bits for frozen weights only
     # Identity on the tokens between blocks by which whoever shards the model says where they live: parameters split
     # over the devices of a batch would otherwise draw the partitioner into splitting the tokens' channels as well.
     pin: Callable[[Tokens], Tokens] = unpinned
@@ -116,6 +118,14 @@ def matmul_precision(dtype: str) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
+def dense_options(cfg: BlocksConfig) -> dict[str, Any]:
+    """What every dense layer of the blocks is told."""
+    options = {"dtype": cfg.dtype, "precision": matmul_precision(cfg.dtype)}
+    if cfg.matmul != "dtype":
+        options["dot_general"] = functools.partial(low_precision.dot_general, bits=cfg.matmul)
+    return options
+
+
 def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNorm:
     # E[x^2] - E[x]^2 would lose digits that the pretrained features have.
     return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
@@ -129,14 +139,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], rope: Rope | None = None) -> Float[Array, "B N D"]:
         c = self.cfg
-        precision = matmul_precision(c.dtype)
-        head = functools.partial(nn.DenseGeneral, (c.heads, c.width // c.heads), dtype=c.dtype, precision=precision)
+        head = functools.partial(nn.DenseGeneral, (c.heads, c.width // c.heads), **dense_options(c))
         query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        with jax.default_matmul_precision("float32") if precision else contextlib.nullcontext():
+        with jax.default_matmul_precision("float32") if matmul_precision(c.dtype) else contextlib.nullcontext():
             mixed = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
-        return nn.DenseGeneral(c.width, (-2, -1), dtype=c.dtype, precision=precision, name="out")(mixed)
+        return nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")(mixed)
 
 
 class Mlp(nn.Module):
@@ -147,7 +156,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         c = self.cfg
-        dense = functools.partial(nn.Dense, dtype=c.dtype, precision=matmul_precision(c.dtype))
+        dense = functools.partial(nn.Dense, **dense_options(c))
         act = ACTIVATIONS[c.act]
         hidden = dense(c.mlp, name="up")(x)
         hidden = act(dense(c.mlp, name="gate")(x)) * hidden if c.gated else act(hidden)
@@ -218,6 +227,32 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     depth = jax.tree.leaves(stacked)[0].shape[0]
     single = {f"block{i:02d}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)}
     return {**{n: p for n, p in params.items() if n != "blocks"}, **single}
+
+
+def stacked_blocks(params: dict[str, Any], name: str = "") -> dict[str, bool]:
+    """Of every network in params, by name, whether its blocks are stacked."""
+    if not isinstance(params, dict):
+        return {}
+    found = {}
+    if "blocks" in params or "block00" in params:
+        found[name] = "blocks" in params
+    for n, tree in params.items():
+        found |= stacked_blocks(tree, n)
+    return found
+
+
+def restack_blocks(tree: Any, stacked: dict[str, bool], name: str = "") -> Any:
+    """`tree`, any nest that holds trees of params (an optimizer's state, say), with blocks as `stacked_blocks` says."""
+    if isinstance(tree, dict):
+        if stacked.get(name) and "block00" in tree:
+            return stack_blocks(tree)
+        if stacked.get(name) is False and "blocks" in tree:
+            return unstack_blocks(tree)
+        return {n: restack_blocks(value, stacked, n) for n, value in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [restack_blocks(part, stacked, name) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
 
 
 class ViT(nn.Module):

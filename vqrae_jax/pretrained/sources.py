@@ -13,6 +13,7 @@ from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_t
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 # A hub folder often has the same weights in several formats: only the first that is there is fetched.
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "flax_model.msgpack"]
+PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
 def fetch(name: str, field: str) -> pathlib.Path:
@@ -139,6 +140,23 @@ def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
         shapes = {k: np.shape(v) for k, v in given.items()}
         raise PretrainedError(f"{file} ({field}) holds {shapes}; expected mean and/or var per channel or per position")
     return stats
+
+
+def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
+    """`pca_mean` [C], `pca_basis` [C, n] and `pca_var` [n] of the latents; None where the file has none of them."""
+    file = fetch_file(path, field)
+    given = read_tensors(file, field)
+    axes = {name: np.asarray(given[name], np.float32) for name in PRINCIPAL_AXES if name in given}
+    if not axes:
+        return None
+    shapes = {name: value.shape for name, value in axes.items()}
+    channels, count = shapes.get("pca_basis", (0,))[0], shapes.get("pca_basis", (0,))[-1]
+    if shapes != dict(zip(PRINCIPAL_AXES, [(channels,), (channels, count), (count,)], strict=True)):
+        raise PretrainedError(
+            f"{file} ({field}) holds {shapes}; expected pca_mean [C], pca_basis [C, n] and pca_var [n]. "
+            "vqrae_jax.inference.latent_statistics writes them"
+        )
+    return axes
 
 
 def read_state_dict(path: str, field: str) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ class Quantized:
     loss: Any  # Float []: weighted, to be added to the training loss
     # "counts" Int32 [K] (or [depth, K]): how often each code was chosen in this batch. "nonfinite" Int32 []: latents
     # with NaN or Inf. "quantization_error" Float []: mean squared error relative to the variance of the latents.
-    # Further scalars.
+    # Further scalars: integers count events of this step ("revived" codes), floats describe it.
     metrics: dict[str, Any]
 
 
@@ -29,12 +29,17 @@ class Quantizer(Protocol):
     Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
     state; NaN and Inf in z are counted in the metrics and change neither state nor loss.
 
+    `codes()` gives all codes as they are compared with latents, projections left out, of the first of several
+    codebooks; None where the codes are a fixed grid or there are none.
+
     Trained parts are in `params`, state of training in `batch_stats`; random draws come from the rng stream "codes".
     """
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized: ...
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]: ...
+
+    def codes(self) -> Float[Array, "K c"] | None: ...
 
 
 def flatten(z: Float[Array, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
 from vqrae_jax.quantizers.kmeans import draw, kmeans
+from vqrae_jax.quantizers.lookup import look_up
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.statistics import code_totals
 
@@ -49,6 +51,8 @@ class EMAQuantizer(nn.Module):
       distance: "l2", or "cosine": latents and codes of unit length (Yu et al. 2021, arXiv:2110.04627).
       estimator: the gradient through the choice, see `estimators`.
       frozen: the codes never change.
+      diversity_cost, temperature: weight of `entropy.diversity` of the soft codes, and its temperature. Running means
+        take no gradient: it spreads the latents, through whatever is trained before the quantizer.
 
     Training draws from the rng stream "codes" for the first codes and for revival.
     """
@@ -64,6 +68,8 @@ class EMAQuantizer(nn.Module):
     distance: Distance = "l2"
     estimator: Estimator = "straight_through"
     frozen: bool = False
+    diversity_cost: float = 0.0
+    temperature: float = 1.0
 
     def setup(self):
         shape = (self.num_embeddings, self.channels)
@@ -84,21 +90,28 @@ class EMAQuantizer(nn.Module):
         if learns and self.start != "normal":
             self._begin(fixed, finite)
         indices = nearest(fixed, self.codebook.value, self.distance)
-        codes = self.codebook.value[indices]
+        codes = look_up(self.codebook.value, indices)
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
-        metrics["dead"] = jnp.sum(self._is_dead(self.counts.value), dtype=jnp.int32)
+        metrics["starved"] = jnp.sum(self._is_dead(self.counts.value), dtype=jnp.float32)
+        loss = vq_loss(flat, codes, finite, self.commitment_cost)
+        if self.diversity_cost:
+            codebook = jax.lax.stop_gradient(self.codebook.value)
+            loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         if learns:
             metrics["revived"] = self._update(fixed, finite, indices, metrics["counts"])
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
-            loss=vq_loss(flat, codes, finite, self.commitment_cost),
+            loss=loss,
             metrics=metrics,
         )
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
         return self.codebook.value[indices]
+
+    def codes(self) -> Float[Array, "K C"]:
+        return self.codebook.value
 
     def _random_codes(self, key: PRNGKeyArray) -> Float[Array, "K C"]:
         codes = jax.random.normal(key, (self.num_embeddings, self.channels))

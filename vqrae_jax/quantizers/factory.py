@@ -63,6 +63,8 @@ def _ema(settings: Settings, channels: int, grid: int) -> EMAQuantizer:
         distance=params.distance or "l2",
         estimator=params.estimator,
         frozen=params.frozen,
+        diversity_cost=params.diversity_cost,
+        temperature=params.temperature,
     )
 
 
@@ -71,6 +73,7 @@ def _simvq(settings: Settings, channels: int, grid: int) -> SimVQ:
     return SimVQ(
         settings.num_embeddings, channels, settings.commitment_cost, params.distance or "cosine",
         params.input_projection, params.legacy, params.estimator, params.orthogonality_cost,
+        params.diversity_cost, params.temperature,
     )  # fmt: skip
 
 

@@ -89,6 +89,9 @@ class FSQ(nn.Module):
         codes = codes if self.adapter == "none" else self.expand(codes)
         return codes.reshape(*indices.shape, self.channels)
 
+    def codes(self) -> None:
+        return None
+
     def _bounded(self, flat: Float[Array, "N C"]) -> Float[Array, "N L"]:
         reduced = self.reduce(flat)
         return reduced if self.adapter == "mlp" else (1 + EDGE) * jnp.tanh(reduced)

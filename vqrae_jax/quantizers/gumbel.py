@@ -67,6 +67,9 @@ class GumbelQuantizer(nn.Module):
         """The codes of `indices`."""
         return self.codebook[indices]
 
+    def codes(self) -> Float[Array, "K C"]:
+        return self.codebook
+
     def _temperature(self) -> Float[Array, ""]:
         done = jnp.minimum(self.step.value / self.anneal_steps, 1.0)
         return self.temperature * (self.final_temperature / self.temperature) ** done

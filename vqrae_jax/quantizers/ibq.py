@@ -69,3 +69,6 @@ class IBQ(nn.Module):
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
         return self.codebook[indices]
+
+    def codes(self) -> Float[Array, "K C"]:
+        return self.codebook

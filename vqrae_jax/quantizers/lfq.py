@@ -73,6 +73,9 @@ class LFQ(nn.Module):
         bits = indices[..., None] // self._basis() % 2 == 1
         return jnp.where(bits, self._size(), -self._size())
 
+    def codes(self) -> None:
+        return None
+
     def _entropies(
         self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -58,7 +58,7 @@ class MultiScale(nn.Module):
             left, total = left - part, total + part
             outs.append(out)
         metrics = [out.metrics for out in outs]
-        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "dead") if n in metrics[0]}
+        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "starved") if n in metrics[0]}
         return Quantized(
             z=straight_through(grid, total),
             indices=jnp.concatenate([out.indices.reshape(len(z), -1) for out in outs], axis=1),
@@ -89,6 +89,9 @@ class MultiScale(nn.Module):
                 part = indices[:, end - size**2 : end].reshape(-1, size, size)
                 total += _resample(bicubic(size, side), self.quantizer.lookup(part))
         return total
+
+    def codes(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.codes()
 
 
 def averaging(source: int, target: int) -> Float[np.ndarray, "target source"]:

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 Distance = Literal["l2", "cosine", "dot"]
 
@@ -74,9 +75,50 @@ def nearest_with_distance(
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
+def nearest_other(codes: Float[Array, "K C"], sample: int = 512) -> Float[Array, " sample"]:
+    """Distances from codes to the nearest other one: how far a codebook has spread, and whether codes coincide.
+
+    Args:
+      codes: at least two.
+      sample: of so many codes, evenly over the codebook; each is compared with all. At most K.
+
+    Returns:
+      Euclidean distances; their squares are good to float32 relative to the codebook's extent.
+    """
+    codes = jax.lax.stop_gradient(codes).astype(jnp.float32)
+    codes -= jnp.mean(codes, axis=0)
+    sample = min(sample, len(codes))
+    chosen = np.arange(sample) * len(codes) // sample
+    from_codes = codes[chosen]
+    blocks, numbers = strided(codes, DEFAULT_BLOCK.codes), strided(jnp.arange(1, len(codes) + 1), DEFAULT_BLOCK.codes)
+
+    def visit(best, i):
+        part = jax.lax.dynamic_index_in_dim(blocks, i, axis=1, keepdims=False)
+        number = jax.lax.dynamic_index_in_dim(numbers, i, axis=1, keepdims=False)  # from one: zero is padding
+        scores = 2 * _scores(from_codes, part, 0.5 * jnp.sum(part**2, axis=1))
+        other = (number > 0) & (number != chosen[:, None] + 1)
+        return jnp.minimum(best, jnp.min(jnp.where(other, scores, jnp.inf), axis=1)), None
+
+    best, _ = jax.lax.scan(visit, jnp.full(sample, jnp.inf), jnp.arange(blocks.shape[1]))
+    return jnp.sqrt(jnp.maximum(best + jnp.sum(from_codes**2, axis=1), 0.0))
+
+
 def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
     """x at length one; zero stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+
+
+def strided(x: Shaped[Array, " N *c"], rows: int) -> Shaped[Array, "R S *c"]:
+    """Rows in S blocks of about `rows`: block i holds rows i, i + S, ...; where R S > N, the last rows are zero.
+
+    Contiguous blocks would cut the row axis, and a loop over a sharded axis gathers it.
+    """
+    n = len(x)
+    size = _largest_divisor(n, rows)
+    if 4 * size < min(n, rows):
+        size = min(n, rows)
+        x = jnp.pad(x, ((0, -n % size), *((0, 0),) * (x.ndim - 1)))
+    return x.reshape(size, -1, *x.shape[1:])
 
 
 def _whole(
@@ -90,25 +132,17 @@ def _whole(
 def _blocked(
     z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    n, channels = z.shape
-    # Rows go in strided blocks (block i holds rows i, i + steps, ...): scanning contiguous ones would cut the row axis,
-    # and a scan over a sharded axis gathers it.
-    rows = _largest_divisor(n, block.rows)
-    padding = 0
-    if 4 * rows < min(n, block.rows):
-        rows = min(n, block.rows)
-        padding = -n % rows
-        z = jnp.pad(z, ((0, padding), (0, 0)))
-    strided = z.reshape(rows, -1, channels)
+    n = len(z)
+    rows = strided(z, block.rows)
     lanes, lane_offsets, width = _lanes(codes, offsets, block.codes)
 
     def search(_, i):
-        x = jax.lax.dynamic_index_in_dim(strided, i, axis=1, keepdims=False)
+        x = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
         return None, _search(x, lanes, lane_offsets, width, len(codes))
 
-    _, found = jax.lax.scan(search, None, jnp.arange(strided.shape[1]))
+    _, found = jax.lax.scan(search, None, jnp.arange(rows.shape[1]))
     index, score = (x.T.reshape(-1) for x in found)
-    return (index[:n], score[:n]) if padding else (index, score)
+    return (index, score) if len(index) == n else (index[:n], score[:n])
 
 
 def _lanes(

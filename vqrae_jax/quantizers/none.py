@@ -18,3 +18,6 @@ class NoQuantizer(nn.Module):
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """Raises ValueError: there is nothing to look up."""
         raise ValueError(NO_CODES)
+
+    def codes(self) -> None:
+        return None

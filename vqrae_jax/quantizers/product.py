@@ -35,7 +35,7 @@ class Product(nn.Module):
         outs = [group(part, train) for group, part in zip(self.groups, self._split(z), strict=True)]
         metrics = [out.metrics for out in outs]
         means = {n: sum(m[n] for m in metrics) / len(outs) for n in ("quantization_error",)}
-        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "dead") if n in metrics[0]}
+        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "starved") if n in metrics[0]}
         return Quantized(
             z=jnp.concatenate([out.z for out in outs], axis=-1),
             indices=jnp.stack([out.indices for out in outs], axis=-1),
@@ -57,6 +57,9 @@ class Product(nn.Module):
         if indices.shape[-1:] != (len(self.groups),):
             raise ValueError(f"indices of shape {indices.shape} for a product quantizer of {len(self.groups)} groups")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
+
+    def codes(self) -> Float[Array, "K c"] | None:
+        return self.groups[0].codes()
 
     def _split(self, z: Float[Array, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:

@@ -46,3 +46,6 @@ class Projected(nn.Module):
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The projected codes of `indices`."""
         return self.project_out(self.quantizer.lookup(indices))
+
+    def codes(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.codes()

@@ -73,6 +73,9 @@ class Residual(nn.Module):
             total += jnp.where(there, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
+    def codes(self) -> Float[Array, "K c"] | None:
+        return self.levels[0].codes()
+
     def _kept_levels(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
         """How many levels each latent goes through."""
         depth, shape = len(self.levels), z.shape[:-1]
@@ -85,6 +88,6 @@ class Residual(nn.Module):
 
     def _metrics(self, levels: list[dict[str, Array]]) -> dict[str, Array]:
         """Counts per level; what the first level found broken; the sum of all other numbers of codes."""
-        sums = {name: sum(m[name] for m in levels) for name in ("revived", "dead") if name in levels[0]}
+        sums = {name: sum(m[name] for m in levels) for name in ("revived", "starved") if name in levels[0]}
         counts = jnp.stack([m["counts"] for m in levels])
         return {"counts": counts, "nonfinite": levels[0]["nonfinite"], **sums}

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
@@ -24,6 +25,7 @@ class SimVQ(nn.Module):
       legacy: the weight is on the codebook's term instead of the commitment's, as in the VQGAN release and the origin.
       estimator: the gradient through the choice.
       orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
+      diversity_cost, temperature: weight of `entropy.diversity` of the soft codes, and its temperature.
     """
 
     num_embeddings: int
@@ -34,6 +36,8 @@ class SimVQ(nn.Module):
     legacy: bool = True
     estimator: Estimator = "straight_through"
     orthogonality_cost: float = 0.0
+    diversity_cost: float = 0.0
+    temperature: float = 1.0
 
     def setup(self):
         shape, scale = (self.num_embeddings, self.channels), self.channels**-0.5
@@ -50,13 +54,15 @@ class SimVQ(nn.Module):
         flat, finite = flatten(z, self.channels)
         flat = self.projection(flat) if self.input_projection else flat
         flat = unit(flat) if self.distance == "cosine" else flat
-        codebook = self._codes()
+        codebook = self.codes()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
         ends = (codes, flat) if self.legacy else (flat, codes)
         loss = vq_loss(*ends, finite, self.commitment_cost)
         if self.orthogonality_cost:
             loss += self.orthogonality_cost * orthogonality(codebook)
+        if self.diversity_cost:
+            loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
@@ -66,9 +72,10 @@ class SimVQ(nn.Module):
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
-        return self._codes()[indices]
+        return self.codes()[indices]
 
-    def _codes(self) -> Float[Array, "K C"]:
+    def codes(self) -> Float[Array, "K C"]:
+        """The projected codes."""
         # The whole codebook, also for a few indices: another matmul shape could round differently.
         codes = self.codebook_projection(self.codebook.value)
         return unit(codes) if self.distance == "cosine" else codes

@@ -7,26 +7,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten
 
+EPS = 1e-5  # of the largest variance; axes of less are not blown up further
+
 
 class Whitened(nn.Module):
     """Latents are projected onto their first principal axes and scaled to variance one there; codes live in that space.
 
     Distances then weigh every axis alike, and what lies in the dropped axes comes back as its mean. State in
     `batch_stats`: mean [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted [], whether they are known.
-    The first training batch gives them; whoever sets them from latent statistics (`pca_mean`, `pca_basis`, the square
-    root of `pca_var`) sets fitted to one. Before that the first `dim` channels pass as they are.
+    The first training batch gives them; whoever has latent statistics sets them by `fitted_state` instead. Before that
+    the first `dim` channels pass as they are.
 
     Attributes:
       quantizer: takes latents of `dim` channels.
       channels: C of the latents outside.
       dim: axes kept.
-      eps: relative to the largest variance; axes of less are not blown up further.
     """
 
     quantizer: Quantizer
     channels: int
     dim: int
-    eps: float = 1e-5
 
     def __post_init__(self):
         if not 1 <= self.dim <= self.channels:
@@ -61,6 +61,9 @@ class Whitened(nn.Module):
         """The codes of `indices`, in the latents' own space."""
         return self._back(self.quantizer.lookup(indices))
 
+    def codes(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.codes()
+
     def _back(self, inside: Float[Array, "*b D"]) -> Float[Array, "*b C"]:
         return _dot(inside * self.deviation.value, self.basis.value.T) + self.mean.value
 
@@ -72,13 +75,33 @@ class Whitened(nn.Module):
             mean = jnp.sum(flat, axis=0) / count  # rows that are not finite are zero
             centred = jnp.where(finite[:, None], flat - mean, 0.0)
             variance, axes = jnp.linalg.eigh(_dot(centred.T, centred) / count)
-            variance, axes = variance[::-1][: self.dim], axes[:, ::-1][:, : self.dim]
-            return mean, axes, jnp.sqrt(jnp.maximum(variance, self.eps * variance[0]) + 1e-12)
+            return fitted_state(mean, axes[:, ::-1], variance[::-1], self.dim)
 
-        state = (self.mean.value, self.basis.value, self.deviation.value)
+        state = {"mean": self.mean, "basis": self.basis, "deviation": self.deviation, "fitted": self.fitted}
         starts = (self.fitted.value == 0) & jnp.any(finite)
-        self.mean.value, self.basis.value, self.deviation.value = jax.lax.cond(starts, fit, lambda: state)
-        self.fitted.value = jnp.maximum(self.fitted.value, starts.astype(jnp.int32))
+        fitted = jax.lax.cond(starts, fit, lambda: {name: variable.value for name, variable in state.items()})
+        for name, variable in state.items():
+            variable.value = fitted[name]
+
+
+def fitted_state(
+    mean: Float[Array, " C"], basis: Float[Array, "C n"], variance: Float[Array, " n"], dim: int
+) -> dict[str, Array]:
+    """The state of `Whitened` from principal axes, the first of which are kept.
+
+    Args:
+      mean: of the latents.
+      basis: orthonormal columns, by falling variance; n >= dim.
+      variance: of the latents along them.
+      dim: axes to keep.
+    """
+    variance = jnp.maximum(variance[:dim], EPS * variance[0])
+    return {
+        "mean": jnp.asarray(mean),
+        "basis": jnp.asarray(basis[:, :dim]),
+        "deviation": jnp.sqrt(variance + 1e-12),
+        "fitted": jnp.ones((), jnp.int32),
+    }
 
 
 def _dot(a: Float[Array, "*b C"], b: Float[Array, "C D"]) -> Float[Array, "*b D"]:

@@ -1,10 +1,10 @@
 """The one training loop: batches in, state forward, numbers and checkpoints out."""
 
+import functools
 import logging
 import os
 import pathlib
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import __version__, sharding
+from vqrae_jax import __version__, checkpoint, distributed, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
 from vqrae_jax.config import Config, ConfigError, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
-from vqrae_jax.evaluation import codebook
 from vqrae_jax.evaluation.evaluator import Evaluator
-from vqrae_jax.train import report
+from vqrae_jax.train import report, restore
 from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.measurement import Measurement
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, Task, step_program
+from vqrae_jax.train.stop import Stopped, StopSignal
+from vqrae_jax.train.task import Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
+from vqrae_jax.train.watch import Health, Window, tell_memory, watching
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
 log = logging.getLogger(__name__)
@@ -42,49 +42,63 @@ class Run:
         devices: list[jax.Device] | None = None,
         evaluating: bool = False,
     ):
-        """With `evaluating`, nothing is read or written that only training needs."""
-        if not evaluating:
-            config = in_steps(config, lambda: pipeline.count_training_images(config.data))
+        """With `evaluating`, nothing is read or written that only training needs: another run may be saving there."""
         self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
         self.first = jax.process_index() == 0
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
+        self.skipped = pipeline.Skipped()
+        distributed.together(lambda: self._prepare(devices))
+        checkpoint.check_shared(self.workdir)
+        settings = self.config.train
+        kept = (settings.keep_last, settings.keep_best, settings.keep_every)
+        self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
+        self.writers = Writers(
+            self.workdir, self.config.model_dump(), settings.wandb_project, self.first and not evaluating
+        )
+        self._begin()
+        self.step = step_program(self.task, self.mesh)
+        self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
+        self.first_bad = jax.jit(first_bad)
+        where = sharding.replicated(self.mesh)
+        self.codebook = jax.jit(self.task.codebook, out_shardings=where)
+        self.pictures = jax.jit(self.task.pictures, out_shardings=where)
+
+    def _prepare(self, devices: list[jax.Device] | None) -> None:
+        """What each process does by itself, and what most errors come from."""
+        if not self.evaluating:
+            self.config = in_steps(self.config, lambda: pipeline.count_training_images(self.config.data))
+        config = self.config
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
-        shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self.skipped = pipeline.Skipped()
+        index, count = sharding.data_share(self.mesh)
+        shard = {"process_index": index, "process_count": count}
         self.evaluation = pipeline.evaluation_batches(config.data, limit=config.evaluation.images, **shard)
         self.batches = None
-        if not evaluating:
+        if not self.evaluating:
             self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
         self.task: Task = TokenizerTask.build(config, self.mesh)
         self.measurement = None
         if self.evaluation is not None:
-            wanted = config.evaluation.figures if evaluating else config.evaluation.training_figures
+            wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
             self.measurement = Measurement(config, self.task, self.mesh, self.evaluation, wanted)
-        self.checkpoints = Checkpoints(self.workdir, config.train.keep_last, config.train.keep_best)
-        self.writers = Writers(
-            self.workdir, config.model_dump(), config.train.wandb_project, self.first and not evaluating
+        checkpoint.check_writable(self.workdir)
+
+    def _begin(self) -> None:
+        """Frozen networks, and the state of the newest checkpoint or a new one."""
+        place = functools.partial(
+            sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )
-
         self.frozen = self.task.frozen()
-        self.state = self._restore_or_init()
-        self.step = step_program(self.task, self.mesh)
-        self.accumulate = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
-        self.first_bad = jax.jit(first_bad)
-        self.pictures = jax.jit(self.task.pictures, out_shardings=sharding.replicated(self.mesh))
-
-    def _restore_or_init(self) -> TrainState:
-        """The newest checkpoint of the workdir, data included; without one, step 0."""
-        step = self.checkpoints.latest_step
-        if step is None:
-            return self.task.init()
+        found = restore.resume(self.checkpoints, self.task.shapes(), place)
+        if found is None:
+            self.state = self.task.init()
+            return
+        self.state, data = found
+        step = int(self.state.step)
         self._tell_config_changes(step)
-        target = self.task.shapes()
-        model, rest, data = self.checkpoints.restore(step, target.inference(), target.rest())
         if self.batches is not None:
             self.batches.set_state(data)
         log.info("%s step %d of %s", "evaluating" if self.evaluating else "resumed from", step, self.checkpoints.folder)
-        return TrainState.join(model, rest)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
@@ -118,9 +132,13 @@ class Run:
     def next_batch(self) -> dict[str, jax.Array]:
         return self._placed(next(self.batches), "image")
 
-    def close(self) -> None:
+    def close(self, orderly: bool = True) -> None:
+        """Unless `orderly`, the other processes may be gone, and what would wait for them is left as it is."""
         self.writers.close()
-        self.checkpoints.close()
+        if self.batches is not None:
+            self.batches.close()
+        if orderly or distributed.count() == 1:
+            self.checkpoints.close()
 
     def _placed(self, batch: dict[str, np.ndarray], *names: str) -> dict[str, jax.Array]:
         return sharding.place_batch({n: batch[n] for n in names}, self.mesh)
@@ -135,39 +153,72 @@ class Run:
             log.warning("%s with another %s: %r, the checkpoint had %r", doing, name, new, old)
 
 
-def train(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
-    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation."""
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    devices: list[jax.Device] | None = None,
+    profile_steps: range = range(0),
+) -> dict[str, float]:
+    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation.
+
+    Args:
+      profile_steps: steps that are traced for TensorBoard's profile tab.
+
+    Raises:
+      Stopped: SIGTERM, Ctrl-C or a preemption notice; the step before it is saved.
+    """
     run = Run(config, workdir, devices)
     settings = run.config.train
     start = int(run.state.step)
+    tell_memory(
+        {"params": run.state.params, "ema": run.state.ema_params, "optimizer": run.state.opt_state,
+         "batch_stats": run.state.batch_stats, "frozen": run.frozen}
+    )  # fmt: skip
     progress = Progress(settings.steps, start, run.first)
-    window, guard = Window(config.data.batch_size), Guard(run.checkpoints.folder)
+    window, health = Window(config.data.batch_size, settings.codebook_alarm), Health()
+    guard = Guard(run.checkpoints.folder)
     figures: dict[str, float] = {}
+    orderly = False
     try:
-        for step in range(start + 1, settings.steps + 1):
-            run.state, metrics = run.step(run.state, run.frozen, run.next_batch())
-            window.add(metrics, run.accumulate)
-            guard.add(step, metrics, run.first_bad)
-            progress.advance(step)
-            last = step == settings.steps
-            evaluated = step % settings.evaluate_every == 0 or last
-            saved = step % settings.checkpoint_every == 0 or last
-            if saved or evaluated or step % settings.log_every == 0:
-                guard.check()
-            if step % settings.log_every == 0 or last:
-                values = window.flush() | {"data/skipped": run.skipped.count}
-                run.writers.scalars(step, values)
-                progress.status(step, _status(values))
-            if evaluated or saved:
-                window.pause()
-            if evaluated:
-                figures = _evaluate(run, step)
-            if saved:
-                run.save(figures if evaluated else None)
-        run.checkpoints.wait()
+        with StopSignal() as stop, watching(run.workdir, settings.hang_seconds, profile_steps) as (beats, dog, profile):
+            for step in range(start + 1, settings.steps + 1):
+                profile.before(step)
+                batch = window.fetch(run.next_batch)
+                run.state, metrics = run.step(run.state, run.frozen, batch)
+                window.add(metrics, run.accumulate)
+                guard.add(step, metrics, run.first_bad)
+                dog.step()
+                beats.beat(step)
+                progress.advance(step)
+                profile.after(step, metrics)
+                last, stopped = step == settings.steps, stop.asked(step)
+                evaluated = (step % settings.evaluate_every == 0 and not stopped) or last
+                saved = step % settings.checkpoint_every == 0 or last or stopped
+                if saved or evaluated or step % settings.log_every == 0:
+                    guard.check()
+                if step % settings.log_every == 0 or last:
+                    window.pause()
+                    values = {n: float(v) for n, v in jax.device_get(run.codebook(run.state, run.frozen)).items()}
+                    values |= health.share(window.flush() | {"data/skipped": run.skipped.count})
+                    run.writers.scalars(step, values)
+                    progress.status(step, _status(values))
+                if evaluated or saved:
+                    window.pause()
+                if evaluated:
+                    figures = _evaluate(run, step)
+                if saved:
+                    run.save(figures if evaluated else None)
+                if stopped:
+                    break
+            run.checkpoints.wait()
+            beats.beat(int(run.state.step), force=True)
+            orderly = True
     finally:
         progress.close()
-        run.close()
+        run.close(orderly)
+    step = int(run.state.step)
+    if step < settings.steps:
+        raise Stopped(step)
     if not figures:  # the run was complete before it began
         figures = _evaluate(run, start, write=False)
     if run.first:
@@ -192,47 +243,6 @@ def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Devic
         return {"step": step, **figures}
     finally:
         run.close()
-
-
-class Window:
-    """Sums metrics on the device between two log lines; reading them is the only time that the host waits."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._total: Metrics | None = None
-        self._steps = self._timed_steps = 0
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def add(self, metrics: Metrics, accumulate: Any) -> None:
-        if self._since is None:  # the first step after a pause may compile or wait: it is not timed
-            jax.block_until_ready(metrics)
-            self._since = time.perf_counter()
-        else:
-            self._timed_steps += 1
-        self._total = metrics if self._total is None else accumulate(self._total, metrics)
-        self._steps += 1
-
-    def pause(self) -> None:
-        """Evaluation and saving are not training time."""
-        if self._since is None:
-            return
-        jax.block_until_ready(self._total)
-        self._seconds += time.perf_counter() - self._since
-        self._since = None
-
-    def flush(self) -> dict[str, float]:
-        """Means of scalars, codebook health over the window, images per second."""
-        total = jax.device_get(self._total)
-        now = time.perf_counter()
-        running = 0.0 if self._since is None else now - self._since
-        values = {n: float(v) / self._steps for n, v in total.items() if n != "counts"}
-        if "counts" in total:
-            values |= {f"codebook/{n}": v for n, v in codebook.health(total["counts"]).items()}
-        if self._timed_steps:
-            values["images_per_second"] = self._batch_size * self._timed_steps / (self._seconds + running)
-        self._total, self._steps, self._timed_steps, self._seconds, self._since = None, 0, 0, 0.0, now
-        return values
 
 
 def git_revision() -> str | None:

@@ -9,7 +9,13 @@ from jax.sharding import Mesh
 from vqrae_jax import sharding
 from vqrae_jax.train.state import TrainState
 
-Metrics = dict[str, Any]  # scalars [], averaged over a logging window, and "counts" [..., K], summed over it
+# Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the codes), summed over it.
+Metrics = dict[str, Any]
+
+
+def is_sum(metric: Any) -> bool:
+    """Whether a metric is added up instead of averaged."""
+    return bool(np.issubdtype(metric.dtype, np.integer))
 
 
 class Task(Protocol):
@@ -36,6 +42,9 @@ class Task(Protocol):
         "counts" [..., K], how often each code was chosen for the images whose "mask" is True; and rows [B, ...]:
         "reconstruction" [B, H, W, 3], "code" (one vector per image) and any scores.
         """
+
+    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
+        """What the state tells of the codebook, for the log; empty where there is none; pure."""
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         """Arrays from which `draw` makes a picture; pure."""

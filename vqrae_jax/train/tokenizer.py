@@ -10,17 +10,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vqrae_jax import assembly, checkpoint, critics, sharding
+from vqrae_jax import assembly, critics, sharding
 from vqrae_jax.config import Config, ConfigError
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
+from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
+from vqrae_jax.train import restore
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.objective import Objective, Painted
 from vqrae_jax.train.optim import ema_decay, make_optimizer, part_rates, update_ema
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics
+from vqrae_jax.train.task import Metrics, is_sum
 
 PARTS = ("encoder", "quantizer", "decoder")
 
@@ -43,7 +45,8 @@ class TokenizerTask:
         With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
         """
         pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built, start = assembly.assemble(config.model, weights=weights, pin=pin), _start_shapes(config)
+        built = assembly.assemble(config.model, weights=weights, pin=pin)
+        start = restore.start_shapes(config.train, assembly.shapes(built)) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = assembly.for_frozen_encoder(built)
         painted, given = built.image_size, config.data.image_size
@@ -88,9 +91,8 @@ class TokenizerTask:
         variables = assembly.initial_variables(self.assembly, self._key(), drawn, self._place)
         params, batch_stats = variables["params"], variables["batch_stats"]
         if self.start:
-            folder = checkpoint.find(self.config.train.start_from)
-            given = checkpoint.read_model(folder, self._placed(self.start))
-            params, batch_stats = {**params, **given["params"]}, given.get("batch_stats", {})
+            given = restore.read_start(self.config.train, self._placed(self.start), self._place)
+            params, batch_stats = {**params, **given["params"]}, {**batch_stats, **given["batch_stats"]}
         create = jax.jit(self._create, out_shardings=where, donate_argnums=(0, 1))
         return create(params, batch_stats, self._key())
 
@@ -101,7 +103,7 @@ class TokenizerTask:
             networks["teacher"] = assembly.initial_params(self.assembly, self._key(), ["encoder"], self._place)[
                 "encoder"
             ]
-        return networks | jax.device_put(self._critics, self._place(self._critics))
+        return networks | jax.tree.map(assembly.put, self._critics, self._place(self._critics))
 
     def frozen_shapes(self) -> Any:
         params = assembly.shapes(self.assembly)["params"]
@@ -137,13 +139,9 @@ class TokenizerTask:
             raise ConfigError(
                 f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
             )
-        if self.start:
-            held = {n: tree for n, tree in shapes["params"].items() if n in self._given}
-            folder = checkpoint.find(self.config.train.start_from)
-            checkpoint.check_shapes(self.start, {**shapes, "params": held}, folder)
-            return
         learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
-        random = [n for n in learned if n not in trainable and n not in self.assembly.pretrained]
+        known = {*trainable, *self._given, *self.assembly.pretrained, *(self.start or {}).get("batch_stats", {})}
+        random = [n for n in learned if n not in known]
         if weights and random:
             raise ConfigError(
                 f"train.trainable={trainable} leaves {' and '.join(random)} at random values: add it, or name the run "
@@ -260,7 +258,7 @@ class TokenizerTask:
         start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
         keys = jax.random.split(key, len(images))
         (grads, batch_stats), (reconstructions, stacked) = jax.lax.scan(add, start, (images, keys))
-        metrics = {n: v.sum(0) if n == "counts" else v.mean(0) for n, v in stacked.items()}
+        metrics = {n: v.sum(0) if is_sum(v) else v.mean(0) for n, v in stacked.items()}
         return grads, batch_stats, reconstructions, metrics
 
     def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
@@ -278,6 +276,12 @@ class TokenizerTask:
             shape = out.quantized.metrics["counts"].shape
             seen["counts"] = masked_counts(out.quantized.indices, shape, batch["mask"])
         return seen
+
+    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
+        params = self._params(frozen, state, state.params)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        codes = self.assembly.module.apply(variables, method=lambda model: model.quantizer.codes())
+        return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
         images = batch["image"][: self.config.train.pictures]
@@ -306,9 +310,3 @@ def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -
     levels = indices[..., None] if len(shape) == 1 else indices
     real = jnp.broadcast_to(mask.reshape(-1, *[1] * (levels.ndim - 2)), levels.shape[:-1])
     return jax.vmap(lambda level: code_counts(level, shape[-1], real), in_axes=-1)(levels).reshape(shape)
-
-
-def _start_shapes(config: Config) -> Any:
-    if config.train.start_from is None:
-        return None
-    return {"batch_stats": {}, **checkpoint.saved_shapes(checkpoint.find(config.train.start_from))}

@@ -1,0 +1,62 @@
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from vqrae_jax.benchmark import __main__ as benchmark
+from vqrae_jax.benchmark import speed, stages
+from vqrae_jax.benchmark.opponent import OpponentError
+
+TINY = ["--encoder=tiny", "--decoder=ViT-Nano", "--codes=32", "--batch=2", "--rounds=1"]
+
+
+def test_flops_are_those_of_the_architecture():
+    """Matrix products of a ViT by hand: patches, per block qkv, attention, out and mlp."""
+    given = speed.parse(["encoder", *TINY])
+    stage, module = stages.build("encoder", stages.settings(given))
+    blocks, tokens = module.encoder.vit.blocks, 1 + module.encoder.grid**2
+    block = tokens * blocks.width * (4 * blocks.width + 2 * blocks.mlp) + 2 * tokens**2 * blocks.width
+    patches = (tokens - 1) * 14 * 14 * 3 * blocks.width
+    resize = 3 * (224 * 256 * 256 + 224 * 224 * 256)  # two matrices, in the cheaper order or the other
+    expected = 2 * given.batch * (blocks.depth * block + patches)
+    assert expected < stage.flops <= expected + 2 * given.batch * resize * 1.2 + 1e7
+
+
+def test_table_json_and_roofline(tmp_path, capsys):
+    benchmark.main(["encoder", "train_step", *TINY, f"--output={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "| train_step |" in printed
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == ["encoder", "train_step"]
+    for row in report["rows"]:
+        assert row["seconds"] > 0
+        np.testing.assert_allclose(row["utilization"], row["tflops"] * 1e12 / report["ceilings"]["flops"])
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
+@pytest.mark.parametrize("stage", stages.NAMES)
+def test_pytorch_computes_the_same(stage, capsys):
+    benchmark.main([stage, *TINY, "--against=pytorch"])  # raises where it does not
+    assert "PyTorch eager / ours" in capsys.readouterr().out
+
+
+def test_another_result_is_no_opponent():
+    mine = {"indices": np.array([1.0, 2, 3]), "loss": np.array([0.5])}
+    assert speed._difference(mine, mine) == 0
+    assert speed._difference(mine, {"indices": np.array([1.0, 2, 4])}) == pytest.approx(1 / 3)
+    assert speed._difference(mine, {"loss": np.array([0.25])}) == pytest.approx(1.0)
+
+
+def test_without_torch_it_says_what_is_missing(tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(OpponentError, match=r"No module named torch; --torch-python names"):
+        benchmark.main(["encoder", *TINY, "--against=pytorch", f"--torch-python={program}"])
+
+
+def test_unknown_name():
+    with pytest.raises(SystemExit, match=r"usage.*\n.*quantizers"):
+        benchmark.main(["encode"])

@@ -1,0 +1,66 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax.quantizers.ema import EMAQuantizer
+from vqrae_jax.quantizers.entropy import diversity
+from vqrae_jax.quantizers.projected import Projected
+
+everything = jnp.ones(6, bool)
+
+
+def whole(z, codebook, keep, temperature):
+    """The same with the N x K matrix."""
+    logits = -((z[:, None] - codebook[None]) ** 2).sum(-1) / temperature
+    mean = (jax.nn.softmax(logits, axis=-1) * keep[:, None]).sum(0) / keep.sum()
+    return jnp.log(len(codebook)) + jnp.sum(mean * jnp.log(mean))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+def test_value_and_gradients_equal_those_of_the_whole_matrix(rows, assert_close):
+    rng = np.random.default_rng(0)
+    z, codebook = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (90, 20))
+    keep = jnp.asarray(np.arange(90) % 3 > 0)
+    blocked = functools.partial(diversity, keep=keep, temperature=0.7, block=rows * 20)
+    simple = functools.partial(whole, keep=keep, temperature=0.7)
+    ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1)))(z, codebook) for f in (blocked, simple))
+    assert_close(ours[0], theirs[0], 1e-5)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert_close(a, b, 1e-4)
+    np.testing.assert_array_equal(np.asarray(ours[1][0])[::3], 0)
+
+
+def test_closed_forms():
+    """Far corners, so that soft codes are hard: a latent per code costs nothing, one code for all costs log K."""
+    corners = 100 * jnp.eye(6)
+    np.testing.assert_allclose(diversity(corners, corners, everything, 1.0), 0, atol=1e-6)
+    same = jnp.tile(corners[:1], (6, 1))
+    np.testing.assert_allclose(diversity(same, corners, everything, 1.0), np.log(6), rtol=1e-6)
+    half = corners[jnp.asarray([0, 0, 0, 1, 1, 1])]
+    np.testing.assert_allclose(diversity(half, corners, everything, 1.0), np.log(3), rtol=1e-6)
+    # Of equal codes each gets the same share, whatever the latents.
+    np.testing.assert_allclose(diversity(half, jnp.zeros((6, 6)), everything, 1.0), 0, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_product():
+    """N = 65,536, K = 1,024 forwards and backwards: the whole matrix takes 256 MiB, several times."""
+    shapes = [jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (65_536, 1024)]
+    keep = jax.ShapeDtypeStruct((65_536,), bool)
+    gradient = jax.jit(jax.grad(lambda z, c, keep: diversity(z, c, keep, 1.0, block=2**20), (0, 1)))
+    memory = gradient.lower(*shapes, keep).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 * 2**20
+
+
+def test_it_reaches_the_projections_before_running_means():
+    z = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
+
+    def gradient(**settings):
+        module = Projected(EMAQuantizer(8, 3, commitment_cost=0.0, **settings), 6, 3)
+        variables = jax.jit(module.init)(jax.random.key(0), z)
+        return jax.jit(jax.grad(lambda p: module.apply({**variables, "params": p}, z).loss))(variables["params"])
+
+    assert not np.any(gradient()["project_in"]["kernel"])
+    assert np.any(gradient(diversity_cost=0.1)["project_in"]["kernel"])

@@ -1,0 +1,77 @@
+"""The training step of the EMA quantizer, compiled for TPU topologies on a machine without one."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+MIB, GIB = 2**20, 2**30
+HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB}
+LIBTPU = importlib.util.find_spec("libtpu")
+
+# Prints bytes per chip as JSON: arguments (the latents and the state) and temporaries.
+COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from vqrae_jax import sharding
+from vqrae_jax.quantizers.ema import EMAQuantizer
+
+topology, chips, model, N, K, C = sys.argv[1], *map(int, sys.argv[2:])
+devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)[:chips]
+mesh = sharding.make_mesh(-1, model, devices)
+module = EMAQuantizer(K, C)
+state = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, C))), jax.random.key(0))
+place = {"batch_stats": sharding.shardings({"quantizer": state["batch_stats"]}, mesh)["quantizer"]}
+state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, place)
+z = jax.ShapeDtypeStruct((N, C), jnp.float32, sharding=sharding.over_data(mesh))
+
+def train(state, z, key):
+    return module.apply(state, z, True, mutable=["batch_stats"], rngs={"codes": key})
+
+step = jax.jit(train, donate_argnums=0, out_shardings=(None, place))
+memory = step.lower(state, z, jax.eval_shape(jax.random.key, 0)).compile().memory_analysis()
+print(json.dumps({"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(LIBTPU is None, reason="needs the compiler for TPU: pip install libtpu"),
+]
+
+
+def compile_step(*arguments):
+    left_out = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LIBRARY_PATH": str(pathlib.Path(LIBTPU.submodule_search_locations[0]) / "libtpu.so"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "model"), [("v5e:4x4", 1, 1), ("v5e:4x4", 16, 4), ("v5p:2x2x4", 1, 1), ("v5p:2x2x4", 16, 4)]
+)
+def test_the_step_needs_little_beside_its_arguments(topology, chips, model):
+    assert compile_step(topology, chips, model, 131_072, 16_384, 768)["temporaries"] < 64 * MIB
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
+def test_a_million_codes_over_sixteen_chips_fit(topology):
+    memory = compile_step(topology, 16, 16, 131_072, 2**20, 768)
+    assert memory["arguments"] < 1 * GIB
+    assert sum(memory.values()) < HBM[topology[:3]] / 8

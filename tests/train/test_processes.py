@@ -1,0 +1,300 @@
+"""Several real processes make one run: the same losses, checkpoints for any number of them, errors in one voice."""
+
+import itertools
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax import checkpoint, distributed
+from vqrae_jax.data import pipeline
+from vqrae_jax.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import json, pathlib
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
+"""
+
+
+def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, program=None):
+    """Starts the command as a user would, once per process, each with `devices` pretended devices.
+
+    `configs`: another config for some processes, by number; `program`: another Python file that ends in the command.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    children = []
+    for i in range(processes):
+        file = pathlib.Path(workdir) / f"config{i}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(CONFIG)
+        file.with_suffix(".json").write_text(json.dumps((configs or {}).get(i, config).model_dump(mode="json")))
+        started = [str(program)] if program else ["-m", "vqrae_jax.main"]
+        command = [sys.executable, *started, f"--config={file}", f"--workdir={workdir}", *arguments]
+        command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
+        children.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        )
+    return children
+
+
+def finish(children, timeout=900):
+    """[(exit code, stdout, stderr)] of each process, once all have ended."""
+    try:
+        said = [child.communicate(timeout=timeout) for child in children]
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.communicate()
+    return [(child.returncode, *text) for child, text in zip(children, said, strict=True)]
+
+
+def losses(workdir):
+    """{step: loss}, of a step that ran twice the last."""
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(train={"steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2})
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    loop.train(config, workdir, jax.devices()[:1])
+    return workdir
+
+
+def assert_same_losses(ours, theirs):
+    ours, theirs = losses(ours), losses(theirs)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), [theirs[step] for step in ours], rtol=1e-5)
+
+
+def assert_all_well(ended):
+    assert [code for code, *_ in ended] == [0] * len(ended), ended
+
+
+def test_two_processes_equal_one(config, alone, tmp_path, one_device):
+    ended = finish(spawn(config, tmp_path))
+    assert_all_well(ended)
+    assert_same_losses(tmp_path, alone)
+    assert "validation PSNR" in ended[0][1]
+    assert "memory per device: params" in ended[0][2]
+    assert "2 processes: median step" in ended[0][2]
+    assert "validation PSNR" not in ended[1][1]
+    assert ended[1][2] == ""
+    for i in range(2):
+        sign = json.loads((tmp_path / "heartbeat" / f"{i}.json").read_text())
+        assert (sign["step"], sign["process"], sign["processes"]) == (4, i, 2)
+    run = loop.Run(config, tmp_path, one_device)  # what two processes saved, one resumes
+    assert int(run.state.step) == 4
+    fifth = next(itertools.islice(pipeline.train_batches(config.data, seed=config.train.seed), 4, None))
+    np.testing.assert_array_equal(next(run.batches)["image"], fifth["image"])
+    run.close()
+
+
+def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
+    other = tiny(train={"steps": 5, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2})
+    first, second = finish(spawn(config, tmp_path, configs={1: other}))
+    assert (first[0], second[0]) == (1, 1)
+    assert "train.steps: process 0 has 4, process 1 has 5" in first[2]
+    assert "Traceback" not in first[2] + second[2]
+    assert second[2] == ""
+
+
+def test_a_coordinator_that_is_not_there(config, tmp_path):
+    child = spawn(config, tmp_path, arguments=["--start_timeout=2"])
+    child[0].kill()
+    (code, _, said) = finish(child)[1]
+    assert code == 1
+    assert "process 1 is still alone after 2 s (coordinator 127.0.0.1:" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "message"),
+    [
+        ({"processes": 2}, "Number of processes must be defined.", "--processes=2 .* Give all three"),
+        ({"coordinator": "here"}, "", "'here' is no host:port"),
+    ],
+)
+def test_incomplete_flags(given, reason, message, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", raising(reason))
+    with pytest.raises(distributed.DistributedError, match=message):
+        distributed.start(**given)
+
+
+def test_one_process_starts_nothing(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", raising("coordinator_address should be defined."))
+    distributed.start()
+    distributed.start(processes=1)
+    assert not distributed.started()
+    assert (distributed.index(), distributed.count()) == (0, 1)
+    assert distributed.exchange("alone") == ["alone"]
+    distributed.compare({"steps": 1})
+    with pytest.raises(KeyError):
+        distributed.together(lambda: {}["error"])
+
+
+def raising(reason):
+    def initialize(*_, **__):
+        raise ValueError(reason)
+
+    return initialize
+
+
+def test_messages_of_several_processes():
+    assert distributed._by_process(["no", "no"]) == "no"
+    assert distributed._by_process(["", "no", "never", "no"]) == "process 1, 3: no\nprocess 2: never"
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(config, alone, tmp_path):
+    assert_all_well(finish(spawn(config, tmp_path, processes=4)))
+    assert_same_losses(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_model_axis_across_processes(tiny, alone, tmp_path):
+    """Two processes hold halves of every weight and must be given the same images."""
+    config = tiny(
+        train={"steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2}, mesh={"data": 1, "model": 2}
+    )
+    assert_all_well(finish(spawn(config, tmp_path, devices=1)))
+    assert_same_losses(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_restarts_on_other_numbers_of_processes(tiny, tmp_path, one_device):
+    """4 -> 2 -> 1 -> 4 processes: the losses of a run that nothing disturbed."""
+
+    def until(steps):
+        train = {"steps": steps, "log_every": 1, "evaluate_every": 100, "checkpoint_every": 100}
+        return tiny(train=train, optimizer={"decay_end_steps": 12, "warmup_steps": 2}, model={"noise_tau": 0.5})
+
+    loop.train(until(12), tmp_path / "straight", one_device)
+    for steps, count in ((3, 4), (6, 2), (9, 1), (12, 4)):
+        assert_all_well(finish(spawn(until(steps), tmp_path / "moved", processes=count, devices=2 if count < 4 else 1)))
+    assert_same_losses(tmp_path / "moved", tmp_path / "straight")
+
+
+def wait_for_step(workdir, step, children, seconds=900):
+    began = time.monotonic()
+    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < step:
+        assert all(child.poll() is None for child in children), finish(children)
+        assert time.monotonic() - began < seconds
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_preempted_process_stops_them_all(tiny, tmp_path):
+    def run(steps):
+        train = {"steps": steps, "log_every": 1, "evaluate_every": 10**6, "checkpoint_every": 10**6}
+        return spawn(tiny(train=train), tmp_path)
+
+    children = run(10**6)
+    wait_for_step(tmp_path, 2, children)
+    children[1].send_signal(signal.SIGTERM)
+    ended = finish(children)
+    assert_all_well(ended)
+    step = int(checkpoint.find(tmp_path).name)
+    assert f"stopped at step {step}, which is saved. To go on:\n" in ended[0][2]
+    assert f"--workdir={tmp_path}" in ended[0][2]
+    again = finish(run(step + 1))
+    assert_all_well(again)
+    assert f"resumed from step {step}" in again[0][2]
+
+
+FAILING = """
+import jax
+from vqrae_jax import main
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.train import loop
+
+fetch = loop.Run.next_batch
+
+def next_batch(run):
+    if jax.process_index() == 1 and int(run.state.step) == 2:
+        raise DataError("the disk is gone")
+    return fetch(run)
+
+loop.Run.next_batch = next_batch
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_them_all(config, tmp_path):
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    first, second = finish(spawn(config, tmp_path, devices=1, program=program))
+    assert first[0] != 0
+    assert second[0] == 1
+    assert "error (process 1): the disk is gone" in second[2]
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment(tiny, tmp_path, one_device):
+    """20 times kill -9 on one of two processes, during training and saving: as if nothing had happened."""
+    images, pick = tmp_path / "images", random.Random(0)
+    images.mkdir()
+    for i in range(24):
+        Image.new("RGB", (40, 40), (10 * i,) * 3).save(images / f"{i:02d}.png")
+    steps, epoch = 120, 3
+    config = tiny(
+        data={"source": "folder", "path": str(images), "scale": (1, 1), "batch_size": 8},
+        train={
+            "steps": steps, "log_every": 1, "evaluate_every": 10**6, "checkpoint_every": 1, "keep_last": 2,
+            "keep_best": 0,
+        },
+    )  # fmt: skip
+    program = ROOT / "tests" / "train" / "noting.py"
+
+    def run(workdir):
+        return spawn(config, workdir, devices=1, program=program)
+
+    assert_all_well(finish(run(tmp_path / "straight")))
+    for _ in range(20):
+        children = run(tmp_path / "killed")
+        known = max(losses(tmp_path / "killed"), default=0) if (tmp_path / "killed" / "metrics.jsonl").exists() else 0
+        wait_for_step(tmp_path / "killed", known + pick.randint(1, 6), children)
+        time.sleep(pick.uniform(0, 0.3))
+        pick.shuffle(children)
+        children[0].kill()
+        time.sleep(pick.uniform(0, 0.5))
+        finish(children[:1])
+        children[1].kill()  # as the launcher does; by itself it ends when it misses the other
+        finish(children[1:])
+    assert_all_well(finish(run(tmp_path / "killed")))
+
+    def seen(step):
+        return [n for i in range(2) for n in (tmp_path / "killed" / "seen" / f"{i}-{step}").read_text().split()]
+
+    for first in range(1, steps + 1, epoch):
+        assert sorted(int(n) for step in range(first, first + epoch) for n in seen(step)) == list(range(24))
+    states = []
+    for workdir in ("killed", "straight"):
+        ended = loop.Run(config, tmp_path / workdir, one_device)
+        states.append(jax.device_get(ended.state))
+        ended.close()
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert int(states[0].step) == steps

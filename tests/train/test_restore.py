@@ -1,0 +1,125 @@
+"""What a run begins with."""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import checkpoint
+from vqrae_jax.config import ConfigError
+from vqrae_jax.models.vit import restack_blocks, stacked_blocks
+from vqrae_jax.train import loop, restore
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Two steps, both saved."""
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(tiny(train={"steps": 2, "checkpoint_every": 1}), workdir, jax.devices()[:1])
+    return workdir
+
+
+@pytest.fixture
+def opened(tiny, one_device):
+    """Runs that are closed at the end: opened(workdir, section={...})."""
+    runs = []
+
+    def open_run(workdir, **sections):
+        runs.append(loop.Run(tiny(**sections), workdir, one_device))
+        return runs[-1]
+
+    yield open_run
+    for run in runs:
+        run.close()
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def damage(step):
+    for file in (step / "train").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, opened, tmp_path, caplog):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoints" / "2")
+    with caplog.at_level(logging.WARNING):
+        run = opened(tmp_path)
+    assert int(run.state.step) == 1
+    assert "checkpoints/2 cannot be read" in caplog.text
+    assert "step 1 is taken in its place" in caplog.text
+    (aside,) = (tmp_path / "checkpoints").glob("2.damaged-*")
+    assert f"is now called {aside.name}" in caplog.text
+    run.state, _ = run.step(run.state, run.frozen, run.next_batch())
+    run.save()
+    run.checkpoints.wait()
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
+    assert_equal(opened(trained).state, run.state)
+
+
+def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for step in (1, 2):
+        damage(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(checkpoint.CheckpointError, match=r"none of the checkpoints in .* can be read; to begin anew"):
+        opened(tmp_path)
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
+
+
+def test_a_run_goes_on_with_stacked_layers_and_back(trained, opened, tmp_path):
+    single, stacked = opened(trained).state, opened(trained, model={"scan_layers": True})
+    assert "blocks" in stacked.state.params["decoder"]
+    assert_equal(stacked.state, restack(single, True))
+    stacked.checkpoints.close()
+    stacked.checkpoints = checkpoint.Checkpoints(tmp_path)
+    stacked.save()
+    stacked.checkpoints.wait()
+    assert_equal(opened(tmp_path).state, single)
+
+
+def restack(state, stacked):
+    moved = [restack_blocks(tree, {"decoder": stacked}) for tree in (state.inference(), state.rest())]
+    return restore.TrainState.join(*moved)
+
+
+def test_stacked_blocks_are_found_by_name():
+    tree = {"decoder": {"blocks": {"a": np.zeros((2, 3))}}, "head": {"trunk": {"block00": {"a": np.zeros(3)}}}, "x": 1}
+    assert stacked_blocks(tree) == {"decoder": True, "trunk": False}
+
+
+@pytest.fixture(scope="module")
+def begin(tiny, one_mesh):
+    """The state of a run that begins: begin(scan_layers, **fields of the train section)."""
+
+    def start(scan=False, **train):
+        task = TokenizerTask.build(tiny(model={"scan_layers": scan}, train=train), one_mesh)
+        return jax.device_get(task.init())
+
+    return start
+
+
+def test_parts_renames_and_stacking(trained, opened, begin):
+    source = opened(trained).state
+    taken = begin(scan=True, start_from=str(trained))
+    assert int(taken.step) == 0
+    assert_equal(taken.inference(), restack(source, True).inference())
+    fresh, part = begin(), begin(start_from=str(trained), start_parts=("decoder",))
+    assert_equal(part.params, {**fresh.params, "decoder": source.ema_params["decoder"]})
+    assert_equal(part.batch_stats, fresh.batch_stats)
+    renames = {"decoder/block00": "decoder/block01", "decoder/block01": "decoder/block00"}
+    swapped = begin(start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
+    assert_equal(swapped["block01"], source.ema_params["decoder"]["block00"])
+    assert_equal(swapped["block00"], source.ema_params["decoder"]["block01"])
+
+
+def test_what_does_not_fit_is_named(trained, begin):
+    with pytest.raises(checkpoint.CheckpointError, match=r"missing \(2\): .*pred"):
+        begin(start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
+    with pytest.raises(ConfigError, match=r"start_parts=\('decoder',\): .* has encoder, painter, quantizer, not dec"):
+        begin(start_from=str(trained), start_parts=("decoder",), start_renames={"decoder": "painter"})

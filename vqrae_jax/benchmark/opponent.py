@@ -1,0 +1,73 @@
+"""The PyTorch program of `torch_stages`, kept running beside this one and asked for one call at a time."""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from vqrae_jax.benchmark.stages import Stage
+from vqrae_jax.pretrained import export
+
+SHOWN = 4096  # leading numbers of each result that are compared
+
+
+class OpponentError(RuntimeError):
+    """PyTorch cannot be asked; the message says why."""
+
+
+class Opponent:
+    """One stage in PyTorch, with the weights and inputs of ours."""
+
+    def __init__(self, python: str, stage: Stage, specification: dict[str, Any], compiled: bool):
+        """Starts `python` and waits for its first call.
+
+        Raises:
+          OpponentError: that Python has no torch or transformers, or the stage fails there.
+        """
+        self._folder = tempfile.TemporaryDirectory()
+        folder = pathlib.Path(self._folder.name)
+        export.write_safetensors(stage.tensors, folder / "tensors.safetensors")
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        specification = specification | {
+            "tensors": str(folder / "tensors.safetensors"), "compile": compiled, "threads": threads, "shown": SHOWN
+        }  # fmt: skip
+        (folder / "spec.json").write_text(json.dumps(specification))
+        self._program = subprocess.Popen(
+            [python, "-P", pathlib.Path(__file__).with_name("torch_stages.py"), folder / "spec.json"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # Its threads must sleep while ours work.
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
+        )  # fmt: skip
+        first = self._read()
+        self.version, self.device = first["torch"], first["device"]
+        self.out = {name: np.asarray(values) for name, values in first["out"].items()}
+        self.peak = 0
+
+    def seconds(self) -> float:
+        """One more call."""
+        self._program.stdin.write("run\n")
+        self._program.stdin.flush()
+        answer = self._read()
+        self.peak = answer["peak"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        self._program.stdin.close()
+        self._program.wait()
+        self._program.stdout.close()
+        self._program.stderr.close()
+        self._folder.cleanup()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._program.stdout.readline()
+        if not line:
+            self._program.wait()
+            last = self._program.stderr.read().strip().splitlines()[-1:]
+            raise OpponentError(
+                f"PyTorch did not run: {' '.join(last)}; --torch-python names a Python with torch and transformers"
+            )
+        return json.loads(line)

@@ -1,0 +1,243 @@
+"""Every quantizer at equal bits on the latents of a frozen encoder, with one small decoder, as a table.
+
+The encoder runs once. Then, for each row, the quantizer and a fresh decoder learn together from its latents: the same
+decoder, steps, batches and learning rates in every row.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from vqrae_jax import assembly
+from vqrae_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, from_dict
+from vqrae_jax.data import pipeline
+from vqrae_jax.evaluation import codebook
+from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.losses.pixel import l2
+from vqrae_jax.models.decoder import Decoder
+from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.quantizers.factory import create
+from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.statistics import code_counts, code_totals
+from vqrae_jax.train.optim import make_optimizer
+
+BATCH = 32
+LLOYD = 15  # iterations
+LEVELS = {2048: (8, 8, 6, 5), 8192: (8, 8, 8, 4, 4)}  # of fsq, by the number of codes to come near to
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=20, clip_norm=1.0)
+# Rows in which what stands for a latent is near it; elsewhere a learned map takes it where the decoder wants it.
+LATENT = {"none", "k-means", "ema", "ema whitening_dim=64", "ibq", "residual", "product", "multiscale"}
+COLUMNS = {
+    "quantizer": "{}", "bits per token": "{:.2f}", "error / variance": "{:.3f}", "PSNR, dB": "{:.2f}", "use": "{:.0%}",
+    "perplexity": "{:.0f}", "codes": "{}", "ms per step": "{:.0f}", "time / none": "{:.2f}",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The latents of images, and the images."""
+
+    latents: Float[np.ndarray, "n h w C"]
+    images: UInt8[np.ndarray, "n S S 3"]
+
+
+def settings(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any]]:
+    """The model section of every row. Where an image has more codes than tokens, a codebook is as much smaller."""
+
+    def model(quantizer: str, count: int, **params: Any) -> dict[str, Any]:
+        return {"quantizer": quantizer, "num_embeddings": count, "quantizer_params": params}
+
+    def shared(positions: int) -> int:
+        """K that gives `positions` codes the bits of grid^2 codes of `codes`."""
+        return int(codes ** (grid**2 / positions))
+
+    grids = tuple(sorted({1, 2, -(-grid // 4), grid // 2, grid}))
+    return {
+        "none": model("none", codes),
+        "k-means": model("ema", codes, frozen=True),
+        "ema": model("ema", codes),
+        "ema whitening_dim=64": model("ema", codes, whitening_dim=64),
+        "ema codebook_dim=32": model("ema", codes, codebook_dim=32),
+        "simvq": model("simvq", codes),
+        "fsq": model("fsq", codes, levels=LEVELS[codes]),
+        "lfq": model("lfq", codes),
+        "bsq": model("bsq", codes),
+        "gumbel": model("gumbel", codes, anneal_steps=steps),
+        "ibq": model("ibq", codes),
+        "residual": model("residual", shared(2 * grid**2), depth=2),
+        "product": model("product", shared(2 * grid**2), groups=2),
+        "multiscale": model("multiscale", shared(sum(g**2 for g in grids)), grids=grids),
+    }
+
+
+def run(given: argparse.Namespace) -> None:
+    """Prints the table row by row, and writes table.md and table.json below `given.output`.
+
+    Raises:
+      ConfigError: no such row, or no settings for so many codes.
+    """
+    if given.codes not in LEVELS:
+        raise ConfigError(f"--codes={given.codes}: the table knows equal bits for {' and '.join(map(str, LEVELS))}")
+    built = _assemble(given)
+    train, val = (_read(given, built, split) for split in ("train", "val"))
+    steps = given.steps or given.epochs * (len(train.images) // BATCH)
+    everything = settings(given.codes, train.latents.shape[1], steps)
+    names = given.quantizers.split(",") if given.quantizers else list(everything)
+    if unknown := set(names) - set(everything):
+        raise ConfigError(f"--quantizers={','.join(sorted(unknown))}: choose from {','.join(everything)}")
+    print(f"{len(train.images)} + {len(val.images)} images, {steps} steps of {BATCH}, K = {given.codes}\n")
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+    print(*(f"| {line} |" for line in lines), sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in ["none", *(n for n in names if n != "none")]:  # its time is what the others are compared with
+        rows.append(_row(name, everything[name], built.module.decoder, train, val, steps))
+        rows[-1]["time / none"] = rows[-1]["ms per step"] / rows[0]["ms per step"]
+        lines.append(
+            " | ".join("-" if rows[-1][c] is None else form.format(rows[-1][c]) for c, form in COLUMNS.items())
+        )
+        print(f"| {lines[-1]} |", flush=True)
+    if given.output:
+        output = pathlib.Path(given.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
+        context = {
+            "codes": given.codes, "steps": steps, "batch": BATCH, "train_images": len(train.images),
+            "val_images": len(val.images), "encoder": given.encoder, "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
+        }  # fmt: skip
+        (output / "table.json").write_text(json.dumps({**context, "rows": rows}, indent=2))
+        print(f"wrote {output}")
+
+
+def _assemble(given: argparse.Namespace) -> assembly.Assembly:
+    """The encoder that was asked for, with a decoder that is small enough to train one per row."""
+    config = {"encoder_cls": given.encoder_cls, "encoder_config_path": given.encoder, "encoder_input_size": given.size}
+    config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"})
+    built = assembly.for_frozen_encoder(assembly.assemble(config))
+    decoder = built.module.decoder
+    blocks = dataclasses.replace(decoder.blocks, depth=1)
+    decoder = decoder.clone(blocks=blocks, patch=given.size // decoder.grid)
+    return dataclasses.replace(built, module=built.module.clone(decoder=decoder))
+
+
+def _read(given: argparse.Namespace, built: assembly.Assembly, split: str) -> Split:
+    """The images of a subfolder, and what the encoder makes of them."""
+    data = {"eval_path": str(pathlib.Path(given.images) / split), "image_size": given.size, "eval_batch_size": BATCH}
+    encoder, params = built.module.encoder, {"params": jax.device_put(built.pretrained["encoder"])}
+    encode = jax.jit(lambda params, image: encoder.apply(params, image.astype(jnp.float32) / 255))
+    parts = [
+        (np.asarray(encode(params, batch["image"]))[batch["mask"]], batch["image"][batch["mask"]])
+        for batch in pipeline.evaluation_batches(from_dict(DataConfig, data), limit=given.limit)
+    ]
+    return Split(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _row(name: str, model: dict[str, Any], decoder: Decoder, train: Split, val: Split, steps: int) -> dict[str, Any]:
+    grid, channels = train.latents.shape[2:]
+    quantizer = create(from_dict(ModelConfig, model), channels, grid)
+    variables, seconds = _train(name, quantizer, decoder, train, steps)
+    figures = _evaluate(quantizer, decoder, variables, val)
+    counts, positions = figures.pop("counts"), figures.pop("positions")
+    health = {} if counts is None else codebook.health(counts)
+    size = None if counts is None else counts.shape[-1]
+    return {
+        "quantizer": name,
+        "bits per token": size and positions / grid**2 * math.log2(size),
+        "error / variance": figures["error"] if name in LATENT else None,
+        "PSNR, dB": figures["psnr"],
+        "use": health.get("usage"),
+        "perplexity": health.get("perplexity"),
+        "codes": size and (f"{positions} x {size}" if positions != grid**2 else str(size)),
+        "ms per step": 1e3 * seconds,
+    }
+
+
+def _train(
+    name: str, quantizer: Quantizer, decoder: Decoder, data: Split, steps: int
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Variables of quantizer and decoder after training, and the median seconds of a step."""
+    variables = {
+        "quantizer": jax.jit(quantizer.init)(jax.random.key(0), data.latents[:1]),
+        "decoder": jax.jit(decoder.init)(jax.random.key(1), data.latents[:1]),
+    }
+    if name == "k-means":
+        variables["quantizer"]["batch_stats"]["codebook"] = lloyd(data.latents, quantizer.num_embeddings)
+    params = {part: variables[part].get("params", {}) for part in variables}
+    state = variables["quantizer"].get("batch_stats", {})
+    optimizer = make_optimizer(OPTIMIZER, steps)
+
+    def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
+        out, updated = quantizer.apply(
+            {"params": params["quantizer"], "batch_stats": state}, z, True, mutable=["batch_stats"], rngs={"codes": key}
+        )
+        picture = decoder.apply({"params": params["decoder"]}, out.z)
+        return l2(picture, image.astype(jnp.float32) / 255) + out.loss, updated.get("batch_stats", {})
+
+    def step(params: Any, state: Any, moments: Any, z: Array, image: Array, key: Array) -> tuple[Any, Any, Any]:
+        grads, state = jax.grad(loss, has_aux=True)(params, state, z, image, key)
+        updates, moments = optimizer.update(grads, moments, params)
+        return jax.tree.map(jnp.add, params, updates), state, moments
+
+    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    carry, times = (params, state, optimizer.init(params)), []
+    rng, order = np.random.default_rng(0), np.empty(0, int)
+    for i in range(steps):
+        if len(order) < BATCH:
+            order = rng.permutation(len(data.images))
+        chosen, order = order[:BATCH], order[BATCH:]
+        start = time.perf_counter()
+        carry = step(*carry, data.latents[chosen], data.images[chosen], jax.random.fold_in(jax.random.key(2), i))
+        jax.block_until_ready(carry)
+        times.append(time.perf_counter() - start)
+    params, state, _ = carry
+    trained = {"quantizer": {"params": params["quantizer"], "batch_stats": state}}
+    return trained | {"decoder": {"params": params["decoder"]}}, float(np.median(times[1:] or times))
+
+
+def _evaluate(
+    quantizer: Quantizer, decoder: Decoder, variables: dict[str, dict[str, Any]], data: Split
+) -> dict[str, Any]:
+    """Error relative to the variance, mean PSNR, counts of the codes, codes per image."""
+
+    def measure(variables: Any, z: Array, image: Array) -> tuple[Array, Array, Array | None, Any]:
+        out = quantizer.apply(variables["quantizer"], z)
+        picture = decoder.apply(variables["decoder"], out.z)
+        figures = jnp.sum((out.z - z) ** 2), psnr(picture, image.astype(jnp.float32) / 255)
+        return *figures, out.metrics.get("counts"), out.indices
+
+    measure, parts = jax.jit(measure), []
+    for i in range(0, len(data.images), BATCH):
+        parts.append(jax.device_get(measure(variables, data.latents[i : i + BATCH], data.images[i : i + BATCH])))
+    errors, decibels, counts, indices = zip(*parts, strict=True)
+    return {
+        "error": float(sum(errors) / data.latents.size / np.var(data.latents)),
+        "psnr": float(np.concatenate(decibels).mean()),
+        "counts": None if counts[0] is None else sum(counts),
+        "positions": None if indices[0] is None else indices[0][0].size,
+    }
+
+
+def lloyd(latents: Float[np.ndarray, "n h w C"], size: int) -> Float[Array, "K C"]:
+    """k-means of all latents at once, from random ones: what a codebook that learns online is compared with."""
+    tokens = jnp.asarray(latents.reshape(-1, latents.shape[-1]))
+    codes = tokens[np.random.default_rng(0).permutation(len(tokens))[np.arange(size) % len(tokens)]]
+
+    @jax.jit
+    def iterate(codes: Float[Array, "K C"]) -> Float[Array, "K C"]:
+        indices = nearest(tokens, codes)
+        counts = code_counts(indices, size)[:, None]
+        return jnp.where(counts > 0, code_totals(tokens, indices, size) / jnp.maximum(counts, 1), codes)
+
+    for _ in range(LLOYD):
+        codes = iterate(codes)
+    return codes

@@ -1,0 +1,226 @@
+"""Plain PyTorch of the stages, timed on request: the other side of `--against=pytorch`.
+
+A program of its own, `python torch_stages.py SPEC`, so that PyTorch may live in another environment than JAX. SPEC is a
+JSON file: stage, platform, dtype, compile, threads, sizes, and the safetensors file with weights and inputs. It prints
+what the first call computed as a JSON line; then every line read asks for one more call, answered by its seconds.
+"""
+
+import json
+import sys
+import time
+
+NORM_EPS = 1e-6
+
+
+def build_encoder(spec, tensors):
+    """Hugging Face's DINOv2 with SDPA; patch tokens after a LayerNorm without affine."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    model = Dinov2Model(Dinov2Config(**spec["encoder"], attn_implementation="sdpa")).eval()
+    weights = {n.removeprefix("encoder/"): t for n, t in tensors.items() if n.startswith("encoder/")}
+    result = model.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys, result
+    assert set(result.missing_keys) <= {"layernorm.weight", "layernorm.bias", "embeddings.mask_token"}, result
+    mean, std = (torch.tensor(spec[n]).view(1, 3, 1, 1) for n in ("mean", "std"))
+    model.register_buffer("pixel_mean", mean)
+    model.register_buffer("pixel_std", std)
+
+    def encode(images):
+        pixels = torch.nn.functional.interpolate(images, spec["input_size"], mode="bicubic", align_corners=False)
+        hidden = model((pixels - model.pixel_mean) / model.pixel_std).last_hidden_state[:, 1:]
+        return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=NORM_EPS)
+
+    return model, encode
+
+
+def build_decoder(spec, tensors):
+    """A ViT decoder of transformers' ViTMAE layers: embed, cls, positions, blocks, norm, linear to pixels."""
+    import torch
+    from torch import nn
+    from transformers import ViTMAEConfig
+    from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
+
+    size = spec["decoder"]
+    config = ViTMAEConfig(
+        hidden_size=size["width"], num_hidden_layers=size["depth"], num_attention_heads=size["heads"],
+        intermediate_size=size["mlp"], layer_norm_eps=size["eps"], attn_implementation="sdpa",
+    )  # fmt: skip
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder_embed = nn.Linear(spec["channels"], size["width"])
+            self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, size["width"]))
+            self.register_buffer("decoder_pos_embed", torch.zeros(1, size["grid"] ** 2 + 1, size["width"]))
+            self.decoder_layers = nn.ModuleList(ViTMAELayer(config) for _ in range(size["depth"]))
+            self.decoder_norm = nn.LayerNorm(size["width"], eps=size["eps"])
+            self.decoder_pred = nn.Linear(size["width"], size["patch"] ** 2 * 3)
+            self.register_buffer("pixel_mean", torch.tensor(spec["mean"]).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer("pixel_std", torch.tensor(spec["std"]).view(1, 3, 1, 1), persistent=False)
+
+        def forward(self, latent):
+            x = self.decoder_embed(latent)
+            x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1) + self.decoder_pos_embed
+            for layer in self.decoder_layers:
+                x = layer(x)
+            pixels = self.decoder_pred(self.decoder_norm(x[:, 1:])).float()
+            grid, patch = size["grid"], size["patch"]
+            pixels = pixels.view(len(x), grid, grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
+            return pixels.reshape(len(x), 3, grid * patch, grid * patch) * self.pixel_std + self.pixel_mean
+
+    model = Decoder()
+    model.load_state_dict({_spelling(n): t for n, t in tensors.items() if n.startswith("decoder/")})
+    return model
+
+
+def _spelling(name):
+    """The origin's names of a decoder's tensors -> those of transformers' layers in memory."""
+    name = name.removeprefix("decoder/")
+    for ours, theirs in (
+        ("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+class TextbookVQ:
+    """All distances at once, one-hot matmuls for counts, sums and lookup, EMA: how the layer is commonly written."""
+
+    def __init__(self, codebook, decay, epsilon, commitment):
+        import torch
+
+        self.codebook, self.sums = codebook, codebook.clone()
+        self.counts = torch.ones(len(codebook), device=codebook.device)
+        self.decay, self.epsilon, self.commitment = decay, epsilon, commitment
+
+    def __call__(self, z):
+        import torch
+
+        flat = z.reshape(-1, z.shape[-1])
+        with torch.no_grad():
+            codes = self.codebook
+            distances = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ codes.T + codes.pow(2).sum(1)
+            indices = distances.argmin(1)
+            chosen = torch.zeros(len(flat), len(codes), device=flat.device).scatter_(1, indices[:, None], 1.0)
+            quantized = chosen @ codes
+            self.counts.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
+            self.sums.mul_(self.decay).add_(chosen.T @ flat, alpha=1 - self.decay)
+            total = self.counts.sum()
+            smoothed = (self.counts + self.epsilon) / (total + len(codes) * self.epsilon) * total
+            self.codebook = self.sums / smoothed[:, None]
+        loss = ((quantized - flat.detach()) ** 2).mean() + self.commitment * ((quantized - flat) ** 2).mean()
+        return (flat + (quantized - flat).detach()).view_as(z), loss, indices
+
+
+def encoder(spec, tensors):
+    """The frozen encoder's features."""
+    import torch
+
+    model, encode = build_encoder(spec, tensors)
+    model.to(tensors["images"].device)
+    encode = torch.compile(encode) if spec["compile"] else encode
+
+    def call():
+        with torch.no_grad():
+            return {"features": encode(tensors["images"])}
+
+    return call
+
+
+def decoder(spec, tensors):
+    """Pictures of latents, without gradients."""
+    import torch
+
+    model = build_decoder(spec, tensors).to(tensors["latent"].device).eval()
+    paint = torch.compile(model) if spec["compile"] else model
+
+    def call():
+        with torch.no_grad():
+            return {"pictures": paint(tensors["latent"]).permute(0, 2, 3, 1)}
+
+    return call
+
+
+def quantizer(spec, tensors):
+    """One training step of the quantizer."""
+    import torch
+
+    layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
+    run = torch.compile(layer.__call__) if spec["compile"] else layer
+
+    def call():
+        with torch.no_grad():
+            _, loss, indices = run(tensors["latent"])
+        return {"loss": loss, "indices": indices}
+
+    return call
+
+
+def train_step(spec, tensors):
+    """Frozen encoder, textbook quantizer, decoder, L1, fused AdamW, running mean of the parameters."""
+    import torch
+
+    device = tensors["images"].device
+    frozen, encode = build_encoder(spec, tensors)
+    frozen.to(device).requires_grad_(False)
+    model = build_decoder(spec, tensors).to(device)
+    layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
+    parameters = list(model.parameters())
+    mean = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, **spec["optimizer"], fused=True)
+    paint = torch.compile(model) if spec["compile"] else model
+    encode = torch.compile(encode) if spec["compile"] else encode
+
+    def call():
+        with torch.no_grad():
+            latent = encode(tensors["images"])
+        with torch.autocast(device.type, enabled=False):
+            quantized, vq_loss, _ = layer(latent)
+        pixel = (paint(quantized) - tensors["images"]).abs().mean()
+        (pixel + vq_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(mean, parameters, 1 - spec["ema_decay"])
+        return {"loss": (pixel + vq_loss).detach(), "pixel": pixel.detach()}
+
+    return call
+
+
+STAGES = {"encoder": encoder, "decoder": decoder, "quantizer": quantizer, "train_step": train_step}
+
+
+def main(path):
+    """Builds the stage of the specification at `path`, then answers one line with one call until input ends."""
+    import torch
+    from safetensors.torch import load_file
+
+    with open(path) as file:
+        spec = json.load(file)
+    device = torch.device("cuda" if spec["platform"] == "gpu" else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(spec["threads"])
+    tensors = {n: t.to(device) for n, t in load_file(spec["tensors"]).items()}
+    call = STAGES[spec["stage"]](spec, tensors)
+
+    def timed():
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            out = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return out, time.perf_counter() - start
+
+    out, _ = timed()
+    summary = {n: t.double().flatten()[: spec["shown"]].tolist() for n, t in out.items()}
+    print(json.dumps({"torch": torch.__version__, "device": str(device), "out": summary}), flush=True)
+    for _ in sys.stdin:
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        print(json.dumps({"seconds": timed()[1], "peak": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,28 @@
+"""The arguments by which a command is told its images: any source that a config's data section can name."""
+
+import argparse
+from typing import Any
+
+from vqrae_jax.config import ConfigError, DataConfig, from_dict
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, --source, --name and --split."""
+    parser.add_argument("--data", help="images: a folder, or what data.path is in a config for another --source")
+    parser.add_argument("--source", default="folder", help="what data.source is in a config; default: folder")
+    parser.add_argument("--name", help="what data.name is in a config")
+    parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
+
+
+def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
+    """The images as a config's validation data: in order, with nothing random; `fields` are further ones of it.
+
+    Raises:
+      ConfigError: no such source, or it lacks --data or --split.
+    """
+    if args.data is None and args.source not in ("photographs", "tfds"):
+        raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
+    if not args.split:
+        raise ConfigError("--split is empty: name the split of the dataset")
+    given = {"source": args.source, "path": args.data, "eval_path": args.data, "name": args.name}
+    return from_dict(DataConfig, given | {"eval_split": args.split} | fields)

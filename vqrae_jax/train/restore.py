@@ -1,0 +1,142 @@
+"""What a run begins with: its own newest checkpoint that can be read, or parts of another run's model."""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vqrae_jax import checkpoint, distributed
+from vqrae_jax.assembly import Placement
+from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
+from vqrae_jax.config import ConfigError, TrainConfig
+from vqrae_jax.models.vit import restack_blocks, stacked_blocks
+from vqrae_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
+
+
+def resume(checkpoints: Checkpoints, target: TrainState, place: Placement) -> Resumed | None:
+    """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
+
+    One that is damaged is told and set aside, so that its step can be saved again. Layers may have been stacked for
+    scanning or not.
+
+    Raises:
+      CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
+    """
+    damaged = {}
+    for step in reversed(checkpoints.steps):
+        path = checkpoints.folder / str(step)
+        found, problem = distributed.together(functools.partial(_attempt, path, target, place))
+        problems = [said for said in distributed.exchange(problem) if said]
+        if not problems:
+            for bad, reason in damaged.items():
+                log.warning("%s; step %d is taken in its place", reason, step)
+                if not checkpoints.reading:
+                    checkpoints.set_aside(bad)
+            return found
+        damaged[step] = problems[0]
+    if damaged:
+        raise CheckpointError(
+            f"none of the checkpoints in {checkpoints.folder} can be read; to begin anew take another --workdir:\n"
+            + "\n".join(damaged.values())
+        )
+    return None
+
+
+def _attempt(path: Any, target: TrainState, place: Placement) -> tuple[Resumed | None, str]:
+    """What is in the checkpoint, or else what is wrong with it."""
+    try:
+        checkpoint.read_meta(path)
+        stacked = stacked_blocks(checkpoint.saved_shapes(path)["params"])
+        ours = stacked_blocks(target.ema_params)
+        trees = wanted = (target.inference(), target.rest())
+        if convert := _differs(stacked, ours):
+            wanted = _placed(_restacked_shapes(trees, stacked), place)
+        model, rest, data = checkpoint.read(path, *wanted)
+        if convert:
+            model, rest = _restacked((model, rest), ours, jax.tree.map(lambda x: x.sharding, trees))
+        return (TrainState.join(model, rest), data), ""
+    except DamagedError as error:
+        return None, str(error)
+
+
+def start_shapes(config: TrainConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+    """What `config.start_from` gives of the model whose variables are `shapes`: the same tree, or parts of it.
+
+    Names are ours (`start_renames`), layers stacked as ours are.
+
+    Raises:
+      CheckpointError: nothing is there, or what is taken does not fit; every leaf is named.
+      ConfigError: a part that the checkpoint does not have.
+    """
+    path = checkpoint.find(config.start_from)
+    checkpoint.read_meta(path)
+    theirs = unflatten_dict({name: shape for name, (_, shape) in _taken(config, path).items()}, sep="/")
+    parts = config.start_parts or tuple(theirs["params"])
+    kinds = {
+        "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
+        "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not config.start_parts or n in parts},
+    }
+    checkpoint.check_shapes(theirs, _restacked_shapes(kinds, stacked_blocks(theirs["params"])), path)
+    return kinds
+
+
+def read_start(config: TrainConfig, target: dict[str, Any], place: Placement) -> dict[str, Any]:
+    """The arrays of `start_shapes`, onto the shapes and shardings of `target`."""
+    path = checkpoint.find(config.start_from)
+    taken = _taken(config, path)
+    stacked = stacked_blocks(unflatten_dict({name: shape for name, (_, shape) in taken.items()}, sep="/"))
+    wanted = flatten_dict(_placed(_restacked_shapes(target, stacked), place), sep="/")
+    theirs = unflatten_dict({name: wanted[ours] for ours, (name, _) in taken.items()}, sep="/")
+    read = flatten_dict(checkpoint.read_model(path, theirs, partial=True), sep="/")
+    read = unflatten_dict({ours: read[name] for ours, (name, _) in taken.items()}, sep="/")
+    ours = stacked_blocks(target)
+    if _differs(stacked, ours):
+        read = _restacked(read, ours, jax.tree.map(lambda x: x.sharding, target))
+    log.info("%d arrays from %s", len(taken), path)
+    return {"params": {}, "batch_stats": {}, **read}
+
+
+def _taken(config: TrainConfig, path: Any) -> dict[str, tuple[str, Any]]:
+    """Our name -> name and shape in the checkpoint, of every leaf that is taken."""
+    saved = {
+        _renamed(name, config.start_renames): (name, shape)
+        for name, shape in flatten_dict(checkpoint.saved_shapes(path), sep="/").items()
+    }
+    parts = {name.split("/")[1] for name in saved}
+    if absent := sorted(set(config.start_parts) - parts):
+        raise ConfigError(
+            f"train.start_parts={config.start_parts}: {path} has {', '.join(sorted(parts))}, not {', '.join(absent)}"
+        )
+    return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
+
+
+def _differs(stacked: dict[str, bool], ours: dict[str, bool]) -> bool:
+    return any(ours.get(name, form) != form for name, form in stacked.items())
+
+
+def _restacked_shapes(tree: Any, stacked: dict[str, bool]) -> Any:
+    return jax.eval_shape(functools.partial(restack_blocks, stacked=stacked), tree)
+
+
+def _restacked(tree: Any, stacked: dict[str, bool], where: Any) -> Any:
+    return jax.jit(functools.partial(restack_blocks, stacked=stacked), out_shardings=where)(tree)
+
+
+def _placed(shapes: Any, place: Placement) -> Any:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, place(shapes))
+
+
+def _renamed(name: str, renames: dict[str, str]) -> str:
+    """`name` is a collection and a path, "params/decoder/..."; renames are of the path."""
+    kind, path = name.split("/", 1)
+    for old, new in renames.items():
+        if path == old or path.startswith(f"{old}/"):
+            return f"{kind}/{new}{path[len(old) :]}"
+    return name
