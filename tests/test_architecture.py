@@ -67,7 +67,7 @@ ONLY_IN = {
     "safetensors": {"pretrained", "benchmark"},
     "huggingface_hub": {"pretrained"},
     "transformers": {"pretrained", "benchmark"},
-    "matplotlib": {"inference"},
+    "matplotlib": {"inference", "benchmark"},
     "gradio": {"inference"},
     "ml_collections": {"main", "config"},
     "pydantic": {"config"},

@@ -92,6 +92,20 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, page):
         demo.blocks(page)
 
 
+def test_a_port_in_use_is_said(monkeypatch, page, trained):
+    pytest.importorskip("gradio", reason="the page needs the demo extra")
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "False")  # put back afterwards
+    monkeypatch.setattr(demo.Tokenizer, "load", lambda *_, **__: page.tokenizer)
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port={port}"):
+            demo.serve(demo.parse([f"--checkpoint={trained}", f"--port={port}"]))
+
+
 @pytest.fixture(scope="module")
 def served(trained, tmp_path_factory):
     """Address of the page and the folder that is its TMPDIR."""
@@ -130,6 +144,12 @@ def test_files_that_are_too_large_are_refused(served):
     httpx = pytest.importorskip("httpx")
     answer = httpx.post(served[0] + "gradio_api/upload", files={"files": ("x.png", bytes(2 << 20))})
     assert answer.status_code == 413
+
+
+def test_no_other_file_of_the_machine_is_served(served):
+    httpx = pytest.importorskip("httpx")
+    for path in (ROOT / "README.md", "/etc/hostname"):
+        assert httpx.get(f"{served[0]}gradio_api/file={path}").status_code in (403, 404)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -216,11 +216,18 @@ def serve(args: argparse.Namespace) -> None:
         gr = _gradio()
         page = Page(Tokenizer.load(args.checkpoint, args.step, batch_size=1))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder goes away then, too
-        _, address, _ = blocks(page).launch(
-            server_name=args.host, server_port=args.port, max_file_size=f"{args.max_upload}mb", share=False, quiet=True,
-            prevent_thread_lock=True, inbrowser=False, run_history=False, enable_monitoring=False, ssr_mode=False,
-            mcp_server=False, footer_links=[], theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
-        )  # fmt: skip
+        try:
+            _, address, _ = blocks(page).launch(
+                server_name=args.host, server_port=args.port, max_file_size=f"{args.max_upload}mb", share=False,
+                quiet=True, prevent_thread_lock=True, inbrowser=False, run_history=False, enable_monitoring=False,
+                ssr_mode=False, mcp_server=False, footer_links=[],
+                theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
+            )  # fmt: skip
+        except OSError:
+            raise ConfigError(
+                f"--port={args.port} of --host={args.host} cannot be had: another program serves there, or the address "
+                "is not of this machine; give another"
+            ) from None
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()
 
