@@ -33,7 +33,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config", "compilation", "resize",
+        "checkpoint", "config", "compilation", "distributed", "resize",
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",

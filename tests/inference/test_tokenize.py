@@ -1,6 +1,7 @@
 """A tokenized dataset is what the tokenizer says of each image, whoever wrote it and however often it was stopped."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def test_a_folder_of_other_codes_is_refused(trained, photos, whole):
     ("arguments", "error", "message"),
     [
         (["--processes=2", "--process=2"], ConfigError, "--process=2 of --processes=2"),
+        (["--processes=2"], ConfigError, "--processes=2: give both or none"),
         (["--shard-size=12"], ConfigError, "--shard-size=12 is no multiple of the batch of 8 images: give 16"),
         (["--limit=0"], ConfigError, "--limit=0"),
         (["--source=tape"], ConfigError, "source='tape'"),
@@ -152,11 +154,12 @@ def test_the_benchmark_tells_a_ratio(trained, photos, capsys):
     assert re.search(r"ratio \d+\.\d+, 16 images in batches of 8", capsys.readouterr().out)
 
 
-def start(trained, photos, output, *arguments):
+def start(trained, photos, output, *arguments, **environment):
     """The command in a process of its own."""
     given = [f"--checkpoint={trained}", f"--data={photos}", f"--output={output}", "--batch=8", "--shard-size=8"]
     command = [sys.executable, "-m", "vqrae_jax.inference.tokenize", *given, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow
@@ -184,9 +187,18 @@ def test_killed_ten_times_nothing_is_lost_or_doubled(trained, tmp_path, form):
     assert [record["index"] for record in codes.Codes(output)] == list(range(640))
 
 
+def slurm(process):
+    """What SLURM tells one of two tasks."""
+    said = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    return {f"SLURM_{name}": str(value) for name, value in said.items()}
+
+
 @pytest.mark.slow
-def test_two_processes_at_once_write_what_one_would(trained, photos, whole, tmp_path):
-    processes = [start(trained, photos, tmp_path, "--processes=2", f"--process={i}") for i in range(2)]
+@pytest.mark.parametrize("launcher", ["flags", "slurm"])
+def test_two_processes_at_once_write_what_one_would(trained, photos, whole, tmp_path, launcher):
+    flags = [["--processes=2", f"--process={i}"] if launcher == "flags" else [] for i in range(2)]
+    told = [slurm(i) if launcher == "slurm" else {} for i in range(2)]
+    processes = [start(trained, photos, tmp_path, *flags[i], **told[i]) for i in range(2)]
     for process in processes:
         assert process.wait() == 0, process.stderr.read()
     assert content(tmp_path) == content(whole)

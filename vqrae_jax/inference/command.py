@@ -13,12 +13,16 @@ from vqrae_jax.checkpoint import CheckpointError
 from vqrae_jax.compilation import enable_compilation_cache
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data.errors import DataError
+from vqrae_jax.distributed import DistributedError
 from vqrae_jax.inference.inputs import TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.sharding import MeshError
 
 T = TypeVar("T")
 
+USERS = (  # errors of what was given, not of the program
+    CheckpointError, ConfigError, DataError, DistributedError, MeshError, OSError, PretrainedError, TokenizerError,
+)  # fmt: skip
 CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder, or a hub id"
 
 
@@ -28,7 +32,7 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     try:
         enable_compilation_cache()
         action()
-    except (CheckpointError, ConfigError, DataError, MeshError, OSError, PretrainedError, TokenizerError) as error:
+    except USERS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax import sharding
+from vqrae_jax import distributed, sharding
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data import code_shards, codes, ordered, sources
 from vqrae_jax.data.readable import Skipped
@@ -44,8 +44,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, default=SHARD, help=f"images per shard; default: {SHARD}")
     parser.add_argument("--batch", type=int, help=f"images per batch; default: {ROWS} views per device")
     parser.add_argument("--threads", type=int, default=4, help="that read and crop; default: 4")
-    parser.add_argument("--processes", type=int, default=1, help="how many share the work, on as many machines")
-    parser.add_argument("--process", type=int, default=0, help="the number of this one, from 0")
+    parser.add_argument(
+        "--processes", type=int, help="how many share the work; default: those of the TPU pod, SLURM or Open MPI job"
+    )
+    parser.add_argument("--process", type=int, help="the number of this one, from 0")
     return parser.parse_args(argv)
 
 
@@ -56,6 +58,9 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
       DataError, ConfigError, CheckpointError, PretrainedError, TokenizerError: before any image is encoded.
     """
     _check(args)
+    process, processes = args.process, args.processes
+    if processes is None:
+        process, processes = distributed.index(), distributed.count()
     source = find_source(args)
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
@@ -68,7 +73,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
             f"give {-(-args.shard_size // batch) * batch}, or another --batch"
         )
     missing = codes.begin(args.output, plan)
-    mine = [shard for shard in missing if shard % args.processes == args.process]
+    mine = [shard for shard in missing if shard % processes == process]
     if mine:
         write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
     manifest = codes.finish(args.output, plan)
@@ -104,7 +109,9 @@ def find_source(args: argparse.Namespace) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 0 <= args.process < args.processes:
+    if (args.process is None) != (args.processes is None):
+        raise ConfigError(f"--process={args.process} --processes={args.processes}: give both or none")
+    if args.processes is not None and not 0 <= args.process < args.processes:
         raise ConfigError(f"--process={args.process} of --processes={args.processes}: they count from 0")
     for name in ("limit", "shard_size", "batch", "threads"):
         value = getattr(args, name)
@@ -183,7 +190,13 @@ def _report(args: argparse.Namespace, plan: codes.Plan, manifest: dict[str, Any]
 
 
 def main() -> None:
-    command.run(lambda: tokenize(parse()))
+    command.run(lambda: _main(parse()))
+
+
+def _main(args: argparse.Namespace) -> None:
+    if args.processes is None:
+        distributed.start()  # before any device is touched; on a pod none can be without it
+    tokenize(args)
 
 
 if __name__ == "__main__":
