@@ -15,6 +15,7 @@ BENCHMARKS = {  # name -> module and what it measures
         "search and training step of the quantizers, and a table of all of them at equal bits",
     ),
     "input": ("input", "images per second and core of the training input, against a PyTorch DataLoader"),
+    "low_precision": ("low_precision", "codes and pictures of an encoder that multiplies in int8 and fp8"),
     "tokenize": ("tokenize", "tokenizing a folder from disk to disk, against the bare encoder and search"),
 }
 

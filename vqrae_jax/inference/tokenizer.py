@@ -18,6 +18,7 @@ from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError
 from vqrae_jax.inference.location import locate, read_model
+from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
 from vqrae_jax.quantizers.none import NO_CODES
@@ -60,6 +61,7 @@ class Tokenizer:
         memory_limit: int | None = None,
         fit: Fit = "crop",
         output: Literal["numpy", "jax"] = "numpy",
+        encoder_matmul: Literal["dtype", "int8", "fp8"] = "dtype",
     ):
         """
         Args:
@@ -77,9 +79,12 @@ class Tokenizer:
             colour, "stretch" changes proportions. All resample bicubically with antialias, to `image_size`. "model"
             leaves images of one size to the encoder's own resizing, as PyTorch VQRAE does (bicubic without antialias).
           output: "jax" leaves results on the device.
+          encoder_matmul: "int8" and "fp8" multiply the encoder's dense layers in eight bits: faster where the device
+            has such units, and some codes become others (`python -m vqrae_jax.benchmark low_precision` counts them).
         """
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = programs.placed(variables, mesh)
+        module = module.clone(encoder=with_matmul(module.encoder, encoder_matmul))
         self.module, self.variables = programs.running(module, self.trained)
         self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
         quantize = functools.partial(self.module.apply, method="quantize")
@@ -91,7 +96,7 @@ class Tokenizer:
         hub id of one.
 
         The frozen encoder is not in a checkpoint: it is read from where the config says. `options` are those of the
-        constructor: mesh, batch_size, memory_limit, fit, output.
+        constructor: mesh, batch_size, memory_limit, fit, output, encoder_matmul.
 
         Raises:
           CheckpointError: nothing complete is there, or it is of another architecture than its config.

@@ -97,3 +97,9 @@ class PooledEncoder(nn.Module):
         (tokens,), _ = ViT(self.vit, name="vit")(image, (self.vit.blocks.depth - 1,), keep_prefix=True)
         tokens = layer_norm(self.vit.blocks, "norm")(tokens).astype(jnp.float32)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, self.vit.prefix :].mean(1)
+
+
+def with_matmul(encoder: Encoder, kind: Literal["dtype", "int8", "fp8"]) -> Encoder:
+    """The same encoder with the dense layers of its blocks multiplied in `kind`, see `low_precision`."""
+    blocks = dataclasses.replace(encoder.vit.blocks, matmul=kind)
+    return encoder.clone(vit=dataclasses.replace(encoder.vit, blocks=blocks))
