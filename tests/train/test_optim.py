@@ -11,15 +11,20 @@ from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part
 CASES = [
     "cosine_warmup_steps", "linear_warmup_steps", "decay_end_before_warmup_end",
     "cosine_epochs_as_in_the_shipped_configs", "cosine_no_warmup", "linear_fractional_epochs",
+    "warmup_only_final_lr_set", "empty_scheduler_section_with_training_level_keys",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_schedules_equal_the_origin(golden, case):
     given = next(c for c in json.loads((golden / "schedules.json").read_text())["cases"] if c["name"] == case)
-    s = given["training_config"]["scheduler"]
-    names = {"decay_end_epoch": "decay_end_epochs", "base_lr": "learning_rate", "final_lr": "final_learning_rate",
-             "type": "schedule"}  # fmt: skip
+    # Keys may stand beside the origin's section as well, and a decay without an end is over with the warm-up there.
+    s = {**given["training_config"], **given["training_config"]["scheduler"]}
+    del s["scheduler"]
+    if not s.keys() & {"decay_end_steps", "decay_end_epoch"}:
+        s["decay_end_steps"] = s["warmup_steps"]
+    names = {"decay_start_epoch": "warmup_epochs", "decay_end_epoch": "decay_end_epochs", "base_lr": "learning_rate",
+             "final_lr": "final_learning_rate", "type": "schedule"}  # fmt: skip
     images = 4 * given["steps_per_epoch"] + 3  # the last batch of an epoch is dropped
     whole = from_dict(
         Config, {"data": {"batch_size": 4}, "optimizer": {names.get(name, name): value for name, value in s.items()}}

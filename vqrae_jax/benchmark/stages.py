@@ -113,7 +113,7 @@ class _Compiled:
 
 
 def _compile(function: Callable, arguments: tuple, donate: tuple[int, ...] = ()) -> _Compiled:
-    count = sum(product.flops for product in flops.count(function, *arguments))
+    count = sum(product.flops for product in flops.count(jax.jit(function).trace(*arguments).jaxpr))
     start = time.perf_counter()
     compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     return _Compiled(compiled, count, time.perf_counter() - start)

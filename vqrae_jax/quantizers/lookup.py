@@ -15,7 +15,7 @@ def look_up(codebook: Float[Array, "K C"], indices: Int[Array, " N"]) -> Float[A
     whole result that is a second copy, so it is done in turns. Turns take strided rows, because contiguous ones would
     cut the axis of rows, which another mesh axis splits.
     """
-    codebook = jax.lax.stop_gradient(codebook)
+    codebook, indices = jax.lax.stop_gradient(jnp.asarray(codebook)), jnp.asarray(indices)
     turns = next((t for t in range(TURNS, 1, -1) if len(indices) % (t * TILE) == 0), 1)
     if turns == 1:
         return codebook[indices]

@@ -197,9 +197,10 @@ def train(
                 if saved or evaluated or step % settings.log_every == 0:
                     guard.check()
                 if step % settings.log_every == 0 or last:
-                    window.pause()
-                    values = {n: float(v) for n, v in jax.device_get(run.codebook(run.state, run.frozen)).items()}
-                    values |= health.share(window.flush() | {"data/skipped": run.skipped.count})
+                    values = health.share(window.flush() | {"data/skipped": run.skipped.count})
+                    codebook = jax.device_get(run.codebook(run.state, run.frozen))
+                    values |= {name: float(value) for name, value in codebook.items()}
+                    window.resume()
                     run.writers.scalars(step, values)
                     progress.status(step, _status(values))
                 if evaluated or saved:

@@ -59,9 +59,14 @@ class Window:
         self._steps += 1
 
     def pause(self) -> None:
-        """Logging, evaluation and saving are not training time."""
+        """Evaluation and saving are not training time."""
         self._settle()
         self._since = None
+
+    def resume(self) -> None:
+        """What was done since `flush` is not training time either."""
+        if self._since is not None:
+            self._since = time.perf_counter()
 
     def flush(self) -> dict[str, float]:
         """Means of scalars, sums of events, codebook health over the window, images per second, and percentiles of the
