@@ -86,3 +86,15 @@ def test_loops_of_known_length_count_and_others_do_not():
     assert total(traced(loops, x, 3)) == 5 * 128
     chosen = traced(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x)
     assert total(chosen) == 2 * 128
+
+
+def test_what_no_result_needs_is_not_counted():
+    """The gradient at the last layer alone is one product, though it is pulled back through both."""
+    first, last, x = jnp.zeros((16, 8)), jnp.zeros((8, 4)), jnp.zeros((10, 16))
+
+    def at_last(first, last):
+        _, pull = jax.vjp(lambda a, b: jnp.tanh(x @ a) @ b, first, last)
+        return pull(jnp.ones((10, 4)))[1]
+
+    products = traced(at_last, first, last)
+    assert total(products) == 2 * 10 * 16 * 8 + 2 * 10 * 8 * 4
