@@ -1,7 +1,9 @@
 """The programs of a run, compiled ahead of time for devices that need not be there, and what they cost."""
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 from typing import Any
 
 import jax
@@ -139,7 +141,7 @@ class Plan:
             parts[part] = parts.get(part, 0.0) + p.flops
         total = sum(parts.values())
         try:
-            compiled = traced.lower().compile()
+            compiled, text = compile_and_print(traced, self.topology)
         except jax.errors.JaxRuntimeError as error:
             memory = _from_error(str(error), self.arguments())
             if memory is None:
@@ -152,7 +154,7 @@ class Plan:
             stats.output_size_in_bytes - stats.alias_size_in_bytes,
             stats.generated_code_size_in_bytes,
         )
-        text = hlo.Program(compiled.as_text(), self.mesh.size)
+        text = hlo.Program(text, self.mesh.size)
         collectives, line = self._communication(text), None
         if chip := self.topology.chip:
             compute = flops.seconds(products, self.mesh.size, chip.flops, chip.passes)
@@ -209,3 +211,18 @@ def _from_error(message: str, arguments: float) -> Memory | None:
         raise TopologyError(f"the program does not fit, and the compiler does not say by how much: {message[:300]}")
     size = float(found[1] or found[3]) * 1024 ** ("KMGT".index(found[2] or found[4]) + 1)
     return Memory(arguments, size if found[1] else size - arguments)
+
+
+def compile_and_print(traced: jax.stages.Traced, topology: Topology) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program and its text.
+
+    libtpu prints every program while it compiles; of a compiled one it cannot where SparseCores are used (v5p).
+    """
+    lowered = traced.lower()
+    if topology.platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (file,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, file.read_text()
