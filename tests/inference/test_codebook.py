@@ -24,7 +24,7 @@ def pictures():
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}])
+@pytest.mark.parametrize("fields", [pytest.param({}, marks=pytest.mark.slow), {"quantizer": "residual"}])
 def test_numbers_are_those_of_the_codes(golden, pictures, fields):
     used = tokenizer(golden, **fields)
     numbers, charts = codebook.study(used, pictures)

@@ -72,6 +72,7 @@ def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_stacked_layers_and_back(trained, opened, tmp_path):
     single, stacked = opened(trained).state, opened(trained, model={"scan_layers": True})
     assert "blocks" in stacked.state.params["decoder"]

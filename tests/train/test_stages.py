@@ -50,6 +50,7 @@ def test_the_second_stage_starts_from_the_first(tiny, first, one_mesh):
     assert state.adversary == {}
 
 
+@pytest.mark.slow
 def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
     """Codes and their projections are those of the first run to the bit, in the checkpoint and for inference."""
     workdir, model = first

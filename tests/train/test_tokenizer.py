@@ -58,7 +58,9 @@ def test_fsdp_splits_weights_and_never_activations(tiny):
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 4, "model": 2}, {"data": 8, "model": 1}, {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1},
+    [pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow),
+     pytest.param({"data": 8, "model": 1}, marks=pytest.mark.slow),
+     {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1},
      {"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
 )  # fmt: skip
 def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
