@@ -37,7 +37,7 @@ def get_config(encoder=""):
 
     c.loss.feature_weight = 0.1
     c.loss.perceptual.network = "encoder"
-    c.loss.perceptual.weight = 1.0
+    c.loss.perceptual.weight = 0.1
     c.loss.perceptual.layers = (0, -1)
     c.loss.perceptual.input_size = side * 2
     c.adversary.discriminator = "patch"
