@@ -29,7 +29,7 @@ from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
-from vqrae_jax.train.optim import make_optimizer
+from vqrae_jax.train.optim import learning_rate, make_optimizer
 
 BATCH = 32
 LLOYD = 15  # iterations
@@ -174,7 +174,7 @@ def _train(
         variables["quantizer"]["batch_stats"]["codebook"] = lloyd(data.latents, quantizer.num_embeddings)
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
-    optimizer = make_optimizer(OPTIMIZER, steps)
+    optimizer = make_optimizer(OPTIMIZER, learning_rate(OPTIMIZER, steps))
 
     def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
         out, updated = quantizer.apply(
