@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import config
+from vqrae_jax.benchmark.__main__ import BENCHMARKS
 from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,6 +36,9 @@ def test_the_two_commands_are_there():
 @pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("python -m vqrae_jax")}))
 def test_commands_name_what_exists(command):
     module, *arguments = shlex.split(command)[2:]
+    if module == "vqrae_jax.benchmark":
+        name, *arguments = arguments
+        module = f"{module}.{BENCHMARKS[name][0]}"
     source = pathlib.Path(importlib.util.find_spec(module).origin)
     if source.name == "__init__.py":
         source = source.with_name("__main__.py")
