@@ -62,7 +62,9 @@ def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None =
         )
     # Auto: the partitioner spreads shardings by itself, ordinary code needs no annotations.
     if slices == 1:
-        return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+        # "model" may be a part of one of the torus's axes, as 2 of 4 x 4 x 4 chips.
+        placed = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
+        return Mesh(placed, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     return Mesh(_by_slice(devices, slices, data, model), ("slice", "data", "model"), axis_types=(AxisType.Auto,) * 3)
 
 

@@ -72,7 +72,7 @@ class Plan:
     @classmethod
     def make(cls, config: Config, topology: Topology, devices: list[jax.Device]) -> "Plan":
         """Reads descriptions, no weights, and checks that batch, mesh and devices fit together."""
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
         sharding.check_batch(config.data.eval_batch_size, 1, mesh, "data.eval_batch_size")
         config = config.model_copy(update={"model": _without_files(config.model), "loss": _without_file(config.loss)})
