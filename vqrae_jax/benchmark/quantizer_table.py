@@ -25,6 +25,7 @@ from vqrae_jax.evaluation import codebook
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.losses.pixel import l2
 from vqrae_jax.models.decoder import Decoder
+from vqrae_jax.models.vit import patchify
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
@@ -34,11 +35,12 @@ from vqrae_jax.train.optim import learning_rate, make_optimizer
 BATCH = 32
 LLOYD = 15  # iterations
 LEVELS = {2048: (8, 8, 6, 5), 8192: (8, 8, 8, 4, 4)}  # of fsq, by the number of codes to come near to
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=20, clip_norm=1.0)
+OPTIMIZER = OptimizerConfig(learning_rate=4e-3, final_learning_rate=1e-5, warmup_steps=10, clip_norm=1.0)
 # Rows in which what stands for a latent is near it; elsewhere a learned map takes it where the decoder wants it.
 LATENT = {"none", "k-means", "ema", "ema whitening_dim=64", "ibq", "residual", "product", "multiscale"}
 COLUMNS = {
-    "quantizer": "{}", "bits per token": "{:.2f}", "error / variance": "{:.3f}", "PSNR, dB": "{:.2f}", "use": "{:.0%}",
+    "quantizer": "{}", "bits per token": "{:.2f}", "error / variance": "{:.3f}", "PSNR, dB": "{:.2f}",
+    "PSNR linear, dB": "{:.2f}", "use": "{:.0%}",
     "perplexity": "{:.0f}", "codes": "{}", "ms per step": "{:.0f}", "time / none": "{:.2f}",
 }  # fmt: skip
 
@@ -147,6 +149,7 @@ def _row(name: str, model: dict[str, Any], decoder: Decoder, train: Split, val: 
     quantizer = create(from_dict(ModelConfig, model), channels, grid)
     variables, seconds = _train(name, quantizer, decoder, train, steps)
     figures = _evaluate(quantizer, decoder, variables, val)
+    linear = _linear(quantizer, variables, train, val, decoder.patch)
     counts, positions = figures.pop("counts"), figures.pop("positions")
     health = {} if counts is None else codebook.health(counts)
     size = None if counts is None else counts.shape[-1]
@@ -155,6 +158,7 @@ def _row(name: str, model: dict[str, Any], decoder: Decoder, train: Split, val: 
         "bits per token": size and positions / grid**2 * math.log2(size),
         "error / variance": figures["error"] if name in LATENT else None,
         "PSNR, dB": figures["psnr"],
+        "PSNR linear, dB": linear,
         "use": health.get("usage"),
         "perplexity": health.get("perplexity"),
         "codes": size and (f"{positions} x {size}" if positions != grid**2 else str(size)),
@@ -216,7 +220,7 @@ def _evaluate(
         return *figures, out.metrics.get("counts"), out.indices
 
     measure, parts = jax.jit(measure), []
-    for i in range(0, len(data.images), BATCH):
+    for i in _starts(data):
         parts.append(jax.device_get(measure(variables, data.latents[i : i + BATCH], data.images[i : i + BATCH])))
     errors, decibels, counts, indices = zip(*parts, strict=True)
     return {
@@ -225,6 +229,39 @@ def _evaluate(
         "counts": None if counts[0] is None else sum(counts),
         "positions": None if indices[0] is None else indices[0][0].size,
     }
+
+
+def _linear(quantizer: Quantizer, variables: dict[str, dict[str, Any]], train: Split, val: Split, patch: int) -> float:
+    """PSNR of the best decoder that is linear in each quantized latent, by least squares on the training images.
+
+    It has no training of its own to be lucky or unlucky in.
+    """
+
+    def rows(z: Array, image: Array) -> tuple[Array, Array]:
+        latent = quantizer.apply(variables["quantizer"], z).z
+        latent = latent.reshape(-1, latent.shape[-1])
+        return jnp.concatenate([latent, jnp.ones((len(latent), 1))], 1), patchify(image / 255.0, patch)
+
+    @jax.jit
+    def products(z: Array, image: Array) -> tuple[Array, Array]:
+        x, pixels = rows(z, image)
+        return x.T @ x, x.T @ pixels.reshape(len(x), -1)
+
+    @jax.jit
+    def measure(z: Array, image: Array, weights: Array) -> Array:
+        x, pixels = rows(z, image)
+        return psnr((x @ weights).reshape(pixels.shape), pixels)
+
+    parts = [products(train.latents[i : i + BATCH], train.images[i : i + BATCH]) for i in _starts(train)]
+    square, mixed = (np.sum([np.asarray(part[j], np.float64) for part in parts], 0) for j in range(2))
+    weights = np.linalg.solve(square + 1e-4 * np.trace(square) / len(square) * np.eye(len(square)), mixed)
+    weights = weights.astype(np.float32)
+    found = [measure(val.latents[i : i + BATCH], val.images[i : i + BATCH], weights) for i in _starts(val)]
+    return float(np.concatenate(found).mean())
+
+
+def _starts(data: Split) -> range:
+    return range(0, len(data.images), BATCH)
 
 
 def lloyd(latents: Float[np.ndarray, "n h w C"], size: int) -> Float[Array, "K C"]:
