@@ -4,7 +4,7 @@ A feature loss by the tokens of a small ViT stands for LPIPS, a PatchGAN for the
 configs/recipe_16k.py: learned low-dimensional cosine codes, k-means and revival, feature reconstruction, adaptive
 adversary. The encoder and the ViT of the feature loss start from random weights unless a local folder is given:
 --config=configs/cpu_recipe.py:/path/to/vit (a DINOv2-like hub folder with 16-pixel patches) takes both from there,
-which is what makes the feature loss worth having. Two cores, estimate: 7 minutes for the 400 steps. Aims at 20 dB on
+which is what makes the feature loss worth having. Two cores, estimate: 10 minutes for the 400 steps. Aims at 20 dB on
 held-out photographs, and at a smaller feature distance than without the feature loss.
 """
 
