@@ -33,6 +33,7 @@ from vqrae_jax.quantizers.statistics import code_counts, code_totals
 from vqrae_jax.train.optim import learning_rate, make_optimizer
 
 BATCH = 32
+QUANTIZER_RATE = 0.1  # of the decoder's
 LLOYD = 15  # iterations
 LEVELS = {2048: (8, 8, 6, 5), 8192: (8, 8, 8, 4, 4)}  # of fsq, by the number of codes to come near to
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, final_learning_rate=1e-5, warmup_steps=10, clip_norm=1.0)
@@ -178,7 +179,9 @@ def _train(
         variables["quantizer"]["batch_stats"]["codebook"] = lloyd(data.latents, quantizer.num_embeddings)
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
-    optimizer = make_optimizer(OPTIMIZER, learning_rate(OPTIMIZER, steps))
+    rate = learning_rate(OPTIMIZER, steps)
+    # What a quantizer learns by gradients would be thrown about at the rate at which a fresh decoder learns fastest.
+    optimizer = make_optimizer(OPTIMIZER, {"quantizer": lambda step: QUANTIZER_RATE * rate(step), "decoder": rate})
 
     def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
         out, updated = quantizer.apply(
