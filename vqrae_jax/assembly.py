@@ -35,9 +35,7 @@ class Assembly:
     image_size: int  # of the pictures it paints
     pretrained: dict[str, Any]  # subtrees of params read from files: encoder, decoder (numpy, float32)
     latent_stats: dict[str, np.ndarray]  # mean and/or var
-    whitening: dict[
-        str, np.ndarray
-    ]  # state of a whitened quantizer from known principal axes; empty: the first batch's
+    whitening: dict[str, np.ndarray]  # state of a whitened quantizer from known axes; empty: the first batch's
 
 
 def assemble(
@@ -135,7 +133,7 @@ def _create(
 
 
 def put(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """`value`, which every process has, where it shall live; deviceput would first compare it between processes."""
+    """`value`, which every process has, where it shall live; device_put would first compare it between processes."""
     return jax.make_array_from_callback(value.shape, where, lambda index: np.asarray(value[index]))
 
 

@@ -22,11 +22,11 @@ def main(arguments: list[str]) -> None:
     files = images.image_files(given.data, field="--data")[: given.limit]
     print("| encoder's products | same codes | PSNR, dB | images per second |")
     print("| --- | --- | --- | --- |")
-    exact = None
+    exact = pictures = None
     for kind in KINDS:
         tokenizer = Tokenizer.load(given.checkpoint, encoder_matmul=kind)
-        size = tokenizer.image_size
-        pictures = np.stack([images.center_crop(images.read_image(file), size) for file in files])
+        if pictures is None:
+            pictures = np.stack([images.center_crop(images.read_image(file), tokenizer.image_size) for file in files])
         tokenizer.encode_to_indices(pictures)  # compiles
         start = time.perf_counter()
         codes = tokenizer.encode_to_indices(pictures)

@@ -113,10 +113,11 @@ class _Compiled:
 
 
 def _compile(function: Callable, arguments: tuple, donate: tuple[int, ...] = ()) -> _Compiled:
-    count = sum(product.flops for product in flops.count(jax.jit(function).trace(*arguments).jaxpr))
     start = time.perf_counter()
-    compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-    return _Compiled(compiled, count, time.perf_counter() - start)
+    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    return _Compiled(compiled, sum(product.flops for product in flops.count(traced.jaxpr)), seconds)
 
 
 def _stage(name: str, call: Callable, compiled: _Compiled, tensors: dict[str, np.ndarray]) -> Stage:
