@@ -26,11 +26,11 @@ RULES: list[tuple[str, P]] = [
     (r"mlp/(up|gate)/kernel$", P(None, "model")),
     (r"mlp/(up|gate)/bias$", P("model")),
     (r"mlp/down/kernel$", P("model", None)),
-    (r"quantizer/(.*/)?(codebook|sums)$", P("model", None)),
+    (r"quantizer/(.*/)?(codebook|sums|first|offset)$", P("model", None)),
     (r"quantizer/(.*/)?counts$", P("model")),
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
-    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted)$", P()),
+    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted|begun)$", P()),
     (r"(patch_embed|embed|pred|features)/kernel$", P()),
     (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
@@ -40,7 +40,7 @@ RULES: list[tuple[str, P]] = [
 
 
 # Search compares every latent with every code, so codes are never split over "data".
-NOT_FSDP = r"quantizer/(codebook|sums|counts)$"
+NOT_FSDP = r"quantizer/(.*/)?(codebook|sums|counts|first|offset)$"
 
 
 class MeshError(ValueError):
