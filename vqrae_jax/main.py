@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from vqrae_jax import __version__, distributed
 from vqrae_jax import config as config_lib
 from vqrae_jax.compilation import enable_compilation_cache
+from vqrae_jax.host_memory import keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
@@ -88,6 +89,7 @@ def _preflight(config: config_lib.Config) -> bool:
 
 def run() -> None:
     """What is wrong with the input is one message and exit code 1, not a traceback."""
+    keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page per checkpoint
     try:
         app.run(main, flags_parser=_parse)

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from vqrae_jax.host_memory import keep_freed_memory
+
 STAGES = "timed beside this machine's ceilings, with --against=pytorch beside PyTorch"
 BENCHMARKS = {  # name -> module and what it measures
     "encoder": ("speed", f"DINOv2 at 224 pixels, {STAGES}"),
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in BENCHMARKS:
         known = "\n".join(f"  {name}: {what}" for name, (_, what) in BENCHMARKS.items())
         raise SystemExit(f"usage: python -m vqrae_jax.benchmark NAME [arguments]\n{known}")
+    keep_freed_memory()
     module, _ = BENCHMARKS[arguments[0]]
     rest = arguments if module == "speed" else arguments[1:]
     importlib.import_module(f"vqrae_jax.benchmark.{module}").main(rest)

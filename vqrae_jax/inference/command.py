@@ -14,6 +14,7 @@ from vqrae_jax.compilation import enable_compilation_cache
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.distributed import DistributedError
+from vqrae_jax.host_memory import keep_freed_memory
 from vqrae_jax.inference.inputs import TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.sharding import MeshError
@@ -30,6 +31,7 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     """Runs a command; leaves the process by `sys.exit` unless all is well."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     try:
+        keep_freed_memory()
         enable_compilation_cache()
         action()
     except USERS as error:
