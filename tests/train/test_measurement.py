@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 from skimage.metrics import structural_similarity
 
+from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
 from vqrae_jax.evaluation import networks
 from vqrae_jax.evaluation.probe import linear_probe
@@ -31,9 +32,9 @@ def config(tiny, golden):
 
 @pytest.fixture(scope="module")
 def workdir(tiny, tmp_path_factory):
-    """A run that has saved its start."""
+    """A run that has saved its start, with a discriminator."""
     workdir = tmp_path_factory.mktemp("run")
-    run = loop.Run(tiny(), workdir, jax.devices()[:1])
+    run = loop.Run(tiny(adversary={"discriminator": "patch", "width": 4, "layers": 1}), workdir, jax.devices()[:1])
     run.save()
     run.close()
     return workdir
@@ -103,6 +104,19 @@ def test_the_first_images_alone(config, workdir):
     figures = loop.evaluate(config(images=10, figures=()), workdir, jax.devices()[:1])
     assert figures["eval/images"] == 10
     assert not [name for name in figures if "encoder" in name or "probe" in name]
+
+
+def test_what_only_training_asks_is_not_read(config, workdir, evaluated):
+    """Neither the networks of the losses nor the state of optimizer and discriminator."""
+    loss = {"perceptual": PerceptualConfig(weight=1.0, trunk="none/such")}
+    adversary = {"discriminator": "dino", "path": "none/such"}
+    given = config()
+    given = given.model_copy(update={"loss": given.loss.model_copy(update=loss),
+                                     "adversary": given.adversary.model_copy(update=adversary)})  # fmt: skip
+    run = loop.Run(given, workdir, jax.devices()[:1], evaluating=True)
+    assert run.state.params == run.state.adversary == {}
+    assert {"step": 0, **run.evaluate()} == pytest.approx(evaluated, rel=1e-6)
+    run.close()
 
 
 def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path, pictures, evaluated):
