@@ -23,7 +23,6 @@ from vqrae_jax.evaluation.ssim import K1, K2, SIGMA, WINDOW
 from vqrae_jax.inference.reference_statistics import feature_moments
 from vqrae_jax.train.task import Task
 
-
 CROPS = {  # `data.eval_crop`, for the protocol
     "center": "short side to {size} pixels by Pillow's bicubic with antialias, central square",
     "adm": "guided-diffusion's: halved by a box filter while the short side has twice {size} pixels, then to {size} by "
@@ -57,9 +56,7 @@ class Measurement:
         where = sharding.replicated(mesh)
         self._params = jax.device_put(self._networks.params, where)
         self._references = {n: r for n in self._widths if (r := self._reference(n)) is not None}
-        self._step = jax.jit(
-            functools.partial(self._measure, task), out_shardings=(sharding.over_data(mesh), where)
-        )
+        self._step = jax.jit(functools.partial(self._measure, task), out_shardings=(sharding.over_data(mesh), where))
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._paint = jax.jit(lambda *args: task.evaluate_batch(*args)["reconstruction"], out_shardings=where)
 
@@ -96,7 +93,7 @@ class Measurement:
         indices = evaluator.scores("index")[places]
         # A few pictures: every process reads them all and shows each device its part.
         images = np.stack([self._batches.picture(int(i)) for i in indices])
-        padded = np.pad(images, ((0, -len(images) % self._mesh.shape["data"]), (0, 0), (0, 0), (0, 0)))
+        padded = np.pad(images, ((0, -len(images) % sharding.data_ways(self._mesh)), (0, 0), (0, 0), (0, 0)))
         batch = {"image": padded, "mask": np.ones(len(padded), bool)}
         where = sharding.over_data(self._mesh)
         placed = {n: jax.make_array_from_callback(x.shape, where, x.__getitem__) for n, x in batch.items()}

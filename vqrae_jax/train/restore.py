@@ -24,9 +24,9 @@ Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
 def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, model_only: bool = False) -> Resumed | None:
     """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
 
-    With `model_only` it has what inference needs, and neither parameters to train nor optimizer state: they are not
-    read. One that is damaged is told and set aside, so that its step can be saved again. Layers may have been stacked for
-    scanning or not.
+    With `model_only` the state has what inference needs, and neither parameters to train nor an optimizer: those are
+    not read. A checkpoint that is damaged is told and set aside, so that its step can be saved again. Layers may have
+    been stacked for scanning or not.
 
     Raises:
       CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
