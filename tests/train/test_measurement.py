@@ -96,8 +96,17 @@ def test_figures_and_protocol_are_written(config, workdir, evaluated):
     assert protocol["checkpoint"].endswith("checkpoints/0")
     page = (workdir / report.FOLDER / "index.html").read_text()
     for kind in ("best", "median", "worst"):
-        assert f"{kind}.png" in page
-        assert (workdir / report.FOLDER / f"{kind}.png").stat().st_size > 1000
+        for file in (f"{kind}0.png", f"{kind}1.png"):
+            assert file in page
+            assert (workdir / report.FOLDER / file).stat().st_size > 1000
+
+
+def test_every_figure_has_a_meaning(evaluated):
+    """The names that this run has; a longer end of a name goes before a shorter."""
+    assert [name for name in evaluated if name != "step" and not report._meaning(name)] == []
+    assert "Inception" in report._meaning("eval/rfid")
+    assert "Inception" not in report._meaning("eval/encoder_rfd")
+    assert report._meaning("eval/bits_per_image") != report._meaning("eval/entropy_bits_per_image")
 
 
 def test_the_first_images_alone(config, workdir):
