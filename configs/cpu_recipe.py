@@ -28,7 +28,8 @@ def get_config(encoder=""):
     c.model.quantizer = "residual"
     c.model.num_embeddings = 512
     c.model.quantizer_params.depth = 4
-    c.model.quantizer_params.codebook_dim = 16
+    c.model.quantizer_params.codebook_dim = 32
+    c.model.commitment_cost = 0.02  # at more the projections shrink to the mean colour before detail is learned
     c.model.vq_decay = 0.95  # the projections move, so the codes have to follow
 
     c.data.source = "photographs"
