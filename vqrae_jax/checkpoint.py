@@ -189,14 +189,15 @@ def read_model(path: pathlib.Path, target: Any, partial: bool = False) -> Any:
 def read(path: pathlib.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
 
-    Returns model, train, data.
+    Returns model, train, data; with None for `train` that is not read.
 
     Raises:
       DamagedError: not to be read.
       CheckpointError: of another architecture, or written by a newer version of this package.
     """
     read_meta(path)
-    return read_model(path, model), _read(path, "train", train), _read_json(path / "data", "data state")
+    rest = None if train is None else _read(path, "train", train)
+    return read_model(path, model), rest, _read_json(path / "data", "data state")
 
 
 def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:

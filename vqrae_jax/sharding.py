@@ -177,6 +177,13 @@ def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, over_data(mesh))
 
 
+def own_rows(x: jax.Array) -> np.ndarray:
+    """The rows of an array like `over_data` that this process answers for: together the processes have each row once,
+    also where several hold it."""
+    own = sorted((s for s in x.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
+    return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(s.data) for s in own)])
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's share of a batch -> its part of the global arrays."""
     return {k: jax.make_array_from_process_local_data(over_data(mesh), v) for k, v in batch.items()}

@@ -174,6 +174,20 @@ def test_four_processes_equal_one(config, alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "model": 2}])
+def test_processes_evaluate_as_one(tiny, golden, alone, one_device, mesh):
+    """Each sees its own rows, and the last batch is padded; along "model" both hold the same rows."""
+    encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    evaluation = {"figures": ("encoder", "linear_probe"), "pictures": 2, "kernel_images": 50, **encoder}
+    config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
+    arguments = ["--mode=evaluate"]
+    ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
+    assert_all_well(ended)
+    assert json.loads(ended[0][1]) == pytest.approx(loop.evaluate(tiny(**config), alone, one_device), rel=1e-4)
+    assert ended[1][1] == ""
+
+
+@pytest.mark.slow
 def test_a_model_axis_across_processes(tiny, alone, tmp_path):
     """Two processes hold halves of every weight and must be given the same images."""
     config = tiny(

@@ -14,7 +14,7 @@ import numpy as np
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError, in_steps
+from vqrae_jax.config import AdversaryConfig, Config, ConfigError, LossConfig, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.evaluation.evaluator import Evaluator
@@ -76,7 +76,7 @@ class Run:
         self.batches = None
         if not self.evaluating:
             self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
-        self.task: Task = TokenizerTask.build(config, self.mesh)
+        self.task: Task = TokenizerTask.build(_without_critics(config) if self.evaluating else config, self.mesh)
         self.measurement = None
         if self.evaluation is not None:
             wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
@@ -89,7 +89,7 @@ class Run:
             sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )
         self.frozen = self.task.frozen()
-        found = restore.resume(self.checkpoints, self.task.shapes(), place)
+        found = restore.resume(self.checkpoints, self.task.shapes(), place, model_only=self.evaluating)
         if found is None:
             self.state = self.task.init()
             return
@@ -257,6 +257,11 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision.stdout.strip()
+
+
+def _without_critics(config: Config) -> Config:
+    """Without the terms of the loss, whose networks are then not read."""
+    return config.model_copy(update={"loss": LossConfig(), "adversary": AdversaryConfig()})
 
 
 def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:
