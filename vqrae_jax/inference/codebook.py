@@ -1,4 +1,4 @@
-"""python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --data=photographs --output=report
+"""python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --source=photographs --output=report
 
 How a tokenizer uses its codes on images: numbers on the screen and in report.json, and four pictures.
 use.png: how often each code occurs, sorted. map.png: the codes in their first two principal axes, darker where used
@@ -35,8 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vqrae_jax.inference.codebook",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.partition("\n\n")[2],
     )
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     data_flags.add(parser)

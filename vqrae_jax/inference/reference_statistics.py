@@ -1,4 +1,4 @@
-"""python -m vqrae_jax.inference.reference_statistics --data=photographs --size=256 --inception=FILE --output=ref.npz
+"""python -m vqrae_jax.inference.reference_statistics --data=/data/train --size=256 --inception=FILE --output=ref.npz
 
 Mean and covariance of a network's features over a folder of images, for `evaluation.inception_reference` or
 `evaluation.encoder_reference`. Images are cropped as in evaluation: short side to `size`, then the central square.
@@ -49,8 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vqrae_jax.inference.reference_statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.partition("\n\n")[2],
     )
     parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
     parser.add_argument("--size", type=int, required=True, help="pixels, as data.image_size")
