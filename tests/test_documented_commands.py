@@ -35,6 +35,7 @@ NOT_RUN = {  # what a command begins with -> why it is not run here
     QUICKSTART: "tests/test_main.py runs it in a process of its own",
     "python -m vqrae_jax.inference.demo": "serves until it is stopped; tests/inference/test_demo.py clicks on the page",
 }
+PLACES = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}  # of what lies at the desk
 TRAINING = {
     "train.steps": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.log_every": 1,
     "data.batch_size": 8, "data.eval_batch_size": 8, "data.image_size": 32, "optimizer.warmup_steps": 1,
@@ -62,6 +63,16 @@ def inputs(command):
     """What it names and does not write."""
     values = {part.partition("=")[2] or part for part in shlex.split(command)}
     return values - set(outputs(command))
+
+
+def reason(command):
+    """Why it is not run; empty for one that is."""
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
+
+
+def before(command):
+    """The commands whose results it reads."""
+    return [other for other in COMMANDS if set(outputs(other)) & inputs(command) and not reason(other)]
 
 
 def in_small(module, arguments, golden):
@@ -123,23 +134,17 @@ def done():
     return set()
 
 
-def reason(command):
-    """Why it is not run; empty for one that is."""
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
-
-
 def run(command, done, golden, monkeypatch):
     """Does what `python -m` would, in this process, after the commands whose results it reads."""
     monkeypatch.setattr(distributed, "start", lambda *_: None)  # comes before all computations in a process of its own
     if command in done:
         return
     done.add(command)
-    for other in COMMANDS:
-        if set(outputs(other)) & inputs(command) and not reason(other):
-            run(other, done, golden, monkeypatch)
+    for other in before(command):
+        run(other, done, golden, monkeypatch)
     module, arguments = module_and_arguments(command)
-    for name, place in {"=/data/": "=data/", "=/path/to/imagenet/": "=data/", "=ep-last.pt": "=ep-last.npz"}.items():
-        arguments = [argument.replace(name, place) for argument in arguments]
+    for name, place in PLACES.items():
+        arguments = [re.sub(name, place, argument) for argument in arguments]
     arguments = in_small(module, arguments, golden)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     try:
@@ -163,9 +168,14 @@ def run_main(arguments):
         main.main(main._parse(["main", *arguments]))
 
 
+def dear(command):
+    """Trains or compares at some length, or comes after what does."""
+    own = module_and_arguments(command)[0] in DEAR and "--config=configs/quickstart.py" not in command
+    return own or any(map(dear, before(command)))
+
+
 def marked(command):
-    dear = module_and_arguments(command)[0] in DEAR and "--config=configs/quickstart.py" not in command
-    return pytest.param(command, marks=[pytest.mark.slow] if dear else [])
+    return pytest.param(command, marks=[pytest.mark.slow] if dear(command) else [])
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in COMMANDS if not reason(command)])
