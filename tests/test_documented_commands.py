@@ -54,9 +54,8 @@ def module_and_arguments(command):
 
 def outputs(command):
     """What it writes, as it names it; evaluating and asking in advance write nothing that others read."""
-    if "--mode=" in command:
-        return []
-    return re.findall(r"--(?:output|workdir)=(\S+)", command)
+    trains = "vqrae_jax.main" in command and "--mode=" not in command
+    return re.findall(r"--workdir=(\S+)" if trains else r"--output=(\S+)", command)
 
 
 def inputs(command):
