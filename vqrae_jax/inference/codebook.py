@@ -189,5 +189,9 @@ def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
     return pictures
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: report(parse()))
+
+
+if __name__ == "__main__":
+    main()

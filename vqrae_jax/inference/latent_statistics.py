@@ -150,5 +150,9 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: latent_statistics(parse()))
+
+
+if __name__ == "__main__":
+    main()

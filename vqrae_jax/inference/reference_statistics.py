@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
     parser.add_argument("--size", type=int, required=True, help="pixels, as data.image_size")
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--inception", help="file, as evaluation.inception_path")
+    network.add_argument("--inception", metavar="FILE", help="file, as evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
     parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls")
     parser.add_argument("--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size")
@@ -89,5 +89,9 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     return moments
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: reference_statistics(parse()))
+
+
+if __name__ == "__main__":
+    main()
