@@ -148,7 +148,8 @@ class Page:
         code = session.slots[slot].codes[row, column]
         name = str(code) if code.ndim == 0 else ", ".join(map(str, code))
         same = sum(int((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum()) for s in session.slots if s)
-        message = f"Row {row}, column {column}: code **{name}**, {same} of all codes here. Below, the patch and those nearest."
+        often = "once" if same == 1 else f"{same} times"
+        message = f"Row {row}, column {column}: code **{name}**, {often} here. Below, the patch and those nearest."
         return dataclasses.replace(session, looked=(slot, row, column), message=message)
 
     def _strip(self, session: Session) -> np.ndarray | None:
