@@ -82,6 +82,18 @@ def tiny():
     return tiny_config
 
 
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """The workdir of a run of a few steps."""
+    import jax
+
+    from vqrae_jax.train import loop
+
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(tiny(train={"steps": 3, "evaluate_every": 3}), workdir, jax.devices()[:1])
+    return workdir
+
+
 @pytest.fixture
 def one_device():
     import jax

@@ -7,13 +7,11 @@ import re
 import runpy
 import shlex
 
-import jax
 import numpy as np
 import pytest
 
 from vqrae_jax import config
 from vqrae_jax.benchmark.__main__ import BENCHMARKS
-from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,12 +69,10 @@ def images():
     return np.random.default_rng(0).uniform(size=(2, 64, 64, 3)).astype(np.float32)
 
 
-def test_python_blocks_run(golden, tmp_path_factory, tiny, images):
+def test_python_blocks_run(golden, trained, images):
     """The first on a small run instead of the quickstart's, the second on a small encoder instead of the hub's."""
-    workdir = tmp_path_factory.mktemp("run")
-    loop.train(tiny(train={"steps": 1, "evaluate_every": 1}), workdir, jax.devices()[:1])
     small = {
-        "runs/quickstart": str(workdir),
+        "runs/quickstart": str(trained),
         "facebook/dinov2-base": str(golden / "encoders" / "dinov2"),
         '"ViT-B"': '"ViT-Nano", encoder_input_size=56',
         "8192": "64",

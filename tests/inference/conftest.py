@@ -1,13 +1,25 @@
 import jax
 import pytest
 
-from vqrae_jax.train import loop
+from vqrae_jax import Tokenizer, assembly
+from vqrae_jax.config import ModelConfig
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory):
-    """The workdir of a run of a few steps."""
-    workdir = tmp_path_factory.mktemp("trained")
-    settings = {"steps": 3, "evaluate_every": 3}
-    loop.train(tiny(train=settings), workdir, jax.devices()[:1])
-    return workdir
+def untrained(golden):
+    """Tokenizers on a small frozen encoder, nothing trained: 32 x 32 pictures, 4 x 4 codes of 24, by changed fields."""
+    built = {}
+
+    def build(**fields):
+        key = tuple(sorted(fields.items()))
+        if key not in built:
+            config = ModelConfig(
+                encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
+                decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
+            )  # fmt: skip
+            model = assembly.assemble(config)
+            variables = assembly.initial_variables(model, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+            built[key] = Tokenizer(model.module, variables, config, frozen=True)
+        return built[key]
+
+    return build

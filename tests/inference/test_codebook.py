@@ -1,22 +1,9 @@
-import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import assembly
-from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import images
 from vqrae_jax.inference import codebook
-from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-
-
-def tokenizer(golden, **fields):
-    config = ModelConfig(
-        encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
-        decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
-    )  # fmt: skip
-    built = assembly.assemble(config)
-    names = ["encoder", "quantizer", "decoder"]
-    return Tokenizer(built.module, assembly.initial_variables(built, jax.random.key(0), names))
+from vqrae_jax.inference.tokenizer import TokenizerError
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +12,8 @@ def pictures():
 
 
 @pytest.mark.parametrize("fields", [pytest.param({}, marks=pytest.mark.slow), {"quantizer": "residual"}])
-def test_numbers_are_those_of_the_codes(golden, pictures, fields):
-    used = tokenizer(golden, **fields)
+def test_numbers_are_those_of_the_codes(untrained, pictures, fields):
+    used = untrained(**fields)
     numbers, charts = codebook.study(used, pictures)
     first = used.encode_to_indices(pictures / np.float32(255)).reshape(5, 4, 4, -1)[..., 0]
     assert numbers["usage"] == pytest.approx(len(np.unique(first)) / 24)
@@ -35,9 +22,9 @@ def test_numbers_are_those_of_the_codes(golden, pictures, fields):
     assert set(charts) == {"use", "map", "patches", "positions"}
 
 
-def test_a_product_of_codes_has_no_report(golden, pictures):
+def test_a_product_of_codes_has_no_report(untrained, pictures):
     with pytest.raises(TokenizerError, match="Product"):
-        codebook.study(tokenizer(golden, quantizer="product"), pictures)
+        codebook.study(untrained(quantizer="product"), pictures)
 
 
 def test_charts():
@@ -53,11 +40,11 @@ def test_charts():
     np.testing.assert_array_equal(patches[:2, :2], pictures[2, :2, 2:])
 
 
-def test_the_command_writes_the_report(golden, pictures, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_report(untrained, pictures, tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for i, picture in enumerate(pictures):
         images.write_image(tmp_path / "photos" / f"{i}.png", picture)
-    monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, step: tokenizer(golden))
+    monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, step: untrained())
     given = ["--checkpoint=x", f"--data={tmp_path / 'photos'}", f"--output={tmp_path / 'report'}", "--alarm=1"]
     codebook.report(codebook.parse(given))
     names = {path.name for path in (tmp_path / "report").iterdir()}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Tokenizer
+from vqrae_jax.benchmark.input import write_photographs
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import detokenize, reconstruct, tokenize
@@ -37,6 +38,18 @@ def test_round_trip_equals_reconstruct_byte_for_byte(trained, photos, tokenized,
     expected = reconstruct.reconstruct(reconstruct.parse(given))
     painted = run(trained, tokenized, tmp_path / "b")
     assert [path.name for path in painted] == [f"{i:08d}.png" for i in range(11)]
+    assert [path.read_bytes() for path in painted] == [path.read_bytes() for path in expected]
+
+
+@pytest.mark.slow
+def test_a_thousand_photographs_come_back_as_reconstruct_paints_them(trained, tmp_path):
+    photographs = write_photographs(tmp_path / "photographs", 1000)
+    given = [f"--checkpoint={trained}", f"--data={photographs}", f"--output={tmp_path / 'codes'}"]
+    assert tokenize.tokenize(tokenize.parse([*given, "--batch=8", "--shard-size=256"]))["count"] == 1000
+    painted = run(trained, tmp_path / "codes", tmp_path / "painted")
+    given = [f"--checkpoint={trained}", "--image", photographs, f"--output={tmp_path / 'whole'}", "--only", "--batch=8"]
+    expected = reconstruct.reconstruct(reconstruct.parse(given))
+    assert len(painted) == 1000
     assert [path.read_bytes() for path in painted] == [path.read_bytes() for path in expected]
 
 

@@ -1,26 +1,13 @@
-import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import assembly
-from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import editing
-from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
-
-
-def build(golden, **fields):
-    config = ModelConfig(
-        encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
-        decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
-    )  # fmt: skip
-    built = assembly.assemble(config)
-    names = ["encoder", "quantizer", "decoder"]
-    return Tokenizer(built.module, assembly.initial_variables(built, jax.random.key(0), names), batch_size=1)
+from vqrae_jax.inference.tokenizer import TokenizerError
 
 
 @pytest.fixture(scope="module")
-def tokenizer(golden):
-    return build(golden)
+def tokenizer(untrained):
+    return untrained()
 
 
 def codes_of(tokenizer, seed):
@@ -36,8 +23,8 @@ def test_a_region_is_moved_and_cut_at_the_edge():
 
 
 @pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}, {"quantize_before_reshape": True}])
-def test_a_blend_begins_and_ends_with_its_pictures(golden, fields):
-    tokenizer = build(golden, **fields)
+def test_a_blend_begins_and_ends_with_its_pictures(untrained, fields):
+    tokenizer = untrained(**fields)
     first, second = codes_of(tokenizer, 0), codes_of(tokenizer, 1)
     path = editing.blend(tokenizer, first, second, [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(path[[0, 2]], [first, second])
@@ -71,10 +58,10 @@ def test_a_painted_code_is_the_middle_of_a_picture_of_it(tokenizer):
     np.testing.assert_allclose(painted[1], whole[0, 16:24, 16:24], atol=1e-6)
 
 
-def test_codes_without_a_place_are_refused(golden, tokenizer):
+def test_codes_without_a_place_are_refused(untrained, tokenizer):
     with pytest.raises(TokenizerError, match="by place"):
-        editing.as_grid(build(golden, quantizer="multiscale"), np.zeros((1, 30), int))
+        editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))
     with pytest.raises(TokenizerError, match="paints nothing"):
-        editing.paint_codes(build(golden, quantizer="residual"), np.zeros(1, int))
+        editing.paint_codes(untrained(quantizer="residual"), np.zeros(1, int))
     with pytest.raises(TokenizerError, match="one picture"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import Tokenizer, assembly
+from vqrae_jax import Tokenizer
 from vqrae_jax.checkpoint import CheckpointError
-from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import inspect
 
 
@@ -37,17 +36,11 @@ def test_json_and_the_whole_config(trained, capsys):
     assert told["config"]["model"]["commitment_cost"] == 0.25
 
 
-def test_an_encoder_that_cannot_be_had_is_told(golden, tmp_path):
+def test_an_encoder_that_cannot_be_had_is_told(untrained, tmp_path):
     """The rest of the folder is still described."""
-    config = ModelConfig(
-        encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
-        decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24,
-    )  # fmt: skip
-    built = assembly.assemble(config)
-    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
-    folder = Tokenizer(built.module, variables, config, frozen=True).save_pretrained(tmp_path / "saved")
+    folder = untrained().save_pretrained(tmp_path / "saved")
     file = folder / "config.json"
-    file.write_text(file.read_text().replace(config.encoder_config_path, "/gone"))
+    file.write_text(file.read_text().replace(untrained().config.encoder_config_path, "/gone"))
     told = run(folder)
     assert "/gone" in told["encoder"]
     assert told["parameters"]["params/decoder"] > 0

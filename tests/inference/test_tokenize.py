@@ -149,9 +149,13 @@ def test_the_manifest_is_plain_json(whole):
     assert all(len(shard["sha256"]) == 64 for shard in manifest["shards"])
 
 
-def test_the_benchmark_tells_a_ratio(trained, photos, capsys):
-    benchmark.main([f"--checkpoint={trained}", f"--data={photos}", "--batch=8", "--limit=16"])
-    assert re.search(r"ratio \d+\.\d+, 16 images in batches of 8", capsys.readouterr().out)
+def test_the_benchmark_tells_what_each_way_costs(trained, photos, capsys):
+    benchmark.main([f"--checkpoint={trained}", f"--data={photos}", "--batch=8", "--limit=17", "--rounds=1"])
+    told = capsys.readouterr().out
+    assert "16 images in batches of 8, 32 pixels" in told
+    ways = dict(re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| ([\d.]+) \|$", told, re.M))
+    assert list(ways) == [benchmark.BARE, benchmark.READ, benchmark.HOST, benchmark.WHOLE]
+    assert float(ways[benchmark.BARE]) == 1
 
 
 def start(trained, photos, output, *arguments, **environment):
@@ -194,11 +198,16 @@ def slurm(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["flags", "slurm"])
-def test_two_processes_at_once_write_what_one_would(trained, photos, whole, tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "form"),
+    [("flags", "npz"), ("slurm", "npz"), ("flags", "parquet"), ("flags", "webdataset"), ("flags", "array_record")],
+)
+def test_two_processes_at_once_write_what_one_would(trained, photos, tmp_path, launcher, form):
+    run(trained, photos, tmp_path / "one", f"--format={form}")
     flags = [["--processes=2", f"--process={i}"] if launcher == "flags" else [] for i in range(2)]
     told = [slurm(i) if launcher == "slurm" else {} for i in range(2)]
-    processes = [start(trained, photos, tmp_path, *flags[i], **told[i]) for i in range(2)]
+    form = f"--format={form}"
+    processes = [start(trained, photos, tmp_path / "two", form, *flags[i], **told[i]) for i in range(2)]
     for process in processes:
         assert process.wait() == 0, process.stderr.read()
-    assert content(tmp_path) == content(whole)
+    assert content(tmp_path / "two") == content(tmp_path / "one")

@@ -47,8 +47,10 @@ def run(values, folder):
     return client.execute(env=os.environ | {"XLA_FLAGS": ""})  # one device, as most notebooks have
 
 
-def test_it_runs_from_top_to_bottom(tmp_path):
-    done = run({"STEPS": 8, "WORKDIR": str(tmp_path / "run")}, NOTEBOOK.parent)
+@pytest.mark.parametrize("start", ["of a tokenizer", pytest.param("of its own training", marks=pytest.mark.slow)])
+def test_it_runs_from_top_to_bottom(trained, tmp_path, start):
+    given = {"TOKENIZER": str(trained)} if start == "of a tokenizer" else {"STEPS": 8, "WORKDIR": str(tmp_path / "run")}
+    done = run(given, NOTEBOOK.parent)
     kinds = [
         kind for cell in done.cells if cell.cell_type == "code" for o in cell.outputs for kind in o.get("data", {})
     ]

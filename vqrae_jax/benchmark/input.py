@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed; the best counts")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given.images or _write_photographs(pathlib.Path(scratch))
+        folder = given.images or write_photographs(pathlib.Path(scratch))
         count = len(os.listdir(folder))
         print(f"{count} JPEGs to {given.size} x {given.size}, batches of {given.batch}; images per CPU second:")
         best = dict.fromkeys(("PyTorch, one worker", "uint8 batches", "normalized float32"), 0.0)
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
         _memory(given, folder, count)
 
 
-def _write_photographs(folder: pathlib.Path, count: int = 256) -> str:
+def write_photographs(folder: pathlib.Path, count: int = 256) -> str:
     """ImageNet's usual size and quality, 500 x 375, so that there is something to decode and to resize."""
     rng, shipped = np.random.default_rng(0), photographs.load("train")
     for i in range(count):

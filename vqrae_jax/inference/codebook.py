@@ -1,4 +1,4 @@
-"""python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --data=photographs --output=report
+"""python -m vqrae_jax.inference.codebook --checkpoint=runs/quickstart --source=photographs --output=report
 
 How a tokenizer uses its codes on images: numbers on the screen and in report.json, and four pictures.
 use.png: how often each code occurs, sorted. map.png: the codes in their first two principal axes, darker where used
@@ -21,24 +21,23 @@ from vqrae_jax.data import images, pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.inference import command, data_flags
-from vqrae_jax.inference.pictures import histogram
+from vqrae_jax.inference.pictures import enlarged, histogram
 from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
 SIDE = 512  # pixels of charts
 CODES, PATCHES = 16, 12  # rows and columns of patches.png
-ENLARGE = 3  # a patch of 16 pixels is too small to look at
+PATCH = 40  # pixels of a patch in patches.png, at least: smaller ones are no pleasure to look at
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vqrae_jax.inference.codebook",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.partition("\n\n")[2],
     )
-    parser.add_argument("--checkpoint", required=True, help="workdir of a run, or one step of its checkpoints folder")
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     data_flags.add(parser)
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
@@ -88,7 +87,7 @@ def study(
             np.sort(counts)[::-1], f"{(counts > 0).sum()} of {size} codes in use", "codes, most used first"
         ),
         "map": map_chart(table, counts),
-        "patches": patches_chart(pictures, indices, errors, counts).repeat(ENLARGE, 0).repeat(ENLARGE, 1),
+        "patches": enlarged(patches_chart(pictures, indices, errors, counts), PATCH * min(CODES, size)),
         "positions": positions_chart(indices, size),
     }
     return numbers, charts
@@ -190,5 +189,9 @@ def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
     return pictures
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: report(parse()))
+
+
+if __name__ == "__main__":
+    main()

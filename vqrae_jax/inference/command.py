@@ -29,7 +29,7 @@ CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder, or a
 
 def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     """Runs a command; leaves the process by `sys.exit` unless all is well."""
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # a library may have been first
     try:
         keep_freed_memory()
         enable_compilation_cache()

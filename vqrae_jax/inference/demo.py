@@ -24,8 +24,9 @@ from vqrae_jax.inference import command, editing, inputs, pictures
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 VIEW = 320  # pixels of a picture on the page, at least
+HEIGHT = VIEW + 64  # of its box, so that the label does not lie on it
 NEAREST = 8
-TITLE = "pictures as codes"
+TITLE = "Pictures as codes"
 HELP = """Drop a picture into each slot. With **look**, click a patch: its code and the patches nearest to it appear
 below. With **paint**, click two corners in the second picture's codes, then a place in the first."""
 
@@ -147,7 +148,8 @@ class Page:
         code = session.slots[slot].codes[row, column]
         name = str(code) if code.ndim == 0 else ", ".join(map(str, code))
         same = sum(int((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum()) for s in session.slots if s)
-        message = f"Row {row}, column {column}: code **{name}**, {same} times here. Below, the patch and those nearest."
+        often = "once" if same == 1 else f"{same} times"
+        message = f"Row {row}, column {column}: code **{name}**, {often} here. Below, the patch and those nearest."
         return dataclasses.replace(session, looked=(slot, row, column), message=message)
 
     def _strip(self, session: Session) -> np.ndarray | None:
@@ -169,18 +171,19 @@ class Page:
 def blocks(page: Page) -> Any:
     """The page as Gradio's Blocks."""
     gr = _gradio()
-    still = {"interactive": False, "format": "png", "buttons": [], "height": VIEW + 40}
+    still = {"interactive": False, "format": "png", "buttons": [], "height": HEIGHT}
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as built:
         session = gr.State(Session())
-        message = gr.Markdown(HELP, elem_id="message")
-        with gr.Row():
-            action = gr.Radio(["look", "paint"], value="look", label="a click will", elem_id="action")
-            restore = gr.Button("undo painting", elem_id="restore")
+        gr.Markdown(f"# {TITLE}\n{_described(page.tokenizer)}")
+        with gr.Row(equal_height=True):
+            action = gr.Radio(["look", "paint"], value="look", label="a click will", elem_id="action", scale=1)
+            message = gr.Markdown(HELP, elem_id="message", container=True)
+            restore = gr.Button("undo painting", elem_id="restore", size="sm", scale=0, min_width=140)
         files, views = [], []
         for i, name in enumerate(("first", "second")):
             with gr.Row():
                 upload = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
-                files.append(gr.Image(label=f"{name} picture", elem_id=f"upload{i}", height=VIEW + 40, **upload))
+                files.append(gr.Image(label=f"{name} picture", elem_id=f"upload{i}", height=HEIGHT, **upload))
                 views.append(gr.Image(label="reconstruction", elem_id=f"painted{i}", **still))
                 views.append(gr.Image(label="codes", elem_id=f"codes{i}", **still))
         nearest = gr.Image(label="the patch and those nearest to it", elem_id="nearest", **{**still, "height": 130})
@@ -230,6 +233,12 @@ def serve(args: argparse.Namespace) -> None:
             ) from None
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()
+
+
+def _described(tokenizer: Tokenizer) -> str:
+    size, codes = tokenizer.image_size, tokenizer.codebook_size
+    shape = " x ".join(map(str, tokenizer.code_shape))
+    return f"{size} x {size} pixels become {shape} codes out of {codes:,}: {tokenizer.bits_per_image:,.0f} bits."
 
 
 def _with_slot(session: Session, slot: int, shown: Slot | None, message: str) -> Session:

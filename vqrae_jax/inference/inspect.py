@@ -6,6 +6,7 @@ What is in a checkpoint, read off its descriptions: no weights are loaded (but f
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.location import Location, locate
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained.errors import PretrainedError
+
+WIDTH = 160  # columns where the output is no terminal
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -126,7 +129,7 @@ def _show(told: dict[str, Any]) -> None:
     for name, value in told.items():
         for field, text in _lines(name, value):
             table.add_row(field, text)
-    Console().print(table, highlight=False, markup=False)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table, highlight=False, markup=False)
 
 
 def _lines(name: str, value: Any) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""python -m vqrae_jax.inference.latent_statistics --encoder=facebook/dinov2-base --data=photographs --output=stats.npz
+"""python -m vqrae_jax.inference.latent_statistics --encoder=facebook/dinov2-base --data=/data/train --output=stats.npz
 
 Mean, variance and principal axes of an encoder's latents over images; `model.normalization_stat_path` reads the file.
 """
@@ -150,5 +150,9 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: latent_statistics(parse()))
+
+
+if __name__ == "__main__":
+    main()

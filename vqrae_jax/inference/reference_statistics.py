@@ -1,4 +1,4 @@
-"""python -m vqrae_jax.inference.reference_statistics --data=photographs --size=256 --inception=FILE --output=ref.npz
+"""python -m vqrae_jax.inference.reference_statistics --data=/data/train --size=256 --inception=FILE --output=ref.npz
 
 Mean and covariance of a network's features over a folder of images, for `evaluation.inception_reference` or
 `evaluation.encoder_reference`. Images are cropped as in evaluation: short side to `size`, then the central square.
@@ -56,13 +56,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vqrae_jax.inference.reference_statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.partition("\n\n")[2],
     )
     parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
     parser.add_argument("--size", type=int, required=True, help="pixels, as data.image_size")
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--inception", help="file, as evaluation.inception_path")
+    network.add_argument("--inception", metavar="FILE", help="file, as evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
     parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls")
     parser.add_argument("--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size")
@@ -97,5 +96,9 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     return moments
 
 
-if __name__ == "__main__":
+def main() -> None:
     command.run(lambda: reference_statistics(parse()))
+
+
+if __name__ == "__main__":
+    main()

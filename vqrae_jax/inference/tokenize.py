@@ -24,6 +24,7 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 
 ROWS = 32  # pictures of a batch per device
 SHARD = 4096  # images
+NAMED = 5  # skipped images that are named
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     if mine:
         write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
     manifest = codes.finish(args.output, plan)
-    _report(args, plan, manifest, len(mine))
+    _report(args, plan, manifest, len(mine), source)
     return manifest
 
 
@@ -178,15 +179,18 @@ def _encode(
             parts = []
 
 
-def _report(args: argparse.Namespace, plan: codes.Plan, manifest: dict[str, Any] | None, written: int) -> None:
+def _report(
+    args: argparse.Namespace, plan: codes.Plan, manifest: dict[str, Any] | None, written: int, source: Any
+) -> None:
     print(f"wrote {written} of {plan.shards} shards to {args.output}")
     if manifest is None:
         print("other processes are not done: the last one completes the manifest")
         return
     print(f"{manifest['count']} images of {plan.images}, codes {list(plan.code_shape)} {plan.code_dtype}")
-    if manifest["skipped"]:
-        shown = ", ".join(map(str, manifest["skipped"][:5]))
-        print(f"skipped {len(manifest['skipped'])} unreadable images: numbers {shown} ...", file=sys.stderr)
+    if skipped := manifest["skipped"]:
+        shown = ", ".join(source.key(index) for index in skipped[:NAMED])
+        rest = f" and more: the numbers of all are in {codes.MANIFEST}" if len(skipped) > NAMED else ""
+        print(f"skipped {len(skipped)} unreadable images: {shown}{rest}", file=sys.stderr)
 
 
 def main() -> None:
