@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
+import os
 
 from rich.console import Console
 from rich.table import Table
 
+from vqrae_jax import storage
 from vqrae_jax.preflight.alternatives import Way
 from vqrae_jax.preflight.chips import GIB
 from vqrae_jax.preflight.programs import Cost
@@ -35,7 +36,7 @@ class Report:
     def fits(self) -> bool:
         return all(cost.fits for cost in self.programs)
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Writes everything as JSON; sizes in bytes, times in seconds."""
         programs = [{**dataclasses.asdict(c), "peak": c.memory.peak, **_speed(c)} for c in self.programs]
         others = [
@@ -44,8 +45,7 @@ class Report:
             for way, cost in self.others
         ]
         values = {**dataclasses.asdict(self), "fits": self.fits, "programs": programs, "others": others}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2))
+        storage.write(path, json.dumps(values, indent=2).encode())
 
     def print(self) -> None:
         console = Console(width=None if Console().is_terminal else 120, highlight=False)

@@ -2,11 +2,11 @@
 
 import html
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data import images as image_files
 from vqrae_jax.inference import pictures
 from vqrae_jax.train.measurement import Example
@@ -27,7 +27,7 @@ img {{ max-width: 100% }} pre {{ white-space: pre-wrap }}</style>
 
 
 def write(
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     step: int,
     figures: dict[str, float],
     remarks: list[str],
@@ -36,7 +36,7 @@ def write(
 ) -> None:
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per kind of example."""
     told = {"step": step, "figures": figures, "remarks": remarks, "protocol": protocol}
-    (workdir / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    storage.write(workdir / FILE, (json.dumps(told, indent=2) + "\n").encode())
     for kind, found in examples.items():
         images, painted = np.stack([e.image for e in found]), np.stack([e.reconstruction for e in found])
         rows = pictures.reconstruction_grid(
@@ -50,7 +50,7 @@ def write(
         pictures="".join(_section(kind, found) for kind, found in examples.items()),
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
-    (workdir / FOLDER / "index.html").write_text(page, encoding="utf-8")
+    storage.write(workdir / FOLDER / "index.html", page.encode())
 
 
 def _section(kind: str, found: list[Example]) -> str:
