@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -236,3 +237,21 @@ def test_dockerfiles_install_an_extra_that_exists(name):
     assert all(f"\n{name} = [" in declared for name in extra.split(","))
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
     assert all((LAUNCH.parent / part).exists() for parts in copied for part in parts)
+
+
+def test_the_commands_of_the_page_on_pods_run_dry():
+    page = (LAUNCH.parent / "docs" / "pods.md").read_text()
+    shown = []
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S):
+        lines = [line for line in block.splitlines() if line.startswith("export ") or "launch/" in line]
+        lines = [re.sub("sbatch --nodes=4", "bash", line) for line in lines if not line.startswith("docker")]
+        done = subprocess.run(
+            ["bash", "-c", "set -e\nexport DRY_RUN=1\n" + "\n".join(lines)],
+            capture_output=True,
+            text=True,
+            cwd=LAUNCH.parent,
+        )
+        assert done.returncode == 0, done.stderr
+        shown += [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+    for word in ("queued-resources create", "vqrae_jax.main", "kubectl apply", "exec srun", "--process=1", "delete"):
+        assert any(word in line for line in shown), word

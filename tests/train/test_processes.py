@@ -123,6 +123,15 @@ def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
     assert second[2] == ""
 
 
+def test_another_version_of_a_package_is_named(monkeypatch):
+    said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
+    monkeypatch.setattr(distributed, "exchange", lambda text: next(said))
+    with pytest.raises(
+        distributed.DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"
+    ):
+        distributed.compare({})
+
+
 def test_a_coordinator_that_is_not_there(config, tmp_path):
     child = spawn(config, tmp_path, arguments=["--start_timeout=2"])
     child[0].kill()
