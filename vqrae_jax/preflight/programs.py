@@ -48,7 +48,7 @@ class Cost:
       images: of one call, over all devices.
       collectives: (kind, mesh axes, bytes over all trips, how many run), largest first.
       roofline: None on a CPU, and where the program does not fit.
-      scaling: the same on slices of other sizes; empty where anything but the data axis is split.
+      slices: the same on slices of other sizes; empty where anything but the data axis is split.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Cost:
     parts: dict[str, float]
     collectives: list[tuple[str, str, float, int]]
     roofline: roofline.Roofline | None
-    scaling: list[scaling.Size] = dataclasses.field(default_factory=list)
+    slices: list[scaling.Size] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

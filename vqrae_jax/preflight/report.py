@@ -106,7 +106,7 @@ class Report:
     def _scaling(self) -> Table:
         """Every number that the efficiency is made of."""
         train = self.programs[0]
-        line, sizes = train.roofline, train.scaling
+        line, sizes = train.roofline, train.slices
         if not sizes:
             return _table("")
         alone = line.alone
