@@ -63,7 +63,7 @@ ONLY_IN = {
     "PIL": {"data", "benchmark"},
     "pyarrow": {"data"},
     "fsspec": {"data"},
-    "etils": {"storage"},
+    "etils": {"storage", "data"},
     "gcsfs": {"storage"},
     "skimage": {"data"},
     "sklearn": {"data"},

@@ -52,9 +52,9 @@ def test_round_trip(workdir):
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
 
 
-def test_the_last_and_the_best_are_kept(workdir):
-    save(workdir, {1: 10.0, 2: 30.0, 3: 20.0, 4: None, 5: 15.0}, keep_last=2, keep_best=1).close()
-    assert checkpoint.completed_steps(workdir / "checkpoints") == [2, 4, 5]
+def test_the_last_and_the_best_are_kept(tmp_path):
+    save(tmp_path, {1: 10.0, 2: 30.0, 3: 20.0, 4: None, 5: 15.0}, keep_last=2, keep_best=1).close()
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4, 5]
 
 
 def test_one_that_is_set_aside_is_no_step_any_more(workdir):
