@@ -73,6 +73,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer in one piece: clients would wait for the second
     server: Store
 
     def log_message(self, *_):
