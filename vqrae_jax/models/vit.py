@@ -205,13 +205,15 @@ def run_blocks(
             outputs.append(x)
         return x, [outputs[i] for i in taps]
 
+    last = cfg.depth - 1
+
     def body(one: nn.Module, carry: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array | None]:
         carry = cfg.pin(one(carry, rope))
-        return carry, carry if taps else None
+        return carry, carry if set(taps) - {last} else None  # of all blocks or none
 
     scan = nn.scan(body, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth)
     x, outputs = scan(block(cfg, name="blocks"), x, rope)
-    return x, [outputs[i] for i in taps]
+    return x, [x if i == last else outputs[i] for i in taps]
 
 
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:

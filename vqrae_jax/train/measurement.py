@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vqrae_jax import __version__, distributed, sharding
+from vqrae_jax import __version__, distributed, sharding, storage
 from vqrae_jax.config import Config, Figure
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -156,8 +155,8 @@ class Measurement:
         field, path = f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
         if path is None:
             return None
-        path = pathlib.Path(path).expanduser()
-        if not path.is_dir():
+        if not storage.at(path).is_dir():
+            path = storage.fetch(path)
             return reference.read(path, self._widths[name], field)
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
         share, shares = sharding.data_share(self._mesh)

@@ -2,12 +2,12 @@
 
 import html
 import json
-import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data import images as image_files
 from vqrae_jax.inference import pictures
 from vqrae_jax.train.measurement import Example
@@ -57,7 +57,7 @@ figcaption {{ color: #667; font-size: 13px }} pre {{ white-space: pre-wrap; font
 
 
 def write(
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     step: int,
     figures: dict[str, float],
     remarks: list[str],
@@ -66,7 +66,7 @@ def write(
 ) -> None:
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
     told = {"step": step, "figures": figures, "remarks": remarks, "protocol": protocol}
-    (workdir / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    storage.write(workdir / FILE, (json.dumps(told, indent=2) + "\n").encode())
     for kind, found in examples.items():
         for number, example in enumerate(found):
             image_files.write_image(workdir / FOLDER / _file(kind, number), _strip(example))
@@ -79,7 +79,7 @@ def write(
         pictures="".join(_section(kind, found) for kind, found in examples.items()),
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
-    (workdir / FOLDER / "index.html").write_text(page, encoding="utf-8")
+    storage.write(workdir / FOLDER / "index.html", page.encode())
 
 
 def _strip(example: Example) -> np.ndarray:
