@@ -188,7 +188,7 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, pin=pin)
+    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, pin=pin)
     if not params.layers:
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     _check_layers("model.encoder_params.layers", params.layers, blocks)
@@ -223,7 +223,7 @@ def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Toke
         )
     blocks = BlocksConfig(
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
-        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, pin=pin,
+        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, pin=pin,
     )  # fmt: skip
     _check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(

@@ -105,6 +105,7 @@ class ModelConfig(Section):
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
     revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; not measured
     scan_layers: bool = False  # blocks of the decoder and of frozen ViTs stacked and scanned: fast to compile
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
