@@ -24,6 +24,7 @@ LEAVES = {
     "compilation",
     "distributed",
     "storage",
+    "host_memory",
 }
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
@@ -34,7 +35,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config", "compilation", "distributed", "resize", "storage",
+        "checkpoint", "config", "compilation", "distributed", "host_memory", "resize", "storage",
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
@@ -45,11 +46,11 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "preflight": {"train", "pretrained", "sharding", "config", "storage"},
     "main": {
         "", "distributed", "train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding",
-        "compilation", "storage",
+        "compilation", "host_memory", "storage",
     },
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config", "compilation", "sharding", "preflight",
+        "config", "compilation", "host_memory", "sharding", "preflight",
     },
 }  # fmt: skip
 ONLY_IN = {
