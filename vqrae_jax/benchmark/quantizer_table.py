@@ -73,6 +73,7 @@ def settings(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any]]:
         "ema codebook_dim=32": model("ema", codes, codebook_dim=32),
         "simvq": model("simvq", codes),
         "fsq": model("fsq", codes, levels=LEVELS[codes]),
+        "fsq whitening_dim=16 linear": model("fsq", codes, levels=LEVELS[codes], whitening_dim=16, adapter="linear"),
         "lfq": model("lfq", codes),
         "bsq": model("bsq", codes),
         "gumbel": model("gumbel", codes, anneal_steps=steps),
