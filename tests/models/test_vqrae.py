@@ -39,7 +39,8 @@ def origin_config(golden, case, **changes):
     if case == "rae":
         paths["quantizer"] = "none"
     if given.get("use_simvq"):
-        paths |= {"quantizer": "simvq", "encoder_params": {"normalize": False}}  # as the origin's DINOv3 in truth is
+        paths |= {"quantizer": "simvq", "quantizer_params": {"input_projection": True}}
+        paths |= {"encoder_params": {"normalize": False}}  # as the origin's DINOv3 in truth is
     if given.get("use_fsq"):
         paths |= {"quantizer": "fsq", "quantizer_params": {"levels": given["fsq_levels"]}}
     return ModelConfig(**keep | paths | changes)

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,17 +28,15 @@ def model(golden, case, quantizer="ema", **encoder_params):
         encoder_cls=encoder_class(golden, case), encoder_config_path=str(golden / "encoders" / case),
         encoder_params=encoder_params, encoder_input_size=112 if case.startswith("dinov2") else 64,
         decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=4,
-        quantizer=quantizer, num_embeddings=12,
+        quantizer=quantizer, num_embeddings=12, quantizer_params={"input_projection": True},
     )  # fmt: skip
 
 
 def random_variables(shapes, seed):
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
-    flat = flatten_dict(variables["batch_stats"], sep="/")
-    if "quantizer/step" in flat:
-        variables["batch_stats"]["quantizer"]["step"] = origin.STATE["batch_stats/quantizer/step"]
-    return variables
+    flat = flatten_dict(variables, sep="/")
+    return unflatten_dict(flat | {path: value for path, value in origin.STATE.items() if path in flat}, sep="/")
 
 
 def assert_same(a, b):

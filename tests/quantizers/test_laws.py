@@ -31,7 +31,7 @@ QUANTIZERS = {
     "ema_whitened": Whitened(EMAQuantizer(K, 3), C, 3),
     "ema_diverse": Projected(EMAQuantizer(K, 3, diversity_cost=0.1), C, 3),
     "simvq": SimVQ(K, C),
-    "simvq_normal": SimVQ(K, C, start="normal"),
+    "simvq_normal": SimVQ(K, C, start="normal", input_projection=True),
     "simvq_diverse": SimVQ(K, C, diversity_cost=0.1, temperature=0.1),
     "fsq": FSQ((4, 3), C),
     "lfq": LFQ(C, group=4),

@@ -8,10 +8,10 @@ import pytest
 from vqrae_jax.quantizers.simvq import SimVQ
 
 CASES = {
-    "simvq": {},
-    "simvq_nolegacy_nozproj": {"input_projection": False, "legacy": False},
-    "simvq_euclid": {"distance": "l2"},
-    "simvq_euclid_nozproj": {"distance": "l2", "input_projection": False, "legacy": False},
+    "simvq": {"input_projection": True},
+    "simvq_nolegacy_nozproj": {"legacy": False},
+    "simvq_euclid": {"distance": "l2", "input_projection": True},
+    "simvq_euclid_nozproj": {"distance": "l2", "legacy": False},
 }
 NAMES = {"embedding_proj": "codebook_projection", "z_proj": "input_projection"}
 

@@ -29,6 +29,8 @@ class SimVQ(nn.Module):
       start: as in `kmeans.begin`; "normal": the paper's random e and projections, before training.
       distance: "cosine": latents and codes are brought to unit length, and what is quantized is the direction.
       input_projection: latents pass a learned linear map first. Nothing undoes it: the decoder reads projected latents.
+        The commitment loss can then shrink to nothing by moving all latents together: of frozen features half as many
+        codes stayed in use with it.
       legacy: the weight is on the codebook's term instead of the commitment's, as in the VQGAN release and the origin.
       estimator: the gradient through the choice.
       orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
@@ -40,7 +42,7 @@ class SimVQ(nn.Module):
     commitment_cost: float = 0.25
     start: Start = "kmeans"
     distance: Distance = "cosine"
-    input_projection: bool = True
+    input_projection: bool = False
     legacy: bool = True
     estimator: Estimator = "straight_through"
     orthogonality_cost: float = 0.0
