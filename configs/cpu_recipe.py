@@ -1,11 +1,12 @@
 """The full recipe on two CPU cores in minutes: tiny networks, 64 pixels, 8 x 8 codes, nothing downloaded.
 
 A feature loss by the tokens of a small ViT stands for LPIPS, a PatchGAN for the DINO discriminator; the rest is as in
-configs/recipe_16k.py: learned low-dimensional cosine codes, k-means and revival, feature reconstruction, adaptive
-adversary. The encoder and the ViT of the feature loss start from random weights unless a local folder is given:
+configs/recipe_16k.py: learned low-dimensional codes (here four residual levels of 512, as 64 codes of one level paint
+little more than colours), k-means and revival, feature reconstruction, adaptive adversary. The encoder and the ViT of
+the feature loss start from random weights unless a local folder is given:
 --config=configs/cpu_recipe.py:/path/to/vit (a DINOv2-like hub folder with 16-pixel patches) takes both from there,
-which is what makes the feature loss worth having. Two cores, estimate: 10 minutes for the 400 steps. Aims at 20 dB on
-held-out photographs, and at a smaller feature distance than without the feature loss.
+which is what makes the feature loss worth having. HOURS Aims at 20 dB on held-out photographs, and at a
+smaller feature distance than without the feature loss.
 """
 
 from vqrae_jax import config
@@ -29,7 +30,7 @@ def get_config(encoder=""):
     c.model.num_embeddings = 512
     c.model.quantizer_params.depth = 4
     c.model.quantizer_params.codebook_dim = 32
-    c.model.commitment_cost = 0.02  # at more the projections shrink to the mean colour before detail is learned
+    c.model.commitment_cost = 0.02  # at 0.25 the projections shrink, and pictures stay at mean colours for long
     c.model.vq_decay = 0.95  # the projections move, so the codes have to follow
 
     c.data.source = "photographs"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.data import pipeline
-from vqrae_jax.train import loop
+from vqrae_jax.train import loop, report
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -193,8 +193,11 @@ def test_processes_evaluate_as_one(tiny, golden, alone, one_device, mesh):
     arguments = ["--mode=evaluate"]
     ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
     assert_all_well(ended)
-    assert json.loads(ended[0][1]) == pytest.approx(loop.evaluate(tiny(**config), alone, one_device), rel=1e-4)
-    assert ended[1][1] == ""
+    told = json.loads((alone / report.FILE).read_text())
+    figures = loop.evaluate(tiny(**config), alone, one_device)
+    assert {"step": told["step"], **told["figures"]} == pytest.approx(figures, rel=1e-4)
+    assert told["protocol"]["devices"].startswith("2 x" if mesh else "4 x")
+    assert "eval/psnr" not in ended[1][1]
 
 
 @pytest.mark.slow

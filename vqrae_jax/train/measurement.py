@@ -146,7 +146,7 @@ class Measurement:
 
     def _placed(self, number: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         (share, shares), local = sharding.data_share(self._mesh), len(batch["mask"])
-        index = (number * local + np.arange(local)) * shares + share
+        index = (number * shares + share) * local + np.arange(local)
         wanted = {name: batch[name] for name in ("image", "mask", "label")}
         return sharding.place_batch(wanted | {"index": index.astype(np.int32)}, self._mesh)
 

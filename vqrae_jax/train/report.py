@@ -72,7 +72,7 @@ def write(
             image_files.write_image(workdir / FOLDER / _file(kind, number), _strip(example))
     page = _PAGE.format(
         title=f"{html.escape(workdir.name)}, step {step}",
-        figures="".join(f"<tr><td>{name}<td>{_short(value)}<td>{_meaning(name)}" for name, value in figures.items()),
+        figures="".join(_row(name.removeprefix("eval/"), value) for name, value in figures.items()),
         remarks="".join(f'<p class="remark">{html.escape(remark)}' for remark in remarks),
         gain=pictures.GAIN,
         rank="LPIPS" if "eval/lpips" in figures else "PSNR",
@@ -80,6 +80,10 @@ def write(
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
     storage.write(workdir / FOLDER / "index.html", page.encode())
+
+
+def _row(name: str, value: float) -> str:
+    return f"<tr><td>{name}<td>{_short(value)}<td>{_meaning(name)}"
 
 
 def _strip(example: Example) -> np.ndarray:
