@@ -234,8 +234,10 @@ def check_writable(workdir: str | os.PathLike) -> storage.Path:
     folder = storage.at(workdir) / FOLDER
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
-        storage.write(probe, b"may be deleted")
-        with storage.told(probe, "deleted"):
+        with storage.told(folder, "written"):
+            if not storage.is_remote(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"may be deleted")
             probe.unlink()
     except OSError as error:
         raise CheckpointError(

@@ -21,8 +21,7 @@ def test_every_slice_from_8_to_256_chips():
     assert scaling.sizes(REDUCED, parse("cpu:8")) == []
 
 
-def test_efficiency_is_against_the_smallest():
-    small, large = (scaling.Size("", chips, 1e9, network) for chips, network in ((8, 0.1), (64, 0.3)))
-    (first, second) = scaling.efficiency([small, large], 0.2)
-    assert first == (1, 1)
-    assert second == pytest.approx((0.3 / 0.5, 0.2 / 0.3))
+def test_efficiency():
+    assert scaling.efficiency(0.2, 0.1, 0.1) == (1, 1)
+    assert scaling.efficiency(0.2, 0.3, 0.1) == pytest.approx((0.3 / 0.5, 0.2 / 0.3))
+    assert scaling.efficiency(0.2, 0.1) == pytest.approx((0.2 / 0.3, 1))

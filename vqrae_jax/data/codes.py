@@ -59,7 +59,7 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
       DataError: the folder holds something else.
     """
     folder = storage.at(folder)
-    with storage.told(folder, "written"):
+    if not storage.is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
         there = _plan(_read_manifest(folder), folder)

@@ -113,13 +113,14 @@ class Report:
         table = _table(
             f"weak scaling of training: {train.images // self.chips} images per chip, whose {1e3 * alone:.1f} ms of "
             "work are the same on every slice", "slice", "chips", "GB/s into a chip", "network ms",
-            "step ms: sum to maximum", f"efficiency against {sizes[0].chips} chips",
+            "step ms: sum to maximum", f"efficiency against {sizes[0].chips} chips", "against one",
         )  # fmt: skip
-        for size, (apart, together) in zip(sizes, scaling.efficiency(sizes, alone), strict=True):
+        for size in sizes:
+            against = [scaling.efficiency(alone, size.network, before) for before in (sizes[0].network, 0.0)]
             step = f"{1e3 * (alone + size.network):.1f} to {1e3 * max(alone, size.network):.1f}"
             table.add_row(
                 size.topology, str(size.chips), f"{size.rate / 1e9:.0f}", f"{1e3 * size.network:.1f}", step,
-                f"{apart:.1%} to {together:.1%}",
+                *(f"{apart:.1%} to {together:.1%}" for apart, together in against),
             )  # fmt: skip
         sent = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, _, size, _ in train.collectives)
         table.caption = (

@@ -50,20 +50,17 @@ def sizes(collectives: list[Collective], topology: Topology) -> list[Size]:
     return found
 
 
-def efficiency(sizes: list[Size], chip_seconds: float) -> list[tuple[float, float]]:
-    """Of each size, a step's time on the smallest one over that on it: if nothing overlaps, and if all does.
+def efficiency(chip: float, network: float, before: float = 0.0) -> tuple[float, float]:
+    """A step's time where it sends for `before` seconds over that where it sends for `network`.
 
     Args:
-      chip_seconds: what a chip computes and reads for, whatever the size.
+      chip: seconds that a chip computes and reads for, the same in both.
+      before: 0 for a chip by itself.
+
+    Returns:
+      If sending hides behind nothing, and if it hides behind everything.
     """
-    first = sizes[0]
-    return [
-        (
-            (chip_seconds + first.network) / (chip_seconds + size.network),
-            max(chip_seconds, first.network) / max(chip_seconds, size.network),
-        )
-        for size in sizes
-    ]
+    return (chip + before) / (chip + network), max(chip, before) / max(chip, network)
 
 
 def _texts(topology: Topology) -> list[str]:
