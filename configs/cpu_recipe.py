@@ -22,12 +22,15 @@ def get_config(encoder=""):
         c.loss.perceptual.architecture = dict(RANDOM)
     c.model.encoder_input_size = side * 2  # 8 x 8 tokens
     c.model.encoder_params.layers = (0, -1)
-    c.model.decoder_config_path = "ViT-Nano"
+    c.model.decoder_config_path = "ViT-Tiny"
     c.model.decoder_patch_size = 8
     c.model.decoder_features = (-1,)
+    c.model.quantizer = "residual"
     c.model.num_embeddings = 512
-    c.model.quantizer_params.codebook_dim = 16
-    c.model.quantizer_params.distance = "cosine"
+    c.model.quantizer_params.depth = 4
+    c.model.quantizer_params.codebook_dim = 32
+    c.model.commitment_cost = 0.02  # at more the projections shrink to the mean colour before detail is learned
+    c.model.vq_decay = 0.95  # the projections move, so the codes have to follow
 
     c.data.source = "photographs"
     c.data.image_size = side
@@ -37,16 +40,16 @@ def get_config(encoder=""):
 
     c.loss.feature_weight = 0.1
     c.loss.perceptual.network = "encoder"
-    c.loss.perceptual.weight = 0.1
-    c.loss.perceptual.layers = (0, -1)
+    c.loss.perceptual.weight = 0.2
+    c.loss.perceptual.layers = (0, 2, 4, 6) if encoder else (0, -1)
     c.loss.perceptual.input_size = side * 2
     c.adversary.discriminator = "patch"
     c.adversary.width = 32
     c.adversary.layers = 2
-    c.adversary.weight = 0.1
+    c.adversary.weight = 0.3
     c.adversary.lecam_weight = 0.001
-    c.adversary.start_steps = 150
-    c.adversary.generator_start_steps = 200
+    # It starts at once: where something waits, XLA compiles a condition, and its CPU compiler makes convolutions inside
+    # of one over ten times slower.
     c.adversary.optimizer.learning_rate = 4e-4
 
     c.optimizer.learning_rate = 1e-3

@@ -1,8 +1,9 @@
 """FSQ on DINOv2-B: 8 x 8 x 8 x 6 x 5 = 15,360 codes without a codebook to learn, so none that could collapse.
 
 The recipe is that of RAE's decoders. Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and
-DINO (or local paths; .pth files need the torch extra). Estimate, not measured: 16 TPU v5e or 8 H100, one to two days.
-Aims at an rFID below 2 on ImageNet's validation images. No run of full size has been done yet.
+DINO (or local paths; .pth files need the torch extra). Estimate, no run of full size has been done yet: 24 exaFLOP by
+count; at 30 % of the peak 7 hours on 16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 2 on
+ImageNet's validation images.
 """
 
 from vqrae_jax import config

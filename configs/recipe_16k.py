@@ -5,8 +5,9 @@ projections to 32 channels with cosine codes, k-means start and revival; the dec
 middle and last layer (cosine), which keeps meaning in the codes; LPIPS and the adaptive DINO adversary.
 
 Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, not measured: 16 TPU v5e or 8 H100, one to two days. Aims at an rFID below 1.5 on ImageNet's
-validation images, 21 dB PSNR, and more than 90 % of the codes in use. No run of full size has been done yet.
+the torch extra). Estimate, no run of full size has been done yet: 25 exaFLOP by count; at 30 % of the peak 7 hours on
+16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 1.5 on ImageNet's validation images, 21 dB PSNR,
+and more than 90 % of the codes in use.
 """
 
 from vqrae_jax import config

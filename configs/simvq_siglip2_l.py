@@ -5,8 +5,9 @@
 well, at a twentieth of the rate, held to its frozen copy by distillation.
 
 Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, not measured: 32 TPU v5e or 8 H100, two days for each stage. Aims at 22 dB PSNR, an rFID
-below 1.5 on ImageNet's validation images, and nearly all codes in use. No run of full size has been done yet.
+the torch extra). Estimate, no run of full size has been done yet: 75 exaFLOP for each stage by count; at 30 % of the
+peak 11 hours on 32 TPU v5e or 9 on 8 H100, if the input keeps up. Aims at 22 dB PSNR, an rFID below 1.5 on ImageNet's
+validation images, and nearly all codes in use.
 """
 
 from vqrae_jax import config

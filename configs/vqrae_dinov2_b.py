@@ -4,8 +4,9 @@ Its losses and schedule are those of RAE: L1 + LPIPS + adaptive DINO adversary, 
 What its code does otherwise (a codebook that collapses, EMA without it) is not repeated here.
 
 Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, not measured: 16 TPU v5e or 8 H100, one to two days. Aims at an rFID below 2 on ImageNet's
-validation images (the continuous RAE of this size: 0.5 to 0.6) and more than half of the codes in use.
+the torch extra). Estimate, no run of full size has been done yet: 24 exaFLOP by count; at 30 % of the peak 7 hours on
+16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 2 on ImageNet's validation images (the
+continuous RAE of this size: 0.5 to 0.6) and more than half of the codes in use.
 """
 
 from vqrae_jax import config

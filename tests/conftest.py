@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import shutil
 import tempfile
 
@@ -17,6 +18,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import numpy as np
 import pytest
+
+from vqrae_jax.host_memory import keep_freed_memory
+
+keep_freed_memory()
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -104,6 +109,18 @@ def one_mesh():
     from vqrae_jax import sharding
 
     return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def buckets():
+    """Buckets on this machine for gs:// addresses, see bucket.py; the libraries read where they are only once."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed (pip install 'vqrae-jax[gcs]')")
+    store = runpy.run_path(str(pathlib.Path(__file__).with_name("bucket.py")))["serve"]()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.variables.items():
+            patch.setenv(name, value)
+        yield store
+    store.shutdown()
 
 
 def pytest_addoption(parser):

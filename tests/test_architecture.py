@@ -23,31 +23,34 @@ LEAVES = {
     "generation",
     "compilation",
     "distributed",
+    "storage",
+    "host_memory",
 }
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
     "models": {"quantizers", "resize"},
-    "pretrained": {"resize"},
+    "pretrained": {"resize", "storage"},
     "assembly": {"models", "quantizers", "pretrained", "config"},
     "critics": {"assembly", "models", "pretrained", "config"},
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config", "compilation", "distributed", "resize",
+        "checkpoint", "config", "compilation", "distributed", "host_memory", "resize", "storage",
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
-        "evaluation", "inference", "sharding", "checkpoint", "config",
+        "evaluation", "inference", "sharding", "checkpoint", "config", "storage",
     },
-    "checkpoint": {"", "distributed"},
-    "preflight": {"train", "pretrained", "sharding", "config"},
+    "data": {"storage"},
+    "checkpoint": {"", "distributed", "storage"},
+    "preflight": {"train", "pretrained", "sharding", "config", "storage"},
     "main": {
         "", "distributed", "train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding",
-        "compilation",
+        "compilation", "host_memory", "storage",
     },
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config", "compilation", "sharding", "preflight",
+        "config", "compilation", "host_memory", "sharding", "preflight",
     },
 }  # fmt: skip
 ONLY_IN = {
@@ -61,6 +64,8 @@ ONLY_IN = {
     "PIL": {"data", "benchmark"},
     "pyarrow": {"data"},
     "fsspec": {"data"},
+    "etils": {"storage", "data"},
+    "gcsfs": {"storage"},
     "skimage": {"data"},
     "sklearn": {"data"},
     "torch": {"pretrained", "benchmark"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vqrae_jax
-from vqrae_jax import checkpoint
+from vqrae_jax import checkpoint, storage
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints
 
 
@@ -36,17 +36,34 @@ def shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
-def test_round_trip(tmp_path):
-    kept = save(tmp_path, {1: None})
+@pytest.fixture(params=["here", "bucket"])
+def workdir(request, tmp_path):
+    if request.param == "here":
+        return tmp_path
+    request.getfixturevalue("buckets")
+    return storage.at(f"gs://bucket/{tmp_path.name}")
+
+
+def test_round_trip(workdir):
+    kept = save(workdir, {1: None})
     model, train = trees(1.0)
     kept.close()
-    restored = checkpoint.read(checkpoint.find(tmp_path), shapes(model), shapes(train))
+    restored = checkpoint.read(checkpoint.find(workdir), shapes(model), shapes(train))
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 10.0, 2: 30.0, 3: 20.0, 4: None, 5: 15.0}, keep_last=2, keep_best=1).close()
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4, 5]
+
+
+def test_one_that_is_set_aside_is_no_step_any_more(workdir):
+    kept = save(workdir, {1: None, 2: None})
+    kept.set_aside(2)
+    assert kept.steps == checkpoint.completed_steps(kept.folder) == [1]
+    kept.close()
+    save(workdir, {2: None}).close()
+    assert checkpoint.find(workdir).name == "2"
 
 
 def test_multiples_of_keep_every_are_kept_for_good(tmp_path):

@@ -1,8 +1,15 @@
+import functools
+import pathlib
+import sys
+
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from vqrae_jax import config
 from vqrae_jax.config import Config, ConfigError, ModelConfig
 
+ROOT = pathlib.Path(__file__).parents[1]
 ORIGIN = {
     "num_embeddings": 8192,
     "commitment_cost": 0.25,
@@ -42,6 +49,28 @@ def test_optional_fields_of_the_editable_tree_take_values():
     tree.optimizer.decay_end_steps = 7
     built = config.from_dict(Config, tree.to_dict())
     assert (built.data.path, built.optimizer.decay_end_steps) == ("/a folder", 7)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "text", "value"),
+    [
+        ("recipe_16k", "model.quantizer_params.codebook_dim", "64", 64),  # the file has another
+        ("dinov2_b", "model.quantizer_params.codebook_dim", "64", 64),
+        ("recipe_16k", "train.epochs", "0.5", 0.5),
+        ("recipe_16k", "train.epochs", "8", 8),
+        ("dinov2_b", "adversary.start_epochs", "8", 8),
+        ("dinov2_b", "optimizer.reference_batch", "256", 256),
+        ("dinov2_b", "evaluation.images", "100", 100),
+        ("dinov2_b", "data.path", "/7", "/7"),
+    ],
+)
+def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr(sys, "argv", ["", f"--config={ROOT / 'configs' / file}.py", f"--config.{field}={text}"])
+    values(sys.argv)
+    built = config.from_dict(Config, values.config.to_dict())
+    assert functools.reduce(getattr, field.split("."), built) == value
 
 
 @pytest.mark.parametrize(

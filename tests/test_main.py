@@ -23,7 +23,7 @@ def run(*arguments, **options):
     ("arguments", "message"),
     [
         (["--config=configs/quickstart.py"], "--workdir is required"),
-        (["--config=configs/quickstart.py", "--workdir=gs://bucket/run"], "mount the bucket"),
+        (["--config=configs/quickstart.py", "--workdir=s3://bucket/run"], "in folders and in gs:// buckets only"),
         (["--config=configs/absent.py", "--workdir=/tmp/x"], "configs/absent.py"),
         (["--config=configs/quickstart.py", "--config.model.num_embedings=4"], "did you mean model.num_embeddings"),
         (

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
-from vqrae_jax.models.encoder import Encoder, at_input_size
+from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, stack_blocks, unpinned, unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
@@ -83,13 +83,19 @@ def shapes(assembly: Assembly) -> dict[str, Any]:
     return {"batch_stats": {}, **jax.eval_shape(_initialize(assembly.module), jax.random.key(0))}
 
 
-def for_frozen_encoder(assembly: Assembly) -> Assembly:
-    """The assembly to run when nothing changes the pretrained encoder: its position grid is that of the input size."""
-    if "encoder" not in assembly.pretrained:
-        return assembly
-    encoder, params = at_input_size(assembly.module.encoder, assembly.pretrained["encoder"])
+def for_frozen_encoder(assembly: Assembly, scan: bool = False) -> Assembly:
+    """The assembly to run when nothing changes the pretrained encoder.
+
+    Its position grid is that of the input size; with `scan` its blocks are stacked.
+    """
+    encoder, params = assembly.module.encoder, assembly.pretrained.get("encoder")
+    if params is not None:
+        encoder, params = at_input_size(encoder, params)
+    if scan:
+        encoder, params = scanned(encoder, params)
+    read = {} if params is None else {"encoder": params}
     return dataclasses.replace(
-        assembly, module=assembly.module.clone(encoder=encoder), pretrained={**assembly.pretrained, "encoder": params}
+        assembly, module=assembly.module.clone(encoder=encoder), pretrained=assembly.pretrained | read
     )
 
 
@@ -182,7 +188,7 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, pin=pin)
+    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, pin=pin)
     if not params.layers:
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     _check_layers("model.encoder_params.layers", params.layers, blocks)
@@ -217,7 +223,7 @@ def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Toke
         )
     blocks = BlocksConfig(
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
-        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, pin=pin,
+        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, pin=pin,
     )  # fmt: skip
     _check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(

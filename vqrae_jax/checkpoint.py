@@ -1,16 +1,15 @@
 """Saving and restoring, the only user of Orbax.
 
-A checkpoint is workdir/checkpoints/<step> with four items: `model` (what inference needs: EMA parameters and the live
-batch_stats), `train` (the rest of the train state), `data` (where the input stands) and `meta` (config, version,
-revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete. Every process of a
-run saves its part of the arrays; each reads what it needs by itself, so that one that cannot is not waited for.
+A checkpoint is workdir/checkpoints/<step>, here or in a bucket, with four items: `model` (what inference needs: EMA
+parameters and the live batch_stats), `train` (the rest of the train state), `data` (where the input stands) and `meta`
+(config, version, revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete,
+in a bucket its mark of being so. Every process of a run saves its part of the arrays; each reads what it needs by
+itself, so that one that cannot is not waited for.
 """
 
 import logging
 import os
-import pathlib
 import re
-import tempfile
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +18,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vqrae_jax import __version__, distributed
+from vqrae_jax import __version__, distributed, storage
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+COMPLETE = "commit_success.txt"  # Orbax's mark in buckets, where nothing can be renamed at once
 SHOWN = 8  # names listed of each kind in an error
 
 
@@ -95,7 +95,7 @@ class Checkpoints:
         """Renames the folder of `step`, so that the step can be saved again; every process calls it."""
         if jax.process_index() == 0:
             path = self.folder / str(step)
-            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))
+            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))  # a bucket copies
             log.warning("%s is now called %s", path, aside.name)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
@@ -116,21 +116,25 @@ class Checkpoints:
             raise CheckpointError(f"{doing} in {self.folder} failed ({_reason(error)}); {kept}") from error
 
 
-def completed_steps(folder: pathlib.Path) -> list[int]:
+def completed_steps(folder: storage.Path) -> list[int]:
     """Steps whose folder is complete."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").is_file())
+    mark = COMPLETE if storage.is_remote(folder) else "_CHECKPOINT_METADATA"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / mark).is_file())
 
 
-def find(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
+def find(path: str | os.PathLike, step: int | None = None) -> storage.Path:
     """The folder of one checkpoint: `path` is a workdir (or its checkpoints folder, or one step of it).
 
     Raises:
       CheckpointError: nothing complete is there.
+      StorageError: the bucket may not be read.
     """
-    path = pathlib.Path(path).expanduser().absolute()
-    if not path.is_dir():
+    path = storage.at(path)
+    with storage.told(path, "read"):
+        there = path.is_dir()
+    if not there:
         raise CheckpointError(f"{path} is not a folder; give the workdir of a run, or one step of its {FOLDER} folder")
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
@@ -144,7 +148,7 @@ def find(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
     return folder / str(steps[-1] if step is None else step)
 
 
-def read_meta(path: pathlib.Path) -> dict[str, Any]:
+def read_meta(path: storage.Path) -> dict[str, Any]:
     """Config, version and revision of the checkpoint at `path`.
 
     Raises:
@@ -159,7 +163,7 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def saved_shapes(path: pathlib.Path) -> Any:
+def saved_shapes(path: storage.Path) -> Any:
     """The `model` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
     try:
         tree = ocp.StandardCheckpointHandler().metadata(path / "model").tree
@@ -170,7 +174,7 @@ def saved_shapes(path: pathlib.Path) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def read_model(path: pathlib.Path, target: Any, partial: bool = False) -> Any:
+def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
     """The `model` item onto the shapes and shardings of `target`; partial: of what is saved, the leaves in `target`."""
     if not partial:
         check_shapes(saved_shapes(path), target, path)
@@ -186,20 +190,21 @@ def read_model(path: pathlib.Path, target: Any, partial: bool = False) -> Any:
     )
 
 
-def read(path: pathlib.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
+def read(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
 
-    Returns model, train, data.
+    Returns model, train, data; with None for `train` that is not read.
 
     Raises:
       DamagedError: not to be read.
       CheckpointError: of another architecture, or written by a newer version of this package.
     """
     read_meta(path)
-    return read_model(path, model), _read(path, "train", train), _read_json(path / "data", "data state")
+    rest = None if train is None else _read(path, "train", train)
+    return read_model(path, model), rest, _read_json(path / "data", "data state")
 
 
-def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:
+def check_shapes(saved: Any, target: Any, path: storage.Path) -> None:
     """Raises CheckpointError if the two trees differ, naming the leaves."""
     have, want = ({jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in
                    jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, target))  # fmt: skip
@@ -219,17 +224,19 @@ def check_shapes(saved: Any, target: Any, path: pathlib.Path) -> None:
     raise CheckpointError("\n".join([*lines, "use the config it was trained with, or another workdir"]))
 
 
-def check_writable(workdir: str | os.PathLike) -> pathlib.Path:
+def check_writable(workdir: str | os.PathLike) -> storage.Path:
     """The folder of checkpoints in `workdir`, made and tried.
 
     Raises:
       CheckpointError: no rights, no space, a file in its place.
+      StorageError: no rights to the bucket.
     """
-    folder = pathlib.Path(workdir).absolute() / FOLDER
+    folder = storage.at(workdir) / FOLDER
+    probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        storage.write(probe, b"may be deleted")
+        with storage.told(probe, "deleted"):
+            probe.unlink()
     except OSError as error:
         raise CheckpointError(
             f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
@@ -245,9 +252,9 @@ def check_shared(workdir: str | os.PathLike) -> None:
     """
     if distributed.count() == 1:
         return
-    probe = pathlib.Path(workdir).absolute() / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
+    probe = storage.at(workdir) / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
     if distributed.index() == 0:
-        probe.touch()
+        storage.write(probe, b"may be deleted")
     distributed.exchange("written")
 
     def look() -> None:
@@ -261,19 +268,19 @@ def check_shared(workdir: str | os.PathLike) -> None:
         probe.unlink()
 
 
-def _read(path: pathlib.Path, item: str, target: Any) -> Any:
+def _read(path: storage.Path, item: str, target: Any) -> Any:
     args = ocp.args.StandardRestore(target)
     return _guarded_read(path, lambda: ocp.StandardCheckpointHandler().restore(path / item, args=args))
 
 
-def _guarded_read(path: pathlib.Path, action: Callable[[], Any]) -> Any:
+def _guarded_read(path: storage.Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:
         raise DamagedError(f"{path} cannot be read ({_reason(error)}); the checkpoint is damaged") from error
 
 
-def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
+def _read_json(path: storage.Path, what: str) -> dict[str, Any]:
     try:
         return ocp.JsonCheckpointHandler().restore(path)
     except Exception as error:
@@ -287,5 +294,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _reason(error: BaseException) -> str:
+    if "No space left" in str(error):
+        return "no space left: make room or lower train.keep_last, and the same command goes on"
     first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {first.strip()[:300]}"

@@ -15,7 +15,7 @@ from vqrae_jax.models.convnext import ConvNeXtConfig
 from vqrae_jax.models.discriminator import DinoDiscriminator, PatchDiscriminator
 from vqrae_jax.models.lpips import LPIPS
 from vqrae_jax.models.perceptual import EncoderDistance, LogitDistance
-from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, unpinned
+from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, stack_blocks, unpinned, unstack_blocks
 from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
 from vqrae_jax.pretrained.dino import convert_dino, read_dino
 from vqrae_jax.pretrained.errors import PretrainedError
@@ -67,10 +67,11 @@ def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpin
         return Critic(module, {"encoder": params})
 
 
-def discriminator(config: AdversaryConfig, weights: bool = True) -> Critic:
+def discriminator(config: AdversaryConfig, weights: bool = True, scan: bool = False) -> Critic:
     """Pictures in [0, 1] -> logits; `params` is {"trunk": ...} of the DINO discriminator, empty for PatchGAN.
 
-    With weights=False they are shapes, and a trunk that was released is not looked for.
+    With weights=False they are shapes, and a trunk that was released is not looked for; with `scan` its blocks are
+    stacked.
 
     Raises:
       PretrainedError, ConfigError: the trunk cannot be had, with the field that named it.
@@ -85,7 +86,7 @@ def discriminator(config: AdversaryConfig, weights: bool = True) -> Critic:
             fields = {**DINO[config.path], "blocks": dict(DINO[config.path]["blocks"])}
         else:
             fields, tensors = read_dino(config.path, "adversary.path", config.trunk_heads)
-        blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype)
+        blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, scan=scan)
         if any(tap >= blocks.depth for tap in config.taps):
             raise ConfigError(f"adversary.taps={config.taps}: the trunk has blocks 0 to {blocks.depth - 1}")
         module = DinoDiscriminator(
@@ -93,7 +94,10 @@ def discriminator(config: AdversaryConfig, weights: bool = True) -> Critic:
         )
         image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
         target = jax.eval_shape(module.init, jax.random.key(0), image)["params"]["trunk"]
-        return Critic(module, {"trunk": convert_dino(tensors, target, config.path) if weights else target})
+        if not weights:
+            return Critic(module, {"trunk": target})
+        trunk = convert_dino(tensors, jax.eval_shape(unstack_blocks, target) if scan else target, config.path)
+        return Critic(module, {"trunk": stack_blocks(trunk) if scan else trunk})
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
 
+import errno
 import importlib.metadata
 import json
 import logging
 import os
-import pathlib
 import re
 import shlex
 import sys
@@ -18,11 +18,14 @@ from ml_collections import config_flags
 from vqrae_jax import __version__, distributed
 from vqrae_jax import config as config_lib
 from vqrae_jax.compilation import enable_compilation_cache
+from vqrae_jax.host_memory import keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures; a run in it is resumed.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder or gs:// address of checkpoints, logs, pictures; a run there is resumed."
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for several processes where TPU, SLURM or Open MPI do not say it."
 )
@@ -47,11 +50,6 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise config_lib.ConfigError(
             f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE"
-        )
-    if "://" in (WORKDIR.value or ""):
-        raise config_lib.ConfigError(
-            f"--workdir={WORKDIR.value!r}: a run is written to a folder: mount the bucket (gcsfuse) and give its path; "
-            "data.path and data.eval_path may be addresses"
         )
     for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
@@ -83,17 +81,21 @@ def _preflight(config: config_lib.Config) -> bool:
     from vqrae_jax.preflight import command
 
     path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
-    return command.preflight(config, TOPOLOGY.value, ALTERNATIVES.value, path and pathlib.Path(path)).fits
+    return command.preflight(config, TOPOLOGY.value, ALTERNATIVES.value, path).fits
 
 
 def run() -> None:
     """What is wrong with the input is one message and exit code 1, not a traceback."""
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page per checkpoint
+    keep_freed_memory()
+    # Orbax tells a page per checkpoint, and of what it raises a page per thread that met it; --verbosity=0 shows them.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         app.run(main, flags_parser=_parse)
     except Exception as error:
         said_by_first = isinstance(error, distributed.DistributedError) or not distributed.started()
-        if not isinstance(error, _input_errors()):
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"error: no space left ({error}); make room, and the same command goes on", file=sys.stderr)
+        elif not isinstance(error, _input_errors()):
             traceback.print_exc()
         elif distributed.index() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -127,11 +129,12 @@ def _input_errors() -> tuple[type[Exception], ...]:
     from vqrae_jax.preflight.chips import TopologyError
     from vqrae_jax.pretrained.errors import PretrainedError
     from vqrae_jax.sharding import MeshError
+    from vqrae_jax.storage import StorageError
     from vqrae_jax.train.guard import DivergedError
 
     return (
         distributed.DistributedError, config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError,
-        TopologyError, DivergedError,
+        TopologyError, DivergedError, StorageError,
     )  # fmt: skip
 
 

@@ -26,11 +26,11 @@ RULES: list[tuple[str, P]] = [
     (r"mlp/(up|gate)/kernel$", P(None, "model")),
     (r"mlp/(up|gate)/bias$", P("model")),
     (r"mlp/down/kernel$", P("model", None)),
-    (r"quantizer/(.*/)?(codebook|sums)$", P("model", None)),
+    (r"quantizer/(.*/)?(codebook|sums|first|offset)$", P("model", None)),
     (r"quantizer/(.*/)?counts$", P("model")),
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
-    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted)$", P()),
+    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted|begun)$", P()),
     (r"(patch_embed|embed|pred|features)/kernel$", P()),
     (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
@@ -40,7 +40,7 @@ RULES: list[tuple[str, P]] = [
 
 
 # Search compares every latent with every code, so codes are never split over "data".
-NOT_FSDP = r"quantizer/(codebook|sums|counts)$"
+NOT_FSDP = r"quantizer/(.*/)?(codebook|sums|counts|first|offset)$"
 
 
 class MeshError(ValueError):
@@ -175,6 +175,13 @@ def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
     if x.shape[0] % data_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, over_data(mesh))
+
+
+def own_rows(x: jax.Array) -> np.ndarray:
+    """The rows of an array like `over_data` that this process answers for: together the processes have each row once,
+    also where several hold it."""
+    own = sorted((s for s in x.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
+    return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(s.data) for s in own)])
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vqrae_jax import storage
 from vqrae_jax.data import codes
 from vqrae_jax.data.code_shards import SUFFIXES, Columns, read_shard
 from vqrae_jax.data.errors import DataError
@@ -30,11 +31,18 @@ def write(folder, described, unreadable=()):
 
 
 @pytest.mark.parametrize("form", SUFFIXES)
-def test_what_is_written_is_read(tmp_path, form):
+@pytest.mark.parametrize("where", ["here", "bucket"])
+def test_what_is_written_is_read(tmp_path, form, where, request, monkeypatch):
     """A whole shard may be unreadable images."""
-    manifest = write(tmp_path, plan(form), unreadable=(1, 4, 5, 6, 7))
+    folder = tmp_path / "codes"
+    if where == "bucket":
+        request.getfixturevalue("buckets")
+        monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+        folder = f"gs://bucket/{tmp_path.name}"
+    manifest = write(folder, plan(form), unreadable=(1, 4, 5, 6, 7))
     assert manifest["skipped"] == [1, 4, 5, 6, 7]
-    read, expected = codes.Codes(tmp_path), columns([0, 2, 3, 8, 9])
+    assert codes.begin(folder, plan(form)) == []
+    read, expected = codes.Codes(folder), columns([0, 2, 3, 8, 9])
     read.verify()
     assert len(read) == 5
     for i, record in enumerate(read):

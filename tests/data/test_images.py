@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -55,12 +56,12 @@ def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_behind(tmp_pat
     path = tmp_path / "a.png"
     write_image(path, picture)
 
-    def full_disk(self, target, **options):
+    def full_disk(target, content):
         with open(target, "wb") as file:
-            file.write(b"half")
+            file.write(content[: len(content) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_image(path, 255 - picture)
     assert np.array_equal(read_image(path), picture)

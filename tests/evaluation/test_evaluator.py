@@ -65,6 +65,21 @@ def test_batches_and_padding_change_nothing(rows, batch):
     np.testing.assert_array_equal(split.scores("index"), np.arange(COUNT))
 
 
+@pytest.mark.parametrize("places", [2, 5])
+def test_places_merge_to_the_whole(rows, places):
+    """As processes do that each saw other rows of every batch; one of five saw nothing but padding."""
+    whole, merged = evaluated(rows, COUNT), Evaluator(COUNT)
+    for place in range(places):
+        part = {name: values[place % 4 :: min(places, 4)].copy() for name, values in rows.items()}
+        part["mask"][:] = place < 4
+        seen = Evaluator(COUNT)
+        for start in range(0, len(part["mask"]), 4):
+            seen.add({name: values[start : start + 4] for name, values in part.items()})
+        merged.merge(seen.arrays())
+    assert merged.figures() == pytest.approx(whole.figures(), rel=1e-10)
+    np.testing.assert_array_equal(merged.scores("psnr"), rows["psnr"])
+
+
 def test_best_median_and_worst(rows):
     evaluator = evaluated(rows, 16)
     chosen = {kind: rows["psnr"][which] for kind, which in evaluator.pick(3).items()}

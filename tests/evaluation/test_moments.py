@@ -1,8 +1,10 @@
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqrae_jax import sharding
 from vqrae_jax.evaluation.moments import Moments
 
 
@@ -25,11 +27,24 @@ def of(rows, batch):
 def test_any_split_equals_numpy(rows, batch, shards):
     total = Moments()
     for shard in range(shards):
-        total.merge(of(rows[shard::shards], batch))
+        total.merge(Moments.of(of(rows[shard::shards], batch).arrays()))
     assert total.count == 10_000
     np.testing.assert_allclose(total.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
     expected = np.cov(rows.astype(np.float64), rowvar=False)
     np.testing.assert_allclose(total.gaussian().covariance, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
+def test_rows_over_a_mesh_are_read_once_each(rows, mesh):
+    """Also where devices along "model" hold the same ones."""
+    data, model, slices = mesh
+    where = sharding.over_data(sharding.make_mesh(data, model, slices=slices))
+    moments = Moments()
+    for batch in np.split(rows, 10):
+        moments.add(sharding.own_rows(jax.device_put(batch, where)))
+    assert moments.count == 10_000
+    expected = np.cov(rows.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(moments.gaussian().covariance, expected, rtol=1e-10)
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_from_nothing_to_a_run_and_back_dry():
     assert archived.startswith("git archive")
     assert "scp" in copied
     assert "--worker=all" in copied
-    assert ".[tpu]" in installed
+    assert ".[tpu,gcs]" in installed
     assert "gcsfuse --implicit-dirs mine /mnt/bucket" in mounted
     assert "vqrae_jax.main --config=configs/dinov2_b.py --workdir=/mnt/bucket/run" in trained
     assert commands(launch("tpu/delete.sh", **POD)) == [
@@ -232,6 +233,25 @@ def test_one_local_process_that_fails_ends_the_others(stand_in):
 def test_dockerfiles_install_an_extra_that_exists(name):
     text = (LAUNCH / "docker" / name).read_text()
     extra = text.partition(".[")[2].partition("]")[0]
-    assert f"\n{extra} = [" in (LAUNCH.parent / "pyproject.toml").read_text()
+    declared = (LAUNCH.parent / "pyproject.toml").read_text()
+    assert all(f"\n{name} = [" in declared for name in extra.split(","))
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
     assert all((LAUNCH.parent / part).exists() for parts in copied for part in parts)
+
+
+def test_the_commands_of_the_page_on_pods_run_dry():
+    page = (LAUNCH.parent / "docs" / "pods.md").read_text()
+    shown = []
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S):
+        lines = [line for line in block.splitlines() if line.startswith("export ") or "launch/" in line]
+        lines = [re.sub("sbatch --nodes=4", "bash", line) for line in lines if not line.startswith("docker")]
+        done = subprocess.run(
+            ["bash", "-c", "set -e\nexport DRY_RUN=1\n" + "\n".join(lines)],
+            capture_output=True,
+            text=True,
+            cwd=LAUNCH.parent,
+        )
+        assert done.returncode == 0, done.stderr
+        shown += [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+    for word in ("queued-resources create", "vqrae_jax.main", "kubectl apply", "exec srun", "--process=1", "delete"):
+        assert any(word in line for line in shown), word

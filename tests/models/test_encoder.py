@@ -6,7 +6,7 @@ import pytest
 
 from vqrae_jax.assembly import assemble
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.models.encoder import Encoder, at_input_size
+from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.vit import ViT
 
 CASES = [
@@ -108,3 +108,15 @@ def test_position_grid_is_resampled_once(golden, assert_close, case):
         table = resampled["vit"]["pos_embed"]
         assert table.dtype == np.float32
         assert table.shape[1] == frozen.vit.grid**2 + int(frozen.vit.cls)
+
+
+@pytest.mark.parametrize("case", ["dinov2_with_registers", "dinov3"])
+@pytest.mark.parametrize("layers", [(-1,), (0, -1)])
+def test_frozen_blocks_may_be_scanned(golden, assert_close, case, layers):
+    encoder, weights, params = load(golden / "encoders" / case)
+    encoder = encoder.clone(layers=layers, fusion="concat")
+    stacked, tree = scanned(encoder, weights)
+    assert set(tree["vit"]) & {"blocks", "block00"} == {"blocks"}
+    images = np.load(golden / "encoders" / case / "io.npz")[f"images_{params['input_sizes'][0][0]}"]
+    features = jax.jit(stacked.apply)({"params": tree}, images)
+    assert_close(features, jax.jit(encoder.apply)({"params": weights}, images), 1e-6)

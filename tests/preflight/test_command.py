@@ -53,7 +53,16 @@ def test_programs_of_eight_gpus(report, capsys):
     assert saved["fits"]
     found.print()
     printed = capsys.readouterr().out
-    for word in ("arguments", "temporaries", "all-reduce", "binds", "images/s", "data x model", "hours"):
+    for word in (
+        "arguments",
+        "temporaries",
+        "all-reduce",
+        "binds",
+        "images/s",
+        "against 8 chips",
+        "data x model",
+        "hours",
+    ):
         assert word in printed
 
 

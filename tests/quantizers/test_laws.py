@@ -31,12 +31,16 @@ QUANTIZERS = {
     "ema_whitened": Whitened(EMAQuantizer(K, 3), C, 3),
     "ema_diverse": Projected(EMAQuantizer(K, 3, diversity_cost=0.1), C, 3),
     "simvq": SimVQ(K, C),
+    "simvq_normal": SimVQ(K, C, start="normal"),
     "simvq_diverse": SimVQ(K, C, diversity_cost=0.1, temperature=0.1),
     "fsq": FSQ((4, 3), C),
     "lfq": LFQ(C, group=4),
     "bsq": LFQ(C, spherical=True),
     "gumbel": GumbelQuantizer(K, C),
+    "gumbel_normal": GumbelQuantizer(K, C, start="normal"),
     "ibq": IBQ(K, C),
+    "ibq_cosine": IBQ(K, C, distance="cosine", temperature=0.1),
+    "ibq_normal": IBQ(K, C, start="normal", distance="dot"),
     "residual_shared": Residual((SHARED,) * 2, C),
     "residual_dropout": Residual(tuple(EMAQuantizer(K, C) for _ in range(2)), C, dropout=0.5),
     "product": Product(tuple(EMAQuantizer(K, 3) for _ in range(2)), C),
@@ -183,7 +187,7 @@ def test_eight_devices_give_what_one_gives(name):
     module, alone = QUANTIZERS[name], trained(name)
 
     def place(path, leaf):
-        split = path[-1].key in ("codebook", "sums") and leaf.shape[0] % 2 == 0
+        split = path[-1].key in ("codebook", "sums", "first", "offset") and leaf.shape[0] % 2 == 0
         return NamedSharding(mesh, P("model") if split else P())
 
     shardings = jax.tree.map_with_path(place, alone)

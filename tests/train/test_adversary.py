@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import sharding
-from vqrae_jax.config import ConfigError
+from vqrae_jax import critics, sharding
+from vqrae_jax.config import AdversaryConfig, ConfigError
 from vqrae_jax.losses.adversarial import adaptive_weight
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -234,3 +234,17 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
 def test_terms_ask_for_what_they_need(tiny, change, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**change)
+
+
+def test_a_trunk_may_be_scanned(golden, assert_close):
+    config = AdversaryConfig(
+        discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
+    )
+    image, logits = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3)), []
+    for scan in (False, True):
+        critic = critics.discriminator(config, scan=scan)
+        variables = critic.module.init(jax.random.key(1), image)
+        logits.append(critic.module.apply({**variables, "params": {**variables["params"], **critic.params}}, image))
+        shapes = critics.discriminator(config.model_copy(update={"path": "facebook/dino-vits8"}), False, scan).params
+        assert ("blocks" in shapes["trunk"]) == scan
+    assert_close(*logits, 1e-6)

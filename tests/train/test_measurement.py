@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 from skimage.metrics import structural_similarity
 
+from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
 from vqrae_jax.evaluation import networks
 from vqrae_jax.evaluation.probe import linear_probe
@@ -31,9 +32,9 @@ def config(tiny, golden):
 
 @pytest.fixture(scope="module")
 def workdir(tiny, tmp_path_factory):
-    """A run that has saved its start."""
+    """A run that has saved its start, with a discriminator."""
     workdir = tmp_path_factory.mktemp("run")
-    run = loop.Run(tiny(), workdir, jax.devices()[:1])
+    run = loop.Run(tiny(adversary={"discriminator": "patch", "width": 4, "layers": 1}), workdir, jax.devices()[:1])
     run.save()
     run.close()
     return workdir
@@ -95,14 +96,36 @@ def test_figures_and_protocol_are_written(config, workdir, evaluated):
     assert protocol["checkpoint"].endswith("checkpoints/0")
     page = (workdir / report.FOLDER / "index.html").read_text()
     for kind in ("best", "median", "worst"):
-        assert f"{kind}.png" in page
-        assert (workdir / report.FOLDER / f"{kind}.png").stat().st_size > 1000
+        for file in (f"{kind}0.png", f"{kind}1.png"):
+            assert file in page
+            assert (workdir / report.FOLDER / file).stat().st_size > 1000
+
+
+def test_every_figure_has_a_meaning(evaluated):
+    """The names that this run has; a longer end of a name goes before a shorter."""
+    assert [name for name in evaluated if name != "step" and not report._meaning(name)] == []
+    assert "Inception" in report._meaning("eval/rfid")
+    assert "Inception" not in report._meaning("eval/encoder_rfd")
+    assert report._meaning("eval/bits_per_image") != report._meaning("eval/entropy_bits_per_image")
 
 
 def test_the_first_images_alone(config, workdir):
     figures = loop.evaluate(config(images=10, figures=()), workdir, jax.devices()[:1])
     assert figures["eval/images"] == 10
     assert not [name for name in figures if "encoder" in name or "probe" in name]
+
+
+def test_what_only_training_asks_is_not_read(config, workdir, evaluated):
+    """Neither the networks of the losses nor the state of optimizer and discriminator."""
+    loss = {"perceptual": PerceptualConfig(weight=1.0, trunk="none/such")}
+    adversary = {"discriminator": "dino", "path": "none/such"}
+    given = config()
+    given = given.model_copy(update={"loss": given.loss.model_copy(update=loss),
+                                     "adversary": given.adversary.model_copy(update=adversary)})  # fmt: skip
+    run = loop.Run(given, workdir, jax.devices()[:1], evaluating=True)
+    assert run.state.params == run.state.adversary == {}
+    assert {"step": 0, **run.evaluate()} == pytest.approx(evaluated, rel=1e-6)
+    run.close()
 
 
 def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path, pictures, evaluated):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqrae_jax import checkpoint, distributed
+from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.data import pipeline
 from vqrae_jax.train import loop
 
@@ -30,10 +30,11 @@ def get_config():
 """
 
 
-def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, program=None):
+def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, program=None, address=None):
     """Starts the command as a user would, once per process, each with `devices` pretended devices.
 
-    `configs`: another config for some processes, by number; `program`: another Python file that ends in the command.
+    `configs`: another config for some processes, by number; `program`: another Python file that ends in the command;
+    `address`: a bucket for the run, in place of the folder that holds the configs.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +47,7 @@ def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, p
         file.write_text(CONFIG)
         file.with_suffix(".json").write_text(json.dumps((configs or {}).get(i, config).model_dump(mode="json")))
         started = [str(program)] if program else ["-m", "vqrae_jax.main"]
-        command = [sys.executable, *started, f"--config={file}", f"--workdir={workdir}", *arguments]
+        command = [sys.executable, *started, f"--config={file}", f"--workdir={address or workdir}", *arguments]
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
         children.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
@@ -68,7 +69,7 @@ def finish(children, timeout=900):
 
 def losses(workdir):
     """{step: loss}, of a step that ran twice the last."""
-    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (storage.at(workdir) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
 
@@ -122,6 +123,15 @@ def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
     assert second[2] == ""
 
 
+def test_another_version_of_a_package_is_named(monkeypatch):
+    said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
+    monkeypatch.setattr(distributed, "exchange", lambda text: next(said))
+    with pytest.raises(
+        distributed.DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"
+    ):
+        distributed.compare({})
+
+
 def test_a_coordinator_that_is_not_there(config, tmp_path):
     child = spawn(config, tmp_path, arguments=["--start_timeout=2"])
     child[0].kill()
@@ -171,6 +181,35 @@ def test_messages_of_several_processes():
 def test_four_processes_equal_one(config, alone, tmp_path):
     assert_all_well(finish(spawn(config, tmp_path, processes=4)))
     assert_same_losses(tmp_path, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "model": 2}])
+def test_processes_evaluate_as_one(tiny, golden, alone, one_device, mesh):
+    """Each sees its own rows, and the last batch is padded; along "model" both hold the same rows."""
+    encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    evaluation = {"figures": ("encoder", "linear_probe"), "pictures": 2, "kernel_images": 50, **encoder}
+    config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
+    arguments = ["--mode=evaluate"]
+    ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
+    assert_all_well(ended)
+    assert json.loads(ended[0][1]) == pytest.approx(loop.evaluate(tiny(**config), alone, one_device), rel=1e-4)
+    assert ended[1][1] == ""
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket(config, alone, buckets, tmp_path):
+    assert_all_well(finish(spawn(config, tmp_path, address="gs://bucket/two")))
+    assert_same_losses("gs://bucket/two", alone)
+    again = finish(spawn(config, tmp_path, address="gs://bucket/two"))
+    assert_all_well(again)
+    assert "resumed from step 4" in again[0][2]
+    first, second = finish(spawn(config, tmp_path, address="gs://forbidden/two"))
+    assert (first[0], second[0]) == (1, 1)
+    assert "error: gs://forbidden/two/checkpoints" in first[2]
+    assert "Storage Object Admin" in first[2]
+    assert "Traceback" not in first[2]
+    assert second[2] == ""
 
 
 @pytest.mark.slow

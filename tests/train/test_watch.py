@@ -103,12 +103,12 @@ def test_a_profile_of_the_steps_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", step)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
     for steps in (range(0), range(3, 5)):
-        with watch.watching(tmp_path, 0, steps) as (_, _, profile):
+        with watch.watching(tmp_path, tmp_path, 0, steps) as (_, _, profile):
             for step in range(1, 7):
                 profile.before(step)
                 profile.after(step, {})
     assert calls == [("start", 3), ("stop", 4)]
-    with watch.watching(tmp_path, 0, range(6, 9)) as (_, _, profile):
+    with watch.watching(tmp_path, tmp_path, 0, range(6, 9)) as (_, _, profile):
         profile.before(step)  # the run ends before the range does
     assert calls[2:] == [("start", 6), ("stop", 6)]
 

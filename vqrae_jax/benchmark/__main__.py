@@ -3,10 +3,13 @@
 import importlib
 import sys
 
+from vqrae_jax.host_memory import keep_freed_memory
+
 STAGES = "timed beside this machine's ceilings, with --against=pytorch beside PyTorch"
 BENCHMARKS = {  # name -> module and what it measures
     "encoder": ("speed", f"DINOv2 at 224 pixels, {STAGES}"),
     "decoder": ("speed", f"the ViT decoder, {STAGES}"),
+    "codes": ("speed", f"tokenizing: encoder and search, {STAGES}"),
     "quantizer": ("speed", f"the EMA quantizer's training step, {STAGES}"),
     "train_step": ("speed", f"the whole training step, {STAGES}; several stages can be named"),
     "end_to_end": ("end_to_end", "the training loop with input, logging and checkpoints, against its bare step"),
@@ -16,6 +19,8 @@ BENCHMARKS = {  # name -> module and what it measures
     ),
     "input": ("input", "images per second and core of the training input, against a PyTorch DataLoader"),
     "low_precision": ("low_precision", "codes and pictures of an encoder that multiplies in int8 and fp8"),
+    "kernels": ("kernels", "ways to search, to add up latents by code and to attend, beside each other"),
+    "gpu": ("gpu", "all of these that want a GPU, in three commands of less than ten minutes"),
     "tokenize": ("tokenize", "tokenizing a folder from disk to disk, against the bare encoder and search"),
 }
 
@@ -29,6 +34,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in BENCHMARKS:
         known = "\n".join(f"  {name}: {what}" for name, (_, what) in BENCHMARKS.items())
         raise SystemExit(f"usage: python -m vqrae_jax.benchmark NAME [arguments]\n{known}")
+    keep_freed_memory()
     module, _ = BENCHMARKS[arguments[0]]
     rest = arguments if module == "speed" else arguments[1:]
     importlib.import_module(f"vqrae_jax.benchmark.{module}").main(rest)

@@ -20,11 +20,7 @@ LOG_EVERY = 20
 
 def main(arguments: list[str]) -> None:
     """Prints seconds per step of both and what the loop adds."""
-    parser = argparse.ArgumentParser(prog="python -m vqrae_jax.benchmark end_to_end", description=__doc__)
-    parser.add_argument("--steps", type=int, default=240, help="of the loop; each bare run has half as many")
-    parser.add_argument("--batch", type=int, default=16, help="images")
-    parser.add_argument("--size", type=int, default=128, help="pixels")
-    given = parser.parse_args(arguments)
+    given = parse(arguments)
     config = settings(given.steps, given.batch, given.size)
     with tempfile.TemporaryDirectory() as folder:
         run = loop.Run(config, pathlib.Path(folder) / "bare")
@@ -41,6 +37,15 @@ def main(arguments: list[str]) -> None:
     print(f"bare step {before:.4f} s before, {after:.4f} s after; in the loop {inside:.4f} s: {inside / step - 1:+.1%}")
     every = config.train.checkpoint_every
     print(f"  {len(logged)} log lines, a checkpoint every {every} steps, waiting for data {waits:.1%}")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m vqrae_jax.benchmark end_to_end", description=__doc__)
+    parser.add_argument("--steps", type=int, default=240, help="of the loop; each bare run has half as many")
+    parser.add_argument("--batch", type=int, default=16, help="images")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    return parser.parse_args(arguments)
 
 
 def settings(steps: int, batch: int, size: int) -> Config:

@@ -46,8 +46,11 @@ def main(arguments: list[str]) -> None:
         _memory(given, folder, count)
 
 
-def write_photographs(folder: pathlib.Path, count: int = 256) -> str:
-    """ImageNet's usual size and quality, 500 x 375, so that there is something to decode and to resize."""
+def write_photographs(folder: pathlib.Path, count: int = 1024) -> str:
+    """ImageNet's usual size and quality, 500 x 375, so that there is something to decode and to resize.
+
+    Many: of fewer than thousands, grain's shuffle draws hundreds of numbers to find one in range.
+    """
     rng, shipped = np.random.default_rng(0), photographs.load("train")
     for i in range(count):
         square = images.random_crop(shipped[i % len(shipped)], 500, rng, scale=(0.5, 1.5))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.benchmark.stages import Stage
 from vqrae_jax.pretrained import export
 
 SHOWN = 4096  # leading numbers of each result that are compared
@@ -22,15 +21,19 @@ class OpponentError(RuntimeError):
 class Opponent:
     """One stage in PyTorch, with the weights and inputs of ours."""
 
-    def __init__(self, python: str, stage: Stage, specification: dict[str, Any], compiled: bool):
+    def __init__(self, python: str, tensors: dict[str, np.ndarray], specification: dict[str, Any], compiled: bool):
         """Starts `python` and waits for its first call.
+
+        Args:
+          tensors: weights and inputs under PyTorch's names.
+          specification: what `torch_stages` describes, but for what is added here.
 
         Raises:
           OpponentError: that Python has no torch or transformers, or the stage fails there.
         """
         self._folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self._folder.name)
-        export.write_safetensors(stage.tensors, folder / "tensors.safetensors")
+        export.write_safetensors(tensors, folder / "tensors.safetensors")
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         specification = specification | {
             "tensors": str(folder / "tensors.safetensors"), "compile": compiled, "threads": threads, "shown": SHOWN
@@ -45,15 +48,13 @@ class Opponent:
         first = self._read()
         self.version, self.device = first["torch"], first["device"]
         self.out = {name: np.asarray(values) for name, values in first["out"].items()}
-        self.peak = 0
+        self.memory = first["memory"]
 
     def seconds(self) -> float:
         """One more call."""
         self._program.stdin.write("run\n")
         self._program.stdin.flush()
-        answer = self._read()
-        self.peak = answer["peak"]
-        return answer["seconds"]
+        return self._read()["seconds"]
 
     def close(self) -> None:
         self._program.stdin.close()

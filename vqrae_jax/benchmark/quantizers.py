@@ -1,11 +1,8 @@
 """Search and training step of the quantizers, as ratios within one run; see `main` for the arguments."""
 
 import argparse
-import pathlib
 import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vqrae_jax.benchmark import quantizer_table
+from vqrae_jax.benchmark.ceilings import seconds
+from vqrae_jax.benchmark.opponent import Opponent, OpponentError
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.nearest import CPU_BLOCK, nearest
 
@@ -50,7 +49,8 @@ def _search(n: int, k: int, c: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     jax.block_until_ready(search(z, codebook))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    ours, bare = _best([lambda: search(z, codebook), _jitted(blocked_matmul, z, codebook)])
+    bare_product = _jitted(blocked_matmul, z, codebook)
+    ours, bare = _best([lambda: seconds(lambda: search(z, codebook)), lambda: seconds(bare_product)])
     temporaries = search.memory_analysis().temp_size_in_bytes / 2**20
     print(f"search N={n} K={k} C={c}: {ours:.2f} s, bare blocked matmul {bare:.2f} s, ratio {ours / bare:.2f}")
     print(f"  temporaries {temporaries:.0f} MiB, resident memory grew by {grown:.0f} MiB; N x K is {n * k >> 28} GiB")
@@ -73,24 +73,26 @@ def _step(n: int, k: int, c: int, torch_python: str) -> None:
 
     codebook = jnp.copy(state["variables"]["batch_stats"]["codebook"])
     product = _jitted(lambda z, c: jnp.dot(z, c.T, precision="highest"), z, codebook)
-    torch_time = _torch(torch_python, n, k, c)
-    mine, matmul = _best([ours, product])
-    torch_time = min(torch_time, _torch(torch_python, n, k, c))
-    print(f"train step N={n} K={k} C={c}: {mine:.3f} s, jax matmul {matmul:.3f} s, ratio {mine / matmul:.2f}")
-    if np.isfinite(torch_time):
-        print(f"  textbook PyTorch layer {torch_time:.3f} s, {torch_time / mine:.1f} times ours")
+    calls = [lambda: seconds(ours), lambda: seconds(product)]
+    try:
+        textbook = _textbook(torch_python, z, codebook)
+    except OpponentError as error:
+        print(f"  the comparison is left out: {error}")
     else:
-        print("  no torch: give --torch-python for the comparison")
+        calls.append(textbook.seconds)
+    mine, matmul, *torch = _best(calls)
+    print(f"train step N={n} K={k} C={c}: {mine:.3f} s, jax matmul {matmul:.3f} s, ratio {mine / matmul:.2f}")
+    if torch:
+        textbook.close()
+        print(f"  textbook PyTorch layer {torch[0]:.3f} s, {torch[0] / mine:.1f} times ours")
 
 
-def _torch(python: str, n: int, k: int, c: int) -> float:
-    """Seconds per step of the textbook layer; infinite where that Python has no torch."""
-    program = pathlib.Path(__file__).with_name("torch_vq.py")
-    # -P: beside it are modules with the names of Python's own
-    done = subprocess.run(
-        [python, "-P", program, *map(str, (n, k, c, REPEATS))], capture_output=True, text=True, check=False
-    )
-    return float(done.stdout) if done.returncode == 0 else float("inf")
+def _textbook(python: str, z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Opponent:
+    told = {
+        "stage": "quantizer", "platform": jax.default_backend(), "dtype": "float32",
+        "quantizer": {"decay": 0.99, "epsilon": 1e-5, "commitment": 0.25},
+    }  # fmt: skip
+    return Opponent(python, {"latent": np.array(z), "codebook": np.array(codebook)}, told, compiled=False)
 
 
 def blocked_matmul(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float[Array, " N"]:
@@ -112,16 +114,10 @@ def _jitted(function: Callable, *arguments: Any) -> Callable[[], Any]:
     return lambda: compiled(*arguments)
 
 
-def _best(functions: list[Callable[[], Any]]) -> list[float]:
+def _best(calls: list[Callable[[], float]]) -> list[float]:
     """Seconds of each, the best of REPEATS; in turns, so that a busy moment of the machine meets all of them."""
-    best = [float("inf")] * len(functions)
-    for repeat in range(REPEATS + 1):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if repeat:  # the first one compiles
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    rounds = [[call() for call in calls] for _ in range(REPEATS + 1)]
+    return [min(times) for times in zip(*rounds[1:], strict=True)]  # the first one compiles
 
 
 def _keys() -> list[jax.Array]:

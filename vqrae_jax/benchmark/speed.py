@@ -17,7 +17,7 @@ import numpy as np
 
 from vqrae_jax.benchmark import stages
 from vqrae_jax.benchmark.ceilings import Ceilings, measure, seconds
-from vqrae_jax.benchmark.opponent import Opponent
+from vqrae_jax.benchmark.opponent import Opponent, OpponentError
 from vqrae_jax.models.decoder import SIZES
 
 SAME = {"float32": 2e-4, "bfloat16": 0.05}  # relative to the largest; both sides add up in another order
@@ -32,8 +32,10 @@ class Row:
       tflops: achieved, 1e12 per second.
       utilization: achieved / the measured matrix product.
       intensity: FLOPs per byte that the compiler counts.
+      images_per_second: of the batch.
       memory: GiB of temporaries.
       against: PyTorch's median seconds by variant ("eager", "compiled").
+      against_memory: GiB that PyTorch's first call needs beyond weights and inputs, by variant.
       difference: of PyTorch's first result from ours, relative to the largest value.
     """
 
@@ -42,9 +44,11 @@ class Row:
     tflops: float
     utilization: float
     intensity: float
+    images_per_second: float
     memory: float
     compile_seconds: float
     against: dict[str, float]
+    against_memory: dict[str, float]
     difference: float | None
 
 
@@ -74,6 +78,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, default=8192, help="codebook size")
     parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
+    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="as model.attention")
+    parser.add_argument("--matmul", choices=["dtype", "int8", "fp8"], default="dtype", help="of encoder and codes")
+    parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")
+    parser.add_argument("--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: against it")
     parser.add_argument("--scan", action="store_true", help="scan over decoder blocks: compiles faster")
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks: less memory")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each")
@@ -88,15 +96,15 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
       OpponentError: PyTorch cannot be asked.
       AssertionError: PyTorch computes something else; a ratio would mean nothing.
     """
-    config = stages.settings(given)
-    stage, module = stages.build(name, config)
+    stage, told = stages.build(name, given)
     mine = {n: np.asarray(x, np.float64).ravel() for n, x in stage.call().items()}
     opponents, difference = {}, None
     try:
+        if given.against and (given.lpips or given.adversary != "none"):
+            raise OpponentError("PyTorch's train step has neither --lpips nor --adversary: leave out --against")
         if given.against:
-            told = stages.specification(name, config, module)
             for variant in ("eager", "compiled") if given.torch_compile else ("eager",):
-                opponents[variant] = Opponent(given.torch_python, stage, told, variant == "compiled")
+                opponents[variant] = Opponent(given.torch_python, stage.tensors, told, variant == "compiled")
             difference = max(_difference(mine, other.out) for other in opponents.values())
             assert difference < SAME[given.dtype], f"{name}: PyTorch differs by {difference:.1e} of the largest value"
         times = in_turns({"ours": lambda: seconds(stage.call)} | {n: o.seconds for n, o in opponents.items()}, given)
@@ -107,7 +115,8 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
     achieved = stage.flops / median
     return Row(
         name, median, achieved / 1e12, achieved / ceilings.flops, stage.flops / max(stage.bytes, 1.0),
-        stage.memory / 2**30, stage.compile_seconds, times, difference,
+        given.batch / median, stage.memory / 2**30, stage.compile_seconds, times,
+        {n: o.memory / 2**30 for n, o in opponents.items()}, difference,
     )  # fmt: skip
 
 
@@ -135,8 +144,8 @@ def _difference(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> fl
 def table(rows: list[Row], ceilings: Ceilings, given: argparse.Namespace) -> str:
     """Markdown."""
     variants = sorted({variant for row in rows for variant in row.against})
-    heads = ["stage", "seconds", "TFLOP/s", "of the matmul ceiling", "temporaries GiB", "compile s"]
-    heads += [f"PyTorch {v} / ours" for v in variants]
+    heads = ["stage", "seconds", "images/s", "TFLOP/s", "of the matmul ceiling", "temporaries GiB", "compile s"]
+    heads += [f"PyTorch {v} / ours{what}" for v in variants for what in ("", ", memory")]
     lines = [
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.dtype}: batch {given.batch}, DINOv2-"
         f"{given.encoder} at 224, {given.decoder} at 256, K = {given.codes}; "
@@ -146,9 +155,13 @@ def table(rows: list[Row], ceilings: Ceilings, given: argparse.Namespace) -> str
         f"|{' --- |' * len(heads)}",
     ]
     for row in rows:
-        cells = [row.stage, f"{row.seconds:.4g}", f"{row.tflops:.3g}", f"{row.utilization:.0%}"]
+        cells = [row.stage, f"{row.seconds:.4g}", f"{row.images_per_second:.4g}", f"{row.tflops:.3g}"]
+        cells += [f"{row.utilization:.0%}"]
         cells += [f"{row.memory:.2f}", f"{row.compile_seconds:.0f}"]
-        cells += [f"{row.against[v] / row.seconds:.2f}" if v in row.against else "" for v in variants]
+        for v in variants:
+            here = v in row.against
+            cells += [f"{row.against[v] / row.seconds:.2f}" if here else ""]
+            cells += [f"{row.against_memory[v] / row.memory:.1f}" if here and row.memory else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import sharding
+from vqrae_jax import assembly, sharding
 from vqrae_jax.config import Config, from_dict
+from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import export, families, tables
-from vqrae_jax.train.tokenizer import TokenizerTask
+from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 
-NAMES = ("encoder", "decoder", "quantizer", "train_step")
+NAMES = ("encoder", "codes", "decoder", "quantizer", "train_step")
 DINOV2 = {  # width, depth, heads of facebook/dinov2-*
     "tiny": (32, 2, 2),  # for tests
     "small": (384, 12, 6),
@@ -62,102 +64,174 @@ def settings(given: argparse.Namespace) -> Config:
             "encoder_config_path": None, "encoder_params": {"architecture": architecture}, "encoder_input_size": 224,
             "decoder_config_path": given.decoder, "num_embeddings": given.codes, "codebook_init": "normal",
             "revival_threshold": 0.0, "quantizer": given.quantizer, "quantizer_params": {"decay_warmup": False},
-            "dtype": given.dtype, "scan_layers": given.scan, "remat": given.remat,
+            "dtype": given.dtype, "scan_layers": given.scan, "remat": given.remat, "attention": given.attention,
         },
+        "loss": {"perceptual": {"weight": float(given.lpips), "dtype": given.dtype}},
+        "adversary": {"discriminator": given.adversary, "dtype": given.dtype},
         "data": {"source": "photographs", "image_size": 256, "batch_size": given.batch},
         "optimizer": {"schedule": "constant", "ema_warmup": False},
     })  # fmt: skip
 
 
-def build(name: str, config: Config) -> tuple[Stage, VQRAE]:
-    """The stage `name` of NAMES on one device, with random weights and pictures, and the model it is of."""
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    task = TokenizerTask.build(config, mesh)
-    module, batch = task.assembly.module, config.data.batch_size
-    images = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), np.uint8)
-    frozen, state = task.frozen(), task.init()
-    pixels = jnp.asarray(images, jnp.float32) / 255
-    grid, channels = module.encoder.grid, module.encoder.channels
-    latent = jax.random.normal(jax.random.key(1), (batch, grid, grid, channels))
-    tensors = {}
-    if name in ("encoder", "train_step"):
-        tensors |= {"images": np.ascontiguousarray(np.asarray(pixels).transpose(0, 3, 1, 2))}
-        tree = export.to_state_dict(frozen["encoder"], families.FAMILIES["Dinov2withNorm"].table, 5)
-        tensors |= {f"encoder/{n}": t for n, t in tree.items()}
-    if name in ("decoder", "train_step"):
-        tensors |= _decoder_tensors(task, state)
-    if name in ("decoder", "quantizer"):
-        tensors["latent"] = np.asarray(latent).reshape(batch, grid * grid, channels)
-    codebook = state.batch_stats.get("quantizer", {}).get("codebook")
-    if name in ("quantizer", "train_step") and codebook is not None:
-        tensors["codebook"] = np.array(codebook)
-    if name == "train_step":
-        return _train_step(task, state, frozen, {"image": jnp.asarray(images)}, tensors), module
-    params = {**frozen, **state.params}
-    parts: dict[str, tuple[Callable, tuple]] = {
-        "encoder": (lambda p, x: {"features": module.encoder.apply({"params": p}, x)}, (params["encoder"], pixels)),
-        "decoder": (lambda p, x: {"pictures": module.decoder.apply({"params": p}, x)}, (params["decoder"], latent)),
-    }
-    if name == "quantizer":
-        return _quantizer(module.quantizer, state, latent, tensors), module
-    function, arguments = parts[name]
-    compiled = _compile(function, arguments)
-    return _stage(name, functools.partial(compiled.run, *arguments), compiled, tensors), module
+def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
+    """The stage `name` of NAMES on one device, with random weights and pictures, and what PyTorch is told of it."""
+    config = settings(given)
+    task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
+    builders = {
+        "encoder": _encoder, "codes": _codes, "decoder": _decoder, "quantizer": _quantizer, "train_step": _train_step
+    }  # fmt: skip
+    module = task.assembly.module
+    if given.matmul != "dtype":
+        module = module.clone(encoder=with_matmul(module.encoder, given.matmul))
+    return builders[name](task, module), specification(name, config, task.assembly.module)
+
+
+def _encoder(task: TokenizerTask, module: VQRAE) -> Stage:
+    images, params = _images(task), _params(task, "encoder")
+
+    def encode(params: Any, images: jax.Array) -> Any:
+        return {"features": module.encoder.apply({"params": params}, to_float(images))}
+
+    return _stage("encoder", _compile(encode, params, images), _image_tensors(images) | _encoder_tensors(params))
+
+
+def _codes(task: TokenizerTask, module: VQRAE) -> Stage:
+    """Tokenizing without reading or writing: encoder and search."""
+    images, params, codebook = _images(task), _params(task, "encoder"), _codebook(task)
+
+    def tokenize(params: Any, codebook: jax.Array, images: jax.Array) -> Any:
+        latent = module.encoder.apply({"params": params}, to_float(images))
+        return {"indices": nearest(latent.reshape(-1, latent.shape[-1]), codebook)}
+
+    tensors = _image_tensors(images) | _encoder_tensors(params) | {"codebook": np.asarray(codebook)}
+    return _stage("codes", _compile(tokenize, params, codebook, images), tensors)
+
+
+def _decoder(task: TokenizerTask, module: VQRAE) -> Stage:
+    latent, params = _latent(task), _params(task, "decoder")
+
+    def paint(params: Any, latent: jax.Array) -> Any:
+        return {"pictures": module.decoder.apply({"params": params}, latent)}
+
+    tensors = {"latent": _tokens(latent), **_decoder_tensors(task, params)}
+    return _stage("decoder", _compile(paint, params, latent), tensors)
+
+
+def _quantizer(task: TokenizerTask, module: VQRAE) -> Stage:
+    latent, codebook = _latent(task), _codebook(task)
+    variables = jax.eval_shape(module.quantizer.init, jax.random.key(0), latent)
+    state = {"codebook": codebook, "sums": jnp.copy(codebook), "counts": jnp.ones(len(codebook)), "step": 1}
+    variables = jax.tree.map(lambda want, x: jnp.asarray(x, want.dtype), variables, {"batch_stats": state})
+
+    def train(variables: Any, z: jax.Array) -> Any:
+        out, changed = module.quantizer.apply(
+            variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)}
+        )
+        return {"loss": out.loss, "indices": out.indices}, changed
+
+    tensors = {"latent": _tokens(latent), "codebook": np.array(codebook)}
+    return _stage("quantizer", _compile(train, variables, latent, stateful=True), tensors)
+
+
+def _train_step(task: TokenizerTask, module: VQRAE) -> Stage:
+    images, state, frozen = _images(task), task.init(), _frozen(task)
+    tensors = _image_tensors(images) | _encoder_tensors(frozen["encoder"])
+    tensors |= _decoder_tensors(task, state.params["decoder"])
+    if "quantizer" in state.batch_stats:
+        tensors["codebook"] = np.array(state.batch_stats["quantizer"]["codebook"])
+
+    def step(state: Any, frozen: Any, batch: Any) -> Any:
+        state, metrics = task.step(state, frozen, batch)
+        return {"loss": metrics["loss/total"], "pixel": metrics["loss/pixel"]}, state
+
+    return _stage("train_step", _compile(step, state, frozen, {"image": images}, stateful=True), tensors)
+
+
+def _images(task: TokenizerTask) -> jax.Array:
+    size = task.config.data.image_size
+    shape = (task.config.data.batch_size, size, size, 3)
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+
+
+def _latent(task: TokenizerTask) -> jax.Array:
+    encoder = task.assembly.module.encoder
+    shape = (task.config.data.batch_size, encoder.grid, encoder.grid, encoder.channels)
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def _params(task: TokenizerTask, name: str) -> Any:
+    return assembly.initial_params(task.assembly, jax.random.key(0), [name])[name]
+
+
+def _codebook(task: TokenizerTask) -> jax.Array:
+    shape = (task.config.model.num_embeddings, task.assembly.module.encoder.channels)
+    return jax.random.normal(jax.random.key(2), shape)
+
+
+def _frozen(task: TokenizerTask) -> Any:
+    """Random values for every network that the step reads: no weights are at hand for those that judge."""
+    rng = np.random.default_rng(3)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if shape.ndim < 2:  # scales, biases, and the heads of LPIPS
+            return jnp.full(shape.shape, 0.1, shape.dtype)
+        fan_in = np.prod(shape.shape[:-1])
+        return jnp.asarray(rng.normal(0, (2 / fan_in) ** 0.5, shape.shape), shape.dtype)
+
+    critics = {n: jax.tree.map(draw, tree) for n, tree in task.frozen_shapes().items() if n != "encoder"}
+    return {"encoder": _params(task, "encoder"), **critics}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    run: Callable
+    program: Any
+    call: Callable[[], dict[str, jax.Array]]
     flops: float
     seconds: float
 
 
-def _compile(function: Callable, arguments: tuple, donate: tuple[int, ...] = ()) -> _Compiled:
+def _compile(function: Callable, *arguments: Any, stateful: bool = False) -> _Compiled:
+    """`function` of `arguments`; a stateful one is given up its first argument and returns (result, successor)."""
     start = time.perf_counter()
-    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
-    compiled = traced.lower().compile()
+    traced = jax.jit(function, donate_argnums=0 if stateful else ()).trace(*arguments)
+    program = traced.lower().compile()
     seconds = time.perf_counter() - start
-    return _Compiled(compiled, sum(product.flops for product in flops.count(traced.jaxpr)), seconds)
-
-
-def _stage(name: str, call: Callable, compiled: _Compiled, tensors: dict[str, np.ndarray]) -> Stage:
-    cost = compiled.run.cost_analysis() or {}
-    memory = compiled.run.memory_analysis().temp_size_in_bytes
-    return Stage(name, call, compiled.flops, cost.get("bytes accessed", 0.0), memory, compiled.seconds, tensors)
-
-
-def _train_step(task: TokenizerTask, state: Any, frozen: Any, batch: Any, tensors: dict[str, np.ndarray]) -> Stage:
-    compiled = _compile(task.step, (state, frozen, batch), donate=(0,))
-    kept = {"state": state}
+    total = sum(product.flops for product in flops.count(traced.jaxpr))
+    if not stateful:
+        return _Compiled(program, functools.partial(program, *arguments), total, seconds)
+    kept, rest = {"state": arguments[0]}, arguments[1:]
 
     def call() -> dict[str, jax.Array]:
-        kept["state"], metrics = compiled.run(kept["state"], frozen, batch)
-        return {"loss": metrics["loss/total"], "pixel": metrics["loss/pixel"]}
-
-    return _stage("train_step", call, compiled, tensors)
-
-
-def _quantizer(module: Any, state: Any, latent: jax.Array, tensors: dict[str, np.ndarray]) -> Stage:
-    variables = {"params": state.params.get("quantizer", {}), "batch_stats": state.batch_stats["quantizer"]}
-
-    def train(variables: Any, z: jax.Array) -> Any:
-        out, changed = module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)})
-        return {"loss": out.loss, "indices": out.indices}, {**variables, **changed}
-
-    compiled = _compile(train, (variables, latent), donate=(0,))
-    kept = {"variables": variables}
-
-    def call() -> dict[str, jax.Array]:
-        out, kept["variables"] = compiled.run(kept["variables"], latent)
+        out, kept["state"] = program(kept["state"], *rest)
         return out
 
-    return _stage("quantizer", call, compiled, tensors)
+    return _Compiled(program, call, total, seconds)
 
 
-def _decoder_tensors(task: TokenizerTask, state: Any) -> dict[str, np.ndarray]:
-    tree = jax.tree.map(np.array, state.params["decoder"])
+def _stage(name: str, compiled: _Compiled, tensors: dict[str, np.ndarray]) -> Stage:
+    cost = compiled.program.cost_analysis() or {}
+    memory = compiled.program.memory_analysis().temp_size_in_bytes
+    moved = cost.get("bytes accessed", 0.0)
+    return Stage(name, compiled.call, compiled.flops, moved, memory, compiled.seconds, tensors)
+
+
+def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
+    return {"images": np.ascontiguousarray(np.asarray(to_float(images)).transpose(0, 3, 1, 2))}
+
+
+def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
+    tree = export.to_state_dict(params, families.FAMILIES["Dinov2withNorm"].table, 5)
+    return {f"encoder/{n}": t for n, t in tree.items()}
+
+
+def _decoder_tensors(task: TokenizerTask, params: Any) -> dict[str, np.ndarray]:
+    tree = jax.tree.map(np.array, params)
     tree = unstack_blocks(tree) if task.config.model.scan_layers else tree
     return {f"decoder/{n}": t for n, t in export.to_state_dict(tree, tables.DECODER_TABLE).items()}
+
+
+def _tokens(latent: jax.Array) -> np.ndarray:
+    return np.asarray(latent).reshape(len(latent), -1, latent.shape[-1])
 
 
 def specification(name: str, config: Config, module: VQRAE) -> dict[str, Any]:

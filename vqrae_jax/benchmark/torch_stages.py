@@ -2,10 +2,12 @@
 
 A program of its own, `python torch_stages.py SPEC`, so that PyTorch may live in another environment than JAX. SPEC is a
 JSON file: stage, platform, dtype, compile, threads, sizes, and the safetensors file with weights and inputs. It prints
-what the first call computed as a JSON line; then every line read asks for one more call, answered by its seconds.
+what the first call computed, and the bytes it needed beyond weights and inputs, as a JSON line; then every line read
+asks for one more call, answered by its seconds.
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -130,6 +132,28 @@ def encoder(spec, tensors):
     return call
 
 
+def codes(spec, tensors):
+    """The index of the nearest code of every token: tokenizing, as it is commonly written."""
+    import torch
+
+    model, encode = build_encoder(spec, tensors)
+    model.to(tensors["images"].device)
+    codebook = tensors["codebook"]
+
+    def nearest(images):
+        latent = encode(images).flatten(0, 1)
+        with torch.autocast(images.device.type, enabled=False):
+            return (codebook.pow(2).sum(1) - 2 * latent @ codebook.T).argmin(1)
+
+    nearest = torch.compile(nearest) if spec["compile"] else nearest
+
+    def call():
+        with torch.no_grad():
+            return {"indices": nearest(tensors["images"])}
+
+    return call
+
+
 def decoder(spec, tensors):
     """Pictures of latents, without gradients."""
     import torch
@@ -190,7 +214,7 @@ def train_step(spec, tensors):
     return call
 
 
-STAGES = {"encoder": encoder, "decoder": decoder, "quantizer": quantizer, "train_step": train_step}
+STAGES = {"encoder": encoder, "codes": codes, "decoder": decoder, "quantizer": quantizer, "train_step": train_step}
 
 
 def main(path):
@@ -214,12 +238,27 @@ def main(path):
             torch.cuda.synchronize()
         return out, time.perf_counter() - start
 
+    before = memory(device)
     out, _ = timed()
+    first = {"torch": torch.__version__, "device": str(device), "memory": memory(device, peak=True) - before}
     summary = {n: t.double().flatten()[: spec["shown"]].tolist() for n, t in out.items()}
-    print(json.dumps({"torch": torch.__version__, "device": str(device), "out": summary}), flush=True)
+    print(json.dumps(first | {"out": summary}), flush=True)
     for _ in sys.stdin:
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        print(json.dumps({"seconds": timed()[1], "peak": peak}), flush=True)
+        print(json.dumps({"seconds": timed()[1]}), flush=True)
+
+
+def memory(device, peak=False):
+    """Bytes held now, or at most so far: by tensors on a GPU, by the process on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        if not peak:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

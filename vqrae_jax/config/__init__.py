@@ -130,10 +130,16 @@ def _editable(section: Section) -> ml_collections.ConfigDict:
     tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if value is None:  # a placeholder knows the type that a flag's text has to become
-            value = ml_collections.config_dict.placeholder(int if int in typing.get_args(field.annotation) else str)
+        if value is None:
+            value = ml_collections.config_dict.placeholder(_type_of_text(field.annotation))
         tree[name] = _editable(value) if isinstance(value, Section) else value
     return tree
+
+
+def _type_of_text(annotation: Any) -> type:
+    """What the text of a flag becomes where None is the default: that of `Positive | None` an int."""
+    kinds = [arg.__origin__ if hasattr(arg, "__metadata__") else arg for arg in typing.get_args(annotation)]
+    return next((kind for kind in (int, float) if kind in kinds), str)
 
 
 def check_field(schema: type[Section], path: str) -> None:

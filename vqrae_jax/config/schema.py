@@ -49,7 +49,7 @@ class QuantizerParams(Section):
     # all but none: principal axes of the latent that are kept, at variance one; those of normalization_stat_path where
     # the file has them, else of the first batch
     whitening_dim: Positive | None = None
-    distance: Literal["l2", "cosine"] | None = None  # ema (None: l2), simvq (None: cosine)
+    distance: Literal["l2", "cosine", "dot"] | None = None  # ema (None: l2), simvq (None: cosine), ibq (None: l2)
     # ema, simvq: what gradient a latent receives through the choice of its code
     estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
     decay_warmup: bool = True  # ema: the decay of step t is t / (t + 1) until it reaches vq_decay
@@ -100,11 +100,13 @@ class ModelConfig(Section):
     vq_decay: Decay = 0.99
     vq_epsilon: Above0 = 1e-5
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
-    # First codes: k-means of the first batch, tokens of the first batch, or N(0, 1) (the origin).
+    # ema, simvq, gumbel, ibq: first codes by k-means of the first batch, tokens of the first batch, or random (as in
+    # the papers and the origin)
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
     revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
-    scan_layers: bool = False  # decoder blocks stacked and scanned: compile time independent of depth
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; not measured
+    scan_layers: bool = False  # blocks of the decoder and of frozen ViTs stacked and scanned: fast to compile
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
 

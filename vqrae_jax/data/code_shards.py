@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data.errors import DataError
 
 Format = Literal["npz", "parquet", "webdataset", "array_record"]
@@ -40,17 +41,20 @@ def joined(parts: list[Columns]) -> Columns:
 
 
 def read_shard(path: str | os.PathLike) -> Columns:
-    """The content of one shard, whatever its format.
+    """The content of one shard, whatever its format; of one in a bucket a copy is made.
 
     Raises:
       DataError: missing, damaged, or of another kind.
+      StorageError: the bucket may not be read.
     """
-    path = pathlib.Path(path)
+    path = storage.at(path)
     kind = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if kind is None:
         raise DataError(f"{path} is no shard of codes: those end in {', '.join(SUFFIXES.values())}")
     try:
-        return READ[kind](path)
+        return READ[kind](storage.fetch(path))
+    except storage.StorageError:
+        raise
     except Exception as error:  # each library has its own for a damaged file
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path} cannot be read as a shard of codes ({reason})") from error

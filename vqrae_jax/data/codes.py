@@ -1,4 +1,4 @@
-"""A tokenized dataset on disk: shards of codes with labels and ids, and a manifest; read without JAX.
+"""A tokenized dataset on disk or in a bucket: shards of codes with labels and ids, and a manifest; read without JAX.
 
 A shard holds the codes of a fixed range of images, so that its content depends on nothing but the images and the
 tokenizer. It appears under its name only when it is complete and on disk. manifest.json says what the codes are, and,
@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data.code_shards import SUFFIXES, WRITE, Columns, Format, read_shard
 from vqrae_jax.data.errors import DataError
 
@@ -56,8 +58,9 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
     Raises:
       DataError: the folder holds something else.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = storage.at(folder)
+    with storage.told(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
         there = _plan(_read_manifest(folder), folder)
         names = [field.name for field in dataclasses.fields(Plan)]
@@ -67,7 +70,7 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
             raise DataError(
                 f"--output={os.fspath(folder)!r} holds codes that differ in {told}: give another folder, or delete it"
             )
-    elif any(folder.glob("codes-*-of-*")):
+    elif any(p.name.startswith("codes-") for p in (folder.iterdir() if folder.is_dir() else ())):
         raise DataError(f"--output={os.fspath(folder)!r} holds codes without a {MANIFEST}: give another folder")
     else:
         _replace(folder / MANIFEST, _json({**dataclasses.asdict(plan), "complete": False}))
@@ -75,8 +78,13 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
 
 
 def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Columns) -> None:
-    """Writes one shard: under a temporary name, to the disk, then under its own."""
-    path = pathlib.Path(folder) / plan.file(shard)
+    """Writes one shard: under a temporary name, to the disk, then under its own; or from here to the bucket."""
+    path = storage.at(folder) / plan.file(shard)
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory() as here:
+            WRITE[plan.format](whole := pathlib.Path(here) / path.name, columns)
+            storage.write(path, whole.read_bytes())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         WRITE[plan.format](temporary, columns)
@@ -90,7 +98,7 @@ def finish(folder: str | os.PathLike, plan: Plan) -> dict[str, Any] | None:
 
     It is read off the shards, so that whichever process comes last writes the same.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.at(folder)
     if any(not (folder / plan.file(shard)).is_file() for shard in range(plan.shards)):
         return None
     shards, missing = [], []
@@ -104,8 +112,9 @@ def finish(folder: str | os.PathLike, plan: Plan) -> dict[str, Any] | None:
         "shards": shards,
     }  # fmt: skip
     _replace(folder / MANIFEST, _json(manifest))
-    for stale in folder.glob(".codes-*"):  # of processes that were killed
-        stale.unlink(missing_ok=True)
+    for stale in folder.iterdir():
+        if stale.name.startswith(".codes-"):  # of processes that were killed
+            stale.unlink(missing_ok=True)
     return manifest
 
 
@@ -125,7 +134,7 @@ class Codes:
         Raises:
           DataError: no such folder, or not all of its shards are there.
         """
-        self.path = pathlib.Path(path).expanduser()
+        self.path = storage.at(path)
         self.manifest = _read_manifest(self.path)
         self.plan = _plan(self.manifest, self.path)
         if not self.manifest["complete"]:
@@ -192,7 +201,7 @@ class Codes:
         return columns
 
 
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def _read_manifest(folder: storage.Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -202,7 +211,7 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 
-def _plan(manifest: dict[str, Any], folder: pathlib.Path) -> Plan:
+def _plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
     try:
         values = {field.name: manifest[field.name] for field in dataclasses.fields(Plan)}
         return Plan(**{**values, "code_shape": tuple(values["code_shape"])})
@@ -214,7 +223,10 @@ def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(path: storage.Path, content: bytes) -> None:
+    if storage.is_remote(path):
+        storage.write(path, content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     _publish(temporary, path)
@@ -235,6 +247,6 @@ def _sync(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(path: storage.Path) -> str:
+    with open(storage.fetch(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

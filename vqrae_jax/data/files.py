@@ -5,13 +5,9 @@ import os
 import re
 
 from vqrae_jax.data.errors import DataError
+from vqrae_jax.storage import is_remote
 
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether `path` is an address, as in gs://bucket/folder."""
-    return "://" in os.fspath(path)
 
 
 def below(path: str, field: str) -> list[str]:

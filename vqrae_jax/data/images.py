@@ -1,14 +1,13 @@
 """Image files to uint8 arrays and back, and the crops that turn any image into a square."""
 
 import io
-import itertools
 import math
 import os
 import sys
-import threading
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError, ImageError
 
@@ -18,7 +17,6 @@ WRITTEN = {".png": {}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _ORIENTATION = 0x0112  # the EXIF tag
 _STRIP = 64  # a picture this many times longer than wide
-_temporary = itertools.count()
 
 
 def read_image(source: str | os.PathLike | bytes, at_least: int | None = None) -> np.ndarray:
@@ -77,13 +75,13 @@ def from_pil(picture) -> np.ndarray:
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] or [H, W] as PNG, JPEG or WebP, whichever the suffix says; missing folders are made.
+    """Writes uint8 [H, W, 3] or [H, W] as PNG, JPEG or WebP, whichever the suffix says, here or in a bucket.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete; missing folders are made.
 
     Raises:
       DataError: another suffix, shape or dtype.
-      OSError: the disk refused; an earlier file of that name is still there.
+      OSError, StorageError: the disk or the bucket refused; an earlier file of that name is still there.
     """
     from PIL import Image
 
@@ -96,16 +94,9 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         raise DataError(
             f"cannot write {path!r}: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]"
         )
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    # In the same folder, so that the replacement is atomic; a name of its own per process, thread and call.
-    temporary = os.path.join(folder, f".{os.getpid()}-{threading.get_ident()}-{next(_temporary)}{suffix}")
-    try:
-        Image.fromarray(np.ascontiguousarray(image)).save(temporary, **WRITTEN[suffix])
-        os.replace(temporary, os.path.join(folder, name))
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(encoded, Image.registered_extensions()[suffix], **WRITTEN[suffix])
+    storage.write(path, encoded.getvalue())
 
 
 # A crop of an array is an array, that of a PIL image in mode RGB a PIL image.

@@ -22,7 +22,7 @@ Rows = Mapping[str, np.ndarray]
 
 
 class Evaluator:
-    """Figures over pictures that come in batches of any size.
+    """Figures over pictures that come in batches of any size and any order, in one place or several.
 
     What is kept grows with the number of pictures only by their scores, their pooled codes for the linear probe, and
     features of the first `kernel_images`; no picture is kept.
@@ -33,13 +33,12 @@ class Evaluator:
         Args:
           count: pictures that will come, about; it sets the splits of the Inception score.
           references: by network, statistics of other pictures than the ones that were painted.
-          kernel_images: pictures of the kernel distance.
+          kernel_images: the kernel distance looks at the pictures whose numbers are below it.
         """
-        self.images, self.remarks = 0, []
+        self.remarks: list[str] = []
         self._references, self._kernel_images = references or {}, kernel_images
         self._kept: dict[str, list[np.ndarray]] = {}
         self._moments: dict[str, Moments] = {}
-        self._paired: dict[str, float] = {}
         self._score = InceptionScore(max(count // SPLIT, 1))
 
     def add(self, rows: Rows) -> None:
@@ -50,27 +49,51 @@ class Evaluator:
             psnr, ssim, lpips, `NETWORK/image` and `NETWORK/reconstruction` (features), `scores/reconstruction` (of
             Inception's classes), `code` (pooled quantized features) and `label`.
         """
-        real = np.flatnonzero(rows["mask"])
-        real = real[np.argsort(rows["index"][real], kind="stable")]  # whatever order the processes have
+        real = np.asarray(rows["mask"], bool)
         rows = {name: np.asarray(values)[real] for name, values in rows.items()}
         for name in (*SCORES, "index", "code", "label"):
             if name in rows:
-                self._kept.setdefault(name, []).append(rows[name])
+                self._keep(name, rows[name])
         if "scores/reconstruction" in rows:
-            self._score.add(rows.pop("scores/reconstruction"))
+            self._score.add(rows.pop("scores/reconstruction"), rows["index"])
         for name in [name for name in rows if name.endswith("/reconstruction")]:
             self._add_features(name.removesuffix("/reconstruction"), rows)
-        self.images += len(real)
 
     def _add_features(self, network: str, rows: Rows) -> None:
         sides = [f"{network}/image", f"{network}/reconstruction"]
         for side in sides:
             self._moments.setdefault(side, Moments()).add(rows[side])
-            if self.images < self._kernel_images:
-                self._kept.setdefault(side, []).append(rows[side][: self._kernel_images - self.images])
+            self._keep(side, rows[side][rows["index"] < self._kernel_images])
         a, b = (rows[side].astype(np.float64) for side in sides)
         lengths = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-        self._paired[network] = self._paired.get(network, 0.0) + float((1 - (a * b).sum(1) / lengths).sum())
+        self._keep(f"{network}_cosine", 1 - (a * b).sum(1) / lengths)
+
+    def _keep(self, name: str, values: np.ndarray) -> None:
+        self._kept.setdefault(name, []).append(values)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was taken in, for `merge` in another process."""
+        parts = {"kept": {name: np.concatenate(parts) for name, parts in self._kept.items()}}
+        parts |= {f"moments {side}": moments.arrays() for side, moments in self._moments.items()}
+        parts["score"] = self._score.arrays()
+        return {f"{part}:{name}": values for part, arrays in parts.items() for name, values in arrays.items()}
+
+    def merge(self, arrays: Rows) -> None:
+        """Takes in what another has, whose pictures are others of the same dataset."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, values in arrays.items():
+            part, name = path.split(":")
+            parts.setdefault(part, {})[name] = values
+        self._score.merge(parts.pop("score"))
+        for name, values in parts.pop("kept", {}).items():
+            self._keep(name, values)
+        for part, values in parts.items():
+            self._moments.setdefault(part.removeprefix("moments "), Moments()).merge(Moments.of(values))
+
+    @property
+    def images(self) -> int:
+        """How many were taken in."""
+        return sum(map(len, self._kept.get("index", [])))
 
     def figures(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, float]:
         """All figures; `counts`, how often each code was chosen, adds those of the codebook.
@@ -83,8 +106,9 @@ class Evaluator:
         """
         values = {name: float(self.scores(name).mean(dtype=np.float64)) for name in SCORES if name in self._kept}
         values["images"] = self.images
-        for network in self._paired:
-            values |= self._distances(network)
+        for side in self._moments:
+            if side.endswith("/image"):
+                values |= self._distances(side.removesuffix("/image"))
         if self._score.count:
             values["inception_score"], values["inception_score_deviation"] = self._score.result()
         if "code" in self._kept:
@@ -98,8 +122,8 @@ class Evaluator:
         return name in self._kept
 
     def scores(self, name: str) -> Float[np.ndarray, " n"]:
-        """psnr, ssim, lpips or index of the pictures seen."""
-        return np.concatenate(self._kept[name])
+        """psnr, ssim, lpips or index of the pictures seen, in the order of the dataset."""
+        return self._in_order(name)
 
     def pick(self, count: int) -> dict[str, Int[np.ndarray, " n"]]:
         """Positions in `scores` of the best, median and worst pictures by LPIPS, or else PSNR; best first in each."""
@@ -111,7 +135,7 @@ class Evaluator:
 
     def _distances(self, network: str) -> dict[str, float]:
         prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")
-        values = {f"{network}_cosine": self._paired[network] / self.images}
+        values = {f"{network}_cosine": float(self._in_order(f"{network}_cosine").mean())}
         if self.images < 2:
             self._remark(f"{network}: one picture has no distribution; its distances are not measured")
             return values
@@ -134,7 +158,7 @@ class Evaluator:
             )
 
     def _probe(self) -> dict[str, float]:
-        features, labels = (np.concatenate(self._kept[name]) for name in ("code", "label"))
+        features, labels = self._in_order("code"), self._in_order("label")
         known = labels >= 0
         classes, counts = np.unique(labels[known], return_counts=True)
         if len(classes) < 2 or counts.max() < 2:
@@ -152,6 +176,10 @@ class Evaluator:
             "bits_per_image": codes * float(np.log2(counts.shape[-1])),
             "entropy_bits_per_image": codes * health["entropy_bits"],
         }
+
+    def _in_order(self, name: str) -> np.ndarray:
+        """What was kept of every picture, however the pictures came."""
+        return np.concatenate(self._kept[name])[np.argsort(np.concatenate(self._kept["index"]))]
 
     def _remark(self, text: str) -> None:
         log.warning("%s", text)

@@ -1,6 +1,7 @@
 """Mean and covariance of rows that come in batches, in any order and any parts."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,17 @@ class Moments:
         )
         self.mean = self.mean + delta * (other.count / total)
         self.count = total
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was seen, for `of` in another process."""
+        return {"count": np.asarray(self.count), "mean": self.mean, "products": self.products}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
+        """The inverse of `arrays`."""
+        moments = cls()
+        moments.count, moments.mean, moments.products = int(arrays["count"]), arrays["mean"], arrays["products"]
+        return moments
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance, the latter from count - 1 degrees of freedom as `numpy.cov`; needs two rows."""

@@ -14,22 +14,26 @@ from vqrae_jax.compilation import enable_compilation_cache
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.distributed import DistributedError
+from vqrae_jax.host_memory import keep_freed_memory
 from vqrae_jax.inference.inputs import TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.sharding import MeshError
+from vqrae_jax.storage import StorageError
 
 T = TypeVar("T")
 
 USERS = (  # errors of what was given, not of the program
-    CheckpointError, ConfigError, DataError, DistributedError, MeshError, OSError, PretrainedError, TokenizerError,
+    CheckpointError, ConfigError, DataError, DistributedError, MeshError, OSError, PretrainedError, StorageError,
+    TokenizerError,
 )  # fmt: skip
-CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder, or a hub id"
+CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder (each here or in gs://), or a hub id"
 
 
 def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     """Runs a command; leaves the process by `sys.exit` unless all is well."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # a library may have been first
     try:
+        keep_freed_memory()
         enable_compilation_cache()
         action()
     except USERS as error:

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
 
-from vqrae_jax import assembly, checkpoint
+from vqrae_jax import assembly, checkpoint, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.programs import placement
@@ -25,7 +24,7 @@ EVALUATION_FILE = "evaluation.json"  # of a run: what --mode=evaluate measured, 
 class Location:
     """A tokenizer on this machine."""
 
-    path: pathlib.Path  # the exported folder, or the folder of one checkpoint
+    path: storage.Path  # the exported folder, or the folder of one checkpoint
     config: config_lib.ModelConfig
     frozen: bool  # the encoder is the pretrained one that the config names, and not in the files
     provenance: dict[str, Any]  # version, and where known revision, step, figures, data
@@ -35,18 +34,21 @@ class Location:
 def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     """Finds a run's workdir (its newest checkpoint, or that of `step`), a checkpoint, an exported folder, or a hub id.
 
+    All but the last may be in a bucket (gs://...).
+
     Raises:
       CheckpointError: nothing complete is there.
       PretrainedError: the folder is damaged, or the hub cannot give it.
       ConfigError: a config of another version of this package.
+      StorageError: the bucket may not be read.
     """
-    local = pathlib.Path(path).expanduser()
+    local = _here(path)
     if not local.exists() and _is_hub_id(str(path)):
         local = sources.fetch(str(path), "tokenizer")
     if exported.is_folder(local):
         config, frozen = exported.read_config(local), exported.has_pretrained_encoder(local)
         return Location(local, config, frozen, exported.read_provenance(local))
-    found = checkpoint.find(local, step)
+    found = checkpoint.find(path if storage.is_remote(path) else local, step)
     meta = checkpoint.read_meta(found)
     run = config_lib.from_dict(config_lib.Config, meta["config"])
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
@@ -87,11 +89,19 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
     return built.module, {**model, "params": {**rest, **model["params"]}}
 
 
+def _here(path: str | os.PathLike) -> storage.Path:
+    """`path`, or a copy of an exported folder in a bucket; checkpoints are read where they are."""
+    place = storage.at(path)
+    with storage.told(place, "read"):
+        copied = storage.is_remote(place) and (place / exported.CONFIG).is_file()
+    return storage.fetch(place) if copied else place
+
+
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _measured(workdir: pathlib.Path, step: int | None) -> dict[str, Any]:
+def _measured(workdir: storage.Path, step: int | None) -> dict[str, Any]:
     """What the run's log says of the evaluation at `step`; more, and by what protocol, where it was evaluated."""
     log, evaluation = workdir / METRICS_FILE, workdir / EVALUATION_FILE
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []

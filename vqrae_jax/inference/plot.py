@@ -10,6 +10,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from vqrae_jax import storage
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import command, pictures
@@ -69,7 +70,7 @@ def read(workdir: str | os.PathLike) -> Series:
     Raises:
       DataError: there is no log.
     """
-    file = pathlib.Path(workdir) / METRICS_FILE
+    file = storage.at(workdir) / METRICS_FILE
     if not file.is_file():
         raise DataError(f"--workdir={os.fspath(workdir)!r}: it has no {METRICS_FILE}, so no run has logged there")
     found: dict[str, dict[int, float]] = {}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vqrae_jax import sharding
+from vqrae_jax import distributed, sharding
 from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -28,20 +28,27 @@ def feature_moments(
 ) -> dict[str, Moments]:
     """Moments of the features of every network in `nets`, over batches as `pipeline.evaluation_batches` gives them.
 
-    Each batch is spread over the mesh; its features, not its images, come back to every process.
+    Each batch is spread over the mesh; each process adds up the features of its own rows, and is told the sums of all.
     """
-    where, moments = sharding.replicated(mesh), {}
+    own: dict[str, Moments] = {}
 
-    @functools.partial(jax.jit, out_shardings=where)
+    @functools.partial(jax.jit, out_shardings=sharding.over_data(mesh))
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         return nets.features(params, batch["image"].astype(jnp.float32) / 255), batch["mask"]
 
     for batch in batches:
         placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
-        features, mask = jax.device_get(step(params, placed))
+        features, mask = jax.tree.map(sharding.own_rows, step(params, placed))
         for name in networks.FEATURES:
             if name in features:
-                moments.setdefault(name, Moments()).add(features[name][mask])
+                own.setdefault(name, Moments()).add(features[name][mask])
+    return {name: _of_all_processes(moments) for name, moments in own.items()}
+
+
+def _of_all_processes(own: Moments) -> Moments:
+    moments = Moments()
+    for arrays in distributed.in_turn(own.arrays()):
+        moments.merge(Moments.of(arrays))
     return moments
 
 

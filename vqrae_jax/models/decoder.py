@@ -13,6 +13,7 @@ from vqrae_jax.resize import resize
 SIZES = {
     "vit_mae-base": (512, 8, 16, 2048),
     "ViT-Nano": (128, 2, 4, 384),  # for a laptop, see configs/quickstart.py
+    "ViT-Tiny": (192, 6, 3, 768),
     "ViT-S": (384, 12, 6, 1536),
     "ViT-B": (768, 12, 12, 3072),
     "ViT-L": (1024, 24, 16, 4096),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
+from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions, stack_blocks
 from vqrae_jax.resize import resize
 
 Fusion = Literal["sum", "mean", "concat"]
@@ -72,6 +72,13 @@ def at_input_size(encoder: Encoder, params: Mapping[str, Any]) -> tuple[Encoder,
     table = np.asarray(resample_positions(vit, jnp.asarray(params["vit"]["pos_embed"]), grid, grid))
     tree = {**params, "vit": {**params["vit"], "pos_embed": table}}
     return encoder.clone(vit=dataclasses.replace(vit, grid=grid)), tree
+
+
+def scanned(encoder: Encoder, params: Mapping[str, Any] | None) -> tuple[Encoder, dict[str, Any] | None]:
+    """The same encoder with its blocks stacked and scanned, which compiles as fast as one block; for frozen weights."""
+    blocks = dataclasses.replace(encoder.vit.blocks, scan=True)
+    tree = params and {**params, "vit": stack_blocks(params["vit"])}
+    return encoder.clone(vit=dataclasses.replace(encoder.vit, blocks=blocks)), tree
 
 
 class PooledEncoder(nn.Module):

@@ -42,6 +42,7 @@ class BlocksConfig:
     scan: bool = False  # parameters stacked along a leading axis and scanned
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of activations; norms and softmax stay float32
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: NVIDIA's fused kernel, in bfloat16; where there is a GPU
     matmul: Literal["dtype", "int8", "fp8"] = "dtype"  # of the blocks' dense layers; eight bits for frozen weights only
     # Identity on the tokens between blocks by which whoever shards the model says where they live: parameters split
     # over the devices of a batch would otherwise draw the partitioner into splitting the tokens' channels as well.
@@ -126,6 +127,11 @@ def dense_options(cfg: BlocksConfig) -> dict[str, Any]:
     return options
 
 
+def _attention(cfg: BlocksConfig) -> str:
+    """What computes it: the fused kernel cannot even be traced where there is no GPU."""
+    return cfg.attention if jax.default_backend() == "gpu" else "xla"
+
+
 def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNorm:
     # E[x^2] - E[x]^2 would lose digits that the pretrained features have.
     return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
@@ -144,7 +150,7 @@ class Attention(nn.Module):
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         with jax.default_matmul_precision("float32") if matmul_precision(c.dtype) else contextlib.nullcontext():
-            mixed = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation=_attention(c))  # softmax in float32
         return nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")(mixed)
 
 
@@ -205,13 +211,15 @@ def run_blocks(
             outputs.append(x)
         return x, [outputs[i] for i in taps]
 
+    last = cfg.depth - 1
+
     def body(one: nn.Module, carry: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array | None]:
         carry = cfg.pin(one(carry, rope))
-        return carry, carry if taps else None
+        return carry, carry if set(taps) - {last} else None  # of all blocks or none
 
     scan = nn.scan(body, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth)
     x, outputs = scan(block(cfg, name="blocks"), x, rope)
-    return x, [outputs[i] for i in taps]
+    return x, [x if i == last else outputs[i] for i in taps]
 
 
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def known() -> str:
 
 
 def positions(topology: Topology) -> list[tuple[int, ...]]:
-    """Coordinates of GPUs as (host, place); of CPUs as (place,)."""
+    """Coordinates: of TPU chips in the slice, of GPUs (host, place), of CPUs (place,)."""
     if topology.platform == "gpu":
         return [(i // GPUS_PER_HOST, i % GPUS_PER_HOST) for i in range(topology.size)]
     return list(itertools.product(*map(range, topology.shape)))

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import logging
-import pathlib
+import os
 from typing import Any
 
 from vqrae_jax.config import Config
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 WORKERS = 2  # programs compiled at the same time; each takes some GB
 
 
-def preflight(config: Config, topology: str, others: int = 2, json_path: pathlib.Path | None = None) -> Report:
+def preflight(config: Config, topology: str, others: int = 2, json_path: str | os.PathLike | None = None) -> Report:
     """Compiles what a run of `config` would run on `topology`, prints what it costs, and returns it.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vqrae_jax import sharding
 from vqrae_jax.config import Config, LossConfig, ModelConfig
-from vqrae_jax.preflight import flops, hlo, roofline
+from vqrae_jax.preflight import flops, hlo, roofline, scaling
 from vqrae_jax.preflight.chips import Topology, TopologyError, positions
 from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.task import step_program
@@ -48,6 +48,7 @@ class Cost:
       images: of one call, over all devices.
       collectives: (kind, mesh axes, bytes over all trips, how many run), largest first.
       roofline: None on a CPU, and where the program does not fit.
+      slices: the same on slices of other sizes; empty where anything but the data axis is split.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Cost:
     parts: dict[str, float]
     collectives: list[tuple[str, str, float, int]]
     roofline: roofline.Roofline | None
+    slices: list[scaling.Size] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,25 +156,28 @@ class Plan:
             stats.output_size_in_bytes - stats.alias_size_in_bytes,
             stats.generated_code_size_in_bytes,
         )
-        text = hlo.Program(text, self.mesh.size)
-        collectives, line = self._communication(text), None
+        program = hlo.Program(text, self.mesh.size)
+        collectives, line, sizes = program.collectives(), None, []
         if chip := self.topology.chip:
             compute = flops.seconds(products, self.mesh.size, chip.flops, chip.passes)
-            line = roofline.Roofline(compute, text.memory_traffic() / chip.bandwidth, self._network(text))
-        return Cost(name, images, memory, memory.peak <= self.topology.memory, total, parts, collectives, line)
+            line = roofline.Roofline(compute, program.memory_traffic() / chip.bandwidth, self._network(collectives))
+            if self.mesh.size == self.mesh.shape["data"] > 1:
+                sizes = scaling.sizes(collectives, self.topology)
+        fits = memory.peak <= self.topology.memory
+        return Cost(name, images, memory, fits, total, parts, self._communication(collectives), line, sizes)
 
-    def _communication(self, program: hlo.Program) -> list[tuple[str, str, float, int]]:
+    def _communication(self, collectives: list[hlo.Collective]) -> list[tuple[str, str, float, int]]:
         sums: dict[tuple[str, str], list[float]] = {}
-        for c in program.collectives():
+        for c in collectives:
             row = sums.setdefault((c.kind, "+".join(hlo.axes(c, dict(self.mesh.shape)))), [0.0, 0])
             row[0] += c.size * c.trips
             row[1] += c.trips
         rows = [(kind, axes, size, int(runs)) for (kind, axes), (size, runs) in sums.items()]
         return sorted(rows, key=lambda row: -row[2])
 
-    def _network(self, program: hlo.Program) -> float:
+    def _network(self, collectives: list[hlo.Collective]) -> float:
         where = self._positions()
-        return sum(c.trips * roofline.network_seconds(c, self.topology, where) for c in program.collectives())
+        return sum(c.trips * roofline.network_seconds(c, self.topology, where) for c in collectives)
 
     def _positions(self) -> list[roofline.Position]:
         if self.topology.platform != "tpu":

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
+import os
 
 from rich.console import Console
 from rich.table import Table
 
+from vqrae_jax import storage
+from vqrae_jax.preflight import scaling
 from vqrae_jax.preflight.alternatives import Way
 from vqrae_jax.preflight.chips import GIB
 from vqrae_jax.preflight.programs import Cost
@@ -35,7 +37,7 @@ class Report:
     def fits(self) -> bool:
         return all(cost.fits for cost in self.programs)
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Writes everything as JSON; sizes in bytes, times in seconds."""
         programs = [{**dataclasses.asdict(c), "peak": c.memory.peak, **_speed(c)} for c in self.programs]
         others = [
@@ -44,12 +46,12 @@ class Report:
             for way, cost in self.others
         ]
         values = {**dataclasses.asdict(self), "fits": self.fits, "programs": programs, "others": others}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2))
+        storage.write(path, json.dumps(values, indent=2).encode())
 
     def print(self) -> None:
         console = Console(width=None if Console().is_terminal else 120, highlight=False)
-        for table in (self._memory(), self._time(), self._flops(), self._communication(), self._others()):
+        tables = (self._memory(), self._time(), self._flops(), self._communication(), self._scaling(), self._others())
+        for table in tables:
             if table.row_count:
                 console.print(table)
         if self.stand_in:
@@ -101,6 +103,31 @@ class Report:
                 table.add_row(c.name, kind, axis, f"{size / 1e6:,.2f}", f"{runs:,}")
         return table
 
+    def _scaling(self) -> Table:
+        """Every number that the efficiency is made of."""
+        train = self.programs[0]
+        line, sizes = train.roofline, train.slices
+        if not sizes:
+            return _table("")
+        alone = line.alone
+        table = _table(
+            f"weak scaling of training: {train.images // self.chips} images per chip, whose {1e3 * alone:.1f} ms of "
+            "work are the same on every slice", "slice", "chips", "GB/s into a chip", "network ms",
+            "step ms: sum to maximum", f"efficiency against {sizes[0].chips} chips",
+        )  # fmt: skip
+        for size, (apart, together) in zip(sizes, scaling.efficiency(sizes, alone), strict=True):
+            step = f"{1e3 * (alone + size.network):.1f} to {1e3 * max(alone, size.network):.1f}"
+            table.add_row(
+                size.topology, str(size.chips), f"{size.rate / 1e9:.0f}", f"{1e3 * size.network:.1f}", step,
+                f"{apart:.1%} to {together:.1%}",
+            )  # fmt: skip
+        sent = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, _, size, _ in train.collectives)
+        table.caption = (
+            f"A step sends {sent}. Of S bytes over n chips each receives S (n - 1) / n, in an all-reduce twice; "
+            "network ms is that over the rate. sum: sending hides behind nothing; maximum: behind everything."
+        )
+        return table
+
     def _others(self) -> Table:
         table = _table("training otherwise", "data x model", "fsdp", "remat", "batch", "accumulate", "peak GiB", "fits",
                        "binds", "images/s")  # fmt: skip
@@ -115,7 +142,7 @@ class Report:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 or name in ("by network", "kind", "mesh axis") else "right")
     return table

@@ -23,14 +23,19 @@ class Roofline:
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
     @property
+    def alone(self) -> float:
+        """What a chip needs where it sends nothing; arithmetic and memory overlap, as they do within a kernel."""
+        return max(self.compute, self.memory)
+
+    @property
     def fastest(self) -> float:
         """All three at the same time."""
-        return max(self.compute, self.memory, self.network)
+        return max(self.alone, self.network)
 
     @property
     def slowest(self) -> float:
-        """Nothing sent while anything is computed; arithmetic and memory still overlap, as they do within a kernel."""
-        return max(self.compute, self.memory) + self.network
+        """Nothing sent while anything is computed."""
+        return self.alone + self.network
 
 
 def network_seconds(collective: Collective, topology: Topology, positions: Sequence[Position]) -> float:
@@ -42,10 +47,10 @@ def network_seconds(collective: Collective, topology: Topology, positions: Seque
     n = len(collective.groups[0])
     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
     places = [positions[i] for i in collective.groups[0]]
-    return share * collective.size / _rate(places, topology)
+    return share * collective.size / rate(places, topology)
 
 
-def _rate(places: list[Position], topology: Topology) -> float:
+def rate(places: list[Position], topology: Topology) -> float:
     """Bytes per second into each device of a group."""
     chip = topology.chip
     spans = [len({place[axis] for place in places}) for axis in range(len(places[0]))]

@@ -54,7 +54,10 @@ QUANTIZER_TABLES: dict[str, Table] = {
 }
 
 # State that the origin has no name for, and what it is in a trained model.
-STATE = {"batch_stats/quantizer/step": np.int32(1_000_000)}  # beyond the warm-up of the decay
+STATE = {
+    "batch_stats/quantizer/step": np.int32(1_000_000),  # beyond the warm-up of the decay
+    "batch_stats/quantizer/begun": np.int32(1),
+}
 
 # The origin's EMA follows parameters only. These are buffers: under "ema" they still are what training began with.
 BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")

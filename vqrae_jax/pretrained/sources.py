@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.pretrained.errors import PretrainedError, first_line
 from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors
 
@@ -18,17 +19,19 @@ PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
 def fetch(name: str, field: str) -> pathlib.Path:
-    """The folder of a pretrained model: `name` itself if it is a local folder, else the hub snapshot of that id.
+    """The folder of a pretrained model: `name` itself if it is a local folder, else a copy from a bucket or the hub.
 
     Args:
-      name: local path or hub id ("facebook/dinov2-base").
+      name: local path, address (gs://...) or hub id ("facebook/dinov2-base").
       field: the config field that named it, for messages.
     """
-    local = pathlib.Path(name).expanduser()
+    local = storage.fetch(name)
     if local.is_dir():
         return local
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise PretrainedError(f"{field}={name!r} is neither a folder on this machine nor a hub id (owner/name)")
+    if storage.is_remote(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise PretrainedError(
+            f"{field}={name!r} is neither a folder, on this machine or in a bucket, nor a hub id (owner/name)"
+        )
 
     def snapshot(there: list[str] | None) -> str:
         import huggingface_hub
@@ -45,13 +48,16 @@ def fetch(name: str, field: str) -> pathlib.Path:
 
 
 def fetch_file(name: str, field: str) -> pathlib.Path:
-    """One file: a local path, or one inside a hub repository ("nyu-visionx/RAE-collections/decoders/.../model.pt")."""
-    local = pathlib.Path(name).expanduser()
+    """One file: a local path, an address, or one inside a hub repository ("nyu-visionx/RAE-collections/.../model.pt").
+
+    Of one in a bucket, a copy.
+    """
+    local = storage.fetch(name)
     if local.is_file():
         return local
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
-    if name.startswith((".", "/", "~")) or not path or local.is_dir():
+    if storage.is_remote(name) or name.startswith((".", "/", "~")) or not path or local.is_dir():
         raise PretrainedError(
             f"{field}={name!r} is neither a file on this machine nor one of a hub repository (owner/name/path/to/file)"
         )
@@ -184,7 +190,7 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
 
 def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
     """Tensors of one file (see `readers.read_tensors`), local or inside a hub repository, or of a local folder."""
-    folder = pathlib.Path(path).expanduser()
+    folder = storage.fetch(path)
     if folder.is_dir():
         return read_weights(folder, field)
     return read_tensors(fetch_file(path, field), field)
@@ -192,6 +198,6 @@ def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
 
 def read_named(name: str, field: str) -> Mapping[str, Any]:
     """Tensors of a local file or folder, of a hub id (owner/name), or of a file inside a hub repository."""
-    if pathlib.Path(name).expanduser().exists() or name.count("/") != 1:
+    if storage.fetch(name).exists() or name.count("/") != 1:
         return read_state_dict(name, field)
     return read_weights(fetch(name, field), field)

@@ -1,7 +1,5 @@
 """The EMA vector quantizer: online k-means over latents (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)."""
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,12 +8,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
-from vqrae_jax.quantizers.kmeans import draw, kmeans
+from vqrae_jax.quantizers.kmeans import Start, begin, draw
 from vqrae_jax.quantizers.lookup import look_up
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.statistics import code_totals
-
-Start = Literal["kmeans", "data", "normal"]
 
 REVIVAL_STEP = 0.1  # how far a revived code stands from its parent, as a share of the way to the latent that was drawn
 REVIVAL_SHARE = 16  # at most one code in so many is revived in one step, which bounds the memory
@@ -119,23 +115,14 @@ class EMAQuantizer(nn.Module):
 
     def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
         """The first batch with a finite latent makes the codes, with counts and sums that leave them where they are."""
-        key = self.make_rng("codes")
-
-        def make(_, state):
-            codes, counts = state
-            if self.start == "kmeans":
-                codes, counts = kmeans(key, flat, codes, self.distance, finite)
-            else:
-                drawn = draw(key, finite.astype(jnp.float32), self.num_embeddings)
-                codes, counts = jnp.where(finite[drawn][:, None], flat[drawn], 0.0), jnp.zeros_like(counts)
-            # A code that stands for no latent is just alive: at zero it would have no place (sums / counts).
-            mean = jnp.sum(finite) / self.num_embeddings
-            return codes, jnp.maximum(counts, mean * max(self.revival_threshold, 0.1))
-
         begins = (self.step.value == 0) & jnp.any(finite)
-        # A loop of one turn or none: unlike the branches of a condition, it leaves the codebook in its place in memory.
-        state = (self.codebook.value, self.counts.value)
-        codes, counts = jax.lax.fori_loop(0, begins.astype(jnp.int32), make, state)
+        codes, counts = begin(
+            begins, self.make_rng("codes"), flat, self.codebook.value, self.counts.value, self.start, self.distance,
+            finite,
+        )  # fmt: skip
+        # A code that stands for no latent is just alive: at zero it would have no place (sums / counts).
+        alive = jnp.sum(finite) / self.num_embeddings * max(self.revival_threshold, 0.1)
+        counts = jnp.where(begins, jnp.maximum(counts, alive), counts)
         self.codebook.value, self.counts.value = codes, counts
         self.sums.value = jnp.where(begins, codes * self._smoothed(counts)[:, None], self.sums.value)
 

@@ -35,6 +35,8 @@ def create(settings: Settings, channels: int, grid: int) -> Quantizer:
     params = settings.quantizer_params
     if settings.quantizer == "none":
         return NoQuantizer()
+    if params.distance == "dot" and "ibq" not in (settings.quantizer, params.inner):
+        raise ValueError(f"quantizer_params.distance='dot': {settings.quantizer!r} takes 'l2' or 'cosine'")
     if params.whitening_dim is None:
         return _projected(settings, channels, grid)
     if params.whitening_dim > channels:
@@ -71,9 +73,9 @@ def _ema(settings: Settings, channels: int, grid: int) -> EMAQuantizer:
 def _simvq(settings: Settings, channels: int, grid: int) -> SimVQ:
     params = settings.quantizer_params
     return SimVQ(
-        settings.num_embeddings, channels, settings.commitment_cost, params.distance or "cosine",
-        params.input_projection, params.legacy, params.estimator, params.orthogonality_cost,
-        params.diversity_cost, params.temperature,
+        settings.num_embeddings, channels, settings.commitment_cost, settings.codebook_init,
+        params.distance or "cosine", params.input_projection, params.legacy, params.estimator,
+        params.orthogonality_cost, params.diversity_cost, params.temperature,
     )  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def _gumbel(settings: Settings, channels: int, grid: int) -> GumbelQuantizer:
     params = settings.quantizer_params
     return GumbelQuantizer(
         settings.num_embeddings, channels, params.temperature, params.final_temperature, params.anneal_steps,
-        orthogonality_cost=params.orthogonality_cost,
+        orthogonality_cost=params.orthogonality_cost, start=settings.codebook_init,
     )  # fmt: skip
 
 
@@ -110,6 +112,7 @@ def _ibq(settings: Settings, channels: int, grid: int) -> IBQ:
     return IBQ(
         settings.num_embeddings, channels, settings.commitment_cost, params.entropy_cost,
         temperature=params.temperature, orthogonality_cost=params.orthogonality_cost,
+        start=settings.codebook_init, distance=params.distance or "l2",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""k-means over one batch of latents: the first codes of a codebook.
+"""The first codes of a codebook: k-means over one batch of latents.
 
 Seeding follows k-means++ (Arthur & Vassilvitskii 2007: a new code is drawn with probability proportional to the squared
 distance to the codes there are) in a few rounds of many codes, as k-means|| does (Bahmani et al. 2012,
@@ -6,12 +6,16 @@ arXiv:1203.6402), because K rounds of one code would take K passes. Then Lloyd's
 on the global batch: under `jit` over a mesh the result is that of one device.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
+
+Start = Literal["kmeans", "data", "normal"]
 
 ROUNDS = 8  # of seeding
 ITERATIONS = 5  # of Lloyd; on image features later ones hardly move the error on unseen images
@@ -48,6 +52,33 @@ def kmeans(
     codes = jax.lax.fori_loop(0, ITERATIONS, iterate, codes)
     counts = code_counts(nearest(z, codes, distance), len(codes), keep)
     return codes, counts.astype(jnp.float32)
+
+
+def begin(
+    begins: Bool[Array, ""],
+    key: PRNGKeyArray,
+    z: Float[Array, "N C"],
+    codes: Float[Array, "K C"],
+    counts: Float[Array, " K"],
+    start: Start,
+    distance: Distance,
+    keep: Bool[Array, " N"],
+) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
+    """Where `begins`, codes made from this batch and the number of latents that each stands for; else both as given.
+
+    Args:
+      start: "kmeans" clusters the latents, "data" takes random ones of them, which stand for none.
+      key, z, distance, keep: as in `kmeans`.
+    """
+
+    def make(_, state):
+        if start == "kmeans":
+            return kmeans(key, z, state[0], distance, keep)
+        drawn = draw(key, keep.astype(jnp.float32), len(codes))
+        return jnp.where(keep[drawn][:, None], z[drawn], 0.0), jnp.zeros_like(counts)
+
+    # A loop of one turn or none: unlike the branches of a condition, it leaves the codebook in its place in memory.
+    return jax.lax.fori_loop(0, begins.astype(jnp.int32), make, (codes, counts))
 
 
 def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Array, " count"]:

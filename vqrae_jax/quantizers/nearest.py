@@ -25,6 +25,21 @@ class Block(NamedTuple):
     codes: int
 
 
+class Tile(NamedTuple):
+    """What one program of the GPU kernel (`nearest_gpu`) holds on its chip.
+
+    precision "highest" multiplies in float32; "TF32_TF32_F32_X3" adds three products of tensor cores, whose error is
+    about that of float32.
+    """
+
+    rows: int = 128
+    codes: int = 128
+    channels: int = 32
+    warps: int = 8
+    stages: int = 3
+    precision: str = "highest"
+
+
 # On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them;
 # elsewhere blocks need only bound the memory (256 MiB).
 CPU_BLOCK = Block(1024, 1024)
@@ -32,7 +47,7 @@ DEFAULT_BLOCK = Block(16_384, 4096)
 
 
 def nearest(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | None = None
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | Tile | None = None
 ) -> Int[Array, " N"]:
     """The index of the nearest code of each row; ties go to the lowest index.
 
@@ -43,7 +58,7 @@ def nearest(
       z: latents. A row that is not finite gets some index in [0, K).
       codebook: codes, finite.
       distance: "l2", "cosine" (the largest cosine of the angle, whatever the lengths) or "dot" (the largest product).
-      block: sizes to use instead of the backend's own.
+      block: sizes to use instead of the backend's own; a Tile is searched by the GPU kernel.
 
     Returns:
       Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
@@ -52,7 +67,7 @@ def nearest(
 
 
 def nearest_with_distance(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | None = None
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | Tile | None = None
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """As `nearest`, and for "l2" the squared distance, at least zero and good to float32 relative to |z|^2.
 
@@ -61,7 +76,11 @@ def nearest_with_distance(
     z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook))
     codes = unit(codes) if distance == "cosine" else codes
     offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
-    if block is not None:
+    if isinstance(block, Tile):
+        from vqrae_jax.quantizers import nearest_gpu
+
+        index, score = nearest_gpu.search(z, codes, offsets, block)
+    elif block is not None:
         index, score = _blocked(z, codes, offsets, block)
     else:
         index, score = jax.lax.platform_dependent(

@@ -1,25 +1,32 @@
-"""SimVQ: a frozen random codebook seen through one learned linear map (Zhu et al. 2024, arXiv:2411.02038)."""
+"""SimVQ: a frozen codebook seen through one learned linear map (Zhu et al. 2024, arXiv:2411.02038)."""
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
+from vqrae_jax.quantizers.kmeans import Start, begin
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
 
 
 class SimVQ(nn.Module):
-    """Codes are W e + b of fixed random e: one gradient moves all of them, so none is left behind.
+    """Codes are W e + b of fixed e: one gradient moves all of them, so none is left behind.
+
+    In the paper e is random. Frozen features have a large mean, and in many channels random directions are all far from
+    them: two of 2,048 such codes then take every latent, and the loss pulls all latents to these two. So here e comes
+    from the first training batch, and W and the input's projection start as the identity.
 
     `params`: codebook_projection (W, b) and, with input_projection, input_projection. `batch_stats`: codebook [K, C],
-    the fixed vectors e.
+    the fixed vectors e; begun [], whether the first batch has made them.
 
     Attributes:
       num_embeddings, channels: K and C.
       commitment_cost: weight of the commitment loss (of the codebook loss if `legacy`).
+      start: as in `kmeans.begin`; "normal": the paper's random e and projections, before training.
       distance: "cosine": latents and codes are brought to unit length, and what is quantized is the direction.
       input_projection: latents pass a learned linear map first. Nothing undoes it: the decoder reads projected latents.
       legacy: the weight is on the codebook's term instead of the commitment's, as in the VQGAN release and the origin.
@@ -31,6 +38,7 @@ class SimVQ(nn.Module):
     num_embeddings: int
     channels: int
     commitment_cost: float = 0.25
+    start: Start = "kmeans"
     distance: Distance = "cosine"
     input_projection: bool = True
     legacy: bool = True
@@ -44,16 +52,20 @@ class SimVQ(nn.Module):
         self.codebook = self.variable(
             "batch_stats", "codebook", lambda: scale * jax.random.normal(self.make_rng("params"), shape)
         )
-        dense = {"precision": jax.lax.Precision.HIGHEST}
+        self.begun = self.variable("batch_stats", "begun", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
+        initial = nn.initializers.lecun_normal() if self.start == "normal" else _identity
+        dense = {"precision": jax.lax.Precision.HIGHEST, "kernel_init": initial}
         self.codebook_projection = nn.Dense(self.channels, **dense, name="codebook_projection")
         if self.input_projection:
             self.projection = nn.Dense(self.channels, **dense, name="input_projection")
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train makes no difference."""
+        """Quantizes latents; with train=True the first of them make the codes."""
         flat, finite = flatten(z, self.channels)
         flat = self.projection(flat) if self.input_projection else flat
         flat = unit(flat) if self.distance == "cosine" else flat
+        if train and self.start != "normal" and not self.is_initializing():
+            self._begin(jax.lax.stop_gradient(flat), finite)
         codebook = self.codes()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
@@ -70,6 +82,13 @@ class SimVQ(nn.Module):
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 
+    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+        begins, unused = (self.begun.value == 0) & jnp.any(finite), jnp.zeros(self.num_embeddings)
+        self.codebook.value, _ = begin(
+            begins, self.make_rng("codes"), flat, self.codebook.value, unused, self.start, self.distance, finite
+        )
+        self.begun.value = self.begun.value | begins
+
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
         return self.codes()[indices]
@@ -79,3 +98,7 @@ class SimVQ(nn.Module):
         # The whole codebook, also for a few indices: another matmul shape could round differently.
         codes = self.codebook_projection(self.codebook.value)
         return unit(codes) if self.distance == "cosine" else codes
+
+
+def _identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Float[Array, "C C"]:
+    return jnp.eye(*shape, dtype=dtype)

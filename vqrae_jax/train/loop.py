@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import __version__, checkpoint, distributed, sharding
+from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
 from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import Config, ConfigError, in_steps
+from vqrae_jax.config import AdversaryConfig, Config, ConfigError, LossConfig, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.evaluation.evaluator import Evaluator
@@ -30,6 +30,7 @@ from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 log = logging.getLogger(__name__)
 
 PICTURE_FILE = "reconstructions.png"
+LOG_SECONDS = 60.0  # between copies of the logs to a bucket
 
 
 class Run:
@@ -43,7 +44,7 @@ class Run:
         evaluating: bool = False,
     ):
         """With `evaluating`, nothing is read or written that only training needs: another run may be saving there."""
-        self.config, self.workdir, self.evaluating = config, pathlib.Path(workdir).absolute(), evaluating
+        self.config, self.workdir, self.evaluating = config, storage.at(workdir), evaluating
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
         distributed.together(lambda: self._prepare(devices))
@@ -51,8 +52,11 @@ class Run:
         settings = self.config.train
         kept = (settings.keep_last, settings.keep_best, settings.keep_every)
         self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
+        self.logs, writing = storage.Mirror(self.workdir), self.first and not evaluating
+        if writing:
+            self.logs.take(METRICS_FILE)
         self.writers = Writers(
-            self.workdir, self.config.model_dump(), settings.wandb_project, self.first and not evaluating
+            self.logs.folder, self.workdir.name, self.config.model_dump(), settings.wandb_project, writing
         )
         self._begin()
         self.step = step_program(self.task, self.mesh)
@@ -76,7 +80,7 @@ class Run:
         self.batches = None
         if not self.evaluating:
             self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
-        self.task: Task = TokenizerTask.build(config, self.mesh)
+        self.task: Task = TokenizerTask.build(_without_critics(config) if self.evaluating else config, self.mesh)
         self.measurement = None
         if self.evaluation is not None:
             wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
@@ -89,7 +93,7 @@ class Run:
             sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )
         self.frozen = self.task.frozen()
-        found = restore.resume(self.checkpoints, self.task.shapes(), place)
+        found = restore.resume(self.checkpoints, self.task.shapes(), place, model_only=self.evaluating)
         if found is None:
             self.state = self.task.init()
             return
@@ -135,6 +139,7 @@ class Run:
     def close(self, orderly: bool = True) -> None:
         """Unless `orderly`, the other processes may be gone, and what would wait for them is left as it is."""
         self.writers.close()
+        self.logs.close()
         if self.batches is not None:
             self.batches.close()
         if orderly or distributed.count() == 1:
@@ -180,7 +185,8 @@ def train(
     figures: dict[str, float] = {}
     orderly = False
     try:
-        with StopSignal() as stop, watching(run.workdir, settings.hang_seconds, profile_steps) as (beats, dog, profile):
+        watched = watching(run.workdir, run.logs.folder, settings.hang_seconds, profile_steps)
+        with StopSignal() as stop, watched as (beats, dog, profile):
             for step in range(start + 1, settings.steps + 1):
                 profile.before(step)
                 batch = window.fetch(run.next_batch)
@@ -202,6 +208,7 @@ def train(
                     values |= {name: float(value) for name, value in codebook.items()}
                     window.resume()
                     run.writers.scalars(step, values)
+                    run.logs.copy(LOG_SECONDS)
                     progress.status(step, _status(values))
                 if evaluated or saved:
                     window.pause()
@@ -257,6 +264,11 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision.stdout.strip()
+
+
+def _without_critics(config: Config) -> Config:
+    """Without the terms of the loss, whose networks are then not read."""
+    return config.model_copy(update={"loss": LossConfig(), "adversary": AdversaryConfig()})
 
 
 def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vqrae_jax import __version__, sharding
+from vqrae_jax import __version__, distributed, sharding, storage
 from vqrae_jax.config import Config, Figure
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -22,6 +21,12 @@ from vqrae_jax.evaluation.moments import Gaussian
 from vqrae_jax.evaluation.ssim import K1, K2, SIGMA, WINDOW
 from vqrae_jax.inference.reference_statistics import feature_moments
 from vqrae_jax.train.task import Task
+
+CROPS = {  # `data.eval_crop`, for the protocol
+    "center": "short side to {size} pixels by Pillow's bicubic with antialias, central square",
+    "adm": "guided-diffusion's: halved by a box filter while the short side has twice {size} pixels, then to {size} by "
+    "Pillow's bicubic with antialias, central square",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +42,8 @@ class Example:
 class Measurement:
     """Everything that evaluation needs beside the model; networks and references are read once, here.
 
-    A batch is spread over the mesh. Numbers, features and codes of its pictures come back to every process, which all
-    add them up in float64, in the same order: so figures do not depend on how many there are. Pictures stay where they
-    are.
+    A batch is spread over the mesh, and pictures stay where they are. Each process reads numbers, features and codes of
+    its own rows and adds them up in float64; at the end every process is told the sums of all.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Measurement:
         where = sharding.replicated(mesh)
         self._params = jax.device_put(self._networks.params, where)
         self._references = {n: r for n in self._widths if (r := self._reference(n)) is not None}
-        self._step = jax.jit(functools.partial(self._measure, task), out_shardings=where)
+        self._step = jax.jit(functools.partial(self._measure, task), out_shardings=(sharding.over_data(mesh), where))
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._paint = jax.jit(lambda *args: task.evaluate_batch(*args)["reconstruction"], out_shardings=where)
 
@@ -61,20 +65,25 @@ class Measurement:
         Raises:
           DataError: no image can be read.
         """
-        settings = self._config.evaluation
-        evaluator = Evaluator(self._batches.count, self._references, settings.kernel_images)
+        evaluator = self._evaluator()
         counts = waiting = None
         for number, batch in enumerate(self._batches):
             rows, chosen = self._step(variables, frozen, self._params, self._placed(number, batch))
             if chosen is not None:
                 counts = chosen if counts is None else self._add(counts, chosen)
             if waiting is not None:  # read while the next batch is under way
-                evaluator.add(jax.device_get(waiting))
+                evaluator.add(_own(waiting))
             waiting = rows
-        evaluator.add(jax.device_get(waiting))
+        evaluator.add(_own(waiting))
+        own, evaluator = evaluator, self._evaluator()
+        for arrays in distributed.in_turn(own.arrays()):
+            evaluator.merge(arrays)
         if not evaluator.images:
             raise DataError("data.eval_path: none of its images can be read")
         return evaluator, evaluator.figures(None if counts is None else jax.device_get(counts))
+
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self._batches.count, self._references, self._config.evaluation.kernel_images)
 
     def examples(self, evaluator: Evaluator, variables: Any, frozen: Any) -> dict[str, list[Example]]:
         """Best, median and worst pictures of a pass, painted again."""
@@ -83,7 +92,7 @@ class Measurement:
         indices = evaluator.scores("index")[places]
         # A few pictures: every process reads them all and shows each device its part.
         images = np.stack([self._batches.picture(int(i)) for i in indices])
-        padded = np.pad(images, ((0, -len(images) % self._mesh.shape["data"]), (0, 0), (0, 0), (0, 0)))
+        padded = np.pad(images, ((0, -len(images) % sharding.data_ways(self._mesh)), (0, 0), (0, 0), (0, 0)))
         batch = {"image": padded, "mask": np.ones(len(padded), bool)}
         where = sharding.over_data(self._mesh)
         placed = {n: jax.make_array_from_callback(x.shape, where, x.__getitem__) for n, x in batch.items()}
@@ -102,7 +111,7 @@ class Measurement:
             "data": repr(self._batches),
             "images": evaluator.images,
             "images_unreadable": self._batches.count - evaluator.images,
-            "crop": f"short side to {data.image_size} pixels by Pillow's bicubic with antialias, central square",
+            "crop": CROPS[data.eval_crop].format(size=data.image_size),
             "pixels": "reconstructions clipped to [0, 1], and rounded to bytes before any network sees them",
             "psnr": "per picture over all pixels and channels, then the mean",
             "ssim": f"Gaussian window {WINDOW}, sigma {SIGMA}, k1 {K1}, k2 {K2}, population variances, per channel",
@@ -136,8 +145,8 @@ class Measurement:
         return seen | {name: batch[name] for name in ("mask", "index", "label")}, counts
 
     def _placed(self, number: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        processes, local = jax.process_count(), len(batch["mask"])
-        index = (number * local + np.arange(local)) * processes + jax.process_index()
+        (share, shares), local = sharding.data_share(self._mesh), len(batch["mask"])
+        index = (number * local + np.arange(local)) * shares + share
         wanted = {name: batch[name] for name in ("image", "mask", "label")}
         return sharding.place_batch(wanted | {"index": index.astype(np.int32)}, self._mesh)
 
@@ -146,16 +155,20 @@ class Measurement:
         field, path = f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
         if path is None:
             return None
-        path = pathlib.Path(path).expanduser()
-        if not path.is_dir():
+        if not storage.at(path).is_dir():
+            path = storage.fetch(path)
             return reference.read(path, self._widths[name], field)
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
-        shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        share, shares = sharding.data_share(self._mesh)
         try:
-            batches = pipeline.evaluation_batches(data, **shard)
+            batches = pipeline.evaluation_batches(data, process_index=share, process_count=shares)
         except DataError as error:
             raise DataError(str(error).replace("data.eval_path", field)) from None
         moments = feature_moments(self._networks, self._params, batches, self._mesh)[name]
         if moments.count < 2:
             raise DataError(f"{field}={str(path)!r}: {moments.count} of its images can be read; two are needed")
         return moments.gaussian()
+
+
+def _own(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    return {name: sharding.own_rows(x) for name, x in rows.items()}

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed
@@ -20,11 +21,12 @@ log = logging.getLogger(__name__)
 Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
 
 
-def resume(checkpoints: Checkpoints, target: TrainState, place: Placement) -> Resumed | None:
+def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, model_only: bool = False) -> Resumed | None:
     """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
 
-    One that is damaged is told and set aside, so that its step can be saved again. Layers may have been stacked for
-    scanning or not.
+    With `model_only` the state has what inference needs, and neither parameters to train nor an optimizer: those are
+    not read. A checkpoint that is damaged is told and set aside, so that its step can be saved again. Layers may have
+    been stacked for scanning or not.
 
     Raises:
       CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
@@ -32,7 +34,7 @@ def resume(checkpoints: Checkpoints, target: TrainState, place: Placement) -> Re
     damaged = {}
     for step in reversed(checkpoints.steps):
         path = checkpoints.folder / str(step)
-        found, problem = distributed.together(functools.partial(_attempt, path, target, place))
+        found, problem = distributed.together(functools.partial(_attempt, path, target, place, model_only))
         problems = [said for said in distributed.exchange(problem) if said]
         if not problems:
             for bad, reason in damaged.items():
@@ -49,18 +51,20 @@ def resume(checkpoints: Checkpoints, target: TrainState, place: Placement) -> Re
     return None
 
 
-def _attempt(path: Any, target: TrainState, place: Placement) -> tuple[Resumed | None, str]:
+def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) -> tuple[Resumed | None, str]:
     """What is in the checkpoint, or else what is wrong with it."""
     try:
         checkpoint.read_meta(path)
         stacked = stacked_blocks(checkpoint.saved_shapes(path)["params"])
         ours = stacked_blocks(target.ema_params)
-        trees = wanted = (target.inference(), target.rest())
+        trees = wanted = (target.inference(), None if model_only else target.rest())
         if convert := _differs(stacked, ours):
             wanted = _placed(_restacked_shapes(trees, stacked), place)
         model, rest, data = checkpoint.read(path, *wanted)
         if convert:
             model, rest = _restacked((model, rest), ours, jax.tree.map(lambda x: x.sharding, trees))
+        if model_only:
+            rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
         return (TrainState.join(model, rest), data), ""
     except DamagedError as error:
         return None, str(error)

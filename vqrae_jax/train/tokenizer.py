@@ -48,7 +48,9 @@ class TokenizerTask:
         built = assembly.assemble(config.model, weights=weights, pin=pin)
         start = restore.start_shapes(config.train, assembly.shapes(built)) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
-            built = assembly.for_frozen_encoder(built)
+            # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
+            read = "encoder" in built.pretrained or not weights
+            built = assembly.for_frozen_encoder(built, scan=config.model.scan_layers and read)
         painted, given = built.image_size, config.data.image_size
         if painted != given:
             grid = built.module.decoder.grid
@@ -60,7 +62,7 @@ class TokenizerTask:
         objective = Objective.build(config, built.module, pin, weights)
         adversary = None
         if config.adversary.discriminator != "none":
-            critic = critics.discriminator(config.adversary, weights)
+            critic = critics.discriminator(config.adversary, weights, config.model.scan_layers)
             adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vqrae_jax import storage
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.task import Metrics, is_sum
 
@@ -134,10 +135,9 @@ class Heartbeat:
     Written at most every ten seconds; a file that grows old tells of a run that hangs or is gone.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: storage.Path):
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._path = workdir / HEARTBEAT_FOLDER / f"{self._process}.json"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._last = -HEARTBEAT_SECONDS
 
     def beat(self, step: int, force: bool = False) -> None:
@@ -146,9 +146,10 @@ class Heartbeat:
             return
         self._last = now
         sign = {"step": step, "time": round(time.time(), 3), "process": self._process, "processes": self._processes}
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(sign))
-        unfinished.replace(self._path)
+        try:
+            storage.write(self._path, json.dumps(sign).encode())
+        except (OSError, storage.StorageError) as error:  # the run is worth more than the sign
+            log.warning("no heartbeat: %s", error)
 
 
 class Watchdog:
@@ -193,10 +194,10 @@ class Profile:
 
 @contextmanager
 def watching(
-    workdir: pathlib.Path, hang_seconds: float, profile_steps: range
+    workdir: storage.Path, logs: pathlib.Path, hang_seconds: float, profile_steps: range
 ) -> Iterator[tuple[Heartbeat, Watchdog, Profile]]:
-    """The three that must be stopped when a run ends, however it ends."""
-    watchdog, profile = Watchdog(hang_seconds), Profile(profile_steps, workdir / "tensorboard")
+    """The three that must be stopped when a run ends, however it ends; traces go to the folder `logs`."""
+    watchdog, profile = Watchdog(hang_seconds), Profile(profile_steps, logs / "tensorboard")
     watchdog.step()
     try:
         yield Heartbeat(workdir), watchdog, profile

@@ -17,15 +17,18 @@ class Writers:
     metrics.jsonl has one object per line: {"step": ..., "time": seconds since the epoch, name: value, ...}.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: dict[str, Any], wandb_project: str | None, active: bool = True):
+    def __init__(
+        self, logs: pathlib.Path, name: str, config: dict[str, Any], wandb_project: str | None, active: bool = True
+    ):
+        """Args: the folder to write to, the run's name and config for Weights & Biases."""
         self._active = active
         if not active:
             return
         from tensorboardX import SummaryWriter
 
-        self._lines = (workdir / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
+        self._lines = (logs / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(logs / "tensorboard"))
+        self._wandb = _start_wandb(wandb_project, logs, name, config) if wandb_project else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
@@ -57,14 +60,14 @@ class Writers:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
+def _start_wandb(project: str, logs: pathlib.Path, name: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
         raise ConfigError(
             f"train.wandb_project={project!r} needs Weights & Biases: pip install 'vqrae-jax[wandb]', or set it to None"
         ) from None
-    return wandb.init(project=project, dir=str(workdir), config=config, resume="allow", id=workdir.name)
+    return wandb.init(project=project, dir=str(logs), config=config, resume="allow", id=name)
 
 
 class Progress:

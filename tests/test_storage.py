@@ -1,0 +1,121 @@
+"""A run lives in a bucket as it does in a folder, and what a bucket refuses is a sentence.
+
+The libraries are real (gcsfs, tensorstore, Orbax, Google's client); they talk to the buckets of bucket.py. Checkpoints
+alone, and several processes, are in the tests of those.
+"""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from vqrae_jax import checkpoint, storage
+from vqrae_jax.inference import plot
+from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.pretrained import sources
+from vqrae_jax.storage import Mirror, StorageError
+from vqrae_jax.train import loop
+
+
+@pytest.fixture(autouse=True)
+def _copies(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("where", ["here", "bucket"])
+def test_files_are_written_whole_and_read_back(where, buckets, tmp_path):
+    folder = storage.at(tmp_path / "deep" if where == "here" else "gs://bucket/deep")
+    for content in (b"one\r\n", b"two"):
+        storage.write(folder / "file.json", content)
+        assert (folder / "file.json").read_bytes() == content
+    assert [p.name for p in folder.iterdir()] == ["file.json"]
+
+
+def test_fetched_files_are_copied_when_they_change(buckets):
+    for name in ("a.npz", "b.npz"):
+        storage.write(f"gs://bucket/weights/{name}", name.encode())
+    folder = storage.fetch("gs://bucket/weights")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a.npz": b"a.npz", "b.npz": b"b.npz"}
+    storage.write("gs://bucket/weights/a.npz", b"changed")
+    assert (storage.fetch("gs://bucket/weights") / "a.npz").read_bytes() == b"changed"
+    assert sources.fetch_file("gs://bucket/weights/b.npz", "field").read_bytes() == b"b.npz"
+    with pytest.raises(sources.PretrainedError, match="neither a file on this machine"):
+        sources.fetch_file("gs://bucket/weights/absent.npz", "field")
+
+
+def test_a_mirror_copies_what_is_added(buckets, tmp_path):
+    mirror = Mirror(storage.at("gs://bucket/logs"))
+    for lines in ("1\n", "2\n"):
+        with (mirror.folder / "log").open("a") as log:
+            log.write(lines)
+        mirror.copy()
+    assert storage.at("gs://bucket/logs/log").read_text() == "1\n2\n"
+    mirror.close()
+    assert not mirror.folder.exists()
+    later = Mirror(storage.at("gs://bucket/logs"))
+    later.take("log")
+    assert (later.folder / "log").read_text() == "1\n2\n"
+    later.close()
+    assert Mirror(tmp_path).folder == tmp_path
+
+
+def test_what_a_bucket_refuses_is_a_sentence(buckets):
+    for action in (
+        lambda: checkpoint.check_writable("gs://forbidden/run"),
+        lambda: Tokenizer.load("gs://forbidden/run"),
+        lambda: storage.write("gs://forbidden/file", b""),
+        lambda: storage.fetch("gs://forbidden/file"),
+    ):
+        with pytest.raises(StorageError, match=r"gs://forbidden.* cannot be (read|written) .*Storage Object Admin"):
+            action()
+    with pytest.raises(StorageError, match="gs:// buckets only"):
+        storage.at("ftp://host/run")
+    with pytest.raises(checkpoint.CheckpointError, match="gs://bucket/absent is not a folder"):
+        checkpoint.find("gs://bucket/absent")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(buckets, tiny, one_device):
+    def until(steps):
+        return tiny(train={"steps": steps, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 1, "keep_last": 2})
+
+    workdir = storage.at("gs://bucket/runs/one")
+    loop.train(until(2), workdir, one_device)
+    loop.train(until(4), os.fspath(workdir), one_device)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/total" in line] == [1, 2, 3, 4]
+    assert [int(p.name) for p in checkpoint.find(workdir).parent.iterdir()] == [3, 4]
+    names = "\n".join(buckets.names("bucket"))
+    for name in ("reconstructions.png", "heartbeat/0.json", "tensorboard/events.out", "4/model/", "4/train/"):
+        assert f"runs/one/{name}" in names.replace("checkpoints/", "")
+    assert plot.read(workdir)["loss/total"][0] == [1, 2, 3, 4]
+    figures = loop.evaluate(until(4), workdir, one_device)
+    assert json.loads((workdir / "evaluation.json").read_text())["figures"]["eval/psnr"] == figures["eval/psnr"]
+    assert (workdir / "evaluation" / "index.html").is_file()
+
+    # The tokenizer, and what it is saved as.
+    tokenizer = Tokenizer.load(os.fspath(workdir))
+    assert tokenizer.provenance["figures"]["eval/psnr"] == figures["eval/psnr"]
+
+    # A damaged newest checkpoint gives way to the one before.
+    for name in buckets.names("bucket"):
+        if name.startswith("runs/one/checkpoints/4/model/"):
+            storage.at(f"gs://bucket/{name}").unlink()
+    run = loop.Run(until(5), workdir, one_device)
+    assert int(run.state.step) == 3
+    assert checkpoint.completed_steps(run.checkpoints.folder) == [3]
+    assert any(".damaged-" in name for name in buckets.names("bucket"))
+    run.close()
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_tokenizer_in_a_bucket(buckets, tiny, one_device, tmp_path):
+    loop.train(tiny(train={"steps": 1, "evaluate_every": 1}), tmp_path / "run", one_device)
+    here = Tokenizer.load(tmp_path / "run")
+    for file in here.save_pretrained(tmp_path / "saved").iterdir():
+        storage.write(f"gs://bucket/saved/{file.name}", file.read_bytes())
+    there = Tokenizer.load("gs://bucket/saved")
+    assert there.hash == here.hash
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(there.encode_to_indices(image), here.encode_to_indices(image))
