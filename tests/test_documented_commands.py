@@ -35,6 +35,9 @@ NOT_RUN = {  # what a command begins with -> why it is not run here
     "python -m vqrae_jax.inference.demo": "serves until it is stopped; tests/inference/test_demo.py clicks on the page",
 }
 PLACES = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}  # of what lies at the desk
+POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs the page's commands dry"
+STARTS = ("export ", "launch/", "docker ", "kubectl ", "CONFIG=", "TOPOLOGY=", "PROCESSES=")
+NOT_RUN |= dict.fromkeys(STARTS, POD)
 TRAINING = {
     "train.epochs": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.log_every": 1,
     "data.batch_size": 8, "data.eval_batch_size": 8, "data.image_size": 32, "optimizer.warmup_steps": 1,

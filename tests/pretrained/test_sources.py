@@ -193,6 +193,32 @@ def test_a_file_that_is_nowhere(tmp_path):
         sources.fetch_file("owner/name/x.pt", "the field")
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_without_network_the_cache_is_asked_at_once(tmp_path, monkeypatch, cached):
+    """The hub's client is replaced by one that cannot connect."""
+    import huggingface_hub
+
+    def unreachable(self, repository, timeout):
+        raise ConnectionError("name not known")
+
+    def kept(*_, local_files_only, **__):
+        assert local_files_only, "this would try for half a minute"
+        if not cached:
+            raise FileNotFoundError("not in the cache")
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, kept)
+    for fetch, name in ((sources.fetch, "owner/name"), (sources.fetch_file, "owner/name/x.pt")):
+        if cached:
+            assert fetch(name, "the field") == tmp_path
+        else:
+            with pytest.raises(PretrainedError, match=r"ConnectionError: name not known.*no path on this machine"):
+                fetch(name, "the field")
+
+
 KEPT = ("model_type", "image_size", "patch_size", "num_attention_heads", "num_register_tokens")
 
 

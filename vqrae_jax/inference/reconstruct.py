@@ -81,7 +81,7 @@ def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
             images.write_image(path, picture)
             written.append(path)
     if not figures:
-        raise DataError(f"--image: none of {len(files)} files is a readable picture; the first is {skipped[0]}")
+        raise DataError(f"--image: none of {len(files)} files is a readable picture; of the first: {skipped[0]}")
     if kept:
         originals, painted, codes = (None if x[0] is None else np.concatenate(x) for x in zip(*kept, strict=True))
         images.write_image(output, _draw(args, shown, tokenizer, originals, painted, codes))

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_t
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 # A hub folder often has the same weights in several formats: only the first that is there is fetched.
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "flax_model.msgpack"]
+PATIENCE = 10  # seconds until a hub that does not answer is out of reach
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
@@ -32,17 +33,18 @@ def fetch(name: str, field: str) -> pathlib.Path:
             f"{field}={name!r} is neither a folder, on this machine or in a bucket, nor a hub id (owner/name)"
         )
 
-    def snapshot() -> str:
+    def snapshot(there: list[str] | None) -> str:
         import huggingface_hub
 
         wanted = [*WEIGHTS, "*.safetensors"]
-        if not huggingface_hub.is_offline_mode():
-            there = huggingface_hub.list_repo_files(name)
+        if there is not None:
             best = next((file for file in WEIGHTS if file in there), WEIGHTS[0])
             wanted = ["*.safetensors", "*.safetensors.index.json"] if "safetensors" in best else [best]
-        return huggingface_hub.snapshot_download(name, allow_patterns=DESCRIPTIONS + wanted)
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=DESCRIPTIONS + wanted, local_files_only=there is None
+        )
 
-    return _from_hub(snapshot, name, field)
+    return _from_hub(snapshot, name, name, field)
 
 
 def fetch_file(name: str, field: str) -> pathlib.Path:
@@ -60,23 +62,44 @@ def fetch_file(name: str, field: str) -> pathlib.Path:
             f"{field}={name!r} is neither a file on this machine nor one of a hub repository (owner/name/path/to/file)"
         )
 
-    def download() -> str:
+    def download(there: list[str] | None) -> str:
         import huggingface_hub
 
-        return huggingface_hub.hf_hub_download(f"{owner}/{repository}", path)
+        return huggingface_hub.hf_hub_download(f"{owner}/{repository}", path, local_files_only=there is None)
 
-    return _from_hub(download, name, field)
+    return _from_hub(download, f"{owner}/{repository}", name, field)
 
 
-def _from_hub(download: Any, name: str, field: str) -> pathlib.Path:
+def _from_hub(download: Callable[[list[str] | None], str], repository: str, name: str, field: str) -> pathlib.Path:
+    """`download` of the names of the files in a repository; of None, from the cache, where the hub is out of reach."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        return pathlib.Path(download())
+        try:
+            there = _files(repository)
+        except HfHubHTTPError:
+            raise  # it was reached, and says no
+        except Exception as unreachable:
+            try:
+                return pathlib.Path(download(None))
+            except Exception:
+                raise unreachable from None
+        return pathlib.Path(download(there))
     except Exception as error:  # the hub client has many: no network, no such model, gated, disk
         raise PretrainedError(
             f"{field}={name!r} could not be had from the model hub ({type(error).__name__}: {first_line(error)}), and "
             f"is no path on this machine. Download it "
             f"where there is a network and give the local path, or set HF_HOME to a cache that holds it"
         ) from error
+
+
+def _files(repository: str) -> list[str] | None:
+    """What is in a hub repository, None in offline mode. Asked once: downloads try for half a minute to reach it."""
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        return None
+    return [file.rfilename for file in huggingface_hub.HfApi().model_info(repository, timeout=PATIENCE).siblings]
 
 
 def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
