@@ -37,7 +37,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
-        "evaluation", "inference", "sharding", "checkpoint", "config",
+        "evaluation", "inference", "sharding", "checkpoint", "config", "compilation",
     },
     "checkpoint": {"", "distributed"},
     "preflight": {"train", "pretrained", "sharding", "config"},

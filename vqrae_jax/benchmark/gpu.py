@@ -69,9 +69,8 @@ PARTS = {
             "quantizer --batch=512 --codes=16384 --rounds=9 --against=pytorch",
         ),
         Figure("kernels", "the fastest becomes the GPU's own", "kernels"),
-        Figure("step-k8192", "quantizer's share at most 5 %", f"{XL} --batch=64 --attention=cudnn"),
-        Figure("step-k65536", "as above", f"{XL} --batch=64 --attention=cudnn --codes=65536"),
-        Figure("step-none", "what the two are compared with", f"{XL} --batch=64 --attention=cudnn --quantizer=none"),
+        Figure("share", "quantizer's share at most 5 %", f"{XL} --batch=64 --attention=cudnn --share"),
+        Figure("share-65536", "as above", f"{XL} --batch=64 --attention=cudnn --codes=65536 --share"),
         Figure("loop", "the loop adds at most 2 %", "end_to_end --steps=400 --batch=64 --size=128"),
     ],
     "pictures": [
@@ -153,11 +152,11 @@ def run(figure: Figure, command: list[str], output: pathlib.Path, seconds: float
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """A table of all figures, then what each printed."""
-    lines = ["| figure | asked | of the ceiling | images/s | x eager | x compiled | memory / ours |"]
-    lines.append("| --- " * 7 + "|")
+    lines = ["| figure | asked | of the ceiling | images/s | x eager | x compiled | memory / ours | share |"]
+    lines.append("| --- " * 8 + "|")
     for figure in found:
         rows = (figure["report"] or {}).get("rows", [])
-        cells = ["", "", "", "", ""]
+        cells = [""] * 6
         if rows and "utilization" in rows[0]:
             row = rows[0]
             ratio = {variant: f"{theirs / row['seconds']:.2f}" for variant, theirs in row["against"].items()}
@@ -165,6 +164,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
             cells = [f"{row['utilization']:.0%}", f"{row['images_per_second']:.0f}"]
             cells += [ratio.get("eager", ""), ratio.get("compiled", "")]
             cells += [f"{memory / row['memory']:.1f}" if memory and row["memory"] else ""]
+            cells += [f"{row['share']:.1%}" if row["share"] is not None else ""]
         lines.append(f"| {figure['name']} | {figure['asked']} | {' | '.join(cells)} |")
     for figure in found:
         lines += ["", f"{figure['name']}: `{figure['command']}`", "", figure["failed"] or figure["printed"].strip()]
