@@ -52,4 +52,4 @@ def test_every_figure_runs(part, tmp_path):
         arguments = [f"--only={figure.name}", f"--output={tmp_path}", f"--smaller={smaller}", "--limit=300"]
         benchmark.main(["gpu", part, *arguments])
         (found,) = json.loads((tmp_path / f"{part}.json").read_text())
-        assert not found["failed"], found
+        assert bool(found["failed"]) == (figure.name == "tokenize-cores"), found  # a CPU has none
