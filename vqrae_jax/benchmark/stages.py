@@ -79,7 +79,8 @@ def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
     config = settings(given)
     task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
     builders = {
-        "encoder": _encoder, "codes": functools.partial(_codes, block=SEARCHES[given.search]), "decoder": _decoder, "quantizer": _quantizer, "train_step": _train_step
+        "encoder": _encoder, "codes": functools.partial(_codes, block=SEARCHES[given.search]), "decoder": _decoder,
+        "quantizer": _quantizer, "train_step": _train_step,
     }  # fmt: skip
     module = task.assembly.module
     if given.matmul != "dtype":
