@@ -1,5 +1,6 @@
 """Every test runs on the CPU, with eight pretended devices, without network."""
 
+import importlib.metadata
 import os
 import pathlib
 import runpy
@@ -8,6 +9,9 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know them no more
+    # XLA's older emitters compile in less than half of the time (a training step: 2.4 s instead of 5.5).
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiling is most of what tests do; results are within the same tolerances with XLA's optimizations (set it to 0).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -39,7 +39,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
-        "evaluation", "inference", "sharding", "checkpoint", "config", "storage",
+        "evaluation", "inference", "sharding", "checkpoint", "config", "compilation", "storage",
     },
     "data": {"storage"},
     "checkpoint": {"", "distributed", "storage"},

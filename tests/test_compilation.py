@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from vqrae_jax import compilation
 
 SCRIPT = """
 import logging, sys, time
@@ -47,3 +50,18 @@ def test_a_folder_that_cannot_be_written_is_a_warning(run, tmp_path):
     folder, files, told = run(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert (folder, files) == ("None", "None")
     assert "no compilation cache" in told
+
+
+def test_options_of_a_gpu_are_known_to_the_compiler(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    chosen = compilation.options("gpu")
+    assert chosen
+    assert jax.jit(lambda x: x + 1, compiler_options=chosen)(1.0) == 2.0  # an unknown one is an error
+    with pytest.raises(Exception, match="xla_gpu_no_such_option"):
+        jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_no_such_option": True})(1.0)
+
+
+def test_flags_of_the_user_win(monkeypatch):
+    (name,) = compilation.options("gpu")
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=false")
+    assert compilation.options("gpu") == {} == compilation.options("cpu")

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk between processes, by JAX's own persistent cache."""
+"""How XLA compiles: its options by platform, and compiled programs kept on disk between processes."""
 
 import hashlib
 import logging
@@ -6,9 +6,24 @@ import os
 import pathlib
 import platform
 
+# Options of XLA for the training step, by platform, where they gain something. Each says what was measured:
+# - gpu, tpu: collectives are started early and awaited late, so that they hide behind products. Not measured here.
+# - cpu: nothing that was tried gains (docs/performance.md); what does is memory in large pages, which a process has to
+#   be started with: GLIBC_TUNABLES, see launch/local.sh.
+OPTIONS: dict[str, dict[str, bool]] = {
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True},
+}
+
 log = logging.getLogger(__name__)
 
 MIN_SECONDS = 0.1  # compilations shorter than this are not worth a file
+
+
+def options(platform: str) -> dict[str, bool]:
+    """OPTIONS of a platform ("cpu", "gpu", "tpu"), but for those that XLA_FLAGS or LIBTPU_INIT_ARGS set."""
+    given = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in OPTIONS.get(platform, {}).items() if name not in given}
 
 
 def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib.Path | None:

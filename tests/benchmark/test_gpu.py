@@ -28,7 +28,7 @@ def test_names_are_folders_of_the_report():
 def test_a_report_has_what_ran_and_why_others_did_not(tmp_path, capsys):
     smaller = "--encoder=tiny --batch=2 --rounds=1 --codes=32"
     arguments = [f"--output={tmp_path}", f"--smaller={smaller}"]
-    benchmark.main(["gpu", "speed", "--only=tokenize-cudnn,step-none", *arguments])
+    benchmark.main(["gpu", "speed", "--only=tokenize-cudnn", *arguments])
     (found,) = json.loads((tmp_path / "speed.json").read_text())
     assert not found["failed"]
     assert found["report"]["rows"][0]["images_per_second"] > 0
@@ -52,4 +52,4 @@ def test_every_figure_runs(part, tmp_path):
         arguments = [f"--only={figure.name}", f"--output={tmp_path}", f"--smaller={smaller}", "--limit=300"]
         benchmark.main(["gpu", part, *arguments])
         (found,) = json.loads((tmp_path / f"{part}.json").read_text())
-        assert not found["failed"], found
+        assert bool(found["failed"]) == (figure.name == "tokenize-cores"), found  # a CPU has none

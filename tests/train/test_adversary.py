@@ -29,16 +29,20 @@ def images(steps=3, size=8):
     return (low * 255).astype(np.uint8)
 
 
-def run(task, steps=3, state=None):
-    """The state after some steps, its metrics, and the frozen networks."""
+def run(task, state=None):
+    """States, metrics and frozen networks after each step, without end; the step is compiled once."""
     state, frozen = task.init() if state is None else state, task.frozen()
     where = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(task.step, out_shardings=(where, sharding.replicated(task.mesh)))
-    metrics = []
-    for batch in itertools.islice(itertools.cycle(images()), steps):
+    for batch in itertools.cycle(images()):
         state, told = step(state, frozen, sharding.place_batch({"image": batch}, task.mesh))
-        metrics.append(jax.device_get(told))
-    return state, metrics, frozen
+        yield state, jax.device_get(told), frozen
+
+
+def take(steps, running):
+    """The last state of some steps, the metrics of all, and the frozen networks."""
+    states, metrics, frozen = zip(*itertools.islice(running, steps), strict=True)
+    return states[-1], list(metrics), frozen[-1]
 
 
 def assert_same(a, b):
@@ -50,8 +54,8 @@ def assert_same(a, b):
 def whole(tiny, one_mesh):
     """Three steps with every term on."""
     task = TokenizerTask.build(tiny(**RECIPE), one_mesh)
-    start = jax.device_get((task.init(), task.frozen()))
-    return task, start, *run(task)
+    before, running = jax.device_get(task.frozen()), run(task)
+    return task, (before, running), *take(3, running)
 
 
 def moved(tree):
@@ -142,8 +146,8 @@ def test_one_pass_back_equals_two(whole, assert_close):
 
 def test_frozen_networks_do_not_move(whole):
     """Over 100 steps, those that only judge and the parts of the model that do not train."""
-    task, (_, before), state, _, _ = whole
-    _, _, frozen = run(task, 97, state)
+    task, (before, running), *_ = whole
+    _, _, frozen = take(97, running)
     assert_same(frozen, before)
     assert_same(task.frozen(), before)
 
@@ -165,8 +169,12 @@ def test_terms_wait_for_their_start(tiny, one_mesh, whole):
     late = {"start_steps": 1, "generator_start_steps": 2, "disc_updates": 2}
     loss = {**RECIPE["loss"], "perceptual": {**PERCEPTUAL, "start_steps": 2}}
     task = TokenizerTask.build(tiny(model=MODEL, loss=loss, adversary={**PATCH, **late}), one_mesh)
-    start = jax.device_get(task.init())
-    state, metrics, _ = run(task)
+    start = jax.device_get(task.init().adversary)
+    running = run(task)
+    first, told, _ = next(running)
+    assert_same(first.adversary, start)
+    state, metrics, _ = take(2, running)
+    metrics = [told, *metrics]
     perceptual, fooling, turns = (
         [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")
     )
@@ -174,8 +182,6 @@ def test_terms_wait_for_their_start(tiny, one_mesh, whole):
     assert turns == [False, True, True]
     count = jax.tree.leaves(state.adversary["opt_state"])[0]
     assert int(count) == 4
-    first, *_ = run(task, 1)
-    assert_same(first.adversary, start.adversary)
 
 
 def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
@@ -198,7 +204,7 @@ def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_c
 def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
     mesh = {"data": 4, "model": 2, "fsdp": fsdp, "fsdp_min_size": 1}
     task = TokenizerTask.build(tiny(**RECIPE, mesh=mesh), sharding.make_mesh(4, 2))
-    _, metrics, _ = run(task, 2)
+    _, metrics, _ = take(2, run(task))
     for ours, theirs in zip(metrics, whole[3], strict=False):
         for name in ("loss/total", "loss/adversarial", "gan/discriminator", "gan/weight", "gan/grad_norm"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, atol=1e-5, err_msg=name)

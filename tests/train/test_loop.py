@@ -100,10 +100,12 @@ def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device):
         run.close()
 
 
-def test_one_compilation_per_run(tiny, tmp_path, one_device):
+def test_one_compilation_per_run_and_one_state(tiny, tmp_path, one_device):
     run = loop.Run(tiny(), tmp_path, one_device)
     for _ in range(3):
+        before = run.state
         run.state, _ = run.step(run.state, run.frozen, run.next_batch())
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # the new state took its place
     assert run.step._cache_size() == 1
     run.close()
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from vqrae_jax.train.writers import METRICS_FILE
+
 LIMIT = 570.0  # seconds of one command, whatever is left of it
 
 
@@ -54,6 +56,8 @@ PARTS = {
     "speed": [
         Figure("tokenize", "60 % of the ceiling, about 10,000 images/s", f"codes {SPEED} --batch=256 {PYTORCH}"),
         Figure("tokenize-cudnn", "as above", f"codes {SPEED} --batch=256 --attention=cudnn"),
+        Figure("tokenize-kernel", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=kernel"),
+        Figure("tokenize-cores", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=tensor_cores"),
         Figure("tokenize-int8", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=int8"),
         Figure("tokenize-fp8", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=fp8"),
         Figure("step", "55 %, 1.3 x compiled PyTorch, 1.6 x eager", f"{XL} --batch=64 --attention=cudnn {PYTORCH}"),
@@ -69,9 +73,8 @@ PARTS = {
             "quantizer --batch=512 --codes=16384 --rounds=9 --against=pytorch",
         ),
         Figure("kernels", "the fastest becomes the GPU's own", "kernels"),
-        Figure("step-k8192", "quantizer's share at most 5 %", f"{XL} --batch=64 --attention=cudnn"),
-        Figure("step-k65536", "as above", f"{XL} --batch=64 --attention=cudnn --codes=65536"),
-        Figure("step-none", "what the two are compared with", f"{XL} --batch=64 --attention=cudnn --quantizer=none"),
+        Figure("share", "quantizer's share at most 5 %", f"{XL} --batch=64 --attention=cudnn --share"),
+        Figure("share-65536", "as above", f"{XL} --batch=64 --attention=cudnn --codes=65536 --share"),
         Figure("loop", "the loop adds at most 2 %", "end_to_end --steps=400 --batch=64 --size=128"),
     ],
     "pictures": [
@@ -143,21 +146,30 @@ def run(figure: Figure, command: list[str], output: pathlib.Path, seconds: float
             failed = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     except subprocess.TimeoutExpired:
         failed = "no time was left"
-    files = sorted((output / figure.name).glob("*.json"))
     return {
         "name": figure.name, "asked": figure.asked, "command": shlex.join(command[1:]), "failed": failed,
         "seconds": time.monotonic() - start, "printed": printed,
-        "report": json.loads(files[0].read_text()) if files and not failed else None,
+        "report": None if failed else _report(output / figure.name),
     }  # fmt: skip
+
+
+def _report(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What a benchmark wrote, or the last evaluation of a training run."""
+    for file in sorted(folder.glob("*.json")):
+        return json.loads(file.read_text())
+    log = folder / METRICS_FILE
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    evaluated = [line for line in lines if "eval/psnr" in line]
+    return evaluated[-1] if evaluated else None
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """A table of all figures, then what each printed."""
-    lines = ["| figure | asked | of the ceiling | images/s | x eager | x compiled | memory / ours |"]
-    lines.append("| --- " * 7 + "|")
+    lines = ["| figure | asked | of the ceiling | images/s | x eager | x compiled | memory / ours | share |"]
+    lines.append("| --- " * 8 + "|")
     for figure in found:
         rows = (figure["report"] or {}).get("rows", [])
-        cells = ["", "", "", "", ""]
+        cells = [""] * 6
         if rows and "utilization" in rows[0]:
             row = rows[0]
             ratio = {variant: f"{theirs / row['seconds']:.2f}" for variant, theirs in row["against"].items()}
@@ -165,7 +177,10 @@ def markdown(found: list[dict[str, Any]]) -> str:
             cells = [f"{row['utilization']:.0%}", f"{row['images_per_second']:.0f}"]
             cells += [ratio.get("eager", ""), ratio.get("compiled", "")]
             cells += [f"{memory / row['memory']:.1f}" if memory and row["memory"] else ""]
+            cells += [f"{row['share']:.1%}" if row["share"] is not None else ""]
         lines.append(f"| {figure['name']} | {figure['asked']} | {' | '.join(cells)} |")
     for figure in found:
+        told = {n: v for n, v in (figure["report"] or {}).items() if n.startswith("eval/")}
         lines += ["", f"{figure['name']}: `{figure['command']}`", "", figure["failed"] or figure["printed"].strip()]
+        lines += ["", ", ".join(f"{n.removeprefix('eval/')} {v:.4g}" for n, v in told.items())] if told else []
     return "\n".join(lines) + "\n"

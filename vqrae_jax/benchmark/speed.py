@@ -37,6 +37,7 @@ class Row:
       against: PyTorch's median seconds by variant ("eager", "compiled").
       against_memory: GiB that PyTorch's first call needs beyond weights and inputs, by variant.
       difference: of PyTorch's first result from ours, relative to the largest value.
+      share: of the quantizer in it: what a step without one is faster by.
     """
 
     stage: str
@@ -50,6 +51,7 @@ class Row:
     against: dict[str, float]
     against_memory: dict[str, float]
     difference: float | None
+    share: float | None
 
 
 def main(arguments: list[str]) -> None:
@@ -75,11 +77,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", choices=list(stages.DINOV2), default="base", help="DINOv2 size, at 224 pixels")
     parser.add_argument("--decoder", choices=list(SIZES), default="ViT-B", help="painting 256 pixels")
     parser.add_argument("--quantizer", choices=["ema", "none"], default="ema", help="none: what a step costs without")
+    parser.add_argument("--share", action="store_true", help="train_step: also time it without a quantizer")
     parser.add_argument("--codes", type=int, default=8192, help="codebook size")
     parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="as model.attention")
     parser.add_argument("--matmul", choices=["dtype", "int8", "fp8"], default="dtype", help="of encoder and codes")
+    parser.add_argument("--search", choices=list(stages.SEARCHES), default="own", help="of codes: the GPU's kernel")
     parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")
     parser.add_argument("--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: against it")
     parser.add_argument("--scan", action="store_true", help="scan over decoder blocks: compiles faster")
@@ -107,16 +111,21 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
                 opponents[variant] = Opponent(given.torch_python, stage.tensors, told, variant == "compiled")
             difference = max(_difference(mine, other.out) for other in opponents.values())
             assert difference < SAME[given.dtype], f"{name}: PyTorch differs by {difference:.1e} of the largest value"
-        times = in_turns({"ours": lambda: seconds(stage.call)} | {n: o.seconds for n, o in opponents.items()}, given)
+        calls = {"ours": lambda: seconds(stage.call)} | {n: o.seconds for n, o in opponents.items()}
+        if given.share:
+            bare, _ = stages.build(name, argparse.Namespace(**vars(given) | {"quantizer": "none"}))
+            calls["bare"] = lambda: seconds(bare.call)
+        times = in_turns(calls, given)
     finally:
         for opponent in opponents.values():
             opponent.close()
-    median = times.pop("ours")
+    median, without = times.pop("ours"), times.pop("bare", None)
     achieved = stage.flops / median
     return Row(
         name, median, achieved / 1e12, achieved / ceilings.flops, stage.flops / max(stage.bytes, 1.0),
         given.batch / median, stage.memory / 2**30, stage.compile_seconds, times,
         {n: o.memory / 2**30 for n, o in opponents.items()}, difference,
+        None if without is None else 1 - without / median,
     )  # fmt: skip
 
 
@@ -146,6 +155,7 @@ def table(rows: list[Row], ceilings: Ceilings, given: argparse.Namespace) -> str
     variants = sorted({variant for row in rows for variant in row.against})
     heads = ["stage", "seconds", "images/s", "TFLOP/s", "of the matmul ceiling", "temporaries GiB", "compile s"]
     heads += [f"PyTorch {v} / ours{what}" for v in variants for what in ("", ", memory")]
+    heads += ["quantizer's share"] if given.share else []
     lines = [
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.dtype}: batch {given.batch}, DINOv2-"
         f"{given.encoder} at 224, {given.decoder} at 256, K = {given.codes}; "
@@ -162,6 +172,7 @@ def table(rows: list[Row], ceilings: Ceilings, given: argparse.Namespace) -> str
             here = v in row.against
             cells += [f"{row.against[v] / row.seconds:.2f}" if here else ""]
             cells += [f"{row.against_memory[v] / row.memory:.1f}" if here and row.memory else ""]
+        cells += [f"{row.share:.1%}"] if given.share else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -18,10 +18,11 @@ from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import export, families, tables
-from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.nearest import Tile, nearest
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 
 NAMES = ("encoder", "codes", "decoder", "quantizer", "train_step")
+SEARCHES = {"own": None, "kernel": Tile(), "tensor_cores": Tile(precision="TF32_TF32_F32_X3")}
 DINOV2 = {  # width, depth, heads of facebook/dinov2-*
     "tiny": (32, 2, 2),  # for tests
     "small": (384, 12, 6),
@@ -78,7 +79,8 @@ def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
     config = settings(given)
     task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
     builders = {
-        "encoder": _encoder, "codes": _codes, "decoder": _decoder, "quantizer": _quantizer, "train_step": _train_step
+        "encoder": _encoder, "codes": functools.partial(_codes, block=SEARCHES[given.search]), "decoder": _decoder,
+        "quantizer": _quantizer, "train_step": _train_step,
     }  # fmt: skip
     module = task.assembly.module
     if given.matmul != "dtype":
@@ -95,13 +97,13 @@ def _encoder(task: TokenizerTask, module: VQRAE) -> Stage:
     return _stage("encoder", _compile(encode, params, images), _image_tensors(images) | _encoder_tensors(params))
 
 
-def _codes(task: TokenizerTask, module: VQRAE) -> Stage:
+def _codes(task: TokenizerTask, module: VQRAE, block: Tile | None) -> Stage:
     """Tokenizing without reading or writing: encoder and search."""
     images, params, codebook = _images(task), _params(task, "encoder"), _codebook(task)
 
     def tokenize(params: Any, codebook: jax.Array, images: jax.Array) -> Any:
         latent = module.encoder.apply({"params": params}, to_float(images))
-        return {"indices": nearest(latent.reshape(-1, latent.shape[-1]), codebook)}
+        return {"indices": nearest(latent.reshape(-1, latent.shape[-1]), codebook, block=block)}
 
     tensors = _image_tensors(images) | _encoder_tensors(params) | {"codebook": np.asarray(codebook)}
     return _stage("codes", _compile(tokenize, params, codebook, images), tensors)

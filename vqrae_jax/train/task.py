@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vqrae_jax import sharding
+from vqrae_jax import compilation, sharding
 from vqrae_jax.train.state import TrainState
 
 # Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the codes), summed over it.
@@ -56,4 +56,7 @@ class Task(Protocol):
 def step_program(task: Task, mesh: Mesh) -> Any:
     """The jitted step: the state is given up, and its successor lives where it lived."""
     where = jax.tree.map(lambda x: x.sharding, task.shapes())
-    return jax.jit(task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+    return jax.jit(
+        task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)),
+        compiler_options=compilation.options(mesh.devices.flat[0].platform),
+    )  # fmt: skip
