@@ -1,11 +1,16 @@
-"""How the C library hands out this process's memory."""
+"""How the C library hands out a process's memory."""
 
 import ctypes
 
-# Numbers of glibc's mallopt(3), and values: one heap for all threads; nothing in mappings of its own, which are given
-# back as soon as they are freed; up to 2 GiB of freed memory kept; growth in large steps.
-ARENA_MAX, MMAP_MAX, TOP_PAD, TRIM_THRESHOLD = -8, -4, -2, -1
-SETTINGS = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**28}
+# By glibc's environment variables: the number that mallopt(3) knows each by, and the value. One heap for all threads;
+# nothing in mappings of its own, which are given back as soon as they are freed; up to 2 GiB of freed memory kept;
+# growth in large steps.
+SETTINGS = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 2**28),
+}
 
 
 def keep_freed_memory() -> bool:
@@ -15,4 +20,9 @@ def keep_freed_memory() -> bool:
     pages are cleared and mapped anew each time: a quantizer's training step lost a fifth of its time so.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(number, value) for number, value in SETTINGS.items())
+    return mallopt is not None and all(mallopt(number, value) for number, value in SETTINGS.values())
+
+
+def environment() -> dict[str, str]:
+    """The same for a process that is yet to start."""
+    return {name: str(value) for name, (_, value) in SETTINGS.items()}

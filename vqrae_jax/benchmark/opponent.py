@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax import host_memory
 from vqrae_jax.pretrained import export
 
 SHOWN = 4096  # leading numbers of each result that are compared
@@ -42,8 +43,8 @@ class Opponent:
         self._program = subprocess.Popen(
             [python, "-P", pathlib.Path(__file__).with_name("torch_stages.py"), folder / "spec.json"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            # Its threads must sleep while ours work.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
+            # Its threads must sleep while ours work; it keeps freed memory as we do.
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **host_memory.environment()},
         )  # fmt: skip
         first = self._read()
         self.version, self.device = first["torch"], first["device"]
