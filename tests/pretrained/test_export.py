@@ -36,7 +36,8 @@ def random_variables(shapes, seed):
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     flat = flatten_dict(variables, sep="/")
-    return unflatten_dict(flat | {path: value for path, value in origin.STATE.items() if path in flat}, sep="/")
+    told = {path: value for path, value in origin.STATE.items() if path in flat}
+    return {"batch_stats": {}, **unflatten_dict(flat | told, sep="/")}
 
 
 def assert_same(a, b):
