@@ -43,7 +43,7 @@ TRAINING = {
     "data.batch_size": 8, "data.eval_batch_size": 8, "data.image_size": 32, "optimizer.warmup_steps": 1,
     "optimizer.accumulate": 1, "model.encoder_input_size": 56, "model.num_embeddings": 32,
     "model.decoder_patch_size": 8,
-    "loss.perceptual.weight": 0.0, "adversary.weight": 0.0,  # their networks are on a hub, in one size
+    "loss.perceptual.weight": 0.0, "adversary.discriminator": "none",  # their networks are on a hub, in one size
 }  # fmt: skip
 DEAR = ("vqrae_jax.main", "vqrae_jax.benchmark")
 
