@@ -5,8 +5,9 @@ configs/recipe_16k.py: learned low-dimensional codes (here four residual levels 
 little more than colours), k-means and revival, feature reconstruction, adaptive adversary. The encoder and the ViT of
 the feature loss start from random weights unless a local folder is given:
 --config=configs/cpu_recipe.py:/path/to/vit (a DINOv2-like hub folder with 16-pixel patches) takes both from there,
-which is what makes the feature loss worth having. HOURS Aims at 20 dB on held-out photographs, and at a
-smaller feature distance than without the feature loss.
+which is what makes the feature loss worth having. Two cores, estimate: 10 minutes for the 400 steps (with L1 alone a
+step takes 0.2 s on two idle ones). Aims at 20 dB on held-out photographs, and at a smaller feature distance than
+without the feature loss.
 """
 
 from vqrae_jax import config
