@@ -59,7 +59,7 @@ def test_programs_of_eight_gpus(report, capsys):
         "all-reduce",
         "binds",
         "images/s",
-        "against 8 chips",
+        "weak scaling",
         "data x model",
         "hours",
     ):

@@ -18,13 +18,16 @@ log = logging.getLogger(__name__)
 WORKERS = 2  # programs compiled at the same time; each takes some GB
 
 
-def preflight(config: Config, topology: str, others: int = 2, json_path: str | os.PathLike | None = None) -> Report:
+def preflight(
+    config: Config, topology: str, others: int | None = None, json_path: str | os.PathLike | None = None
+) -> Report:
     """Compiles what a run of `config` would run on `topology`, prints what it costs, and returns it.
 
     Args:
       config: of the run; neither data nor weights are read, and encoders of our configs need no hub.
       topology: "v5e:16x16", "gpu:8xh200", "cpu:8".
-      others: how many alternatives to compile.
+      others: how many alternatives to compile, each of which takes as long again; None: none where the config fits,
+        else two.
       json_path: also written there.
 
     Raises:
@@ -36,6 +39,7 @@ def preflight(config: Config, topology: str, others: int = 2, json_path: str | o
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         started = [pool.submit(_compiled, program) for program in plan.programs()]
         train = started[0].result()
+        others = (0 if train.fits else 2) if others is None else others
         rest = []
         for other in _plans(plan, train.fits, devices):
             if other.arguments() > target.memory:

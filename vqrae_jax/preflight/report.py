@@ -58,6 +58,8 @@ class Report:
             console.print(
                 "Memory, traffic and collectives are those of the program that XLA compiles for as many CPUs."
             )
+        if not self.others:
+            console.print("--alternatives=2 compiles other ways to run it, each in about the same time again.")
         console.print(self._verdict(), soft_wrap=True)
 
     def _verdict(self) -> str:
