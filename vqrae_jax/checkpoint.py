@@ -232,13 +232,13 @@ def check_writable(workdir: str | os.PathLike) -> storage.Path:
       StorageError: no rights to the bucket.
     """
     folder = storage.at(workdir) / FOLDER
-    probe = folder / f".writable-{uuid.uuid4().hex}"
+    probe = folder / ".writable"  # of the same name in every process, so that all say the same of it
     try:
         with storage.told(folder, "written"):
             if not storage.is_remote(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"may be deleted")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
