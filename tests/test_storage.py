@@ -75,6 +75,28 @@ def test_what_a_bucket_refuses_is_a_sentence(buckets):
         checkpoint.find("gs://bucket/absent")
 
 
+def test_staged_files_are_copied_at_the_end(buckets, tmp_path):
+    with storage.staged("gs://bucket/staged") as place:
+        (place / "inner").mkdir(parents=True)
+        (place / "inner" / "a.txt").write_bytes(b"a")
+        assert not any(name.startswith("staged") for name in buckets.names("bucket"))
+    assert storage.at("gs://bucket/staged/inner/a.txt").read_bytes() == b"a"
+    with storage.staged("gs://bucket/one.npz") as place:
+        place.write_bytes(b"one")
+    assert storage.at("gs://bucket/one.npz").read_bytes() == b"one"
+
+    def fail():
+        with storage.staged("gs://bucket/none.npz") as place:
+            place.write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "none.npz" not in buckets.names("bucket")
+    with storage.staged(tmp_path / "here") as place:
+        assert place == tmp_path / "here"
+
+
 @pytest.mark.slow
 def test_a_run_in_a_bucket(buckets, tiny, one_device):
     def until(steps):
@@ -113,8 +135,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
 def test_a_folder_of_a_tokenizer_in_a_bucket(buckets, tiny, one_device, tmp_path):
     loop.train(tiny(train={"steps": 1, "evaluate_every": 1}), tmp_path / "run", one_device)
     here = Tokenizer.load(tmp_path / "run")
-    for file in here.save_pretrained(tmp_path / "saved").iterdir():
-        storage.write(f"gs://bucket/saved/{file.name}", file.read_bytes())
+    here.save_pretrained("gs://bucket/saved")
     there = Tokenizer.load("gs://bucket/saved")
     assert there.hash == here.hash
     image = np.zeros((1, 32, 32, 3), np.uint8)

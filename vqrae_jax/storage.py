@@ -98,6 +98,26 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def staged(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """`path` itself if it is here, else a place here whose file, or files, are copied to that address at the end.
+
+    Raises:
+      StorageError: the bucket may not be written.
+    """
+    target = at(path)
+    if not is_remote(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory(prefix="vqrae_jax-") as scratch:
+        place = pathlib.Path(scratch) / target.name
+        yield place
+        if place.is_file():
+            write(target, place.read_bytes())
+        for file in sorted(p for p in place.rglob("*") if p.is_file()):
+            write(target / file.relative_to(place).as_posix(), file.read_bytes())
+
+
 def fetch(path: str | os.PathLike) -> pathlib.Path:
     """`path` itself if it is here, else a copy of that file, or of the files of that folder, made once.
 

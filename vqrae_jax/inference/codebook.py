@@ -8,7 +8,6 @@ positions.png: entropy of the codes at each position of the grid, white for the 
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from vqrae_jax import storage
 from vqrae_jax.data import images, pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import codebook
@@ -50,10 +50,10 @@ def report(args: argparse.Namespace) -> dict[str, float]:
     """Runs the command; returns the numbers."""
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
     numbers, charts = study(tokenizer, _read(args, tokenizer.image_size))
-    output = pathlib.Path(args.output)
+    output = storage.at(args.output)
     for name, chart in charts.items():
         images.write_image(output / f"{name}.png", chart)
-    (output / "report.json").write_text(json.dumps(numbers, indent=2))
+    storage.write(output / "report.json", json.dumps(numbers, indent=2).encode())
     for name, value in numbers.items():
         print(f"{name:>24}: {value:.4g}")
     if numbers["usage"] < args.alarm:

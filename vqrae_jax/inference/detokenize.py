@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data import codes as code_files
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError
@@ -37,24 +38,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def detokenize(args: argparse.Namespace) -> list[pathlib.Path]:
+def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the pictures written.
 
     Raises:
       TokenizerError: codes of another tokenizer, of another grid, or out of range.
     """
-    path, output = pathlib.Path(args.codes), pathlib.Path(args.output)
+    path, output = storage.at(args.codes), storage.at(args.output)
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(args.batch, 1))
     if dataset is None:
-        array = _read_array(path)
+        array = _read_array(storage.fetch(path))
         total, shards = len(array), iter([(np.arange(len(array)), array)])
     else:
         _check(dataset, tokenizer, args.force)
         total, shards = len(dataset), ((part.index, part.codes) for part in dataset.shards())
     total = min(total, args.limit or total)
     views = dataset is not None and dataset.plan.views != "one"
-    written: list[pathlib.Path] = []
+    written: list[storage.Path] = []
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as disk:
         for numbers, grids in command.progress(_batches(shards, total, args.batch), total, "images", _count):
             flat = grids.reshape(-1, *grids.shape[2:]) if views else grids

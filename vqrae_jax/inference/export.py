@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import config as config_lib
+from vqrae_jax import storage
 from vqrae_jax.inference import command, folder
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.vit import unstack_blocks
@@ -154,27 +155,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> list[pathlib.Path]:
+def run(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the files written."""
-    output = pathlib.Path(args.output)
+    output = storage.at(args.output)
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
         raise config_lib.ConfigError(f"--output={output}: a PyTorch checkpoint is a .pt or .pth file")
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
     if args.format == "safetensors":
-        written = tokenizer.save_pretrained(output)
-        return [written / folder.CONFIG, written / folder.WEIGHTS]
+        tokenizer.save_pretrained(output)
+        return [output / folder.CONFIG, output / folder.WEIGHTS]
     if args.format == "stablehlo":
-        return write_programs(tokenizer.module, jax.device_get(tokenizer.variables), output)
+        with storage.staged(output) as place:
+            written = write_programs(tokenizer.module, jax.device_get(tokenizer.variables), place)
+        return [output / file.name for file in written]
     variables = jax.device_get(tokenizer.trained)
-    state = to_origin(tokenizer.config, variables, args.transformers)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    export.write_torch(state, output)
-    statistics = export.origin_statistics(variables)
-    if not statistics:
-        return [output]
-    beside = output.with_name(f"{output.stem}_stat.pt")
-    export.write_torch(statistics, beside)
-    return [output, beside]
+    states = {output: to_origin(tokenizer.config, variables, args.transformers)}
+    if statistics := export.origin_statistics(variables):
+        states[output.with_name(f"{output.stem}_stat.pt")] = statistics
+    for file, state in states.items():
+        with storage.staged(file) as place:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            export.write_torch(state, place)
+    return list(states)
 
 
 def main() -> None:

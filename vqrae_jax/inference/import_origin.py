@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vqrae_jax import assembly
+from vqrae_jax import assembly, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import command, folder
@@ -68,11 +68,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> pathlib.Path:
+def run(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
     config = read_config(args.config)
     _, variables = read_checkpoint(config, args.checkpoint, args.weights)
-    return folder.write(args.output, config, variables, frozen=False)
+    with storage.staged(args.output) as place:
+        folder.write(place, config, variables, frozen=False)
+    return storage.at(args.output)
 
 
 def read_config(name: str) -> ModelConfig:

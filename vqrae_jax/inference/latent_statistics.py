@@ -5,7 +5,6 @@ Mean, variance and principal axes of an encoder's latents over images; `model.no
 
 import argparse
 import logging
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vqrae_jax import assembly, sharding
+from vqrae_jax import assembly, sharding, storage
 from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -125,7 +124,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Runs the command; returns what it wrote."""
-    output = pathlib.Path(args.output)
+    output = storage.at(args.output)
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
@@ -141,8 +140,9 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if not moments.count:
         raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
     result = moments.result(args.per_position, args.components)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(output, **result)
+    with storage.staged(output) as place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(place, **result)
     share = result["pca_var"].sum() * moments.count / np.trace(moments.products) * moments.mean[..., 0].size
     if skipped := batches.count - moments.count:
         log.warning("skipped: %d images that cannot be read", skipped)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
@@ -50,9 +51,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def reconstruct(args: argparse.Namespace) -> list[pathlib.Path]:
+def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the pictures written."""
-    output = pathlib.Path(args.output)
+    output = storage.at(args.output)
     each = not output.suffix
     if not each and output.suffix.lower() not in images.WRITTEN:
         raise DataError(f"--output={output}: pictures are written as {', '.join(sorted(images.WRITTEN))}")
@@ -156,14 +157,12 @@ def _draw(
 
 
 def _report(
-    args: argparse.Namespace, figures: dict[str, dict[str, float]], skipped: list[str], written: list[pathlib.Path]
+    args: argparse.Namespace, figures: dict[str, dict[str, float]], skipped: list[str], written: list[storage.Path]
 ) -> None:
     mean = {name: float(np.mean([f[name] for f in figures.values()])) for name in next(iter(figures.values()))}
     if args.metrics:
-        path = pathlib.Path(args.metrics)
-        path.parent.mkdir(parents=True, exist_ok=True)
         report = {"mean": mean, "pictures": figures, "skipped": skipped}
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        storage.write(args.metrics, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     if len(figures) > 1:
         print(f"mean of {len(figures)} pictures: {_told(mean)}")
     if skipped:

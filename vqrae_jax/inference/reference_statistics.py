@@ -6,7 +6,6 @@ Mean and covariance of a network's features over a folder of images, for `evalua
 
 import argparse
 import functools
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vqrae_jax import distributed, sharding
+from vqrae_jax import distributed, sharding, storage
 from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -74,7 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def reference_statistics(args: argparse.Namespace) -> Moments:
     """Runs the command; returns what it wrote."""
-    output = pathlib.Path(args.output)
+    output = storage.at(args.output)
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     name = "inception" if args.inception else "encoder"
@@ -89,7 +88,8 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     if moments.count < 2:
         raise DataError(f"--data={args.data}: {moments.count} of its images can be read; a covariance needs two")
     gaussian = moments.gaussian()
-    reference.write(output, gaussian)
+    with storage.staged(output) as place:
+        reference.write(place, gaussian)
     width = len(gaussian.mean)
     few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""
     print(f"{moments.count} images{few}; wrote {output}")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from vqrae_jax import config as config_lib
+from vqrae_jax import storage
 from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError
@@ -226,8 +226,8 @@ class Tokenizer:
         """
         return self._programs.stream(method, batches)
 
-    def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> pathlib.Path:
-        """Writes config.json, model.safetensors and a model card to `folder`, for `load` and for the hub.
+    def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> storage.Path:
+        """Writes config.json, model.safetensors and a model card to `folder` (here or gs://), for `load` and the hub.
 
         A frozen pretrained encoder is not in it, only where it is had and what its content hash must be.
 
@@ -241,9 +241,11 @@ class Tokenizer:
         """
         if self.config is None:
             raise TokenizerError("a tokenizer without its config cannot be saved: give config=, or load it")
-        written = exported.write(folder, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
-        card.write(self, written, name or written.name, None if images is None else Pictures(images))
-        return written
+        target, shown = storage.at(folder), None if images is None else Pictures(images)
+        with storage.staged(target) as place:
+            exported.write(place, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
+            card.write(self, place, name or target.name, shown)
+        return target
 
     def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
         """Saves it to a repository of the model hub, made where it is missing; returns its address.
