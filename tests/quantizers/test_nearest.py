@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.quantizers import nearest_gpu
@@ -133,8 +133,10 @@ def test_kernels_lower_for_cuda(precision):
     """To Triton, which is as far as a machine without a GPU gets."""
     z, codebook = (jax.ShapeDtypeStruct((n, 768), jnp.float32) for n in (131_072, 16_384))
     tile, indices = Tile(precision=precision), jax.ShapeDtypeStruct(z.shape[:1], jnp.int32)
+    gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
     for function, *shapes in (
         (functools.partial(nearest, block=tile), z, codebook),
         (lambda z, i: nearest_gpu.sorted_totals(z, i, 16_384), z, indices),
     ):
-        assert "triton" in jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        with use_abstract_mesh(gpu):
+            assert "triton" in jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
