@@ -44,7 +44,7 @@ MODE = flags.DEFINE_enum(
 TOPOLOGY = flags.DEFINE_string("topology", None, "For preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8.")
 JSON = flags.DEFINE_string("json", None, "For preflight: where to write it; preflight.json of workdir if there is one.")
 ALTERNATIVES = flags.DEFINE_integer(
-    "alternatives", None, "For preflight: other meshes and batches to compile; 2 if the config does not fit, else 1.", 0
+    "alternatives", None, "For preflight: other meshes and batches to compile; 2 if the config does not fit, else 0.", 0
 )
 
 

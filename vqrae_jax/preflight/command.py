@@ -26,8 +26,8 @@ def preflight(
     Args:
       config: of the run; neither data nor weights are read, and encoders of our configs need no hub.
       topology: "v5e:16x16", "gpu:8xh200", "cpu:8".
-      others: how many alternatives to compile, each of which takes as long again; None: one where the config fits, else
-        two.
+      others: how many alternatives to compile, each of which takes as long again; None: none where the config fits,
+        else two.
       json_path: also written there.
 
     Raises:
@@ -39,7 +39,7 @@ def preflight(
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         started = [pool.submit(_compiled, program) for program in plan.programs()]
         train = started[0].result()
-        others = (1 if train.fits else 2) if others is None else others
+        others = (0 if train.fits else 2) if others is None else others
         rest = []
         for other in _plans(plan, train.fits, devices):
             if other.arguments() > target.memory:
