@@ -8,8 +8,8 @@ import platform
 
 # Options of XLA for the training step, by platform, where they gain something. Each says what was measured:
 # - gpu, tpu: collectives are started early and awaited late, so that they hide behind products. Not measured here.
-# - cpu: nothing that was tried gains (docs/performance.md); what does is memory in large pages, which a process has to
-#   be started with: GLIBC_TUNABLES, see launch/local.sh.
+# - cpu: nothing that was tried gains (docs/performance.md); what does is how memory is handed out: host_memory.py, and
+#   large pages, which a process has to be started with (GLIBC_TUNABLES, see launch/local.sh).
 OPTIONS: dict[str, dict[str, bool]] = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True},

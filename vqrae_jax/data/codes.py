@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,9 +80,8 @@ def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Colu
     """Writes one shard: under a temporary name, to the disk, then under its own; or from here to the bucket."""
     path = storage.at(folder) / plan.file(shard)
     if storage.is_remote(path):
-        with tempfile.TemporaryDirectory() as here:
-            WRITE[plan.format](whole := pathlib.Path(here) / path.name, columns)
-            storage.write(path, whole.read_bytes())
+        with storage.staged(path) as here:
+            WRITE[plan.format](here, columns)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
