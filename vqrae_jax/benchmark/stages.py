@@ -115,7 +115,7 @@ def _decoder(task: TokenizerTask, module: VQRAE) -> Stage:
     def paint(params: Any, latent: jax.Array) -> Any:
         return {"pictures": module.decoder.apply({"params": params}, latent)}
 
-    tensors = {"latent": _tokens(latent), **_decoder_tensors(task, params)}
+    tensors = {"latent": _tokens(latent), **_decoder_tensors(params)}
     return _stage("decoder", _compile(paint, params, latent), tensors)
 
 
@@ -138,7 +138,7 @@ def _quantizer(task: TokenizerTask, module: VQRAE) -> Stage:
 def _train_step(task: TokenizerTask, module: VQRAE) -> Stage:
     images, state, frozen = _images(task), task.init(), _frozen(task)
     tensors = _image_tensors(images) | _encoder_tensors(frozen["encoder"])
-    tensors |= _decoder_tensors(task, state.params["decoder"])
+    tensors |= _decoder_tensors(state.params["decoder"])
     if "quantizer" in state.batch_stats:
         tensors["codebook"] = np.array(state.batch_stats["quantizer"]["codebook"])
 
@@ -222,14 +222,18 @@ def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
 
 
 def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
+    params = {**params, "vit": _unstacked(params["vit"])}
     tree = export.to_state_dict(params, families.FAMILIES["Dinov2withNorm"].table, 5)
     return {f"encoder/{n}": t for n, t in tree.items()}
 
 
-def _decoder_tensors(task: TokenizerTask, params: Any) -> dict[str, np.ndarray]:
-    tree = jax.tree.map(np.array, params)
-    tree = unstack_blocks(tree) if task.config.model.scan_layers else tree
+def _decoder_tensors(params: Any) -> dict[str, np.ndarray]:
+    tree = _unstacked(jax.tree.map(np.array, params))
     return {f"decoder/{n}": t for n, t in export.to_state_dict(tree, tables.DECODER_TABLE).items()}
+
+
+def _unstacked(params: Any) -> Any:
+    return unstack_blocks(params) if "blocks" in params else params
 
 
 def _tokens(latent: jax.Array) -> np.ndarray:
