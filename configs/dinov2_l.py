@@ -13,6 +13,5 @@ def get_config(pairing="ViT-XL,256"):
     c.model.encoder_config_path = "facebook/dinov2-with-registers-large"
     c.model.encoder_input_size = pixels // 16 * 14  # the same grid as of 16-pixel patches
     c.model.decoder_config_path = decoder
-    c.model.scan_layers = True
     c.data.image_size = pixels
     return c

@@ -16,7 +16,6 @@ def get_config():
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
     c.model.decoder_config_path = "ViT-XL"
-    c.model.scan_layers = True
     c.model.remat = True
     c.model.quantizer = "fsq"
     c.model.quantizer_params.levels = (8, 8, 8, 6, 5)

@@ -15,6 +15,5 @@ def get_config(pairing="ViT-XL,256"):
     c.model.encoder_config_path = "facebook/vit-mae-base"
     c.model.encoder_input_size = pixels
     c.model.decoder_config_path = decoder
-    c.model.scan_layers = True
     c.data.image_size = pixels
     return c

@@ -22,7 +22,6 @@ def get_config():
     c.model.encoder_input_size = 224
     c.model.decoder_config_path = "ViT-XL"
     c.model.decoder_features = (6, -1)
-    c.model.scan_layers = True
     c.model.remat = True
     c.model.num_embeddings = 16_384
     c.model.quantizer_params.codebook_dim = 32

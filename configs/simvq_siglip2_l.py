@@ -23,7 +23,6 @@ def get_config(stage="1"):
     c.model.encoder_input_size = 256
     c.model.decoder_config_path = "ViT-XL"
     c.model.decoder_features = (-1,)
-    c.model.scan_layers = True
     c.model.remat = True
     c.model.quantizer = "simvq"
     c.model.num_embeddings = 16_384

@@ -20,7 +20,6 @@ def get_config(quantizer="ema"):
     c.model.encoder_config_path = "facebook/dinov2-with-registers-small"
     c.model.decoder_config_path = "ViT-S"
     c.model.decoder_features = (-1,)
-    c.model.scan_layers = True
     c.model.quantizer = quantizer
     if quantizer == "fsq":
         c.model.quantizer_params.levels = (8, 8, 5, 5)

@@ -19,7 +19,6 @@ def get_config():
     c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
     c.model.encoder_input_size = 224
     c.model.decoder_config_path = "ViT-XL"
-    c.model.scan_layers = True
     c.model.num_embeddings = 8192
     recipes.rae_stage1(c)
     recipes.half_precision(c)

@@ -20,7 +20,7 @@ def config(golden, path, **changes):
     return ModelConfig(**{
         "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "decoder_patch_size": 16,
-        "pretrained_decoder_path": str(path), **changes,
+        "pretrained_decoder_path": str(path), "scan_layers": False, **changes,
     })  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device):
         run = loop.Run(tiny(mesh=mesh), tmp_path, devices)
         assert int(run.state.step) == 1
         assert_equal(jax.device_get(run.state), saved)
-        kernel = run.state.params["decoder"]["block00"]["mlp"]["up"]["kernel"]
+        kernel = run.state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
         assert kernel.sharding.num_devices == (1 if devices else 8)
         run.close()
 

@@ -78,9 +78,9 @@ def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
         scale = max(np.abs(theirs).max(), 1e-3 * largest)
         assert np.abs(ours - theirs).max() <= 1e-5 * scale, jax.tree_util.keystr(path)
     if mesh["model"] > 1:
-        kernel = state.params["decoder"]["block00"]["mlp"]["up"]["kernel"]
+        kernel = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
         assert "model" in str(kernel.sharding.spec)
-        assert state.opt_state[1][0].mu["decoder"]["block00"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+        assert state.opt_state[1][0].mu["decoder"]["blocks"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
 def test_what_does_not_train_does_not_move(tiny, one_mesh):

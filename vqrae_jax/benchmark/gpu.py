@@ -38,7 +38,7 @@ class Figure:
 
 
 SPEED = "--dtype=bfloat16 --rounds=20"
-XL = f"train_step {SPEED} --decoder=ViT-XL --scan"
+XL = f"train_step {SPEED} --decoder=ViT-XL"
 RECIPE = f"{XL} --lpips --adversary=dino"
 PYTORCH = "--against=pytorch --torch-compile"
 PICTURES = (

@@ -86,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--search", choices=list(stages.SEARCHES), default="own", help="of codes: the GPU's kernel")
     parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")
     parser.add_argument("--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: against it")
-    parser.add_argument("--scan", action="store_true", help="scan over decoder blocks: compiles faster")
+    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True, help="as model.scan_layers")
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks: less memory")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each")
     parser.add_argument("--output", help="folder for speed.json and roofline.png")

@@ -100,11 +100,12 @@ def read_start(config: TrainConfig, target: dict[str, Any], place: Placement) ->
     theirs = unflatten_dict({name: wanted[ours] for ours, (name, _) in taken.items()}, sep="/")
     read = flatten_dict(checkpoint.read_model(path, theirs, partial=True), sep="/")
     read = unflatten_dict({ours: read[name] for ours, (name, _) in taken.items()}, sep="/")
+    read = {"params": {}, "batch_stats": {}, **read}
     ours = stacked_blocks(target)
     if _differs(stacked, ours):
         read = _restacked(read, ours, jax.tree.map(lambda x: x.sharding, target))
     log.info("%d arrays from %s", len(taken), path)
-    return {"params": {}, "batch_stats": {}, **read}
+    return read
 
 
 def _taken(config: TrainConfig, path: Any) -> dict[str, tuple[str, Any]]:
