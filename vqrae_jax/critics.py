@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -67,11 +67,13 @@ def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpin
         return Critic(module, {"encoder": params})
 
 
-def discriminator(config: AdversaryConfig, weights: bool = True, scan: bool = False) -> Critic:
+def discriminator(
+    config: AdversaryConfig, weights: bool = True, scan: bool = False, attention: Literal["xla", "cudnn"] = "xla"
+) -> Critic:
     """Pictures in [0, 1] -> logits; `params` is {"trunk": ...} of the DINO discriminator, empty for PatchGAN.
 
     With weights=False they are shapes, and a trunk that was released is not looked for; with `scan` its blocks are
-    stacked.
+    stacked. `attention` is that of the model; NVIDIA's kernel wants bfloat16 here as well.
 
     Raises:
       PretrainedError, ConfigError: the trunk cannot be had, with the field that named it.
@@ -86,7 +88,8 @@ def discriminator(config: AdversaryConfig, weights: bool = True, scan: bool = Fa
             fields = {**DINO[config.path], "blocks": dict(DINO[config.path]["blocks"])}
         else:
             fields, tensors = read_dino(config.path, "adversary.path", config.trunk_heads)
-        blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, scan=scan)
+        attention = attention if config.dtype == "bfloat16" else "xla"
+        blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, scan=scan, attention=attention)
         if any(tap >= blocks.depth for tap in config.taps):
             raise ConfigError(f"adversary.taps={config.taps}: the trunk has blocks 0 to {blocks.depth - 1}")
         module = DinoDiscriminator(

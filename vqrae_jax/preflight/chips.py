@@ -28,6 +28,7 @@ class Chip:
       bandwidth: bytes from and to the device's memory.
       link: bytes that a device sends, and at the same time receives, over one ICI axis (both directions) or NVLink.
       network: the same over the data centre's network.
+      side: of a TPU's matrix unit, which multiplies square tiles; 0 where tiles are small.
     """
 
     memory: float
@@ -36,14 +37,15 @@ class Chip:
     bandwidth: float
     link: float
     network: float
+    side: int = 0
 
 
 TPU_PASSES = {"default": 1, "highest": 6}
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 2.75e14, TPU_PASSES, 1.2e12, 9e10, 3.1e9),
-    "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9),
-    "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9),
-    "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10),
+    "v4": Chip(30.75 * GIB, 2.75e14, TPU_PASSES, 1.2e12, 9e10, 3.1e9, 128),
+    "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9, 128),
+    "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9, 128),
+    "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10, 256),
     "a100": Chip(80e9, 3.12e14, {"default": 2, "highest": 16}, 2.0e12, 3e11, 2.5e10),
     "h100": Chip(80e9, 9.89e14, {"default": 2, "highest": 14.8}, 3.35e12, 4.5e11, 5e10),
     "h200": Chip(141e9, 9.89e14, {"default": 2, "highest": 14.8}, 4.8e12, 4.5e11, 5e10),

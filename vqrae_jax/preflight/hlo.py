@@ -75,7 +75,7 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective of more than one device that runs at least once."""
         found, seen = [], set()
-        for computation, op, trips in self._executed(fusions=True):
+        for computation, op, trips in self.executed(fusions=True):
             kind = op.opcode.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)", op.attributes)
             if kind not in COLLECTIVES or (channel and channel[1] in seen):
@@ -95,12 +95,12 @@ class Program:
         What a fusion only slices counts by the slice, and what it updates in place by the update.
         """
         total = 0.0
-        for computation, op, trips in self._executed(fusions=False):
+        for computation, op, trips in self.executed(fusions=False):
             if op.opcode not in MOVES_NOTHING and not op.opcode.endswith("-done"):
                 total += trips * (self._read(computation, op) + self._written(computation, op))
         return total
 
-    def _executed(self, fusions: bool) -> Iterator[tuple[str, Instruction, float]]:
+    def executed(self, fusions: bool) -> Iterator[tuple[str, Instruction, float]]:
         """(computation, instruction, trips), loops unfolded; with `fusions` what is inside of them as well."""
         waiting = [(self.entry, 1.0)]
         while waiting:
@@ -133,6 +133,8 @@ class Program:
     def _read(self, computation: str, op: Instruction) -> float:
         body = self.computations[computation]
         sizes = [_bytes(body[o].shape, on_chip=False) for o in op.operands if o in body]
+        if op.opcode == "async-start":
+            return min(sum(sizes), self._started(computation, op, on_chip=True))
         if op.opcode in SLICES:
             return min(sizes[0], _bytes(op.shape)) if sizes else 0.0
         if op.opcode == "dynamic-update-slice":
@@ -143,12 +145,19 @@ class Program:
         return sum(sizes)
 
     def _written(self, computation: str, op: Instruction) -> float:
+        if op.opcode in ("copy-start", "async-start"):
+            return self._started(computation, op, on_chip=False)
         if op.opcode.endswith("-start"):  # its result repeats its operands
             return sum(_bytes(self.computations[computation][o].shape, on_chip=False) for o in op.operands)
         whole = _bytes(op.shape, on_chip=False)
         if op.opcode == "dynamic-update-slice":
             return min(whole, _bytes(self.computations[computation][op.operands[1]].shape))
         return min(whole, self._made(op.called("calls"))) if op.opcode == "fusion" and whole else whole
+
+    def _started(self, computation: str, op: Instruction, on_chip: bool) -> float:
+        """Bytes of what a copy or an asynchronous slice makes; its own shape repeats the operands."""
+        body = self.computations[computation]
+        return _bytes(op.shape, on_chip) - sum(_bytes(body[o].shape, on_chip) for o in op.operands)
 
     @functools.cache  # noqa: B019 - a program is read once and dropped
     def _used(self, fusion: str, index: int) -> float:
@@ -192,6 +201,12 @@ class Program:
         if op.opcode == "fusion":
             return min(_bytes(op.shape, on_chip=False), self._made(op.called("calls")))
         return _bytes(op.shape, on_chip=False)
+
+
+def array(shape: str) -> tuple[str, list[int], str]:
+    """Type, dimensions and layout of an array's shape; of a tuple's first."""
+    kind, dims, layout = ARRAY.findall(shape)[0]
+    return kind, _ints(dims) if dims else [], layout
 
 
 def axes(collective: Collective, mesh: dict[str, int]) -> tuple[str, ...]:

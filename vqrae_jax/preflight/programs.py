@@ -12,7 +12,7 @@ import numpy as np
 
 from vqrae_jax import sharding
 from vqrae_jax.config import Config, LossConfig, ModelConfig
-from vqrae_jax.preflight import flops, hlo, roofline, scaling
+from vqrae_jax.preflight import flops, hlo, padding, roofline, scaling
 from vqrae_jax.preflight.chips import Topology, TopologyError, positions
 from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.task import step_program
@@ -49,6 +49,9 @@ class Cost:
       collectives: (kind, mesh axes, bytes over all trips, how many run), largest first.
       roofline: None on a CPU, and where the program does not fit.
       slices: the same on slices of other sizes; empty where anything but the data axis is split.
+      waste: the share of a TPU's multiplications that is padding.
+      utilization: FLOPs of all passes relative to what the chips could do in the time, (at worst, at best).
+      products: the large ones on a TPU, each with its share of the FLOPs.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Cost:
     collectives: list[tuple[str, str, float, int]]
     roofline: roofline.Roofline | None
     slices: list[scaling.Size] = dataclasses.field(default_factory=list)
+    waste: float = 0.0
+    utilization: tuple[float, float] | None = None
+    products: list[tuple[float, padding.Product]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +163,22 @@ class Plan:
             stats.generated_code_size_in_bytes,
         )
         program = hlo.Program(text, self.mesh.size)
-        collectives, line, sizes = program.collectives(), None, []
+        collectives, line, sizes, beside, used, tiled = program.collectives(), None, [], 0.0, None, []
         if chip := self.topology.chip:
+            if chip.side:
+                tiled = padding.products(program, chip.side)
+                beside = padding.total(tiled, chip.passes["highest"])
             compute = flops.seconds(products, self.mesh.size, chip.flops, chip.passes)
-            line = roofline.Roofline(compute, program.memory_traffic() / chip.bandwidth, self._network(collectives))
+            memory_time = program.memory_traffic() / chip.bandwidth
+            line = roofline.Roofline(compute * (1 + beside), memory_time, self._network(collectives))
+            used = (compute / line.slowest, compute / line.fastest)
             if self.mesh.size == self.mesh.shape["data"] > 1:
                 sizes = scaling.sizes(collectives, self.topology)
         fits = memory.peak <= self.topology.memory
-        return Cost(name, images, memory, fits, total, parts, self._communication(collectives), line, sizes)
+        return Cost(
+            name, images, memory, fits, total, parts, self._communication(collectives), line, sizes,
+            beside / (1 + beside), used, padding.large(tiled),
+        )  # fmt: skip
 
     def _communication(self, collectives: list[hlo.Collective]) -> list[tuple[str, str, float, int]]:
         sums: dict[tuple[str, str], list[float]] = {}

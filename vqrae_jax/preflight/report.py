@@ -11,6 +11,7 @@ from vqrae_jax import storage
 from vqrae_jax.preflight import scaling
 from vqrae_jax.preflight.alternatives import Way
 from vqrae_jax.preflight.chips import GIB
+from vqrae_jax.preflight.padding import LARGE
 from vqrae_jax.preflight.programs import Cost
 
 
@@ -50,7 +51,10 @@ class Report:
 
     def print(self) -> None:
         console = Console(width=None if Console().is_terminal else 120, highlight=False)
-        tables = (self._memory(), self._time(), self._flops(), self._communication(), self._scaling(), self._others())
+        tables = (
+            self._memory(), self._time(), self._padding(), self._flops(), self._communication(), self._scaling(),
+            self._others(),
+        )  # fmt: skip
         for table in tables:
             if table.row_count:
                 console.print(table)
@@ -83,12 +87,27 @@ class Report:
         return table
 
     def _time(self) -> Table:
-        table = _table("roofline: ms per call if nothing else bound", "program", "images", "compute", "memory",
-                       "network", "binds", "images/s")  # fmt: skip
+        table = _table("roofline: ms per call if nothing else bound", "program", "images", "compute", "of it padding",
+                       "memory", "network", "binds", "images/s", "utilization")  # fmt: skip
         for c in self.programs:
             if line := c.roofline:
-                times = (f"{1e3 * t:.1f}" for t in (line.compute, line.memory, line.network))
-                table.add_row(c.name, f"{c.images:,}", *times, line.bound, _rate(c))
+                compute, memory, network = (f"{1e3 * t:.1f}" for t in (line.compute, line.memory, line.network))
+                padded = f"{c.waste:.0%}" if c.products else ""
+                worst, best = c.utilization
+                table.add_row(
+                    c.name, f"{c.images:,}", compute, padded, memory, network, line.bound, _rate(c),
+                    f"{worst:.0%} to {best:.0%}",
+                )  # fmt: skip
+        return table
+
+    def _padding(self) -> Table:
+        """Large products that fill the matrix unit badly."""
+        table = _table(f"products of training of which a tenth or more is padding, of {LARGE:.0%} of its FLOPs or more",
+                       "product", "result", "FLOPs", "padding")  # fmt: skip
+        for share, product in self.programs[0].products:
+            if product.waste >= 0.1:
+                name = "/".join(product.source.split("/")[-4:])
+                table.add_row(name, product.shape, f"{share:.1%}", f"{product.waste:.0%}")
         return table
 
     def _flops(self) -> Table:

@@ -62,7 +62,8 @@ class TokenizerTask:
         objective = Objective.build(config, built.module, pin, weights)
         adversary = None
         if config.adversary.discriminator != "none":
-            critic = critics.discriminator(config.adversary, weights, config.model.scan_layers)
+            model = config.model
+            critic = critics.discriminator(config.adversary, weights, model.scan_layers, model.attention)
             adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)
