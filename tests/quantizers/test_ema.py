@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqrae_jax.quantizers.blocks import Block
 from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.nearest import Block, nearest
+from vqrae_jax.quantizers.nearest import nearest
 
 
 def origin(arrays, **changes):

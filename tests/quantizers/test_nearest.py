@@ -9,10 +9,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.quantizers import nearest_gpu
-from vqrae_jax.quantizers.nearest import Block, Tile, nearest, nearest_other
+from vqrae_jax.quantizers.blocks import Block, Screen
+from vqrae_jax.quantizers.nearest import Tile, nearest, nearest_other
 from vqrae_jax.quantizers.statistics import code_counts, code_totals, one_hot_totals
 
-BLOCKS = [None, Block(1, 1), Block(7, 3), Block(64, 64), Block(128, 1000), Tile(64, 32, 16)]  # a Tile is the GPU's
+BLOCKS = [
+    None, Block(1, 1), Block(7, 3), Block(64, 64), Block(128, 1000), Screen(None, None), Screen(64, 32),
+    Tile(64, 32, 16),  # the GPU's
+]  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

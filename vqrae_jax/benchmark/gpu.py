@@ -56,6 +56,7 @@ PARTS = {
     "speed": [
         Figure("tokenize", "60 % of the ceiling, about 10,000 images/s", f"codes {SPEED} --batch=256 {PYTORCH}"),
         Figure("tokenize-cudnn", "as above", f"codes {SPEED} --batch=256 --attention=cudnn"),
+        Figure("tokenize-float32", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=float32"),
         Figure("tokenize-kernel", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=kernel"),
         Figure("tokenize-cores", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=tensor_cores"),
         Figure("tokenize-int8", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=int8"),

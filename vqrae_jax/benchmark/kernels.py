@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.benchmark.ceilings import measure, seconds
-from vqrae_jax.quantizers.nearest import Block, Tile, nearest
+from vqrae_jax.quantizers.blocks import Screen
+from vqrae_jax.quantizers.nearest import Tile, Way, nearest
 from vqrae_jax.quantizers.nearest_gpu import sorted_totals
 from vqrae_jax.quantizers.statistics import one_hot_totals
 
@@ -87,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def _searches(given: argparse.Namespace) -> Iterator[Row]:
     z, codebook = _latents(given)
-    blocks: list[Block | Tile | None] = [None, Block(4096, 4096), Block(16_384, 16_384), *TILES]
+    blocks: list[Way | None] = [None, "float32", Screen(4096, 4096), Screen(16_384, 16_384), *TILES]
     ways = {_name(b): functools.partial(nearest, block=b) for b in blocks}
     task = f"search, N = {given.latents}, K = {given.codes}, C = {given.channels}"
     yield from _rows(task, ways, (z, codebook), 2.0 * given.latents * given.codes * given.channels, given.rounds)
@@ -135,11 +136,11 @@ def _latents(given: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
     return z, codebook
 
 
-def _name(block: Block | Tile | None) -> str:
-    if block is None:
-        return "the backend's own"
-    if isinstance(block, Block):
-        return f"XLA, blocks of {block.rows} x {block.codes}"
+def _name(block: Way | None) -> str:
+    if block is None or block == "float32":
+        return f"the backend's own{(block and ' in float32') or ''}"
+    if isinstance(block, Screen):
+        return f"bfloat16 first, blocks of {block.rows} x {block.codes}"
     return f"kernel, tiles of {block.rows} x {block.codes}, {block.warps} warps, {block.precision}"
 
 

@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="as model.attention")
     parser.add_argument("--matmul", choices=["dtype", "int8", "fp8"], default="dtype", help="of encoder and codes")
-    parser.add_argument("--search", choices=list(stages.SEARCHES), default="own", help="of codes: the GPU's kernel")
+    parser.add_argument("--search", choices=list(stages.SEARCHES), default="own", help="of codes; own: the backend's")
     parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")
     parser.add_argument("--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: against it")
     parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True, help="as model.scan_layers")

@@ -18,11 +18,13 @@ from vqrae_jax.models.vit import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import export, families, tables
-from vqrae_jax.quantizers.nearest import Tile, nearest
+from vqrae_jax.quantizers.nearest import Tile, Way, nearest
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 
 NAMES = ("encoder", "codes", "decoder", "quantizer", "train_step")
-SEARCHES = {"own": None, "kernel": Tile(), "tensor_cores": Tile(precision="TF32_TF32_F32_X3")}
+SEARCHES = {
+    "own": None, "float32": "float32", "kernel": Tile(), "tensor_cores": Tile(precision="TF32_TF32_F32_X3"),
+}  # fmt: skip
 DINOV2 = {  # width, depth, heads of facebook/dinov2-*
     "tiny": (32, 2, 2),  # for tests
     "small": (384, 12, 6),
@@ -97,7 +99,7 @@ def _encoder(task: TokenizerTask, module: VQRAE) -> Stage:
     return _stage("encoder", _compile(encode, params, images), _image_tensors(images) | _encoder_tensors(params))
 
 
-def _codes(task: TokenizerTask, module: VQRAE, block: Tile | None) -> Stage:
+def _codes(task: TokenizerTask, module: VQRAE, block: Way | None) -> Stage:
     """Tokenizing without reading or writing: encoder and search."""
     images, params, codebook = _images(task), _params(task, "encoder"), _codebook(task)
 

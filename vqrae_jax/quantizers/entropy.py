@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vqrae_jax.quantizers.base import kept_mean
-from vqrae_jax.quantizers.nearest import strided
+from vqrae_jax.quantizers.blocks import strided
 
 SOFT_BLOCK = 2**24  # probabilities that exist at once (64 MiB)
 

@@ -43,14 +43,14 @@ def kmeans(
     codes = _seeds(key, z, codes, keep)
 
     def iterate(_, codes):
-        indices = nearest(z, codes, distance)
+        indices = nearest(z, codes, distance, "float32")
         counts = code_counts(indices, len(codes), keep)
         means = code_totals(z, indices, len(codes), keep) / jnp.maximum(counts, 1)[:, None]
         means = unit(means) if distance == "cosine" else means
         return jnp.where(counts[:, None] > 0, means, codes)
 
     codes = jax.lax.fori_loop(0, ITERATIONS, iterate, codes)
-    counts = code_counts(nearest(z, codes, distance), len(codes), keep)
+    counts = code_counts(nearest(z, codes, distance, "float32"), len(codes), keep)
     return codes, counts.astype(jnp.float32)
 
 
@@ -101,7 +101,7 @@ def _seeds(
         gap, seeds = state
         drawn = draw(jax.random.fold_in(key, i), jnp.where(keep, gap, 0.0), size // rounds)
         new = jnp.where(keep[drawn][:, None], z[drawn], 0.0)
-        _, distance = nearest_with_distance(z, new)
+        _, distance = nearest_with_distance(z, new, block="float32")
         # Round i fills rows i, i + rounds, ...: a codebook sharded over its rows stays where it is.
         return jnp.minimum(gap, distance), jax.lax.dynamic_update_index_in_dim(seeds, new, i, axis=1)
 

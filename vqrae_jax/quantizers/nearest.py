@@ -6,23 +6,18 @@ device searches its own codes for its own rows, and only (distance, index) of th
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.quantizers import screened
+from vqrae_jax.quantizers.blocks import Block, Screen, lanes_of, over_rows, strided
 
 Distance = Literal["l2", "cosine", "dot"]
-
-LANES = 8  # contiguous parts of the codebook, searched side by side; a codebook may be sharded this many ways
-
-
-class Block(NamedTuple):
-    """How many rows are compared with how many codes at once."""
-
-    rows: int
-    codes: int
 
 
 class Tile(NamedTuple):
@@ -40,14 +35,22 @@ class Tile(NamedTuple):
     precision: str = "highest"
 
 
+Way = Block | Screen | Tile | Literal["float32"]
+
 # On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them;
 # elsewhere blocks need only bound the memory (256 MiB).
 CPU_BLOCK = Block(1024, 1024)
 DEFAULT_BLOCK = Block(16_384, 4096)
+# XLA for TPU fuses what reduces scores into their products.
+GPU_SCREEN = Screen(*DEFAULT_BLOCK)
+TPU_SCREEN = Screen(None, None)
 
 
 def nearest(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | Tile | None = None
+    z: Float[Array, "N C"],
+    codebook: Float[Array, "K C"],
+    distance: Distance = "l2",
+    block: Way | None = None,
 ) -> Int[Array, " N"]:
     """The index of the nearest code of each row; ties go to the lowest index.
 
@@ -58,7 +61,9 @@ def nearest(
       z: latents. A row that is not finite gets some index in [0, K).
       codebook: codes, finite.
       distance: "l2", "cosine" (the largest cosine of the angle, whatever the lengths) or "dot" (the largest product).
-      block: sizes to use instead of the backend's own; a Tile is searched by the GPU kernel.
+      block: a way to search instead of the backend's own, which is "float32" on a CPU and a Screen elsewhere: there
+        products of bfloat16 first rule out most codes, with the same result. A Block is float32 in blocks of other
+        sizes, a Tile a kernel for GPUs.
 
     Returns:
       Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
@@ -67,30 +72,20 @@ def nearest(
 
 
 def nearest_with_distance(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Block | Tile | None = None
+    z: Float[Array, "N C"],
+    codebook: Float[Array, "K C"],
+    distance: Distance = "l2",
+    block: Way | None = None,
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """As `nearest`, and for "l2" the squared distance, at least zero and good to float32 relative to |z|^2.
 
     For "cosine" and "dot" the second is minus the largest product of z with a (unit) code.
     """
-    z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook))
+    z, codes = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (z, codebook))
     codes = unit(codes) if distance == "cosine" else codes
     offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
-    if isinstance(block, Tile):
-        from vqrae_jax.quantizers import nearest_gpu
-
-        index, score = nearest_gpu.search(z, codes, offsets, block)
-    elif block is not None:
-        index, score = _blocked(z, codes, offsets, block)
-    else:
-        index, score = jax.lax.platform_dependent(
-            z,
-            codes,
-            offsets,
-            cpu=functools.partial(_blocked, block=CPU_BLOCK),
-            tpu=_whole,
-            default=functools.partial(_blocked, block=DEFAULT_BLOCK),
-        )
+    search = _way(block)
+    index, score = search(z, codes, offsets)
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
@@ -127,17 +122,37 @@ def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
-def strided(x: Shaped[Array, " N *c"], rows: int) -> Shaped[Array, "R S *c"]:
-    """Rows in S blocks of about `rows`: block i holds rows i, i + S, ...; where R S > N, the last rows are zero.
+def _way(block: Way | None) -> Callable[..., tuple[Int[Array, " N"], Float[Array, " N"]]]:
+    """(z, codes, offsets) -> the lowest index of the smallest offsets[k] - z @ codes[k], and that value."""
+    if isinstance(block, Tile):
+        from vqrae_jax.quantizers import nearest_gpu
 
-    Contiguous blocks would cut the row axis, and a loop over a sharded axis gathers it.
-    """
-    n = len(x)
-    size = _largest_divisor(n, rows)
-    if 4 * size < min(n, rows):
-        size = min(n, rows)
-        x = jnp.pad(x, ((0, -n % size), *((0, 0),) * (x.ndim - 1)))
-    return x.reshape(size, -1, *x.shape[1:])
+        return functools.partial(nearest_gpu.search, tile=block)
+    if isinstance(block, Screen):
+        return functools.partial(screened.search, sizes=block, exact=_float32)
+    if isinstance(block, Block):
+        return functools.partial(_blocked, block=block)
+    if block == "float32":
+        return _float32
+    return functools.partial(
+        jax.lax.platform_dependent,
+        cpu=_float32,
+        tpu=functools.partial(screened.search, sizes=TPU_SCREEN, exact=_float32),
+        default=functools.partial(screened.search, sizes=GPU_SCREEN, exact=_float32),
+    )
+
+
+def _float32(
+    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    return jax.lax.platform_dependent(
+        z,
+        codes,
+        offsets,
+        cpu=functools.partial(_blocked, block=CPU_BLOCK),
+        tpu=_whole,
+        default=functools.partial(_blocked, block=DEFAULT_BLOCK),
+    )
 
 
 def _whole(
@@ -151,32 +166,8 @@ def _whole(
 def _blocked(
     z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    n = len(z)
-    rows = strided(z, block.rows)
-    lanes, lane_offsets, width = _lanes(codes, offsets, block.codes)
-
-    def search(_, i):
-        x = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
-        return None, _search(x, lanes, lane_offsets, width, len(codes))
-
-    _, found = jax.lax.scan(search, None, jnp.arange(rows.shape[1]))
-    index, score = (x.T.reshape(-1) for x in found)
-    return (index, score) if len(index) == n else (index[:n], score[:n])
-
-
-def _lanes(
-    codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: int
-) -> tuple[Float[Array, "L S C"], Float[Array, "L S"], int]:
-    """Codes in L contiguous lanes, and how many of each lane make a block; the padding is infinitely far."""
-    size = len(codes)
-    lanes = min(LANES, size & -size)  # a power of two that divides K
-    width = max(1, min(block, size) // lanes)
-    padding = -(size // lanes) % width
-    return (
-        jnp.pad(codes.reshape(lanes, size // lanes, -1), ((0, 0), (0, padding), (0, 0))),
-        jnp.pad(offsets.reshape(lanes, -1), ((0, 0), (0, padding)), constant_values=jnp.inf),
-        width,
-    )
+    lanes, lane_offsets, width = lanes_of(codes, offsets, block.codes)
+    return over_rows(lambda x: _search(x, lanes, lane_offsets, width, len(codes)), block.rows, z)
 
 
 def _search(
@@ -210,7 +201,3 @@ def _first_minimum(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b"], In
 def _scores(z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Float[Array, "N K"]:
     """Half the squared distance less |z|^2 / 2, which is the same for all codes."""
     return offsets - jnp.dot(z, codes.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
