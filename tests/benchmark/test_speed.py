@@ -36,6 +36,15 @@ def test_table_json_and_roofline(tmp_path, capsys):
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("scan", ["--scan", "--no-scan"])
+def test_pytorch_is_told_the_same_however_blocks_are_held(scan):
+    given = speed.parse(["train_step", *TINY, scan])
+    stage, _ = stages.build("train_step", given)
+    names = [name for name in stage.tensors if "block" in name or "layer" in name]
+    assert len(names) > 20
+    assert all(np.ndim(stage.tensors[name]) <= 2 for name in names)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
 @pytest.mark.parametrize("stage", stages.NAMES)
 def test_pytorch_computes_the_same(stage, capsys):

@@ -110,6 +110,26 @@ def test_one_compilation_per_run_and_one_state(tiny, tmp_path, one_device):
     run.close()
 
 
+@pytest.fixture
+def fetched(monkeypatch):
+    """Counts arrays whose values are brought to the host: each is a wait for the device."""
+    from jax._src.array import ArrayImpl
+
+    count, value = [], ArrayImpl._value.fget
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda self: count.append(self.shape) or value(self)))
+    return count
+
+
+def test_between_two_lines_of_the_log_nothing_waits_for_the_device(tiny, tmp_path, one_device, fetched):
+    found = []
+    for steps in (4, 12):
+        seldom = {"steps": steps, "log_every": steps, "evaluate_every": steps, "checkpoint_every": steps}
+        start = len(fetched)
+        loop.train(tiny(train=seldom), tmp_path / str(steps), one_device)
+        found.append(len(fetched) - start)
+    assert found[0] == found[1] > 0
+
+
 def test_another_architecture_is_refused(tiny, straight, one_device):
     workdir, _ = straight
     with pytest.raises(checkpoint.CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
