@@ -119,3 +119,10 @@ def test_rows_stay_on_their_devices(codes):
     )
     assert largest <= (1 if codes == P() else z.size // 4)
     np.testing.assert_array_equal(program(z, codebook), search(z, codebook)[0])
+
+
+@pytest.mark.parametrize(("platform", "screens"), [("cpu", False), ("tpu", True), ("cuda", True)])
+def test_accelerators_multiply_bfloat16_first(platform, screens):
+    shapes = (jax.ShapeDtypeStruct((256, 32), jnp.float32), jax.ShapeDtypeStruct((64, 32), jnp.float32))
+    text = jax.jit(nearest).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert bool(re.search(r"dot_general.*xbf16>", text)) == screens

@@ -2,7 +2,8 @@
 
 The search walks over blocks of rows and of codes and keeps the best so far. It needs no knowledge of a mesh: rows and
 codes are laid out so that rows sharded over one mesh axis and codes sharded over another stay where they are, every
-device searches its own codes for its own rows, and only (distance, index) of the best crosses devices.
+device searches its own codes for its own rows, and only (distance, index) of the best crosses devices. Where float32 is
+slow to multiply, products of bfloat16 come first (`screened`); candidates among sharded codes then cross devices too.
 """
 
 import functools
@@ -37,11 +38,10 @@ class Tile(NamedTuple):
 
 Way = Block | Screen | Tile | Literal["float32"]
 
-# On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them;
-# elsewhere blocks need only bound the memory (256 MiB).
+# On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them; on a
+# GPU blocks need only bound the memory (256 MiB). XLA for TPU fuses what reduces scores into their products.
 CPU_BLOCK = Block(1024, 1024)
 DEFAULT_BLOCK = Block(16_384, 4096)
-# XLA for TPU fuses what reduces scores into their products.
 GPU_SCREEN = Screen(*DEFAULT_BLOCK)
 TPU_SCREEN = Screen(None, None)
 
