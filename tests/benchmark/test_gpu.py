@@ -47,7 +47,7 @@ def test_every_figure_runs(part, tmp_path):
         name = shlex.split(figure.arguments)[0]
         smaller = {
             "kernels": "--latents=64 --codes=64 --channels=32 --images=1 --heads=1 --tokens 17 --rounds=1",
-            "end_to_end": "--steps=40 --batch=2 --size=32",
+            "end_to_end": "--steps=40 --batch=8 --size=32",
         }.get(name, smaller)
         arguments = [f"--only={figure.name}", f"--output={tmp_path}", f"--smaller={smaller}", "--limit=300"]
         benchmark.main(["gpu", part, *arguments])
