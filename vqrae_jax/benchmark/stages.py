@@ -14,7 +14,7 @@ import numpy as np
 from vqrae_jax import assembly, sharding
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.models.encoder import with_matmul
-from vqrae_jax.models.vit import unstack_blocks
+from vqrae_jax.models.vit import restack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import export, families, tables
@@ -224,18 +224,13 @@ def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
 
 
 def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
-    params = {**params, "vit": _unstacked(params["vit"])}
-    tree = export.to_state_dict(params, families.FAMILIES["Dinov2withNorm"].table, 5)
+    tree = export.to_state_dict(restack_blocks(params, {"vit": False}), families.FAMILIES["Dinov2withNorm"].table, 5)
     return {f"encoder/{n}": t for n, t in tree.items()}
 
 
 def _decoder_tensors(params: Any) -> dict[str, np.ndarray]:
-    tree = _unstacked(jax.tree.map(np.array, params))
+    tree = restack_blocks(jax.tree.map(np.array, params), {"": False})
     return {f"decoder/{n}": t for n, t in export.to_state_dict(tree, tables.DECODER_TABLE).items()}
-
-
-def _unstacked(params: Any) -> Any:
-    return unstack_blocks(params) if "blocks" in params else params
 
 
 def _tokens(latent: jax.Array) -> np.ndarray:

@@ -37,6 +37,12 @@ class Instruction:
     attributes: str
     root: bool
 
+    @property
+    def source(self) -> str:
+        """The name of the operation in the traced program, or ""."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def called(self, attribute: str) -> str:
         """The computation that an attribute names, or ""."""
         found = re.search(rf"{attribute}=%?([\w.-]+)", self.attributes)
@@ -84,9 +90,8 @@ class Program:
             groups = _groups(op, self.devices)
             size = sum(_bytes(self.computations[computation][o].shape) for o in op.operands)
             size *= len(groups[0]) if kind == "all-gather" else 1
-            source = re.search(r'op_name="([^"]*)"', op.attributes)
             if len(groups[0]) > 1:
-                found.append(Collective(kind, groups, size, trips, source[1] if source else ""))
+                found.append(Collective(kind, groups, size, trips, op.source))
         return found
 
     def memory_traffic(self) -> float:
@@ -203,10 +208,10 @@ class Program:
         return _bytes(op.shape, on_chip=False)
 
 
-def array(shape: str) -> tuple[str, list[int], str]:
-    """Type, dimensions and layout of an array's shape; of a tuple's first."""
-    kind, dims, layout = ARRAY.findall(shape)[0]
-    return kind, _ints(dims) if dims else [], layout
+def array(shape: str) -> tuple[list[int], str]:
+    """Dimensions and layout of an array's shape; of a tuple's first."""
+    _, dims, layout = ARRAY.findall(shape)[0]
+    return _ints(dims) if dims else [], layout
 
 
 def axes(collective: Collective, mesh: dict[str, int]) -> tuple[str, ...]:

@@ -60,8 +60,8 @@ def large(found: list[Product]) -> list[tuple[float, Product]]:
 
 
 def _product(body: Computation, op: Instruction, trips: float, side: int) -> Product:
-    (_, left, _), (_, right, _) = (array(body[name].shape) for name in op.operands)
-    kind, out, layout = array(op.shape)
+    (left, _), (right, _) = (array(body[name].shape) for name in op.operands)
+    out, layout = array(op.shape)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     taps = 1.0
     for axis, window in enumerate(_windows(op.attributes, sum(label.isdigit() for label in labels[1]))):
@@ -71,11 +71,8 @@ def _product(body: Computation, op: Instruction, trips: float, side: int) -> Pro
         taps *= _multiplied(n, size, length, *window) / length
     contracted = right[labels[2].index("i")] * taps
     padded = math.ceil(contracted / side) * side / contracted * _tiled(out, layout)
-    source = re.search(r'op_name="([^"]*)"', op.attributes)
-    return Product(
-        f"{kind}[{','.join(map(str, out))}]", source[1] if source else "", 2.0 * math.prod(out) * contracted * trips,
-        padded - 1, "highest" in op.attributes,
-    )  # fmt: skip
+    needed = 2.0 * math.prod(out) * contracted * trips
+    return Product(op.shape.partition("{")[0], op.source, needed, padded - 1, "highest" in op.attributes)
 
 
 def _windows(attributes: str, axes: int) -> list[tuple[int, int, int, int]]:
@@ -83,11 +80,11 @@ def _windows(attributes: str, axes: int) -> list[tuple[int, int, int, int]]:
     given = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(word.split("=") for word in given[1].split()) if given else {}
 
-    def numbers(name: str, otherwise: str) -> list[int]:
-        return [int(text.split("_")[0]) for text in fields.get(name, "x".join([otherwise] * axes)).split("x") if text]
+    def numbers(name: str, otherwise: int) -> list[int]:
+        return [int(text.split("_")[0]) for text in fields[name].split("x")] if name in fields else [otherwise] * axes
 
-    names = (("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1"), ("pad", "0_0"))
-    return list(zip(*(numbers(*name) for name in names), strict=True))
+    names = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
+    return list(zip(*(numbers(*name) for name in names.items()), strict=True))
 
 
 def _multiplied(n: int, size: int, length: int, stride: int, spread: int, step: int, before: int) -> int:

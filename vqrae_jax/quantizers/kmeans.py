@@ -42,6 +42,7 @@ def kmeans(
     keep = jnp.ones(len(z), bool) if keep is None else keep
     codes = _seeds(key, z, codes, keep)
 
+    # In float32 at once: in loops around a search by bfloat16 first XLA would store all rows in bfloat16 as well.
     def iterate(_, codes):
         indices = nearest(z, codes, distance, "float32")
         counts = code_counts(indices, len(codes), keep)

@@ -47,10 +47,7 @@ TPU_SCREEN = Screen(None, None)
 
 
 def nearest(
-    z: Float[Array, "N C"],
-    codebook: Float[Array, "K C"],
-    distance: Distance = "l2",
-    block: Way | None = None,
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Way | None = None
 ) -> Int[Array, " N"]:
     """The index of the nearest code of each row; ties go to the lowest index.
 
@@ -72,10 +69,7 @@ def nearest(
 
 
 def nearest_with_distance(
-    z: Float[Array, "N C"],
-    codebook: Float[Array, "K C"],
-    distance: Distance = "l2",
-    block: Way | None = None,
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Way | None = None
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """As `nearest`, and for "l2" the squared distance, at least zero and good to float32 relative to |z|^2.
 
@@ -84,8 +78,7 @@ def nearest_with_distance(
     z, codes = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (z, codebook))
     codes = unit(codes) if distance == "cosine" else codes
     offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
-    search = _way(block)
-    index, score = search(z, codes, offsets)
+    index, score = _way(block)(z, codes, offsets)
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 

@@ -22,6 +22,9 @@ PARTS = 32  # of each group, searched again one at a time while any row is in do
 Found = tuple[Int[Array, " N"], Float[Array, " N"]]
 Best = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
+# No score at all, at indices that exist.
+NOTHING = (np.float32(np.inf), np.int32(0), np.float32(np.inf), np.int32(0), np.float32(np.inf))
+
 
 def search(
     z: Float[Array, "N C"],
@@ -48,7 +51,7 @@ def search(
     return _again(z, doubtful, (index, score), lambda rows: exact(rows, codes, offsets))
 
 
-def merge(a: Best, b: Best) -> Best:
+def _merge(a: Best, b: Best) -> Best:
     """Of both: the smallest score and its index, the second and its index, and the third; of equals the lower index."""
     a1, i1, a2, i2, a3 = a
     b1, j1, b2, j2, b3 = b
@@ -64,16 +67,14 @@ def merge(a: Best, b: Best) -> Best:
 
 
 def _nothing(shape: tuple[int, ...]) -> Best:
-    """No score at all: +inf everywhere, at an index that exists."""
-    return tuple(jnp.full(shape, np.inf if i % 2 == 0 else 0, "f4" if i % 2 == 0 else "i4") for i in range(5))
+    return tuple(jnp.full(shape, x) for x in NOTHING)
 
 
 def _least(scores: Float[Array, "*b S"]) -> Best:
-    """`merge` of the last axis, in one reduction, which XLA for TPU fuses into the products."""
+    """`_merge` of the last axis, in one reduction, which XLA for TPU fuses into the products."""
     positions = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    start = (np.float32(np.inf), np.int32(0), np.float32(np.inf), np.int32(0), np.float32(np.inf))
     given = (scores, positions, *_nothing(scores.shape)[2:])
-    return tuple(jax.lax.reduce(given, start, merge, (scores.ndim - 1,)))
+    return tuple(jax.lax.reduce(given, NOTHING, _merge, (scores.ndim - 1,)))
 
 
 def _screen(
@@ -90,7 +91,7 @@ def _screen(
     def visit(best: Best, i: jax.Array) -> tuple[Best, None]:
         part, offset = (jax.lax.dynamic_slice_in_dim(a, i * width, width, axis=1) for a in (lanes, offsets))
         first, at_first, second, at_second, third = look(part, offset)
-        return merge(best, (first, at_first + i * width, second, at_second + i * width, third)), None
+        return _merge(best, (first, at_first + i * width, second, at_second + i * width, third)), None
 
     if length == width:
         first, at_first, second, at_second, third = look(lanes, offsets)
