@@ -47,6 +47,12 @@ def test_the_command_writes_the_table(arguments, tmp_path, capsys):
     assert table[2] in capsys.readouterr().out
 
 
+def test_the_row_of_k_means_keeps_the_codes_it_is_given(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizer_table, "lloyd", lambda z, size: np.zeros((size, z.shape[-1]), np.float32))
+    quantizers.main([*arguments, "--steps=1", "--quantizers=k-means"])
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][1]["use"] == 1 / 2048
+
+
 def test_rows_that_do_not_exist_are_named(arguments):
     with pytest.raises(ConfigError, match="--quantizers=emu: choose from none,k-means,ema,"):
         quantizers.main([*arguments, "--quantizers=emu,ema"])

@@ -230,10 +230,25 @@ def test_a_batch_without_a_finite_latent_changes_no_code(clusters):
     jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
 
 
-def test_frozen_codes_never_change(clusters):
-    module, variables = fresh(clusters[0], frozen=True)
-    _, after = train(module, variables, clusters[0])
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
+@pytest.mark.parametrize("start", ["kmeans", "data", "normal"])
+def test_frozen_codes_are_those_of_the_first_batch_for_good(clusters, start):
+    """As random ones they would lie where no latent is, and never move."""
+    module, variables = fresh(clusters[0], frozen=True, start=start)
+    _, waiting = train(module, variables, np.full_like(clusters[0], np.nan))
+    jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
+    first, begun = train(module, waiting, clusters[0])
+    learning, _ = train(module.clone(frozen=False), waiting, clusters[0])
+    np.testing.assert_array_equal(first.z, learning.z)
+    assert (float(first.metrics["quantization_error"]) < 0.5) == (start != "normal")
+    _, after = train(module, begun, clusters[1], seed=1)
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], begun["batch_stats"])
+
+
+def test_freezing_keeps_codes_that_were_learned(clusters):
+    module, variables = fresh(clusters[0])
+    _, learned = train(module, variables, clusters[0])
+    _, after = train(module.clone(frozen=True), learned, clusters[1], seed=1)
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], learned["batch_stats"])
 
 
 def test_cosine_codes_stay_on_the_sphere(clusters):

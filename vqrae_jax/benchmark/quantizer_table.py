@@ -177,7 +177,8 @@ def _train(
         "decoder": jax.jit(decoder.init)(jax.random.key(1), data.latents[:1]),
     }
     if name == "k-means":
-        variables["quantizer"]["batch_stats"]["codebook"] = lloyd(data.latents, quantizer.num_embeddings)
+        codes = lloyd(data.latents, quantizer.num_embeddings)
+        variables["quantizer"]["batch_stats"] |= {"codebook": codes, "step": jnp.ones((), jnp.int32)}  # it has begun
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
     rate = learning_rate(OPTIMIZER, steps)

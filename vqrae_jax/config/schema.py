@@ -53,7 +53,7 @@ class QuantizerParams(Section):
     # ema, simvq: what gradient a latent receives through the choice of its code
     estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
     decay_warmup: bool = True  # ema: the decay of step t is t / (t + 1) until it reaches vq_decay
-    frozen: bool = False  # ema: the codes never change
+    frozen: bool = False  # ema: the first codes (codebook_init, or train.start_from's) never change
     input_projection: bool = False  # simvq: latents pass a learned linear map that nothing undoes, as in the origin
     legacy: bool = True  # simvq: commitment_cost weighs the codebook's term, as in the VQGAN release
     levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)  # fsq: values per quantized channel

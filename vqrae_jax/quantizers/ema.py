@@ -46,7 +46,7 @@ class EMAQuantizer(nn.Module):
         a constant decay keeps the first codes, fitted to one batch, for 1 / (1 - decay) steps.
       distance: "l2", or "cosine": latents and codes of unit length (Yu et al. 2021, arXiv:2110.04627).
       estimator: the gradient through the choice, see `estimators`.
-      frozen: the codes never change.
+      frozen: the first codes, or those of a state that has begun, never change.
       diversity_cost, temperature: weight of `entropy.diversity` of the soft codes, and its temperature. Running means
         take no gradient: it spreads the latents, through whatever is trained before the quantizer.
 
@@ -82,8 +82,8 @@ class EMAQuantizer(nn.Module):
         if self.distance == "cosine":
             flat = unit(flat)
             fixed = jax.lax.stop_gradient(flat)
-        learns = train and not self.frozen and not self.is_initializing()
-        if learns and self.start != "normal":
+        trains = train and not self.is_initializing()
+        if trains and self.start != "normal":
             self._begin(fixed, finite)
         indices = nearest(fixed, self.codebook.value, self.distance)
         codes = look_up(self.codebook.value, indices)
@@ -93,7 +93,9 @@ class EMAQuantizer(nn.Module):
         if self.diversity_cost:
             codebook = jax.lax.stop_gradient(self.codebook.value)
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
-        if learns:
+        if trains and self.frozen:
+            self.step.value = jnp.maximum(self.step.value, jnp.any(finite))  # the codes have begun
+        elif trains:
             metrics["revived"] = self._update(fixed, finite, indices, metrics["counts"])
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
