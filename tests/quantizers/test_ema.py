@@ -185,6 +185,37 @@ def test_revival_conserves_counts_and_places(clusters):
     assert gap.min(1).max() < 3  # next to a code, and no longer at 100
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
+    """Each by a latent of its own, so that none of them is another one's double."""
+    module, variables = fresh(clusters[0][:3], start="normal", decay_warmup=False)
+    state = variables["batch_stats"] | {"counts": jnp.full(64, 1e-6).at[0].set(1.0)}  # 63 are dead
+    state["codebook"] = jnp.full((64, 8), 100.0).at[0].set(0.0)
+    state["sums"] = state["codebook"] * module._smoothed(state["counts"])[:, None]
+    z = clusters[0][:3].copy()
+    z[:bad] = np.nan
+    out, after = train(module, {"batch_stats": state}, z)
+    moved = np.abs(after["batch_stats"]["codebook"]).max(1) < 50
+    assert out.metrics["revived"] == 3 - bad == moved[1:].sum()
+    assert len(np.unique(after["batch_stats"]["codebook"][moved], axis=0)) == 4 - bad
+    shares = np.asarray(after["batch_stats"]["counts"])[moved]
+    np.testing.assert_allclose(shares, shares.mean(), rtol=1e-5)
+
+
+def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
+    """First codes that stand for no latent have a place and a count, but are dead."""
+    points = np.repeat(clusters[0][:16], 8, axis=0)
+    module, variables = fresh(points)
+    out, after = train(module, variables, points)
+    state = after["batch_stats"]
+    assert out.metrics["starved"] >= 64 - 16
+    np.testing.assert_allclose(state["counts"].min(), 0.2 * 128 / 64)
+    codes = state["sums"] / module._smoothed(state["counts"])[:, None]
+    np.testing.assert_allclose(codes, state["codebook"], rtol=1e-5, atol=1e-6)
+    out, _ = train(module, after, points, seed=1)
+    assert out.metrics["revived"] == 4  # of 64, at once
+
+
 def test_no_collapse_from_a_cold_start(clusters):
     """The origin ends with two codes here (its golden run has 28, 2, 2, 1, 1 in use)."""
     module, variables = fresh(clusters[0], start="normal", revival_threshold=0.0)

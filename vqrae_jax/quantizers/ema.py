@@ -122,9 +122,10 @@ class EMAQuantizer(nn.Module):
             begins, self.make_rng("codes"), flat, self.codebook.value, self.counts.value, self.start, self.distance,
             finite,
         )  # fmt: skip
-        # A code that stands for no latent is just alive: at zero it would have no place (sums / counts).
-        alive = jnp.sum(finite) / self.num_embeddings * max(self.revival_threshold, 0.1)
-        counts = jnp.where(begins, jnp.maximum(counts, alive), counts)
+        # A code that stands for no latent gets a small count: at zero it would have no place (sums / counts). Where
+        # other codes have latents it is dead for all that, until latents choose it or it is revived.
+        least = jnp.sum(finite) / self.num_embeddings * max(self.revival_threshold, 0.1)
+        counts = jnp.where(begins, jnp.maximum(counts, least), counts)
         self.codebook.value, self.counts.value = codes, counts
         self.sums.value = jnp.where(begins, codes * self._smoothed(counts)[:, None], self.sums.value)
 
@@ -166,7 +167,8 @@ class EMAQuantizer(nn.Module):
         sums: Float[Array, "K C"],
     ) -> tuple[Float[Array, " K"], Float[Array, "K C"], Int[Array, ""]]:
         """Dead codes split codes in use: new counts and sums, and how many codes moved."""
-        limit = -(-self.num_embeddings // REVIVAL_SHARE)
+        # No more than there are latents: two codes that moved by the same latent would be one code twice.
+        limit = min(-(-self.num_embeddings // REVIVAL_SHARE), len(flat))
         dead = jax.lax.top_k(-counts, limit)[1]
         latent = draw(key, finite.astype(jnp.float32), limit)
         moves = self._is_dead(counts)[dead] & finite[latent] & allowed
