@@ -45,6 +45,8 @@ QUANTIZERS = {
     "residual_dropout": Residual(tuple(EMAQuantizer(K, C) for _ in range(2)), C, dropout=0.5),
     "product": Product(tuple(EMAQuantizer(K, 3) for _ in range(2)), C),
     "multiscale": MultiScale(EMAQuantizer(K, C), C, (2, 4)),
+    "multiscale_gumbel": MultiScale(GumbelQuantizer(K, C), C, (2, 4)),
+    "multiscale_projected": MultiScale(Projected(LFQ(4), C, 4), C, (2, 4)),
 }
 # Compiling is all that these tests spend time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -173,7 +175,7 @@ def test_every_parameter_and_the_latents_receive_a_gradient(name):
 @each
 def test_codes_are_those_of_one_codebook(name):
     codes = jit(functools.partial(QUANTIZERS[name].apply, method="codes"))(trained(name))
-    if name in ("fsq", "lfq", "bsq"):
+    if name in ("fsq", "lfq", "bsq", "multiscale_projected"):
         assert codes is None
     else:
         assert len(codes) == K

@@ -4,7 +4,8 @@ import pytest
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.fsq import FSQ
-from vqrae_jax.quantizers.multiscale import MultiScale, averaging, bicubic
+from vqrae_jax.quantizers.multiscale import MultiScale, averaging
+from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import ABSENT, Residual
 
 
@@ -63,14 +64,48 @@ def test_multiscale_prefixes_decode_closer_and_bad_lengths_are_named(z):
         module.apply(variables, out.indices[:, :7], method="lookup")
 
 
-def test_resampling_keeps_constants_and_equals_pytorch(golden):
+def test_the_gradient_of_straight_through_scales_is_one_straight_through(z):
+    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 3, 4))
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    given = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
+    pulled = jax.vjp(lambda z: module.apply(variables, z).z, z)[1](given)[0]
+    np.testing.assert_array_equal(pulled, given)
+
+
+def test_what_decodes_the_scales_learns_from_the_decoder(z):
+    """A bias behind the codes moves every latent of every scale, and receives the mean of the scales' gradients."""
+    module = MultiScale(Projected(EMAQuantizer(32, 3), 6, 3), 6, (1, 2, 4))
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    gradient = jax.grad(lambda params: module.apply({**variables, "params": params}, z).z.sum())(variables["params"])
+    np.testing.assert_allclose(gradient["quantizer"]["project_out"]["bias"], np.full(6, 16 * 4 * 4), rtol=1e-5)
+    assert np.any(gradient["quantizer"]["project_in"]["kernel"])
+
+
+def test_a_broken_latent_costs_its_own_cell_alone(z):
+    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
+    _, variables = trained(module, z)
+    bad = z.copy()
+    bad[0, 1, 2, 3], bad[5, :2, :2, 0] = np.nan, np.inf  # one latent; all four of a cell of the grid of two
+    out = jax.jit(lambda z: module.apply(variables, z))(bad)
+    assert out.metrics["nonfinite"] == 5
+    assert out.metrics["counts"].sum() == 16 * (1 + 4 + 16) - 5 - 1
+    assert np.isfinite(out.z).all()
+
+
+def test_a_cell_is_the_mean_of_its_finite_latents(z):
+    """Copies of one latent that break change nothing in the cell that holds them."""
+    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 3, 4))
+    _, variables = trained(module, z)
+    same = np.broadcast_to(z[:, :1, :1], z.shape).copy()
+    bad = same.copy()
+    bad[:, 0, 1:], bad[:, 3, 3] = np.nan, -np.inf
+    whole, broken = (np.asarray(jax.jit(module.apply)(variables, x).indices) for x in (same, bad))
+    np.testing.assert_array_equal(broken[:, 0], whole[:, 0])
+    # In the grid of three the cells of the first row are the first and, in part, the second row of latents.
+    np.testing.assert_array_equal(broken[:, 1:10], whole[:, 1:10])
+
+
+def test_averaging_keeps_constants():
     for source, target in ((8, 3), (5, 4), (4, 4)):
         np.testing.assert_allclose(averaging(source, target).sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(averaging(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
-    np.testing.assert_allclose(bicubic(3, 7).sum(1), 1, rtol=1e-6)
-    arrays = np.load(golden / "resize.npz")
-    name = next(n for n in arrays.files if n.startswith("bicubic_") and "antialias" not in n and n.endswith("_in"))
-    image, expected = arrays[name], arrays[name.removesuffix("_in") + "_out"]
-    rows, columns = (bicubic(image.shape[i], expected.shape[i]) for i in (1, 2))
-    found = np.einsum("is,jt,bstc->bijc", rows, columns, image)
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error
-from vqrae_jax.quantizers.estimators import straight_through
+from vqrae_jax.quantizers.estimators import value_of
+from vqrae_jax.resize import resize
 
 
 class MultiScale(nn.Module):
@@ -15,8 +16,10 @@ class MultiScale(nn.Module):
 
     What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
     sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. All
-    scales share one codebook, which learns from each in turn. The gradient to z is straight-through; the loss is the
-    mean of the scales'.
+    scales share one codebook, which learns from each in turn; a latent that is not finite is left out of the means, and
+    a cell without a finite one is passed over. The gradient is the mean of the scales': each takes what its grid holds
+    through its quantizer and its parameters, and the rest as it is, so that straight-through quantizers are one
+    straight-through in all. The loss is the mean of the scales' too.
 
     Attributes:
       quantizer: of every scale.
@@ -49,18 +52,20 @@ class MultiScale(nn.Module):
         if z.ndim != 4 or z.shape[1:3] != (side, side):
             raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
         flat, finite = flatten(z, self.channels)
-        grid = flat.reshape(z.shape)
-        left, total = jnp.where(finite.reshape(*z.shape[:-1], 1), grid, jnp.nan), jnp.zeros(z.shape)
+        grid, keep = flat.reshape(z.shape), finite.reshape(*z.shape[:-1], 1)
+        left, total, through = grid, jnp.zeros(z.shape), 0.0
         outs = []
         for size in self.grids:
-            out = self.quantizer(_resample(averaging(side, size), left), train)
-            part = _resample(bicubic(size, side), jax.lax.stop_gradient(out.z))
+            cells = _means(left, keep, size)
+            out = self.quantizer(cells, train)
+            part = self._enlarged(jax.lax.stop_gradient(out.z))
             left, total = left - part, total + part
+            through += self._enlarged(out.z - cells)  # for its gradient alone
             outs.append(out)
         metrics = [out.metrics for out in outs]
         sums = {n: sum(m[n] for m in metrics) for n in ("revived", "starved") if n in metrics[0]}
         return Quantized(
-            z=straight_through(grid, total),
+            z=value_of(total, grid + through / len(outs)),
             indices=jnp.concatenate([out.indices.reshape(len(z), -1) for out in outs], axis=1),
             loss=sum(out.loss for out in outs) / len(outs),
             metrics={
@@ -87,11 +92,14 @@ class MultiScale(nn.Module):
         for size, end in zip(self.grids, ends, strict=True):
             if end <= indices.shape[1]:
                 part = indices[:, end - size**2 : end].reshape(-1, size, size)
-                total += _resample(bicubic(size, side), self.quantizer.lookup(part))
+                total += self._enlarged(self.quantizer.lookup(part))
         return total
 
     def codes(self) -> Float[Array, "K c"] | None:
         return self.quantizer.codes()
+
+    def _enlarged(self, z: Float[Array, "B s s C"]) -> Float[Array, "B h w C"]:
+        return resize(z, self.grids[-1], self.grids[-1], "bicubic")
 
 
 def averaging(source: int, target: int) -> Float[np.ndarray, "target source"]:
@@ -102,17 +110,12 @@ def averaging(source: int, target: int) -> Float[np.ndarray, "target source"]:
     return (np.maximum(covered, 0) * target / source).astype(np.float32)
 
 
-def bicubic(source: int, target: int) -> Float[np.ndarray, "target source"]:
-    """Cubic convolution (a = -0.75), half-pixel centres, border repeated: how PyTorch enlarges."""
-    centres = (np.arange(target) + 0.5) * source / target - 0.5
-    first = np.floor(centres).astype(int) - 1
-    matrix = np.zeros((target, source))
-    for tap in range(4):
-        x = np.abs(centres - (first + tap))
-        near = 1.25 * x**3 - 2.25 * x**2 + 1
-        far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(matrix, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(x <= 1, near, far))
-    return matrix.astype(np.float32)
+def _means(z: Float[Array, "B s s C"], keep: Bool[Array, "B s s 1"], size: int) -> Float[Array, "B t t C"]:
+    """Of the latents that `keep` marks in every cell; NaN, which quantizers pass over, where it has none."""
+    matrix = averaging(z.shape[1], size)
+    share = _resample(matrix, keep.astype(jnp.float32))
+    means = _resample(matrix, jnp.where(keep, z, 0.0)) / jnp.where(share > 0, share, 1.0)
+    return jnp.where(share > 0, means, jnp.nan)
 
 
 def _resample(matrix: Float[np.ndarray, "t s"], z: Float[Array, "B s s C"]) -> Float[Array, "B t t C"]:
