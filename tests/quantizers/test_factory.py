@@ -48,6 +48,8 @@ def test_defaults_are_the_origins_where_it_names_them():
     [
         ("lfq", {"num_embeddings": 100}, "num_embeddings=100"),
         ("bsq", {"codebook_dim": 5}, "codebook_dim=5"),
+        ("lfq", {"codebook_dim": 5}, "codebook_dim=5"),
+        ("residual", {"codebook_dim": 5, "inner": "lfq"}, "codebook_dim=5"),
         ("product", {"groups": 5}, "groups=5"),
         ("multiscale", {"grids": (1, 2)}, r"grids=\(1, 2\)"),
         ("multiscale", {"grids": (2, 1, 4)}, r"grids=\(2, 1, 4\)"),

@@ -45,7 +45,9 @@ class EncoderParams(Section):
 class QuantizerParams(Section):
     """Fields of one or some quantizers; the names before the colon read them."""
 
-    codebook_dim: Positive | None = None  # all but fsq, none: channels of the codes, by learned projections in and out
+    # all but fsq, none: channels of the codes, by learned projections in and out; lfq, bsq: only log2 num_embeddings,
+    # which they have by themselves
+    codebook_dim: Positive | None = None
     # all but none: principal axes of the latent that are kept, at variance one; those of normalization_stat_path where
     # the file has them, else of the first batch
     whitening_dim: Positive | None = None
