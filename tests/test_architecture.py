@@ -30,7 +30,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "models": {"quantizers", "resize"},
     "quantizers": {"resize"},
     "pretrained": {"resize", "storage"},
-    "assembly": {"models", "quantizers", "pretrained", "config"},
+    "assembly": {"models", "quantizers", "pretrained", "config", "sharding"},
     "critics": {"assembly", "models", "pretrained", "config"},
     "evaluation": {"assembly", "models", "pretrained", "config"},
     "inference": {

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
+from vqrae_jax import sharding
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
-from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, stack_blocks, unpinned, unstack_blocks
+from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
+from vqrae_jax.models.vit import BlocksConfig, Spread, ViTConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
 from vqrae_jax.quantizers import factory
@@ -42,7 +45,7 @@ def assemble(
     config: ModelConfig,
     latent_stats: dict[str, np.ndarray] | None = None,
     weights: bool = True,
-    pin: Callable[[Tokens], Tokens] = unpinned,
+    mesh: Mesh | None = None,
 ) -> Assembly:
     """Builds the module and reads the pretrained weights that the config names.
 
@@ -50,13 +53,13 @@ def assemble(
       config: the model section.
       latent_stats: statistics that are already at hand (from a checkpoint) instead of normalization_stat_path.
       weights: False reads the descriptions only, for shapes.
-      pin: says where tokens live, see BlocksConfig.
+      mesh: that the model will run on; tokens are split over it as batches are. None: left to the compiler.
 
     Raises:
       ConfigError, PretrainedError: naming the field, before anything is compiled.
     """
-    encoder, folder = _encoder(config, pin)
-    decoder = _decoder(config, encoder, pin)
+    encoder, folder = _encoder(config, spread(mesh))
+    decoder = _decoder(config, encoder, spread(mesh))
     whitening = {}
     if latent_stats is None and config.normalization_stat_path:
         whitening = _whitening(config, encoder)
@@ -148,17 +151,22 @@ def _initialize(module: VQRAE):
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
 
 
-def encoder_alone(
-    config: ModelConfig, pin: Callable[[Tokens], Tokens] = unpinned
-) -> tuple[Encoder, dict[str, Any] | None]:
+def spread(mesh: Mesh | None) -> Spread:
+    """Batches are split over the mesh's data axes, heads over "model"."""
+    if mesh is None:
+        return Spread()
+    return Spread(functools.partial(sharding.pin_batch, mesh=mesh), functools.partial(sharding.per_device, mesh=mesh))
+
+
+def encoder_alone(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, dict[str, Any] | None]:
     """The encoder that the config names, and its pretrained parameters; None where they start random."""
-    encoder, folder = _encoder(config, pin)
+    encoder, folder = _encoder(config, spread(mesh))
     image = jax.ShapeDtypeStruct((1, config.encoder_input_size, config.encoder_input_size, 3), jnp.float32)
     want = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
     return encoder, None if folder is None else _read_encoder(config, want, folder)
 
 
-def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Encoder, pathlib.Path | None]:
+def _encoder(config: ModelConfig, where: Spread) -> tuple[Encoder, pathlib.Path | None]:
     """The encoder and the folder of its weights, None where they start random."""
     params = config.encoder_params
     family = families.FAMILIES[config.encoder_cls]
@@ -188,7 +196,7 @@ def _encoder(config: ModelConfig, pin: Callable[[Tokens], Tokens]) -> tuple[Enco
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, pin=pin)
+    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=where)
     if not params.layers:
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     _check_layers("model.encoder_params.layers", params.layers, blocks)
@@ -210,7 +218,7 @@ def _weights_source(config: ModelConfig) -> tuple[str, str]:
     return config.encoder_config_path, "model.encoder_config_path"
 
 
-def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Tokens]) -> Decoder:
+def _decoder(config: ModelConfig, encoder: Encoder, where: Spread) -> Decoder:
     if config.decoder_config_path in SIZES:
         width, depth, heads, mlp = SIZES[config.decoder_config_path]
         act, eps = "gelu", 1e-12
@@ -223,7 +231,7 @@ def _decoder(config: ModelConfig, encoder: Encoder, pin: Callable[[Tokens], Toke
         )
     blocks = BlocksConfig(
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
-        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, pin=pin,
+        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, spread=where,
     )  # fmt: skip
     _check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vqrae_jax import assembly
 from vqrae_jax.config import AdversaryConfig, ConfigError, ModelConfig, PerceptualConfig
@@ -15,7 +16,8 @@ from vqrae_jax.models.convnext import ConvNeXtConfig
 from vqrae_jax.models.discriminator import DinoDiscriminator, PatchDiscriminator
 from vqrae_jax.models.lpips import LPIPS
 from vqrae_jax.models.perceptual import EncoderDistance, LogitDistance
-from vqrae_jax.models.vit import BlocksConfig, Tokens, ViTConfig, stack_blocks, unpinned, unstack_blocks
+from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
+from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
 from vqrae_jax.pretrained.dino import convert_dino, read_dino
 from vqrae_jax.pretrained.errors import PretrainedError
@@ -31,8 +33,10 @@ class Critic:
     params: dict[str, Any]  # numpy, float32
 
 
-def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpinned, weights: bool = True) -> Critic:
+def perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights: bool = True) -> Critic:
     """The distance of two batches of pictures in [0, 1] -> [B]; with weights=False its params are shapes.
+
+    `mesh` is that on which it will run, if on one.
 
     Raises:
       PretrainedError, ConfigError: its weights cannot be had, with the field that named them.
@@ -57,7 +61,7 @@ def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpin
             encoder_params={"layers": config.layers, "fusion": "concat", "architecture": config.architecture},
             dtype=config.dtype,
         )
-        encoder, params = assembly.encoder_alone(model, pin)
+        encoder, params = assembly.encoder_alone(model, mesh)
         module = EncoderDistance(encoder)
         if not weights:
             return Critic(module, jax.eval_shape(module.init, jax.random.key(0), image, image)["params"])
@@ -68,7 +72,11 @@ def perceptual(config: PerceptualConfig, pin: Callable[[Tokens], Tokens] = unpin
 
 
 def discriminator(
-    config: AdversaryConfig, weights: bool = True, scan: bool = False, attention: Literal["xla", "cudnn"] = "xla"
+    config: AdversaryConfig,
+    mesh: Mesh | None = None,
+    weights: bool = True,
+    scan: bool = False,
+    attention: Literal["xla", "cudnn", "pallas"] = "xla",
 ) -> Critic:
     """Pictures in [0, 1] -> logits; `params` is {"trunk": ...} of the DINO discriminator, empty for PatchGAN.
 
@@ -89,7 +97,10 @@ def discriminator(
         else:
             fields, tensors = read_dino(config.path, "adversary.path", config.trunk_heads)
         attention = attention if config.dtype == "bfloat16" else "xla"
-        blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, scan=scan, attention=attention)
+        blocks = BlocksConfig(
+            **fields.pop("blocks"), dtype=config.dtype, scan=scan, attention=attention,
+            spread=assembly.spread(mesh),
+        )  # fmt: skip
         if any(tap >= blocks.depth for tap in config.taps):
             raise ConfigError(f"adversary.taps={config.taps}: the trunk has blocks 0 to {blocks.depth - 1}")
         module = DinoDiscriminator(

@@ -4,7 +4,6 @@ import numpy as np
 from scipy.stats import norm
 
 from vqrae_jax.models.activations import gelu
-from vqrae_jax.models.vit import attend
 
 X = np.linspace(-12, 12, 4001)
 
@@ -18,15 +17,3 @@ def test_gelu_and_its_slope_equal_the_definition():
 def test_gelu_in_half_precision_rounds_once():
     x = jnp.asarray(X, jnp.bfloat16)
     np.testing.assert_array_equal(jax.jit(gelu)(x), jax.jit(gelu)(x.astype(jnp.float32)).astype(jnp.bfloat16))
-
-
-def test_attention_equals_jax_and_survives_large_scores():
-    query, key, value = 30 * jax.random.normal(jax.random.key(0), (3, 2, 17, 4, 8))
-    theirs = jax.nn.dot_product_attention
-    np.testing.assert_allclose(jax.jit(attend)(query, key, value), theirs(query, key, value), rtol=1e-4, atol=1e-4)
-    ours, expected = (
-        jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2)))(query, key, value) for f in (attend, theirs)
-    )
-    for a, b in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-    assert np.isfinite(attend(100 * query, 100 * key, value)).all()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.models.decoder import Decoder, sincos_table
-from vqrae_jax.models.vit import BlocksConfig, stack_blocks, unstack_blocks
+from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
+from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.pretrained import convert, tables
 
 

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vqrae_jax.models.vit import BlocksConfig, run_blocks
+from vqrae_jax import assembly, sharding
+from vqrae_jax.models import attention_tpu
+from vqrae_jax.models.vit import BlocksConfig, Spread, run_blocks
 from vqrae_jax.preflight import flops
 
 B, N, D, HEADS, MLP, L = 2, 10, 16, 2, 48, 3
@@ -50,6 +52,25 @@ def test_transformer_blocks(scan, remat):
     # Twice the forward pass; recomputing leaves out what no gradient needs, the mlp's last product.
     recomputed = BLOCK - 2 * B * N * D * MLP if remat else 0
     assert total(step, backward=True) == L * (2 * BLOCK + recomputed)
+
+
+def test_a_kernel_counts_for_every_picture_and_every_device():
+    mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
+    for spread in (Spread(), assembly.spread(mesh)):
+        module = Decoder(BlocksConfig(D, L, HEADS, MLP, attention="pallas", spread=spread), name="decoder")
+        x = jnp.zeros((B, N, D))
+        params = jax.eval_shape(module.init, jax.random.key(0), x)
+
+        def loss(params, x, module=module):
+            return module.apply(params, x).sum()
+
+        step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x)
+        assert {p.part for p in step} == {"decoder"}
+        assert total(step, backward=False) == L * BLOCK
+        assert total(step, backward=True) == L * (2 * BLOCK + ATTENTION)  # both products again, where it is no kernel
+    inputs = (jnp.zeros((B, N, HEADS, D // HEADS)),) * 3
+    alone = traced(lambda *x: attention_tpu.run(attention_tpu.mix, x, 1, interpret=True), *inputs)
+    assert total(alone) == ATTENTION
 
 
 def test_precision_decides_the_time():

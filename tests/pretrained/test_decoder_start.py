@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from vqrae_jax.assembly import assemble
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import folder
-from vqrae_jax.models.vit import unstack_blocks
+from vqrae_jax.models.stacking import unstack_blocks
 from vqrae_jax.pretrained import convert
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.tables import DECODER_TABLE

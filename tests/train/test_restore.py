@@ -9,7 +9,7 @@ import pytest
 
 from vqrae_jax import checkpoint
 from vqrae_jax.config import ConfigError
-from vqrae_jax.models.vit import restack_blocks, stacked_blocks
+from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train import loop, restore
 from vqrae_jax.train.tokenizer import TokenizerTask
 

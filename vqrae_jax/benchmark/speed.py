@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, default=8192, help="codebook size")
     parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
-    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="as model.attention")
+    parser.add_argument("--attention", choices=["xla", "cudnn", "pallas"], default="xla", help="as model.attention")
     parser.add_argument("--matmul", choices=["dtype", "int8", "fp8"], default="dtype", help="of encoder and codes")
     parser.add_argument("--search", choices=list(stages.SEARCHES), default="own", help="of codes; own: the backend's")
     parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")

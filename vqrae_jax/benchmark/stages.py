@@ -14,7 +14,7 @@ import numpy as np
 from vqrae_jax import assembly, sharding
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.models.encoder import with_matmul
-from vqrae_jax.models.vit import restack_blocks
+from vqrae_jax.models.stacking import restack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import export, families, tables

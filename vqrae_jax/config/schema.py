@@ -107,7 +107,9 @@ class ModelConfig(Section):
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
     revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
-    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; not measured
+    # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; pallas: ours on TPUs; elsewhere both are as xla. Not
+    # measured.
+    attention: Literal["xla", "cudnn", "pallas"] = "xla"
     # Blocks of the decoder and of frozen ViTs stacked and scanned: fast to compile, and fast on a CPU, where XLA else
     # computes the gradient of the residual stream anew in every block.
     scan_layers: bool = True

@@ -19,7 +19,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax import storage
 from vqrae_jax.inference import command, folder
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.models.vit import unstack_blocks
+from vqrae_jax.models.stacking import unstack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
 from vqrae_jax.quantizers.none import NoQuantizer

@@ -8,6 +8,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -85,8 +86,8 @@ def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in tensors}
 
 
-def read(path: str | os.PathLike) -> tuple[VQRAE, dict[str, Any]]:
-    """The module and its variables, with the encoder from where config.json says.
+def read(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
+    """The module, to run on `mesh` if on one, and its variables, with the encoder from where config.json says.
 
     Raises:
       PretrainedError: the folder is damaged, or the encoder cannot be had or is another one than it was.
@@ -96,7 +97,7 @@ def read(path: str | os.PathLike) -> tuple[VQRAE, dict[str, Any]]:
     flat = {name: np.asarray(leaf) for name, leaf in readers.read_tensors(file, "--checkpoint").items()}
     variables = {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
     stats = variables["batch_stats"].get("latent", {})
-    built = assembly.assemble(read_config(folder), latent_stats=stats, weights=encoder is not None)
+    built = assembly.assemble(read_config(folder), latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
         loaded = built.pretrained["encoder"]
         if (digest := export.content_hash(loaded)) != encoder["sha256"]:

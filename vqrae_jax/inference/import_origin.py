@@ -15,7 +15,7 @@ from vqrae_jax import assembly, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import command, folder
-from vqrae_jax.models.vit import stack_blocks
+from vqrae_jax.models.stacking import stack_blocks
 from vqrae_jax.pretrained import origin, readers, sources
 
 

@@ -63,21 +63,21 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
 
     Args:
       found: by `locate`.
-      mesh: where the variables of a checkpoint are placed; None: on this process's first device. Those of a folder are
-        numpy arrays.
+      mesh: that the model will run on, and where the variables of a checkpoint are placed; None: this process's first
+        device. Those of a folder are numpy arrays.
 
     Raises:
       CheckpointError: it is of another architecture than its config.
       PretrainedError: the encoder's weights cannot be had, or the folder is damaged.
     """
     if found.run is None:
-        return exported.read(found.path)
+        return exported.read(found.path, mesh)
     saved = checkpoint.saved_shapes(found.path)
     # What train.start_from gave and did not train is in a checkpoint too.
     held, settings = {*found.run.train.trainable, *saved["params"]}, found.config
     if "decoder" in held:  # what it started from may be gone by now
         settings = settings.model_copy(update={"pretrained_decoder_path": None})
-    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}))
+    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}), mesh=mesh)
     shapes = assembly.shapes(built)
     trained = {n: p for n, p in shapes["params"].items() if n in held}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)

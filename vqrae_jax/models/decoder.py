@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         x, _ = run_blocks(c, x + pos.astype(x.dtype))
         x = layer_norm(c, "norm")(x)[:, 1:]
         pixels = nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32)
-        pixels = c.pin(pixels)
+        pixels = c.spread.pin(pixels)
         image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
         image = image * jnp.asarray(self.std) + jnp.asarray(self.mean)
         features = nn.Dense(self.features, **dense, name="features")(x) if self.features else None

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions, stack_blocks
+from vqrae_jax.models.stacking import stack_blocks
+from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
 from vqrae_jax.resize import resize
 
 Fusion = Literal["sum", "mean", "concat"]
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         taps = tuple(layer % self.vit.blocks.depth for layer in self.layers)
         outputs, (h, w) = ViT(self.vit, name="vit")(image, taps)
         norm = layer_norm(self.vit.blocks, "norm", affine=not self.normalize)
-        latents = [self.vit.blocks.pin(norm(tokens)).reshape(len(image), h, w, -1) for tokens in outputs]
+        latents = [self.vit.blocks.spread.pin(norm(tokens)).reshape(len(image), h, w, -1) for tokens in outputs]
         if self.fusion == "concat":
             return jnp.concatenate(latents, axis=-1)
         return sum(latents) / (len(latents) if self.fusion == "mean" else 1)

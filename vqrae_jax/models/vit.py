@@ -5,7 +5,6 @@ Axes: B batch, H W pixels, h w patch grid, N tokens, D width, P patch side, L de
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,16 +13,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vqrae_jax.models import low_precision
+from vqrae_jax.models import attention_tpu, low_precision
 from vqrae_jax.models.activations import ACTIVATIONS
+from vqrae_jax.models.attention import Heads, attend
 from vqrae_jax.resize import resize
 
 Tokens = Float[Array, "B N D"]
 
 
-def unpinned(x: Tokens) -> Tokens:
-    """Leaves the placement of tokens to the compiler."""
+def unchanged(x: Any) -> Any:
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the work on tokens is spread over devices, as whoever shards the model says; else it is left to the compiler.
+
+    Attributes:
+      pin: identity on the tokens between blocks that says where they live: parameters split over the devices of a batch
+        would otherwise draw the partitioner into splitting the tokens' channels as well.
+      per_device: makes a function of arrays [B, N, K, d], K heads, run on every device with its part of them: the
+        partitioner cannot split a kernel.
+    """
+
+    pin: Callable[[Tokens], Tokens] = unchanged
+    per_device: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +56,10 @@ class BlocksConfig:
     scan: bool = False  # parameters stacked along a leading axis and scanned
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of activations; norms and softmax stay float32
-    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: NVIDIA's fused kernel, in bfloat16; where there is a GPU
+    # cudnn: NVIDIA's fused kernel, in bfloat16, where there is a GPU; pallas: `attention_tpu`, where there is a TPU
+    attention: Literal["xla", "cudnn", "pallas"] = "xla"
     matmul: Literal["dtype", "int8", "fp8"] = "dtype"  # of the blocks' dense layers; eight bits for frozen weights only
-    # Identity on the tokens between blocks by which whoever shards the model says where they live: parameters split
-    # over the devices of a batch would otherwise draw the partitioner into splitting the tokens' channels as well.
-    pin: Callable[[Tokens], Tokens] = unpinned
+    spread: Spread = Spread()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +133,6 @@ def dense_options(cfg: BlocksConfig) -> dict[str, Any]:
     return options
 
 
-Heads = Float[Array, "B N K d"]
-
-
-def attend(query: Heads, key: Heads, value: Heads, precision: jax.lax.Precision | None = None) -> Heads:
-    """softmax(query key^T / sqrt(d)) value, head by head; scores and softmax are float32.
-
-    What the softmax divides by divides the mixed values instead of the N x N weights, and heads lie before tokens: both
-    spare passes over memory (Rabe & Staats 2021, arXiv:2112.05682). On a CPU a block's attention and its gradient take
-    two thirds of the time of `jax.nn.dot_product_attention`.
-    """
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    scores = product("bhnd,bhdm->bhnm", query, key.swapaxes(2, 3))
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp((scores - largest) * query.shape[-1] ** -0.5)
-    mixed = product("bhnm,bhmd->bhnd", weights.astype(value.dtype), value) / weights.sum(-1, keepdims=True)
-    return mixed.astype(value.dtype).swapaxes(1, 2)
-
-
 def attending(cfg: BlocksConfig) -> Callable[[Heads, Heads, Heads], Heads]:
     """`attend` for these blocks; for bfloat16 its gradient computes the N x N weights again (Chen et al. 2016).
 
@@ -156,6 +150,32 @@ def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNor
     return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
 
 
+class FlatHeads(nn.Module):
+    """As `nn.DenseGeneral` to K heads of width d, parameter by parameter, but computed as [B, N, K * d].
+
+    As [B, N, K, d] a TPU would keep the result with its tokens in lanes, for XLA's attention and not for the kernel's.
+    """
+
+    cfg: BlocksConfig
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N K d"]:
+        c = self.cfg
+        heads = (c.heads, c.width // c.heads)
+
+        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return nn.initializers.lecun_normal()(key, (c.width, c.width)).reshape(shape)
+
+        kernel = self.param("kernel", draw, (c.width, *heads)).reshape(c.width, c.width)
+        bias = self.param("bias", nn.initializers.zeros, heads).reshape(c.width) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=c.dtype)
+        options = dense_options(c)
+        product = options.get("dot_general", jax.lax.dot_general)
+        x = product(x, kernel, (((2,), (0,)), ((), ())), precision=options["precision"])
+        return (x if bias is None else x + bias).reshape(*x.shape[:2], *heads)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over [B, N, D]."""
 
@@ -165,11 +185,15 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B N D"], rope: Rope | None = None) -> Float[Array, "B N D"]:
         c = self.cfg
         head = functools.partial(nn.DenseGeneral, (c.heads, c.width // c.heads), **dense_options(c))
+        if c.attention == "pallas":
+            head = functools.partial(FlatHeads, c)
         query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        # The fused kernel cannot even be traced where there is no GPU.
-        if c.attention == "cudnn" and jax.default_backend() == "gpu":
+        if c.attention == "pallas":
+            mixed = attention_tpu.attend(query, key, value, c.spread.per_device, matmul_precision(c.dtype))
+        # NVIDIA's kernel cannot even be traced where there is no GPU.
+        elif c.attention == "cudnn" and jax.default_backend() == "gpu":
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         else:
             mixed = attending(c)(query, key, value)
@@ -219,70 +243,30 @@ def run_blocks(
 ) -> tuple[Float[Array, "B N D"], list[Float[Array, "B N D"]]]:
     """Creates and runs the blocks inside the calling module's compact method.
 
-    Parameters are `block00`, `block01`, ... or, scanned, `blocks` with a leading axis L; `stack_blocks` and
-    `unstack_blocks` convert between the two.
+    Parameters are `block00`, `block01`, ... or, scanned, `blocks` with a leading axis L; `models.stacking` converts
+    between the two.
 
     Returns the last block's output and the outputs of the blocks in `taps` (0 is the first).
     """
-    x = cfg.pin(x)
+    pin = cfg.spread.pin
+    x = pin(x)
     block = nn.remat(Block, prevent_cse=not cfg.scan) if cfg.remat else Block
     if not cfg.scan:
         outputs = []
         for i in range(cfg.depth):
-            x = cfg.pin(block(cfg, name=f"block{i:02d}")(x, rope))
+            x = pin(block(cfg, name=f"block{i:02d}")(x, rope))
             outputs.append(x)
         return x, [outputs[i] for i in taps]
 
     last = cfg.depth - 1
 
     def body(one: nn.Module, carry: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array | None]:
-        carry = cfg.pin(one(carry, rope))
+        carry = pin(one(carry, rope))
         return carry, carry if set(taps) - {last} else None  # of all blocks or none
 
     scan = nn.scan(body, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth)
     x, outputs = scan(block(cfg, name="blocks"), x, rope)
     return x, [x if i == last else outputs[i] for i in taps]
-
-
-def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """{block00: ..., block01: ..., rest} -> {blocks: stacked along a leading axis, rest}."""
-    names = sorted(n for n in params if re.fullmatch(r"block\d+", n))
-    rest = {n: p for n, p in params.items() if n not in names}
-    return {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[n] for n in names))}
-
-
-def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_blocks`."""
-    stacked = params["blocks"]
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    single = {f"block{i:02d}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)}
-    return {**{n: p for n, p in params.items() if n != "blocks"}, **single}
-
-
-def stacked_blocks(params: dict[str, Any], name: str = "") -> dict[str, bool]:
-    """Of every network in params, by name, whether its blocks are stacked."""
-    if not isinstance(params, dict):
-        return {}
-    found = {}
-    if "blocks" in params or "block00" in params:
-        found[name] = "blocks" in params
-    for n, tree in params.items():
-        found |= stacked_blocks(tree, n)
-    return found
-
-
-def restack_blocks(tree: Any, stacked: dict[str, bool], name: str = "") -> Any:
-    """`tree`, any nest that holds trees of params (an optimizer's state, say), with blocks as `stacked_blocks` says."""
-    if isinstance(tree, dict):
-        if stacked.get(name) and "block00" in tree:
-            return stack_blocks(tree)
-        if stacked.get(name) is False and "blocks" in tree:
-            return unstack_blocks(tree)
-        return {n: restack_blocks(value, stacked, n) for n, value in tree.items()}
-    if isinstance(tree, tuple):
-        parts = [restack_blocks(part, stacked, name) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
 
 
 class ViT(nn.Module):

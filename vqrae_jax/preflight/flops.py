@@ -64,9 +64,18 @@ def _products(jaxpr: Jaxpr, stack: str, trips: float) -> Iterator[tuple[str, str
             branches = [list(_products(b.jaxpr, here, trips)) for b in eqn.params["branches"]]
             yield from max(branches, key=lambda found: sum(flops for *_, flops in found))
         elif name != "while":
-            inner = trips * (eqn.params["length"] if name == "scan" else 1)
+            inner = trips * _repeated(name, eqn.params)
             for body in _bodies(eqn.params):
                 yield from _products(body, here, inner)
+
+
+def _repeated(primitive: str, params: dict[str, Any]) -> int:
+    """How often what a primitive holds is run."""
+    if primitive == "scan":
+        return params["length"]
+    if primitive == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["mesh"].size if primitive == "shard_map" else 1  # every device runs it on its part
 
 
 def _bodies(params: dict[str, Any]) -> Iterator[Jaxpr]:

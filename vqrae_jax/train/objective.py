@@ -7,12 +7,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vqrae_jax import critics
 from vqrae_jax.config import Config
 from vqrae_jax.losses import features, pixel
 from vqrae_jax.models.encoder import Encoder
-from vqrae_jax.models.vit import Tokens
 from vqrae_jax.models.vqrae import VQRAE
 
 
@@ -35,14 +35,14 @@ class Objective:
     perceptual: critics.Critic | None
 
     @classmethod
-    def build(cls, config: Config, module: VQRAE, pin: Callable[[Tokens], Tokens], weights: bool = True) -> "Objective":
+    def build(cls, config: Config, module: VQRAE, mesh: Mesh, weights: bool = True) -> "Objective":
         """Reads the weights of the perceptual network, if it has a weight; with weights=False only their shapes.
 
         Raises:
           PretrainedError, ConfigError: they cannot be had.
         """
         wanted = config.loss.perceptual
-        return cls(config, module.encoder, critics.perceptual(wanted, pin, weights) if wanted.weight else None)
+        return cls(config, module.encoder, critics.perceptual(wanted, mesh, weights) if wanted.weight else None)
 
     @property
     def needs_teacher(self) -> bool:

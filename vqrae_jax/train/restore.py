@@ -12,7 +12,7 @@ from vqrae_jax import checkpoint, distributed
 from vqrae_jax.assembly import Placement
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from vqrae_jax.config import ConfigError, TrainConfig
-from vqrae_jax.models.vit import restack_blocks, stacked_blocks
+from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)

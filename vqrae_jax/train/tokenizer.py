@@ -44,8 +44,7 @@ class TokenizerTask:
 
         With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
         """
-        pin = functools.partial(sharding.pin_batch, mesh=mesh)
-        built = assembly.assemble(config.model, weights=weights, pin=pin)
+        built = assembly.assemble(config.model, weights=weights, mesh=mesh)
         start = restore.start_shapes(config.train, assembly.shapes(built)) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
@@ -59,11 +58,11 @@ class TokenizerTask:
                 f"model.decoder_patch_size={config.model.decoder_patch_size} x the latent grid of {grid} paints "
                 f"pictures of {painted} pixels, but data.image_size={given}: set {fits}data.image_size={painted}"
             )
-        objective = Objective.build(config, built.module, pin, weights)
+        objective = Objective.build(config, built.module, mesh, weights)
         adversary = None
         if config.adversary.discriminator != "none":
             model = config.model
-            critic = critics.discriminator(config.adversary, weights, model.scan_layers, model.attention)
+            critic = critics.discriminator(config.adversary, mesh, weights, model.scan_layers, model.attention)
             adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)

@@ -1,0 +1,99 @@
+"""Attention by ordinary operations equals the definition; the TPU's kernel, interpreted, equals it."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import sharding
+from vqrae_jax.models import attention_tpu
+from vqrae_jax.models.attention import attend
+from vqrae_jax.models.vit import BlocksConfig, run_blocks
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def test_attention_equals_jax_and_survives_large_scores():
+    query, key, value = 30 * jax.random.normal(jax.random.key(0), (3, 2, 17, 4, 8))
+    theirs = jax.nn.dot_product_attention
+    np.testing.assert_allclose(jax.jit(attend)(query, key, value), theirs(query, key, value), rtol=1e-4, atol=1e-4)
+    ours, expected = (
+        jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2)))(query, key, value) for f in (attend, theirs)
+    )
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+    assert np.isfinite(attend(100 * query, 100 * key, value)).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"),
+    [(37, 4, 64), pytest.param(257, 2, 64, id="cls and 16 x 16"), pytest.param(19, 16, 72, id="ViT-XL"), (20, 3, 20)],
+)
+def test_the_kernel_and_its_gradient_equal_attention(tokens, heads, width):
+    shape = (4, 2, tokens, heads, width)
+    query, key, value, gradient = jax.random.normal(jax.random.key(0), shape)
+    expected, pull = jax.vjp(functools.partial(attend, precision=EXACT), query, key, value)
+    (mixed,) = attention_tpu.run(attention_tpu.mix, (query, key, value), 1, EXACT, interpret=True)
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
+    found = attention_tpu.run(attention_tpu.pull_back, (query, key, value, gradient), 3, EXACT, interpret=True)
+    for a, b in zip(found, pull(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def test_the_kernel_survives_large_scores_in_bfloat16():
+    query, key, value = (1000 * jax.random.normal(jax.random.key(0), (3, 1, 17, 2, 64))).astype(jnp.bfloat16)
+    (mixed,) = attention_tpu.run(attention_tpu.mix, (query, key, value), 1, interpret=True)
+    assert mixed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (mixed, attend(query, key, value))), rtol=2e-2)
+
+
+def test_what_does_not_fit_is_known():
+    def room(tokens: int, heads: int, width: int) -> bool:
+        return attention_tpu.fits(jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.bfloat16), 7)
+
+    assert room(257, 12, 64)
+    assert room(257, 16, 72)
+    assert room(1025, 12, 64)
+    assert not room(1025, 16, 72)  # no fewer heads than all fill whole lanes
+    assert not room(4097, 12, 64)
+
+
+def test_elsewhere_than_on_a_tpu_it_is_attention_over_any_mesh():
+    mesh = sharding.make_mesh(4, 2)
+    per_device = functools.partial(sharding.per_device, mesh=mesh)
+    for batch, heads in ((8, 4), (3, 4), (8, 3)):  # what the mesh does not divide is whole on every device
+        arrays = jax.random.normal(jax.random.key(0), (4, batch, 9, heads, 8))
+
+        @jax.jit
+        def spread(query, key, value, gradient):
+            ours = functools.partial(attention_tpu.attend, per_device=per_device, precision=EXACT)
+            mixed, pull = jax.vjp(ours, query, key, value)
+            return mixed, *pull(gradient)
+
+        expected, pull = jax.vjp(functools.partial(attend, precision=EXACT), *arrays[:3])
+        for a, b in zip(spread(*arrays), (expected, *pull(arrays[3])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert "model" in str(spread.lower(*jnp.ones((4, 8, 9, 4, 8))).as_text())
+
+
+class Net(nn.Module):
+    cfg: BlocksConfig
+
+    @nn.compact
+    def __call__(self, x):
+        return run_blocks(self.cfg, x)[0]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("unbiased", [(), ("key",)])
+def test_blocks_with_the_kernel_have_the_same_parameters_and_values(scan, unbiased):
+    x = jax.random.normal(jax.random.key(1), (2, 9, 32))
+
+    nets = [Net(BlocksConfig(32, 2, 4, 64, scan=scan, unbiased=unbiased, attention=way)) for way in ("xla", "pallas")]
+    params, same = (net.init(jax.random.key(0), x) for net in nets)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    values = [jax.value_and_grad(lambda p, n=net: jnp.sum(n.apply(p, x) ** 2))(params) for net in nets]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *values)
