@@ -53,6 +53,20 @@ def test_rules(path, shape, fsdp, spec):
     assert jax.tree.leaves(found)[0].spec == spec
 
 
+def test_what_fsdp_cannot_split_is_known():
+    mesh, size = sharding.make_mesh(4, 2), 16
+    tree = {
+        "attn": {"query": {"kernel": np.zeros((6, 2, 3), np.float32)}},  # heads over "model", 4 divides nothing else
+        "mlp": {"down": {"kernel": np.zeros((6, 8), np.float32)}},
+        "norm": {"scale": np.zeros(7, np.float32)},  # small
+        "quantizer": {"codebook": np.zeros((64, 8), np.float32)},  # never split over "data"
+    }
+    where = sharding.shardings(tree, mesh, fsdp=True, fsdp_min_size=size)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+    assert sharding.left_whole(placed, mesh, size) == {"attn/query/kernel": 6 * 1 * 3 * 4}
+    assert sharding.left_whole(placed, sharding.make_mesh(1, 8), size) == {}
+
+
 def test_errors_name_the_field():
     with pytest.raises(sharding.MeshError, match=r"mesh\.model=3 does not divide the 8 devices"):
         sharding.make_mesh(-1, 3)

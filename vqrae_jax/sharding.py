@@ -142,6 +142,16 @@ def shardings(tree: Any, mesh: Mesh, fsdp: bool = False, fsdp_min_size: int = 65
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def left_whole(tree: Any, mesh: Mesh, min_size: int) -> dict[str, int]:
+    """Path -> bytes per device of placed leaves that fsdp should split and cannot: "data" divides no free dimension."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if x.size >= min_size and "data" not in x.sharding.spec and not re.search(NOT_FSDP, name):
+            found[name] = int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    return found if mesh.shape["data"] > 1 else {}
+
+
 def unmatched(tree: Any, min_size: int = 0) -> list[str]:
     """Paths of leaves of at least min_size elements that no rule names: a new module wants a row in RULES."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,30 @@ def test_a_trunk_may_be_scanned(golden, assert_close):
         critic = critics.discriminator(config, scan=scan)
         variables = critic.module.init(jax.random.key(1), image)
         logits.append(critic.module.apply({**variables, "params": {**variables["params"], **critic.params}}, image))
-        shapes = critics.discriminator(config.model_copy(update={"path": "facebook/dino-vits8"}), False, scan).params
+        shapes = critics.discriminator(
+            config.model_copy(update={"path": "facebook/dino-vits8"}), None, False, scan
+        ).params
         assert ("blocks" in shapes["trunk"]) == scan
     assert_close(*logits, 1e-6)
+
+
+def test_a_trunk_split_by_fsdp_keeps_tokens_where_their_pictures_are(golden):
+    config = AdversaryConfig(
+        discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
+    )
+    mesh = sharding.make_mesh(8, 1)
+    image = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding.over_data(mesh))
+
+    def gathered(mesh_told):
+        critic = critics.discriminator(config, mesh_told, scan=True)
+        variables = jax.eval_shape(critic.module.init, jax.random.key(1), image)
+        where = sharding.shardings(variables, mesh, fsdp=True, fsdp_min_size=1)
+        variables = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, where)
+        slope = jax.jit(jax.grad(lambda x, v: critic.module.apply(v, x).sum()), out_shardings=sharding.over_data(mesh))
+        program = slope.lower(image, variables).compile().as_text()
+        return re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
+
+    split = gathered(mesh)
+    assert split  # weights are
+    assert not [shape for shape in split if shape.startswith("8,") and shape.count(",") == 2]
+    assert [shape for shape in gathered(None) if shape.startswith("8,") and shape.count(",") == 2]

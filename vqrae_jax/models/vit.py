@@ -5,6 +5,7 @@ Axes: B batch, H W pixels, h w patch grid, N tokens, D width, P patch side, L de
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -150,30 +151,31 @@ def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNor
     return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
 
 
-class FlatHeads(nn.Module):
-    """As `nn.DenseGeneral` to K heads of width d, parameter by parameter, but computed as [B, N, K * d].
+class FlatDense(nn.Module):
+    """As `nn.DenseGeneral` over the axes after [B, N], parameter by parameter, but computed on [B, N, D].
 
-    As [B, N, K, d] a TPU would keep the result with its tokens in lanes, for XLA's attention and not for the kernel's.
+    What has the form [B, N, K, d] a TPU would keep with its tokens in lanes: good for XLA attention, not the kernel.
     """
 
     cfg: BlocksConfig
-    use_bias: bool
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N K d"]:
-        c = self.cfg
-        heads = (c.heads, c.width // c.heads)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        options = dense_options(self.cfg)
+        sides = math.prod(self.inputs), math.prod(self.outputs)
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return nn.initializers.lecun_normal()(key, (c.width, c.width)).reshape(shape)
+            return nn.initializers.lecun_normal()(key, sides).reshape(shape)
 
-        kernel = self.param("kernel", draw, (c.width, *heads)).reshape(c.width, c.width)
-        bias = self.param("bias", nn.initializers.zeros, heads).reshape(c.width) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=c.dtype)
-        options = dense_options(c)
+        kernel = self.param("kernel", draw, (*self.inputs, *self.outputs)).reshape(sides)
+        bias = self.param("bias", nn.initializers.zeros, self.outputs).reshape(-1) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x.reshape(*x.shape[:2], -1), kernel, bias, dtype=self.cfg.dtype)
         product = options.get("dot_general", jax.lax.dot_general)
-        x = product(x, kernel, (((2,), (0,)), ((), ())), precision=options["precision"])
-        return (x if bias is None else x + bias).reshape(*x.shape[:2], *heads)
+        y = product(x, kernel, (((2,), (0,)), ((), ())), precision=options["precision"])
+        return (y if bias is None else y + bias).reshape(*y.shape[:2], *self.outputs)
 
 
 class Attention(nn.Module):
@@ -184,9 +186,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], rope: Rope | None = None) -> Float[Array, "B N D"]:
         c = self.cfg
-        head = functools.partial(nn.DenseGeneral, (c.heads, c.width // c.heads), **dense_options(c))
+        heads = (c.heads, c.width // c.heads)
         if c.attention == "pallas":
-            head = functools.partial(FlatHeads, c)
+            head = functools.partial(FlatDense, c, (c.width,), heads)
+            out = FlatDense(c, heads, (c.width,), name="out")
+        else:
+            head = functools.partial(nn.DenseGeneral, heads, **dense_options(c))
+            out = nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")
         query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
@@ -197,7 +203,7 @@ class Attention(nn.Module):
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         else:
             mixed = attending(c)(query, key, value)
-        return nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")(mixed)
+        return out(mixed)
 
 
 class Mlp(nn.Module):

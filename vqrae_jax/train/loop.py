@@ -24,7 +24,7 @@ from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.stop import Stopped, StopSignal
 from vqrae_jax.train.task import Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
-from vqrae_jax.train.watch import Health, Window, tell_memory, watching
+from vqrae_jax.train.watch import Health, Window, tell_left_whole, tell_memory, watching
 from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,11 @@ class Run:
         place = functools.partial(
             sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )
+        shapes = self.task.shapes()
+        if self.config.mesh.fsdp:
+            tell_left_whole(sharding.left_whole(shapes, self.mesh, self.config.mesh.fsdp_min_size), self.mesh)
         self.frozen = self.task.frozen()
-        found = restore.resume(self.checkpoints, self.task.shapes(), place, model_only=self.evaluating)
+        found = restore.resume(self.checkpoints, shapes, place, model_only=self.evaluating)
         if found is None:
             self.state = self.task.init()
             return

@@ -13,6 +13,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from vqrae_jax import storage
 from vqrae_jax.evaluation import codebook
@@ -211,6 +212,16 @@ def device_bytes(tree: Any) -> int:
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+def tell_left_whole(leaves: dict[str, int], mesh: Mesh) -> None:
+    """Warns of what `sharding.left_whole` found."""
+    if leaves:
+        log.warning(
+            "mesh.fsdp leaves %d arrays whole on each device, %.2f GiB, because mesh.data=%d divides none of their "
+            "dimensions (%s): a mesh.data that does, as with a larger mesh.model, would split them",
+            len(leaves), sum(leaves.values()) / 2**30, mesh.shape["data"], max(leaves, key=leaves.get),
+        )  # fmt: skip
 
 
 def tell_memory(trees: dict[str, Any]) -> None:
