@@ -188,16 +188,17 @@ def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, over_data(mesh))
 
 
-def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Inside `jit`: `function` of arrays [B, N, K, d] run on every device, on its part of the batch and of the heads K.
+def per_device(function: Callable[..., Any], width: int, mesh: Mesh) -> Callable[..., Any]:
+    """Inside `jit`: `function` of arrays [B, N, D] run on every device, on its part of the batch and of the channels.
 
-    Where the mesh does not divide one of them, every device has it whole. The results have the form of the arguments.
+    Channels are cut between heads of `width`. What the mesh does not divide every device has whole. The results have
+    the form of the arguments.
     """
 
     def run(*arrays: jax.Array) -> Any:
-        batch, _, heads, _ = arrays[0].shape
+        batch, _, channels = arrays[0].shape
         rows = None if batch % data_ways(mesh) else data_axes(mesh)
-        where = P(rows, None, None if heads % mesh.shape["model"] else "model")
+        where = P(rows, None, None if channels // width % mesh.shape["model"] else "model")
         return jax.shard_map(function, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(*arrays)
 
     return run

@@ -15,100 +15,104 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
-from vqrae_jax.models.attention import Heads
 from vqrae_jax.models.attention import attend as attend_xla
 
 LANES = 128
 FAST_MEMORY = 16 * 2**20  # bytes that a program may take of it on every TPU without asking for more
 
-PerDevice = Callable[[Callable[..., Any]], Callable[..., Any]]
+Flat = Float[Array, "B N K*d"]
+PerDevice = Callable[[Callable[..., Any], int], Callable[..., Any]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def attend(
-    query: Heads, key: Heads, value: Heads, per_device: PerDevice, precision: jax.lax.Precision | None = None
-) -> Heads:
-    """As `attention.attend`; `per_device` makes a function run on every device with its part of B and K."""
-    return per_device(functools.partial(_forward, precision=precision))(query, key, value)
+    query: Flat, key: Flat, value: Flat, width: int, per_device: PerDevice, precision: jax.lax.Precision | None = None
+) -> Flat:
+    """As `attention.attend`, of heads of `width` side by side; `per_device` is that of `vit.Spread`."""
+    return per_device(functools.partial(_forward, width=width, precision=precision), width)(query, key, value)
 
 
 def _saving(
-    query: Heads, key: Heads, value: Heads, per_device: PerDevice, precision: jax.lax.Precision | None
-) -> tuple[Heads, tuple[Heads, Heads, Heads]]:
-    return attend(query, key, value, per_device, precision), (query, key, value)
+    query: Flat, key: Flat, value: Flat, width: int, per_device: PerDevice, precision: jax.lax.Precision | None
+) -> tuple[Flat, tuple[Flat, Flat, Flat]]:
+    return attend(query, key, value, width, per_device, precision), (query, key, value)
 
 
 def _pulling_back(
-    per_device: PerDevice, precision: jax.lax.Precision | None, saved: tuple[Heads, Heads, Heads], gradient: Heads
-) -> tuple[Heads, Heads, Heads]:
-    return per_device(functools.partial(_backward, precision=precision))(*saved, gradient)
+    width: int, per_device: PerDevice, precision: jax.lax.Precision | None, saved: tuple[Flat, Flat, Flat], slope: Flat
+) -> tuple[Flat, Flat, Flat]:
+    return per_device(functools.partial(_backward, width=width, precision=precision), width)(*saved, slope)
 
 
 attend.defvjp(_saving, _pulling_back)
 
 
-def _forward(query: Heads, key: Heads, value: Heads, precision: jax.lax.Precision | None) -> Heads:
-    def plain(*inputs: Heads) -> Heads:
-        return attend_xla(*inputs, precision)
+def _forward(query: Flat, key: Flat, value: Flat, width: int, precision: jax.lax.Precision | None) -> Flat:
+    plain = functools.partial(_plain, width=width, precision=precision)
 
-    def kernel(*inputs: Heads) -> Heads:
-        return run(mix, inputs, 1, precision)[0]
+    def kernel(*inputs: Flat) -> Flat:
+        return run(mix, inputs, 1, width, precision)[0]
 
-    chosen = kernel if fits(query, 4) else plain
+    chosen = kernel if fits(query, width, 4) else plain
     return jax.lax.platform_dependent(query, key, value, tpu=chosen, default=plain)
 
 
 def _backward(
-    query: Heads, key: Heads, value: Heads, gradient: Heads, precision: jax.lax.Precision | None
-) -> tuple[Heads, Heads, Heads]:
-    def plain(*inputs: Heads) -> tuple[Heads, ...]:
-        *saved, gradient = inputs
-        return jax.vjp(functools.partial(attend_xla, precision=precision), *saved)[1](gradient)
+    query: Flat, key: Flat, value: Flat, slope: Flat, width: int, precision: jax.lax.Precision | None
+) -> tuple[Flat, Flat, Flat]:
+    def plain(*inputs: Flat) -> tuple[Flat, ...]:
+        *saved, slope = inputs
+        return jax.vjp(functools.partial(_plain, width=width, precision=precision), *saved)[1](slope)
 
-    def kernel(*inputs: Heads) -> tuple[Heads, ...]:
-        return tuple(run(pull_back, inputs, 3, precision))
+    def kernel(*inputs: Flat) -> tuple[Flat, ...]:
+        return tuple(run(pull_back, inputs, 3, width, precision))
 
-    chosen = kernel if fits(query, 7) else plain
-    return jax.lax.platform_dependent(query, key, value, gradient, tpu=chosen, default=plain)
+    chosen = kernel if fits(query, width, 7) else plain
+    return jax.lax.platform_dependent(query, key, value, slope, tpu=chosen, default=plain)
 
 
-def fits(x: Heads, arrays: int) -> bool:
+def _plain(*inputs: Flat, width: int, precision: jax.lax.Precision | None) -> Flat:
+    heads = (x.reshape(*x.shape[:2], -1, width) for x in inputs)
+    return attend_xla(*heads, precision).reshape(inputs[0].shape)
+
+
+def fits(x: Flat, width: int, arrays: int) -> bool:
     """Whether a program has room for its blocks, each twice while the next are fetched, and every head's weights."""
-    _, tokens, heads, width = x.shape
-    group = _group(heads, width)
+    _, tokens, channels = x.shape
+    group = _group(channels // width, width)
     return 2 * arrays * tokens * group * width * x.dtype.itemsize + 4 * group * tokens**2 <= FAST_MEMORY
 
 
 def run(
     kernel: Callable[..., None],
-    inputs: tuple[Heads, ...],
+    inputs: tuple[Flat, ...],
     outputs: int,
+    width: int,
     precision: jax.lax.Precision | None = None,
     interpret: bool = False,
-) -> list[Heads]:
+) -> list[Flat]:
     """`mix` or `pull_back` over all pictures, a few heads at a time; interpreted, slowly, on any device."""
-    batch, tokens, heads, width = inputs[0].shape
-    group = _group(heads, width)
-    block = pl.BlockSpec((1, tokens, group * width), lambda picture, part: (picture, 0, part))
-    flat = jax.ShapeDtypeStruct((batch, tokens, heads * width), inputs[0].dtype)
+    batch, tokens, channels = inputs[0].shape
+    group = _group(channels // width, width) * width
+    block = pl.BlockSpec((1, tokens, group), lambda picture, part: (picture, 0, part))
     products = 2 if outputs == 1 else 5
-    found = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(kernel, width=width, precision=precision),
-        grid=(batch, heads // group),
+        grid=(batch, channels // group),
         in_specs=[block] * len(inputs),
         out_specs=[block] * outputs,
-        out_shape=[flat] * outputs,
+        out_shape=[jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)] * outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
-            flops=products * 2 * batch * heads * tokens**2 * width,
-            transcendentals=batch * heads * tokens**2,
-            bytes_accessed=(len(inputs) + outputs) * flat.size * flat.dtype.itemsize,
+            flops=products * 2 * batch * tokens**2 * channels,
+            transcendentals=batch * tokens**2 * channels // width,
+            bytes_accessed=(len(inputs) + outputs) * inputs[0].size * inputs[0].dtype.itemsize,
         ),
         interpret=interpret,
         name=f"attention_{kernel.__name__}",
-    )(*(x.reshape(flat.shape) for x in inputs))
-    return [x.reshape(inputs[0].shape) for x in found]
+    )(*inputs)
 
 
 def mix(query: Any, key: Any, value: Any, mixed: Any, *, width: int, precision: jax.lax.Precision | None) -> None:

@@ -22,10 +22,6 @@ from vqrae_jax.resize import resize
 Tokens = Float[Array, "B N D"]
 
 
-def unchanged(x: Any) -> Any:
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """How the work on tokens is spread over devices, as whoever shards the model says; else it is left to the compiler.
@@ -33,12 +29,12 @@ class Spread:
     Attributes:
       pin: identity on the tokens between blocks that says where they live: parameters split over the devices of a batch
         would otherwise draw the partitioner into splitting the tokens' channels as well.
-      per_device: makes a function of arrays [B, N, K, d], K heads, run on every device with its part of them: the
-        partitioner cannot split a kernel.
+      per_device: makes a function of arrays [B, N, D], and the width of the heads in D, one that every device runs on
+        its part of them: the partitioner cannot split a kernel.
     """
 
-    pin: Callable[[Tokens], Tokens] = unchanged
-    per_device: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged
+    pin: Callable[[Tokens], Tokens] = lambda x: x
+    per_device: Callable[[Callable[..., Any], int], Callable[..., Any]] = lambda function, width: function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +148,9 @@ def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNor
 
 
 class FlatDense(nn.Module):
-    """As `nn.DenseGeneral` over the axes after [B, N], parameter by parameter, but computed on [B, N, D].
+    """From [B, N, D] to [B, N, E] with the parameters of an `nn.DenseGeneral` that takes D or E apart into heads.
 
-    What has the form [B, N, K, d] a TPU would keep with its tokens in lanes: good for XLA attention, not the kernel.
+    What has the form [B, N, K, d] a TPU would keep with its tokens in lanes: good for XLA's attention, not the kernel.
     """
 
     cfg: BlocksConfig
@@ -163,7 +159,7 @@ class FlatDense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
         options = dense_options(self.cfg)
         sides = math.prod(self.inputs), math.prod(self.outputs)
 
@@ -172,10 +168,10 @@ class FlatDense(nn.Module):
 
         kernel = self.param("kernel", draw, (*self.inputs, *self.outputs)).reshape(sides)
         bias = self.param("bias", nn.initializers.zeros, self.outputs).reshape(-1) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x.reshape(*x.shape[:2], -1), kernel, bias, dtype=self.cfg.dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.cfg.dtype)
         product = options.get("dot_general", jax.lax.dot_general)
         y = product(x, kernel, (((2,), (0,)), ((), ())), precision=options["precision"])
-        return (y if bias is None else y + bias).reshape(*y.shape[:2], *self.outputs)
+        return y if bias is None else y + bias
 
 
 class Attention(nn.Module):
@@ -187,7 +183,8 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B N D"], rope: Rope | None = None) -> Float[Array, "B N D"]:
         c = self.cfg
         heads = (c.heads, c.width // c.heads)
-        if c.attention == "pallas":
+        flat = c.attention == "pallas"
+        if flat:
             head = functools.partial(FlatDense, c, (c.width,), heads)
             out = FlatDense(c, heads, (c.width,), name="out")
         else:
@@ -195,9 +192,9 @@ class Attention(nn.Module):
             out = nn.DenseGeneral(c.width, (-2, -1), **dense_options(c), name="out")
         query, key, value = (head(use_bias=n not in c.unbiased, name=n)(x) for n in ("query", "key", "value"))
         if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
-        if c.attention == "pallas":
-            mixed = attention_tpu.attend(query, key, value, c.spread.per_device, matmul_precision(c.dtype))
+            query, key = (rotate(y.reshape(*y.shape[:2], *heads), rope).reshape(y.shape) for y in (query, key))
+        if flat:
+            mixed = attention_tpu.attend(query, key, value, heads[1], c.spread.per_device, matmul_precision(c.dtype))
         # NVIDIA's kernel cannot even be traced where there is no GPU.
         elif c.attention == "cudnn" and jax.default_backend() == "gpu":
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
