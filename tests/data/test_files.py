@@ -6,7 +6,7 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 
@@ -65,12 +65,27 @@ def test_bytes_are_read_in_part_and_a_short_file_is_noticed(tmp_path, bucket):
         with files.opened(path) as file:
             file.seek(8)
             assert file.read() == b"89"
-        with pytest.raises(OSError, match="cut short"):
+        with pytest.raises(ImageError, match="cut short"):
             files.read(path, 8, 12)
     for path in (str(tmp_path / "none"), "memory://none"):
         for action in (files.size, files.read, files.opened):
-            with pytest.raises(OSError, match="none"):
+            with pytest.raises(FileNotFoundError, match="none"):
                 action(path)
+
+
+def test_what_a_bucket_refuses_later_is_an_os_error_too(bucket, monkeypatch):
+    """Every kind of bucket has errors of its own, of which nobody else knows."""
+    bucket.pipe("/a", b"0123456789")
+    file = files.opened("memory://a")
+
+    def refuse(*_, **__):
+        raise LookupError("the token has expired")
+
+    monkeypatch.setattr(type(file._file), "read", refuse)
+    monkeypatch.setattr(type(bucket), "cat_file", refuse)
+    for action in (lambda: file.read(4), lambda: files.read("memory://a")):
+        with pytest.raises(OSError, match=r"'memory://a': LookupError: the token has expired"):
+            action()
 
 
 def test_a_bucket_trains_and_evaluates_as_its_copy_here(tmp_path, bucket):

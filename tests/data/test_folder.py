@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.folder import Folder
 
 
@@ -34,7 +34,7 @@ def test_files_are_read_when_asked_for(tmp_path):
     (tmp_path / "a.png").write_bytes(b"later")
     (tmp_path / "b.png").unlink()
     assert source[0]["image"] == b"later"
-    with pytest.raises(OSError, match=r"b\.png"):
+    with pytest.raises(ImageError, match=r"b\.png' is not there any more"):
         source[1]
     assert "b.png" in source.name(1)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import parquet
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.pipeline import train_batches
 
@@ -64,8 +64,30 @@ def test_a_row_without_bytes_is_an_unreadable_image(tmp_path):
         [{"bytes": None, "path": "elsewhere.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     )
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
-    with pytest.raises(OSError, match="no bytes"):
+    with pytest.raises(ImageError, match="no bytes"):
         Tables(tmp_path)[0]
+
+
+def test_damage_is_told_from_what_cannot_be_read_now(tmp_path, monkeypatch):
+    write(tmp_path, "parquet")
+    source, file = Tables(tmp_path), tmp_path / "train-00000-of-00002.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + b"\xff" * (len(whole) - 8) + whole[-4:])
+    with pytest.raises(ImageError, match="Error: "):
+        source[0]
+    file.unlink()
+    with pytest.raises(OSError, match="FileNotFoundError"):
+        source[0]
+    file.write_bytes(whole)
+
+    def refuse(name):
+        raise ConnectionError(f"{name} timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "_opened", refuse)
+        with pytest.raises(OSError, match="timed out"):
+            source[0]
+    assert source[0]["label"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a batch holds is decided by the seed and its number alone, and broken files never stop a run."""
 
+import errno
 import json
 import logging
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.config import DataConfig
+from vqrae_jax.data import files, readable
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.data.images import adm_center_crop
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
@@ -245,6 +247,21 @@ def test_evaluation_masks_broken_files(grays):
     for _ in range(2):
         assert shown(batches) == [0, 1, 2, 5, 6, 7, 8]
         assert batches.skipped.count == 3
+
+
+def test_evaluation_stops_where_the_disk_fails(grays, monkeypatch):
+    """Figures of fewer images would look like those of all."""
+    read = files.read
+
+    def failing(path):
+        if int(pathlib.Path(path).stem) > 4:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(files, "read", failing)
+    monkeypatch.setattr(readable.time, "sleep", lambda seconds: None)
+    with pytest.raises(DataError, match=r"data\.eval_path: .*Stale file handle"):
+        list(evaluation_batches(folder(grays)))
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (4, 4), (5, 5), (99, 10), (None, 10)])

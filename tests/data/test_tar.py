@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import tar
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.pipeline import train_batches
 from vqrae_jax.data.tar import TarShards
 
@@ -130,10 +130,10 @@ def test_a_shard_cut_short_later_and_a_gigantic_member_cost_only_their_images(sh
     source = TarShards(shards)
     path = shards / "train-1.tar"
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(ImageError, match="cut short"):
         source[6]
     monkeypatch.setattr(tar, "LARGEST", 20)
-    with pytest.raises(OSError, match="more than the 20"):
+    with pytest.raises(ImageError, match="more than the 20"):
         source[0]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import read_image
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Replaced, Skipped, tell
@@ -172,6 +172,18 @@ def test_damage_costs_only_the_damaged_records(copy, kind):
     assert len(intact) == 15
 
 
+def test_damage_is_told_from_a_file_that_is_gone(copy, kind):
+    (file,) = copy.glob("*-train*")
+    whole, source = file.read_bytes(), Prepared(None, copy, "train")
+    file.unlink()
+    with pytest.raises(OSError, match="No such file"):
+        source[0]
+    file.write_bytes(whole[: len(whole) // 2])
+    source = Prepared(None, copy, "train")
+    with pytest.raises(ImageError):
+        source[15]
+
+
 def test_damaged_metadata_is_named(copy):
     (copy / "features.json").write_text("{")
     with pytest.raises(DataError, match=r"data\.path=.*1\.0\.0"):
@@ -189,6 +201,6 @@ def test_a_tfrecord_that_was_cut_short_keeps_its_whole_records(tmp_path):
     records = TFRecords([Part(str(cut), 2, 14), Part(str(file), 4, 3)])
     assert len(records) == 17
     assert [records[i] for i in range(13)] == [whole[i] for i in range(2, 15)]
-    with pytest.raises(OSError, match="cut short: it has 15 whole records"):
+    with pytest.raises(ImageError, match="cut short: it has 15 whole records"):
         records[13]
     assert [records[i] for i in range(14, 17)] == [whole[i] for i in range(4, 7)]

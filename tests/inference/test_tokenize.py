@@ -13,7 +13,7 @@ import pytest
 from vqrae_jax import Tokenizer
 from vqrae_jax.benchmark import tokenize as benchmark
 from vqrae_jax.config import ConfigError
-from vqrae_jax.data import codes, images
+from vqrae_jax.data import codes, files, images, readable
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import tokenize
 
@@ -99,6 +99,26 @@ def test_goes_on_where_it_stopped(trained, photos, whole, tmp_path, monkeypatch,
     run(trained, photos, tmp_path)
     assert "wrote 0 of 3 shards" in capsys.readouterr().out
     assert (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns == first
+    assert content(tmp_path) == content(whole)
+
+
+def test_an_outage_stops_it_and_it_goes_on_from_there(trained, photos, whole, tmp_path, monkeypatch):
+    read, fetched = files.read, []
+
+    def failing(path):
+        if len(fetched) >= 12:
+            raise TimeoutError("the server does not answer")
+        fetched.append(path)
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read", failing)
+        patch.setattr(readable.time, "sleep", lambda seconds: None)
+        with pytest.raises(DataError, match="the server does not answer"):
+            run(trained, photos, tmp_path, "--threads=1")
+    assert not json.loads((tmp_path / codes.MANIFEST).read_text())["complete"]
+    assert len(list(tmp_path.glob("codes-*"))) < 2
+    assert run(trained, photos, tmp_path)["complete"]
     assert content(tmp_path) == content(whole)
 
 

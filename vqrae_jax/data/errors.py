@@ -6,4 +6,7 @@ class DataError(ValueError):
 
 
 class ImageError(DataError):
-    """One image that cannot be read; names the file. Pipelines skip it, a single read raises it."""
+    """One image that is damaged or missing. Pipelines skip it, a single read raises it.
+
+    What a disk or bucket refuses, perhaps only now, is an OSError instead: nothing is known of the image then.
+    """

@@ -1,10 +1,11 @@
 """Files here and in buckets (gs://, s3://, what fsspec knows) behind the few calls that readers need."""
 
 import fnmatch
+import io
 import os
 import re
 
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.storage import is_remote
 
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
@@ -77,7 +78,8 @@ def read(path: str, start: int = 0, end: int | None = None) -> bytes:
     """Bytes [start, end) of a file; it is opened anew each time, as thousands held open exceed many systems' limit.
 
     Raises:
-      OSError: it is missing, may not be read, or ends before `end`.
+      OSError: it is missing (FileNotFoundError) or may not be read.
+      ImageError: it ends before `end`.
     """
     if is_remote(path):
         data = _as_os_error(lambda system, place: system.cat_file(place, start=start, end=end), path)
@@ -86,7 +88,7 @@ def read(path: str, start: int = 0, end: int | None = None) -> bytes:
             file.seek(start)
             data = file.read(-1 if end is None else end - start)
     if end is not None and len(data) != end - start:
-        raise OSError(f"{path!r} is cut short: it ends before byte {end}")
+        raise ImageError(f"{path!r} is cut short: it ends before byte {end}")
     return data
 
 
@@ -94,9 +96,39 @@ def opened(path: str):
     """A binary file to seek and read in.
 
     Raises:
-      OSError: it is missing or may not be read.
+      OSError: it is missing or may not be read, now or later.
     """
-    return _as_os_error(lambda system, place: system.open(place, "rb"), path) if is_remote(path) else open(path, "rb")
+    if not is_remote(path):
+        return open(path, "rb")
+    return _Remote(_as_os_error(lambda system, place: system.open(place, "rb"), path), path)
+
+
+class _Remote(io.RawIOBase):
+    """A file in a bucket; it is read ahead by what fsspec opens, and what that raises becomes an OSError."""
+
+    def __init__(self, file, path: str):
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer) -> int:
+        data = _as_os_error(lambda *_: self._file.read(len(buffer)), self._path)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _listed(folder, field):
@@ -137,8 +169,10 @@ def _asked(question, path, field):
 
 
 def _as_os_error(action, path):
+    """What is missing raises FileNotFoundError, all else that a bucket refuses ConnectionError."""
     system, place = _system(path, "data.path")
     try:
         return action(system, place)
-    except Exception as error:
-        raise OSError(f"{path!r}: {type(error).__name__}: {str(error)[:200]}") from error
+    except Exception as error:  # every kind of bucket has errors of its own
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+        raise kind(f"{path!r}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -3,6 +3,7 @@
 import os
 
 from vqrae_jax.data import files
+from vqrae_jax.data.errors import ImageError
 from vqrae_jax.data.images import image_files
 
 
@@ -32,9 +33,14 @@ class Folder:
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-          OSError: the file has gone or may not be read.
+          ImageError: the file has gone.
+          OSError: it may not be read.
         """
-        return {"image": files.read(os.path.join(self.path, self._files[index])), "label": self._labels[index]}
+        path = os.path.join(self.path, self._files[index])
+        try:
+            return {"image": files.read(path), "label": self._labels[index]}
+        except FileNotFoundError as error:
+            raise ImageError(f"{path!r} is not there any more") from error
 
     def key(self, index: int) -> str:
         """The file, relative to the folder."""

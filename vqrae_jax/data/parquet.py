@@ -13,7 +13,7 @@ import threading
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class Tables:
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-          OSError: the row cannot be read, or has no bytes.
+          ImageError: the row is damaged, or has no bytes.
+          OSError: it cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -77,10 +78,11 @@ class Tables:
             table = self._open().read(group, names)
             image, label = (table.column(name)[row].as_py() if name else None for name in (self._image, self._label))
         except Exception as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            kind = ImageError if _is_damage(error) else OSError
+            raise kind(f"{type(error).__name__}: {error}") from error
         image = image.get("bytes") if isinstance(image, dict) else image
         if image is None:
-            raise OSError("the row has no bytes; a path to a file elsewhere is not followed")
+            raise ImageError("the row has no bytes; a path to a file elsewhere is not followed")
         return {"image": image, "label": -1 if label is None else int(label)}
 
     def key(self, index: int) -> str:
@@ -153,6 +155,14 @@ class ArrowFiles:
     def read(self, group: int, columns: list[str]):
         """The batch itself: nothing is copied."""
         return self._batches[group]
+
+
+def _is_damage(error):
+    """Whether Arrow complains of a file's content: by errors of its own, or by an OSError without kind and number."""
+    import pyarrow
+
+    kinds = pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError
+    return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
 
 
 def _opened(name):

@@ -1,6 +1,7 @@
 """The data section of a config -> its images in random access: a source has a length, records and a name for each.
 
-A record is {"image": encoded bytes or uint8 [H, W, 3], "label": int}, label -1 where there is none.
+A record is {"image": encoded bytes or uint8 [H, W, 3], "label": int}, label -1 where there is none. One that is damaged
+or missing raises ImageError, one that a disk or bucket does not give OSError.
 """
 
 from vqrae_jax.data.errors import DataError

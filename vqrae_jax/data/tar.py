@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import SUFFIXES
 
 LARGEST = 2**28  # bytes of an encoded image; a larger one is not read into memory
@@ -68,13 +68,14 @@ class TarShards:
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-          OSError: the shard is gone or cut short, or the image too large to be one.
+          ImageError: the shard is cut short, or the image too large to be one.
+          OSError: the shard is gone or may not be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start, size, label = (int(values[index]) for values in self._index[:3])
         if size > LARGEST:
-            raise OSError(f"{size} bytes are more than the {LARGEST} that an encoded image may have")
+            raise ImageError(f"{size} bytes are more than the {LARGEST} that an encoded image may have")
         return {"image": files.read(self._shard(index), start, start + size), "label": label}
 
     def key(self, index: int) -> str:

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.tfrecord import Part, TFRecords
 
 
@@ -38,7 +38,8 @@ class Prepared:
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-          OSError: the record cannot be read.
+          ImageError: the record is damaged.
+          OSError: it cannot be read.
         """
         from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
@@ -47,14 +48,14 @@ class Prepared:
             raise IndexError(f"record {index} of {len(self)}")
         try:
             serialized = self._records[index]
-        except RuntimeError as error:  # what array_record raises for a damaged file
-            raise OSError(str(error)) from error
+        except RuntimeError as error:  # all that array_record raises; of the system's calls it says which failed
+            raise (OSError if "() failed" in str(error) else ImageError)(str(error)) from error
         try:
             features = tf_example_pb2.Example.FromString(serialized).features.feature
             image = features[self._image].bytes_list.value[0]
             label = features[self._label].int64_list.value[0] if self._label else -1
         except (DecodeError, IndexError) as error:
-            raise OSError(f"a damaged record: {error}") from error
+            raise ImageError(f"a damaged record: {error}") from error
         return {"image": image, "label": label}
 
     def key(self, index: int) -> str:

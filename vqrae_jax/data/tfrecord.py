@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqrae_jax.data import files
+from vqrae_jax.data.errors import ImageError
 
 _LENGTH = struct.Struct("<Q")
 _HEADER, _FOOTER = 12, 4  # bytes around the data
@@ -39,7 +40,8 @@ class TFRecords:
     def __getitem__(self, index: int) -> bytes:
         """
         Raises:
-          OSError: the file is missing, cut short or not a TFRecord file.
+          ImageError: the file is cut short or not a TFRecord file.
+          OSError: it is missing or may not be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -50,7 +52,9 @@ class TFRecords:
             self._offsets[part.path] = _record_offsets(part.path)
         offsets = self._offsets[part.path]
         if record >= len(offsets) - 1:
-            raise OSError(f"{part.path!r} is cut short: it has {len(offsets) - 1} whole records, not number {record}")
+            raise ImageError(
+                f"{part.path!r} is cut short: it has {len(offsets) - 1} whole records, not number {record}"
+            )
         start, end = int(offsets[record]), int(offsets[record + 1])
         return files.read(part.path, start + _HEADER, end - _FOOTER)
 
