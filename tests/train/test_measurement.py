@@ -1,6 +1,7 @@
 """The pass of --mode=evaluate: figures against a plain computation, meshes, files, references."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -99,6 +100,22 @@ def test_figures_and_protocol_are_written(config, workdir, evaluated):
         for file in (f"{kind}0.png", f"{kind}1.png"):
             assert file in page
             assert (workdir / report.FOLDER / file).stat().st_size > 1000
+
+
+def test_a_checkpoint_that_goes_meanwhile_is_not_missed(config, workdir, tmp_path, monkeypatch):
+    """A run that trains beside the evaluation keeps its last few."""
+    copy, measure = tmp_path / "run", loop.Run.measure
+    shutil.copytree(workdir, copy)
+
+    def measured(run):
+        found = measure(run)
+        shutil.rmtree(copy / "checkpoints" / "0")
+        return found
+
+    monkeypatch.setattr(loop.Run, "measure", measured)
+    loop.evaluate(config(images=10, figures=()), copy, jax.devices()[:1])
+    protocol = json.loads((copy / report.FILE).read_text())["protocol"]
+    assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
 
 def test_every_figure_has_a_meaning(evaluated):

@@ -248,7 +248,8 @@ def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Devic
         evaluator, figures = run.measure()
         examples = run.measurement.examples(evaluator, run.state.inference(), run.frozen)
         if run.first:
-            told = {"checkpoint": str(find(workdir, step)), "revision": git_revision()}
+            # Not looked for again: a run that trains beside this one may have deleted it meanwhile.
+            told = {"checkpoint": str(run.checkpoints.folder / str(step)), "revision": git_revision()}
             protocol = run.measurement.protocol(evaluator) | told
             report.write(run.workdir, step, figures, evaluator.remarks, protocol, examples)
         return {"step": step, **figures}
