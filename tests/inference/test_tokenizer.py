@@ -89,13 +89,15 @@ def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
     assert used <= needed // 4 or compilations[-1][1][0] == 1
 
 
-def test_on_a_mesh(trained, images):
-    one, spread = Tokenizer.load(trained), Tokenizer.load(trained, mesh=sharding.make_mesh(data=4, model=2))
+@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "model": 2, "slices": 2}], ids=["one", "slices"])
+def test_on_a_mesh(trained, images, mesh):
+    mesh = sharding.make_mesh(**mesh)
+    one, spread = Tokenizer.load(trained), Tokenizer.load(trained, mesh=mesh)
     np.testing.assert_array_equal(spread.encode_to_indices(images), one.encode_to_indices(images))
     np.testing.assert_allclose(spread.reconstruct(images), one.reconstruct(images), atol=1e-5)
     assert spread.hash == one.hash
-    with pytest.raises(TokenizerError, match="batch_size=6: give a positive multiple of the 4 devices"):
-        Tokenizer.load(trained, mesh=sharding.make_mesh(data=4, model=2), batch_size=6).reconstruct(images)
+    with pytest.raises(TokenizerError, match="batch_size=6: give a positive multiple of 4, the parts"):
+        Tokenizer.load(trained, mesh=mesh, batch_size=6).reconstruct(images)
 
 
 def test_reconstruct_is_decoding_the_codes_exactly(tokenizer, images):

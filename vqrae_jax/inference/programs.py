@@ -21,7 +21,7 @@ AHEAD = 1  # batches that are computed while the one before is fetched
 
 
 class Programs:
-    """Compiles and runs `methods(variables, rows)` of a model, on one device or over the data axis of a mesh."""
+    """Compiles and runs `methods(variables, rows)` of a model, on one device or over the data axes of a mesh."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class Programs:
     ):
         """As `Tokenizer`, the variables on their devices already."""
         self.module, self.variables = module, variables
-        self._multiple = mesh.shape["data"] if mesh else 1
+        self._multiple = sharding.data_ways(mesh) if mesh else 1
         if batch_size is not None and (batch_size < 1 or batch_size % self._multiple):
             raise TokenizerError(
-                f"batch_size={batch_size}: give a positive multiple of the {self._multiple} devices of the data axis"
+                f"batch_size={batch_size}: give a positive multiple of {self._multiple}, the parts of every batch"
             )
         first = jax.tree.leaves(self.variables)[0]
         self._rows = sharding.over_data(mesh) if mesh else first.sharding

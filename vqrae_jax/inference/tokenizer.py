@@ -71,7 +71,7 @@ class Tokenizer:
           config: the model section that `module` was built from; only to save, and for `hash`.
           frozen: the encoder is the pretrained one that `config` names.
           provenance: what is known of its making, for the model card.
-          mesh: where to compute; None: where the variables are. Batches are split over its data axis.
+          mesh: where to compute; None: where the variables are. Batches are split over all its axes but "model".
           batch_size: images of every batch; None: powers of two up to 64, as far as `memory_limit` allows.
           memory_limit: bytes that a compiled program may need on a device for its intermediate values; None: half of
             the device's memory.
