@@ -1,5 +1,10 @@
 """Shards of codes: what is written is read, and what is damaged or missing is named."""
 
+import collections
+import concurrent.futures
+import pickle
+import time
+
 import numpy as np
 import pytest
 
@@ -83,6 +88,32 @@ def test_few_shards_are_kept(tmp_path):
     read = codes.Codes(tmp_path, cached=1)
     assert [read[i]["index"] for i in (9, 0, 5)] == [9, 0, 5]
     assert len(read._open) == 1
+
+
+def test_threads_share_it(tmp_path):
+    """One thread may drop the shard that another has just put there."""
+    write(tmp_path, plan())
+    read, order = codes.Codes(tmp_path, cached=1), np.random.default_rng(0).integers(0, 10, (8, 200))
+
+    class Kept(collections.OrderedDict):
+        def move_to_end(self, key):
+            time.sleep(0)  # gives way to another thread
+            super().move_to_end(key)
+
+    read._open = Kept()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda indices: [read[i]["index"] for i in indices], order))
+    np.testing.assert_array_equal(seen, order)
+    assert len(read._open) == 1
+
+
+def test_a_copy_in_another_process_reads_for_itself(tmp_path):
+    write(tmp_path, plan())
+    read = codes.Codes(tmp_path, cached=2)
+    read[0]
+    sent = pickle.dumps(read)
+    assert len(sent) == len(pickle.dumps(codes.Codes(tmp_path, cached=2)))  # without what was read
+    assert [pickle.loads(sent)[i]["index"] for i in range(10)] == list(range(10))
 
 
 def test_what_is_no_dataset_of_codes(tmp_path):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,7 +121,8 @@ class Codes:
     """A tokenized dataset as a random access source: of grain, of a PyTorch DataLoader, or by itself.
 
     A record is {"codes": [*code_shape], "label": int32, "id": str, "index": number of the image in its source}.
-    Shards are read whole when first asked for, and kept.
+    Shards are read whole when first asked for, and kept. Threads may share it; a process that it is sent to reads for
+    itself.
     """
 
     def __init__(self, path: str | os.PathLike, cached: int | None = None):
@@ -142,7 +144,7 @@ class Codes:
                 f"`inference.tokenize` again, it goes on where it stopped"
             )
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]], dtype=np.int64)
-        self._cached, self._open = cached, collections.OrderedDict()
+        self._cached, self._open, self._lock = cached, collections.OrderedDict(), threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -182,13 +184,23 @@ class Codes:
     def __repr__(self) -> str:
         return f"Codes({os.fspath(self.path)!r}, images={len(self)}, code_shape={self.plan.code_shape})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_open": collections.OrderedDict(), "_lock": threading.Lock()}
+
     def _shard(self, number: int) -> Columns:
-        if number not in self._open:
-            self._open[number] = self._read(self.manifest["shards"][number])
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        columns = self._read(self.manifest["shards"][number])  # unlocked: other threads read other shards meanwhile
+        with self._lock:
+            self._open[number] = columns
             while self._cached is not None and len(self._open) > max(self._cached, 1):
                 self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+        return columns
 
     def _read(self, shard: dict[str, Any]) -> Columns:
         columns = read_shard(self.path / shard["file"])
