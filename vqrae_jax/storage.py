@@ -7,13 +7,12 @@ fsspec.
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import pathlib
 import tempfile
-import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ log = logging.getLogger(__name__)
 Path = Any  # pathlib.Path or etils.epath.Path: what `at` gives
 
 CACHE = pathlib.Path("~/.cache/vqrae_jax/files")
-_temporary = itertools.count()
 
 
 class StorageError(RuntimeError):
@@ -89,8 +87,8 @@ def write(path: str | os.PathLike, content: bytes) -> None:
             path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the replacement is atomic; a name of its own per process, thread and call.
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{next(_temporary)}{path.suffix}")
+    # In the same folder, so that the replacement is atomic; of a name that no writer on any machine has.
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

@@ -90,6 +90,28 @@ def test_few_shards_are_kept(tmp_path):
     assert len(read._open) == 1
 
 
+@pytest.mark.parametrize("kind", ["manifest", "shard"])
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch, kind):
+    """On storage that containers share, whose processes all have the same number."""
+    described, publish, others = plan(), codes._publish, []
+
+    def put():
+        if kind == "manifest":
+            codes._replace(tmp_path / codes.MANIFEST, b"{}")
+        else:
+            codes.write_shard(tmp_path, described, 0, columns(range(4)))
+
+    def meanwhile(temporary, path):
+        if not others:
+            others.append(temporary)
+            put()
+        publish(temporary, path)
+
+    monkeypatch.setattr(codes, "_publish", meanwhile)
+    put()
+    assert [p.name for p in tmp_path.iterdir()] == [codes.MANIFEST if kind == "manifest" else described.file(0)]
+
+
 def test_threads_share_it(tmp_path):
     """One thread may drop the shard that another has just put there."""
     write(tmp_path, plan())

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,7 +85,7 @@ def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Colu
         with storage.staged(path) as here:
             WRITE[plan.format](here, columns)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         WRITE[plan.format](temporary, columns)
         _publish(temporary, path)
@@ -237,9 +238,17 @@ def _replace(path: storage.Path, content: bytes) -> None:
     if storage.is_remote(path):
         storage.write(path, content)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    _publish(temporary, path)
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content)
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    """A name beside `path` that no other writer has: processes in containers often have the same number."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
