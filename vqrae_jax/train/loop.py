@@ -25,7 +25,7 @@ from vqrae_jax.train.stop import Stopped, StopSignal
 from vqrae_jax.train.task import Task, step_program
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.watch import Health, Window, tell_left_whole, tell_memory, watching
-from vqrae_jax.train.writers import METRICS_FILE, Progress, Writers, print_table
+from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Progress, Writers, print_table
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Run:
         self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
         self.logs, writing = storage.Mirror(self.workdir), self.first and not evaluating
         if writing:
-            self.logs.take(METRICS_FILE)
+            for name in (METRICS_FILE, WANDB_FILE):  # both are gone on with
+                self.logs.take(name)
         self.writers = Writers(
             self.logs.folder, self.workdir.name, self.config.model_dump(), settings.wandb_project, writing
         )

@@ -3,12 +3,16 @@
 import json
 import pathlib
 import time
+import uuid
 from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.config import ConfigError
 from vqrae_jax.inference.location import METRICS_FILE
+
+WANDB_FILE = "wandb_run.txt"  # of a run that is logged there: its id
 
 
 class Writers:
@@ -67,7 +71,10 @@ def _start_wandb(project: str, logs: pathlib.Path, name: str, config: dict[str, 
         raise ConfigError(
             f"train.wandb_project={project!r} needs Weights & Biases: pip install 'vqrae-jax[wandb]', or set it to None"
         ) from None
-    return wandb.init(project=project, dir=str(logs), config=config, resume="allow", id=name)
+    file = logs / WANDB_FILE
+    if not file.is_file():  # runs of one name, or of one path on several machines, are several runs
+        storage.write(file, uuid.uuid4().hex.encode())
+    return wandb.init(project=project, dir=str(logs), config=config, resume="allow", name=name, id=file.read_text())
 
 
 class Progress:

@@ -1,0 +1,48 @@
+"""What a run writes beside its checkpoints, and which run it is elsewhere."""
+
+import sys
+import types
+
+import pytest
+
+from vqrae_jax import storage
+from vqrae_jax.config import ConfigError
+from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Writers
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What Weights & Biases is told of each run that starts; the package need not be there."""
+    runs = []
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: runs.append(given) or run))
+    return runs
+
+
+def write(target):
+    """A run in `target`, here or in a bucket, as the loop starts and ends it."""
+    logs = storage.Mirror(storage.at(target))
+    logs.folder.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS_FILE, WANDB_FILE):
+        logs.take(name)
+    Writers(logs.folder, storage.at(target).name, {}, "project").close()
+    logs.close()
+
+
+@pytest.mark.parametrize("where", ["here", "bucket"])
+def test_a_run_elsewhere_is_its_workdir_whatever_that_is_called(started, tmp_path, where, request):
+    if where == "bucket":
+        request.getfixturevalue("buckets")
+    place = tmp_path if where == "here" else f"gs://bucket/{tmp_path.name}"
+    for target in (f"{place}/a/run1", f"{place}/b/run1", f"{place}/a/run1"):
+        write(target)
+    first, other, resumed = started
+    assert first["id"] == resumed["id"] != other["id"]
+    assert {given["name"] for given in started} == {"run1"}
+    assert {given["resume"] for given in started} == {"allow"}
+
+
+def test_without_the_package_the_field_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"train\.wandb_project='project' needs Weights & Biases: pip install"):
+        Writers(tmp_path, "run", {}, "project")
