@@ -92,6 +92,10 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
             {"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}},
             r"batch_size=10 is not divisible .*accumulate=4",
         ),
+        (
+            {"model": {"attention": "cudnn"}},
+            r"model: attention='cudnn' .* not dtype='float32': set model\.dtype='bfloat16', or model\.attention='xla'",
+        ),
         ({"train": {"trainable": ("decoer",)}}, r"train\.trainable\.0='decoer'"),
     ],
 )

@@ -26,7 +26,7 @@ def test_names_are_folders_of_the_report():
 
 
 def test_a_report_has_what_ran_and_why_others_did_not(tmp_path, capsys):
-    smaller = "--encoder=tiny --batch=2 --rounds=1 --codes=32 --dtype=float32"
+    smaller = "--encoder=tiny --batch=2 --rounds=1 --codes=32"
     arguments = [f"--output={tmp_path}", f"--smaller={smaller}"]
     benchmark.main(["gpu", "speed", "--only=tokenize-cudnn", *arguments])
     (found,) = json.loads((tmp_path / "speed.json").read_text())

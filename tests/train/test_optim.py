@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.config import Config, OptimizerConfig, from_dict, in_steps
+from vqrae_jax.config import Config, ConfigError, OptimizerConfig, from_dict, in_steps
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part_rates, update_ema
 
 CASES = [
@@ -58,6 +58,14 @@ def test_rates_are_scaled_to_the_batch():
     assert scaled.adversary.optimizer.learning_rate == pytest.approx(5e-4)
     assert scaled.train.steps == 25
     assert in_steps(scaled, lambda: 1) == scaled  # once is enough: a checkpoint keeps what was resolved
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(12, 0.5), (12, 0.0), (7, 3.0)])
+def test_epochs_of_no_step_are_refused(images, epochs):
+    config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"epochs": epochs}})
+    batches = rf"{images} training images are {images // 8} batches of data\.batch_size=8"
+    with pytest.raises(ConfigError, match=rf"train\.epochs={epochs} is less than one step: {batches}; give more"):
+        in_steps(config, lambda: images)
 
 
 def test_a_config_in_steps_counts_no_images():

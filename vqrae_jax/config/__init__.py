@@ -79,8 +79,12 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
 
     Args:
       count_images: how many training images there are; only asked if the config speaks of epochs.
+
+    Raises:
+      ConfigError: train.epochs is less than one step.
     """
-    asked = functools.cache(lambda: count_images() // config.data.batch_size)
+    count_images = functools.cache(count_images)
+    batch = config.data.batch_size
 
     def resolve(section: Section) -> Section:
         changes: dict[str, Any] = {}
@@ -89,14 +93,21 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
             if isinstance(value, Section):
                 changes[name] = resolve(value)
             elif name.endswith("epochs") and value is not None:
-                changes |= {name: None, f"{name.removesuffix('epochs')}steps": int(value * asked())}
+                changes |= {name: None, f"{name.removesuffix('epochs')}steps": int(value * (count_images() // batch))}
         if isinstance(section, AdamWConfig) and section.reference_batch:
-            scale = config.data.batch_size / section.reference_batch
+            scale = batch / section.reference_batch
             rates = {n: getattr(section, n) * scale for n in ("learning_rate", "final_learning_rate")}
             changes |= {"reference_batch": None, **rates}
         return section.model_copy(update=changes)
 
-    return resolve(config)
+    resolved = resolve(config)
+    if resolved.train.steps < 1:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs} is less than one step: {count_images()} training images are "
+            f"{count_images() // batch} batches of data.batch_size={batch}; give more epochs, smaller batches, or "
+            "train.steps in place of train.epochs"
+        )
+    return resolved
 
 
 def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:

@@ -115,6 +115,15 @@ class ModelConfig(Section):
     scan_layers: bool = True
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
+    @pydantic.model_validator(mode="after")
+    def _the_fused_kernel_has_its_dtype(self):
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"attention='cudnn' is NVIDIA's kernel for dtype='bfloat16', not dtype={self.dtype!r}: set "
+                "model.dtype='bfloat16', or model.attention='xla'"
+            )
+        return self
+
 
 class DataConfig(Section):
     """Where images come from and what a batch is."""
