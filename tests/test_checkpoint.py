@@ -66,6 +66,21 @@ def test_one_that_is_set_aside_is_no_step_any_more(workdir):
     assert checkpoint.find(workdir).name == "2"
 
 
+def test_reading_changes_nothing(tmp_path):
+    """Another run may be saving there."""
+    kept = Checkpoints(tmp_path / "none", reading=True)
+    assert kept.steps == []
+    kept.close()
+    assert not (tmp_path / "none").exists()
+    save(tmp_path, {1: None, 2: None}).close()
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    kept = Checkpoints(tmp_path, keep_last=1, reading=True)
+    assert kept.steps == [1, 2]
+    kept.close()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
     save(tmp_path, dict.fromkeys(range(1, 8)), keep_last=1, keep_best=0, keep_every=3).close()
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [3, 6, 7]

@@ -51,7 +51,7 @@ class Checkpoints:
         reading: bool = False,
     ):
         self.reading = reading
-        self.folder = check_writable(workdir)
+        self.folder = storage.at(workdir) / FOLDER if reading else check_writable(workdir)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -63,6 +63,7 @@ class Checkpoints:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            create=not reading,
             cleanup_tmp_directories=not reading,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -107,7 +108,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
-            last = max((s for s in completed_steps(self.folder)), default=None)
+            last = max(completed_steps(self.folder), default=None)
             kept = (
                 "no checkpoint is complete"
                 if last is None
