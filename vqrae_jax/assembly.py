@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vqrae_jax import sharding
 from vqrae_jax.config import ConfigError, ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
-from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
+from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, at_input_size, scanned
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.models.vit import BlocksConfig, Spread, ViTConfig
 from vqrae_jax.models.vqrae import VQRAE
@@ -26,8 +26,6 @@ from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.whitened import fitted_state
 
 log = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)

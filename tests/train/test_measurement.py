@@ -14,6 +14,7 @@ from vqrae_jax.data.images import write_image
 from vqrae_jax.evaluation import networks
 from vqrae_jax.evaluation.probe import linear_probe
 from vqrae_jax.inference import reference_statistics
+from vqrae_jax.inference.location import EVALUATION_FILE
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.train import loop, report
 from vqrae_jax.train.tokenizer import to_float
@@ -86,7 +87,7 @@ def test_meshes_and_batches_change_nothing(config, workdir, evaluated):
 
 
 def test_figures_and_protocol_are_written(config, workdir, evaluated):
-    written = json.loads((workdir / report.FILE).read_text())
+    written = json.loads((workdir / EVALUATION_FILE).read_text())
     assert {"step": written["step"], **written["figures"]} == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
     protocol = written["protocol"]
     assert protocol["networks"]["encoder"]["features"] == 20
@@ -114,7 +115,7 @@ def test_a_checkpoint_that_goes_meanwhile_is_not_missed(config, workdir, tmp_pat
 
     monkeypatch.setattr(loop.Run, "measure", measured)
     loop.evaluate(config(images=10, figures=()), copy, jax.devices()[:1])
-    protocol = json.loads((copy / report.FILE).read_text())["protocol"]
+    protocol = json.loads((copy / EVALUATION_FILE).read_text())["protocol"]
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
 
@@ -157,7 +158,7 @@ def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path
     for source in (folder, file):
         figures = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
         assert figures["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
-        told = json.loads((workdir / report.FILE).read_text())["protocol"]["networks"]["encoder"]["reference"]
+        told = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]["networks"]["encoder"]["reference"]
         assert told["source"] == str(source)
         assert told["images"] == 64
     np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))

@@ -18,7 +18,8 @@ from PIL import Image
 
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.data import pipeline
-from vqrae_jax.train import loop, report
+from vqrae_jax.inference.location import EVALUATION_FILE
+from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -193,7 +194,7 @@ def test_processes_evaluate_as_one(tiny, golden, alone, one_device, mesh):
     arguments = ["--mode=evaluate"]
     ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
     assert_all_well(ended)
-    told = json.loads((alone / report.FILE).read_text())
+    told = json.loads((alone / EVALUATION_FILE).read_text())
     figures = loop.evaluate(tiny(**config), alone, one_device)
     assert {"step": told["step"], **told["figures"]} == pytest.approx(figures, rel=1e-4)
     assert told["protocol"]["devices"].startswith("2 x" if mesh else "4 x")

@@ -16,8 +16,9 @@ import numpy as np
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import images, photographs
 from vqrae_jax.data.pipeline import train_batches
+from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+MEAN, STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 
 
 def main(arguments: list[str]) -> None:

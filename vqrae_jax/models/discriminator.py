@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from vqrae_jax.models.vit import ViT, ViTConfig, matmul_precision
 from vqrae_jax.resize import resize
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Norm = Literal["batch", "group"]
 SPECTRAL = "spectral"  # the collection of the power iteration's vectors
 

@@ -13,6 +13,7 @@ from vqrae_jax.models.stacking import stack_blocks
 from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
 from vqrae_jax.resize import resize
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of pictures in [0, 1]
 Fusion = Literal["sum", "mean", "concat"]
 
 

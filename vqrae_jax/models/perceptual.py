@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from vqrae_jax.models.discriminator import IMAGENET_MEAN, IMAGENET_STD
-from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from vqrae_jax.models.lpips import unit_length
 from vqrae_jax.resize import resize
 

@@ -10,9 +10,10 @@ import numpy as np
 from vqrae_jax import storage
 from vqrae_jax.data import images as image_files
 from vqrae_jax.inference import pictures
+from vqrae_jax.inference.location import EVALUATION_FILE
 from vqrae_jax.train.measurement import Example
 
-FILE, FOLDER = "evaluation.json", "evaluation"
+FOLDER = "evaluation"
 
 # What a figure means, by the end of its name; the longest that fits counts.
 MEANINGS = {
@@ -66,7 +67,7 @@ def write(
 ) -> None:
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
     told = {"step": step, "figures": figures, "remarks": remarks, "protocol": protocol}
-    storage.write(workdir / FILE, (json.dumps(told, indent=2) + "\n").encode())
+    storage.write(workdir / EVALUATION_FILE, (json.dumps(told, indent=2) + "\n").encode())
     for kind, found in examples.items():
         for number, example in enumerate(found):
             image_files.write_image(workdir / FOLDER / _file(kind, number), _strip(example))
