@@ -55,16 +55,16 @@ L1_ONLY = f"{WITHOUT_ADVERSARY} --config.loss.perceptual.weight=0 --config.loss.
 PARTS = {
     "speed": [
         Figure("tokenize", "60 % of the ceiling, about 10,000 images/s", f"codes {SPEED} --batch=256 {PYTORCH}"),
-        Figure("tokenize-cudnn", "as above", f"codes {SPEED} --batch=256 --attention=cudnn"),
-        Figure("tokenize-float32", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=float32"),
-        Figure("tokenize-kernel", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=kernel"),
-        Figure("tokenize-cores", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --search=tensor_cores"),
-        Figure("tokenize-int8", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=int8"),
-        Figure("tokenize-fp8", "as above", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=fp8"),
         Figure("step", "55 %, 1.3 x compiled PyTorch, 1.6 x eager", f"{XL} --batch=64 --attention=cudnn {PYTORCH}"),
-        Figure("step-xla", "as above", f"{XL} --batch=64"),
+        Figure("step-xla", "as step", f"{XL} --batch=64"),
         Figure("step-large", "55 %", f"{XL} --batch=128 --attention=cudnn"),
         Figure("step-remat", "55 %", f"{XL} --batch=256 --attention=cudnn --remat"),
+        Figure("tokenize-cudnn", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn"),
+        Figure("tokenize-float32", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn --search=float32"),
+        Figure("tokenize-kernel", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn --search=kernel"),
+        Figure("tokenize-cores", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn --search=tensor_cores"),
+        Figure("tokenize-int8", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=int8"),
+        Figure("tokenize-fp8", "as tokenize", f"codes {SPEED} --batch=256 --attention=cudnn --matmul=fp8"),
     ],
     "recipe": [
         Figure("recipe", "45 %", f"{RECIPE} --batch=32 --attention=cudnn"),
