@@ -37,6 +37,13 @@ def commands(done):
     return [line.removeprefix("+ ").replace("\\", "") for line in done.stderr.splitlines() if line.startswith("+ ")]
 
 
+def job_of(done):
+    """The one Job of the JobSet that was printed."""
+    assert done.returncode == 0, done.stderr
+    (replicated,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
 @pytest.fixture
 def stand_in(tmp_path):
     """Puts programs on the PATH that append their arguments to a file and then run a line of bash."""
@@ -84,12 +91,15 @@ def test_shellcheck():
         ("tpu/delete.sh", {}, "PROJECT is not set"),
         ("gke/submit.sh", {}, "NAME is not set"),
         ("gke/submit.sh", JOB, "launch/gke/submit.sh tpu, or gpu"),
+        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "abc"}, "TOPOLOGY=abc is no slice of chips"),
+        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is no slice of chips"),
+        ("gke/submit.sh gpu", JOB | {"NODES": "two"}, "NODES=two is no number"),
         ("slurm.sbatch", {"CONFIG": "c"}, "WORKDIR is not set"),
         ("local.sh", {}, "--config=FILE and --workdir=FOLDER"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(script, given, missing):
-    done = launch(script, **given)
+    done = launch(*script.split(), **given)
     assert done.returncode == 2
     assert missing in done.stderr
     assert "+ " not in done.stderr
@@ -173,8 +183,7 @@ def test_a_run_that_crashes_on_a_healthy_pod_is_given_up(stand_in):
 def test_the_jobset_of_a_slice(topology, hosts, chips):
     done = launch("gke/submit.sh", "tpu", **JOB, TOPOLOGY=topology)
     assert commands(done) == ["kubectl apply -f -"]
-    jobset = yaml.safe_load(done.stdout)
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job = job_of(done)
     pod = job["template"]["spec"]
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
@@ -184,9 +193,22 @@ def test_the_jobset_of_a_slice(topology, hosts, chips):
 
 
 def test_the_jobset_of_gpus_names_process_0():
-    jobset = yaml.safe_load(launch("gke/submit.sh", "gpu", **JOB, NODES="4").stdout)
-    arguments = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    job = job_of(launch("gke/submit.sh", "gpu", **JOB, NODES="4"))
+    arguments = job["template"]["spec"]["containers"][0]["args"]
+    assert arguments[:2] == RUN
     assert arguments[2:] == ["--coordinator=pod-node-0-0.pod:12345", "--processes=4", "--process=$(INDEX)"]
+
+
+@pytest.mark.parametrize(("kind", "given"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
+def test_what_follows_the_platform_reaches_the_training_as_it_is(kind, given):
+    asked = [
+        "--config.data.path=gs://b/train", '--config.evaluation.figures=("lpips",)', "--profile_steps", "10:13",
+        "--config.data.name=a b: 'c' \\d {e}", "two\nlines", "$(INDEX) ${HOME} $$ #",
+    ]  # fmt: skip
+    job = job_of(launch("gke/submit.sh", kind, *asked, **JOB, **given))
+    arguments = job["template"]["spec"]["containers"][0]["args"][-len(asked) :]
+    assert [argument.replace("$$", "$") for argument in arguments] == asked  # Kubernetes undoes it
+    assert "$$(INDEX)" in arguments[-1]
 
 
 def test_submitting_hands_the_jobset_to_kubectl(stand_in):
