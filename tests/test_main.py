@@ -23,21 +23,39 @@ def run(*arguments, **options):
     ("arguments", "message"),
     [
         (["--config=configs/quickstart.py"], "--workdir is required"),
-        (["--config=configs/quickstart.py", "--workdir=s3://bucket/run"], "in folders and in gs:// buckets only"),
         (["--config=configs/absent.py", "--workdir=/tmp/x"], "configs/absent.py"),
+        (["--config=configs/quickstart.py", "--wordkir=/tmp/x"], "Unknown command line flag 'wordkir'"),
+        (["--config=configs/quickstart.py", "--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
+        (["--config=configs/dinov2_b.py", "--workdir=/tmp/x"], "data.path is not set"),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.mesh.model=3"], "does not divide"),
         (["--config=configs/quickstart.py", "--config.model.num_embedings=4"], "did you mean model.num_embeddings"),
         (
             ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.data.batch_size=0"],
             "data.batch_size=0: Input should be greater than or equal to 1",
         ),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--profile_steps=3"], "'3' is no range, as in 10:13"),
+    ],
+)
+def test_what_no_attempt_would_mend_is_one_message_and_exit_code_2(arguments, message):
+    assert_one_message(run(*arguments, timeout=60), 2, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/quickstart.py", "--workdir=s3://bucket/run"], "in folders and in gs:// buckets only"),
+        (["--config=configs/dinov2_b.py", "--workdir=/tmp/x", "--config.data.path=/tmp/absent"], "does not exist"),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--processes=2"], "Give all three"),
     ],
 )
-def test_input_errors_are_one_message_and_exit_code_1(arguments, message):
-    done = run(*arguments, timeout=60)
-    assert done.returncode == 1
+def test_other_input_errors_are_one_message_and_exit_code_1(arguments, message):
+    assert_one_message(run(*arguments, timeout=60), 1, message)
+
+
+def assert_one_message(done, code, message):
+    assert done.returncode == code
     assert message in done.stderr
+    assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
 
 

@@ -87,7 +87,11 @@ def _preflight(config: config_lib.Config) -> bool:
 
 
 def run() -> None:
-    """What is wrong with the input is one message and exit code 1, not a traceback."""
+    """What is wrong with the input is one message, not a traceback.
+
+    Exit code 2 is of flags and settings that no further attempt would mend, which launchers therefore give up on
+    (launch/gke, launch/tpu/watch.sh); 1 of everything else: files, buckets, other processes, bugs.
+    """
     keep_freed_memory()
     # Orbax tells a page per checkpoint, and of what it raises a page per thread that met it; --verbosity=0 shows them.
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -103,9 +107,10 @@ def run() -> None:
             print(f"error: {error}", file=sys.stderr)
         elif not said_by_first:
             print(f"error (process {distributed.index()}): {error}", file=sys.stderr)
+        code = 2 if isinstance(error, _mistakes()) or isinstance(error.__cause__, _mistakes()) else 1
         if distributed.count() > 1:
-            distributed.leave(1)
-        sys.exit(1)
+            distributed.leave(code)
+        sys.exit(code)
 
 
 def _command() -> str:
@@ -128,25 +133,37 @@ def _input_errors() -> tuple[type[Exception], ...]:
     """What is wrong with input, or with where a run has got to; anything else is a bug and keeps its traceback."""
     from vqrae_jax.checkpoint import CheckpointError
     from vqrae_jax.data.errors import DataError
-    from vqrae_jax.preflight.chips import TopologyError
+    from vqrae_jax.preflight.chips import FitError
     from vqrae_jax.pretrained.errors import PretrainedError
-    from vqrae_jax.sharding import MeshError
     from vqrae_jax.storage import StorageError
     from vqrae_jax.train.guard import DivergedError
 
-    return (
-        distributed.DistributedError, config_lib.ConfigError, DataError, PretrainedError, CheckpointError, MeshError,
-        TopologyError, DivergedError, StorageError,
-    )  # fmt: skip
+    others = (DataError, PretrainedError, CheckpointError, FitError, DivergedError, StorageError)
+    return (distributed.DistributedError, *others, *_mistakes())
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What was asked for is wrong, whatever lies on disks: the same command will fail again."""
+    from vqrae_jax.data.errors import SettingError
+    from vqrae_jax.preflight.chips import TopologyError
+    from vqrae_jax.sharding import MeshError
+
+    return (config_lib.ConfigError, SettingError, MeshError, TopologyError)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-    """Checks the names of overridden fields before ml_collections does: its message is a dump of the config."""
+    """Checks the names of overridden fields before ml_collections does: its message is a dump of the config.
+
+    Raises:
+      ConfigError: flags that do not exist, or with values that they do not take.
+    """
     for argument in argv:
         if field := re.match(r"--?config\.([\w.]+)", argument):
             config_lib.check_field(config_lib.Config, field[1])
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:  # absl itself would leave with exit code 1
+        raise config_lib.ConfigError(f"{error}, see python -m vqrae_jax.main --help") from None
     except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
         raise config_lib.ConfigError(f"--config: {error}") from None
 

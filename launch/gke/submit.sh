@@ -12,7 +12,7 @@
 #              gpu: nvidia-h100-80gb (default), nvidia-h200-141gb, ...
 # NODES        gpu: how many nodes of eight GPUs
 # SERVICE_ACCOUNT  of Kubernetes, with rights on the bucket (default: default)
-# RESTARTS     after how many failures it gives up (default 100)
+# RESTARTS     after how many failures it gives up (default 100); at once where what was asked for is wrong
 # DRY_RUN=1    prints the JobSet and what it would run
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")

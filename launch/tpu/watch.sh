@@ -18,13 +18,14 @@ while true; do
   "$here/create.sh" || status=$?
   [[ "$status" == 3 ]] && continue
   [[ "$status" == 0 ]] || exit "$status"
-  if "$here/setup.sh" && "$here/train.sh" "$@"; then
-    echo "training is done; the pod still costs: $here/delete.sh" >&2
-    exit
-  else
-    status=$?
+  if "$here/setup.sh"; then
+    "$here/train.sh" "$@" || status=$?
+    [[ "$status" == 2 ]] && exit 2 # what was asked for is wrong
+    if [[ "$status" == 0 ]]; then
+      echo "training is done; the pod still costs: $here/delete.sh" >&2
+      exit
+    fi
   fi
-  [[ "$status" == 2 ]] && exit 2 # what was asked for is wrong
   state=$(pod_state)
   if [[ "$state" == READY ]]; then
     crashes=$((crashes + 1))

@@ -177,6 +177,36 @@ def test_a_run_that_crashes_on_a_healthy_pod_is_given_up(stand_in):
     assert sum(WATCHED[2] in call for call in stand_in.calls()) == 2
 
 
+def test_a_run_that_was_asked_for_wrongly_is_given_up_at_once(stand_in):
+    path = stand_in("gcloud", GCLOUD.replace("{train}", "exit 2"))
+    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD)
+    assert done.returncode == 2
+    assert sum(WATCHED[2] in call for call in stand_in.calls()) == 1
+
+
+def test_an_installation_that_fails_is_tried_again_whatever_its_exit_code(stand_in):
+    install = '*"uv pip"*) [[ -f again ]] || { touch again; exit 2; } ;;\n  *vqrae_jax.main*'
+    path = stand_in("gcloud", GCLOUD.replace("*vqrae_jax.main*", install).replace("{train}", "exit 0"))
+    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD)
+    assert done.returncode == 0, done.stderr
+    assert [s for call in stand_in.calls() for s in WATCHED if s in call] == [*WATCHED[:2], *WATCHED[1:3]]
+
+
+@pytest.mark.parametrize(("kind", "given"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
+def test_kubernetes_restarts_all_but_what_was_asked_for_wrongly(kind, given):
+    """The exit code of a mistake, 2 (tests/test_main.py), fails the Job for a reason that fails the JobSet."""
+    done = launch("gke/submit.sh", kind, **JOB, **given, RESTARTS="7")
+    job, policy = job_of(done), yaml.safe_load(done.stdout)["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7
+    (rule,) = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    (rule,) = job["podFailurePolicy"]["rules"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes takes such a policy with no other
+
+
 @pytest.mark.parametrize(
     ("topology", "hosts", "chips"), [("16x16", 64, 4), ("2x4", 1, 8), ("4x4x4", 16, 4), ("1x1", 1, 1)]
 )

@@ -90,7 +90,7 @@ def test_a_run_that_does_not_fit_exits_with_1(tmp_path):
 
 def test_input_errors_come_before_any_compilation(tiny):
     done = main("--config=configs/quickstart.py", "--topology=v5e:3x3")
-    assert done.returncode == 1
+    assert done.returncode == 2  # 1 is of what does not fit
     assert "v5e:16x16" in done.stderr
     assert "Traceback" not in done.stderr
     with pytest.raises(MeshError, match="does not divide"):

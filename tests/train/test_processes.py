@@ -124,6 +124,13 @@ def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
     assert second[2] == ""
 
 
+def test_a_mistake_of_all_is_told_once_and_no_launcher_tries_again(tiny, tmp_path):
+    first, second = finish(spawn(tiny(data={"source": "folder", "path": None}), tmp_path))
+    assert (first[0], second[0]) == (2, 2)
+    assert "error: data.path is not set" in first[2]
+    assert second[2] == ""
+
+
 def test_another_version_of_a_package_is_named(monkeypatch):
     said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
     monkeypatch.setattr(distributed, "exchange", lambda text: next(said))

@@ -5,7 +5,7 @@ import io
 import os
 import re
 
-from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.data.errors import DataError, ImageError, SettingError
 from vqrae_jax.storage import is_remote
 
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
@@ -151,9 +151,9 @@ def _system(path, field):
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         package = _PACKAGES.get(protocol, f"fsspec's package for {protocol}")
-        raise DataError(f"{field}={path!r}: reading {protocol}:// needs {package}: pip install {package}") from error
+        raise SettingError(f"{field}={path!r}: reading {protocol}:// needs {package}: pip install {package}") from error
     except ValueError as error:
-        raise DataError(f"{field}={path!r}: {error}; known are gs://, s3:// and what fsspec lists") from error
+        raise SettingError(f"{field}={path!r}: {error}; known are gs://, s3:// and what fsspec lists") from error
 
 
 def _asked(question, path, field):

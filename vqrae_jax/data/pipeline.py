@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from vqrae_jax.data import sources
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import DataError, SettingError
 from vqrae_jax.data.images import adm_center_crop, adm_random_crop, center_crop, flip, random_crop
 from vqrae_jax.data.readable import Masked, Replaced, Skipped, tell
 
@@ -193,7 +193,7 @@ def _at_least(data):
 
 def _local(field, size, process_count):
     if size % process_count:
-        raise DataError(
+        raise SettingError(
             f"data.{field}={size} is not divisible by the {process_count} processes of this run: "
             f"take {max(1, size // process_count) * process_count}"
         )
@@ -202,7 +202,7 @@ def _local(field, size, process_count):
 
 def _check_crop(data):
     if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
-        raise DataError(
+        raise SettingError(
             f"data.resize={data.resize} and data.scale={tuple(data.scale)} exclude each other: scale cuts "
             "from the source pixels; leave one of them at 1"
         )

@@ -4,14 +4,14 @@ A record is {"image": encoded bytes or uint8 [H, W, 3], "label": int}, label -1 
 or missing raises ImageError, one that a disk or bucket does not give OSError.
 """
 
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.data.errors import SettingError
 
 
 def training_source(data):
     """The training images that `data`, a `config.DataConfig`, names.
 
     Raises:
-      DataError: nothing readable there; names the field.
+      DataError: nothing readable there, or nothing named; names the field.
     """
     match data.source:
         case "photographs":
@@ -23,7 +23,7 @@ def training_source(data):
 
             return Prepared(data.name, data.path, data.train_split, "data.train_split")
     if not data.path:
-        raise DataError(f"data.path is not set: data.source={data.source!r} needs training images")
+        raise SettingError(f"data.path is not set: data.source={data.source!r} needs training images")
     return _files(data.source, data.path, "data.path")
 
 
@@ -59,4 +59,4 @@ def _files(source, path, field):
             from vqrae_jax.data.parquet import Tables
 
             return Tables(path, field)
-    raise DataError(f"data.source={source!r} is no source of images")
+    raise SettingError(f"data.source={source!r} is no source of images")

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.data.errors import DataError, ImageError, SettingError
 from vqrae_jax.data.tfrecord import Part, TFRecords
 
 
@@ -113,7 +113,7 @@ def _is_folder(path):
 
 def _prepared_folder(path):
     if path is None:
-        raise DataError(
+        raise SettingError(
             "data.name and data.path are both missing: data.source='tfds' needs the name of a dataset, "
             "a prepared dataset's folder, or a name and the data_dir that holds it"
         )

@@ -17,6 +17,10 @@ class TopologyError(ValueError):
     """A topology that does not exist, or that cannot be compiled for here."""
 
 
+class FitError(RuntimeError):
+    """A program that does not fit into a chip, by nobody knows how much."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device as a program sees it; rates per second.
