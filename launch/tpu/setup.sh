@@ -16,11 +16,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ -z "$(git status --porcelain --untracked-files=no)" ]] || echo "note: changes that are not committed stay here" >&2
 run git archive --format=tar.gz --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$NAME:vqrae_jax.tar.gz" "${where[@]}" --worker=all --quiet
-# uv brings the Python that the runtime image does not have.
+# uv brings the Python that the runtime image does not have; torch reads the recipes' .pth weights, the CPU's is enough.
 on_all 'set -e
   mkdir -p ~/vqrae_jax && tar -xzf ~/vqrae_jax.tar.gz -C ~/vqrae_jax && cd ~/vqrae_jax
   command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
+  ~/.local/bin/uv pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch>=2.6"
   ~/.local/bin/uv pip install --quiet ".[tpu,gcs]"'
 on_all "set -e
   mountpoint -q /mnt/bucket && exit

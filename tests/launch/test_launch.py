@@ -3,9 +3,11 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -279,6 +281,22 @@ def test_one_local_process_that_fails_ends_the_others(stand_in):
     path = stand_in("python", "[[ $* == *--process=1* ]] && exit 3; exec sleep 60")
     done = launch("local.sh", "--config=c", "--workdir=w", dry=False, PATH=path, PROCESSES="2")
     assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "file", ["launch/tpu/setup.sh", "launch/docker/Dockerfile.tpu", "launch/docker/Dockerfile.cuda", "docs/pods.md"]
+)
+def test_pods_read_pytorch_files_with_the_torch_that_the_extra_names(file):
+    """From the CPU's index, and before the rest, which then has nothing to fetch for it."""
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
+    (wanted,) = project["optional-dependencies"]["torch"]
+    installs = [
+        shlex.split(line.partition("pip install ")[2].rstrip("'"))
+        for line in (LAUNCH.parent / file).read_text().splitlines()
+        if re.match(r"(RUN | *\S*/uv )?pip install ", line) and "libtpu" not in line
+    ]
+    torch, _ = installs
+    assert torch[-3:] == ["--index-url", "https://download.pytorch.org/whl/cpu", wanted]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.tpu", "Dockerfile.cuda"])
