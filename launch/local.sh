@@ -3,6 +3,8 @@
 #
 #   launch/local.sh --config=configs/dinov2_b.py --workdir=runs/one --config.data.path=/data/train
 #
+# Paths are those of the folder it is called from.
+#
 # PROCESSES  how many processes share the work over loopback (default 1: one process drives every device it finds)
 # PORT       of process 0, for several processes (default 12345)
 # PYTHON     the interpreter (default python)
@@ -10,11 +12,15 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
-[[ "$*" == *--config=* && "$*" == *--workdir=* ]] || { echo "error: --config=FILE and --workdir=FOLDER are needed" >&2; exit 2; }
+[[ -n "$(value config "$@")" && -n "$(value workdir "$@")" ]] || {
+  echo "error: --config=FILE and --workdir=FOLDER are needed" >&2
+  exit 2
+}
 PROCESSES=${PROCESSES:-1}
 PORT=${PORT:-12345}
 [[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || { echo "error: PROCESSES=$PROCESSES is no number above 0" >&2; exit 2; }
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} # where python -m finds the package
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: a step on CPUs is 7 % shorter
 
 train=("${PYTHON:-python}" -m vqrae_jax.main "$@")

@@ -7,7 +7,7 @@
 # PROJECT, ZONE, NAME, DRY_RUN: see launch/tpu/pod.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pod.sh"
-[[ "$*" == *--config=* && "$*" =~ --workdir=(/mnt/bucket|gs:/)/ ]] || {
+[[ -n "$(value config "$@")" && "$(value workdir "$@")" =~ ^(/mnt/bucket|gs:/)/ ]] || {
   echo "error: --config=FILE and --workdir=/mnt/bucket/FOLDER (or gs://...) are needed: workers share no disk" >&2
   exit 2
 }

@@ -90,6 +90,7 @@ def test_shellcheck():
         ("tpu/create.sh", {k: v for k, v in POD.items() if k != "ZONE"}, "ZONE is not set"),
         ("tpu/create.sh", POD | {"TYPE": "v3-8"}, "TYPE=v3-8"),
         ("tpu/train.sh", POD, "--workdir=/mnt/bucket/"),
+        ("tpu/train.sh --config c --workdir /home/me", POD, "--workdir=/mnt/bucket/"),
         ("tpu/delete.sh", {}, "PROJECT is not set"),
         ("gke/submit.sh", {}, "NAME is not set"),
         ("gke/submit.sh", JOB, "launch/gke/submit.sh tpu, or gpu"),
@@ -98,6 +99,8 @@ def test_shellcheck():
         ("gke/submit.sh gpu", JOB | {"NODES": "two"}, "NODES=two is no number"),
         ("slurm.sbatch", {"CONFIG": "c"}, "WORKDIR is not set"),
         ("local.sh", {}, "--config=FILE and --workdir=FOLDER"),
+        ("local.sh --config.data.path=/data --workdir=w", {}, "--config=FILE and --workdir=FOLDER"),
+        ("local.sh --config=c --workdir", {}, "--config=FILE and --workdir=FOLDER"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(script, given, missing):
@@ -275,6 +278,23 @@ def test_local_processes_share_one_run():
     several = commands(launch("local.sh", *run, PROCESSES="2"))
     whole = "exec python -m vqrae_jax.main --config=c --workdir=w --coordinator=localhost:12345 --processes=2"
     assert sorted(several) == [f"{whole} --process=0", f"{whole} --process=1"]
+
+
+@pytest.mark.parametrize("run", ["--config=c --workdir=w", "--config c --workdir w", "-config=c -workdir w"])
+def test_flags_may_be_written_in_every_way_that_absl_reads(run):
+    assert commands(launch("local.sh", *run.split())) == [f"python -m vqrae_jax.main {run}"]
+    given = run.replace("w", "/mnt/bucket/w").replace("/mnt/bucket/workdir", "workdir")
+    (command,) = commands(launch("tpu/train.sh", *given.split(), **POD))
+    assert "gcloud" in command
+
+
+def test_local_paths_are_those_of_the_folder_it_is_called_from(tmp_path):
+    (tmp_path / "mine.py").write_text("from vqrae_jax.config import defaults as get_config\n")
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
+    (tmp_path / "images").touch()
+    command = ["bash", LAUNCH / "local.sh", "--config", "mine.py", "--workdir", "run", "--config.data.path=images"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert "data.path='images' is a file" in done.stderr
 
 
 def test_one_local_process_that_fails_ends_the_others(stand_in):
