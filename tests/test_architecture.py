@@ -24,6 +24,7 @@ LEAVES = {
     "distributed",
     "storage",
     "host_memory",
+    "tpu",
 }
 MAY_IMPORT = {room: set() for room in LEAVES} | {
     "__init__": {"models", "inference"},  # the public names, on first use
@@ -36,6 +37,7 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "inference": {
         "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
         "checkpoint", "config", "compilation", "distributed", "host_memory", "resize", "storage",
+        "tpu",
     },
     "train": {
         "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
@@ -46,11 +48,11 @@ MAY_IMPORT = {room: set() for room in LEAVES} | {
     "preflight": {"train", "pretrained", "sharding", "config", "storage"},
     "main": {
         "", "distributed", "train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding",
-        "compilation", "host_memory", "storage",
+        "compilation", "host_memory", "storage", "tpu",
     },
     "benchmark": {
         "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config", "compilation", "host_memory", "sharding", "preflight",
+        "config", "compilation", "host_memory", "sharding", "preflight", "tpu",
     },
 }  # fmt: skip
 ONLY_IN = {

@@ -19,6 +19,7 @@ from vqrae_jax import __version__, distributed
 from vqrae_jax import config as config_lib
 from vqrae_jax.compilation import enable_compilation_cache
 from vqrae_jax.host_memory import keep_freed_memory
+from vqrae_jax.tpu import leave_out_absent_tpu
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
     if MODE.value == "preflight":
         sys.exit(0 if _preflight(_read_config()) else 1)
+    leave_out_absent_tpu()
     distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
     logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
     enable_compilation_cache()

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from vqrae_jax.host_memory import keep_freed_memory
+from vqrae_jax.tpu import leave_out_absent_tpu
 
 STAGES = "timed beside this machine's ceilings, with --against=pytorch beside PyTorch"
 BENCHMARKS = {  # name -> module and what it measures
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> None:
         known = "\n".join(f"  {name}: {what}" for name, (_, what) in BENCHMARKS.items())
         raise SystemExit(f"usage: python -m vqrae_jax.benchmark NAME [arguments]\n{known}")
     keep_freed_memory()
+    leave_out_absent_tpu()
     module, _ = BENCHMARKS[arguments[0]]
     rest = arguments if module == "speed" else arguments[1:]
     importlib.import_module(f"vqrae_jax.benchmark.{module}").main(rest)

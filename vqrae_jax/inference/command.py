@@ -19,6 +19,7 @@ from vqrae_jax.inference.inputs import TokenizerError
 from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.sharding import MeshError
 from vqrae_jax.storage import StorageError
+from vqrae_jax.tpu import leave_out_absent_tpu
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # a library may have been first
     try:
         keep_freed_memory()
+        leave_out_absent_tpu()
         enable_compilation_cache()
         action()
     except USERS as error:
