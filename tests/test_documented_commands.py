@@ -30,6 +30,7 @@ COMMANDS = list(dict.fromkeys(
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
 NOT_RUN = {  # what a command begins with -> why it is not run here
     "pip install": "needs a package registry; .ci/run starts with it",
+    "uv pip install": "needs a package registry",
     "python -m pytest": "is what runs this",
     QUICKSTART: "tests/test_main.py runs it in a process of its own",
     "python -m vqrae_jax.inference.demo": "serves until it is stopped; tests/inference/test_demo.py clicks on the page",

@@ -23,7 +23,7 @@ def names(requirements):
 def test_the_package_wants_what_a_checkout_wants_but_for_the_tests():
     running, tests = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n# tests\n")
     assert PROJECT["dependencies"] == lines(running)
-    assert names(lines(tests)) == {"hypothesis", "pytest", "pytest-xdist", "ruff"}
+    assert names(lines(tests)) == {"chex", "hypothesis", "pytest", "pytest-xdist", "ruff"}
 
 
 def test_everything_that_the_package_imports_is_wanted():

@@ -21,7 +21,7 @@ on_all 'set -e
   mkdir -p ~/vqrae_jax && tar -xzf ~/vqrae_jax.tar.gz -C ~/vqrae_jax && cd ~/vqrae_jax
   command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
-  ~/.local/bin/uv pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch>=2.6"
+  ~/.local/bin/uv pip install --quiet --torch-backend=cpu "torch>=2.6"
   ~/.local/bin/uv pip install --quiet ".[tpu,gcs]"'
 on_all "set -e
   mountpoint -q /mnt/bucket && exit

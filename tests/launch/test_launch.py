@@ -311,12 +311,12 @@ def test_pods_read_pytorch_files_with_the_torch_that_the_extra_names(file):
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
     (wanted,) = project["optional-dependencies"]["torch"]
     installs = [
-        shlex.split(line.partition("pip install ")[2].rstrip("'"))
+        shlex.split(line.rpartition("pip install ")[2].rstrip("'"))
         for line in (LAUNCH.parent / file).read_text().splitlines()
         if re.match(r"(RUN | *\S*/uv )?pip install ", line) and "libtpu" not in line
     ]
     torch, _ = installs
-    assert torch[-3:] == ["--index-url", "https://download.pytorch.org/whl/cpu", wanted]
+    assert torch[-2:] == ["--torch-backend=cpu", wanted]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.tpu", "Dockerfile.cuda"])

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,6 @@ def test_blocks_with_the_kernel_have_the_same_parameters_and_values(scan, unbias
 
     nets = [Net(BlocksConfig(32, 2, 4, 64, scan=scan, unbiased=unbiased, attention=way)) for way in ("xla", "pallas")]
     params, same = (net.init(jax.random.key(0), x) for net in nets)
-    jax.tree.map(np.testing.assert_array_equal, params, same)
+    chex.assert_trees_all_equal(params, same)
     values = [jax.value_and_grad(lambda p, n=net: jnp.sum(n.apply(p, x) ** 2))(params) for net in nets]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *values)
+    chex.assert_trees_all_close(*values, rtol=1e-4, atol=1e-3)
