@@ -149,6 +149,20 @@ def test_results_may_stay_on_the_device(trained, images):
     assert tokenizer.reconstruct(images).shape == (3, 32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("option", "accepted"),
+    [
+        ({"fit": "Crop"}, "fit='Crop': give one of 'crop', 'pad', 'stretch', 'model'"),
+        ({"fit": "center"}, "fit='center': give one of 'crop'"),
+        ({"output": "torch"}, "output='torch': give one of 'numpy', 'jax'"),
+        ({"encoder_matmul": "int4"}, "encoder_matmul='int4': give one of 'dtype', 'int8', 'fp8'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused(trained, option, accepted):
+    with pytest.raises(TokenizerError, match=f"^{accepted}"):
+        Tokenizer.load(trained, **option)
+
+
 def test_a_stream_gives_the_same(tokenizer, images):
     batches = [images[:2], images[1:]]
     for got, batch in zip(tokenizer.stream("encode_to_indices", iter(batches)), batches, strict=True):

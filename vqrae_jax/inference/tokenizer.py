@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from vqrae_jax.pretrained import export
 from vqrae_jax.quantizers.none import NO_CODES
 
 __all__ = ["Tokenizer", "TokenizerError"]
+
+Output = Literal["numpy", "jax"]
+Matmul = Literal["dtype", "int8", "fp8"]
 
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
 # Fields of the model section that decide what a code means, beside the weights.
@@ -60,8 +63,8 @@ class Tokenizer:
         batch_size: int | None = None,
         memory_limit: int | None = None,
         fit: Fit = "crop",
-        output: Literal["numpy", "jax"] = "numpy",
-        encoder_matmul: Literal["dtype", "int8", "fp8"] = "dtype",
+        output: Output = "numpy",
+        encoder_matmul: Matmul = "dtype",
     ):
         """
         Args:
@@ -81,7 +84,11 @@ class Tokenizer:
           output: "jax" leaves results on the device.
           encoder_matmul: "int8" and "fp8" multiply the encoder's dense layers in eight bits: faster where the device
             has such units, and some codes become others (`python -m vqrae_jax.benchmark low_precision` counts them).
+
+        Raises:
+          TokenizerError: fit, output or encoder_matmul is none of these.
         """
+        _check_choices(fit=(fit, Fit), output=(output, Output), encoder_matmul=(encoder_matmul, Matmul))
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = programs.placed(variables, mesh)
         module = module.clone(encoder=with_matmul(module.encoder, encoder_matmul))
@@ -290,3 +297,10 @@ class Tokenizer:
                 f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
             )
         return indices.astype(np.int32)
+
+
+def _check_choices(**given: tuple[Any, Any]) -> None:
+    """A word that is none of its kind would else do what another one does: {option: (word, Literal of its words)}."""
+    for name, (word, kind) in given.items():
+        if word not in get_args(kind):
+            raise TokenizerError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")
