@@ -32,6 +32,22 @@ def test_files_are_written_whole_and_read_back(where, buckets, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["file.json"]
 
 
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_gives(umask, expected, tmp_path):
+    before = os.umask(umask)
+    try:
+        storage.write(tmp_path / "written", b"")
+        (tmp_path / "of a library").touch(0o600)
+        storage.share(tmp_path / "of a library")
+    finally:
+        os.umask(before)
+    assert {path.name: mode(path) for path in tmp_path.iterdir()} == {"written": expected, "of a library": expected}
+
+
 def test_fetched_files_are_copied_when_they_change(buckets):
     for name in ("a.npz", "b.npz"):
         storage.write(f"gs://bucket/weights/{name}", name.encode())

@@ -96,6 +96,22 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share(path: pathlib.Path) -> None:
+    """Gives a file here the rights that the umask, or the folder's own rules, give a new one.
+
+    Libraries that write by way of a temporary file leave it readable to its owner alone, which colleagues on a cluster
+    notice.
+    """
+    ordinary = path.with_name(f".{uuid.uuid4().hex}")  # made to look at: the umask can be asked only by changing it
+    try:
+        ordinary.touch()
+        mode = ordinary.stat().st_mode
+    finally:
+        ordinary.unlink(missing_ok=True)
+    if path.stat().st_mode != mode:
+        path.chmod(mode & 0o777)
+
+
 @contextlib.contextmanager
 def staged(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """`path` itself if it is here, else a place here whose file, or files, are copied to that address at the end.

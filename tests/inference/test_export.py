@@ -50,6 +50,7 @@ def assert_same(a, b):
 def test_folder_of_a_run_is_the_same_tokenizer(trained, tmp_path):
     written = run(trained, "--format=safetensors", f"--output={tmp_path / 'out'}")
     assert [path.name for path in written] == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in written}) == 1  # who may read the config may read the weights
     one, other = Tokenizer.load(trained), Tokenizer.load(tmp_path / "out")
     assert_same(one.variables, other.variables)
     np.testing.assert_array_equal(one.encode_to_indices(images()), other.encode_to_indices(images()))
@@ -160,6 +161,7 @@ def test_programs_run_without_this_package(trained, tmp_path):
     """In a process that cannot import it, on batch sizes that nobody knew."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")
     run(trained, "--format=stablehlo", f"--output={tmp_path}")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     tokenizer = Tokenizer.load(trained)
     np.save(tmp_path / "images.npy", images(count=3))
     script = """

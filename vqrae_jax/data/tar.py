@@ -6,15 +6,16 @@ image and its label. Where the images lie is found once, by walking over the hea
 
 import concurrent.futures
 import hashlib
+import io
 import os
 import pathlib
 import tarfile
-import tempfile
 import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import SUFFIXES
@@ -112,10 +113,9 @@ def _index(shard, field, cache):
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         index = _walk(shard, field)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, suffix=".part", delete=False) as file:
-            np.savez(file, **index._asdict())
-        os.replace(file.name, kept)
+        arrays = io.BytesIO()
+        np.savez(arrays, **index._asdict())
+        storage.write(kept, arrays.getvalue())
     except OSError:  # a full or read-only disk costs time at the next start, nothing else
         pass
     return index

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from vqrae_jax import storage
 from vqrae_jax.pretrained import origin
 from vqrae_jax.pretrained.errors import PretrainedError, first_line
 from vqrae_jax.pretrained.layout import to_file
@@ -109,6 +110,7 @@ def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
 
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten_dict(tree, sep="/").items()}
     safetensors.numpy.save_file(flat, path, metadata={"format": "vqrae_jax"})
+    storage.share(path)
 
 
 def content_hash(tree: Mapping[str, Any]) -> str:
