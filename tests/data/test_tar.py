@@ -126,6 +126,40 @@ def test_what_cannot_be_read_is_named(shards, kind):
         TarShards(path, "data.eval_path")
 
 
+def headers(path):
+    """Where the members of a tar file begin, and where its end does."""
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+        return [member.offset for member in archive], last.offset_data + -(-last.size // 512) * 512
+
+
+@pytest.mark.parametrize("inside", [0, 100, 511])
+def test_a_shard_cut_at_or_inside_a_header_is_no_smaller_shard(shards, inside):
+    path = shards / "train-1.tar"
+    begins, end = headers(path)
+    whole = path.read_bytes()
+    for start in (*begins[1:], end):
+        path.write_bytes(whole[: start + inside])
+        with pytest.raises(DataError, match=rf"train-1\.tar.*cut short at byte {start}"):
+            TarShards(shards)
+
+
+def test_a_shard_with_a_damaged_header_is_no_smaller_shard(shards):
+    path = shards / "train-1.tar"
+    start, whole = headers(path)[0][2], bytearray(path.read_bytes())
+    whole[start + 150] ^= 1  # in its checksum
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=rf"damaged at byte {start}"):
+        TarShards(shards)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_shard_needs_no_padding_after_its_end(shards, blocks):
+    path = shards / "train-1.tar"
+    path.write_bytes(path.read_bytes()[: headers(path)[1] + 512 * blocks])
+    assert len(TarShards(shards)) == 10
+
+
 def test_a_shard_cut_short_later_and_a_gigantic_member_cost_only_their_images(shards, monkeypatch):
     source = TarShards(shards)
     path = shards / "train-1.tar"

@@ -23,6 +23,7 @@ from vqrae_jax.data.images import SUFFIXES
 LARGEST = 2**28  # bytes of an encoded image; a larger one is not read into memory
 _LABEL = 32  # bytes of a .cls member at most
 _READERS = 8  # shards indexed at once
+_INDEXED = 2  # changes with what is indexed of a shard, so that indices of earlier versions are not used
 
 
 class Index(NamedTuple):
@@ -103,7 +104,7 @@ def _index(shard, field, cache):
     """The index of a shard, from the cache if the shard has not changed since."""
     try:
         # A bucket gives no time that every kind of it knows; there a shard is known by name and size.
-        state = f"{shard} {files.size(shard)} {'' if files.is_remote(shard) else os.stat(shard).st_mtime_ns}"
+        state = f"{_INDEXED} {shard} {files.size(shard)} {'' if files.is_remote(shard) else os.stat(shard).st_mtime_ns}"
     except OSError as error:
         raise DataError(f"{field}: a shard cannot be read: {error}") from error
     kept = cache / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.npz"
@@ -136,6 +137,7 @@ def _walk(shard, field):
                     images.setdefault(key, (member.offset_data, member.size))
                 elif suffix == "cls" and member.size <= _LABEL:
                     labels[key] = archive.extractfile(member).read()
+            _check_end(file, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{field}: {shard!r} is no whole, uncompressed tar file ({error}): copy it again, or unpack a .tar.gz to "
@@ -146,6 +148,15 @@ def _walk(shard, field):
     keys = [key.removeprefix("./").lstrip("/").encode(errors="surrogateescape") for key in images]
     lengths = np.array([len(key) for key in keys], np.int64)
     return Index(places[:, 0], places[:, 1], numbers, lengths, np.frombuffer(b"".join(keys), np.uint8))
+
+
+def _check_end(file, offset):
+    """To tarfile a header that is cut, damaged or not there ends the archive as well as the zeros that should."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        what = "cut short" if len(block) < tarfile.BLOCKSIZE else "damaged"
+        raise tarfile.ReadError(f"{what} at byte {offset}, where neither a member begins nor the zeros of the end")
 
 
 def _number(text):
