@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data import parquet
+from vqrae_jax.data import parquet, sources
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.pipeline import train_batches
@@ -51,6 +51,13 @@ def test_each_row_has_its_image_and_label(tmp_path, kind, name):
         assert [copy[i] for i in order] == [{"image": png(20 * i), "label": i} for i in order]
     with pytest.raises(IndexError):
         source[10]
+
+
+def test_its_listing_tells_other_files(tmp_path):
+    before = sources.listing(Tables(write(tmp_path, "parquet")), 4)
+    assert sources.listing(Tables(tmp_path), 4) == before
+    (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "train-00002-of-00002.parquet")
+    assert sources.listing(Tables(tmp_path), 4) != before
 
 
 def test_bare_bytes_without_labels(tmp_path):

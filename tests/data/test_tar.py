@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data import tar
+from vqrae_jax.data import sources, tar
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.pipeline import train_batches
 from vqrae_jax.data.tar import TarShards
@@ -197,3 +197,11 @@ def test_a_bucket_of_shards(shards):
         assert source[9]["image"] == png(180)
     finally:
         system.store.clear()
+
+
+def test_its_listing_tells_changed_images(shards):
+    before = sources.listing(TarShards(shards), 4)
+    write(shards / "train-2.tar", [("new.png", b"new")])
+    assert sources.listing(TarShards(shards), 4) == before  # the first four are as they were
+    write(shards / "train-0.tar", [(f"n/{i:03d}.png", png(20 * i) + b" ") for i in range(4)])
+    assert sources.listing(TarShards(shards), 4) != before

@@ -77,6 +77,33 @@ def test_processes_write_what_one_would(trained, photos, whole, tmp_path):
     assert content(tmp_path) == content(whole)
 
 
+def renamed(folder):
+    """One file takes its place at the end: as many as before, and all after it one earlier."""
+    (folder / "00.png").rename(folder / "99.png")
+
+
+def without_the_hash(manifest):
+    """A manifest as an earlier version wrote it."""
+    told = json.loads(manifest.read_text())
+    del told["listing"]
+    manifest.write_text(json.dumps(told))
+
+
+def test_a_folder_whose_files_have_changed_is_not_gone_on_with(trained, tmp_path):
+    rng, photos, output = np.random.default_rng(0), tmp_path / "photos", tmp_path / "codes"
+    for i in range(16):
+        images.write_image(photos / f"{i:02d}.png", rng.integers(0, 256, (32, 32, 3), np.uint8))
+    assert run(trained, photos, output, "--processes=2", "--process=0") is None
+    renamed(photos)
+    with pytest.raises(DataError, match=r"begun on other files: 16 images .* put the files back .* another folder"):
+        run(trained, photos, output)
+    assert len(list(output.glob("codes-*"))) == 1
+    without_the_hash(output / codes.MANIFEST)
+    assert run(trained, photos, output)["complete"]
+    without_the_hash(output / codes.MANIFEST)
+    assert len(codes.Codes(output)) == 16
+
+
 def test_goes_on_where_it_stopped(trained, photos, whole, tmp_path, monkeypatch, capsys):
     class Killed(BaseException):
         pass

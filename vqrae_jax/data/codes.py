@@ -39,6 +39,7 @@ class Plan:
     image_size: int  # pixels, of the pictures that the codes paint
     format: Format
     shard_size: int  # images per shard
+    listing: str | None = None  # hash of the names in the source, see `sources.listing`; earlier plans have none
 
     @property
     def shards(self) -> int:
@@ -66,6 +67,13 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
         there = _plan(_read_manifest(folder), folder)
         names = [field.name for field in dataclasses.fields(Plan)]
         differing = [name for name in names if getattr(there, name) != getattr(plan, name)]
+        if there.listing is not None and differing == ["listing"]:
+            raise DataError(
+                f"--output={os.fspath(folder)!r} was begun on other files: {plan.images} images of {plan.source} as "
+                "then, but their names or sizes are no longer the same, so that images would be doubled and missing: "
+                "put the files back as they were, or give another folder, or delete it"
+            )
+        differing = [name for name in differing if name != "listing"]  # a hash says nothing beside the others
         if differing:
             told = ", ".join(f"{n} ({getattr(there, n)!r}, now {getattr(plan, n)!r})" for n in differing)
             raise DataError(
@@ -224,7 +232,8 @@ def _read_manifest(folder: storage.Path) -> dict[str, Any]:
 
 def _plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
     try:
-        values = {field.name: manifest[field.name] for field in dataclasses.fields(Plan)}
+        values = {"listing": None} | manifest
+        values = {field.name: values[field.name] for field in dataclasses.fields(Plan)}
         return Plan(**{**values, "code_shape": tuple(values["code_shape"])})
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} describes no codes: {error} is missing or wrong") from None

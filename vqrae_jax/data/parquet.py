@@ -6,6 +6,7 @@ groups of some megabytes and not for larger ones.
 """
 
 import collections
+import json
 import logging
 import os
 import threading
@@ -88,6 +89,12 @@ class Tables:
     def key(self, index: int) -> str:
         """The row's number: it has no other name."""
         return str(index)
+
+    def known(self, images: int) -> bytes:
+        """Of the first images, beside their numbers: the files, by their own names, and the rows of their groups."""
+        del images  # all files count: which of them hold the first is not asked
+        names = [os.path.basename(name) for name in self._files]
+        return json.dumps([names, self._rows.tolist()]).encode()
 
     def name(self, index: int) -> str:
         """What to call a record in a message."""

@@ -4,6 +4,8 @@ A record is {"image": encoded bytes or uint8 [H, W, 3], "label": int}, label -1 
 or missing raises ImageError, one that a disk or bucket does not give OSError.
 """
 
+import hashlib
+
 from vqrae_jax.data.errors import SettingError
 
 
@@ -43,6 +45,19 @@ def evaluation_source(data):
 
             return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
     return _files(data.source, data.eval_path, "data.eval_path") if data.eval_path else None
+
+
+def listing(source, images: int) -> str:
+    """SHA-256 of what the first `images` records of `source` are, as far as it knows that without reading them.
+
+    That is their names in order; of tar files their sizes too, of tables, whose rows have no names, those of the files.
+    """
+    digest = hashlib.sha256()
+    for index in range(images):
+        digest.update(f"{source.key(index)}\n".encode(errors="surrogateescape"))
+    if hasattr(source, "known"):
+        digest.update(source.known(images))
+    return digest.hexdigest()
 
 
 def _files(source, path, field):

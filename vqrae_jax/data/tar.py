@@ -85,6 +85,10 @@ class TarShards:
         end = int(self._key_ends[index])
         return bytes(self._index.keys[end - int(self._index.lengths[index]) : end]).decode(errors="replace")
 
+    def known(self, images: int) -> bytes:
+        """Of the first images, beside their names: their sizes."""
+        return self._index.sizes[:images].tobytes()
+
     def name(self, index: int) -> str:
         """What to call a record in a message."""
         return f"{self.key(index)!r} of {self._shard(index)!r}"

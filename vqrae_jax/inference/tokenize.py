@@ -8,6 +8,7 @@ goes on where it stopped. Which process writes a shard changes nothing in it.
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,6 +68,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
     plan = make_plan(args, tokenizer, len(source))
+    plan = dataclasses.replace(plan, listing=sources.listing(source, plan.images))
     batch = args.batch or _batch(plan.views, len(devices))
     if args.shard_size % batch:
         raise ConfigError(
