@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -147,6 +148,17 @@ def test_an_outage_stops_it_and_it_goes_on_from_there(trained, photos, whole, tm
     assert len(list(tmp_path.glob("codes-*"))) < 2
     assert run(trained, photos, tmp_path)["complete"]
     assert content(tmp_path) == content(whole)
+
+
+def test_any_number_of_devices_writes_the_same(trained, photos, whole, tmp_path, monkeypatch):
+    three = jax.local_devices()[:3]
+    monkeypatch.setattr(tokenize.jax, "local_devices", lambda: three)
+    given = [f"--checkpoint={trained}", f"--data={photos}"]
+    assert tokenize.tokenize(tokenize.parse([*given, f"--output={tmp_path / 'default'}"]))["count"] == 20
+    monkeypatch.setattr(tokenize, "SHARD", 8)
+    monkeypatch.setattr(tokenize, "ROWS", 4)  # 12 images per batch
+    tokenize.tokenize(tokenize.parse([*given, f"--output={tmp_path / 'small'}"]))
+    assert content(tmp_path / "small") == content(whole)
 
 
 @pytest.mark.parametrize(("views", "count"), [("flip", 2), ("ten-crop", 10)])

@@ -70,7 +70,10 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     plan = make_plan(args, tokenizer, len(source))
     plan = dataclasses.replace(plan, listing=sources.listing(source, plan.images))
     batch = args.batch or _batch(plan.views, len(devices))
-    if args.shard_size % batch:
+    # Of what nobody has chosen, the last batch of a shard is filled up by images that are not counted: the shards of
+    # three devices are those of four.
+    chosen = args.batch is not None or args.shard_size != SHARD
+    if chosen and args.shard_size % batch:
         raise ConfigError(
             f"--shard-size={args.shard_size} is no multiple of the batch of {batch} images: "
             f"give {-(-args.shard_size // batch) * batch}, or another --batch"
@@ -92,7 +95,7 @@ def write_shards(
     Args:
       source: of `sources.evaluation_source`.
       output: folder, for which `codes.begin` was called.
-      batch: images per batch, a divisor of the plan's shard size.
+      batch: images per batch; one ends with its shard, so that a divisor of the plan's shard size wastes nothing.
       threads: that read and crop.
     """
     total = sum(_length(plan, shard) for shard in shards)
