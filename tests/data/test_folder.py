@@ -28,6 +28,14 @@ def test_subfolders_are_classes_in_sorted_order(tmp_path):
     assert labels == {"cat/1.png": 0, "cat/deep/er/2.png": 0, "dög/1.png": 1, "eel/3.gif": 2, "loose.png": -1}
 
 
+def test_pictures_of_other_kinds_are_told_once_and_notes_are_not(tmp_path, caplog):
+    make(tmp_path, "a.avif", "b.webp", "c.HEIC", "deep/d.heic", "e.jxl", "f.jfif", "notes.txt", "labels.json")
+    assert len(Folder(tmp_path)) == 3
+    assert len(caplog.messages) == 1
+    assert "3 files are left out" in caplog.text
+    assert ".heic (2), .jxl (1); convert" in caplog.text
+
+
 def test_files_are_read_when_asked_for(tmp_path):
     make(tmp_path, "a.png", "b.png")
     source = Folder(tmp_path)

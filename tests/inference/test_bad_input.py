@@ -39,6 +39,7 @@ def pictures(tmp_path_factory):
         "palette.png": (picture.quantize(64), None, {}),
         "alpha ü.png": (Image.fromarray(np.dstack([shown, np.full((48, 40), 255, np.uint8)])), shown, {}),
         "on its side.jpg": (picture.transpose(Image.Transpose.ROTATE_90), None, {"quality": 100}),
+        "modern.avif": (picture, None, {"quality": 100}),
         "gray.webp": (Image.fromarray(shown[..., 0]), gray, {"lossless": True}),
     }
     exif = Image.Exif()

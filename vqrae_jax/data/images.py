@@ -1,6 +1,8 @@
 """Image files to uint8 arrays and back, and the crops that turn any image into a square."""
 
+import collections
 import io
+import logging
 import math
 import os
 import sys
@@ -11,12 +13,19 @@ from vqrae_jax import storage
 from vqrae_jax.data import files
 from vqrae_jax.data.errors import DataError, ImageError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Of pictures too, which are not read: a folder's own notes, labels and captions are left out without a word, these not.
+_OTHERS = (
+    ".apng", ".arw", ".avifs", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe",
+    ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raw", ".rw2", ".svg", ".tga",
+)  # fmt: skip
 WRITTEN = {".png": {}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp": {"quality": 95}}  # saving options
 # Named rather than left open: PIL hands some of its other formats to external programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF")
 _ORIENTATION = 0x0112  # the EXIF tag
 _STRIP = 64  # a picture this many times longer than wide
+
+_log = logging.getLogger(__name__)
 
 
 def read_image(source: str | os.PathLike | bytes, at_least: int | None = None) -> np.ndarray:
@@ -175,14 +184,22 @@ def flip(image):
 def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str]:
     """Every image below `folder`, here or in a bucket, by suffix, whatever its case, in an order that nothing changes.
 
-    Hidden files and folders are left out; links are followed, each folder once.
+    Hidden files and folders are left out; links are followed, each folder once. Of pictures in other formats a warning
+    tells how many there are.
 
     Raises:
       DataError: naming `field`, for a folder that is missing, a file, or without images.
     """
     folder = os.fspath(folder)
     found = files.below(folder, field) if files.is_remote(folder) else _walk(folder, field)
+    others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path.lower().endswith(_OTHERS))
     found = [path for path in found if path.lower().endswith(SUFFIXES)]
+    if others:
+        told = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(others.items()))
+        _log.warning(
+            "%s=%r: %d files are left out, as pictures of these kinds are not read: %s; convert them to PNG or JPEG",
+            field, folder, others.total(), told,
+        )  # fmt: skip
     if not found:
         raise DataError(
             f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
