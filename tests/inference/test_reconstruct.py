@@ -28,7 +28,11 @@ def run(trained, *arguments):
 def test_one_picture(trained, folder, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert run(trained, "--image", folder / "a.png", "--output", out) == [out]
-    assert "a.png: PSNR" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a.png: PSNR" in told
+    square = images.center_crop(images.read_image(folder / "a.png"), 32)
+    distinct = len(np.unique(Tokenizer.load(trained).encode_to_indices(square[None])))
+    assert f", 16 tokens, {distinct} distinct of 32 codes\n" in told
     assert images.read_image(out).shape == (136, 396, 3)  # three tiles of 128, gaps and frame
 
 

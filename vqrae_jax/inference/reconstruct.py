@@ -68,9 +68,9 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
         painted, codes = _paint(tokenizer, originals)
         measured = _measure(painted, originals / np.float32(255))
         painted = pictures.to_uint8(painted)
-        coded = f", {codes[0].size} codes of {tokenizer.codebook_size}" if codes is not None else ""
         for i, name in enumerate(names):
             figures[name] = {kind: float(values[i]) for kind, values in measured.items()}
+            coded = "" if codes is None else f", {_counted(codes[i], tokenizer.codebook_size)}"
             print(f"{name}: {_told(figures[name])}{coded}")
         if not each:
             kept.append((originals, painted, codes))
@@ -140,6 +140,10 @@ def _measure(painted: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray
 def _told(figures: dict[str, float]) -> str:
     similar = f", SSIM {figures['ssim']:.3f}" if "ssim" in figures else ""
     return f"PSNR {figures['psnr']:.2f} dB{similar}"
+
+
+def _counted(codes: np.ndarray, codebook_size: int) -> str:
+    return f"{codes.size} tokens, {len(np.unique(codes))} distinct of {codebook_size} codes"
 
 
 def _draw(
