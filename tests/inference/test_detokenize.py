@@ -67,6 +67,25 @@ def test_an_array_of_codes_and_views(trained, photos, tokenized, tmp_path):
     assert names == ["00000000_0.png", "00000000_1.png", "00000001_0.png", "00000001_1.png"]
 
 
+def test_pictures_may_be_called_by_their_ids(trained, tokenized, tmp_path):
+    by_number = run(trained, tokenized, tmp_path / "a")
+    by_id = run(trained, tokenized, tmp_path / "b", "--names=id", "--format=png")
+    assert [path.name for path in by_id] == [f"{i:02d}.png" for i in range(11)]
+    assert [path.read_bytes() for path in by_id] == [path.read_bytes() for path in by_number]
+    np.save(tmp_path / "codes.npy", np.zeros((1, 4, 4), int))
+    with pytest.raises(DataError, match=r"--names=id: .*codes\.npy is an array.*leave out --names"):
+        run(trained, tmp_path / "codes.npy", tmp_path / "c", "--names=id")
+
+
+def test_an_id_becomes_one_safe_file_name_that_no_other_has():
+    ids = ["n01/a.png", "n01/a.jpg", "n01_A", "ü 猫.v2", "../../etc/passwd", ".hidden.png", "", "x" * 300, "ü" * 300]
+    named = detokenize._Named()
+    names = [named(name) for name in ids]
+    assert names[:7] == ["n01_a", "n01_a_2", "n01_A_3", "ü_猫.v2", "_.._etc_passwd", "hidden", "_"]
+    assert len({name.lower() for name in names}) == len(ids)
+    assert all(len(name.encode()) <= 200 for name in names)
+
+
 def test_codes_of_another_tokenizer_are_refused(trained, tokenized, tmp_path):
     other = Tokenizer.load(trained)
     quantizer = other.trained["batch_stats"]["quantizer"]

@@ -51,6 +51,7 @@ def test_codes_labels_and_ids_are_those_of_the_images(trained, photos, whole):
     tokenizer, read = Tokenizer.load(trained, batch_size=8), codes.Codes(whole)
     assert len(read) == 20
     assert read.manifest["skipped"] == [5]
+    assert read.manifest["skipped_ids"] == ["cat ü/picture 11.png"]
     assert read.manifest["tokenizer"] == tokenizer.hash
     assert [shard["count"] for shard in read.manifest["shards"]] == [7, 8, 5]
     for record in (read[i] for i in range(len(read))):

@@ -13,7 +13,7 @@ import os
 import pathlib
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -101,10 +101,13 @@ def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Colu
         temporary.unlink(missing_ok=True)
 
 
-def finish(folder: str | os.PathLike, plan: Plan) -> dict[str, Any] | None:
+def finish(folder: str | os.PathLike, plan: Plan, key: Callable[[int], str] | None = None) -> dict[str, Any] | None:
     """Writes the whole manifest once every shard is there; until then None.
 
     It is read off the shards, so that whichever process comes last writes the same.
+
+    Args:
+      key: of the source: the id of an image by its number, to name those that could not be read.
     """
     folder = storage.at(folder)
     if any(not (folder / plan.file(shard)).is_file() for shard in range(plan.shards)):
@@ -117,7 +120,7 @@ def finish(folder: str | os.PathLike, plan: Plan) -> dict[str, Any] | None:
         shards.append({"file": path.name, "first": start, "count": len(index), "sha256": _sha256(path)})
     manifest = {
         **dataclasses.asdict(plan), "complete": True, "count": sum(s["count"] for s in shards), "skipped": missing,
-        "shards": shards,
+        **({"skipped_ids": [key(index) for index in missing]} if key else {}), "shards": shards,
     }  # fmt: skip
     _replace(folder / MANIFEST, _json(manifest))
     for stale in folder.iterdir():

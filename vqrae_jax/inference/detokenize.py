@@ -1,12 +1,14 @@
 """python -m vqrae_jax.inference.detokenize --checkpoint=runs/quickstart --codes=/data/codes --output=/data/pictures
 
-Codes -> pictures, named by the number of each image in the tokenized dataset.
+Codes -> pictures, named by the number of each image in the tokenized dataset, or by its id.
 """
 
 import argparse
 import concurrent.futures
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
 
 BATCH = 32
 WRITERS = 4  # threads that compress pictures
+LONGEST = 200  # bytes of an id in a file name; most systems take 255 in all
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +35,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codes", required=True, help="folder of inference.tokenize, or .npy with codes [N, ...]")
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--format", default="png", choices=["png", "jpg", "webp"], help="default: png")
+    parser.add_argument(
+        "--names", default="index", choices=["index", "id"],
+        help="of the pictures: the image's number in its source, or its id made a file name; default: index",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument("--force", action="store_true", help="paint the codes of another tokenizer")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures computed at once; default: {BATCH}")
@@ -46,25 +53,31 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     """
     path, output = storage.at(args.codes), storage.at(args.output)
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
+    if dataset is None and args.names == "id":
+        raise DataError(f"--names=id: --codes={path} is an array, whose rows have no ids; leave out --names")
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(args.batch, 1))
     if dataset is None:
         array = _read_array(storage.fetch(path))
-        total, shards = len(array), iter([(np.arange(len(array)), array)])
+        total, shards = len(array), iter([(_numbered(range(len(array))), array)])
     else:
         _check(dataset, tokenizer, args.force)
-        total, shards = len(dataset), ((part.index, part.codes) for part in dataset.shards())
+        named, total = _Named() if args.names == "id" else None, len(dataset)
+        shards = (
+            (_numbered(part.index.tolist()) if named is None else [named(name) for name in part.id], part.codes)
+            for part in dataset.shards()
+        )
     total = min(total, args.limit or total)
     views = dataset is not None and dataset.plan.views != "one"
     written: list[storage.Path] = []
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as disk:
-        for numbers, grids in command.progress(_batches(shards, total, args.batch), total, "images", _count):
+        for stems, grids in command.progress(_batches(shards, total, args.batch), total, "images", _count):
             flat = grids.reshape(-1, *grids.shape[2:]) if views else grids
             painted = pictures.to_uint8(tokenizer.decode_from_indices(flat)).reshape(
                 len(grids), -1, tokenizer.image_size, tokenizer.image_size, 3
             )
             names = [
-                output / f"{number:08d}{f'_{view}' if views else ''}.{args.format}"
-                for number in numbers.tolist()
+                output / f"{stem}{f'_{view}' if views else ''}.{args.format}"
+                for stem in stems
                 for view in range(painted.shape[1])
             ]
             list(disk.map(images.write_image, names, painted.reshape(-1, *painted.shape[2:])))
@@ -89,19 +102,41 @@ def _read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def _batches(
-    shards: Iterator[tuple[np.ndarray, np.ndarray]], total: int, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Numbers and codes of `total` images, `size` at a time; a batch ends with its shard."""
-    for index, grids in shards:
-        for start in range(0, min(len(index), total), size):
+    shards: Iterator[tuple[list[str], np.ndarray]], total: int, size: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and codes of `total` images, `size` at a time; a batch ends with its shard."""
+    for names, grids in shards:
+        for start in range(0, min(len(names), total), size):
             stop = min(start + size, total)
-            yield index[start:stop], grids[start:stop]
-        total -= len(index)
+            yield names[start:stop], grids[start:stop]
+        total -= len(names)
         if total <= 0:
             return
 
 
-def _count(batch: tuple[np.ndarray, np.ndarray]) -> int:
+def _numbered(numbers: Iterable[int]) -> list[str]:
+    return [f"{number:08d}" for number in numbers]
+
+
+class _Named:
+    """Ids as file names without a suffix: of letters, digits, dots, - and _ only, and each once, whatever its case."""
+
+    def __init__(self):
+        self._given: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        stem, suffix = os.path.splitext(name)
+        safe = re.sub(r"[^\w.-]+", "_", stem if suffix.lower() in images.SUFFIXES else name).lstrip(".")
+        safe = unique = safe.encode(errors="replace")[:LONGEST].decode(errors="ignore") or "_"
+        number = 1
+        while unique.lower() in self._given:  # a.png and a.jpg, or "a b" and "a_b"
+            number += 1
+            unique = f"{safe}_{number}"
+        self._given.add(unique.lower())
+        return unique
+
+
+def _count(batch: tuple[list[str], np.ndarray]) -> int:
     return len(batch[0])
 
 

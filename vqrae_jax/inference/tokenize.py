@@ -82,7 +82,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     mine = [shard for shard in missing if shard % processes == process]
     if mine:
         write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
-    manifest = codes.finish(args.output, plan)
+    manifest = codes.finish(args.output, plan, source.key)
     _report(args, plan, manifest, len(mine), source)
     return manifest
 
@@ -194,7 +194,7 @@ def _report(
     print(f"{manifest['count']} images of {plan.images}, codes {list(plan.code_shape)} {plan.code_dtype}")
     if skipped := manifest["skipped"]:
         shown = ", ".join(source.key(index) for index in skipped[:NAMED])
-        rest = f" and more: the numbers of all are in {codes.MANIFEST}" if len(skipped) > NAMED else ""
+        rest = f" and more: all of them are in {codes.MANIFEST}" if len(skipped) > NAMED else ""
         print(f"skipped {len(skipped)} unreadable images: {shown}{rest}", file=sys.stderr)
 
 
