@@ -32,6 +32,14 @@ def test_files_are_written_whole_and_read_back(where, buckets, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["file.json"]
 
 
+def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(IsADirectoryError) as told:
+        storage.write(tmp_path / "taken.png", b"")
+    assert str(told.value) == f"[Errno 21] Is a directory: '{tmp_path / 'taken.png'}'"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+
+
 def mode(path):
     return path.stat().st_mode & 0o777
 

@@ -75,6 +75,17 @@ def told(path: str | os.PathLike, doing: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def called(path: pathlib.Path) -> Iterator[None]:
+    """An error of the temporary file that becomes `path` is told of `path`: nobody has asked for the other."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # becomes the same kind
+
+
 def write(path: str | os.PathLike, content: bytes) -> None:
     """The file appears under its name only when it is complete; missing folders are made.
 
@@ -89,11 +100,12 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the replacement is atomic; of a name that no writer on any machine has.
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with called(path):
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def share(path: pathlib.Path) -> None:

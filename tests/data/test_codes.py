@@ -112,6 +112,19 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch, kind):
     assert [p.name for p in tmp_path.iterdir()] == [codes.MANIFEST if kind == "manifest" else described.file(0)]
 
 
+def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
+    for name in (codes.MANIFEST, plan().file(0)):
+        (tmp_path / name).mkdir()
+    for put in (
+        lambda: codes._replace(tmp_path / codes.MANIFEST, b"{}"),
+        lambda: codes.write_shard(tmp_path, plan(), 0, columns(range(4))),
+    ):
+        with pytest.raises(IsADirectoryError) as told:
+            put()
+        assert told.value.filename in [str(path) for path in tmp_path.iterdir()]
+        assert told.value.filename2 is None
+
+
 def test_threads_share_it(tmp_path):
     """One thread may drop the shard that another has just put there."""
     write(tmp_path, plan())

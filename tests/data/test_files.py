@@ -49,6 +49,14 @@ def test_shards_are_a_folder_a_file_a_pattern_or_a_range(tmp_path, bucket, kind)
         files.shards(where, (".parquet",), "data.path")
 
 
+@pytest.mark.parametrize("name", ["train-0.tar.gz", "train-0.tgz", "train-0.tar.zst"])
+def test_compressed_shards_are_told_to_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path / name, tmp_path, f"{tmp_path}/train-*"):
+        with pytest.raises(DataError, match=rf"^--data=.*{name}' is compressed.*unpack .*gunzip"):
+            files.shards(path, (".tar",), "--data")
+
+
 def test_several_splits_are_not_mixed(tmp_path):
     fill(fsspec.filesystem("file"), tmp_path, "train-00000-of-00002.parquet", "validation-00000-of-00001.parquet")
     with pytest.raises(DataError, match=r"several splits \(train, validation\).*train\*\.parquet"):

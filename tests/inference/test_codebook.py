@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.data import images
+from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import codebook
 from vqrae_jax.inference.tokenizer import TokenizerError
 
@@ -50,3 +51,6 @@ def test_the_command_writes_the_report(untrained, pictures, tmp_path, monkeypatc
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {"use.png", "map.png", "patches.png", "positions.png", "report.json"}
     assert "ALARM" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^--data='.*empty' holds no images"):
+        codebook.report(codebook.parse([*given, f"--data={tmp_path / 'empty'}"]))

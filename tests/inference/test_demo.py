@@ -20,6 +20,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.parametrize("port", [0, 99999])
+def test_a_port_that_is_none_is_refused_at_once(port):
+    with pytest.raises(ConfigError, match=f"^--port={port}: ports are 1 to 65535"):
+        demo.serve(demo.parse(["--checkpoint=x", f"--port={port}"]))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")

@@ -194,7 +194,8 @@ def test_a_folder_of_other_codes_is_refused(trained, photos, whole):
         (["--shard-size=12"], ConfigError, "--shard-size=12 is no multiple of the batch of 8 images: give 16"),
         (["--limit=0"], ConfigError, "--limit=0"),
         (["--source=tape"], ConfigError, "source='tape'"),
-        (["--data=/nowhere"], DataError, "/nowhere"),
+        (["--data=/nowhere"], DataError, "^--data='/nowhere' does not exist"),
+        (["--source=webdataset", "--data=/nowhere"], DataError, "^--data: '/nowhere' does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(trained, photos, tmp_path, arguments, error, message):

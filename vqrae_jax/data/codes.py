@@ -94,11 +94,12 @@ def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Colu
             WRITE[plan.format](here, columns)
         return
     temporary = _temporary(path)
-    try:
-        WRITE[plan.format](temporary, columns)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.called(path):
+        try:
+            WRITE[plan.format](temporary, columns)
+            _publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def finish(folder: str | os.PathLike, plan: Plan, key: Callable[[int], str] | None = None) -> dict[str, Any] | None:
@@ -251,11 +252,12 @@ def _replace(path: storage.Path, content: bytes) -> None:
         storage.write(path, content)
         return
     temporary = _temporary(path)
-    try:
-        temporary.write_bytes(content)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.called(path):
+        try:
+            temporary.write_bytes(content)
+            _publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:

@@ -8,6 +8,7 @@ import re
 from vqrae_jax.data.errors import DataError, ImageError, SettingError
 from vqrae_jax.storage import is_remote
 
+_COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
@@ -50,8 +51,14 @@ def shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) -> li
         folder, pattern = os.path.split(path)
         found = [name for name in _listed(folder, field) if fnmatch.fnmatchcase(os.path.basename(name), pattern)]
     else:
-        found = [path] if path.endswith(suffixes) else _listed(path, field)
+        found = [path] if path.endswith((*suffixes, *_COMPRESSED)) else _listed(path, field)
+    packed = next((name for name in found if name.endswith(_COMPRESSED)), None)
     found = [name for name in found if name.endswith(suffixes)]
+    if not found and packed:
+        raise DataError(
+            f"{field}={path!r}: {packed!r} is compressed, so that it cannot be read at random: unpack it before, "
+            f"as a .tar.gz to .tar (gunzip), and give {kinds} files"
+        )
     if not found:
         raise DataError(f"{field}={path!r} has no {kinds} files: give a folder of them, a file or a pattern")
     splits = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", name[: name.rindex(".")]) for name in found})

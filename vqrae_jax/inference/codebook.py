@@ -178,6 +178,7 @@ def _spacing(codes: Float[np.ndarray, "K C"]) -> dict[str, float]:
     return {f"code_distance{name}": float(value) for name, value in statistics.items()}
 
 
+@data_flags.told()
 def _read(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B S S 3"]:
     data = data_flags.data_config(args, image_size=size, eval_batch_size=BATCH)
     batches = pipeline.evaluation_batches(data, limit=args.limit)

@@ -1,9 +1,18 @@
 """The arguments by which a command is told its images: any source that a config's data section can name."""
 
 import argparse
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from vqrae_jax.config import ConfigError, DataConfig, from_dict
+from vqrae_jax.data.errors import DataError
+
+ARGUMENTS = {
+    "data.eval_path": "--data", "data.path": "--data", "data.source": "--source", "data.name": "--name",
+    "data.eval_split": "--split",
+}  # fmt: skip
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +21,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="folder", help="what data.source is in a config; default: folder")
     parser.add_argument("--name", help="what data.name is in a config")
     parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What is wrong with the images is told of the argument that was given, not of the config field behind it."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        text = re.sub(r"(?<![\w/.])data\.\w+", lambda field: ARGUMENTS.get(field[0], field[0]), str(error))
+        raise type(error)(text) from error
 
 
 def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:

@@ -214,6 +214,8 @@ def blocks(page: Page) -> Any:
 
 def serve(args: argparse.Namespace) -> None:
     """Runs the command until it is interrupted."""
+    if not 1 <= args.port <= 65535:
+        raise ConfigError(f"--port={args.port}: ports are 1 to 65535")
     with tempfile.TemporaryDirectory(prefix="vqrae-jax-demo-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
         gr = _gradio()

@@ -122,6 +122,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@data_flags.told()
 def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Runs the command; returns what it wrote."""
     output = storage.at(args.output)

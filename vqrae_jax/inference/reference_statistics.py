@@ -19,7 +19,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import networks, reference
 from vqrae_jax.evaluation.moments import Moments
-from vqrae_jax.inference import command
+from vqrae_jax.inference import command, data_flags
 
 
 def feature_moments(
@@ -71,6 +71,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@data_flags.told()
 def reference_statistics(args: argparse.Namespace) -> Moments:
     """Runs the command; returns what it wrote."""
     output = storage.at(args.output)

@@ -53,6 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@data_flags.told()
 def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs the command; returns the manifest, or None where other processes are not done yet.
 
