@@ -54,6 +54,16 @@ def test_what_cannot_be_drawn_is_said(tmp_path, lines, message):
         plot.plot(plot.parse([f"--workdir={path}", f"--output={tmp_path / 'x.png'}", "--show=wrong/*"]))
 
 
+def test_a_pattern_without_a_match_is_told_and_the_others_drawn(tmp_path, capsys):
+    given = [f"--workdir={run(tmp_path / 'run')}", f"--output={tmp_path / 'x.png'}"]
+    assert plot.plot(plot.parse([*given, "--show", "eval/*", "nothing"])) == ["eval/*"]
+    assert (
+        capsys.readouterr().err == "--show: nothing in metrics.jsonl is called nothing; it has: eval/psnr, loss/total\n"
+    )
+    plot.plot(plot.parse(given))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_real_run_can_be_drawn(trained, tmp_path):
     drawn = plot.plot(plot.parse([f"--workdir={trained}", f"--output={tmp_path / 'x.png'}"]))
     assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(drawn)

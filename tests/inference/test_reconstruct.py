@@ -68,7 +68,11 @@ def test_patterns_panels_and_figures(trained, folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--image=*.tiff"], "no file is called like this"), (["--image=a.png", "--show=inputs"], "inputs is none of")],
+    [
+        (["--image=*.tiff"], "no file is called like this"),
+        (["--image=a.png", "--show=inputs"], "inputs is none of"),
+        (["--image=a.png", "--only", "--show=difference"], "--only and --show=difference: .* leave one of them out"),
+    ],
 )
 def test_arguments_that_mean_nothing(trained, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -194,6 +194,7 @@ def test_saved_and_loaded(tokenizer, images, tmp_path):
     card = (folder / "README.md").read_text()
     for words in ("library_name: vqrae_jax", "16 codes of 32", "PSNR on the 3 images", "eval/psnr", again.hash):
         assert words in card
+    assert "by a ViT encoder that started from random weights, and" in card  # of no pretrained family
     assert image_files.read_image(folder / "reconstructions.png").ndim == 3
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

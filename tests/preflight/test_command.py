@@ -17,6 +17,7 @@ from vqrae_jax.preflight.alternatives import alternatives, way
 from vqrae_jax.preflight.chips import parse
 from vqrae_jax.preflight.devices import has_libtpu
 from vqrae_jax.preflight.programs import Plan, _from_error
+from vqrae_jax.preflight.report import _duration
 from vqrae_jax.sharding import MeshError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,9 +62,17 @@ def test_programs_of_eight_gpus(report, capsys):
         "images/s",
         "weak scaling",
         "data x model",
-        "hours",
+        "seconds if sending",
     ):
         assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.0290, "0.029 seconds"), (99, "99 seconds"), (100, "1.67 minutes"), (7200, "2 hours"), (3.6e6, "1,000 hours")],
+)
+def test_times_have_the_unit_of_their_size(seconds, told):
+    assert _duration(seconds) == told
 
 
 def test_one_program_that_does_not_fit_is_enough(report, capsys):

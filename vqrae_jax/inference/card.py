@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vqrae_jax import config as config_lib
 from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.evaluation.psnr import psnr
@@ -53,9 +54,8 @@ def write(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: Pictu
     shown = f"![input, reconstruction and codes]({PICTURE})\n\n" if (folder / PICTURE).is_file() else ""
     kind = f"{np.prod(tokenizer.code_shape)} codes of {tokenizer.codebook_size}" if discrete else "a continuous latent"
     what = (
-        f"An image becomes {kind} by a {tokenizer.config.encoder_cls} encoder"
-        + (f" (`{tokenizer.config.encoder_config_path}`)" if tokenizer.config.encoder_config_path else "")
-        + f", and a picture of {tokenizer.image_size} x {tokenizer.image_size} pixels is painted from it again."
+        f"An image becomes {kind} by {_encoder(tokenizer.config)}, "
+        f"and a picture of {tokenizer.image_size} x {tokenizer.image_size} pixels is painted from it again."
     )
     text = TEMPLATE.format(
         title=name.rpartition("/")[2], name=name, what=what, picture=shown,
@@ -63,6 +63,12 @@ def write(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: Pictu
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _encoder(config: config_lib.ModelConfig) -> str:
+    if config.encoder_config_path is None:  # then encoder_cls names only what the ViT is built like
+        return "a ViT encoder that started from random weights"
+    return f"a {config.encoder_cls} encoder (`{config.encoder_config_path}`)"
 
 
 def _facts(tokenizer: "Tokenizer") -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from vqrae_jax import storage
@@ -50,12 +51,13 @@ def plot(args: argparse.Namespace) -> list[str]:
     runs = {name: read(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
     chosen = {pattern: (pattern,) for pattern in args.show} if args.show else PANELS
     panels = {title: _lines(runs, patterns) for title, patterns in chosen.items()}
+    empty = [title for title, lines in panels.items() if not lines]
     panels = {title: lines for title, lines in panels.items() if lines}
+    known = ", ".join(sorted({name for series in runs.values() for name in series})) or "nothing"
     if not panels:
-        known = sorted({name for series in runs.values() for name in series})
-        raise DataError(
-            f"{METRICS_FILE} has nothing to draw of {list(chosen)}; it has: {', '.join(known) or 'nothing'}"
-        )
+        raise DataError(f"{METRICS_FILE} has nothing to draw of {list(chosen)}; it has: {known}")
+    if args.show and empty:
+        print(f"--show: nothing in {METRICS_FILE} is called {', '.join(empty)}; it has: {known}", file=sys.stderr)
     images.write_image(args.output, pictures.curves(panels))
     print(f"wrote {args.output}: {', '.join(panels)}")
     return list(panels)

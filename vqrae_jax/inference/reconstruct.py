@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32
 SHOWN = ("input", "reconstruction", "difference", "codes")
+USUAL = "input,reconstruction,codes"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,8 +41,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output", required=True, help="picture to write (.png, .jpg, .webp), or a folder for one each"
     )
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    parser.add_argument("--show", default="input,reconstruction,codes", help=f"of {','.join(SHOWN)}; has a default")
-    parser.add_argument("--only", action="store_true", help="the reconstructions alone, pixel by pixel")
+    parser.add_argument("--show", help=f"of {','.join(SHOWN)}; default: {USUAL}")
+    parser.add_argument(
+        "--only", action="store_true", help="the reconstructions alone, pixel by pixel, in place of what --show draws"
+    )
     parser.add_argument("--format", default="png", choices=["png", "jpg", "webp"], help="in a folder; default: png")
     parser.add_argument(
         "--fit", default="crop", choices=["crop", "pad", "stretch"], help="how a picture becomes square; default: crop"
@@ -57,7 +60,11 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     each = not output.suffix
     if not each and output.suffix.lower() not in images.WRITTEN:
         raise DataError(f"--output={output}: pictures are written as {', '.join(sorted(images.WRITTEN))}")
-    shown = tuple(args.show.split(","))
+    if args.only and args.show is not None:
+        raise ConfigError(
+            f"--only and --show={args.show}: --only writes the reconstructions alone; leave one of them out"
+        )
+    shown = tuple((args.show or USUAL).split(","))
     if unknown := set(shown) - set(SHOWN):
         raise ConfigError(f"--show={args.show}: {', '.join(sorted(unknown))} is none of {', '.join(SHOWN)}")
     files = [file for name in args.image for file in _files(name)]

@@ -74,8 +74,8 @@ class Report:
         said = f"fits: {_gib(max(c.memory.peak for c in self.programs))} of {room}"
         if train.roofline is None:
             return said
-        best, worst = (_hours(self.steps * t) for t in (train.roofline.fastest, train.roofline.slowest))
-        return f"{said}; {self.steps:,} steps take at least {best} hours, {worst} if sending hides behind nothing"
+        best, worst = (_duration(self.steps * t) for t in (train.roofline.fastest, train.roofline.slowest))
+        return f"{said}; {self.steps:,} steps take at least {best}, {worst} if sending hides behind nothing"
 
     def _memory(self) -> Table:
         table = _table(f"{self.topology}: GiB per device, of {_gib(self.capacity)}", "program", "arguments",
@@ -191,8 +191,12 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.3g}"
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} seconds"
+    if seconds < 6000:
+        return f"{seconds / 60:.3g} minutes"
+    return f"{seconds / 3600:.3g} hours" if seconds < 360_000 else f"{seconds / 3600:,.0f} hours"
 
 
 def _yes(value: bool) -> str:
