@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -68,11 +65,3 @@ def test_codes_without_a_place_are_refused(untrained, tokenizer):
         editing.paint_codes(untrained(quantizer="residual"), np.zeros(1, int))
     with pytest.raises(TokenizerError, match="one picture"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])
-
-
-def test_it_is_no_command_and_says_so():
-    done = subprocess.run(
-        [sys.executable, "-m", "vqrae_jax.inference.editing", "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("editing is no command")

@@ -122,13 +122,15 @@ def test_configs_of_released_encoders_need_no_hub(name):
 
 def test_alternatives_save_memory_where_it_is_short(tiny):
     base = tiny(mesh={"model": 1})
-    short = [way(config, 8) for config in alternatives(base, fits=False)]
+    short = [way(config, 8) for config in alternatives(base, False, "cpu")]
     assert all(w.remat for w in short)
     assert {w.accumulate for w in short} == {1, 2}
     assert any(w.model == 2 and w.data == 4 for w in short)
-    room = [way(config, 8) for config in alternatives(base, fits=True)]
+    room = [way(config, 8) for config in alternatives(base, True, "cpu")]
     assert {w.batch for w in room} == {8, 16}
     assert way(base, 8) not in short + room
+    assert {w.attention for w in room} == {"xla"}
+    assert way(next(alternatives(base, True, "tpu")), 8).attention == "pallas"
 
 
 def test_what_the_tpu_compiler_says_of_a_program_that_does_not_fit():

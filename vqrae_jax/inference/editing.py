@@ -1,7 +1,6 @@
 """Codes as material: regions exchanged, two pictures blended, patches that look alike to the tokenizer."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +104,3 @@ def paint_codes(tokenizer: Tokenizer, codes: Int[np.ndarray, " n"]) -> Float[np.
         pictures = np.asarray(tokenizer.decode_from_indices(whole))
         painted.append(pictures[:, start : start + patch, start : start + patch])
     return np.concatenate(painted)
-
-
-if __name__ == "__main__":
-    sys.exit("editing is no command, its functions are imported; the page that uses them is vqrae_jax.inference.demo")

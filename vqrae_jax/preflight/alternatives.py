@@ -1,4 +1,4 @@
-"""Other ways to run the same config on the same chips: mesh shapes, remat, batch."""
+"""Other ways to run the same config on the same chips: mesh shapes, remat, batch, a TPU's own attention."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ class Way:
     remat: bool
     batch: int
     accumulate: int
+    attention: str
 
 
 def way(config: Config, chips: int) -> Way:
@@ -26,11 +27,11 @@ def way(config: Config, chips: int) -> Way:
     data = chips // config.mesh.model if config.mesh.data == -1 else config.mesh.data
     return Way(
         data, config.mesh.model, config.mesh.fsdp, config.model.remat, config.data.batch_size,
-        config.optimizer.accumulate,
+        config.optimizer.accumulate, config.model.attention,
     )  # fmt: skip
 
 
-def alternatives(config: Config, fits: bool) -> Iterator[Config]:
+def alternatives(config: Config, fits: bool, platform: str) -> Iterator[Config]:
     """Configs to try, the most promising first: what saves memory, or where there is enough, what may save time."""
     parallel, micro = {"model": 2 * config.mesh.model, "data": -1}, 2 * config.optimizer.accumulate
     remat: Changes = {"model": {"remat": not config.model.remat}}
@@ -38,6 +39,8 @@ def alternatives(config: Config, fits: bool) -> Iterator[Config]:
     model: Changes = {"mesh": parallel}
     if fits:
         tried = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, model]
+        if platform == "tpu" and config.model.attention == "xla":
+            tried.insert(0, {"model": {"attention": "pallas"}})
     else:
         saving = {} if config.model.remat else {**remat}
         tried = [saving] if saving else []

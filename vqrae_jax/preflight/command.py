@@ -60,7 +60,7 @@ def preflight(
 
 def _plans(plan: Plan, fits: bool, devices: list[Any]) -> list[Plan]:
     found = []
-    for config in alternatives(plan.config, fits):
+    for config in alternatives(plan.config, fits, plan.topology.platform):
         try:
             found.append(Plan.make(config, plan.topology, devices))
         except MeshError:  # that many devices or images cannot be split so

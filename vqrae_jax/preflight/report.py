@@ -151,13 +151,13 @@ class Report:
         return table
 
     def _others(self) -> Table:
-        table = _table("training otherwise", "data x model", "fsdp", "remat", "batch", "accumulate", "peak GiB", "fits",
-                       "binds", "images/s")  # fmt: skip
+        table = _table("training otherwise", "data x model", "fsdp", "remat", "batch", "accumulate", "attention",
+                       "peak GiB", "fits", "binds", "images/s")  # fmt: skip
         for way, cost in [(self.way, self.programs[0]), *self.others]:
             line = cost and cost.roofline
             table.add_row(
                 f"{way.data} x {way.model}", _yes(way.fsdp), _yes(way.remat), f"{way.batch:,}", str(way.accumulate),
-                _gib(cost.memory.peak) if cost else "too much", _yes(bool(cost and cost.fits)),
+                way.attention, _gib(cost.memory.peak) if cost else "too much", _yes(bool(cost and cost.fits)),
                 line.bound if line else "", _rate(cost) if line else "",
             )  # fmt: skip
         return table
