@@ -1,4 +1,7 @@
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,8 @@ import pytest
 import vqrae_jax
 from vqrae_jax import checkpoint, storage
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def trees(value):
@@ -162,6 +167,52 @@ def test_another_architecture_is_told_leaf_by_leaf(tmp_path):
     assert "missing (1): params/bias" in text
     assert "unexpected (1): batch_stats/codebook" in text
     assert "params/kernel (4, 4) instead of (4, 5)" in text
+
+
+def test_what_trains_otherwise_is_told_leaf_by_leaf(tmp_path):
+    """Before anything is read, and apart from a model that differs."""
+    save(tmp_path, {1: None}).close()
+    path = checkpoint.find(tmp_path)
+    model, train = trees(1.0)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read(path, shapes(model), shapes({**train, "adversary": {"kernel": jnp.zeros(3)}}))
+    text = str(error.value)
+    assert not isinstance(error.value, checkpoint.DamagedError)
+    assert "has this model, but other optimizers, terms or trained parts than this config" in text
+    assert "missing (1): adversary/kernel" in text
+    assert f"--config.train.start_from={tmp_path}," in text
+    model["params"]["kernel"] = jnp.zeros((4, 5))
+    with pytest.raises(CheckpointError, match=r"is of another architecture .*\n.*kernel \(4, 4\) instead of \(4, 5\)"):
+        checkpoint.read(path, shapes(model), shapes({"step": jnp.zeros(2)}))
+
+
+def test_a_failed_read_is_one_error(tmp_path):
+    """TensorStore's threads go on after the first of many files that are cut, and find its event loop closed."""
+    save(tmp_path, {1: None}).close()
+    for file in (tmp_path / "checkpoints" / "1" / "model").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    script = (
+        "import sys, asyncio\n"
+        "from vqrae_jax import checkpoint, storage\n"
+        "try:\n"
+        f"    checkpoint.saved_shapes(storage.at({str(tmp_path / 'checkpoints' / '1')!r}))\n"
+        "except checkpoint.DamagedError as error:\n"
+        "    print(error)\n"
+        "loop = asyncio.new_event_loop()\n"
+        "loop.close()\n"
+        "class Late:\n"
+        "    def __del__(self):\n"
+        "        loop.call_soon_threadsafe(print)\n"
+        "Late()\n"
+        "class Other:\n"
+        "    def __del__(self):\n"
+        "        raise RuntimeError('another error')\n"
+        "Other()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert "1 cannot be read (model: " in done.stdout
+    assert "Event loop is closed" not in done.stderr
+    assert "another error" in done.stderr
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

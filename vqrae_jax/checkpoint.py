@@ -7,9 +7,11 @@ in a bucket its mark of being so. Every process of a run saves its part of the a
 itself, so that one that cannot is not waited for.
 """
 
+import functools
 import logging
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -164,14 +166,13 @@ def read_meta(path: storage.Path) -> dict[str, Any]:
     return meta
 
 
-def saved_shapes(path: storage.Path) -> Any:
-    """The `model` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
+def saved_shapes(path: storage.Path, item: str = "model") -> Any:
+    """The `model` or `train` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
+    _hush_stragglers()
     try:
-        tree = ocp.StandardCheckpointHandler().metadata(path / "model").tree
+        tree = ocp.StandardCheckpointHandler().metadata(path / item).tree
     except Exception as error:
-        raise DamagedError(
-            f"{path} has no readable model ({_reason(error)}); the checkpoint is not complete"
-        ) from error
+        raise DamagedError(f"{path} cannot be read ({item}: {_reason(error)}); the checkpoint is damaged") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
@@ -198,14 +199,29 @@ def read(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str
 
     Raises:
       DamagedError: not to be read.
-      CheckpointError: of another architecture, or written by a newer version of this package.
+      CheckpointError: of another architecture, of other things that train, or written by a newer version of this
+        package.
     """
     read_meta(path)
-    rest = None if train is None else _read(path, "train", train)
-    return read_model(path, model), rest, _read_json(path / "data", "data state")
+    # Before anything is read: to Orbax a tree of another form is an error like a file that is cut.
+    start = f"--config.train.start_from={path.parent.parent}"
+    remedy = f"use the config it was trained with, or another workdir with {start}, which takes the model"
+    rest = None
+    check_shapes(saved_shapes(path), model, path, remedy=f"{remedy}, or with train.start_parts what fits of it")
+    if train is not None:
+        what = "has this model, but other optimizers, terms or trained parts"
+        check_shapes(saved_shapes(path, "train"), train, path, what, f"{remedy} and nothing else")
+        rest = _read(path, "train", train)
+    return _read(path, "model", model), rest, _read_json(path / "data", "data state")
 
 
-def check_shapes(saved: Any, target: Any, path: storage.Path) -> None:
+def check_shapes(
+    saved: Any,
+    target: Any,
+    path: storage.Path,
+    what: str = "is of another architecture",
+    remedy: str = "use the config it was trained with, or another workdir",
+) -> None:
     """Raises CheckpointError if the two trees differ, naming the leaves."""
     have, want = ({jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in
                    jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, target))  # fmt: skip
@@ -217,12 +233,12 @@ def check_shapes(saved: Any, target: Any, path: storage.Path) -> None:
     }
     if not any(kinds.values()):
         return
-    lines = [f"{path} is of another architecture than this config:"]
+    lines = [f"{path} {what} than this config:"]
     for kind, names in kinds.items():
         if names:
             more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines.append(f"  {kind} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
-    raise CheckpointError("\n".join([*lines, "use the config it was trained with, or another workdir"]))
+    raise CheckpointError("\n".join([*lines, remedy]))
 
 
 def check_writable(workdir: str | os.PathLike) -> storage.Path:
@@ -277,6 +293,7 @@ def _read(path: storage.Path, item: str, target: Any) -> Any:
 
 
 def _guarded_read(path: storage.Path, action: Callable[[], Any]) -> Any:
+    _hush_stragglers()
     try:
         return action()
     except Exception as error:
@@ -290,6 +307,18 @@ def _read_json(path: storage.Path, what: str) -> dict[str, Any]:
         raise DamagedError(
             f"{path.parent} has no readable {what} ({_reason(error)}); the checkpoint is not complete"
         ) from error
+
+
+@functools.cache
+def _hush_stragglers() -> None:
+    """Once a read has failed, the threads of its other arrays report to an event loop that is closed, a page each."""
+    others = sys.unraisablehook
+
+    def hook(seen: Any) -> None:
+        if not (isinstance(seen.exc_value, RuntimeError) and str(seen.exc_value) == "Event loop is closed"):
+            others(seen)
+
+    sys.unraisablehook = hook
 
 
 def _numbers(version: str) -> tuple[int, ...]:

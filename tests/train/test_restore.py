@@ -79,6 +79,44 @@ def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": {"num_embeddings": 64}}, r"another architecture than this config:\n.*codebook \(32, .* of \(64, "),
+        ({"model": {"quantizer": "fsq"}}, r"another architecture than this config:\n  missing .*quantizer/"),
+        ({"train": {"trainable": ("quantizer", "decoder")}}, r"another architecture .*\n  unexpected .*encoder/"),
+        ({"adversary": {"discriminator": "patch", "width": 4, "layers": 1}}, r"missing .*adversary/.*\n.*start_from="),
+    ],
+    ids=["size", "quantizer", "part", "term"],
+)
+def test_another_config_is_no_damage(trained, opened, tmp_path, changed, message):
+    """The leaves that differ are named, and every checkpoint keeps its name."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(checkpoint.CheckpointError, match=message) as error:
+        opened(tmp_path, **changed)
+    assert "damaged" not in str(error.value)
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
+
+
+def test_clipping_comes_and_goes(trained, opened, tmp_path):
+    """As a diverged run is told to do; both optimizers keep what they know."""
+    adversary = {"discriminator": "patch", "width": 4, "layers": 1}
+    clipped = {**adversary, "optimizer": {"clip_norm": 1.0}}
+    first = opened(tmp_path, optimizer={"clip_norm": 0.0}, adversary=adversary)
+    first.state, _ = first.step(first.state, first.frozen, first.next_batch())
+    first.save()
+    first.checkpoints.wait()
+    second = opened(tmp_path, optimizer={"clip_norm": 1.0}, adversary=clipped)
+    assert_equal(second.state.opt_state[1], first.state.opt_state)
+    assert_equal(second.state.adversary["opt_state"][1], first.state.adversary["opt_state"])
+    second.state, _ = second.step(second.state, second.frozen, second.next_batch())
+    second.save()
+    second.checkpoints.wait()
+    third = opened(tmp_path, optimizer={"clip_norm": 0.0}, adversary=adversary)
+    assert_equal(third.state.opt_state, second.state.opt_state[1])
+    assert int(third.state.step) == 2
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_single_layers_and_back(trained, opened, tmp_path):
     stacked, single = opened(trained).state, opened(trained, model={"scan_layers": False})

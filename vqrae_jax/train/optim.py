@@ -53,6 +53,13 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
+def as_clipped(opt_state: Any, clipped: bool) -> Any:
+    """The state of an optimizer of `make_optimizer` as it is with clip_norm or without; clipping itself has none."""
+    if (len(opt_state) == 2) == clipped:
+        return opt_state
+    return (optax.EmptyState(), opt_state) if clipped else opt_state[1]
+
+
 def _scale_by_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransformation:
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))

@@ -13,6 +13,7 @@ from vqrae_jax.assembly import Placement
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from vqrae_jax.config import ConfigError, TrainConfig
 from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
+from vqrae_jax.train.optim import as_clipped
 from vqrae_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,10 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
         checkpoint.read_meta(path)
         stacked = stacked_blocks(checkpoint.saved_shapes(path)["params"])
         ours = stacked_blocks(target.ema_params)
-        trees = wanted = (target.inference(), None if model_only else target.rest())
+        model, rest = target.inference(), None if model_only else target.rest()
+        if not model_only:
+            rest = _clipped_as(rest, checkpoint.saved_shapes(path, "train"))
+        trees = wanted = (model, rest)
         if convert := _differs(stacked, ours):
             wanted = _placed(_restacked_shapes(trees, stacked), place)
         model, rest, data = checkpoint.read(path, *wanted)
@@ -65,6 +69,8 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
             model, rest = _restacked((model, rest), ours, jax.tree.map(lambda x: x.sharding, trees))
         if model_only:
             rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
+        else:
+            rest = _clipped_as(rest, target.rest())
         return (TrainState.join(model, rest), data), ""
     except DamagedError as error:
         return None, str(error)
@@ -120,6 +126,18 @@ def _taken(config: TrainConfig, path: Any) -> dict[str, tuple[str, Any]]:
             f"train.start_parts={config.start_parts}: {path} has {', '.join(sorted(parts))}, not {', '.join(absent)}"
         )
     return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
+
+
+def _clipped_as(rest: dict[str, Any], other: Any) -> dict[str, Any]:
+    """What only resuming needs, its optimizers' states in the form of `other`, whose runs may clip or not."""
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(other)]
+
+    def fit(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        clipped = any(name.startswith(f"{prefix}opt_state/1/") for name in names)
+        return {**tree, "opt_state": as_clipped(tree["opt_state"], clipped)}
+
+    adversary = {"adversary": fit(rest["adversary"], "adversary/")} if "adversary" in rest else {}
+    return fit(rest, "") | adversary
 
 
 def _differs(stacked: dict[str, bool], ours: dict[str, bool]) -> bool:
