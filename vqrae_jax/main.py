@@ -42,6 +42,7 @@ MODE = flags.DEFINE_enum(
     ["train", "evaluate", "preflight"],
     "train; or evaluate the newest checkpoint of workdir; or compile for --topology and tell what the run would cost.",
 )
+STEP = flags.DEFINE_integer("step", None, "For evaluate: the step of another checkpoint than the newest.", 0)
 TOPOLOGY = flags.DEFINE_string("topology", None, "For preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8.")
 JSON = flags.DEFINE_string("json", None, "For preflight: where to write it; preflight.json of workdir if there is one.")
 ALTERNATIVES = flags.DEFINE_integer(
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
     for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
             raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
+    if STEP.value is not None and MODE.value != "evaluate":
+        raise config_lib.ConfigError(
+            f"--step={STEP.value} is for --mode=evaluate; training goes on from the newest checkpoint"
+        )
     if MODE.value == "preflight":
         sys.exit(0 if _preflight(_read_config()) else 1)
     leave_out_absent_tpu()
@@ -75,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
             if distributed.index() == 0:
                 print(f"{stopped}. To go on:\n  {_command()}", file=sys.stderr)
     else:
-        figures = loop.evaluate(config, WORKDIR.value)
+        figures = loop.evaluate(config, WORKDIR.value, step=STEP.value)
         if distributed.index() == 0:
             print(json.dumps(figures, indent=2))
 

@@ -50,7 +50,7 @@ def evaluated(config, workdir):
 @pytest.fixture(scope="module")
 def pictures(config, workdir):
     """All validation images, their reconstructions and codes, one call each."""
-    run = loop.Run(config(), workdir, jax.devices()[:1], evaluating=True)
+    run = loop.Run(config(), workdir, jax.devices()[:1], evaluate_step=0)
     (batch,) = run.evaluation
     images = {name: batch[name] for name in ("image", "mask")}
     seen = jax.device_get(jax.jit(run.task.evaluate_batch)(run.state.inference(), run.frozen, images))
@@ -140,7 +140,7 @@ def test_what_only_training_asks_is_not_read(config, workdir, evaluated):
     given = config()
     given = given.model_copy(update={"loss": given.loss.model_copy(update=loss),
                                      "adversary": given.adversary.model_copy(update=adversary)})  # fmt: skip
-    run = loop.Run(given, workdir, jax.devices()[:1], evaluating=True)
+    run = loop.Run(given, workdir, jax.devices()[:1], evaluate_step=0)
     assert run.state.params == run.state.adversary == {}
     assert {"step": 0, **run.evaluate()} == pytest.approx(evaluated, rel=1e-6)
     run.close()

@@ -9,6 +9,7 @@ import pytest
 
 from vqrae_jax import checkpoint
 from vqrae_jax.config import ConfigError
+from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train import loop, restore
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -68,6 +69,34 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, opened, tmp_p
     assert_equal(run.state, whole.state)
     for ours, theirs in zip(jax.tree.leaves(run.state), jax.tree.leaves(opened(trained).state), strict=True):
         np.testing.assert_allclose(jax.device_get(ours), jax.device_get(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_one_is_not_evaluated_nor_another_unasked(trained, tiny, tmp_path, one_device):
+    """Training, evaluation and inference each say what they do; figures and codes are of the step that is named."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "checkpoints" / "2" / "model").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/2 cannot be read .*; --step=1 takes another") as no:
+        loop.evaluate(tiny(), tmp_path, one_device)
+    with pytest.raises(checkpoint.DamagedError, match=r"2 cannot be read .*checkpoints/1 can be given in its") as nor:
+        Tokenizer.load(tmp_path)
+    assert len(str(no.value).splitlines()) == len(str(nor.value).splitlines()) == 1
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
+    assert loop.evaluate(tiny(), tmp_path, one_device, step=1)["step"] == 1
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(checkpoint.DamagedError, match="there is no other"):
+        loop.evaluate(tiny(), tmp_path, one_device)
+    with pytest.raises(checkpoint.DamagedError, match="there is no other"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_step_that_is_there_is_evaluated(trained, tiny, one_device):
+    assert loop.evaluate(tiny(), trained, one_device, step=1)["step"] == 1
+    assert loop.evaluate(tiny(), trained, one_device)["step"] == 2
+    with pytest.raises(checkpoint.CheckpointError, match=r"no complete checkpoint of step 7; it has \[1, 2\]"):
+        loop.evaluate(tiny(), trained, one_device, step=7)
+    with pytest.raises(checkpoint.CheckpointError, match="give the workdir of the run, and --step=1"):
+        loop.evaluate(tiny(), trained / "checkpoints" / "1", one_device)
 
 
 def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):

@@ -1,9 +1,11 @@
 """Where a trained tokenizer is, what its files say about it, and its weights."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,12 +51,13 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
         config, frozen = exported.read_config(local), exported.has_pretrained_encoder(local)
         return Location(local, config, frozen, exported.read_provenance(local))
     found = checkpoint.find(path if storage.is_remote(path) else local, step)
-    meta = checkpoint.read_meta(found)
+    with _others_told(found):
+        meta, saved = checkpoint.read_meta(found), checkpoint.saved_shapes(found)
     run = config_lib.from_dict(config_lib.Config, meta["config"])
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
     provenance |= _measured(found.parent.parent, meta.get("step"))
-    frozen = "encoder" not in checkpoint.saved_shapes(found)["params"]
+    frozen = "encoder" not in saved["params"]
     return Location(found, run.model, frozen, provenance, run)
 
 
@@ -83,10 +86,26 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
     place = functools.partial(placement, mesh=mesh)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))
-    model = checkpoint.read_model(found.path, target)
+    with _others_told(found.path):
+        model = checkpoint.read_model(found.path, target)
     key = jax.random.key(found.run.train.seed)
     rest = assembly.initial_params(built, key, [n for n in PARTS if n not in trained], place)
     return built.module, {**model, "params": {**rest, **model["params"]}}
+
+
+@contextlib.contextmanager
+def _others_told(path: storage.Path) -> Iterator[None]:
+    """Of a damaged checkpoint, what can be given in its place: none takes it unasked, whose codes mean other things."""
+    try:
+        yield
+    except checkpoint.DamagedError as error:
+        others = [step for step in checkpoint.completed_steps(path.parent) if str(step) != path.name]
+        there = (
+            f"{path.parent}/{others[-1]} can be given in its place (there are {others})"
+            if others
+            else "there is no other"
+        )
+        raise checkpoint.DamagedError(f"{error}; {there}") from error
 
 
 def _here(path: str | os.PathLike) -> storage.Path:

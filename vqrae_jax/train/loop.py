@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
-from vqrae_jax.checkpoint import Checkpoints, find, read_meta
+from vqrae_jax.checkpoint import CheckpointError, Checkpoints, find, read_meta
 from vqrae_jax.config import AdversaryConfig, Config, ConfigError, LossConfig, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
@@ -41,10 +41,12 @@ class Run:
         config: Config,
         workdir: str | os.PathLike,
         devices: list[jax.Device] | None = None,
-        evaluating: bool = False,
+        evaluate_step: int | None = None,
     ):
-        """With `evaluating`, nothing is read or written that only training needs: another run may be saving there."""
-        self.config, self.workdir, self.evaluating = config, storage.at(workdir), evaluating
+        """With `evaluate_step`, the step of a checkpoint, nothing is read or written that only training needs: another
+        run may be saving there."""
+        self.config, self.workdir, self.evaluate_step = config, storage.at(workdir), evaluate_step
+        self.evaluating = evaluating = evaluate_step is not None
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
         distributed.together(lambda: self._prepare(devices))
@@ -97,7 +99,7 @@ class Run:
         if self.config.mesh.fsdp:
             tell_left_whole(sharding.left_whole(shapes, self.mesh, self.config.mesh.fsdp_min_size), self.mesh)
         self.frozen = self.task.frozen()
-        found = restore.resume(self.checkpoints, shapes, place, model_only=self.evaluating)
+        found = restore.resume(self.checkpoints, shapes, place, only=self.evaluate_step)
         if found is None:
             self.state = self.task.init()
             return
@@ -238,14 +240,23 @@ def train(
     return figures
 
 
-def evaluate(config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None) -> dict[str, float]:
-    """Figures of the newest checkpoint of workdir over the validation images; writes what `report` describes."""
-    find(workdir)
-    run = Run(config, workdir, devices, evaluating=True)
+def evaluate(
+    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None
+) -> dict[str, float]:
+    """Figures of a checkpoint of workdir, the newest unless `step` says which, over the validation images; writes what
+    `report` describes.
+
+    Raises:
+      DamagedError: it cannot be read; no other takes its place.
+    """
+    path = distributed.together(lambda: find(workdir, step))
+    if path.parent != storage.at(workdir) / checkpoint.FOLDER:
+        raise CheckpointError(f"--workdir={workdir}: give the workdir of the run, and --step={path.name}")
+    step = int(distributed.exchange(path.name)[0])  # another run may be saving meanwhile
+    run = Run(config, workdir, devices, evaluate_step=step)
     if run.measurement is None:
         raise ConfigError("data.eval_path is None: there are no validation images to evaluate on")
     try:
-        step = int(run.state.step)
         evaluator, figures = run.measure()
         examples = run.measurement.examples(evaluator, run.state.inference(), run.frozen)
         if run.first:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vqrae_jax import checkpoint, distributed
+from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.assembly import Placement
 from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from vqrae_jax.config import ConfigError, TrainConfig
@@ -22,28 +22,34 @@ log = logging.getLogger(__name__)
 Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
 
 
-def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, model_only: bool = False) -> Resumed | None:
+def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, only: int | None = None) -> Resumed | None:
     """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
 
-    With `model_only` the state has what inference needs, and neither parameters to train nor an optimizer: those are
-    not read. A checkpoint that is damaged is told and set aside, so that its step can be saved again. Layers may have
-    been stacked for scanning or not.
+    A checkpoint that is damaged is told and set aside, so that its step can be saved again. Layers may have been
+    stacked for scanning or not, gradients clipped or not.
+
+    With `only`, the model of that step: the state has what inference needs, and neither parameters to train nor an
+    optimizer, which are not read. Nothing takes its place: figures and codes are of the step that was asked for.
 
     Raises:
+      DamagedError: `only` cannot be read.
       CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
     """
     damaged = {}
-    for step in reversed(checkpoints.steps):
+    for step in reversed(checkpoints.steps) if only is None else (only,):
         path = checkpoints.folder / str(step)
-        found, problem = distributed.together(functools.partial(_attempt, path, target, place, model_only))
+        found, problem = distributed.together(functools.partial(_attempt, path, target, place, only is not None))
         problems = [said for said in distributed.exchange(problem) if said]
         if not problems:
             for bad, reason in damaged.items():
                 log.warning("%s; step %d is taken in its place", reason, step)
-                if not checkpoints.reading:
-                    checkpoints.set_aside(bad)
+                checkpoints.set_aside(bad)
             return found
         damaged[step] = problems[0]
+    if only is not None:
+        others = [step for step in checkpoints.steps if step != only]
+        there = f"--step={others[-1]} takes another (there are {others})" if others else "there is no other"
+        raise DamagedError(f"{damaged[only]}; {there}")
     if damaged:
         raise CheckpointError(
             f"none of the checkpoints in {checkpoints.folder} can be read; to begin anew take another --workdir:\n"
@@ -76,15 +82,32 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
         return None, str(error)
 
 
-def start_shapes(config: TrainConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+def own_model(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
+    """Shapes of the model in the newest checkpoint of `folder` (or in that of the step `only`) that tells them."""
+    with storage.told(folder, "read"):
+        steps = checkpoint.completed_steps(folder) if only is None else [only]
+    for step in reversed(steps):
+        try:
+            return checkpoint.saved_shapes(folder / str(step))
+        except DamagedError:
+            continue
+    return None
+
+
+def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `config.start_from` gives of the model whose variables are `shapes`: the same tree, or parts of it.
 
-    Names are ours (`start_renames`), layers stacked as ours are.
+    Names are ours (`start_renames`), layers stacked as ours are. `own`, the model in a checkpoint of this run, has all
+    that it began with, so that the run it began from may be gone.
 
     Raises:
       CheckpointError: nothing is there, or what is taken does not fit; every leaf is named.
       ConfigError: a part that the checkpoint does not have.
     """
+    if own is not None:
+        return {
+            kind: {n: tree for n, tree in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()
+        }
     path = checkpoint.find(config.start_from)
     checkpoint.read_meta(path)
     theirs = unflatten_dict({name: shape for name, (_, shape) in _taken(config, path).items()}, sep="/")
