@@ -1,5 +1,7 @@
 """Training in stages: a run that starts from another's model, and what of it then stays as it was."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -88,6 +90,23 @@ def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
 def test_a_start_that_is_not_there(tiny, tmp_path, one_mesh):
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         TokenizerTask.build(tiny(train={"start_from": str(tmp_path / "nowhere")}), one_mesh)
+
+
+def test_the_first_stage_may_be_gone(tiny, first, tmp_path, one_device):
+    """What the second was given and does not train is in its own checkpoints."""
+    shutil.copytree(first[0], tmp_path / "first")
+    train = {**SHORT, "trainable": ("decoder",), "start_from": str(tmp_path / "first")}
+    loop.train(tiny(model=MODEL, train=train), tmp_path / "second", one_device)
+    shutil.rmtree(tmp_path / "first")
+    longer = tiny(model=MODEL, train={**train, "steps": 3})
+    run = loop.Run(longer, tmp_path / "second", one_device)
+    assert int(run.state.step) == 2
+    assert set(run.state.params) == {"decoder"}
+    assert_same(run.state.ema_params["quantizer"], first[1]["params"]["quantizer"])
+    run.close()
+    figures = loop.evaluate(longer, tmp_path / "second", one_device)
+    assert figures["step"] == 2
+    assert figures == pytest.approx(loop.evaluate(longer, tmp_path / "second", one_device, step=2))
 
 
 def test_a_start_of_another_model(tiny, first, one_mesh):

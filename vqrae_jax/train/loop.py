@@ -83,7 +83,10 @@ class Run:
         self.batches = None
         if not self.evaluating:
             self.batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=self.skipped, **shard)
-        self.task: Task = TokenizerTask.build(_without_critics(config) if self.evaluating else config, self.mesh)
+        folder = self.workdir / checkpoint.FOLDER
+        own = restore.own_model(folder, self.evaluate_step) if config.train.start_from else None
+        wanted = _without_critics(config) if self.evaluating else config
+        self.task: Task = TokenizerTask.build(wanted, self.mesh, own=own)
         self.measurement = None
         if self.evaluation is not None:
             wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures

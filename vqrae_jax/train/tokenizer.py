@@ -39,13 +39,14 @@ class TokenizerTask:
     start: Any = None  # shapes of the model that `train.start_from` gives
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh, weights: bool = True) -> "TokenizerTask":
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> "TokenizerTask":
         """Reads the pretrained weights and checks what model, data and training ask of each other.
 
-        With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`.
+        With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`. `own`: shapes of the
+        model in a checkpoint of this run, where there is one; what the run started from is then not looked for.
         """
         built = assembly.assemble(config.model, weights=weights, mesh=mesh)
-        start = restore.start_shapes(config.train, assembly.shapes(built)) if config.train.start_from else None
+        start = restore.start_shapes(config.train, assembly.shapes(built), own) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
             read = "encoder" in built.pretrained or not weights
