@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax import checkpoint, distributed, storage
-from vqrae_jax.data import pipeline
+from vqrae_jax.data import images, pipeline
 from vqrae_jax.inference.location import EVALUATION_FILE
 from vqrae_jax.train import loop
 
@@ -193,9 +193,12 @@ def test_four_processes_equal_one(config, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{}, {"data": 1, "model": 2}])
-def test_processes_evaluate_as_one(tiny, golden, alone, one_device, mesh):
+def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, mesh):
     """Each sees its own rows, and the last batch is padded; along "model" both hold the same rows."""
+    for i in range(24):
+        images.write_image(tmp_path / f"{i:02d}.png", np.full((40, 40, 3), 10 * i, np.uint8))
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    encoder["encoder_reference"] = str(tmp_path)
     evaluation = {"figures": ("encoder", "linear_probe"), "pictures": 2, "kernel_images": 50, **encoder}
     config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
     arguments = ["--mode=evaluate"]
@@ -272,6 +275,37 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     again = finish(run(step + 1))
     assert_all_well(again)
     assert f"resumed from step {step}" in again[0][2]
+
+
+UNREADABLE = """
+import jax
+from vqrae_jax import main
+from vqrae_jax.data.errors import DataError
+from vqrae_jax.evaluation import networks
+
+load = networks.load
+
+def load_or_fail(*given):
+    if jax.process_index() == 1:
+        raise DataError("the network's file is gone")
+    return load(*given)
+
+networks.load = load_or_fail
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_one_process_cannot_read_ends_them_all(tiny, golden, tmp_path):
+    """What the others read meanwhile waits for nobody: all say the same, at once."""
+    encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    config = tiny(evaluation={"training_figures": ("encoder",), **encoder})
+    program = tmp_path / "unreadable.py"
+    program.write_text(UNREADABLE)
+    first, second = finish(spawn(config, tmp_path, devices=1, program=program), timeout=200)
+    assert (first[0], second[0]) == (1, 1)
+    assert "error: process 1: the network's file is gone\n" in first[2]
+    assert "Traceback" not in first[2] + second[2]
 
 
 FAILING = """

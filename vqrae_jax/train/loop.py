@@ -70,7 +70,10 @@ class Run:
         self.pictures = jax.jit(self.task.pictures, out_shardings=where)
 
     def _prepare(self, devices: list[jax.Device] | None) -> None:
-        """What each process does by itself, and what most errors come from."""
+        """What each process does by itself, and what most errors come from.
+
+        Nothing here is a collective, which would wait for a process that has failed.
+        """
         if not self.evaluating:
             self.config = in_steps(self.config, lambda: pipeline.count_training_images(self.config.data))
         config = self.config
@@ -94,7 +97,9 @@ class Run:
         checkpoint.check_writable(self.workdir)
 
     def _begin(self) -> None:
-        """Frozen networks, and the state of the newest checkpoint or a new one."""
+        """References, frozen networks, and the state of the newest checkpoint or a new one."""
+        if self.measurement is not None:
+            self.measurement.begin()
         place = functools.partial(
             sharding.shardings, mesh=self.mesh, fsdp=self.config.mesh.fsdp, fsdp_min_size=self.config.mesh.fsdp_min_size
         )

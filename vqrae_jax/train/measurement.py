@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vqrae_jax import __version__, distributed, sharding, storage
+from vqrae_jax import __version__, assembly, distributed, sharding, storage
 from vqrae_jax.config import Config, Figure
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
@@ -42,6 +42,8 @@ class Example:
 class Measurement:
     """Everything that evaluation needs beside the model; networks and references are read once, here.
 
+    Making one reads files, and waits for no other process; `begin`, once, comes before `run`.
+
     A batch is spread over the mesh, and pictures stay where they are. Each process reads numbers, features and codes of
     its own rows and adds them up in float64; at the end every process is told the sums of all.
     """
@@ -53,11 +55,27 @@ class Measurement:
         self._networks = networks.load(config.evaluation, figures, config.loss.perceptual)
         self._widths = {n: networks.feature_width(self._networks, n) for n in networks.FEATURES if n in figures}
         where = sharding.replicated(mesh)
-        self._params = jax.device_put(self._networks.params, where)
-        self._references = {n: r for n in self._widths if (r := self._reference(n)) is not None}
+        self._params = jax.tree.map(lambda x: assembly.put(x, where), self._networks.params)
+        self._references: dict[str, Gaussian] = {}
+        self._folders: dict[str, pipeline.EvaluationBatches] = {}  # of references still to be computed
+        for name in self._widths:
+            self._read_reference(name)
         self._step = jax.jit(functools.partial(self._measure, task), out_shardings=(sharding.over_data(mesh), where))
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._paint = jax.jit(lambda *args: task.evaluate_batch(*args)["reconstruction"], out_shardings=where)
+
+    def begin(self) -> None:
+        """Computes the references that are folders of images; all processes together, each its share of the images.
+
+        Raises:
+          DataError: fewer than two images can be read.
+        """
+        for name, batches in self._folders.items():
+            field, path = self._reference(name)
+            moments = feature_moments(self._networks, self._params, batches, self._mesh)[name]
+            if moments.count < 2:
+                raise DataError(f"{field}={path!r}: {moments.count} of its images can be read; two are needed")
+            self._references[name] = moments.gaussian()
 
     def run(self, variables: Any, frozen: Any) -> tuple[Evaluator, dict[str, float]]:
         """The pass; figures are those of `Evaluator.figures`.
@@ -129,8 +147,7 @@ class Measurement:
     def _told(self, name: str) -> dict[str, Any]:
         if name not in self._widths:
             return {}
-        given = getattr(self._config.evaluation, f"{name}_reference")
-        used = None
+        given, used = self._reference(name)[1], None
         if name in self._references:
             used = {"source": given, "images": self._references[name].count, "sha256": self._references[name].digest()}
         return {"features": self._widths[name], "reference": used}
@@ -150,24 +167,24 @@ class Measurement:
         wanted = {name: batch[name] for name in ("image", "mask", "label")}
         return sharding.place_batch(wanted | {"index": index.astype(np.int32)}, self._mesh)
 
-    def _reference(self, name: str) -> Gaussian | None:
-        """From an .npz, or computed over a folder with the same crop."""
-        field, path = f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
+    def _reference(self, name: str) -> tuple[str, str | None]:
+        """The field that names the reference of a network, and what it says."""
+        return f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
+
+    def _read_reference(self, name: str) -> None:
+        """From an .npz; of a folder, whose images are cropped alike, what `begin` computes it from."""
+        field, path = self._reference(name)
         if path is None:
-            return None
+            return
         if not storage.at(path).is_dir():
-            path = storage.fetch(path)
-            return reference.read(path, self._widths[name], field)
+            self._references[name] = reference.read(storage.fetch(path), self._widths[name], field)
+            return
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
         share, shares = sharding.data_share(self._mesh)
         try:
-            batches = pipeline.evaluation_batches(data, process_index=share, process_count=shares)
+            self._folders[name] = pipeline.evaluation_batches(data, process_index=share, process_count=shares)
         except DataError as error:
             raise DataError(str(error).replace("data.eval_path", field)) from None
-        moments = feature_moments(self._networks, self._params, batches, self._mesh)[name]
-        if moments.count < 2:
-            raise DataError(f"{field}={str(path)!r}: {moments.count} of its images can be read; two are needed")
-        return moments.gaussian()
 
 
 def _own(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
