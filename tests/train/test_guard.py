@@ -20,7 +20,15 @@ def test_the_first_bad_step_and_its_terms_are_named(tmp_path):
         guard.add(step, {**metrics, "counts": jnp.zeros(4), "codebook/dead": jnp.asarray(np.nan)}, watch)
         if step == 2:
             guard.check()
-    with pytest.raises(DivergedError, match=r"step 3: not finite any more: grad_norm, loss/vq; no checkpoint is"):
+    told = (
+        r"step 3: not finite any more: grad_norm, loss/vq; no checkpoint is complete\. The same command begins anew: "
+    )
+    with pytest.raises(DivergedError, match=told):
+        guard.check()
+    checkpoints.save(2, {"a": jnp.zeros(1)}, {"b": jnp.zeros(1)}, {}, {})
+    with pytest.raises(
+        DivergedError, match=r"is .*checkpoints/2\. The same command goes on from there: give it a lower"
+    ):
         guard.check()
     checkpoints.close()
 

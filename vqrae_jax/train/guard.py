@@ -38,10 +38,12 @@ class Guard:
         self._checkpoints.wait()  # the last one may still be on its way to the disk
         good = self._checkpoints.steps[-1:]
         folder = self._checkpoints.folder
-        going_on = f"the last good one is {folder / str(good[0])}" if good else "no checkpoint is complete"
+        going_on = "no checkpoint is complete. The same command begins anew"
+        if good:
+            going_on = f"the last good one is {folder / str(good[0])}. The same command goes on from there"
         raise DivergedError(
-            f"step {step}: not finite any more: {terms}; {going_on}. The same command goes on from there: with a lower "
-            "optimizer.learning_rate or a smaller weight of the term, or with optimizer.clip_norm"
+            f"step {step}: not finite any more: {terms}; {going_on}: give it a lower optimizer.learning_rate or a "
+            "smaller weight of the term, or optimizer.clip_norm"
         )
 
 
