@@ -84,7 +84,7 @@ def test_config_files(config, tmp_path):
     for name, reason in (
         (tmp_path / "none.py", "no .py or .json"),
         (tmp_path / "empty.py", "no function get_config"),
-        (f"{config}:512", "takes no argument '512'"),
+        (f"{config}:512", r"line 4: get_config takes no argument '512'"),
     ):
         with pytest.raises(ConfigError, match=reason):
             import_origin.read_config(str(name))

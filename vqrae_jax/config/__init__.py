@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import logging
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import ml_collections
 import pydantic
 
+from vqrae_jax.config.files import prefer_steps, read_file
 from vqrae_jax.config.schema import (
     AdamWConfig,
     AdversaryConfig,
@@ -56,8 +58,12 @@ __all__ = [
     "from_json",
     "in_steps",
     "pairing",
+    "prefer_steps",
+    "read_file",
     "to_json",
 ]
+
+log = logging.getLogger(__name__)
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
 
@@ -83,17 +89,18 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
     Raises:
       ConfigError: train.epochs is less than one step.
     """
-    count_images = functools.cache(count_images)
-    batch = config.data.batch_size
+    count_images, batch, told = functools.cache(count_images), config.data.batch_size, []
 
-    def resolve(section: Section) -> Section:
+    def resolve(section: Section, prefix: str = "") -> Section:
         changes: dict[str, Any] = {}
         for name in type(section).model_fields:
             value = getattr(section, name)
             if isinstance(value, Section):
-                changes[name] = resolve(value)
+                changes[name] = resolve(value, f"{prefix}{name}.")
             elif name.endswith("epochs") and value is not None:
-                changes |= {name: None, f"{name.removesuffix('epochs')}steps": int(value * (count_images() // batch))}
+                steps = f"{name.removesuffix('epochs')}steps"
+                changes |= {name: None, steps: int(value * (count_images() // batch))}
+                told.append(f"{prefix}{name}={value} is {steps}={changes[steps]}")
         if isinstance(section, AdamWConfig) and section.reference_batch:
             scale = batch / section.reference_batch
             rates = {n: getattr(section, n) * scale for n in ("learning_rate", "final_learning_rate")}
@@ -107,6 +114,8 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
             f"{count_images() // batch} batches of data.batch_size={batch}; give more epochs, smaller batches, or "
             "train.steps in place of train.epochs"
         )
+    if told:
+        log.info("in epochs of %d steps: %s", count_images() // batch, ", ".join(told))
     return resolved
 
 
@@ -133,7 +142,7 @@ def pairing(text: str) -> tuple[str, int]:
     """The argument of a config file, "decoder,pixels": `configs/dinov2_b.py:ViT-L,512` -> ("ViT-L", 512)."""
     decoder, _, pixels = text.partition(",")
     if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:
-        raise ConfigError(f"--config: {text!r} is no decoder and picture size, as in ViT-XL,256 (a multiple of 16)")
+        raise ConfigError(f"{text!r} is no decoder and picture size, as in ViT-XL,256 (a multiple of 16)")
     return decoder, int(pixels)
 
 

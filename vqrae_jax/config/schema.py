@@ -277,7 +277,8 @@ class TrainConfig(Section):
     """The run."""
 
     steps: Positive = 100_000
-    epochs: Epochs = None  # passes over the training images, in place of steps
+    # Passes over the training images, in place of steps; but steps of the command line go before a file's epochs.
+    epochs: Epochs = None
     seed: Count = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
     # Workdir or checkpoint of another run: a new run starts from its EMA parameters and codebook, at step 0.

@@ -4,8 +4,6 @@ python -m vqrae_jax.inference.import_origin --checkpoint=0100000.pt --config=con
 """
 
 import argparse
-import importlib.util
-import inspect
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -83,21 +81,16 @@ def read_config(name: str) -> ModelConfig:
     Raises:
       ConfigError: the file is not there, is none, or a field of it is not accepted.
     """
-    path, _, argument = name.partition(":")
+    path = name.partition(":")[0]
     file = pathlib.Path(path)
     if not file.is_file() or file.suffix not in (".py", ".json"):
         raise config_lib.ConfigError(f"--config={name}: {path} is no .py or .json file on this machine")
     if file.suffix == ".json":
         return config_lib.from_dict(config_lib.Config, readers.read_json(file, "--config")).model
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise config_lib.ConfigError(f"--config={name}: the file has no function get_config")
-    takes = bool(inspect.signature(module.get_config).parameters)
-    if argument and not takes:
-        raise config_lib.ConfigError(f"--config={name}: this config takes no argument {argument!r}")
-    values = module.get_config(argument) if argument else module.get_config()
+    try:
+        values = config_lib.read_file(name)
+    except config_lib.ConfigError as error:
+        raise config_lib.ConfigError(f"--config: {error}") from None
     return config_lib.from_dict(config_lib.Config, values.to_dict()).model
 
 
