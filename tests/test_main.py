@@ -1,6 +1,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +36,19 @@ def run(*arguments, **options):
             "data.batch_size=0: Input should be greater than or equal to 1",
         ),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--profile_steps=3"], "'3' is no range, as in 10:13"),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--processes=2"], "Give all three"),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--process=1"], "error (process 1): "),
+        (
+            ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--processes=1", "--process=1"],
+            "error (process 1): --process=1: processes have the numbers from 0 to 0 of --processes=1",
+        ),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--step=3"], "--step=3 is for --mode=evaluate"),
+        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--start_timeout=soon"], "flag --start_timeout=soon"),
+        (["--config=configs/quickstart.py:3", "--workdir=/tmp/x"], "quickstart.py, line 12: get_config takes no"),
+        (
+            ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.train.steps=2", "--config.train.epochs=2"],
+            "train.steps=2 and train.epochs=2.0 are both given",
+        ),
     ],
 )
 def test_what_no_attempt_would_mend_is_one_message_and_exit_code_2(arguments, message):
@@ -45,7 +60,6 @@ def test_what_no_attempt_would_mend_is_one_message_and_exit_code_2(arguments, me
     [
         (["--config=configs/quickstart.py", "--workdir=s3://bucket/run"], "in folders and in gs:// buckets only"),
         (["--config=configs/dinov2_b.py", "--workdir=/tmp/x", "--config.data.path=/tmp/absent"], "does not exist"),
-        (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--processes=2"], "Give all three"),
     ],
 )
 def test_other_input_errors_are_one_message_and_exit_code_1(arguments, message):
@@ -55,8 +69,53 @@ def test_other_input_errors_are_one_message_and_exit_code_1(arguments, message):
 def assert_one_message(done, code, message):
     assert done.returncode == code
     assert message in done.stderr
-    assert done.stderr.count("error: ") == 1
+    assert len(re.findall(r"^error(?: \(process \d\))?: ", done.stderr, re.M)) == 1
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_steps_of_the_command_line_make_a_short_trial(tmp_path):
+    """Of a config file in epochs, which is told in one line."""
+    text = (ROOT / "configs" / "quickstart.py").read_text()
+    file = tmp_path / "epochs.py"
+    file.write_text(text.replace("    return c", "    c.train.epochs = 2\n    return c"))
+    done = run(f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("go before the config file's train.epochs=2.0") == 1
+    assert "step 1 " in done.stdout
+
+
+INTERRUPTED = """
+import signal
+from vqrae_jax import main
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+def step(*_):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+TokenizerTask.step = step
+main.run()
+"""
+
+
+def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(tmp_path, trained, tiny):
+    """The second one, for which no step is waited."""
+    program, config = tmp_path / "interrupted.py", tmp_path / "config.py"
+    program.write_text(INTERRUPTED)
+    given = tiny(train={"steps": 4}).model_dump()
+    config.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({given!r})\n")
+    shutil.copytree(trained, tmp_path / "begun")
+    for workdir, message in (
+        ("new", "interrupted before anything was saved: the same command begins anew"),
+        ("begun", "interrupted: step 3 is saved, and the same command goes on from there"),
+    ):
+        command = [sys.executable, str(program), f"--config={config}", f"--workdir={tmp_path / workdir}"]
+        env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+        assert done.returncode == 130, done.stderr
+        assert done.stderr.splitlines()[-1] == message
+        assert "Traceback" not in done.stderr
 
 
 def test_the_quickstart_shortened(tmp_path):

@@ -27,10 +27,15 @@ AGREE_TIMEOUT = 1800  # seconds that the fastest waits for the slowest, which ma
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID", "JOB_COMPLETION_INDEX")
 
 _exchanges = itertools.count()
+_alone = False  # `start` has connected nothing: this process is all there is, whatever number a launcher gave it
 
 
 class DistributedError(RuntimeError):
     """The processes of a run cannot work together; every process raises it."""
+
+
+class FlagError(DistributedError):
+    """What a process was told of the others cannot be."""
 
 
 def start(
@@ -49,14 +54,22 @@ def start(
       timeout: seconds until all must be there; after that this process says so and exits with code 1.
 
     Raises:
-      DistributedError: the three do not fit together, or the port is taken.
+      FlagError: the three do not fit together.
+      DistributedError: the port is taken.
     """
     import jax
 
+    global _alone
+    if processes is not None and processes < 1:
+        raise FlagError(f"--processes={processes}: there is at least 1")
+    if process is not None and not 0 <= process < (processes or process + 1):
+        last = f" to {processes - 1} of --processes={processes}" if processes else ""
+        raise FlagError(f"--process={process}: processes have the numbers from 0{last}")
     if processes == 1:
+        _alone = True
         return
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-        raise DistributedError(f"--coordinator={coordinator!r} is no host:port of process 0, as in 10.0.0.1:1234")
+        raise FlagError(f"--coordinator={coordinator!r} is no host:port of process 0, as in 10.0.0.1:1234")
     # JAX would abort with a stack of its own; this thread speaks first.
     timer = threading.Timer(timeout, _give_up, (timeout,))
     timer.daemon = True
@@ -66,10 +79,11 @@ def start(
     except (ValueError, TypeError) as error:
         found_nothing = (coordinator, processes, process) == (None,) * 3 and "coordinator_address" in str(error)
         if not found_nothing:
-            raise DistributedError(
+            raise FlagError(
                 f"--coordinator={coordinator} --processes={processes} --process={process}: {error} Give all three, "
                 "or none where TPU, SLURM or Open MPI say them"
             ) from None
+        _alone = True
     except RuntimeError as error:
         raise DistributedError(f"the processes of this run cannot be connected: {error}") from error
     finally:
@@ -89,6 +103,8 @@ def index() -> int:
     """The number of this process; before `start` that which the command line or the launcher gives it."""
     if started():
         return _runtime().process_id
+    if _alone:
+        return 0
     given = [a.split("=", 1)[1] for a in sys.argv if re.match(r"--?process=\d+$", a)]
     given += [os.environ[name] for name in RANKS if os.environ.get(name, "").isdigit()]
     return int(given[0]) if given else 0

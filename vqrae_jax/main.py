@@ -24,6 +24,7 @@ from vqrae_jax.tpu import leave_out_absent_tpu
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
 )
+flags.FLAGS["config"].parser.parse = config_lib.read_file  # its own answers mistakes in the file with tracebacks
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder or gs:// address of checkpoints, logs, pictures; a run there is resumed."
 )
@@ -62,14 +63,15 @@ def main(argv: Sequence[str]) -> None:
         raise config_lib.ConfigError(
             f"--step={STEP.value} is for --mode=evaluate; training goes on from the newest checkpoint"
         )
+    profile_steps = _profile_steps()
     if MODE.value == "preflight":
+        logging.getLogger("vqrae_jax").setLevel(logging.WARNING)
         sys.exit(0 if _preflight(_read_config()) else 1)
     leave_out_absent_tpu()
     distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
     logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
     enable_compilation_cache()
     config = distributed.together(_read_config)
-    profile_steps = distributed.together(_profile_steps)
     distributed.compare({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
     from vqrae_jax.train import loop
 
@@ -96,6 +98,7 @@ def _preflight(config: config_lib.Config) -> bool:
 def run() -> None:
     """What is wrong with the input is one message, not a traceback.
 
+    What all processes would say, process 0 says alone; before they are connected nobody knows what the others say.
     Exit code 2 is of flags and settings that no further attempt would mend, which launchers therefore give up on
     (launch/gke, launch/tpu/watch.sh); 1 of everything else: files, buckets, other processes, bugs.
     """
@@ -104,8 +107,11 @@ def run() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:
+        print(_interrupted(), file=sys.stderr)
+        _leave(130)
     except Exception as error:
-        said_by_first = isinstance(error, distributed.DistributedError) or not distributed.started()
+        said_by_first = isinstance(error, distributed.DistributedError) and distributed.started()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"error: no space left ({error}); make room, and the same command goes on", file=sys.stderr)
         elif not isinstance(error, _input_errors()):
@@ -114,10 +120,26 @@ def run() -> None:
             print(f"error: {error}", file=sys.stderr)
         elif not said_by_first:
             print(f"error (process {distributed.index()}): {error}", file=sys.stderr)
-        code = 2 if isinstance(error, _mistakes()) or isinstance(error.__cause__, _mistakes()) else 1
-        if distributed.count() > 1:
-            distributed.leave(code)
-        sys.exit(code)
+        _leave(2 if isinstance(error, _mistakes()) or isinstance(error.__cause__, _mistakes()) else 1)
+
+
+def _leave(code: int) -> None:
+    if distributed.count() > 1:
+        distributed.leave(code)
+    sys.exit(code)
+
+
+def _interrupted() -> str:
+    """What Ctrl-C leaves behind where no step is waited for and saved: before the first one, or the second time."""
+    begun = "vqrae_jax.train.loop" in sys.modules and flags.FLAGS.is_parsed() and MODE.value == "train"
+    if not begun:
+        return "interrupted"
+    from vqrae_jax import checkpoint, storage
+
+    steps = checkpoint.completed_steps(storage.at(WORKDIR.value) / checkpoint.FOLDER)
+    if not steps:
+        return "interrupted before anything was saved: the same command begins anew"
+    return f"interrupted: step {steps[-1]} is saved, and the same command goes on from there"
 
 
 def _command() -> str:
@@ -155,31 +177,32 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from vqrae_jax.preflight.chips import TopologyError
     from vqrae_jax.sharding import MeshError
 
-    return (config_lib.ConfigError, SettingError, MeshError, TopologyError)
+    return (config_lib.ConfigError, distributed.FlagError, SettingError, MeshError, TopologyError)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     """Checks the names of overridden fields before ml_collections does: its message is a dump of the config.
 
     Raises:
-      ConfigError: flags that do not exist, or with values that they do not take.
+      ConfigError: an unknown flag, a value that is none of the flag's, a config file that makes no config.
     """
     for argument in argv:
         if field := re.match(r"--?config\.([\w.]+)", argument):
             config_lib.check_field(config_lib.Config, field[1])
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:  # absl itself would leave with exit code 1
-        raise config_lib.ConfigError(f"{error}, see python -m vqrae_jax.main --help") from None
+    except flags.Error as error:
+        if isinstance(error.__context__, config_lib.ConfigError):
+            raise config_lib.ConfigError(f"--config: {error.__context__}") from None
+        raise config_lib.ConfigError(f"{error}; see python -m vqrae_jax.main --help") from None
     except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
         raise config_lib.ConfigError(f"--config: {error}") from None
 
 
 def _read_config() -> config_lib.Config:
-    try:
-        values = CONFIG.value.to_dict()
-    except OSError as error:  # ml_collections' word for a file that is not there or does not run
-        raise config_lib.ConfigError(f"--config: {error}") from None
+    values = CONFIG.value.to_dict()
+    if told := config_lib.prefer_steps(values, config_flags.get_override_values(flags.FLAGS["config"])):
+        logging.getLogger("vqrae_jax").warning("%s", told)
     return config_lib.from_dict(config_lib.Config, values)
 
 

@@ -153,7 +153,7 @@ def test_every_config_of_the_folder_is_valid():
 
 @pytest.mark.parametrize("text", ["ViT-XL", "ViT-XL,", ",256", "ViT-XL,0", "ViT-XL,200", "ViT-XL,big"])
 def test_a_bad_argument_says_what_is_meant(text):
-    with pytest.raises(ConfigError, match=r"--config.*ViT-XL,256"):
+    with pytest.raises(ConfigError, match=r"is no decoder.*ViT-XL,256"):
         load("dinov2_b", text)
 
 

@@ -153,18 +153,26 @@ def test_a_coordinator_that_is_not_there(config, tmp_path):
     [
         ({"processes": 2}, "Number of processes must be defined.", "--processes=2 .* Give all three"),
         ({"coordinator": "here"}, "", "'here' is no host:port"),
+        ({"processes": 2, "process": 3}, None, "--process=3: .* numbers from 0 to 1 of --processes=2"),
+        ({"processes": 1, "process": 1}, None, "--process=1: .* numbers from 0 to 0 of --processes=1"),
+        ({"process": -1}, None, "--process=-1: .* numbers from 0$"),
+        ({"processes": 0}, None, "--processes=0: there is at least 1"),
     ],
 )
-def test_incomplete_flags(given, reason, message, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "initialize", raising(reason))
-    with pytest.raises(distributed.DistributedError, match=message):
+def test_flags_that_do_not_fit_together(given, reason, message, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", raising(reason) if reason is not None else None)
+    with pytest.raises(distributed.FlagError, match=message):
         distributed.start(**given)
 
 
 def test_one_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising("coordinator_address should be defined."))
+    monkeypatch.setattr(distributed, "_alone", False)
+    monkeypatch.setenv("TPU_WORKER_ID", "3")
+    assert distributed.index() == 3
     distributed.start()
-    distributed.start(processes=1)
+    assert distributed.index() == 0  # whatever a launcher calls it, or it would print nothing
+    distributed.start(processes=1, process=0)
     assert not distributed.started()
     assert (distributed.index(), distributed.count()) == (0, 1)
     assert distributed.exchange("alone") == ["alone"]
