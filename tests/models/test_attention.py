@@ -12,7 +12,7 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.models import attention_tpu
 from vqrae_jax.models.attention import attend
-from vqrae_jax.models.vit import BlocksConfig, run_blocks
+from vqrae_jax.models.vit import BlocksConfig, ViT, ViTConfig, run_blocks
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -104,3 +104,12 @@ def test_blocks_with_the_kernel_have_the_same_parameters_and_values(scan, unbias
     chex.assert_trees_all_equal(params, same)
     values = [jax.value_and_grad(lambda p, n=net: jnp.sum(n.apply(p, x) ** 2))(params) for net in nets]
     chex.assert_trees_all_close(*values, rtol=1e-4, atol=1e-3)
+
+
+def test_rotary_positions_with_the_kernel_are_the_same():
+    image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+    features = []
+    for way in ("xla", "pallas"):
+        vit = ViT(ViTConfig(BlocksConfig(32, 2, 4, 64, attention=way), 8, pos="rope", registers=2))
+        features.append(vit.apply(vit.init(jax.random.key(1), image, (1,)), image, (1,))[0])
+    chex.assert_trees_all_close(*features, rtol=1e-5, atol=1e-5)
