@@ -142,13 +142,20 @@ def shardings(tree: Any, mesh: Mesh, fsdp: bool = False, fsdp_min_size: int = 65
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or placed shapes, the largest share."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
 def left_whole(tree: Any, mesh: Mesh, min_size: int) -> dict[str, int]:
     """Path -> bytes per device of placed leaves that fsdp should split and cannot: "data" divides no free dimension."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if x.size >= min_size and "data" not in x.sharding.spec and not re.search(NOT_FSDP, name):
-            found[name] = int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+            found[name] = device_bytes(x)
     return found if mesh.shape["data"] > 1 else {}
 
 

@@ -117,7 +117,7 @@ def test_memory_is_that_of_one_device(caplog):
     mesh = sharding.make_mesh(4, 2)
     tree = {"a": jax.device_put(np.zeros((8, 6), np.float32), sharding.over_data(mesh)), "b": np.float32(1)}
     tree["b"] = jax.device_put(tree["b"], sharding.replicated(mesh))
-    assert watch.device_bytes(tree) == 8 * 6 * 4 // 4 + 4
+    assert sharding.device_bytes(tree) == 8 * 6 * 4 // 4 + 4
     with caplog.at_level(logging.INFO):
         watch.tell_memory({"params": tree, "frozen": {}})
     assert "memory per device: params 52 B, frozen 0 B; together 52 B" in caplog.text

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vqrae_jax import sharding
 from vqrae_jax.config import Config, LossConfig, ModelConfig
@@ -92,9 +91,7 @@ class Plan:
 
     def arguments(self) -> float:
         """Bytes per device of what a training step is given."""
-        state, frozen, batch = self.train_arguments()
-        leaves = jax.tree.leaves((state, frozen, batch))
-        return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+        return float(sharding.device_bytes(self.train_arguments()))
 
     def train(self) -> Cost:
         """One optimizer step."""

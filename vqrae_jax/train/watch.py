@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vqrae_jax import storage
+from vqrae_jax import sharding, storage
 from vqrae_jax.evaluation import codebook
 from vqrae_jax.train.task import Metrics, is_sum
 
@@ -207,13 +207,6 @@ def watching(
         profile.close()
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays, the largest share."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def tell_left_whole(leaves: dict[str, int], mesh: Mesh) -> None:
     """Warns of what `sharding.left_whole` found."""
     if leaves:
@@ -226,7 +219,7 @@ def tell_left_whole(leaves: dict[str, int], mesh: Mesh) -> None:
 
 def tell_memory(trees: dict[str, Any]) -> None:
     """One line: what each tree takes on each device."""
-    sizes = {name: device_bytes(tree) for name, tree in trees.items()}
+    sizes = {name: sharding.device_bytes(tree) for name, tree in trees.items()}
     parts = ", ".join(f"{name} {_readable(size)}" for name, size in sizes.items())
     log.info("memory per device: %s; together %s", parts, _readable(sum(sizes.values())))
 
