@@ -9,6 +9,7 @@ from vqrae_jax import assembly, sharding
 from vqrae_jax.models import attention_tpu
 from vqrae_jax.models.vit import BlocksConfig, Spread, run_blocks
 from vqrae_jax.preflight import flops
+from vqrae_jax.quantizers.ema import EMAQuantizer
 
 B, N, D, HEADS, MLP, L = 2, 10, 16, 2, 48, 3
 # Per block: four projections, the two products of attention, the mlp.
@@ -26,8 +27,8 @@ class Decoder(nn.Module):
         return run_blocks(self.cfg, x)[0]
 
 
-def traced(function, *arguments):
-    return flops.count(jax.jit(function).trace(*arguments).jaxpr)
+def traced(function, *arguments, platform="cpu"):
+    return flops.count(jax.jit(function).trace(*arguments).jaxpr, platform)
 
 
 def total(products, backward=None):
@@ -64,10 +65,12 @@ def test_a_kernel_counts_for_every_picture_and_every_device():
         def loss(params, x, module=module):
             return module.apply(params, x).sum()
 
-        step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x)
-        assert {p.part for p in step} == {"decoder"}
-        assert total(step, backward=False) == L * BLOCK
-        assert total(step, backward=True) == L * (2 * BLOCK + ATTENTION)  # both products again, where it is no kernel
+        for platform, again in (("cpu", ATTENTION), ("tpu", ATTENTION / 2)):
+            step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x, platform=platform)
+            assert {p.part for p in step} == {"decoder"}
+            assert total(step, backward=False) == L * BLOCK
+            # The kernel multiplies queries by keys again; where there is none, both products are.
+            assert total(step, backward=True) == L * (2 * BLOCK + again)
     alone = traced(lambda *x: attention_tpu.run(attention_tpu.mix, x, 1, D // HEADS, interpret=True), x, x, x)
     assert total(alone) == ATTENTION
 
@@ -118,3 +121,24 @@ def test_what_no_result_needs_is_not_counted():
 
     products = traced(at_last, first, last)
     assert total(products) == 2 * 10 * 16 * 8 + 2 * 10 * 8 * 4
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("gpu", 3), ("tpu", 2)])
+def test_of_a_switch_between_platforms_one_branch_counts(platform, products):
+    def program(x):
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: x @ x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x @ x @ x
+        )
+
+    assert total(traced(program, jnp.zeros((4, 4)), platform=platform)) == products * 128
+
+
+def test_the_search_on_a_cpu_is_one_product_and_the_sums_are_none():
+    layer = EMAQuantizer(num_embeddings=2048, channels=16, start="normal")
+    z, keys = jnp.zeros((1024, 16)), {"codes": jax.random.key(0)}
+    variables = jax.eval_shape(layer.init, jax.random.key(0), z)
+
+    def train(variables, z):
+        return layer.apply(variables, z, True, mutable=["batch_stats"], rngs=keys)
+
+    assert total(traced(train, variables, z)) == 2 * 1024 * 2048 * 16

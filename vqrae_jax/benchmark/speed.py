@@ -113,8 +113,8 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
             assert difference < SAME[given.dtype], f"{name}: PyTorch differs by {difference:.1e} of the largest value"
         calls = {"ours": lambda: seconds(stage.call)} | {n: o.seconds for n, o in opponents.items()}
         if given.share:
-            bare, _ = stages.build(name, argparse.Namespace(**vars(given) | {"quantizer": "none"}))
-            calls["bare"] = lambda: seconds(bare.call)
+            bare = stages.without_quantizer(stage, given)
+            calls["bare"] = lambda: seconds(bare)
         times = in_turns(calls, given)
     finally:
         for opponent in opponents.values():

@@ -144,11 +144,33 @@ def _train_step(task: TokenizerTask, module: VQRAE) -> Stage:
     if "quantizer" in state.batch_stats:
         tensors["codebook"] = np.array(state.batch_stats["quantizer"]["codebook"])
 
+    return _stage("train_step", _compile(_step(task), state, frozen, {"image": images}, stateful=True), tensors)
+
+
+def without_quantizer(stage: Stage, given: argparse.Namespace) -> Callable[[], dict[str, jax.Array]]:
+    """The training step of `stage` without its quantizer, on the same state: two may not fit into the memory."""
+    config = settings(argparse.Namespace(**vars(given) | {"quantizer": "none"}))
+    task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
+    whole = stage.call
+    bare = _compile(_step(task), whole.state.replace(batch_stats={}), *whole.rest, stateful=True).call
+    bare.state = None
+
+    def call() -> dict[str, jax.Array]:
+        codebook = whole.state.batch_stats
+        bare.state = whole.state.replace(batch_stats={})
+        out = bare()
+        whole.state, bare.state = bare.state.replace(batch_stats=codebook), None
+        return out
+
+    return call
+
+
+def _step(task: TokenizerTask) -> Callable[..., Any]:
     def step(state: Any, frozen: Any, batch: Any) -> Any:
         state, metrics = task.step(state, frozen, batch)
         return {"loss": metrics["loss/total"], "pixel": metrics["loss/pixel"]}, state
 
-    return _stage("train_step", _compile(step, state, frozen, {"image": images}, stateful=True), tensors)
+    return step
 
 
 def _images(task: TokenizerTask) -> jax.Array:
@@ -186,6 +208,19 @@ def _frozen(task: TokenizerTask) -> Any:
     return {"encoder": _params(task, "encoder"), **critics}
 
 
+@dataclasses.dataclass
+class _Stateful:
+    """A program that is given up its state and returns (result, next state)."""
+
+    program: Any
+    state: Any
+    rest: tuple[Any, ...]
+
+    def __call__(self) -> dict[str, jax.Array]:
+        out, self.state = self.program(self.state, *self.rest)
+        return out
+
+
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
     program: Any
@@ -200,16 +235,10 @@ def _compile(function: Callable, *arguments: Any, stateful: bool = False) -> _Co
     traced = jax.jit(function, donate_argnums=0 if stateful else ()).trace(*arguments)
     program = traced.lower().compile()
     seconds = time.perf_counter() - start
-    total = sum(product.flops for product in flops.count(traced.jaxpr))
+    total = sum(product.flops for product in flops.count(traced.jaxpr, jax.default_backend()))
     if not stateful:
         return _Compiled(program, functools.partial(program, *arguments), total, seconds)
-    kept, rest = {"state": arguments[0]}, arguments[1:]
-
-    def call() -> dict[str, jax.Array]:
-        out, kept["state"] = program(kept["state"], *rest)
-        return out
-
-    return _Compiled(program, call, total, seconds)
+    return _Compiled(program, _Stateful(program, arguments[0], arguments[1:]), total, seconds)
 
 
 def _stage(name: str, compiled: _Compiled, tensors: dict[str, np.ndarray]) -> Stage:

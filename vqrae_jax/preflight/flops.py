@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -35,14 +35,18 @@ class Product:
     flops: float
 
 
-def count(traced: ClosedJaxpr) -> list[Product]:
+def count(traced: ClosedJaxpr, platform: str) -> list[Product]:
     """The products of a program (`jax.jit(f).trace(...).jaxpr`), summed by what describes them.
 
     What no result needs is left out, as the compiler does: a gradient at one layer pulls back through all of them.
+
+    Args:
+      traced: the program.
+      platform: "cpu", "gpu" or "tpu": of a switch between platforms its branch counts.
     """
     total: collections.Counter[tuple[str, bool, str]] = collections.Counter()
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    for stack, kind, flops in _products(needed, "", 1.0):
+    for stack, kind, flops in _products(needed, platform, "", 1.0):
         total[_part(stack), "transpose(" in stack, kind] += flops
     return [Product(*key, flops) for key, flops in sorted(total.items())]
 
@@ -52,7 +56,7 @@ def seconds(products: list[Product], chips: int, flops: float, passes: dict[str,
     return sum(p.flops * passes.get(p.kind, 1) for p in products) / (chips * flops)
 
 
-def _products(jaxpr: Jaxpr, stack: str, trips: float) -> Iterator[tuple[str, str, float]]:
+def _products(jaxpr: Jaxpr, platform: str, stack: str, trips: float) -> Iterator[tuple[str, str, float]]:
     for eqn in jaxpr.eqns:
         here = f"{stack}/{eqn.source_info.name_stack}"
         name = eqn.primitive.name
@@ -60,13 +64,22 @@ def _products(jaxpr: Jaxpr, stack: str, trips: float) -> Iterator[tuple[str, str
             yield here, _kind(eqn), trips * _dot(eqn)
         elif name == "conv_general_dilated":
             yield here, _kind(eqn), trips * _convolution(eqn)
-        elif name == "cond":  # branches of a platform switch compute the same; of others the dearest is taken
-            branches = [list(_products(b.jaxpr, here, trips)) for b in eqn.params["branches"]]
+        elif name == "cond":  # of those that a value chooses, the dearest branch
+            branches = [list(_products(b.jaxpr, platform, here, trips)) for b in _branches(eqn.params, platform)]
             yield from max(branches, key=lambda found: sum(flops for *_, flops in found))
         elif name != "while":
             inner = trips * _repeated(name, eqn.params)
             for body in _bodies(eqn.params):
-                yield from _products(body, here, inner)
+                yield from _products(body, platform, here, inner)
+
+
+def _branches(params: dict[str, Any], platform: str) -> Sequence[ClosedJaxpr]:
+    """Those that can run on `platform`; a switch between platforms names them, None is any other."""
+    names = params.get("branches_platforms")
+    if names is None:
+        return params["branches"]
+    name = {"gpu": "cuda"}.get(platform, platform)
+    return [next(b for b, group in zip(params["branches"], names, strict=True) if group is None or name in group)]
 
 
 def _repeated(primitive: str, params: dict[str, Any]) -> int:

@@ -139,7 +139,7 @@ class Plan:
 
     def _cost(self, name: str, images: int, program: Any, *arguments: Any) -> Cost:
         traced = program.trace(*arguments)
-        products = flops.count(traced.jaxpr)
+        products = flops.count(traced.jaxpr, self.topology.platform)
         parts: dict[str, float] = {}
         for p in products:
             part = f"{p.part} backward" if p.backward else p.part
