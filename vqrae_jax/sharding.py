@@ -32,10 +32,11 @@ RULES: list[tuple[str, P]] = [
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
     (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted|begun)$", P()),
-    (r"(patch_embed|embed|pred|features)/kernel$", P()),
+    (r"code_embed$", P("model", None)),
+    (r"(patch_embed|embed|pred|features|head)/kernel$", P()),
     (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
     (r"quantizer/.+/kernel$", P()),  # projections and adapters
-    (r"(pos_embed|cls|registers)$", P()),
+    (r"((pos|class|hidden)_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),
 ]
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from vqrae_jax.data import codes
+from vqrae_jax.data import codes, images
 from vqrae_jax.data.code_shards import Columns
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
@@ -24,11 +24,15 @@ def example(name):
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory):
     """Ten images of 2 x 2 codes, in parquet."""
-    folder = tmp_path_factory.mktemp("codes")
-    plan = codes.Plan("0" * 64, "made up", 10, "one", (2, 2), "uint16", 100, 32, "parquet", 4)
+    return written(tmp_path_factory.mktemp("codes"), 100, 2, lambda i, n: i * 10 + n)
+
+
+def written(folder, size, side, code):
+    """`code` of the numbers of image and position."""
+    plan = codes.Plan("0" * 64, "made up", 10, "one", (side, side), "uint16", size, 32, "parquet", 4)
     for shard in codes.begin(folder, plan):
         index = np.arange(*plan.range(shard))
-        grids = (index[:, None, None] * 10 + np.arange(4).reshape(2, 2)).astype(np.uint16)
+        grids = code(index[:, None, None], np.arange(side**2).reshape(side, side)).astype(np.uint16)
         columns = Columns(index, [f"{i}.png" for i in index], (index % 3).astype(np.int32), grids)
         codes.write_shard(folder, plan, shard, columns)
     codes.finish(folder, plan)
@@ -83,3 +87,23 @@ def test_the_decoder_is_differentiable(tiny):
     picture = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
     _, errors = example("invert_a_picture").invert(Tokenizer(built.module, variables, config), picture, steps=20)
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_generator_learns_codes(tokenized):
+    from vqrae_jax.models.generator import Generator
+    from vqrae_jax.models.vit import BlocksConfig
+
+    module = example("generate")
+    model = Generator(BlocksConfig(32, 1, 2, 64), 100, 4, 3)
+    variables, losses = module.train(model, module.batches(codes.Codes(str(tokenized)), 10), 200, rate=1e-2)
+    assert np.mean(losses[-20:]) < 0.5 * losses[0]
+    made_up = np.asarray(module.make_up(model, variables, np.arange(3).repeat(20)))
+    assert np.mean(made_up % 10 == np.arange(4)) > 0.9  # the last digit of a code is its position
+
+
+def test_a_generator_paints(trained, tmp_path, monkeypatch):
+    folder, picture = tmp_path / "codes", tmp_path / "made_up.png"
+    written(folder, 32, 4, lambda i, n: (i + n) % 32)
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(trained), str(folder), str(picture), "--steps=2", "--batch=2"])
+    example("generate").main()
+    assert images.read_image(picture).shape == (3 * 32, 8 * 32, 3)

@@ -1,0 +1,54 @@
+"""Codes in, logits of codes out: the bidirectional transformer of MaskGIT (Chang et al. 2022, arXiv:2202.04200)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.models.activations import ACTIVATIONS
+from vqrae_jax.models.vit import BlocksConfig, layer_norm, matmul_precision, run_blocks
+
+
+class Generator(nn.Module):
+    """Embedded codes, positions and a token for the class, pre-norm blocks, and a head that is tied to the embedding.
+
+    Attributes:
+      blocks: the transformer.
+      num_embeddings: size K of the codebook.
+      positions: N codes per picture.
+      classes: how many there are; 0: codes have no class.
+    """
+
+    blocks: BlocksConfig
+    num_embeddings: int
+    positions: int
+    classes: int = 0
+
+    @nn.compact
+    def __call__(self, codes: Int[Array, "B N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B N K"]:
+        """Logits, float32.
+
+        Args:
+          codes: in [0, K); K where one is hidden.
+          label: in [0, classes); `classes` for a picture of any class, as None is for all of them. In training, give
+            one picture in ten or so to any class, for `generation.sampling.guided`.
+        """
+        c, size = self.blocks, self.num_embeddings
+        if codes.shape[1:] != (self.positions,):
+            raise ValueError(f"codes {codes.shape}: [B, {self.positions}] is expected; flatten the grids")
+        normal = nn.initializers.normal(0.02)
+        table = self.param("code_embed", normal, (size, c.width))
+        nothing = self.param("hidden_embed", normal, (c.width,))
+        x = jnp.where((codes < size)[..., None], table[jnp.minimum(codes, size - 1)], nothing)
+        x = (x + self.param("pos_embed", normal, (1, self.positions, c.width))).astype(c.dtype)
+        if self.classes:
+            label = jnp.full(len(codes), self.classes) if label is None else label
+            token = self.param("class_embed", normal, (self.classes + 1, c.width))[label]
+            x = jnp.concatenate([token[:, None].astype(c.dtype), x], axis=1)
+        x = layer_norm(c, "norm_embed")(x)
+        x = layer_norm(c, "norm")(run_blocks(c, x)[0])[:, -self.positions :]
+        dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
+        x = ACTIVATIONS[c.act](nn.Dense(c.width, **dense, name="head")(x))
+        x = layer_norm(c, "norm_head")(x)
+        bias = self.param("bias", nn.initializers.zeros, (size,))
+        tied = table.astype(c.dtype).T
+        return jnp.matmul(x, tied, precision=dense["precision"], preferred_element_type=jnp.float32) + bias
