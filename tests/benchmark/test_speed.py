@@ -45,6 +45,22 @@ def test_pytorch_is_told_the_same_however_blocks_are_held(scan):
     assert all(np.ndim(stage.tensors[name]) <= 2 for name in names)
 
 
+def test_the_step_without_a_quantizer_works_on_the_same_state():
+    given = speed.parse(["train_step", *TINY, "--share"])
+    stage, _ = stages.build("train_step", given)
+    bare = stages.without_quantizer(stage, given)
+    stage.call()
+    codebook = np.asarray(stage.call.state.batch_stats["quantizer"]["codebook"])
+    kernel = np.asarray(stage.call.state.params["decoder"]["pred"]["kernel"])
+    assert np.isfinite(bare()["loss"])
+    state = stage.call.state
+    assert state.step == 2
+    assert np.array_equal(state.batch_stats["quantizer"]["codebook"], codebook)
+    assert not np.array_equal(state.params["decoder"]["pred"]["kernel"], kernel)
+    stage.call()
+    assert not np.array_equal(stage.call.state.batch_stats["quantizer"]["codebook"], codebook)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
 @pytest.mark.parametrize("stage", stages.NAMES)
 def test_pytorch_computes_the_same(stage, capsys):
