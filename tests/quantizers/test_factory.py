@@ -37,6 +37,23 @@ def test_the_sharding_table_names_every_leaf(name):
     assert sharding.unmatched({kind: {"quantizer": tree} for kind, tree in shapes.items()}) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("residual", {"shared": True, "depth": 3}), ("multiscale", {"grids": (1, 2, 4)})]
+)
+def test_a_gumbel_quantizer_that_is_shared_anneals_by_steps(name, given):
+    steps, z = 2, jnp.ones((2, 4, 4, 12))
+    module = build(name, inner="gumbel", temperature=1.0, final_temperature=0.01, anneal_steps=2 * steps, **given)
+    variables = module.init(jax.random.key(0), z)
+    train = jax.jit(lambda v, key: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": key})[1])
+    for step in range(steps):
+        variables = {**variables, **train(variables, jax.random.key(step))}
+
+    def temperature(bound):
+        return (bound.levels[0] if name == "residual" else bound.quantizer)._temperature()
+
+    assert module.apply(variables, method=temperature) == pytest.approx(0.1)
+
+
 def test_defaults_are_the_origins_where_it_names_them():
     quantizer = create(ModelConfig(), 768, 16)
     assert (quantizer.num_embeddings, quantizer.commitment_cost) == (8192, 0.25)

@@ -66,7 +66,7 @@ class QuantizerParams(Section):
     orthogonality_cost: NonNegative = 0.0  # simvq, ibq, gumbel: mean squared cosine between codes
     temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel; of diversity_cost: of the soft codes
     final_temperature: Above0 = 0.1  # gumbel: after anneal_steps
-    anneal_steps: Positive = 10_000  # gumbel
+    anneal_steps: Positive = 10_000  # gumbel; each micro-batch of optimizer.accumulate counts
     inner: Literal["ema", "simvq", "lfq", "bsq", "gumbel", "ibq"] = "ema"  # residual, product, multiscale: made of
     depth: Positive = 4  # residual: levels
     shared: bool = False  # residual: one codebook for all levels

@@ -118,8 +118,11 @@ def _ibq(settings: Settings, channels: int, grid: int) -> IBQ:
 
 def _residual(settings: Settings, channels: int, grid: int) -> Residual:
     params = settings.quantizer_params
-    levels = [_inner(settings, channels, grid) for _ in range(1 if params.shared else params.depth)]
-    return Residual(tuple(levels * params.depth if params.shared else levels), channels, params.dropout)
+    if params.shared:
+        levels = [_inner(settings, channels, grid, calls=params.depth)] * params.depth
+    else:
+        levels = [_inner(settings, channels, grid) for _ in range(params.depth)]
+    return Residual(tuple(levels), channels, params.dropout)
 
 
 def _product(settings: Settings, channels: int, grid: int) -> Product:
@@ -134,11 +137,14 @@ def _multiscale(settings: Settings, channels: int, grid: int) -> MultiScale:
     grids = settings.quantizer_params.grids or _grids(grid)
     if grids[-1] != grid:
         raise ValueError(f"quantizer_params.grids={grids}: the last must be the side of the latent grid, {grid}")
-    return MultiScale(_inner(settings, channels, grid), channels, grids)
+    return MultiScale(_inner(settings, channels, grid, calls=len(grids)), channels, grids)
 
 
-def _inner(settings: Settings, channels: int, grid: int) -> Quantizer:
-    return QUANTIZERS[settings.quantizer_params.inner](settings, channels, grid)
+def _inner(settings: Settings, channels: int, grid: int, calls: int = 1) -> Quantizer:
+    """What a quantizer is made of; `calls`: how often one training step calls it."""
+    inner = QUANTIZERS[settings.quantizer_params.inner](settings, channels, grid)
+    # It counts its calls, and the config speaks of steps.
+    return inner.clone(anneal_steps=calls * inner.anneal_steps) if isinstance(inner, GumbelQuantizer) else inner
 
 
 def _grids(side: int) -> tuple[int, ...]:

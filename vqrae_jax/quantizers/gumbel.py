@@ -24,7 +24,7 @@ class GumbelQuantizer(nn.Module):
     Attributes:
       num_embeddings, channels: K and C.
       temperature, final_temperature, anneal_steps: of the softmax; geometric from the first to the second in so many
-        training steps (counted in `batch_stats`).
+        calls with train=True (counted in `batch_stats`).
       kl_cost: weight of KL(softmax(logits) || uniform), which keeps codes in use.
       orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
       start: see `LearnedCodebook`; "normal" is the papers'.
@@ -48,7 +48,7 @@ class GumbelQuantizer(nn.Module):
         self.step = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train=True samples, counts the step, and makes the codes from the first latents."""
+        """Quantizes latents; train=True samples, counts the call, and makes the codes from the first latents."""
         flat, finite = flatten(z, self.channels)
         if train:
             self.codebook.begin(flat, finite)
