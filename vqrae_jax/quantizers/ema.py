@@ -98,7 +98,7 @@ class EMAQuantizer(nn.Module):
         elif trains:
             metrics["revived"] = self._update(fixed, finite, indices, metrics["counts"])
         return Quantized(
-            z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
+            z=ESTIMATORS[self.estimator](flat, codes, finite).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
             loss=loss,
             metrics=metrics,

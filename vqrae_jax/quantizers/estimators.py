@@ -1,6 +1,7 @@
 """Gradients through the choice of a code: what z receives where the true derivative is zero.
 
-Each has the value of the codes exactly, so that quantized latents equal what `lookup` gives.
+Each has the value of the codes exactly, so that quantized latents equal what `lookup` gives. `keep` marks the latents
+that count where one is compared with the others; all where it is absent.
 """
 
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Estimator = Literal["straight_through", "rotation", "distance_weighted"]
+Keep = Bool[Array, "*b"] | None
 
 
 @jax.custom_jvp
@@ -24,12 +26,12 @@ def _value_of_jvp(primals, tangents):
     return primals[0], tangents[1]
 
 
-def straight_through(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def straight_through(z: Float[Array, "*b C"], codes: Float[Array, "*b C"], keep: Keep = None) -> Float[Array, "*b C"]:
     """z receives the gradient unchanged (Bengio et al. 2013, arXiv:1308.3432)."""
     return value_of(codes, z)
 
 
-def rotation(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def rotation(z: Float[Array, "*b C"], codes: Float[Array, "*b C"], keep: Keep = None) -> Float[Array, "*b C"]:
     """The rotation trick (Fifty et al. 2024, arXiv:2410.06424): the gradient is turned and scaled as z -> code.
 
     The code is written as lambda R z with the rotation R from z to the code and lambda = |code| / |z|, both constants.
@@ -42,14 +44,16 @@ def rotation(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Arra
     return value_of(codes, scale * turned)
 
 
-def distance_weighted(z: Float[Array, "*b C"], codes: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def distance_weighted(z: Float[Array, "*b C"], codes: Float[Array, "*b C"], keep: Keep = None) -> Float[Array, "*b C"]:
     """Straight-through weighted by 1 / (1 + |z - code|^2 / mean |z - code|^2).
 
     The estimator takes the decoder's gradient at the code for that at z; the farther apart they are, the less it is
     worth (the gap analysed by Huh et al. 2023, arXiv:2305.08842).
     """
     gap = jnp.sum((z - codes) ** 2, axis=-1, keepdims=True)
-    weight = jax.lax.stop_gradient(1 / (1 + gap / jnp.maximum(jnp.mean(gap), 1e-12)))
+    there = jnp.ones_like(gap) if keep is None else keep[..., None]
+    mean = jnp.sum(gap * there) / jnp.maximum(jnp.sum(there), 1)
+    weight = jax.lax.stop_gradient(1 / (1 + gap / jnp.maximum(mean, 1e-12)))
     return value_of(codes, weight * z)
 
 

@@ -78,7 +78,7 @@ class SimVQ(nn.Module):
         if self.diversity_cost:
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         return Quantized(
-            z=ESTIMATORS[self.estimator](flat, codes).reshape(z.shape),
+            z=ESTIMATORS[self.estimator](flat, codes, finite).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
             loss=loss,
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
