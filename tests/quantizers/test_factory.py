@@ -11,8 +11,11 @@ from vqrae_jax.quantizers.factory import QUANTIZERS, create
 NAMES = typing.get_args(ModelConfig.model_fields["quantizer"].annotation)
 
 
-def build(name, channels=12, grid=4, num_embeddings=16, **params):
-    config = ModelConfig(quantizer=name, num_embeddings=num_embeddings, quantizer_params=QuantizerParams(**params))
+def build(name, channels=12, grid=4, num_embeddings=16, before=False, **params):
+    config = ModelConfig(
+        quantizer=name, num_embeddings=num_embeddings, quantize_before_reshape=before,
+        quantizer_params=QuantizerParams(**params),
+    )  # fmt: skip
     return create(config, channels, grid)
 
 
@@ -64,13 +67,19 @@ def test_defaults_are_the_origins_where_it_names_them():
     ("name", "given", "field"),
     [
         ("lfq", {"num_embeddings": 100}, "num_embeddings=100"),
+        ("lfq", {"num_embeddings": 2**25}, "num_embeddings=33554432"),
+        ("bsq", {"num_embeddings": 1}, "num_embeddings=1"),
         ("bsq", {"codebook_dim": 5}, "codebook_dim=5"),
         ("lfq", {"codebook_dim": 5}, "codebook_dim=5"),
         ("residual", {"codebook_dim": 5, "inner": "lfq"}, "codebook_dim=5"),
         ("product", {"groups": 5}, "groups=5"),
         ("multiscale", {"grids": (1, 2)}, r"grids=\(1, 2\)"),
         ("multiscale", {"grids": (2, 1, 4)}, r"grids=\(2, 1, 4\)"),
+        ("multiscale", {"before": True}, "quantize_before_reshape=True"),
         ("fsq", {"adapter": "none"}, "adapter='none'"),
+        ("fsq", {"levels": (8,) * 11}, r"levels=.*8589934592 codes"),
+        ("ema", {"distance": "dot", "inner": "ibq"}, "distance='dot'"),
+        ("residual", {"distance": "dot"}, "distance='dot'"),
         ("ema", {"whitening_dim": 13}, "whitening_dim=13"),
     ],
 )

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.quantizers.statistics import code_counts
 
+MAX_CODES = 2**24  # of a quantizer without a codebook; beyond it the counts of all codes no longer fit
+
 
 @flax.struct.dataclass
 class Quantized:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.quantizers.base import MAX_CODES, Quantizer
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.gumbel import GumbelQuantizer
@@ -20,6 +20,8 @@ from vqrae_jax.quantizers.whitened import Whitened
 # Settings are the model section of a config: any object with its fields.
 Settings = Any
 
+MADE_OF_INNER = ("residual", "product", "multiscale")  # quantizers that quantizer_params.inner is for
+
 
 def create(settings: Settings, channels: int, grid: int) -> Quantizer:
     """The quantizer that the settings describe.
@@ -35,8 +37,9 @@ def create(settings: Settings, channels: int, grid: int) -> Quantizer:
     params = settings.quantizer_params
     if settings.quantizer == "none":
         return NoQuantizer()
-    if params.distance == "dot" and "ibq" not in (settings.quantizer, params.inner):
-        raise ValueError(f"quantizer_params.distance='dot': {settings.quantizer!r} takes 'l2' or 'cosine'")
+    searching = params.inner if settings.quantizer in MADE_OF_INNER else settings.quantizer
+    if params.distance == "dot" and searching != "ibq":
+        raise ValueError(f"quantizer_params.distance='dot': {searching!r} takes 'l2' or 'cosine'")
     if params.whitening_dim is None:
         return _projected(settings, channels, grid)
     if params.whitening_dim > channels:
@@ -85,8 +88,11 @@ def _fsq(settings: Settings, channels: int, grid: int) -> FSQ:
 
 def _lfq(settings: Settings, channels: int, grid: int) -> LFQ | Projected:
     params, bits = settings.quantizer_params, settings.num_embeddings.bit_length() - 1
-    if 2**bits != settings.num_embeddings:
-        raise ValueError(f"num_embeddings={settings.num_embeddings}: {settings.quantizer!r} needs a power of two")
+    if 2**bits != settings.num_embeddings or not 1 < settings.num_embeddings <= MAX_CODES:
+        raise ValueError(
+            f"num_embeddings={settings.num_embeddings}: {settings.quantizer!r} needs a power of two, from 2 to "
+            f"{MAX_CODES}"
+        )
     if params.codebook_dim not in (None, bits):
         raise ValueError(
             f"quantizer_params.codebook_dim={params.codebook_dim}: {settings.quantizer!r} codes of num_embeddings="
@@ -134,6 +140,11 @@ def _product(settings: Settings, channels: int, grid: int) -> Product:
 
 
 def _multiscale(settings: Settings, channels: int, grid: int) -> MultiScale:
+    if settings.quantize_before_reshape:
+        raise ValueError(
+            "quantize_before_reshape=True makes a row of the latent grid, which 'multiscale' shrinks and enlarges: "
+            "set it to False"
+        )
     grids = settings.quantizer_params.grids or _grids(grid)
     if grids[-1] != grid:
         raise ValueError(f"quantizer_params.grids={grids}: the last must be the side of the latent grid, {grid}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import MAX_CODES, Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.estimators import straight_through
 
 Adapter = Literal["none", "linear", "mlp"]
@@ -28,7 +28,7 @@ class FSQ(nn.Module):
     rounding and clamping.
 
     Attributes:
-      levels: L per quantized channel, each at least 2; odd and even.
+      levels: L per quantized channel, each at least 2; odd and even. Their product is at most 2^24.
       channels: C of the latents.
       adapter: from C to len(levels) channels and back. "mlp" is the origin's: LayerNorm and MLP with a bounded, gained
         output, Fourier features and MLP on the way back. "linear": one linear map each way, bounded by tanh. "none":
@@ -44,6 +44,10 @@ class FSQ(nn.Module):
     def __post_init__(self):
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels={self.levels}: give at least one number of levels, each at least 2")
+        if self.num_embeddings > MAX_CODES:
+            raise ValueError(
+                f"levels={self.levels} are {self.num_embeddings} codes, more than {MAX_CODES}: give fewer or lower ones"
+            )
         if self.adapter == "none" and self.channels != len(self.levels):
             raise ValueError(
                 f"adapter='none' quantizes the latent itself, which has {self.channels} channels, but levels="

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import MAX_CODES, Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.entropy import entropies
 from vqrae_jax.quantizers.estimators import straight_through
 from vqrae_jax.quantizers.nearest import unit
 
-MAX_BITS = 24  # beyond it the counts of all codes no longer fit
+MAX_BITS = MAX_CODES.bit_length() - 1
 
 
 class LFQ(nn.Module):
