@@ -320,8 +320,7 @@ def _report(run: Run, figures: dict[str, float]) -> None:
     if figures:
         rows.append(("validation PSNR", f"{figures['eval/psnr']:.2f} dB over {figures['eval/images']} images"))
     if "eval/codebook_usage" in figures:
-        codes = run.config.model.num_embeddings
-        rows.append(("codebook use", f"{figures['eval/codebook_usage']:.1%} of {codes} codes"))
+        rows.append(("codebook use", f"{figures['eval/codebook_usage']:.1%} of {run.task.codebook_size} codes"))
         rows.append(("perplexity", f"{figures['eval/codebook_perplexity']:.0f}"))
     rows += [
         ("pictures", str(run.workdir / PICTURE_FILE)),

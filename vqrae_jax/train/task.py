@@ -21,6 +21,10 @@ def is_sum(metric: Any) -> bool:
 class Task(Protocol):
     """A thing to train."""
 
+    @property
+    def codebook_size(self) -> int | None:
+        """K; None where there are no codes."""
+
     def shapes(self) -> TrainState:
         """The state as jax.ShapeDtypeStruct with shardings; nothing is computed."""
 

@@ -82,6 +82,10 @@ class TokenizerTask:
         """Parts that train.start_from gives: in the checkpoint even where they do not train."""
         return tuple(self.start["params"]) if self.start else ()
 
+    @property
+    def codebook_size(self) -> int | None:
+        return getattr(self.assembly.module.quantizer, "num_embeddings", None)
+
     def shapes(self) -> TrainState:
         shapes = assembly.shapes(self.assembly)
         held = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable + self._given}
