@@ -87,6 +87,7 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
         ({"model": {"quantizer": "emma"}}, r"model\.quantizer='emma': .*'ema'"),
         ({"model": {"vq_decay": 1.0}}, r"model\.vq_decay=1\.0"),
         ({"model": {"noise_tau": float("inf")}}, r"model\.noise_tau=inf"),
+        ({"optimizer": {"decay_end_steps": -1}}, r"optimizer\.decay_end_steps=-1"),  # it is no "until the end"
         ({"data": {"scale": (3, 2)}}, r"scale=\(3\.0, 2\.0\)"),
         (
             {"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}},

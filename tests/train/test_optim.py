@@ -68,6 +68,14 @@ def test_epochs_of_no_step_are_refused(images, epochs):
         in_steps(config, lambda: images)
 
 
+def test_a_rate_that_rises_is_told(caplog):
+    """As where the learning rate alone was lowered, below the default of the final one."""
+    adversary = {"optimizer": {"learning_rate": 1e-5, "schedule": "constant"}}
+    in_steps(from_dict(Config, {"optimizer": {"learning_rate": 1e-5}, "adversary": adversary}), lambda: 1)
+    (told,) = caplog.messages
+    assert told.startswith("optimizer.learning_rate=1e-05 rises to final_learning_rate=2e-05: lower that")
+
+
 def test_a_config_in_steps_counts_no_images():
     def refuse():
         raise AssertionError

@@ -105,7 +105,10 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
             scale = batch / section.reference_batch
             rates = {n: getattr(section, n) * scale for n in ("learning_rate", "final_learning_rate")}
             changes |= {"reference_batch": None, **rates}
-        return section.model_copy(update=changes)
+        section = section.model_copy(update=changes)
+        if isinstance(section, AdamWConfig):
+            _tell_rising(section, prefix)
+        return section
 
     resolved = resolve(config)
     if resolved.train.steps < 1:
@@ -117,6 +120,14 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
     if told:
         log.info("in epochs of %d steps: %s", count_images() // batch, ", ".join(told))
     return resolved
+
+
+def _tell_rising(section: AdamWConfig, prefix: str) -> None:
+    if section.schedule != "constant" and section.final_learning_rate > section.learning_rate:
+        log.warning(
+            "%slearning_rate=%g rises to final_learning_rate=%g: lower that as well, or set schedule='constant'",
+            prefix, section.learning_rate, section.final_learning_rate,
+        )  # fmt: skip
 
 
 def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:

@@ -223,7 +223,7 @@ class AdamWConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     warmup_epochs: Epochs = None
-    decay_end_steps: int | None = None  # None: train.steps
+    decay_end_steps: Count | None = None  # None: train.steps
     decay_end_epochs: Epochs = None
     b1: Decay = 0.9
     b2: Decay = 0.95
