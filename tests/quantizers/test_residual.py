@@ -1,12 +1,16 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.quantizers.gumbel import GumbelQuantizer
+from vqrae_jax.quantizers.ibq import IBQ
 from vqrae_jax.quantizers.multiscale import MultiScale, averaging
 from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import ABSENT, Residual
+from vqrae_jax.quantizers.simvq import SimVQ
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,17 @@ def test_multiscale_prefixes_decode_closer_and_bad_lengths_are_named(z):
     assert errors[0] > errors[1] > errors[2]
     with pytest.raises(ValueError, match=r"\[1, 5, 21\]"):
         module.apply(variables, out.indices[:, :7], method="lookup")
+
+
+@pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ, GumbelQuantizer])
+def test_scales_begin_with_as_many_codes_as_there_are(z, inner):
+    """The coarsest scale alone has a cell per image, and codes that begin alike stay alike."""
+    module = MultiScale(inner(16, z.shape[-1]), z.shape[-1], (1, 2, 4))
+    z = jnp.asarray(z[:4])
+    variables = module.init(jax.random.key(0), z)
+    _, state = module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(1)})
+    codes = np.asarray(module.apply({**variables, **state}, method="codes"))
+    assert len(np.unique(codes.round(4), axis=0)) == 16
 
 
 def test_the_gradient_of_straight_through_scales_is_one_straight_through(z):

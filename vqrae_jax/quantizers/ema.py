@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
-from vqrae_jax.quantizers.kmeans import Start, begin, draw
+from vqrae_jax.quantizers.kmeans import First, Start, begin, draw
 from vqrae_jax.quantizers.lookup import look_up
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.statistics import code_totals
@@ -83,8 +83,9 @@ class EMAQuantizer(nn.Module):
             flat = unit(flat)
             fixed = jax.lax.stop_gradient(flat)
         trains = train and not self.is_initializing()
-        if trains and self.start != "normal":
-            self._begin(fixed, finite)
+        learns = jnp.any(finite) & (self.step.value > 0)  # the batch that makes the codes is in them
+        if trains:
+            self.begin(lambda: (fixed, finite), jnp.sum(finite))
         indices = nearest(fixed, self.codebook.value, self.distance)
         codes = look_up(self.codebook.value, indices)
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
@@ -93,10 +94,8 @@ class EMAQuantizer(nn.Module):
         if self.diversity_cost:
             codebook = jax.lax.stop_gradient(self.codebook.value)
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
-        if trains and self.frozen:
-            self.step.value = jnp.maximum(self.step.value, jnp.any(finite))  # the codes have begun
-        elif trains:
-            metrics["revived"] = self._update(fixed, finite, indices, metrics["counts"])
+        if trains and not self.frozen:
+            metrics["revived"] = self._update(learns, fixed, finite, indices, metrics["counts"])
         return Quantized(
             z=ESTIMATORS[self.estimator](flat, codes, finite).reshape(z.shape),
             indices=indices.reshape(z.shape[:-1]),
@@ -115,30 +114,37 @@ class EMAQuantizer(nn.Module):
         codes = jax.random.normal(key, (self.num_embeddings, self.channels))
         return unit(codes) if self.distance == "cosine" else codes
 
-    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        """The first batch with a finite latent makes the codes, with counts and sums that leave them where they are."""
-        begins = (self.step.value == 0) & jnp.any(finite)
+    def begin(self, first: First, count: Int[Array, ""]) -> None:
+        """Makes the codes if these are the first latents of training, of which `count` count.
+
+        Their counts and sums leave them where they are.
+        """
+        if self.start == "normal" or self.is_initializing():
+            return
+        begins = (self.step.value == 0) & (count > 0)
         codes, counts = begin(
-            begins, self.make_rng("codes"), flat, self.codebook.value, self.counts.value, self.start, self.distance,
-            finite,
-        )  # fmt: skip
+            begins, self.make_rng("codes"), first, self.codebook.value, self.counts.value, self.start, self.distance
+        )
         # A code that stands for no latent gets a small count: at zero it would have no place (sums / counts). Where
         # other codes have latents it is dead for all that, until latents choose it or it is revived.
-        least = jnp.sum(finite) / self.num_embeddings * max(self.revival_threshold, 0.1)
+        least = count / self.num_embeddings * max(self.revival_threshold, 0.1)
         counts = jnp.where(begins, jnp.maximum(counts, least), counts)
         self.codebook.value, self.counts.value = codes, counts
         self.sums.value = jnp.where(begins, codes * self._smoothed(counts)[:, None], self.sums.value)
+        self.step.value = self.step.value + begins
 
     def _update(
-        self, flat: Float[Array, "N C"], finite: Bool[Array, " N"], indices: Int[Array, " N"], found: Int[Array, " K"]
+        self,
+        learns: Bool[Array, ""],
+        flat: Float[Array, "N C"],
+        finite: Bool[Array, " N"],
+        indices: Int[Array, " N"],
+        found: Int[Array, " K"],
     ) -> Int[Array, ""]:
-        """One step of the running means; returns how many codes were revived.
+        """One step of the running means, if the codebook `learns`; returns how many codes were revived.
 
-        Rows of `flat` that are not finite have no part in it, and a batch of such rows alone changes nothing. Nor does
-        the batch that made the codes: it is in them.
+        Rows of `flat` that are not finite have no part in it.
         """
-        some = jnp.any(finite)
-        learns = some & (self.step.value > 0)
         decay = jnp.asarray(self.decay)
         if self.decay_warmup:
             decay = jnp.minimum(decay, self.step.value / (self.step.value + 1))
@@ -153,7 +159,7 @@ class EMAQuantizer(nn.Module):
         codes = unit(codes) if self.distance == "cosine" else codes
         self.codebook.value = jnp.where(learns, codes, self.codebook.value)
         self.counts.value, self.sums.value = counts, sums
-        self.step.value = self.step.value + some
+        self.step.value = self.step.value + learns
         return revived
 
     def _revive(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.estimators import value_of
-from vqrae_jax.quantizers.kmeans import Start
+from vqrae_jax.quantizers.kmeans import First, Start
 from vqrae_jax.quantizers.learned import LearnedCodebook
 from vqrae_jax.quantizers.regularizers import orthogonality
 
@@ -51,7 +51,8 @@ class GumbelQuantizer(nn.Module):
         """Quantizes latents; train=True samples, counts the call, and makes the codes from the first latents."""
         flat, finite = flatten(z, self.channels)
         if train:
-            self.codebook.begin(flat, finite)
+            fixed = jax.lax.stop_gradient(flat)
+            self.begin(lambda: (fixed, finite), jnp.sum(finite))
         codebook, logits = self.codebook(), self._logits(flat)
         sample = train and not self.is_initializing()
         noise = jax.random.gumbel(self.make_rng("codes"), logits.shape) if sample else 0.0
@@ -72,6 +73,10 @@ class GumbelQuantizer(nn.Module):
             loss=loss,
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
+
+    def begin(self, first: First, count: Int[Array, ""]) -> None:
+        """As `LearnedCodebook.begin`."""
+        self.codebook.begin(first, count)
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
 from vqrae_jax.quantizers.entropy import entropies
 from vqrae_jax.quantizers.estimators import value_of
-from vqrae_jax.quantizers.kmeans import Start
+from vqrae_jax.quantizers.kmeans import First, Start
 from vqrae_jax.quantizers.learned import LearnedCodebook
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
@@ -51,7 +51,8 @@ class IBQ(nn.Module):
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
-            self.codebook.begin(flat, finite)
+            latents = jax.lax.stop_gradient(flat)
+            self.begin(lambda: (latents, finite), jnp.sum(finite))
         codebook = self.codes()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
@@ -79,6 +80,10 @@ class IBQ(nn.Module):
             loss=loss,
             metrics=metrics,
         )
+
+    def begin(self, first: First, count: Int[Array, ""]) -> None:
+        """As `LearnedCodebook.begin`."""
+        self.codebook.begin(first, count)
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""

@@ -6,6 +6,7 @@ arXiv:1203.6402), because K rounds of one code would take K passes. Then Lloyd's
 on the global batch: under `jit` over a mesh the result is that of one device.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,6 +17,7 @@ from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distanc
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
 Start = Literal["kmeans", "data", "normal"]
+First = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]  # the first latents, and which of them count
 
 ROUNDS = 8  # of seeding
 ITERATIONS = 5  # of Lloyd; on image features later ones hardly move the error on unseen images
@@ -58,21 +60,23 @@ def kmeans(
 def begin(
     begins: Bool[Array, ""],
     key: PRNGKeyArray,
-    z: Float[Array, "N C"],
+    first: First,
     codes: Float[Array, "K C"],
     counts: Float[Array, " K"],
     start: Start,
     distance: Distance,
-    keep: Bool[Array, " N"],
 ) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
-    """Where `begins`, codes made from this batch and the number of latents that each stands for; else both as given.
+    """Where `begins`, codes made from latents and the number of latents that each stands for; else both as given.
 
     Args:
+      first: what it computes is computed only where `begins`. For "cosine" latents are brought to unit length.
       start: "kmeans" clusters the latents, "data" takes random ones of them, which stand for none.
-      key, z, distance, keep: as in `kmeans`.
+      key, distance: as in `kmeans`.
     """
 
     def make(_, state):
+        z, keep = first()
+        z = unit(z) if distance == "cosine" else z
         if start == "kmeans":
             return kmeans(key, z, state[0], distance, keep)
         drawn = draw(key, keep.astype(jnp.float32), len(codes))

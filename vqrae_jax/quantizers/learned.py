@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.kmeans import Start, begin
+from vqrae_jax.quantizers.kmeans import First, Start, begin
 from vqrae_jax.quantizers.nearest import Distance
 
 
@@ -41,13 +41,15 @@ class LearnedCodebook(nn.Module):
         """The part of the codes that gradients do not move."""
         return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
 
-    def begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        """Makes the codes if these are the first latents of training; random draws come from the stream "codes"."""
+    def begin(self, first: First, count: Int[Array, ""]) -> None:
+        """Makes the codes if these are the first latents of training, of which `count` count.
+
+        Random draws come from the stream "codes".
+        """
         if self.start == "normal" or self.is_initializing():
             return
-        begins = (self.begun.value == 0) & jnp.any(finite)
+        begins, unused = (self.begun.value == 0) & (count > 0), jnp.zeros(self.num_embeddings)
         self.first.value, _ = begin(
-            begins, self.make_rng("codes"), jax.lax.stop_gradient(flat), self.first.value,
-            jnp.zeros(self.num_embeddings), self.start, self.distance, finite,
-        )  # fmt: skip
+            begins, self.make_rng("codes"), first, self.first.value, unused, self.start, self.distance
+        )
         self.begun.value = self.begun.value | begins

@@ -16,10 +16,10 @@ class MultiScale(nn.Module):
 
     What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
     sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. All
-    scales share one codebook, which learns from each in turn; a latent that is not finite is left out of the means, and
-    a cell without a finite one is passed over. The gradient is the mean of the scales': each takes what its grid holds
-    through its quantizer and its parameters, and the rest as it is, so that straight-through quantizers are one
-    straight-through in all. The loss is the mean of the scales' too.
+    scales share one codebook, which begins with what all of them code and learns from each in turn; a latent that is
+    not finite is left out of the means, and a cell without a finite one is passed over. The gradient is the mean of the
+    scales': each takes what its grid holds through its quantizer and its parameters, and the rest as it is, so that
+    straight-through quantizers are one straight-through in all. The loss is the mean of the scales' too.
 
     Attributes:
       quantizer: of every scale.
@@ -53,6 +53,10 @@ class MultiScale(nn.Module):
             raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
         flat, finite = flatten(z, self.channels)
         grid, keep = flat.reshape(z.shape), finite.reshape(*z.shape[:-1], 1)
+        if train and hasattr(self.quantizer, "begin"):
+            # Not by its first call: the coarsest scale alone has as few cells as there are images.
+            fixed = jax.lax.stop_gradient(grid)
+            self.quantizer.begin(lambda: self._cells(fixed, keep), jnp.sum(keep))
         left, total, through = grid, jnp.zeros(z.shape), 0.0
         outs = []
         for size in self.grids:
@@ -97,6 +101,18 @@ class MultiScale(nn.Module):
 
     def codes(self) -> Float[Array, "K c"] | None:
         return self.quantizer.codes()
+
+    def _cells(
+        self, grid: Float[Array, "B h w C"], keep: Bool[Array, "B h w 1"]
+    ) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
+        """What all scales would code if coarser ones left nothing of what their grids hold; which of it is finite."""
+        left, found = grid, []
+        for size in self.grids:
+            cells = _means(left, keep, size)
+            found.append(cells.reshape(len(grid), -1, self.channels))
+            left = left - self._enlarged(jnp.nan_to_num(cells))
+        cells = jnp.concatenate(found, axis=1).reshape(-1, self.channels)
+        return cells, jnp.all(jnp.isfinite(cells), axis=-1)
 
     def _enlarged(self, z: Float[Array, "B s s C"]) -> Float[Array, "B h w C"]:
         return resize(z, self.grids[-1], self.grids[-1], "bicubic")

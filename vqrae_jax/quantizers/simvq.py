@@ -3,12 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
-from vqrae_jax.quantizers.kmeans import Start, begin
+from vqrae_jax.quantizers.kmeans import First, Start, begin
 from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
 
@@ -66,8 +66,9 @@ class SimVQ(nn.Module):
         flat, finite = flatten(z, self.channels)
         flat = self.projection(flat) if self.input_projection else flat
         flat = unit(flat) if self.distance == "cosine" else flat
-        if train and self.start != "normal" and not self.is_initializing():
-            self._begin(jax.lax.stop_gradient(flat), finite)
+        if train:
+            fixed = jax.lax.stop_gradient(flat)
+            self.begin(lambda: (fixed, finite), jnp.sum(finite))
         codebook = self.codes()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
@@ -84,10 +85,16 @@ class SimVQ(nn.Module):
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 
-    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        begins, unused = (self.begun.value == 0) & jnp.any(finite), jnp.zeros(self.num_embeddings)
+    def begin(self, first: First, count: Int[Array, ""]) -> None:
+        """Makes the fixed vectors if these are the first latents of training, of which `count` count.
+
+        The input's projection is taken for the identity, which it still is.
+        """
+        if self.start == "normal" or self.is_initializing():
+            return
+        begins, unused = (self.begun.value == 0) & (count > 0), jnp.zeros(self.num_embeddings)
         self.codebook.value, _ = begin(
-            begins, self.make_rng("codes"), flat, self.codebook.value, unused, self.start, self.distance, finite
+            begins, self.make_rng("codes"), first, self.codebook.value, unused, self.start, self.distance
         )
         self.begun.value = self.begun.value | begins
 
