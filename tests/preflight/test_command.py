@@ -133,6 +133,11 @@ def test_alternatives_save_memory_where_it_is_short(tiny):
     assert way(next(alternatives(base, True, "tpu")), 8).attention == "pallas"
 
 
+def test_a_way_counts_the_devices_of_its_mesh(tiny):
+    ways = [way(tiny(mesh={"slices": slices, "model": 2}), 8) for slices in (1, 2)]
+    assert [(w.slices, w.data, w.model) for w in ways] == [(1, 4, 2), (2, 2, 2)]
+
+
 def test_what_the_tpu_compiler_says_of_a_program_that_does_not_fit():
     message = (
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G)"

@@ -13,6 +13,7 @@ Changes = dict[str, dict[str, Any]]  # section -> field -> value
 class Way:
     """What a run's speed and memory depend on."""
 
+    slices: int
     data: int
     model: int
     fsdp: bool
@@ -24,9 +25,10 @@ class Way:
 
 def way(config: Config, chips: int) -> Way:
     """How `config` runs on `chips` chips."""
-    data = chips // config.mesh.model if config.mesh.data == -1 else config.mesh.data
+    mesh = config.mesh
+    data = chips // (mesh.slices * mesh.model) if mesh.data == -1 else mesh.data
     return Way(
-        data, config.mesh.model, config.mesh.fsdp, config.model.remat, config.data.batch_size,
+        mesh.slices, data, mesh.model, mesh.fsdp, config.model.remat, config.data.batch_size,
         config.optimizer.accumulate, config.model.attention,
     )  # fmt: skip
 
