@@ -73,6 +73,20 @@ def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
     np.testing.assert_array_equal(before.encode_to_indices(images), after.encode_to_indices(images))
 
 
+def test_frozen_codes_that_scales_share_do_not_move_within_a_step(tiny, tmp_path, one_mesh, one_device):
+    """A decoder in training sees the codes that it will be given."""
+    model = {"quantizer": "multiscale", "quantizer_params": {"grids": (1, 2, 4)}}
+    loop.train(tiny(model=model, train=SHORT), tmp_path, one_device)
+    config = tiny(model=model, train={"trainable": ("decoder",), "start_from": str(tmp_path)})
+    task = TokenizerTask.build(config, one_mesh)
+    state, frozen = task.init(), task.frozen()
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    _, seen = jax.jit(task.step)(state, frozen, {"image": images})
+    batch = {"image": images, "mask": np.ones(8, bool)}
+    given = jax.jit(task.evaluate_batch)(state.inference(), frozen, batch)
+    np.testing.assert_array_equal(seen["counts"], given["counts"])
+
+
 def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
     """Its parameters, moments, power iteration and running means; inference knows nothing of it."""
     workdir, model = first

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from vqrae_jax import assembly, critics, sharding
-from vqrae_jax.config import Config, ConfigError
+from vqrae_jax.config import Config, ConfigError, ModelConfig
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
@@ -45,7 +45,8 @@ class TokenizerTask:
         With weights=False only descriptions are read: enough for `shapes` and `frozen_shapes`. `own`: shapes of the
         model in a checkpoint of this run, where there is one; what the run started from is then not looked for.
         """
-        built = assembly.assemble(config.model, weights=weights, mesh=mesh)
+        model = config.model if "quantizer" in config.train.trainable else _with_frozen_codes(config.model)
+        built = assembly.assemble(model, weights=weights, mesh=mesh)
         start = restore.start_shapes(config.train, assembly.shapes(built), own) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
@@ -305,6 +306,11 @@ class TokenizerTask:
         parts = {n: frozen[n] for n in PARTS if n in frozen}
         variables = {**variables, "params": {**parts, **variables["params"]}}
         return self.assembly.module.apply(variables, images, method="forward")
+
+
+def _with_frozen_codes(model: ModelConfig) -> ModelConfig:
+    """The same model, whose codes do not move within a step either, from one scale or level to the next."""
+    return model.model_copy(update={"quantizer_params": model.quantizer_params.model_copy(update={"frozen": True})})
 
 
 def to_float(image: jax.Array) -> jax.Array:
