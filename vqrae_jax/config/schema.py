@@ -97,10 +97,10 @@ class ModelConfig(Section):
         "ema", "simvq", "fsq", "lfq", "bsq", "gumbel", "ibq", "residual", "product", "multiscale", "none"
     ] = "ema"
     quantizer_params: QuantizerParams = QuantizerParams()
-    num_embeddings: Positive = 8192  # codebook size K
-    commitment_cost: NonNegative = 0.25
-    vq_decay: Decay = 0.99
-    vq_epsilon: Above0 = 1e-5
+    num_embeddings: Positive = 8192  # codebook size K; fsq: what its levels make
+    commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel
+    vq_decay: Decay = 0.99  # ema
+    vq_epsilon: Above0 = 1e-5  # ema
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
     # ema, simvq, gumbel, ibq: first codes by k-means of the first batch, tokens of the first batch, or random (as in
     # the papers and the origin)
@@ -258,7 +258,7 @@ class AdversaryConfig(Section):
     width: Positive = 64  # patch: channels of the first layer
     layers: Positive = 3  # patch
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs count from start_steps on
 
 
 class OptimizerConfig(AdamWConfig):
