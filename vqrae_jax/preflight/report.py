@@ -157,9 +157,9 @@ class Report:
             line = cost and cost.roofline
             slices = f"{way.slices} x " if way.slices > 1 else ""
             table.add_row(
-                f"{slices}{way.data} x {way.model}", _yes(way.fsdp), _yes(way.remat), f"{way.batch:,}", str(way.accumulate),
-                way.attention, _gib(cost.memory.peak) if cost else "too much", _yes(bool(cost and cost.fits)),
-                line.bound if line else "", _rate(cost) if line else "",
+                f"{slices}{way.data} x {way.model}", _yes(way.fsdp), _yes(way.remat), f"{way.batch:,}",
+                str(way.accumulate), way.attention, _gib(cost.memory.peak) if cost else "too much",
+                _yes(bool(cost and cost.fits)), line.bound if line else "", _rate(cost) if line else "",
             )  # fmt: skip
         return table
 
