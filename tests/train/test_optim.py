@@ -76,6 +76,14 @@ def test_a_rate_that_rises_is_told(caplog):
     assert told.startswith("optimizer.learning_rate=1e-05 rises to final_learning_rate=2e-05: lower that")
 
 
+@pytest.mark.parametrize(("kind", "generator", "told"), [("patch", 0, 1), ("patch", 3, 0), ("none", 0, 0)])
+def test_a_decoder_that_is_to_fool_an_untrained_discriminator_is_told(kind, generator, told, caplog):
+    adversary = {"discriminator": kind, "start_epochs": 3, "generator_start_epochs": generator}
+    config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"steps": 9}, "adversary": adversary})
+    in_steps(config, lambda: 8)
+    assert [message[:43] for message in caplog.messages] == ["adversary.generator_start_steps=0 is before"] * told
+
+
 def test_a_config_in_steps_counts_no_images():
     def refuse():
         raise AssertionError

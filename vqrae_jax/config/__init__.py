@@ -117,6 +117,7 @@ def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
             f"{count_images() // batch} batches of data.batch_size={batch}; give more epochs, smaller batches, or "
             "train.steps in place of train.epochs"
         )
+    _tell_early_generator(resolved.adversary)
     if told:
         log.info("in epochs of %d steps: %s", count_images() // batch, ", ".join(told))
     return resolved
@@ -127,6 +128,16 @@ def _tell_rising(section: AdamWConfig, prefix: str) -> None:
         log.warning(
             "%slearning_rate=%g rises to final_learning_rate=%g: lower that as well, or set schedule='constant'",
             prefix, section.learning_rate, section.final_learning_rate,
+        )  # fmt: skip
+
+
+def _tell_early_generator(adversary: AdversaryConfig) -> None:
+    generator, start = adversary.generator_start_steps, adversary.start_steps
+    if adversary.discriminator != "none" and generator < start:
+        log.warning(
+            "adversary.generator_start_steps=%d is before adversary.start_steps=%d: so long the decoder is to fool a "
+            "discriminator that has learned nothing",
+            generator, start,
         )  # fmt: skip
 
 
