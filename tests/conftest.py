@@ -1,5 +1,6 @@
 """Every test runs on the CPU, with eight pretended devices, without network."""
 
+import atexit
 import importlib.metadata
 import os
 import pathlib
@@ -15,8 +16,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiling is most of what tests do; results are within the same tolerances with XLA's optimizations (set it to 0).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# One program is compiled once per session, however many tests and processes run it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="vqrae-jax-tests-"))
+# One program is compiled once per session, however many tests and processes run it. Workers are told where by the
+# process that starts them, which makes the folder and takes it away; one that somebody else has named stays.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vqrae-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -46,13 +50,6 @@ def assert_close():
         assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
 
     return check
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _forget_compiled_programs():
-    yield
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share it
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def tiny_config(**sections):

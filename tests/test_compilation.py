@@ -1,6 +1,7 @@
 """The cache is set in processes of their own: it is a setting of the whole process."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -50,6 +51,23 @@ def test_a_folder_that_cannot_be_written_is_a_warning(run, tmp_path):
     folder, files, told = run(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert (folder, files) == ("None", "None")
     assert "no compilation cache" in told
+
+
+def test_the_tests_own_cache_goes_away_with_them_and_another_stays(tmp_path):
+    conftest = pathlib.Path(__file__).with_name("conftest.py")
+    script = f"import os, runpy; runpy.run_path({str(conftest)!r}); print(os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    (tmp_path / "given").mkdir()
+
+    def used(**settings):
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment |= {"TMPDIR": str(tmp_path), **settings}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return pathlib.Path(done.stdout.strip())
+
+    assert used().parent == tmp_path
+    assert used(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "given")) == tmp_path / "given"
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
 def test_options_of_a_gpu_are_known_to_the_compiler(monkeypatch):
