@@ -169,11 +169,12 @@ def together(action: Callable[[], T]) -> T:
     raise DistributedError(_by_process(said)) from error
 
 
-def compare(mine: dict[str, Any]) -> None:
+def compare(mine: dict[str, Any], remedy: str = "start all of them with the same config and the same packages") -> None:
     """Nothing, if every process has the same values.
 
     Args:
       mine: names and JSON-able values, sections nested.
+      remedy: what to do about differences.
 
     Raises:
       DistributedError: naming what differs, and which process has which value.
@@ -182,7 +183,7 @@ def compare(mine: dict[str, Any]) -> None:
     if len(set(exchange(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
     first, *others = [dict(_flat(json.loads(said))) for said in exchange(text)]
-    lines = ["the processes do not agree; start all of them with the same config and the same packages:"]
+    lines = [f"the processes do not agree; {remedy}:"]
     for i, other in enumerate(others, 1):
         lines += [
             f"  {name}: process 0 has {first.get(name)!r}, process {i} has {other.get(name)!r}"

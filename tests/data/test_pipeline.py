@@ -271,6 +271,18 @@ def test_processes_evaluate_every_image_once_in_equally_many_batches(grays, limi
     assert sorted(shown(parts[0]) + shown(parts[1])) == list(range(expected))
 
 
+def test_a_listing_tells_whether_others_have_the_same_images(grays):
+    def listings():
+        return [b.listing() for b in (train_batches(folder(grays), seed=0), evaluation_batches(folder(grays), limit=9))]
+
+    before = listings()
+    assert [listing["images"] for listing in before] == [10, 9]
+    assert listings() == before
+    (grays / "3.png").rename(grays / "33.png")
+    assert not any(now == then for now, then in zip(listings(), before, strict=True))
+    assert [listing["images"] for listing in listings()] == [10, 9]
+
+
 def test_without_validation_images_there_is_no_evaluation(grays):
     assert evaluation_batches(folder(grays, eval_path=None)) is None
 

@@ -316,6 +316,34 @@ def test_a_file_that_one_process_cannot_read_ends_them_all(tiny, golden, tmp_pat
     assert "Traceback" not in first[2] + second[2]
 
 
+OTHER_FILES = """
+import sys
+from vqrae_jax import main
+from vqrae_jax.data import folder
+
+find = folder.image_files
+if "--process=1" in sys.argv:
+    folder.image_files = lambda path, field: find(path, field)[field == "data.eval_path" :]
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_find_other_images_are_told_apart(tiny, tmp_path):
+    """With fewer to evaluate one would be done while the others wait for it; training would double some unseen."""
+    for split in ("train", "val"):
+        for i in range(9):
+            images.write_image(tmp_path / split / f"{i}.png", np.full((32, 32, 3), i, np.uint8))
+    data = {"source": "folder", "path": str(tmp_path / "train"), "eval_path": str(tmp_path / "val"), "scale": (1, 1)}
+    program = tmp_path / "other_files.py"
+    program.write_text(OTHER_FILES)
+    first, second = finish(spawn(tiny(data=data), tmp_path / "run", devices=1, program=program), timeout=200)
+    assert (first[0], second[0]) == (1, 1)
+    assert "error: the processes do not agree; give all of them the same images" in first[2]
+    assert "  data.eval_path.images: process 0 has 9, process 1 has 8\n" in first[2]
+    assert "data.path" not in first[2]
+
+
 FAILING = """
 import jax
 from vqrae_jax import main

@@ -97,6 +97,10 @@ class TrainBatches:
         self.close()
         self._position = position
 
+    def listing(self) -> dict[str, int | str]:
+        """How many images there are and a hash of their names: two processes with the same have the same images."""
+        return _listing(self._source, len(self._source))
+
     def close(self) -> None:
         if self._iterator is not None:
             self._iterator.close()
@@ -125,10 +129,10 @@ class EvaluationBatches:
     Process i has images [i * b, (i + 1) * b) of each global batch, and every process has the same number of batches.
     """
 
-    def __init__(self, images: Masked, skipped: Skipped, count: int, local: int, place: slice, data):
+    def __init__(self, images: Masked, source, skipped: Skipped, count: int, local: int, place: slice, data):
         self.skipped = skipped
         self.count = count  # images over all processes, those that cannot be read included
-        self._images, self._local, self._place, self._data = images, local, place, data
+        self._images, self._source, self._local, self._place, self._data = images, source, local, place, data
 
     def __len__(self) -> int:
         return len(self._images) // (self._local * self._place.step)
@@ -139,6 +143,10 @@ class EvaluationBatches:
     def picture(self, index: int):
         """Image `index` of the data as the batches have it, uint8 [S, S, 3]; on any process."""
         return self._images[index]["image"]
+
+    def listing(self) -> dict[str, int | str]:
+        """As that of `TrainBatches`."""
+        return _listing(self._source, self.count)
 
     def __iter__(self):
         import grain
@@ -168,7 +176,11 @@ def evaluation_batches(
     skipped = Skipped()
     crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
     images = Masked(source, skipped, data.image_size, count, length, crop)
-    return EvaluationBatches(images, skipped, count, local, slice(process_index, None, process_count), data)
+    return EvaluationBatches(images, source, skipped, count, local, slice(process_index, None, process_count), data)
+
+
+def _listing(source, images):
+    return {"images": images, "names": sources.listing(source, images)}
 
 
 def _augment(record, rng, *, data):

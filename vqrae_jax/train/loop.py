@@ -51,6 +51,8 @@ class Run:
         self.skipped = pipeline.Skipped()
         distributed.together(lambda: self._prepare(devices))
         checkpoint.check_shared(self.workdir)
+        if distributed.count() > 1:
+            distributed.compare(self._listings(), "give all of them the same images, as each reads its share of all")
         settings = self.config.train
         kept = (settings.keep_last, settings.keep_best, settings.keep_every)
         self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
@@ -95,6 +97,11 @@ class Run:
             wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
             self.measurement = Measurement(config, self.task, self.mesh, self.evaluation, wanted)
         checkpoint.check_writable(self.workdir)
+
+    def _listings(self) -> dict[str, Any]:
+        """What images this process has found, by field."""
+        trained = {} if self.batches is None else {"data.path": self.batches.listing()}
+        return trained if self.measurement is None else trained | self.measurement.listings()
 
     def _begin(self) -> None:
         """References, frozen networks, and the state of the newest checkpoint or a new one."""

@@ -77,6 +77,11 @@ class Measurement:
                 raise DataError(f"{field}={path!r}: {moments.count} of its images can be read; two are needed")
             self._references[name] = moments.gaussian()
 
+    def listings(self) -> dict[str, Any]:
+        """Of the validation images and of those references that are folders, by field, see `TrainBatches.listing`."""
+        references = {self._reference(name)[0]: batches.listing() for name, batches in self._folders.items()}
+        return {"data.eval_path": self._batches.listing()} | references
+
     def run(self, variables: Any, frozen: Any) -> tuple[Evaluator, dict[str, float]]:
         """The pass; figures are those of `Evaluator.figures`.
 
