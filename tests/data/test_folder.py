@@ -9,7 +9,7 @@ from vqrae_jax.data.folder import Folder
 def make(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(name.encode())
+        (folder / name).write_bytes(name.encode(errors="replace"))
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -45,6 +45,13 @@ def test_files_are_read_when_asked_for(tmp_path):
     with pytest.raises(ImageError, match=r"b\.png' is not there any more"):
         source[1]
     assert "b.png" in source.name(1)
+
+
+def test_a_name_that_is_no_utf_8_has_a_key_that_is(tmp_path):
+    make(tmp_path, "caf\udce9.png", "café.png")
+    source = Folder(tmp_path)
+    assert sorted(map(source.key, range(2))) == [r"caf\xe9.png", "café.png"]
+    assert {record["image"] for record in source} == {"café.png".encode(), b"caf?.png"}
 
 
 def test_equal_folders_have_equal_descriptions(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,17 @@ def test_a_folder_into_one_picture_and_into_many(trained, folder, tmp_path, caps
     written = run(trained, "--image", folder, "--output", tmp_path / "many", "--only")
     assert [p.name for p in written] == ["00000_a.png", "00001_c.png", "00002_ü b.png"]
     assert images.read_image(written[0]).shape == (32, 32, 3)
+
+
+def test_a_name_that_is_no_utf_8(trained, tmp_path):
+    file = tmp_path / "caf\udce9.png"
+    images.write_image(file, np.zeros((32, 32, 3), np.uint8))
+    given = [f"--checkpoint={trained}", f"--image={file}", f"--output={tmp_path}", f"--metrics={tmp_path / 'a.json'}"]
+    command = [sys.executable, "-m", "vqrae_jax.inference.reconstruct", *given]
+    told = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert told.returncode == 0, told.stderr
+    assert rb"caf\udce9.png: PSNR" in told.stdout
+    assert list(json.loads((tmp_path / "a.json").read_text())["pictures"]) == [str(file)]
 
 
 def test_nothing_readable(trained, folder, tmp_path):

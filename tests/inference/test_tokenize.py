@@ -71,6 +71,19 @@ def test_all_formats_hold_the_same(trained, photos, whole, tmp_path, form):
         assert one == other
 
 
+@pytest.mark.parametrize("form", ["npz", "parquet", "webdataset", "array_record"])
+def test_names_that_are_no_utf_8_are_ids_too(trained, tmp_path, form):
+    folder, output = tmp_path / "data \udcfc", tmp_path / "codes"
+    images.write_image(folder / "caf\udce9.png", np.zeros((32, 32, 3), np.uint8))
+    (folder / "bro\udce9ken.png").write_bytes(b"")
+    run(trained, folder, output, f"--format={form}")
+    read = codes.Codes(output)
+    assert [record["id"] for record in read] == [r"caf\xe9.png"]
+    assert read.manifest["skipped_ids"] == [r"bro\xe9ken.png"]
+    assert read.plan.source == f"source=folder path={folder}"
+    run(trained, folder, output, f"--format={form}")  # still the same files
+
+
 def test_processes_write_what_one_would(trained, photos, whole, tmp_path):
     assert run(trained, photos, tmp_path, "--processes=2", "--process=1") is None
     with pytest.raises(DataError, match="not complete: 1 of 3 shards"):

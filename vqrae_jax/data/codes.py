@@ -244,7 +244,8 @@ def _plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+    # What is no UTF-8 of a path that was given becomes an escape of JSON's own.
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _replace(path: storage.Path, content: bytes) -> None:

@@ -43,8 +43,8 @@ class Folder:
             raise ImageError(f"{path!r} is not there any more") from error
 
     def key(self, index: int) -> str:
-        """The file, relative to the folder."""
-        return self._files[index].replace(os.sep, "/")
+        """The file, relative to the folder; bytes of its name that are no UTF-8 as in caf\\xe9.png."""
+        return os.fsencode(self._files[index].replace(os.sep, "/")).decode(errors="backslashreplace")
 
     def name(self, index: int) -> str:
         """What to call a record in a message."""

@@ -54,7 +54,7 @@ def listing(source, images: int) -> str:
     """
     digest = hashlib.sha256()
     for index in range(images):
-        digest.update(f"{source.key(index)}\n".encode(errors="surrogateescape"))
+        digest.update(f"{source.key(index)}\n".encode())
     if hasattr(source, "known"):
         digest.update(source.known(images))
     return digest.hexdigest()

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 something given cannot be used (one line on standard error
 interrupted. A bug keeps its traceback.
 """
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,8 @@ CHECKPOINT = "workdir of a run, one of its checkpoints, an exported folder (each
 def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     """Runs a command; leaves the process by `sys.exit` unless all is well."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # a library may have been first
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error is: a file's name may be none of its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         keep_freed_memory()
         leave_out_absent_tpu()

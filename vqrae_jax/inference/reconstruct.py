@@ -173,7 +173,8 @@ def _report(
     mean = {name: float(np.mean([f[name] for f in figures.values()])) for name in next(iter(figures.values()))}
     if args.metrics:
         report = {"mean": mean, "pictures": figures, "skipped": skipped}
-        storage.write(args.metrics, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        storage.write(args.metrics, text.encode(errors="backslashreplace"))  # names that are no UTF-8: JSON's escapes
     if len(figures) > 1:
         print(f"mean of {len(figures)} pictures: {_told(mean)}")
     if skipped:
