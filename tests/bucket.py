@@ -6,6 +6,7 @@ it; the libraries find it by environment variables that are theirs, `Store.varia
 
 import base64
 import dataclasses
+import datetime
 import http.server
 import json
 import re
@@ -62,10 +63,12 @@ def serve() -> Store:
 
 def describe(bucket: str, name: str, blob: Blob) -> dict:
     crc = base64.b64encode(zlib.crc32(blob.data).to_bytes(4, "big")).decode()  # of another kind than the real one
+    # A clock of its own, which is no other's: a second passes with each object that is written.
+    updated = (datetime.datetime(2020, 1, 1) + datetime.timedelta(seconds=blob.generation)).isoformat() + ".000Z"
     return {
         "kind": "storage#object", "bucket": bucket, "name": name, "id": f"{bucket}/{name}/{blob.generation}",
         "size": str(len(blob.data)), "generation": str(blob.generation), "metageneration": "1", "etag": crc,
-        "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z",
+        "timeCreated": updated, "updated": updated,
     }  # fmt: skip
 
 

@@ -68,6 +68,40 @@ def test_fetched_files_are_copied_when_they_change(buckets):
         sources.fetch_file("gs://bucket/weights/absent.npz", "field")
 
 
+def test_a_copy_is_its_original_whatever_the_clock_here_says(buckets):
+    """A retrained model has files of the same size, and fewer of them where weights were in several."""
+    for name in ("model-1-of-2.npz", "model.index", "config"):
+        storage.write(f"gs://bucket/exported/{name}", b"before")
+    storage.fetch("gs://bucket/exported")
+    storage.at("gs://bucket/exported/model-1-of-2.npz").unlink()
+    storage.at("gs://bucket/exported/model.index").unlink()
+    storage.write("gs://bucket/exported/config", b"latter")
+    folder = storage.fetch("gs://bucket/exported")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"config": b"latter"}
+
+
+def test_what_is_replaced_while_it_is_copied_is_copied_again(buckets, monkeypatch):
+    storage.write("gs://bucket/weights/c.npz", b"before")
+    write = storage.write
+
+    def slow(path, content):
+        if not storage.is_remote(path):
+            write("gs://bucket/weights/c.npz", b"latter")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", slow)
+        storage.fetch("gs://bucket/weights/c.npz")
+    assert storage.fetch("gs://bucket/weights/c.npz").read_bytes() == b"latter"
+
+
+def test_unchanged_files_are_not_copied_again(buckets, monkeypatch):
+    storage.write("gs://bucket/weights/d.npz", b"d")
+    copy = storage.fetch("gs://bucket/weights/d.npz")
+    monkeypatch.setattr(storage, "write", None)
+    assert storage.fetch("gs://bucket/weights/d.npz") == copy
+
+
 def test_a_mirror_copies_what_is_added(buckets, tmp_path):
     mirror = Mirror(storage.at("gs://bucket/logs"))
     for lines in ("1\n", "2\n"):

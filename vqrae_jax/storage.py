@@ -147,8 +147,11 @@ def staged(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def fetch(path: str | os.PathLike) -> pathlib.Path:
     """`path` itself if it is here, else a copy of that file, or of the files of that folder, made once.
 
+    A copy has the time of its original, not its own, so that no clock but the bucket's decides whether it is still one;
+    it is asked before the content, which may be replaced meanwhile. What is not there is not there in the copy either.
+
     Raises:
-      StorageError: it may not be read. What is not there is not there in the copy either.
+      StorageError: it may not be read.
     """
     source = at(path)
     if not is_remote(source):
@@ -160,8 +163,12 @@ def fetch(path: str | os.PathLike) -> pathlib.Path:
             if not file.is_file():
                 continue
             there = file.stat()
-            if not copy.is_file() or copy.stat().st_size != there.length or copy.stat().st_mtime < there.mtime:
+            if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime) != (there.length, there.mtime):
                 write(copy, file.read_bytes())
+                os.utime(copy, (there.mtime, there.mtime))
+    for copy in place.iterdir() if place.is_dir() else ():
+        if copy not in files and not copy.name.startswith("."):  # those are being written
+            copy.unlink(missing_ok=True)
     return place
 
 
