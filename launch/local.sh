@@ -25,12 +25,13 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: a
 
 train=("${PYTHON:-python}" -m vqrae_jax.main "$@")
 if [[ "$PROCESSES" == 1 ]]; then
-  run "${train[@]}"
+  run exec "${train[@]}" # so that a signal to this script is one to the training
   exit
 fi
 
 children=()
-trap 'kill "${children[@]}" 2>/dev/null || true' EXIT # one that fails takes the others with it
+# One that fails takes the others with it, as does a signal to this script; who waits for it waits until they have saved.
+trap 'kill "${children[@]}" 2>/dev/null || true; wait' EXIT
 for ((i = 0; i < PROCESSES; i++)); do
   run exec "${train[@]}" --coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i" &
   children+=($!)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
@@ -274,7 +275,7 @@ def test_slurm_saves_and_queues_again_when_time_is_up(stand_in):
 
 def test_local_processes_share_one_run():
     run = ["--config=c", "--workdir=w"]
-    assert commands(launch("local.sh", *run)) == ["python -m vqrae_jax.main --config=c --workdir=w"]
+    assert commands(launch("local.sh", *run)) == ["exec python -m vqrae_jax.main --config=c --workdir=w"]
     several = commands(launch("local.sh", *run, PROCESSES="2"))
     whole = "exec python -m vqrae_jax.main --config=c --workdir=w --coordinator=localhost:12345 --processes=2"
     assert sorted(several) == [f"{whole} --process=0", f"{whole} --process=1"]
@@ -282,7 +283,7 @@ def test_local_processes_share_one_run():
 
 @pytest.mark.parametrize("run", ["--config=c --workdir=w", "--config c --workdir w", "-config=c -workdir w"])
 def test_flags_may_be_written_in_every_way_that_absl_reads(run):
-    assert commands(launch("local.sh", *run.split())) == [f"python -m vqrae_jax.main {run}"]
+    assert commands(launch("local.sh", *run.split())) == [f"exec python -m vqrae_jax.main {run}"]
     given = run.replace("w", "/mnt/bucket/w").replace("/mnt/bucket/workdir", "workdir")
     (command,) = commands(launch("tpu/train.sh", *given.split(), **POD))
     assert "gcloud" in command
@@ -295,6 +296,20 @@ def test_local_paths_are_those_of_the_folder_it_is_called_from(tmp_path):
     command = ["bash", LAUNCH / "local.sh", "--config", "mine.py", "--workdir", "run", "--config.data.path=images"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert "data.path='images' is a file" in done.stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_to_the_local_script_is_one_to_the_training_and_ends_it_last(stand_in, processes):
+    body = "trap 'sleep 0.5; echo saved >> $CALLS; exit' TERM; echo ready >> $CALLS; while true; do sleep 0.05; done"
+    path = stand_in("python", body)
+    env = {**os.environ, "PATH": path, "PROCESSES": processes}
+    command = ["bash", LAUNCH / "local.sh", "--config=c", "--workdir=w"]
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as script:
+        while stand_in.calls().count("ready") < int(processes):
+            time.sleep(0.05)
+        script.terminate()
+        script.wait(timeout=60)
+        assert stand_in.calls().count("saved") == int(processes)
 
 
 def test_one_local_process_that_fails_ends_the_others(stand_in):
