@@ -7,6 +7,7 @@ import pytest
 
 from vqrae_jax import storage
 from vqrae_jax.config import ConfigError
+from vqrae_jax.inference import plot
 from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Writers
 
 
@@ -40,6 +41,16 @@ def test_a_run_elsewhere_is_its_workdir_whatever_that_is_called(started, tmp_pat
     assert first["id"] == resumed["id"] != other["id"]
     assert {given["name"] for given in started} == {"run1"}
     assert {given["resume"] for given in started} == {"allow"}
+
+
+def test_a_line_that_was_cut_short_does_not_take_the_next_one_with_it(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "a": 1.0}\n{"step": 2, "ti')
+    for step in (2, 3):
+        writers = Writers(tmp_path, "run", {}, None)
+        writers.scalars(step, {"a": float(step)})
+        writers.close()
+    assert plot.read(tmp_path)["a"] == ([1, 2, 3], [1.0, 2.0, 3.0])
+    assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 4
 
 
 def test_without_the_package_the_field_is_named(monkeypatch, tmp_path):

@@ -1,10 +1,12 @@
 """Where numbers and pictures of a run go: the progress bar, JSON lines, TensorBoard, Weights & Biases."""
 
+import io
 import json
+import os
 import pathlib
 import time
 import uuid
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ class Writers:
             return
         from tensorboardX import SummaryWriter
 
-        self._lines = (logs / METRICS_FILE).open("a", encoding="utf-8")
+        self._lines = _added_to(logs / METRICS_FILE)
         self._board = SummaryWriter(str(logs / "tensorboard"))
         self._wandb = _start_wandb(wandb_project, logs, name, config) if wandb_project else None
 
@@ -62,6 +64,16 @@ class Writers:
         self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _added_to(file: pathlib.Path) -> IO[str]:
+    """`file`, to be gone on with on a line of its own: a kill or a full disk may have cut the last one short."""
+    lines = file.open("a+b")
+    if lines.tell():
+        lines.seek(-1, os.SEEK_END)
+        if lines.read() != b"\n":
+            lines.write(b"\n")
+    return io.TextIOWrapper(lines, encoding="utf-8")
 
 
 def _start_wandb(project: str, logs: pathlib.Path, name: str, config: dict[str, Any]) -> Any:
