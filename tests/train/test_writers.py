@@ -4,9 +4,11 @@ import sys
 import types
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from vqrae_jax import storage
 from vqrae_jax.config import ConfigError
+from vqrae_jax.data.tfrecord import Part, TFRecords
 from vqrae_jax.inference import plot
 from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Writers
 
@@ -51,6 +53,18 @@ def test_a_line_that_was_cut_short_does_not_take_the_next_one_with_it(tmp_path):
         writers.close()
     assert plot.read(tmp_path)["a"] == ([1, 2, 3], [1.0, 2.0, 3.0])
     assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 4
+
+
+def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
+    writers = Writers(tmp_path, "run", {}, None)
+    writers.resumed(40)
+    writers.scalars(41, {"a": 1.0})
+    writers.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    records = TFRecords([Part(str(file), 0, 3)])
+    _, start, logged = (event_pb2.Event.FromString(records[i]) for i in range(3))
+    assert (start.step, start.session_log.status) == (41, event_pb2.SessionLog.START)
+    assert (logged.step, logged.summary.value[0].tag) == (41, "a")
 
 
 def test_without_the_package_the_field_is_named(monkeypatch, tmp_path):

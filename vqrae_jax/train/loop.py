@@ -123,6 +123,7 @@ class Run:
         self._tell_config_changes(step)
         if self.batches is not None:
             self.batches.set_state(data)
+            self.writers.resumed(step)
         log.info("%s step %d of %s", "evaluating" if self.evaluating else "resumed from", step, self.checkpoints.folder)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:

@@ -36,6 +36,15 @@ class Writers:
         self._board = SummaryWriter(str(logs / "tensorboard"))
         self._wandb = _start_wandb(wandb_project, logs, name, config) if wandb_project else None
 
+    def resumed(self, step: int) -> None:
+        """Tells TensorBoard to show nothing that was logged of later steps, which are going to be logged again."""
+        if not self._active:
+            return
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        again = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._board.file_writer.add_event(again)
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
             return
