@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import fsspec
@@ -100,6 +101,15 @@ def test_a_changed_shard_is_indexed_anew_and_a_damaged_index_too(shards, cache):
     for file in cache.iterdir():
         file.write_bytes(b"damaged")
     assert len(TarShards(shards)) == 8
+
+
+def test_shards_of_one_relative_name_in_two_places_are_two(tmp_path, cache, monkeypatch):
+    for place in ("a", "b"):  # files of a disk image or a package have all one time, and tar files sizes in steps
+        (tmp_path / place).mkdir()
+        os.utime(write(tmp_path / place / "0.tar", [(f"{place}.png", place.encode())]), (0, 0))
+        monkeypatch.chdir(tmp_path / place)
+        source = TarShards("0.tar")
+        assert (source.key(0), source[0]["image"]) == (place, place.encode())
 
 
 def test_without_a_cache_folder_it_works_too(shards, tmp_path, monkeypatch):

@@ -108,7 +108,8 @@ def _index(shard, field, cache):
     """The index of a shard, from the cache if the shard has not changed since."""
     try:
         # A bucket gives no time that every kind of it knows; there a shard is known by name and size.
-        state = f"{_INDEXED} {shard} {files.size(shard)} {'' if files.is_remote(shard) else os.stat(shard).st_mtime_ns}"
+        there = shard if files.is_remote(shard) else f"{os.path.abspath(shard)} {os.stat(shard).st_mtime_ns}"
+        state = f"{_INDEXED} {there} {files.size(shard)}"
     except OSError as error:
         raise DataError(f"{field}: a shard cannot be read: {error}") from error
     kept = cache / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.npz"
