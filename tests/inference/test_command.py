@@ -33,6 +33,23 @@ def test_the_command_in_the_docstring_is_one(name):
     module.parse(arguments)
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("codebook", "limit"), ("demo", "max_upload"), ("detokenize", "batch"), ("detokenize", "limit"),
+        ("latent_statistics", "components"), ("reconstruct", "batch"), ("reference_statistics", "limit"),
+    ],
+)  # fmt: skip
+def test_what_counts_something_is_at_least_one(name, argument, value, capsys):
+    module = importlib.import_module(f"vqrae_jax.inference.{name}")
+    (line,) = [line for line in module.__doc__.splitlines() if line.startswith("python -m ")]
+    with pytest.raises(SystemExit) as left:
+        module.parse([*shlex.split(line)[3:], f"--{argument}={value}"])
+    assert left.value.code == 2
+    assert f"argument --{argument}: '{value}': give a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_exit_codes(monkeypatch):
     monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 something given cannot be used (one line on standard error
 interrupted. A bug keeps its traceback.
 """
 
+import argparse
 import io
 import logging
 import sys
@@ -46,6 +47,13 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def at_least_1(text: str) -> int:
+    """The type of an argument that counts something; argparse tells which one it is."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return int(text)
 
 
 def progress(items: Iterable[T], total: int, what: str, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:

@@ -41,7 +41,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
-    parser.add_argument("--max_upload", type=int, default=10, help="largest file taken, in MB; default: 10")
+    parser.add_argument(
+        "--max_upload", type=command.at_least_1, default=10, help="largest file taken, in MB; default: 10"
+    )
     return parser.parse_args(argv)
 
 

@@ -39,9 +39,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--names", default="index", choices=["index", "id"],
         help="of the pictures: the image's number in its source, or its id made a file name; default: index",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, help="the first so many images only")
+    parser.add_argument("--limit", type=command.at_least_1, help="the first so many images only")
     parser.add_argument("--force", action="store_true", help="paint the codes of another tokenizer")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures computed at once; default: {BATCH}")
+    parser.add_argument(
+        "--batch", type=command.at_least_1, default=BATCH, help=f"pictures computed at once; default: {BATCH}"
+    )
     return parser.parse_args(argv)
 
 
@@ -55,7 +57,7 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
         raise DataError(f"--names=id: --codes={path} is an array, whose rows have no ids; leave out --names")
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(args.batch, 1))
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
     if dataset is None:
         array = _read_array(storage.fetch(path))
         total, shards = len(array), iter([(_numbered(range(len(array))), array)])

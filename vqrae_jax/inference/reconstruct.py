@@ -50,7 +50,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--fit", default="crop", choices=["crop", "pad", "stretch"], help="how a picture becomes square; default: crop"
     )
     parser.add_argument("--metrics", help="JSON file for the figures of each picture")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures computed at once; default: {BATCH}")
+    parser.add_argument(
+        "--batch", type=command.at_least_1, default=BATCH, help=f"pictures computed at once; default: {BATCH}"
+    )
     return parser.parse_args(argv)
 
 

@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.partition("\n\n")[2],
     )
     parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
-    parser.add_argument("--size", type=int, required=True, help="pixels, as data.image_size")
+    parser.add_argument("--size", type=command.at_least_1, required=True, help="pixels, as data.image_size")
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--inception", metavar="FILE", help="file, as evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
@@ -66,8 +66,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="as evaluation.encoder_pool")
     parser.add_argument("--output", required=True, help="file to write, .npz")
-    parser.add_argument("--batch", type=int, default=64, help="images at once")
-    parser.add_argument("--limit", type=int, help="images to use; all by default")
+    parser.add_argument("--batch", type=command.at_least_1, default=64, help="images at once")
+    parser.add_argument("--limit", type=command.at_least_1, help="images to use; all by default")
     return parser.parse_args(argv)
 
 
