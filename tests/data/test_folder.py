@@ -1,7 +1,11 @@
 """A folder becomes records with labels, whatever its names."""
 
+import pickle
+import tracemalloc
+
 import pytest
 
+from vqrae_jax.data import images
 from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.folder import Folder
 
@@ -57,6 +61,24 @@ def test_a_name_that_is_no_utf_8_has_a_key_that_is(tmp_path):
 def test_equal_folders_have_equal_descriptions(tmp_path):
     make(tmp_path, "a.png", "b.png")
     assert repr(Folder(tmp_path)) == repr(Folder(tmp_path))
+
+
+def test_names_by_the_million_fit_in_memory_and_in_what_workers_are_sent(monkeypatch):
+    names = [f"/data/n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(20_000)]
+    monkeypatch.setattr(images, "_walk", lambda *_: list(names))
+    tracemalloc.start()
+    try:
+        source = Folder("/data")
+        kept, most = (size / len(names) for size in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    length = len(names[0])
+    assert kept < length + 20
+    assert most < 6 * length
+    assert len(pickle.dumps(source)) / len(names) < length + 20
+    assert [source.name(i) for i in (0, 150, 19_999)] == [repr(names[i]) for i in (0, 150, 19_999)]
+    with pytest.raises(IndexError, match="image 20000 of 20000"):
+        source.name(20_000)
 
 
 def test_an_empty_folder_names_its_field(tmp_path):

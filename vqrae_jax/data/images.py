@@ -205,7 +205,7 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
             f"{field}={folder!r} holds no images: expected files ending in {', '.join(SUFFIXES)}, "
             "in the folder or below it"
         )
-    return sorted(found, key=lambda path: path.split(os.sep))
+    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # folder by folder, as nothing is before \0
 
 
 def _walk(folder, field):
