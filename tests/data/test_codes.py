@@ -94,6 +94,7 @@ def test_few_shards_are_kept(tmp_path):
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch, kind):
     """On storage that containers share, whose processes all have the same number."""
     described, publish, others = plan(), codes._publish, []
+    codes.begin(tmp_path, described)
 
     def put():
         if kind == "manifest":
@@ -109,19 +110,38 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(codes, "_publish", meanwhile)
     put()
-    assert [p.name for p in tmp_path.iterdir()] == [codes.MANIFEST if kind == "manifest" else described.file(0)]
+    assert {p.name for p in tmp_path.iterdir()} == {codes.MANIFEST} | (
+        {described.file(0)} if kind == "shard" else set()
+    )
+
+
+def test_a_writer_whose_folder_somebody_else_has_taken_leaves_it_alone(tmp_path):
+    """Two commands at once, or a folder that was deleted and begun again while the first still ran somewhere."""
+    old, new = plan(), plan(tokenizer="1" * 64)
+    codes.begin(tmp_path, old)
+    codes.write_shard(tmp_path, old, 0, columns(range(4)))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    codes.begin(tmp_path, new)
+    codes.write_shard(tmp_path, new, 0, columns(range(4)))
+    before = {file.name: file.stat().st_ino for file in tmp_path.iterdir()}
+    for action in (lambda: codes.write_shard(tmp_path, old, 0, columns(range(4))), lambda: codes.finish(tmp_path, old)):
+        with pytest.raises(DataError, match=r"holds codes that differ in tokenizer \('1111.*, now '0000"):
+            action()
+    assert {file.name: file.stat().st_ino for file in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
-    for name in (codes.MANIFEST, plan().file(0)):
-        (tmp_path / name).mkdir()
-    for put in (
-        lambda: codes._replace(tmp_path / codes.MANIFEST, b"{}"),
-        lambda: codes.write_shard(tmp_path, plan(), 0, columns(range(4))),
+    codes.begin(tmp_path, plan())
+    shard, taken = tmp_path / plan().file(0), tmp_path / "taken.json"
+    for path, put in (
+        (taken, lambda: codes._replace(taken, b"{}")),
+        (shard, lambda: codes.write_shard(tmp_path, plan(), 0, columns(range(4)))),
     ):
+        path.mkdir()
         with pytest.raises(IsADirectoryError) as told:
             put()
-        assert told.value.filename in [str(path) for path in tmp_path.iterdir()]
+        assert told.value.filename == str(path)
         assert told.value.filename2 is None
 
 

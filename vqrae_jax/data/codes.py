@@ -64,21 +64,7 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
     if not storage.is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
-        there = _plan(_read_manifest(folder), folder)
-        names = [field.name for field in dataclasses.fields(Plan)]
-        differing = [name for name in names if getattr(there, name) != getattr(plan, name)]
-        if there.listing is not None and differing == ["listing"]:
-            raise DataError(
-                f"--output={os.fspath(folder)!r} was begun on other files: {plan.images} images of {plan.source} as "
-                "then, but their names or sizes are no longer the same, so that images would be doubled and missing: "
-                "put the files back as they were, or give another folder, or delete it"
-            )
-        differing = [name for name in differing if name != "listing"]  # a hash says nothing beside the others
-        if differing:
-            told = ", ".join(f"{n} ({getattr(there, n)!r}, now {getattr(plan, n)!r})" for n in differing)
-            raise DataError(
-                f"--output={os.fspath(folder)!r} holds codes that differ in {told}: give another folder, or delete it"
-            )
+        _check_same(folder, plan)
     elif any(p.name.startswith("codes-") for p in (folder.iterdir() if folder.is_dir() else ())):
         raise DataError(f"--output={os.fspath(folder)!r} holds codes without a {MANIFEST}: give another folder")
     else:
@@ -87,8 +73,13 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
 
 
 def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Columns) -> None:
-    """Writes one shard: under a temporary name, to the disk, then under its own; or from here to the bucket."""
+    """Writes one shard: under a temporary name, to the disk, then under its own; or from here to the bucket.
+
+    Raises:
+      DataError: somebody has begun something else in this folder meanwhile.
+    """
     path = storage.at(folder) / plan.file(shard)
+    _check_same(path.parent, plan)
     if storage.is_remote(path):
         with storage.staged(path) as here:
             WRITE[plan.format](here, columns)
@@ -109,8 +100,12 @@ def finish(folder: str | os.PathLike, plan: Plan, key: Callable[[int], str] | No
 
     Args:
       key: of the source: the id of an image by its number, to name those that could not be read.
+
+    Raises:
+      DataError: as `write_shard`; or a shard cannot be read.
     """
     folder = storage.at(folder)
+    _check_same(folder, plan)
     if any(not (folder / plan.file(shard)).is_file() for shard in range(plan.shards)):
         return None
     shards, missing = [], []
@@ -222,6 +217,25 @@ class Codes:
         if given != expected and shard["count"]:
             raise DataError(f"{self.path / shard['file']} holds {given}, {MANIFEST} says {expected}: make it again")
         return columns
+
+
+def _check_same(folder: storage.Path, plan: Plan) -> None:
+    """Raises DataError unless what is in the folder is of this plan."""
+    there = _plan(_read_manifest(folder), folder)
+    names = [field.name for field in dataclasses.fields(Plan)]
+    differing = [name for name in names if getattr(there, name) != getattr(plan, name)]
+    if there.listing is not None and differing == ["listing"]:
+        raise DataError(
+            f"--output={os.fspath(folder)!r} was begun on other files: {plan.images} images of {plan.source} as "
+            "then, but their names or sizes are no longer the same, so that images would be doubled and missing: "
+            "put the files back as they were, or give another folder, or delete it"
+        )
+    differing = [name for name in differing if name != "listing"]  # a hash says nothing beside the others
+    if differing:
+        told = ", ".join(f"{n} ({getattr(there, n)!r}, now {getattr(plan, n)!r})" for n in differing)
+        raise DataError(
+            f"--output={os.fspath(folder)!r} holds codes that differ in {told}: give another folder, or delete it"
+        )
 
 
 def _read_manifest(folder: storage.Path) -> dict[str, Any]:
