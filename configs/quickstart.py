@@ -1,9 +1,8 @@
 """A small VQRAE on the photographs that scikit-image and scikit-learn ship: two CPU cores, under three minutes.
 
 Nothing is downloaded, so there is no pretrained encoder: a small ViT starts from random weights and is trained together
-with the codebook and the decoder. With a network, `model.encoder_config_path="facebook/dinov2-small"` and the default
-`train.trainable` give the real thing. Aims at 20 dB PSNR on two held-out photographs at 64x64 and at more than half
-of the codebook in use.
+with the codebook and the decoder: with a pretrained encoder the smallest run is configs/small.py. Aims at 20 dB PSNR on
+two held-out photographs at 64x64 and at more than half of the codebook in use.
 """
 
 from vqrae_jax import config

@@ -62,6 +62,7 @@ def test_optional_fields_of_the_editable_tree_take_values():
         ("dinov2_b", "optimizer.reference_batch", "256", 256),
         ("dinov2_b", "evaluation.images", "100", 100),
         ("dinov2_b", "data.path", "/7", "/7"),
+        ("quickstart", "model.encoder_config_path", "a/b", "a/b"),  # the file has None, the defaults have not
     ],
 )
 def test_flags_override_optional_fields(file, field, text, value, monkeypatch):

@@ -172,8 +172,9 @@ def _editable(section: Section) -> ml_collections.ConfigDict:
     tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if value is None:
-            value = ml_collections.config_dict.placeholder(_type_of_text(field.annotation))
+        if type(None) in typing.get_args(field.annotation):  # a file may say None, and a flag another value after it
+            kind = _type_of_text(field.annotation) if value is None else type(value)
+            value = ml_collections.FieldReference(value, field_type=kind)
         tree[name] = _editable(value) if isinstance(value, Section) else value
     return tree
 
