@@ -130,6 +130,21 @@ def test_pil_images_and_lists_of_any_sizes(tokenizer):
         tokenizer.encode_to_indices([arrays[0], arrays[0][..., 0]])
 
 
+def test_tensors_of_pytorch(tokenizer, images):
+    torch = pytest.importorskip("torch")
+    tensor, expected = torch.tensor(images), tokenizer.encode_to_indices(images)
+    assert tensor.dtype == torch.float32
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(tensor.requires_grad_()), expected)
+    np.testing.assert_array_equal(tokenizer.encode_to_indices(list(tensor)), expected)
+    np.testing.assert_array_equal(tokenizer.decode_from_indices(torch.tensor(expected)), tokenizer.reconstruct(images))
+    latents = torch.tensor(tokenizer.encode(images), requires_grad=True)
+    np.testing.assert_array_equal(tokenizer.decode(latents), tokenizer.decode(tokenizer.encode(images)))
+    rounded = tensor.bfloat16()
+    np.testing.assert_array_equal(
+        tokenizer.encode_to_indices(rounded), tokenizer.encode_to_indices(rounded.detach().float().numpy())
+    )
+
+
 def test_the_resizing_may_be_left_to_the_model(trained):
     tokenizer, pictures = Tokenizer.load(trained, fit="model"), np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
     direct = tokenizer.function("encode_to_indices")(tokenizer.variables, pictures.astype(np.float32))
@@ -259,13 +274,26 @@ def test_push_to_hub(tokenizer, monkeypatch):
     ("bad", "message"),
     [
         (np.zeros((32, 32, 3), np.float32), r"shape \(32, 32, 3\).*images\[None\]"),
-        (np.zeros((1, 3, 32, 32), np.float32), r"shape \(1, 3, 32, 32\).*channels come last"),
+        (
+            np.zeros((1, 3, 32, 32), np.float32),
+            r"\(1, 3, 32, 32\).*channels come last: images\.transpose\(0, 2, 3, 1\)",
+        ),
+        (np.zeros((3, 32, 32), np.float32), r"\(3, 32, 32\); expected \[B, H, W, 3\] \(channels come last, three"),
+        (np.zeros((1, 32, 32, 1), np.float32), r"three channels: images\.repeat\(3, axis=-1\)"),
+        (np.zeros((1, 32, 32, 4), np.float32), r"three channels: images\[\.\.\., :3\]"),
+        ("cat.png", r"images are a str; expected an array.*PIL\.Image\.open"),
+        ([pathlib.Path("cat.png")], r"images are a P.*Path; expected an array"),
         (np.zeros((1, 32, 0, 3), np.float32), "shape"),
         (np.zeros((1, 32, 32, 3), np.int64), "images are int64; expected uint8, or floats"),
         (np.zeros((1, 32, 32, 3), bool), "images are bool"),
         (np.full((1, 32, 32, 3), 255.0), r"span \[255, 255\].*divide by 255"),
         (np.full((1, 32, 32, 3), -0.1), r"span \[-0\.1, -0\.1\]"),
-        (np.full((1, 32, 32, 3), np.nan), "span"),
+        (np.full((1, 32, 32, 3), 1.0004), r"span \[1\.0004, 1\.0004\].*clip"),
+        (
+            np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), np.nan)]),
+            r"images\[1\] has values that are no numbers",
+        ),
+        (np.full((1, 32, 32, 3), np.inf), r"images\[0\] has values that are no numbers"),
     ],
 )
 def test_images_that_are_none(tokenizer, bad, message):

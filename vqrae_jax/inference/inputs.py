@@ -1,6 +1,7 @@
 """What people hand to a tokenizer -> batches of pictures of one size."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class Pictures:
         """
         Args:
           images: an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are those of
-            numpy or JAX, uint8 or floats in [0, 1].
+            numpy, JAX or PyTorch, uint8 or floats in [0, 1].
 
         Raises:
           TokenizerError: wrong rank, channels, type or range, with what to do about it.
@@ -95,22 +96,34 @@ def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
     Raises:
       TokenizerError: wrong rank, channels, type or range, with what to do about it.
     """
-    images = np.asarray(images)
+    images = _array(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
-        hint = "add a batch axis: images[None]" if images.ndim == 3 else "channels come last, three of them"
-        raise TokenizerError(f"images have shape {images.shape}; expected [B, H, W, 3] ({hint})")
+        raise TokenizerError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_remedy(images.shape)})")
     if images.dtype == np.uint8:
         return images
     # bfloat16 is no np.floating; what converts to float without being an integer or a bool is one here.
     if images.dtype.kind not in "fV":
         raise TokenizerError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
     images = images.astype(np.float32)
-    if images.size and not (images.min() >= 0 and images.max() <= 1):
+    low, high = (images.min(), images.max()) if images.size else (0, 1)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        broken = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+        raise TokenizerError(f"images[{broken}] has values that are no numbers (NaN or infinity); floats are in [0, 1]")
+    if low < 0 or high > 1:
         raise TokenizerError(
-            f"images span [{images.min():.3g}, {images.max():.3g}]; floats are in [0, 1]: divide by 255, or undo a "
-            f"normalization, before"
+            f"images span [{low:.7g}, {high:.7g}]; floats are in [0, 1]: divide by 255, undo a normalization, or clip "
+            "what resizing overshot, before"
         )
     return images
+
+
+def as_numpy(given: Any) -> np.ndarray:
+    """An array of any library; a PyTorch tensor is taken off its device and its graph."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    if torch is not None and isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = given.float() if given.dtype == torch.bfloat16 else given  # which numpy has not
+    return np.asarray(given)
 
 
 def padded(batch: Shaped[np.ndarray, "b ..."], size: int) -> Shaped[np.ndarray, "size ..."]:
@@ -127,12 +140,33 @@ def bucket(count: int, largest: int, multiple: int = 1) -> int:
 def _element(image: Any, index: int) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
     if image_files.is_pil(image):
         return image_files.from_pil(image)
-    array = np.asarray(image)
+    array = _array(image)
     if array.ndim != 3:
         raise TokenizerError(
             f"images[{index}] of the list has shape {array.shape}; expected a PIL image or an array [H, W, 3]"
         )
     return check_images(array[None])[0]
+
+
+def _array(given: Any) -> np.ndarray:
+    array = as_numpy(given)
+    if array.dtype.kind in "OSU":
+        raise TokenizerError(
+            f"images are a {type(given).__name__}; expected an array [B, H, W, 3], a PIL image, or a list of PIL "
+            "images and arrays [H, W, 3]: open files before, as by PIL.Image.open"
+        )
+    return array
+
+
+def _remedy(shape: tuple[int, ...]) -> str:
+    """What makes images of a wrong shape right ones, as far as it can be told."""
+    if len(shape) == 3 and shape[-1] == 3:
+        return "add a batch axis: images[None]"
+    if len(shape) == 4 and shape[1] == 3:
+        return "channels come last: images.transpose(0, 2, 3, 1), in PyTorch images.permute(0, 2, 3, 1)"
+    if len(shape) == 4 and shape[-1] in (1, 4):
+        return "three channels: images.repeat(3, axis=-1)" if shape[-1] == 1 else "three channels: images[..., :3]"
+    return "channels come last, three of them"
 
 
 def _middle(weights: Float[np.ndarray, "out in"], size: int) -> Float[np.ndarray, "size in"]:

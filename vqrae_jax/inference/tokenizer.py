@@ -16,7 +16,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax import storage
 from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
-from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError
+from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError, as_numpy
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vqrae import VQRAE
@@ -42,9 +42,9 @@ MEANING = (
 class Tokenizer:
     """Encodes images to codes and paints codes.
 
-    Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]; arrays are numpy's or
-    JAX's, uint8 or floats in [0, 1], of any size. They are made squares of `image_size` pixels as `fit` says. Results
-    are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
+    Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]; arrays are numpy's,
+    JAX's or PyTorch's, uint8 or floats in [0, 1], of any size. They are made squares of `image_size` pixels as `fit`
+    says. Results are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
 
     Any number of images goes through in batches of few sizes (powers of two), the last one padded, so that little is
     ever compiled. `module` and `variables` are what runs, with the encoder's position grid at its input size; `trained`
@@ -186,7 +186,7 @@ class Tokenizer:
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B S S 3"]:
         """Paints latents of `encode` or `lookup`."""
-        latents = np.asarray(latents, np.float32)
+        latents = as_numpy(latents).astype(np.float32)
         shape = jax.eval_shape(self.function("encode"), self.variables, self._image_shape(1)).shape
         if latents.shape[1:] != shape[1:]:
             raise TokenizerError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape[1:]))}]")
@@ -287,7 +287,7 @@ class Tokenizer:
         return same and 0 < given[-1] < whole[-1] and getattr(self.module.quantizer, "decodes_prefixes", False)
 
     def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
-        indices, shape = np.asarray(indices), self.code_shape
+        indices, shape = as_numpy(indices), self.code_shape
         if not np.issubdtype(indices.dtype, np.integer):
             raise TokenizerError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
         if indices.shape[1:] != shape and not self._is_prefix(indices.shape[1:], shape):
