@@ -97,7 +97,7 @@ def test_on_a_mesh(trained, images, mesh):
     np.testing.assert_allclose(spread.reconstruct(images), one.reconstruct(images), atol=1e-5)
     assert spread.hash == one.hash
     with pytest.raises(TokenizerError, match="batch_size=6: give a positive multiple of 4, the parts"):
-        Tokenizer.load(trained, mesh=mesh, batch_size=6).reconstruct(images)
+        Tokenizer.load(trained, mesh=mesh, batch_size=6)
 
 
 def test_reconstruct_is_decoding_the_codes_exactly(tokenizer, images):
@@ -111,6 +111,7 @@ def test_what_it_says_of_itself(tokenizer):
     assert tokenizer.bits_per_image == 4 * 4 * 5
     assert tokenizer.code_shape == (4, 4)
     assert tokenizer.code_dtype == np.uint16
+    assert repr(tokenizer) == "Tokenizer(image_size=32, code_shape=(4, 4), codebook_size=32)"
 
 
 def test_pil_images_and_lists_of_any_sizes(tokenizer):
@@ -171,11 +172,16 @@ def test_results_may_stay_on_the_device(trained, images):
         ({"fit": "center"}, "fit='center': give one of 'crop'"),
         ({"output": "torch"}, "output='torch': give one of 'numpy', 'jax'"),
         ({"encoder_matmul": "int4"}, "encoder_matmul='int4': give one of 'dtype', 'int8', 'fp8'"),
+        ({"batch_size": 0}, "batch_size=0: give a positive multiple of 1"),
+        ({"batch_size": 1.5}, "batch_size=1.5: give a positive multiple of 1"),
+        ({"memory_limit": "8GB"}, "memory_limit='8GB': give a number of bytes"),
+        ({"memory_limit": -1}, "memory_limit=-1: give a number of bytes"),
+        ({"mesh": 8}, "mesh=8: give a jax.sharding.Mesh"),
     ],
 )
-def test_an_option_that_is_none_is_refused(trained, option, accepted):
+def test_an_option_that_is_none_is_refused_before_anything_is_read(option, accepted):
     with pytest.raises(TokenizerError, match=f"^{accepted}"):
-        Tokenizer.load(trained, **option)
+        Tokenizer.load("a folder that is not there", **option)
 
 
 def test_a_stream_gives_the_same(tokenizer, images):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from vqrae_jax import sharding
-from vqrae_jax.inference.inputs import TokenizerError, bucket, padded
+from vqrae_jax.inference.inputs import bucket, padded
 from vqrae_jax.models.encoder import at_input_size
 from vqrae_jax.models.vqrae import VQRAE
 
@@ -34,10 +34,6 @@ class Programs:
         """As `Tokenizer`, the variables on their devices already."""
         self.module, self.variables = module, variables
         self._multiple = sharding.data_ways(mesh) if mesh else 1
-        if batch_size is not None and (batch_size < 1 or batch_size % self._multiple):
-            raise TokenizerError(
-                f"batch_size={batch_size}: give a positive multiple of {self._multiple}, the parts of every batch"
-            )
         first = jax.tree.leaves(self.variables)[0]
         self._rows = sharding.over_data(mesh) if mesh else first.sharding
         self._fixed = batch_size

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from vqrae_jax import config as config_lib
-from vqrae_jax import storage
+from vqrae_jax import sharding, storage
 from vqrae_jax.inference import card, programs
 from vqrae_jax.inference import folder as exported
 from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError, as_numpy
@@ -86,9 +87,9 @@ class Tokenizer:
             has such units, and some codes become others (`python -m vqrae_jax.benchmark low_precision` counts them).
 
         Raises:
-          TokenizerError: fit, output or encoder_matmul is none of these.
+          TokenizerError: an option is none of these.
         """
-        _check_choices(fit=(fit, Fit), output=(output, Output), encoder_matmul=(encoder_matmul, Matmul))
+        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_matmul)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = programs.placed(variables, mesh)
         module = module.clone(encoder=with_matmul(module.encoder, encoder_matmul))
@@ -106,15 +107,21 @@ class Tokenizer:
         constructor: mesh, batch_size, memory_limit, fit, output, encoder_matmul.
 
         Raises:
+          TokenizerError: an option that is none; nothing is read then.
           CheckpointError: nothing complete is there, or it is of another architecture than its config.
           PretrainedError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
         """
+        _check_options(**options)
         found = locate(path, step)
         module, variables = read_model(found, options.get("mesh"))
         known = {"config": found.config, "frozen": found.frozen, "provenance": found.provenance}
         return cls(module, variables, **known, **options)
 
     from_pretrained = load
+
+    def __repr__(self) -> str:
+        codes = f"code_shape={self.code_shape}, codebook_size={self.codebook_size}" if self.has_codes else "no codes"
+        return f"Tokenizer(image_size={self.image_size}, {codes})"
 
     @property
     def has_codes(self) -> bool:
@@ -299,8 +306,27 @@ class Tokenizer:
         return indices.astype(np.int32)
 
 
-def _check_choices(**given: tuple[Any, Any]) -> None:
-    """A word that is none of its kind would else do what another one does: {option: (word, Literal of its words)}."""
-    for name, (word, kind) in given.items():
+def _check_options(
+    mesh: Any = None,
+    batch_size: Any = None,
+    memory_limit: Any = None,
+    fit: Any = "crop",
+    output: Any = "numpy",
+    encoder_matmul: Any = "dtype",
+) -> None:
+    """A word that is none of its kind would else do what another one does, and a number fail at the first picture."""
+    words = {"fit": (fit, Fit), "output": (output, Output), "encoder_matmul": (encoder_matmul, Matmul)}
+    for name, (word, kind) in words.items():
         if word not in get_args(kind):
             raise TokenizerError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TokenizerError(f"mesh={mesh!r}: give a jax.sharding.Mesh, as vqrae_jax.sharding.make_mesh() makes it")
+    multiple = sharding.data_ways(mesh) if mesh else 1
+    if batch_size is not None and not (
+        isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % multiple == 0
+    ):
+        raise TokenizerError(
+            f"batch_size={batch_size!r}: give a positive multiple of {multiple}, the parts of every batch"
+        )
+    if memory_limit is not None and not (isinstance(memory_limit, numbers.Real) and memory_limit > 0):
+        raise TokenizerError(f"memory_limit={memory_limit!r}: give a number of bytes, as 8 * 1024**3")
