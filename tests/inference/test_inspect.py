@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -28,6 +29,19 @@ def test_a_run_and_the_folder_saved_from_it_say_the_same(trained, tmp_path, caps
     shown = capsys.readouterr().out
     assert "model.codebook size" in shown
     assert "config.train.steps" in shown
+
+
+def test_what_it_is_comes_first_and_nothing_twice(trained, tmp_path, capsys):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    protocol = {"crop": "central square", "model": {"quantizer": "ema"}}
+    (workdir / "evaluation.json").write_text(
+        json.dumps({"step": 3, "figures": {"eval/psnr": 9.0}, "remarks": [], "protocol": protocol})
+    )
+    assert run(workdir)["protocol"] == protocol
+    shown = capsys.readouterr().out
+    places = [shown.index(name) for name in ("model.grid", "figures.eval/psnr", "config.train.steps", "protocol.crop")]
+    assert places == sorted(places)
+    assert "protocol.model" not in shown
 
 
 def test_json_and_the_whole_config(trained, capsys):

@@ -46,12 +46,12 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     told = {
         "path": str(found.path),
         "kind": "exported folder" if found.run is None else "checkpoint",
-        "provenance": {k: v for k, v in found.provenance.items() if k not in ("figures", "protocol")},
-        "figures": found.provenance.get("figures", {}),
-        "protocol": found.provenance.get("protocol", {}),
         **_model(found),
         "bytes": sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file()),
+        "provenance": {k: v for k, v in found.provenance.items() if k not in ("figures", "protocol")},
+        "figures": found.provenance.get("figures", {}),
         "config": values if args.config else _changed(values, defaults),
+        "protocol": found.provenance.get("protocol", {}),
     }
     if args.hash:
         told["hash"] = Tokenizer.load(args.checkpoint, args.step).hash
@@ -126,7 +126,8 @@ def _show(told: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in told.items():
+    shown = told | {"protocol": {n: v for n, v in told["protocol"].items() if n != "model"}}  # which is in the config
+    for name, value in shown.items():
         for field, text in _lines(name, value):
             table.add_row(field, text)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table, highlight=False, markup=False)
