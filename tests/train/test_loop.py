@@ -61,10 +61,12 @@ def test_everything_is_written(straight):
     assert {"revision", "version", "step"} <= meta.keys()
 
 
-def test_a_finished_run_only_reports(tiny, straight, one_device):
+def test_a_finished_run_only_reports(tiny, straight, one_device, caplog):
     workdir, figures = straight
     before = (workdir / "metrics.jsonl").read_text()
-    assert loop.train(tiny(), workdir, one_device) == pytest.approx(figures)
+    with caplog.at_level("INFO", "vqrae_jax"):
+        assert loop.train(tiny(), workdir, one_device) == pytest.approx(figures)
+    assert "nothing to train: train.steps=6 are done; give more to go on" in caplog.text
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -74,9 +76,11 @@ def test_the_report_counts_the_codes_of_the_quantizer(tiny, tmp_path, one_device
     assert "of 25 codes" in capsys.readouterr().out
 
 
-def test_evaluate_mode_gives_the_figures_of_training(tiny, straight):
+def test_evaluate_mode_gives_the_figures_of_training(tiny, straight, caplog):
     workdir, figures = straight
-    evaluated = loop.evaluate(tiny(), workdir)  # on eight devices
+    with caplog.at_level("INFO", "vqrae_jax"):
+        evaluated = loop.evaluate(tiny(), workdir)  # on eight devices
+    assert f"wrote {workdir / 'evaluation.json'} and {workdir / 'evaluation' / 'index.html'}" in caplog.text
     assert evaluated["step"] == 6
     assert {name: evaluated[name] for name in figures} == pytest.approx(figures, rel=1e-4)
 

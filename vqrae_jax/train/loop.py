@@ -197,6 +197,8 @@ def train(
     run = Run(config, workdir, devices)
     settings = run.config.train
     start = int(run.state.step)
+    if start >= settings.steps:
+        log.info("nothing to train: train.steps=%d are done; give more to go on", settings.steps)
     tell_memory(
         {"params": run.state.params, "ema": run.state.ema_params, "optimizer": run.state.opt_state,
          "batch_stats": run.state.batch_stats, "frozen": run.frozen}
@@ -280,6 +282,9 @@ def evaluate(
             told = {"checkpoint": str(run.checkpoints.folder / str(step)), "revision": git_revision()}
             protocol = run.measurement.protocol(evaluator) | told
             report.write(run.workdir, step, figures, evaluator.remarks, protocol, examples)
+            log.info(
+                "wrote %s and %s", run.workdir / report.EVALUATION_FILE, run.workdir / report.FOLDER / "index.html"
+            )
         return {"step": step, **figures}
     finally:
         run.close()
