@@ -1,5 +1,6 @@
 """All commands of the room: help that fits a screen, exit codes."""
 
+import argparse
 import importlib
 import pathlib
 import shlex
@@ -22,6 +23,19 @@ def test_help_fits_a_screen(name, capsys, monkeypatch):
     assert left.value.code == 0
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_default_and_says_in_words_what_the_command_does(name, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, _: parsers.append(parser))
+    importlib.import_module(f"vqrae_jax.inference.{name}").parse([])
+    (parser,) = parsers
+    assert parser.description
+    assert "python -m" not in parser.description
+    for option in parser._actions:
+        if not option.required and option.default not in (None, False, argparse.SUPPRESS):
+            assert "default: " in option.help, option.option_strings
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 
 from vqrae_jax.host_memory import keep_freed_memory
 from vqrae_jax.tpu import leave_out_absent_tpu
@@ -26,15 +27,26 @@ BENCHMARKS = {  # name -> module and what it measures
 }
 
 
+def usage() -> str:
+    """What there is, in lines of a terminal."""
+    told = (
+        textwrap.fill(f"{name}: {what}", 80, initial_indent="  ", subsequent_indent="    ")
+        for name, (_, what) in BENCHMARKS.items()
+    )
+    return "\n".join(["usage: python -m vqrae_jax.benchmark NAME [arguments], or NAME --help", *told])
+
+
 def main(arguments: list[str]) -> None:
     """Runs the benchmark named first.
 
     Raises:
-      SystemExit: no such benchmark.
+      SystemExit: help was asked for, or no such benchmark.
     """
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage())
+        raise SystemExit(0)
     if not arguments or arguments[0] not in BENCHMARKS:
-        known = "\n".join(f"  {name}: {what}" for name, (_, what) in BENCHMARKS.items())
-        raise SystemExit(f"usage: python -m vqrae_jax.benchmark NAME [arguments]\n{known}")
+        raise SystemExit(usage())
     keep_freed_memory()
     leave_out_absent_tpu()
     module, _ = BENCHMARKS[arguments[0]]

@@ -41,8 +41,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data_flags.add(parser)
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    parser.add_argument("--limit", type=command.at_least_1, default=1000, help="images to use")
-    parser.add_argument("--alarm", type=float, default=0.1, help="warn when a smaller share of the codes is in use")
+    parser.add_argument("--limit", type=command.at_least_1, default=1000, help="images to use; default: %(default)s")
+    parser.add_argument(
+        "--alarm",
+        type=float,
+        default=0.1,
+        help="warn when a smaller share of the codes is in use; default: %(default)s",
+    )
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from vqrae_jax.config import ConfigError, DataConfig, from_dict
 from vqrae_jax.data.errors import DataError
@@ -18,7 +18,11 @@ ARGUMENTS = {
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds --data, --source, --name and --split."""
     parser.add_argument("--data", help="images: a folder, or what data.path is in a config for another --source")
-    parser.add_argument("--source", default="folder", help="what data.source is in a config; default: folder")
+    parser.add_argument(
+        "--source",
+        default="folder",
+        help="photographs, folder, webdataset, parquet or tfds, as data.source in a config; default: folder",
+    )
     parser.add_argument("--name", help="what data.name is in a config")
     parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
 
@@ -39,6 +43,9 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
     Raises:
       ConfigError: no such source, or it lacks --data or --split.
     """
+    known = get_args(DataConfig.model_fields["source"].annotation)
+    if args.source not in known:
+        raise ConfigError(f"--source={args.source}: give one of {', '.join(known)}")
     if args.data is None and args.source not in ("photographs", "tfds"):
         raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
     if not args.split:

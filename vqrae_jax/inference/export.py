@@ -150,7 +150,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
     parser.add_argument(
         "--transformers", type=int, choices=[4, 5], default=4,
-        help="pytorch: whose names the encoder's tensors get; 4 is what most checkpoints and hub files have",
+        help="pytorch: whose names the encoder's tensors get; default: 4, as in most checkpoints and hub files",
     )  # fmt: skip
     return parser.parse_args(argv)
 

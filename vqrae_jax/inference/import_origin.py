@@ -61,7 +61,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="a file, or owner/name/path/to/file of a hub repository")
     parser.add_argument("--config", required=True, help="configs/NAME.py[:argument], or .json: the model it is of")
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint")
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint; default: %(default)s"
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     return parser.parse_args(argv)
 

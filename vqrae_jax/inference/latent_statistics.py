@@ -109,15 +109,21 @@ def estimate(
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m vqrae_jax.inference.latent_statistics", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m vqrae_jax.inference.latent_statistics", description=__doc__.partition("\n\n")[2]
+    )
     parser.add_argument("--encoder", required=True, help="hub id or local folder, as model.encoder_config_path")
-    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls")
-    parser.add_argument("--size", type=command.at_least_1, default=224, help="pixels, as model.encoder_input_size")
+    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls; default: %(default)s")
+    parser.add_argument(
+        "--size", type=command.at_least_1, default=224, help="pixels, as model.encoder_input_size; default: %(default)s"
+    )
     data_flags.add(parser)
     parser.add_argument("--output", required=True, help="file to write, .npz")
     parser.add_argument("--per-position", action="store_true", help="mean and variance per position too: [h, w, C]")
-    parser.add_argument("--components", type=command.at_least_1, default=64, help="principal axes to keep")
-    parser.add_argument("--batch", type=command.at_least_1, default=32, help="images at once")
+    parser.add_argument(
+        "--components", type=command.at_least_1, default=64, help="principal axes to keep; default: %(default)s"
+    )
+    parser.add_argument("--batch", type=command.at_least_1, default=32, help="images at once; default: %(default)s")
     parser.add_argument("--limit", type=command.at_least_1, help="images to use; all by default")
     return parser.parse_args(argv)
 

@@ -62,11 +62,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--inception", metavar="FILE", help="file, as evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
-    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls")
-    parser.add_argument("--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size")
-    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="as evaluation.encoder_pool")
+    parser.add_argument(
+        "--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls; default: %(default)s"
+    )
+    parser.add_argument(
+        "--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size; default: %(default)s"
+    )
+    parser.add_argument(
+        "--pool", choices=("cls", "mean"), default="cls", help="as evaluation.encoder_pool; default: %(default)s"
+    )
     parser.add_argument("--output", required=True, help="file to write, .npz")
-    parser.add_argument("--batch", type=command.at_least_1, default=64, help="images at once")
+    parser.add_argument("--batch", type=command.at_least_1, default=64, help="images at once; default: %(default)s")
     parser.add_argument("--limit", type=command.at_least_1, help="images to use; all by default")
     return parser.parse_args(argv)
 

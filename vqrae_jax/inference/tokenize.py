@@ -40,7 +40,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for the codes")
     parser.add_argument("--format", default="npz", choices=list(code_shards.SUFFIXES), help="default: npz")
     parser.add_argument(
-        "--views", default="one", choices=list(ordered.VIEWS), help="codes per image: central crop, also mirrored, ten"
+        "--views",
+        default="one",
+        choices=list(ordered.VIEWS),
+        help="codes per image: central crop, also mirrored, ten; default: %(default)s",
     )
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument("--shard-size", type=int, default=SHARD, help=f"images per shard; default: {SHARD}")
