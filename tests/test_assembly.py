@@ -44,6 +44,14 @@ def test_pretrained_parts_are_read_and_the_rest_is_drawn(golden):
         ({"encoder_params": {}}, "encoder_params.architecture"),
         ({"encoder_params": {"architecture": ARCHITECTURE, "layers": (2,)}}, r"layers=\(2,\): .*blocks 0 to 1"),
         ({"encoder_params": {"architecture": ARCHITECTURE, "layers": ()}}, r"layers=\(\)"),
+        (
+            {"encoder_params": {"architecture": ARCHITECTURE | {"num_attention_heads": 7}}},
+            r"hidden_size=\d+ is not divisible by num_attention_heads=7",
+        ),
+        (
+            {"encoder_params": {"architecture": ARCHITECTURE | {"num_hidden_layers": 0}}},
+            "num_hidden_layers is 0, expected a whole number from 1",
+        ),
         ({"decoder_config_path": "ViT-Q"}, r"decoder_config_path='ViT-Q' is neither a size \(.*ViT-XL"),
         ({"normalization_stat_path": "/absent.npz"}, "normalization_stat_path='/absent.npz' is neither a file"),
         ({"encoder_config_path": "/absent"}, "encoder_params.architecture is only for an encoder without"),
@@ -108,7 +116,7 @@ def test_a_decoder_whose_heads_do_not_fit(tmp_path):
 
 
 def test_another_family_is_refused(golden):
-    with pytest.raises(ConfigError, match=r"'SigLIP2wNorm' reads .* is a 'dinov2_with_registers'"):
+    with pytest.raises(ConfigError, match=r"is a 'dinov2_with_registers': set model\.encoder_cls='Dinov2withNorm'$"):
         assembly.assemble(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
 
 

@@ -44,7 +44,7 @@ def run(*arguments, **options):
         ),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--step=3"], "--step=3 is for --mode=evaluate"),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--start_timeout=soon"], "flag --start_timeout=soon"),
-        (["--config=configs/quickstart.py:3", "--workdir=/tmp/x"], "quickstart.py, line 12: get_config takes no"),
+        (["--config=configs/quickstart.py:3", "--workdir=/tmp/x"], "quickstart.py, line 11: get_config takes no"),
         (
             ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.train.steps=2", "--config.train.epochs=2"],
             "train.steps=2 and train.epochs=2.0 are both given",

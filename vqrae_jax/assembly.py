@@ -189,9 +189,11 @@ def _encoder(config: ModelConfig, where: Spread) -> tuple[Encoder, pathlib.Path 
         description = sources.read_config(folder, field)
         mean, std = sources.read_image_statistics(folder, field)
     if description["model_type"] not in family.model_types:
+        fitting = [name for name, other in families.FAMILIES.items() if description["model_type"] in other.model_types]
+        remedy = f": set model.encoder_cls={fitting[0]!r}" if fitting else ", which no model.encoder_cls reads"
         raise ConfigError(
             f"model.encoder_cls={config.encoder_cls!r} reads {' or '.join(family.model_types)}, but "
-            f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}"
+            f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}{remedy}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=where)

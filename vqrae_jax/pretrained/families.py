@@ -201,9 +201,16 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
     try:
         fields = family.describe(config)
         blocks = fields["blocks"]
-        numbers = [blocks["width"], blocks["depth"], blocks["heads"], blocks["mlp"], fields["patch"]]
-        if not all(isinstance(n, int) and n > 0 for n in numbers) or blocks["width"] % blocks["heads"]:
-            raise ValueError(f"width, depth, heads, mlp, patch are {numbers}")
+        width, depth, heads = blocks["width"], blocks["depth"], blocks["heads"]
+        numbers = {
+            "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            "the width of the mlp": blocks["mlp"], "patch_size": fields["patch"],
+        }  # fmt: skip
+        for name, number in numbers.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} is {number!r}, expected a whole number from 1")
+        if width % heads:
+            raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
         if fields.get("pos") != "rope" and fields["grid"] < 1:
             raise ValueError(f"image_size={config.get('image_size')} holds no patch")
     except PretrainedError as error:
