@@ -59,6 +59,9 @@ def test_what_is_written_is_read(tmp_path, form, where, request, monkeypatch):
     np.testing.assert_array_equal(read[-1]["codes"], read[4]["codes"])
     with pytest.raises(IndexError):
         read[5]
+    for wrong in (slice(0, 2), 1.5, "a"):
+        with pytest.raises(TypeError, match=r"codes\[.*\]: one record at a time, by an integer"):
+            read[wrong]
 
 
 @pytest.mark.parametrize("form", SUFFIXES)

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import threading
@@ -161,8 +162,12 @@ class Codes:
         """
         Raises:
           DataError: the shard is missing or damaged.
+          TypeError: `index` is no integer; `shards` gives many records at once.
         """
-        index = int(index)
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(f"codes[{index!r}]: one record at a time, by an integer; shards() gives many") from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
