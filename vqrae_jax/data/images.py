@@ -197,8 +197,7 @@ def image_files(folder: str | os.PathLike, field: str = "data.path") -> list[str
     if others:
         told = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(others.items()))
         _log.warning(
-            "%s=%r: %d files are left out, as pictures of these kinds are not read: %s; convert them to PNG or JPEG",
-            field, folder, others.total(), told,
+            "%s: files left out, as pictures of these kinds are not read: %s; convert them to PNG or JPEG", folder, told
         )  # fmt: skip
     if not found:
         raise DataError(
