@@ -65,10 +65,20 @@ def test_training_checkpoint_in_pytorchs_own_file(golden, config, tmp_path):
 def test_weights_that_are_not_there(golden, config, tmp_path):
     case = golden / "vqrae" / "ema_vq_2d"
     settings = import_origin.read_config(str(config))
-    with pytest.raises(PretrainedError, match="'ema' weights; it has model"):
+    with pytest.raises(PretrainedError, match=r"'ema' weights; it has model: --weights=model$"):
         import_origin.convert(settings, {"model": dict(np.load(case / "model.npz"))}, "ema")
     with pytest.raises(PretrainedError, match=r"dict of dicts \(state\)"):
         import_origin.convert(settings, {"state": {"a": np.zeros(1)}})
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_a_state_dict_saved_through_a_wrapper(golden, config, wrapper):
+    """Of DistributedDataParallel, of torch.compile."""
+    settings = import_origin.read_config(str(config))
+    tensors = dict(np.load(golden / "vqrae" / "ema_vq_2d" / "model.npz"))
+    _, expected = import_origin.convert(settings, tensors)
+    _, variables = import_origin.convert(settings, {wrapper + name: value for name, value in tensors.items()})
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
 def test_another_codebook_size(golden, config):

@@ -110,14 +110,15 @@ def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[
     chosen = checkpoint
     if parts:
         if weights not in parts:
-            raise PretrainedError(f"{source} has no {weights!r} weights; it has {', '.join(parts)}")
+            raise PretrainedError(f"{source} has no {weights!r} weights; it has {parts[0]}: --weights={parts[0]}")
         chosen = dict(checkpoint[weights])
         if weights == "ema" and "model" in parts:
             live = {n: v for n, v in checkpoint["model"].items() if _unwrapped(n) in BUFFERS}
             chosen |= live
             if live:
                 log.info("%s: the codebook is that of 'model', since the origin's 'ema' never follows it", source)
-    tensors = {_unwrapped(name): value for name, value in chosen.items()} if parts else chosen
+    wrapped = parts or any(_unwrapped(name) != name for name in chosen)
+    tensors = {_unwrapped(name): value for name, value in chosen.items()} if wrapped else chosen
     bad = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
     if bad:
         raise PretrainedError(f"{source} is a dict of dicts ({', '.join(bad[:8])}), expected tensors by name")
