@@ -66,7 +66,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls; default: %(default)s"
     )
     parser.add_argument(
-        "--encoder-size", type=int, default=224, help="pixels, as evaluation.encoder_input_size; default: %(default)s"
+        "--encoder-size",
+        type=command.at_least_1,
+        default=224,
+        help="pixels, as evaluation.encoder_input_size; default: %(default)s",
     )
     parser.add_argument(
         "--pool", choices=("cls", "mean"), default="cls", help="as evaluation.encoder_pool; default: %(default)s"
