@@ -40,6 +40,22 @@ def test_longer_prefixes_decode_closer(z):
         module.apply(variables, np.zeros((2, 4), np.int32), method="lookup")
 
 
+@pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ])
+def test_a_shared_codebook_begins_with_what_all_levels_code(z, inner):
+    """Features have a mean, which what is left over has not."""
+    z = z + 3
+    level = inner(64, 6, distance="l2")
+
+    def first_error(depth):
+        module = Residual((level,) * depth, 6)
+        variables = module.init(jax.random.key(0), z)
+        rngs = {"codes": jax.random.key(1)}
+        _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
+        return module.apply({**variables, **state}, z).metrics["quantization_error"]
+
+    assert first_error(3) < 0.6 * first_error(1)
+
+
 def test_dropout_keeps_one_prefix_per_image(z):
     module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6, dropout=1.0)
     out, _ = trained(module, z)

@@ -3,10 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error
 from vqrae_jax.quantizers.estimators import value_of
+from vqrae_jax.quantizers.kmeans import kmeans
+from vqrae_jax.quantizers.lookup import look_up
+from vqrae_jax.quantizers.nearest import nearest
 
 ABSENT = -1  # the index of a level that was left out
 
@@ -18,7 +21,8 @@ class Residual(nn.Module):
     all. The loss is the sum of the levels', so that z is pulled to every prefix (Lee et al. 2022, arXiv:2203.01941).
 
     Attributes:
-      levels: the quantizers, all of the same K and C; the same object in several places shares its codebook.
+      levels: the quantizers, all of the same K and C; the same object in several places shares its codebook, which
+        begins with what all levels code if it is that of all.
       channels: C.
       dropout: in training, the share of images (entries of the leading axis) that keep only a random prefix of 1 to
         depth - 1 levels; the indices of the others are -1 there. Draws from the rng stream "codes".
@@ -37,6 +41,8 @@ class Residual(nn.Module):
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents level by level."""
         flat, finite = flatten(z, self.channels)
+        if train and not self.is_initializing():
+            self._begin(jax.lax.stop_gradient(flat), finite)
         flat = jnp.where(finite[:, None], flat, jnp.nan).reshape(z.shape)  # each level passes over NaN by itself
         kept = self._kept_levels(z, train)
         left, total, carrier, loss = flat, jnp.zeros(z.shape), 0.0, 0.0
@@ -76,6 +82,13 @@ class Residual(nn.Module):
     def codes(self) -> Float[Array, "K c"] | None:
         return self.levels[0].codes()
 
+    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+        """Codes of the latents alone would be far from all that they leave over."""
+        level, depth = self.levels[0], len(self.levels)
+        if depth > 1 and all(other is level for other in self.levels) and hasattr(level, "begin"):
+            keys, codes = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
+            level.begin(lambda: _left_over(keys, flat, finite, codes), jnp.sum(finite))
+
     def _kept_levels(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
         """How many levels each latent goes through."""
         depth, shape = len(self.levels), z.shape[:-1]
@@ -91,3 +104,17 @@ class Residual(nn.Module):
         sums = {name: sum(m[name] for m in levels) for name in ("revived", "starved") if name in levels[0]}
         counts = jnp.stack([m["counts"] for m in levels])
         return {"counts": counts, "nonfinite": levels[0]["nonfinite"], **sums}
+
+
+def _left_over(
+    keys: PRNGKeyArray, z: Float[Array, "N C"], keep: Bool[Array, " N"], size: int
+) -> tuple[Float[Array, "M C"], Bool[Array, " M"]]:
+    """What the levels, one per key, would code if each had `size` codes of its own; and which rows count."""
+
+    def code(left: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes, _ = kmeans(key, left, jnp.zeros((size, left.shape[1])), keep=keep)
+        return left - look_up(codes, nearest(left, codes)), left
+
+    _, found = jax.lax.scan(code, z, keys)
+    # Rows in front, which stay on their devices.
+    return found.swapaxes(0, 1).reshape(-1, z.shape[1]), jnp.repeat(keep, len(keys))
