@@ -3,6 +3,8 @@
 import contextlib
 import json
 import pathlib
+import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,7 +113,16 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
     with _guarded(file, field, "a PyTorch file of plain tensors (others could run code when read, and are refused)"):
         # Mapped into memory where the format allows: of a training checkpoint most is never looked at.
         mapped = zipfile.is_zipfile(file)
-        loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
+        try:
+            loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
+        except pickle.UnpicklingError as error:  # of which torch would say how to run the code all the same
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            if not wanted:
+                raise PretrainedError(f"{file} ({field}) is damaged, or not a PyTorch file of plain tensors") from error
+            raise PretrainedError(
+                f"{file} ({field}) holds more than plain tensors: it asks for {wanted[1]}, which is refused, as it "
+                "could run code; if you trust the file, save its tensors alone by PyTorch"
+            ) from error
     if not isinstance(loaded, dict):
         raise PretrainedError(f"{file} ({field}) holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
