@@ -64,7 +64,7 @@ def test_any_source_of_images_serves(golden, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("5 images; ")
     with pytest.raises(ConfigError, match="--data is missing"):
         latent_statistics.latent_statistics(parse(given))
-    with pytest.raises(ConfigError, match="source='tape'"):
+    with pytest.raises(ConfigError, match="--source=tape: give one of"):
         latent_statistics.latent_statistics(parse([*given, "--source=tape", "--data=x"]))
 
 

@@ -205,7 +205,6 @@ def test_a_folder_of_other_codes_is_refused(trained, photos, whole):
         (["--processes=2", "--process=2"], ConfigError, "--process=2 of --processes=2"),
         (["--processes=2"], ConfigError, "--processes=2: give both or none"),
         (["--shard-size=12"], ConfigError, "--shard-size=12 is no multiple of the batch of 8 images: give 16"),
-        (["--limit=0"], ConfigError, "--limit=0"),
         (["--source=tape"], ConfigError, "^--source=tape: give one of photographs, folder, "),
         (["--data=/nowhere"], DataError, "^--data='/nowhere' does not exist"),
         (["--source=webdataset", "--data=/nowhere"], DataError, "^--data: '/nowhere' does not exist"),

@@ -6,6 +6,7 @@ Mean, variance and principal axes of an encoder's latents over images; `model.no
 import argparse
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vqrae_jax import assembly, sharding, storage
-from vqrae_jax.config import ModelConfig, from_dict
+from vqrae_jax.config import EncoderClass, ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.inference import command, data_flags
@@ -113,7 +114,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m vqrae_jax.inference.latent_statistics", description=__doc__.partition("\n\n")[2]
     )
     parser.add_argument("--encoder", required=True, help="hub id or local folder, as model.encoder_config_path")
-    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="as model.encoder_cls; default: %(default)s")
+    parser.add_argument(
+        "--encoder-cls", choices=get_args(EncoderClass), default="Dinov2withNorm", metavar="ENCODER_CLS",
+        help="as model.encoder_cls; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=command.at_least_1, default=224, help="pixels, as model.encoder_input_size; default: %(default)s"
     )

@@ -7,14 +7,14 @@ Mean and covariance of a network's features over a folder of images, for `evalua
 import argparse
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vqrae_jax import distributed, sharding, storage
-from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
+from vqrae_jax.config import DataConfig, EncoderClass, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.errors import DataError
 from vqrae_jax.evaluation import networks, reference
@@ -63,8 +63,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--inception", metavar="FILE", help="file, as evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder, as evaluation.encoder_path")
     parser.add_argument(
-        "--encoder-cls", default="Dinov2withNorm", help="as evaluation.encoder_cls; default: %(default)s"
-    )
+        "--encoder-cls", choices=get_args(EncoderClass), default="Dinov2withNorm", metavar="ENCODER_CLS",
+        help="as evaluation.encoder_cls; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--encoder-size",
         type=command.at_least_1,

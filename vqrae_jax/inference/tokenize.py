@@ -45,10 +45,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=list(ordered.VIEWS),
         help="codes per image: central crop, also mirrored, ten; default: %(default)s",
     )
-    parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument("--shard-size", type=int, default=SHARD, help=f"images per shard; default: {SHARD}")
-    parser.add_argument("--batch", type=int, help=f"images per batch; default: {ROWS} views per device")
-    parser.add_argument("--threads", type=int, default=4, help="that read and crop; default: 4")
+    parser.add_argument("--limit", type=command.at_least_1, help="the first so many images only")
+    parser.add_argument(
+        "--shard-size", type=command.at_least_1, default=SHARD, help=f"images per shard; default: {SHARD}"
+    )
+    parser.add_argument("--batch", type=command.at_least_1, help=f"images per batch; default: {ROWS} views per device")
+    parser.add_argument("--threads", type=command.at_least_1, default=4, help="that read and crop; default: 4")
     parser.add_argument(
         "--processes", type=int, help="how many share the work; default: those of the TPU pod, SLURM or Open MPI job"
     )
@@ -123,10 +125,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--process={args.process} --processes={args.processes}: give both or none")
     if args.processes is not None and not 0 <= args.process < args.processes:
         raise ConfigError(f"--process={args.process} of --processes={args.processes}: they count from 0")
-    for name in ("limit", "shard_size", "batch", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={value}: give at least 1")
 
 
 def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
