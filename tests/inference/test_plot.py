@@ -36,6 +36,18 @@ def test_the_command_draws_what_the_log_has(tmp_path, capsys):
     assert "loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".SVG", b"<?xml")])
+def test_a_figure_for_a_paper_is_lines_and_letters(tmp_path, suffix, start):
+    output = tmp_path / "out" / f"curves{suffix}"
+    plot.plot(plot.parse([f"--workdir={run(tmp_path / 'run')}", f"--output={output}"]))
+    assert output.read_bytes().startswith(start)
+
+
+def test_a_suffix_of_no_picture_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(DataError, match=r"--output=x\.tiff: its suffix must be one of .*\.png.*\.pdf, \.svg"):
+        plot.plot(plot.parse([f"--workdir={tmp_path}", "--output=x.tiff"]))
+
+
 def test_several_runs_share_a_chart(tmp_path):
     first, second = run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", 2.0)
     names = plot._names([str(first), str(second)])

@@ -1,6 +1,8 @@
 """Pictures of what a tokenizer does, as uint8 arrays: one look everywhere."""
 
+import io
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -9,6 +11,8 @@ GAP = 2  # pixels between tiles
 TILE = 128  # smaller pictures are enlarged to about this, for people to see
 BACKGROUND = 255
 GAIN = 4  # by which differences are enlarged, to be seen
+Panels = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]  # title: {name of a line: (x, y)}
+
 PANEL = (4.2, 2.8)  # inches of one chart, of DPI pixels each
 DPI = 110
 INK = "#3c5aa0"
@@ -123,10 +127,19 @@ def histogram(
     return _rendered(figure)
 
 
-def curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], across: str = "step"
-) -> UInt8[np.ndarray, "y x 3"]:
-    """One chart per panel: {title: {name of a line: (x, y)}}. What is not finite is a gap."""
+def curves(panels: Panels, across: str = "step") -> UInt8[np.ndarray, "y x 3"]:
+    """One chart per panel. What is not finite is a gap."""
+    return _rendered(_curves(panels, across))
+
+
+def curves_file(panels: Panels, form: Literal["pdf", "svg"], across: str = "step") -> bytes:
+    """The same as a file of lines and letters."""
+    content = io.BytesIO()
+    _curves(panels, across).savefig(content, format=form)
+    return content.getvalue()
+
+
+def _curves(panels: Panels, across: str):
     figure, charts = _charts(list(panels), across)
     for axes, lines in zip(charts, panels.values(), strict=True):
         for i, (name, (x, y)) in enumerate(lines.items()):
@@ -135,7 +148,7 @@ def curves(
         axes.grid(color="#e4e6ea", linewidth=0.6)
         if len(lines) > 1:
             axes.legend(fontsize=7, frameon=False)
-    return _rendered(figure)
+    return figure
 
 
 def _charts(titles: Sequence[str], across: str):

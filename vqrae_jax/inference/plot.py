@@ -30,6 +30,8 @@ PANELS = {
     "images per second": ("images_per_second",),
 }
 
+VECTORS = (".pdf", ".svg")
+
 Series = dict[str, tuple[list[float], list[float]]]
 
 
@@ -39,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m vqrae_jax.inference.plot", description=f"Draws the curves in the {METRICS_FILE} of runs."
     )
     parser.add_argument("--workdir", required=True, nargs="+", help="workdir of a run; several are drawn together")
-    parser.add_argument("--output", required=True, help="picture to write: .png, .jpg or .webp")
+    parser.add_argument("--output", required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg")
     parser.add_argument(
         "--show", nargs="+", help="one chart for each pattern of names, as 'eval/*'; the usual charts by default"
     )
@@ -48,6 +50,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def plot(args: argparse.Namespace) -> list[str]:
     """Runs the command; returns the titles of the charts drawn."""
+    suffix = pathlib.Path(args.output).suffix.lower()
+    if suffix not in (accepted := (*images.WRITTEN, *VECTORS)):
+        raise DataError(f"--output={args.output}: its suffix must be one of {', '.join(accepted)}")
     runs = {name: read(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
     chosen = {pattern: (pattern,) for pattern in args.show} if args.show else PANELS
     panels = {title: _lines(runs, patterns) for title, patterns in chosen.items()}
@@ -58,7 +63,10 @@ def plot(args: argparse.Namespace) -> list[str]:
         raise DataError(f"{METRICS_FILE} has nothing to draw of {list(chosen)}; it has: {known}")
     if args.show and empty:
         print(f"--show: nothing in {METRICS_FILE} is called {', '.join(empty)}; it has: {known}", file=sys.stderr)
-    images.write_image(args.output, pictures.curves(panels))
+    if suffix in VECTORS:
+        storage.write(storage.at(args.output), pictures.curves_file(panels, suffix[1:]))
+    else:
+        images.write_image(args.output, pictures.curves(panels))
     print(f"wrote {args.output}: {', '.join(panels)}")
     return list(panels)
 
