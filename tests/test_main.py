@@ -30,6 +30,10 @@ def run(*arguments, **options):
         (["--config=configs/quickstart.py", "--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
         (["--config=configs/dinov2_b.py", "--workdir=/tmp/x"], "data.path is not set"),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.mesh.model=3"], "does not divide"),
+        (
+            ["--config=configs/quickstart.py", "--config.model.encoder_params.architecture.hiden_size=4"],
+            """error: --config: no field 'hiden_size'; Did you mean "hidden_size" instead of "hiden_size"?""",
+        ),
         (["--config=configs/quickstart.py", "--config.model.num_embedings=4"], "did you mean model.num_embeddings"),
         (
             ["--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.data.batch_size=0"],

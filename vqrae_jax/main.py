@@ -196,7 +196,13 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
             raise config_lib.ConfigError(f"--config: {error.__context__}") from None
         raise config_lib.ConfigError(f"{error}; see python -m vqrae_jax.main --help") from None
     except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
-        raise config_lib.ConfigError(f"--config: {error}") from None
+        raise config_lib.ConfigError(f"--config: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """Of a field that is not there ml_collections raises AttributeError(KeyError(text)), whose text is a quotation."""
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    return f"no field {'; '.join(str(inner.args[0]).splitlines())}" if isinstance(inner, KeyError) else str(error)
 
 
 def _read_config() -> config_lib.Config:
