@@ -52,7 +52,8 @@ def test_the_command_in_the_docstring_is_one(name):
     ("name", "argument"),
     [
         ("codebook", "limit"), ("demo", "max_upload"), ("detokenize", "batch"), ("detokenize", "limit"),
-        ("latent_statistics", "components"), ("reconstruct", "batch"), ("reference_statistics", "limit"), ("tokenize", "limit"), ("tokenize", "shard-size"),
+        ("latent_statistics", "components"), ("reconstruct", "batch"), ("reference_statistics", "limit"),
+        ("tokenize", "limit"), ("tokenize", "shard-size"),
     ],
 )  # fmt: skip
 def test_what_counts_something_is_at_least_one(name, argument, value, capsys):
