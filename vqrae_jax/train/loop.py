@@ -23,9 +23,10 @@ from vqrae_jax.train.guard import Guard, first_bad
 from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.stop import Stopped, StopSignal
 from vqrae_jax.train.task import Task, step_program
+from vqrae_jax.train.terminal import Progress, print_table, status_line
 from vqrae_jax.train.tokenizer import TokenizerTask
 from vqrae_jax.train.watch import Health, Window, tell_left_whole, tell_memory, watching
-from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Progress, Writers, print_table
+from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Writers
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def train(
                     window.resume()
                     run.writers.scalars(step, values)
                     run.logs.copy(LOG_SECONDS)
-                    progress.status(step, _status(values))
+                    progress.status(step, status_line(values))
                 if evaluated or saved:
                     window.pause()
                 if evaluated:
@@ -317,15 +318,6 @@ def _evaluate(run: Run, step: int, write: bool = True) -> dict[str, float]:
         if run.first:
             image_files.write_image(run.workdir / PICTURE_FILE, picture)
     return figures
-
-
-def _status(values: dict[str, float]) -> str:
-    parts = [f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq")]
-    if "codebook/usage" in values:
-        parts.append(f"codes {values['codebook/usage']:.0%}")
-    if "images_per_second" in values:
-        parts.append(f"{values['images_per_second']:.0f} img/s")
-    return "  ".join(parts)
 
 
 def _report(run: Run, figures: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: the progress bar, JSON lines, TensorBoard, Weights & Biases."""
+"""Where numbers and pictures of a run go: JSON lines, TensorBoard, Weights & Biases."""
 
 import io
 import json
@@ -96,45 +96,3 @@ def _start_wandb(project: str, logs: pathlib.Path, name: str, config: dict[str, 
     if not file.is_file():  # runs of one name, or of one path on several machines, are several runs
         storage.write(file, uuid.uuid4().hex.encode())
     return wandb.init(project=project, dir=str(logs), config=config, resume="allow", name=name, id=file.read_text())
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere one line per logged step."""
-
-    def __init__(self, total: int, done: int, active: bool = True):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self._console = Console(stderr=True, quiet=not active)
-        self._total = total
-        self._bar = Bar(
-            TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"), console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("training", total=total, completed=done, status="compiling ...")
-        self._bar.start()
-
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
-
-    def status(self, step: int, text: str) -> None:
-        self._bar.update(self._task, status=text)
-        if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Two columns, at the end of a run."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
