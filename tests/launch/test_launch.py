@@ -273,6 +273,15 @@ def test_slurm_saves_and_queues_again_when_time_is_up(stand_in):
     assert stand_in.calls()[1:] == ["saved", "scontrol requeue 12"]
 
 
+@pytest.mark.parametrize(("kind", "size"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
+def test_pods_have_shared_memory_for_the_batches_of_worker_processes(kind, size):
+    """Containers have 64 MB of it by themselves, and what is written beyond ends the process."""
+    pod = job_of(launch("gke/submit.sh", kind, **JOB, **size))["template"]["spec"]
+    (container,) = pod["containers"]
+    (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    assert {"name": name, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+
+
 def test_local_processes_share_one_run():
     run = ["--config=c", "--workdir=w"]
     assert commands(launch("local.sh", *run)) == ["exec python -m vqrae_jax.main --config=c --workdir=w"]
