@@ -148,6 +148,26 @@ def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
         assert told.value.filename2 is None
 
 
+@pytest.mark.parametrize(
+    ("said", "kind"), [("write() failed: No space left on device; at byte 9", "28"), ("close() failed: lost", "5")]
+)
+def test_what_array_record_cannot_write_is_an_error_of_the_disk(tmp_path, monkeypatch, said, kind):
+    class Full:
+        def __init__(self, *_): ...
+
+        def write(self, _): ...
+
+        def close(self):
+            raise RuntimeError(said)
+
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Full)
+    codes.begin(tmp_path, plan("array_record"))
+    path = tmp_path / plan("array_record").file(0)
+    with pytest.raises(OSError, match=rf"Errno {kind}\] .*: '{path}'"):
+        codes.write_shard(tmp_path, plan("array_record"), 0, columns(range(4)))
+    assert [file.name for file in tmp_path.iterdir()] == [codes.MANIFEST]
+
+
 def test_threads_share_it(tmp_path):
     """One thread may drop the shard that another has just put there."""
     write(tmp_path, plan())

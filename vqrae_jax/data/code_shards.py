@@ -1,6 +1,7 @@
 """One file of codes with labels and ids, in four formats that others read too; without JAX."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -132,13 +133,17 @@ def _write_array_record(path: pathlib.Path, columns: Columns) -> None:
     import msgpack
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
-    for index, name, label, codes in zip(
-        columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
-    ):
-        kind = {"shape": codes.shape, "dtype": codes.dtype.str}
-        writer.write(msgpack.packb({"index": index, "id": name, "label": label, "codes": codes.tobytes(), **kind}))
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        for index, name, label, codes in zip(
+            columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
+        ):
+            kind = {"shape": codes.shape, "dtype": codes.dtype.str}
+            writer.write(msgpack.packb({"index": index, "id": name, "label": label, "codes": codes.tobytes(), **kind}))
+        writer.close()
+    except RuntimeError as error:  # all that it raises, also of a full disk
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def _read_array_record(path: pathlib.Path) -> Columns:
