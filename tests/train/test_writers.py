@@ -1,9 +1,14 @@
 """What a run writes beside its checkpoints, and which run it is elsewhere."""
 
+import errno
+import os
 import sys
+import threading
 import types
 
+import numpy as np
 import pytest
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
 from vqrae_jax import storage
@@ -65,6 +70,36 @@ def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
     _, start, logged = (event_pb2.Event.FromString(records[i]) for i in range(3))
     assert (start.step, start.session_log.status) == (41, event_pb2.SessionLog.START)
     assert (logged.step, logged.summary.value[0].tag) == (41, "a")
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_hold_up_the_run(tmp_path, monkeypatch, caplog):
+    """tensorboardX's thread would be gone then, and the run wait at its queue for ever."""
+    write, full = record_writer.RecordWriter.write, [False]
+
+    def write_if_there_is_space(self, data):
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write_if_there_is_space)
+
+    def run():
+        writers = Writers(tmp_path, "run", {}, None)
+        for step in range(60):
+            full[0] = 10 <= step < 20
+            writers.scalars(step, {"a": 1.0, "b": 2.0})
+        writers.picture(60, "picture", np.zeros((8, 8, 3), np.uint8))
+        writers.close()
+
+    running = threading.Thread(target=run, daemon=True)
+    running.start()
+    running.join(20)
+    assert not running.is_alive()
+    assert caplog.text.count("No space left on device; TensorBoard gets no more of this run until it is resumed") == 1
+    assert plot.read(tmp_path)["a"][0] == list(range(60))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    records = TFRecords([Part(str(file), 0, 21)])
+    assert [event_pb2.Event.FromString(records[i]).step for i in range(1, 21, 2)] == list(range(10))
 
 
 def test_without_the_package_the_field_is_named(monkeypatch, tmp_path):
