@@ -214,6 +214,19 @@ def test_a_failed_read_is_one_error(tmp_path):
     assert "Event loop is closed" not in done.stderr
     assert "another error" in done.stderr
 
+    _, found, late = script.partition("loop = asyncio")  # and those of a save, as on a full disk
+    tree = "{'a': jax.numpy.ones(2)}"
+    saving = (
+        "import asyncio, jax\n"
+        "from vqrae_jax import checkpoint\n"
+        f"there = checkpoint.Checkpoints({str(tmp_path / 'other')!r})\n"
+        f"there.save(1, {tree}, {tree}, {{}}, {{}})\n"
+        "there.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", saving + found + late], capture_output=True, text=True, cwd=ROOT)
+    assert "Event loop is closed" not in done.stderr
+    assert "another error" in done.stderr
+
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")

@@ -82,6 +82,7 @@ class Checkpoints:
         """Starts writing step; returns once the arrays are copied, so that the next train step may donate them."""
         if step in self._manager.all_steps():
             return
+        _hush_stragglers()
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             train=ocp.args.StandardSave(train),
@@ -311,7 +312,7 @@ def _read_json(path: storage.Path, what: str) -> dict[str, Any]:
 
 @functools.cache
 def _hush_stragglers() -> None:
-    """Once a read has failed, the threads of its other arrays report to an event loop that is closed, a page each."""
+    """Once a read or a save has failed, threads of its other arrays report to an event loop that is closed: pages."""
     others = sys.unraisablehook
 
     def hook(seen: Any) -> None:
