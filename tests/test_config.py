@@ -89,6 +89,7 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
         ({"model": {"vq_decay": 1.0}}, r"model\.vq_decay=1\.0"),
         ({"model": {"noise_tau": float("inf")}}, r"model\.noise_tau=inf"),
         ({"optimizer": {"decay_end_steps": -1}}, r"optimizer\.decay_end_steps=-1"),  # it is no "until the end"
+        ({"data": {"resize": float("inf")}}, r"data\.resize=inf"),
         ({"data": {"scale": (3, 2)}}, r"scale=\(3\.0, 2\.0\)"),
         (
             {"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}},

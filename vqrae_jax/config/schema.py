@@ -141,7 +141,7 @@ class DataConfig(Section):
     # random: short side to image_size * resize, then a random square; adm: guided-diffusion's random crop
     crop: Literal["random", "center", "adm"] = "random"
     eval_crop: Literal["center", "adm"] = "center"  # adm: guided-diffusion's centre crop
-    resize: Annotated[float, Field(ge=1)] = 1.0  # short side before a random crop, relative to image_size
+    resize: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # times image_size: short side before the crop
     # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
     flip: bool = True  # mirror left-right with probability 1/2
