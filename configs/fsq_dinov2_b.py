@@ -18,10 +18,9 @@ def get_config():
     c.model.decoder_config_path = "ViT-XL"
     c.model.remat = True
     c.model.quantizer = "fsq"
-    c.model.quantizer_params.levels = (8, 8, 8, 6, 5)
+    c.model.quantizer_params.levels = (8, 8, 8, 6, 5)  # 15,360 codes
     c.model.quantizer_params.adapter = "linear"
     c.model.quantizer_params.whitening_dim = 64
-    c.model.num_embeddings = 8 * 8 * 8 * 6 * 5
     recipes.rae_stage1(c)
     recipes.half_precision(c)
     c.optimizer.clip_norm = 1.0

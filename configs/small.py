@@ -22,8 +22,7 @@ def get_config(quantizer="ema"):
     c.model.decoder_features = (-1,)
     c.model.quantizer = quantizer
     if quantizer == "fsq":
-        c.model.quantizer_params.levels = (8, 8, 5, 5)
-        c.model.num_embeddings = 8 * 8 * 5 * 5
+        c.model.quantizer_params.levels = (8, 8, 5, 5)  # 1,600 codes
     if quantizer == "ema":
         c.model.quantizer_params.codebook_dim = 32
         c.model.quantizer_params.distance = "cosine"

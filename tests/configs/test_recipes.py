@@ -7,12 +7,22 @@ import pytest
 from tests.configs.test_released import load
 from vqrae_jax.config import ConfigError, in_steps
 from vqrae_jax.pretrained.released import ARCHITECTURES
+from vqrae_jax.quantizers.factory import unread
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 IMAGENET = 1_281_167
 FULL = [("vqrae_dinov2_b", ()), ("recipe_16k", ()), ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)),
         ("fsq_dinov2_b", ()), ("small", ("ema",)), ("small", ("simvq",)), ("small", ("fsq",))]  # fmt: skip
 FAST = [("small", ("ema",))]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*FULL, ("dinov2_b", ()), ("rae_dinov2_b", ()), ("quickstart", ()), ("cpu_recipe", ("encoder",))],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else x,
+)
+def test_a_recipe_sets_nothing_that_its_quantizer_does_not_read(name, arguments):
+    assert unread(load(name, *arguments).model, 768, 16) == []
 
 
 @pytest.mark.parametrize(

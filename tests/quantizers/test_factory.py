@@ -6,7 +6,7 @@ import pytest
 
 from vqrae_jax import sharding
 from vqrae_jax.config import ModelConfig, QuantizerParams
-from vqrae_jax.quantizers.factory import QUANTIZERS, create
+from vqrae_jax.quantizers.factory import QUANTIZERS, create, unread
 
 NAMES = typing.get_args(ModelConfig.model_fields["quantizer"].annotation)
 
@@ -55,6 +55,25 @@ def test_a_gumbel_quantizer_that_is_shared_anneals_by_steps(name, given):
         return (bound.levels[0] if name == "residual" else bound.quantizer)._temperature()
 
     assert module.apply(variables, method=temperature) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "ignored"),
+    [
+        ("ema", {"distance": "cosine", "temperature": 0.5, "depth": 8}, ["quantizer_params.depth"]),
+        ("fsq", {"num_embeddings": 500, "levels": (4, 4)}, ["num_embeddings"]),
+        ("fsq", {"codebook_dim": 8}, ["quantizer_params.codebook_dim"]),
+        ("residual", {"depth": 8, "inner": "ibq", "entropy_cost": 0.2, "groups": 3}, ["quantizer_params.groups"]),
+        ("residual", {"estimator": "rotation", "legacy": False}, ["quantizer_params.legacy"]),
+        ("lfq", {"num_embeddings": 64}, []),
+        ("none", {"num_embeddings": 64, "whitening_dim": 8}, ["num_embeddings", "quantizer_params.whitening_dim"]),
+    ],
+)
+def test_what_a_quantizer_does_not_read(name, given, ignored):
+    params = {k: v for k, v in given.items() if k in QuantizerParams.model_fields}
+    beside = {k: v for k, v in given.items() if k not in params}
+    config = ModelConfig(quantizer=name, quantizer_params=QuantizerParams(**params), **beside)
+    assert unread(config, 12, 4) == ignored
 
 
 def test_defaults_are_the_origins_where_it_names_them():

@@ -171,3 +171,8 @@ def test_nothing_to_train(tiny, one_mesh):
         TokenizerTask.build(tiny(train={"trainable": ("quantizer",)}), one_mesh)
     with pytest.raises(ConfigError, match=r"leaves quantizer at random values.*train\.start_from"):
         TokenizerTask.build(tiny(train={"trainable": ("decoder",)}), one_mesh)
+
+
+def test_a_setting_that_the_quantizer_does_not_read_is_told(tiny, one_mesh, caplog):
+    TokenizerTask.build(tiny(model={"quantizer_params": {"depth": 8, "frozen": True}}), one_mesh, weights=False)
+    assert caplog.messages == ["model.quantizer_params.depth=8: quantizer='ema' does not read it"]

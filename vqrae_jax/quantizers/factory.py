@@ -1,6 +1,6 @@
 """A quantizer by its name and settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vqrae_jax.quantizers.base import MAX_CODES, Quantizer
@@ -20,6 +20,8 @@ from vqrae_jax.quantizers.whitened import Whitened
 # Settings are the model section of a config: any object with its fields.
 Settings = Any
 
+# Fields beside quantizer_params that only some quantizers read.
+TUNED = ("num_embeddings", "commitment_cost", "vq_decay", "vq_epsilon", "codebook_init", "revival_threshold")
 MADE_OF_INNER = ("residual", "product", "multiscale")  # quantizers that quantizer_params.inner is for
 
 
@@ -45,6 +47,30 @@ def create(settings: Settings, channels: int, grid: int) -> Quantizer:
     if params.whitening_dim > channels:
         raise ValueError(f"quantizer_params.whitening_dim={params.whitening_dim}: the latent has {channels} channels")
     return Whitened(_projected(settings, params.whitening_dim, grid), channels, params.whitening_dim)
+
+
+def unread(settings: Settings, channels: int, grid: int) -> list[str]:
+    """The fields that are not at their defaults, and that `create` makes the same quantizer with and without."""
+    params = settings.quantizer_params
+    reset = {name: settings.model_copy(update={name: value}) for name, value in _defaults(settings, TUNED)}
+    for name, value in _defaults(params, type(params).model_fields):
+        changed = {"quantizer_params": params.model_copy(update={name: value})}
+        reset[f"quantizer_params.{name}"] = settings.model_copy(update=changed)
+    whole = create(settings, channels, grid)
+    return [name for name, others in reset.items() if _makes(others, channels, grid, whole)]
+
+
+def _defaults(section: Settings, names: Iterable[str]) -> list[tuple[str, Any]]:
+    """Of the fields that have another value."""
+    defaults = {name: type(section).model_fields[name].default for name in names}
+    return [(name, value) for name, value in defaults.items() if getattr(section, name) != value]
+
+
+def _makes(settings: Settings, channels: int, grid: int, wanted: Quantizer) -> bool:
+    try:
+        return create(settings, channels, grid) == wanted
+    except ValueError:
+        return False
 
 
 def _projected(settings: Settings, channels: int, grid: int) -> Quantizer:

@@ -1,5 +1,6 @@
 """The one training loop: batches in, state forward, numbers and checkpoints out."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -161,12 +162,13 @@ class Run:
 
     def close(self, orderly: bool = True) -> None:
         """Unless `orderly`, the other processes may be gone, and what would wait for them is left as it is."""
-        self.writers.close()
-        self.logs.close()
-        if self.batches is not None:
-            self.batches.close()
-        if orderly or distributed.count() == 1:
-            self.checkpoints.close()
+        with contextlib.ExitStack() as closing:  # the last first, and each whatever the others raise
+            if orderly or distributed.count() == 1:
+                closing.callback(self.checkpoints.close)
+            if self.batches is not None:
+                closing.callback(self.batches.close)
+            closing.callback(self.logs.close)
+            closing.callback(self.writers.close)
 
     def _placed(self, batch: dict[str, np.ndarray], *names: str) -> dict[str, jax.Array]:
         return sharding.place_batch({n: batch[n] for n in names}, self.mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from vqrae_jax.config import Config, ConfigError, ModelConfig
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
 from vqrae_jax.inference import pictures
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.quantizers.factory import unread
 from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train import restore
@@ -23,6 +26,8 @@ from vqrae_jax.train.objective import Objective, Painted
 from vqrae_jax.train.optim import ema_decay, make_optimizer, part_rates, update_ema
 from vqrae_jax.train.state import TrainState
 from vqrae_jax.train.task import Metrics, is_sum
+
+log = logging.getLogger(__name__)
 
 PARTS = ("encoder", "quantizer", "decoder")
 
@@ -47,6 +52,7 @@ class TokenizerTask:
         """
         model = config.model if "quantizer" in config.train.trainable else _with_frozen_codes(config.model)
         built = assembly.assemble(model, weights=weights, mesh=mesh)
+        _tell_unread(config.model, built.module.encoder)
         start = restore.start_shapes(config.train, assembly.shapes(built), own) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
@@ -311,6 +317,13 @@ class TokenizerTask:
 def _with_frozen_codes(model: ModelConfig) -> ModelConfig:
     """The same model, whose codes do not move within a step either, from one scale or level to the next."""
     return model.model_copy(update={"quantizer_params": model.quantizer_params.model_copy(update={"frozen": True})})
+
+
+def _tell_unread(model: ModelConfig, encoder: Encoder) -> None:
+    for name in unread(model, encoder.channels, encoder.grid):
+        section, _, field = name.rpartition(".")
+        value = getattr(model.quantizer_params if section else model, field)
+        log.warning("model.%s=%r: quantizer=%r does not read it", name, value, model.quantizer)
 
 
 def to_float(image: jax.Array) -> jax.Array:
