@@ -95,7 +95,7 @@ def test_a_generator_learns_codes(tokenized):
 
     module = example("generate")
     model = Generator(BlocksConfig(32, 1, 2, 64), 100, 4, 3)
-    variables, losses = module.train(model, module.batches(codes.Codes(str(tokenized)), 10), 200, rate=1e-2)
+    variables, losses = module.train(model, module.batches(codes.Codes(str(tokenized)), 10), 120, rate=1e-2)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     made_up = np.asarray(module.make_up(model, variables, np.arange(3).repeat(20)))
     assert np.mean(made_up % 10 == np.arange(4)) > 0.9  # the last digit of a code is its position

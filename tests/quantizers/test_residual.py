@@ -48,7 +48,7 @@ def test_a_shared_codebook_begins_with_what_all_levels_code(z, inner):
 
     def first_error(depth):
         module = Residual((level,) * depth, 6)
-        variables = module.init(jax.random.key(0), z)
+        variables = jax.jit(module.init)(jax.random.key(0), z)
         rngs = {"codes": jax.random.key(1)}
         _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
         return module.apply({**variables, **state}, z).metrics["quantization_error"]
@@ -88,9 +88,9 @@ def test_multiscale_prefixes_decode_closer_and_bad_lengths_are_named(z):
 def test_scales_begin_with_as_many_codes_as_there_are(z, inner):
     """The coarsest scale alone has a cell per image, and codes that begin alike stay alike."""
     module = MultiScale(inner(16, z.shape[-1]), z.shape[-1], (1, 2, 4))
-    z = jnp.asarray(z[:4])
-    variables = module.init(jax.random.key(0), z)
-    _, state = module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(1)})
+    z, rngs = jnp.asarray(z[:4]), {"codes": jax.random.key(1)}
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+    _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
     codes = np.asarray(module.apply({**variables, **state}, method="codes"))
     assert len(np.unique(codes.round(4), axis=0)) == 16
 

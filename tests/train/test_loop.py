@@ -70,12 +70,6 @@ def test_a_finished_run_only_reports(tiny, straight, one_device, caplog):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_the_report_counts_the_codes_of_the_quantizer(tiny, tmp_path, one_device, capsys):
-    fsq = {"quantizer": "fsq", "quantizer_params": {"levels": (5, 5)}}
-    loop.train(tiny(model=fsq, train={"steps": 1}), tmp_path, one_device)
-    assert "of 25 codes" in capsys.readouterr().out
-
-
 def test_evaluate_mode_gives_the_figures_of_training(tiny, straight, caplog):
     workdir, figures = straight
     with caplog.at_level("INFO", "vqrae_jax"):

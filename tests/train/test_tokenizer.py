@@ -176,3 +176,11 @@ def test_nothing_to_train(tiny, one_mesh):
 def test_a_setting_that_the_quantizer_does_not_read_is_told(tiny, one_mesh, caplog):
     TokenizerTask.build(tiny(model={"quantizer_params": {"depth": 8, "frozen": True}}), one_mesh, weights=False)
     assert caplog.messages == ["model.quantizer_params.depth=8: quantizer='ema' does not read it"]
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [({}, 32), ({"quantizer": "fsq", "quantizer_params": {"levels": (5, 5)}}, 25), ({"quantizer": "none"}, None)],
+)
+def test_the_codes_that_the_report_counts(tiny, one_mesh, model, size):
+    assert TokenizerTask.build(tiny(model=model), one_mesh, weights=False).codebook_size == size
