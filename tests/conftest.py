@@ -129,6 +129,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Files that train whole runs first: begun last, one of them would keep one worker busy alone.
+    items.sort(key=lambda item: item.path.parent.name not in ("train", "tests"))
     for item in items:
         if "network" in item.keywords and not config.getoption("--network"):
             item.add_marker(pytest.mark.skip(reason="needs the model hub: pass --network"))

@@ -47,6 +47,7 @@ def test_the_command_writes_the_table(arguments, tmp_path, capsys):
     assert table[2] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_row_of_k_means_keeps_the_codes_it_is_given(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(quantizer_table, "lloyd", lambda z, size: np.zeros((size, z.shape[-1]), np.float32))
     quantizers.main([*arguments, "--steps=1", "--quantizers=k-means"])

@@ -40,7 +40,7 @@ def test_longer_prefixes_decode_closer(z):
         module.apply(variables, np.zeros((2, 4), np.int32), method="lookup")
 
 
-@pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ])
+@pytest.mark.parametrize("inner", [SimVQ, IBQ])
 def test_a_shared_codebook_begins_with_what_all_levels_code(z, inner):
     """Features have a mean, which what is left over has not."""
     z = z + 3

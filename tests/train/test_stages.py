@@ -73,6 +73,7 @@ def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
     np.testing.assert_array_equal(before.encode_to_indices(images), after.encode_to_indices(images))
 
 
+@pytest.mark.slow
 def test_frozen_codes_that_scales_share_do_not_move_within_a_step(tiny, tmp_path, one_mesh, one_device):
     """A decoder in training sees the codes that it will be given."""
     model = {"quantizer": "multiscale", "quantizer_params": {"grids": (1, 2, 4)}}
