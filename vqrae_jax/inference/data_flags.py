@@ -14,14 +14,14 @@ ARGUMENTS = {
     "data.eval_split": "--split",
 }  # fmt: skip
 
+SOURCES = get_args(DataConfig.model_fields["source"].annotation)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds --data, --source, --name and --split."""
     parser.add_argument("--data", help="images: a folder, or what data.path is in a config for another --source")
     parser.add_argument(
-        "--source",
-        default="folder",
-        help="photographs, folder, webdataset, parquet or tfds, as data.source in a config; default: folder",
+        "--source", default="folder", help=f"{', '.join(SOURCES)}, as data.source in a config; default: folder"
     )
     parser.add_argument("--name", help="what data.name is in a config")
     parser.add_argument("--split", default="train", help="of datasets that have splits; default: train")
@@ -43,9 +43,8 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
     Raises:
       ConfigError: no such source, or it lacks --data or --split.
     """
-    known = get_args(DataConfig.model_fields["source"].annotation)
-    if args.source not in known:
-        raise ConfigError(f"--source={args.source}: give one of {', '.join(known)}")
+    if args.source not in SOURCES:
+        raise ConfigError(f"--source={args.source}: give one of {', '.join(SOURCES)}")
     if args.data is None and args.source not in ("photographs", "tfds"):
         raise ConfigError(f"--data is missing: --source={args.source} needs to know where the images are")
     if not args.split:
