@@ -25,11 +25,12 @@ def test_flops_are_those_of_the_architecture():
 
 
 def test_table_json_and_roofline(tmp_path, capsys):
-    benchmark.main(["encoder", "train_step", *TINY, f"--output={tmp_path}"])
+    benchmark.main(["encoder", "train_step", *TINY, "--share", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert "| train_step |" in printed
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["stage"] for row in report["rows"]] == ["encoder", "train_step"]
+    assert [row["share"] is None for row in report["rows"]] == [True, False]
     for row in report["rows"]:
         assert row["seconds"] > 0
         np.testing.assert_allclose(row["utilization"], row["tflops"] * 1e12 / report["ceilings"]["flops"])

@@ -112,7 +112,7 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
             difference = max(_difference(mine, other.out) for other in opponents.values())
             assert difference < SAME[given.dtype], f"{name}: PyTorch differs by {difference:.1e} of the largest value"
         calls = {"ours": lambda: seconds(stage.call)} | {n: o.seconds for n, o in opponents.items()}
-        if given.share:
+        if given.share and name == "train_step":
             bare = stages.without_quantizer(stage, given)
             calls["bare"] = lambda: seconds(bare)
         times = in_turns(calls, given)
@@ -172,7 +172,7 @@ def table(rows: list[Row], ceilings: Ceilings, given: argparse.Namespace) -> str
             here = v in row.against
             cells += [f"{row.against[v] / row.seconds:.2f}" if here else ""]
             cells += [f"{row.against_memory[v] / row.memory:.1f}" if here and row.memory else ""]
-        cells += [f"{row.share:.1%}"] if given.share else []
+        cells += ["" if row.share is None else f"{row.share:.1%}"] if given.share else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

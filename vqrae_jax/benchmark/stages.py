@@ -78,8 +78,7 @@ def settings(given: argparse.Namespace) -> Config:
 
 def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
     """The stage `name` of NAMES on one device, with random weights and pictures, and what PyTorch is told of it."""
-    config = settings(given)
-    task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
+    task = _task(given)
     builders = {
         "encoder": _encoder, "codes": functools.partial(_codes, block=SEARCHES[given.search]), "decoder": _decoder,
         "quantizer": _quantizer, "train_step": _train_step,
@@ -87,7 +86,11 @@ def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
     module = task.assembly.module
     if given.matmul != "dtype":
         module = module.clone(encoder=with_matmul(module.encoder, given.matmul))
-    return builders[name](task, module), specification(name, config, task.assembly.module)
+    return builders[name](task, module), specification(name, task.config, task.assembly.module)
+
+
+def _task(given: argparse.Namespace) -> TokenizerTask:
+    return TokenizerTask.build(settings(given), sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
 
 
 def _encoder(task: TokenizerTask, module: VQRAE) -> Stage:
@@ -149,17 +152,13 @@ def _train_step(task: TokenizerTask, module: VQRAE) -> Stage:
 
 def without_quantizer(stage: Stage, given: argparse.Namespace) -> Callable[[], dict[str, jax.Array]]:
     """The training step of `stage` without its quantizer, on the same state: two may not fit into the memory."""
-    config = settings(argparse.Namespace(**vars(given) | {"quantizer": "none"}))
-    task = TokenizerTask.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]), weights=False)
-    whole = stage.call
-    bare = _compile(_step(task), whole.state.replace(batch_stats={}), *whole.rest, stateful=True).call
-    bare.state = None
+    task, whole = _task(argparse.Namespace(**vars(given) | {"quantizer": "none"})), stage.call
+    bare = _compile(_step(task), whole.state.replace(batch_stats={}), *whole.rest, stateful=True).program
 
     def call() -> dict[str, jax.Array]:
         codebook = whole.state.batch_stats
-        bare.state = whole.state.replace(batch_stats={})
-        out = bare()
-        whole.state, bare.state = bare.state.replace(batch_stats=codebook), None
+        out, state = bare(whole.state.replace(batch_stats={}), *whole.rest)
+        whole.state = state.replace(batch_stats=codebook)
         return out
 
     return call
