@@ -5,6 +5,7 @@ The released files are PyTorch's: reading them needs the torch extra.
 """
 
 from vqrae_jax import config
+from vqrae_jax.errors import ConfigError
 
 REPOSITORY = "nyu-visionx/RAE-collections"
 RELEASED = {
@@ -15,7 +16,7 @@ RELEASED = {
 
 def get_config(pixels="256"):
     if pixels not in RELEASED:
-        raise config.ConfigError(f"--config: {pixels!r} pixels; decoders were released for {' and '.join(RELEASED)}")
+        raise ConfigError(f"--config: {pixels!r} pixels; decoders were released for {' and '.join(RELEASED)}")
     decoder, statistics = RELEASED[pixels]
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"

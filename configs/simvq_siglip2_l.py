@@ -12,11 +12,12 @@ validation images, and nearly all codes in use.
 
 from vqrae_jax import config
 from vqrae_jax.config import recipes
+from vqrae_jax.errors import ConfigError
 
 
 def get_config(stage="1"):
     if stage not in ("1", "2"):
-        raise config.ConfigError(f"--config: stage {stage!r}; there are 1 and 2, as in configs/simvq_siglip2_l.py:2")
+        raise ConfigError(f"--config: stage {stage!r}; there are 1 and 2, as in configs/simvq_siglip2_l.py:2")
     c = config.defaults()
     c.model.encoder_cls = "SigLIP2wNorm"
     c.model.encoder_config_path = "google/siglip2-large-patch16-256"

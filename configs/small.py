@@ -8,13 +8,14 @@ or 4 on one H100, if the input keeps up. Aims at 20 dB PSNR and more than 80 % o
 
 from vqrae_jax import config
 from vqrae_jax.config import recipes
+from vqrae_jax.errors import ConfigError
 
 QUANTIZERS = ("ema", "simvq", "fsq")
 
 
 def get_config(quantizer="ema"):
     if quantizer not in QUANTIZERS:
-        raise config.ConfigError(f"--config: quantizer {quantizer!r}; this file has {', '.join(QUANTIZERS)}")
+        raise ConfigError(f"--config: quantizer {quantizer!r}; this file has {', '.join(QUANTIZERS)}")
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-small"

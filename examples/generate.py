@@ -78,7 +78,7 @@ def make_up(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of the tokenizer")
-    parser.add_argument("codes", help="what vqrae_jax.inference.tokenize wrote with it")
+    parser.add_argument("codes", help="what vqrae_jax.commands.tokenize wrote with it")
     parser.add_argument("output", help="the picture: one row of eight for each of the first classes, at most eight")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)

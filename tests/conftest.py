@@ -27,7 +27,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import numpy as np
 import pytest
 
-from vqrae_jax.host_memory import keep_freed_memory
+from vqrae_jax.runtime import keep_freed_memory
 
 keep_freed_memory()
 

@@ -12,47 +12,46 @@ PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
-LEAVES = {
-    "losses",
-    "data",
-    "sharding",
-    "checkpoint",
-    "resize",
-    "config",
-    "generation",
-    "compilation",
-    "distributed",
-    "storage",
-    "host_memory",
-    "tpu",
-}
-MAY_IMPORT = {room: set() for room in LEAVES} | {
+MAY_IMPORT = {
     "__init__": {"models", "inference"},  # the public names, on first use
+    "errors": set(),
+    "resize": set(),
+    "losses": set(),
+    "generation": set(),
+    "runtime": set(),
+    "storage": {"errors"},
+    "config": {"errors"},
+    "distributed": {"errors"},
+    "sharding": {"errors"},
+    "data": {"storage", "errors"},
+    "checkpoint": {"", "distributed", "storage", "errors"},
+    "quantizers": {"resize", "errors"},
     "models": {"quantizers", "resize"},
-    "quantizers": {"resize"},
-    "pretrained": {"resize", "storage"},
-    "assembly": {"models", "quantizers", "pretrained", "config", "sharding"},
-    "critics": {"assembly", "models", "pretrained", "config"},
-    "evaluation": {"assembly", "models", "pretrained", "config"},
+    "pretrained": {"resize", "storage", "errors"},
+    "build": {"models", "quantizers", "pretrained", "config", "sharding", "errors"},
+    "evaluation": {
+        "", "build", "models", "pretrained", "config", "data", "sharding", "distributed", "storage", "quantizers",
+        "errors",
+    },
     "inference": {
-        "", "assembly", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "sharding",
-        "checkpoint", "config", "compilation", "distributed", "host_memory", "resize", "storage",
-        "tpu",
+        "", "build", "models", "quantizers", "pretrained", "data", "evaluation", "sharding", "checkpoint", "config",
+        "resize", "storage", "errors",
+    },
+    "commands": {
+        "", "build", "models", "quantizers", "pretrained", "generation", "data", "evaluation", "inference", "sharding",
+        "checkpoint", "config", "distributed", "storage", "runtime", "errors",
     },
     "train": {
-        "", "distributed", "assembly", "critics", "models", "quantizers", "losses", "pretrained", "generation", "data",
-        "evaluation", "inference", "sharding", "checkpoint", "config", "compilation", "storage",
+        "", "build", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "sharding",
+        "checkpoint", "config", "distributed", "storage", "runtime", "errors",
     },
-    "data": {"storage"},
-    "checkpoint": {"", "distributed", "storage"},
-    "preflight": {"train", "pretrained", "sharding", "config", "storage"},
-    "main": {
-        "", "distributed", "train", "preflight", "config", "checkpoint", "data", "pretrained", "sharding",
-        "compilation", "host_memory", "storage", "tpu",
-    },
+    "preflight": {"train", "pretrained", "sharding", "config", "storage", "errors"},
     "benchmark": {
-        "train", "inference", "assembly", "models", "quantizers", "losses", "pretrained", "data", "evaluation",
-        "config", "compilation", "host_memory", "sharding", "preflight", "tpu",
+        "train", "inference", "build", "models", "quantizers", "losses", "pretrained", "data", "evaluation", "config",
+        "runtime", "sharding", "preflight", "errors",
+    },
+    "main": {
+        "", "train", "preflight", "config", "checkpoint", "distributed", "storage", "runtime", "errors",
     },
 }  # fmt: skip
 ONLY_IN = {

@@ -10,7 +10,8 @@ import pytest
 
 import vqrae_jax
 from vqrae_jax import checkpoint, storage
-from vqrae_jax.checkpoint import CheckpointError, Checkpoints
+from vqrae_jax.checkpoint import Checkpoints
+from vqrae_jax.errors import CheckpointError, DamagedError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -151,7 +152,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = checkpoint.find(tmp_path)
     for data in (path / "model").rglob("d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(checkpoint.DamagedError, match=rf"{path} .*(damaged|complete)"):
+    with pytest.raises(DamagedError, match=rf"{path} .*(damaged|complete)"):
         checkpoint.read_model(path, shapes(model))
     shutil.rmtree(path / "meta")
     with pytest.raises(CheckpointError, match="no readable config"):
@@ -177,7 +178,7 @@ def test_what_trains_otherwise_is_told_leaf_by_leaf(tmp_path):
     with pytest.raises(CheckpointError) as error:
         checkpoint.read(path, shapes(model), shapes({**train, "adversary": {"kernel": jnp.zeros(3)}}))
     text = str(error.value)
-    assert not isinstance(error.value, checkpoint.DamagedError)
+    assert not isinstance(error.value, DamagedError)
     assert "has this model, but other optimizers, terms or trained parts than this config" in text
     assert "missing (1): adversary/kernel" in text
     assert f"--config.train.start_from={tmp_path}," in text
@@ -196,7 +197,7 @@ def test_a_failed_read_is_one_error(tmp_path):
         "from vqrae_jax import checkpoint, storage\n"
         "try:\n"
         f"    checkpoint.saved_shapes(storage.at({str(tmp_path / 'checkpoints' / '1')!r}))\n"
-        "except checkpoint.DamagedError as error:\n"
+        "except DamagedError as error:\n"
         "    print(error)\n"
         "loop = asyncio.new_event_loop()\n"
         "loop.close()\n"

@@ -7,7 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vqrae_jax import config
-from vqrae_jax.config import Config, ConfigError, ModelConfig
+from vqrae_jax.config import Config, ModelConfig
+from vqrae_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORIGIN = {

@@ -33,7 +33,7 @@ NOT_RUN = {  # what a command begins with -> why it is not run here
     "uv pip install": "needs a package registry",
     "python -m pytest": "is what runs this",
     QUICKSTART: "tests/test_main.py runs it in a process of its own",
-    "python -m vqrae_jax.inference.demo": "serves until it is stopped; tests/inference/test_demo.py clicks on the page",
+    "python -m vqrae_jax.commands.demo": "serves until it is stopped; tests/commands/test_demo.py clicks on the page",
 }
 PLACES = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}  # of what lies at the desk
 POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs the page's commands dry"

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, storage
-from vqrae_jax.inference import plot
+from vqrae_jax.commands import plot
+from vqrae_jax.errors import CheckpointError, StorageError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained import sources
-from vqrae_jax.storage import Mirror, StorageError
+from vqrae_jax.storage import Mirror
 from vqrae_jax.train import loop
 
 
@@ -64,7 +65,7 @@ def test_fetched_files_are_copied_when_they_change(buckets):
     storage.write("gs://bucket/weights/a.npz", b"changed")
     assert (storage.fetch("gs://bucket/weights") / "a.npz").read_bytes() == b"changed"
     assert sources.fetch_file("gs://bucket/weights/b.npz", "field").read_bytes() == b"b.npz"
-    with pytest.raises(sources.PretrainedError, match="neither a file on this machine"):
+    with pytest.raises(sources.WeightsError, match="neither a file on this machine"):
         sources.fetch_file("gs://bucket/weights/absent.npz", "field")
 
 
@@ -129,7 +130,7 @@ def test_what_a_bucket_refuses_is_a_sentence(buckets):
             action()
     with pytest.raises(StorageError, match="gs:// buckets only"):
         storage.at("ftp://host/run")
-    with pytest.raises(checkpoint.CheckpointError, match="gs://bucket/absent is not a folder"):
+    with pytest.raises(CheckpointError, match="gs://bucket/absent is not a folder"):
         checkpoint.find("gs://bucket/absent")
 
 

@@ -21,20 +21,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vqrae_jax import __version__, distributed, storage
+from vqrae_jax.errors import CheckpointError, DamagedError
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 COMPLETE = "commit_success.txt"  # Orbax's mark in buckets, where nothing can be renamed at once
 SHOWN = 8  # names listed of each kind in an error
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the folder and what to do."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint has its name but not its content."""
 
 
 class Checkpoints:

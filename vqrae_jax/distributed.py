@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vqrae_jax.errors import ConfigError, DistributedError
+
 T = TypeVar("T")
 
 START_TIMEOUT = 300  # seconds until all processes are there
@@ -28,14 +30,6 @@ RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TAS
 
 _exchanges = itertools.count()
 _alone = False  # `start` has connected nothing: this process is all there is, whatever number a launcher gave it
-
-
-class DistributedError(RuntimeError):
-    """The processes of a run cannot work together; every process raises it."""
-
-
-class FlagError(DistributedError):
-    """What a process was told of the others cannot be."""
 
 
 def start(
@@ -54,22 +48,22 @@ def start(
       timeout: seconds until all must be there; after that this process says so and exits with code 1.
 
     Raises:
-      FlagError: the three do not fit together.
+      ConfigError: the three do not fit together.
       DistributedError: the port is taken.
     """
     import jax
 
     global _alone
     if processes is not None and processes < 1:
-        raise FlagError(f"--processes={processes}: there is at least 1")
+        raise ConfigError(f"--processes={processes}: there is at least 1")
     if process is not None and not 0 <= process < (processes or process + 1):
         last = f" to {processes - 1} of --processes={processes}" if processes else ""
-        raise FlagError(f"--process={process}: processes have the numbers from 0{last}")
+        raise ConfigError(f"--process={process}: processes have the numbers from 0{last}")
     if processes == 1:
         _alone = True
         return
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-        raise FlagError(f"--coordinator={coordinator!r} is no host:port of process 0, as in 10.0.0.1:1234")
+        raise ConfigError(f"--coordinator={coordinator!r} is no host:port of process 0, as in 10.0.0.1:1234")
     # JAX would abort with a stack of its own; this thread speaks first.
     timer = threading.Timer(timeout, _give_up, (timeout,))
     timer.daemon = True
@@ -79,7 +73,7 @@ def start(
     except (ValueError, TypeError) as error:
         found_nothing = (coordinator, processes, process) == (None,) * 3 and "coordinator_address" in str(error)
         if not found_nothing:
-            raise FlagError(
+            raise ConfigError(
                 f"--coordinator={coordinator} --processes={processes} --process={process}: {error} Give all three, "
                 "or none where TPU, SLURM or Open MPI say them"
             ) from None

@@ -15,11 +15,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from vqrae_jax import __version__, distributed
+from vqrae_jax import __version__, distributed, runtime
 from vqrae_jax import config as config_lib
-from vqrae_jax.compilation import enable_compilation_cache
-from vqrae_jax.host_memory import keep_freed_memory
-from vqrae_jax.tpu import leave_out_absent_tpu
+from vqrae_jax.errors import ConfigError, DistributedError, UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
@@ -53,24 +51,19 @@ ALTERNATIVES = flags.DEFINE_integer(
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise config_lib.ConfigError(
-            f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE"
-        )
+        raise ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE")
     for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
         if not flags.FLAGS[name].present:
-            raise config_lib.ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
+            raise ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
     if STEP.value is not None and MODE.value != "evaluate":
-        raise config_lib.ConfigError(
-            f"--step={STEP.value} is for --mode=evaluate; training goes on from the newest checkpoint"
-        )
+        raise ConfigError(f"--step={STEP.value} is for --mode=evaluate; training goes on from the newest checkpoint")
     profile_steps = _profile_steps()
     if MODE.value == "preflight":
         logging.getLogger("vqrae_jax").setLevel(logging.WARNING)
         sys.exit(0 if _preflight(_read_config()) else 1)
-    leave_out_absent_tpu()
+    runtime.start()
     distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
     logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
-    enable_compilation_cache()
     config = distributed.together(_read_config)
     distributed.compare({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
     from vqrae_jax.train import loop
@@ -102,7 +95,7 @@ def run() -> None:
     Exit code 2 is of flags and settings that no further attempt would mend, which launchers therefore give up on
     (launch/gke, launch/tpu/watch.sh); 1 of everything else: files, buckets, other processes, bugs.
     """
-    keep_freed_memory()
+    runtime.keep_freed_memory()
     # Orbax tells a page per checkpoint, and of what it raises a page per thread that met it; --verbosity=0 shows them.
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
@@ -111,16 +104,16 @@ def run() -> None:
         print(_interrupted(), file=sys.stderr)
         _leave(130)
     except Exception as error:
-        said_by_first = isinstance(error, distributed.DistributedError) and distributed.started()
+        said_by_first = isinstance(error, DistributedError) and distributed.started()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"error: no space left ({error}); make room, and the same command goes on", file=sys.stderr)
-        elif not isinstance(error, _input_errors()):
+        elif not isinstance(error, UserError):
             traceback.print_exc()
         elif distributed.index() == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not said_by_first:
             print(f"error (process {distributed.index()}): {error}", file=sys.stderr)
-        _leave(2 if isinstance(error, _mistakes()) or isinstance(error.__cause__, _mistakes()) else 1)
+        _leave(error.exit_code if isinstance(error, UserError) else 1)
 
 
 def _leave(code: int) -> None:
@@ -154,30 +147,8 @@ def _versions() -> dict[str, str]:
 def _profile_steps() -> range:
     first, colon, end = (PROFILE_STEPS.value or "1:1").partition(":")
     if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) <= int(end)):
-        raise config_lib.ConfigError(f"--profile_steps={PROFILE_STEPS.value!r} is no range, as in 10:13 (10, 11, 12)")
+        raise ConfigError(f"--profile_steps={PROFILE_STEPS.value!r} is no range, as in 10:13 (10, 11, 12)")
     return range(int(first), int(end))
-
-
-def _input_errors() -> tuple[type[Exception], ...]:
-    """What is wrong with input, or with where a run has got to; anything else is a bug and keeps its traceback."""
-    from vqrae_jax.checkpoint import CheckpointError
-    from vqrae_jax.data.errors import DataError
-    from vqrae_jax.preflight.chips import FitError
-    from vqrae_jax.pretrained.errors import PretrainedError
-    from vqrae_jax.storage import StorageError
-    from vqrae_jax.train.guard import DivergedError
-
-    others = (DataError, PretrainedError, CheckpointError, FitError, DivergedError, StorageError)
-    return (distributed.DistributedError, *others, *_mistakes())
-
-
-def _mistakes() -> tuple[type[Exception], ...]:
-    """What was asked for is wrong, whatever lies on disks: the same command will fail again."""
-    from vqrae_jax.data.errors import SettingError
-    from vqrae_jax.preflight.chips import TopologyError
-    from vqrae_jax.sharding import MeshError
-
-    return (config_lib.ConfigError, distributed.FlagError, SettingError, MeshError, TopologyError)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
@@ -192,11 +163,11 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        if isinstance(error.__context__, config_lib.ConfigError):
-            raise config_lib.ConfigError(f"--config: {error.__context__}") from None
-        raise config_lib.ConfigError(f"{error}; see python -m vqrae_jax.main --help") from None
+        if isinstance(error.__context__, ConfigError):
+            raise ConfigError(f"--config: {error.__context__}") from None
+        raise ConfigError(f"{error}; see python -m vqrae_jax.main --help") from None
     except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
-        raise config_lib.ConfigError(f"--config: {_said(error)}") from None
+        raise ConfigError(f"--config: {_said(error)}") from None
 
 
 def _said(error: Exception) -> str:

@@ -15,6 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqrae_jax.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 # (pattern on the parameter's path, axes of its last dimensions); the first match wins. Optimizer moments and EMA have
@@ -45,20 +47,16 @@ RULES: list[tuple[str, P]] = [
 NOT_FSDP = r"quantizer/(.*/)?(codebook|sums|counts|first|offset)$"
 
 
-class MeshError(ValueError):
-    """Devices, mesh and batch do not fit together."""
-
-
 def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:
     """A mesh of slices x data x model devices; data = -1 takes all that the others leave. One slice is no axis."""
     devices = jax.devices() if devices is None else devices
     outer = slices * model
     said = f"mesh.slices={slices} x mesh.model={model}" if slices > 1 else f"mesh.model={model}"
     if len(devices) % outer:
-        raise MeshError(f"{said} does not divide the {len(devices)} devices")
+        raise ConfigError(f"{said} does not divide the {len(devices)} devices")
     data = len(devices) // outer if data == -1 else data
     if data * outer != len(devices):
-        raise MeshError(
+        raise ConfigError(
             f"mesh.data={data} x {said} asks for {data * outer} devices, there are {len(devices)}; "
             f"mesh.data=-1 takes what is left"
         )
@@ -76,7 +74,7 @@ def _by_slice(devices: list[jax.Device], slices: int, data: int, model: int) -> 
     if found == 1:
         return np.asarray(devices).reshape(slices, data, model)
     if found != slices:
-        raise MeshError(f"mesh.slices={slices}, but these devices are {found} slices: set mesh.slices={found} or 1")
+        raise ConfigError(f"mesh.slices={slices}, but these devices are {found} slices: set mesh.slices={found} or 1")
     return mesh_utils.create_hybrid_device_mesh((1, data, model), (slices, 1, 1), devices)
 
 
@@ -96,7 +94,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices differ along "model" only hold the same part and must read the same images.
 
     Raises:
-      MeshError: the mesh cuts across processes.
+      ConfigError: the mesh cuts across processes.
     """
     rows = mesh.devices.reshape(data_ways(mesh), -1)
     owners = [frozenset(device.process_index for device in row) for row in rows]
@@ -106,7 +104,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
         shares.setdefault(owner, []).append(i)
     here = [n for n, held in enumerate(shares.values()) if mine.intersection(held)]
     if len(here) != 1 or len({len(held) for held in shares.values()}) != 1:
-        raise MeshError(
+        raise ConfigError(
             f"mesh.model={mesh.shape['model']} cuts the {mesh.size} devices across processes: take a number that "
             "divides the devices of one process, or is a multiple of them"
         )
@@ -117,7 +115,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data
     """Every device along "data" takes an equal share of every micro-batch."""
     parts = data_ways(mesh) * accumulate
     if batch_size % parts:
-        raise MeshError(
+        raise ConfigError(
             f"{field}={batch_size} is not divisible by {parts} ({data_ways(mesh)} devices along the data axis x "
             f"{accumulate} micro-batches); the nearest sizes are {batch_size // parts * parts} and "
             f"{(batch_size // parts + 1) * parts}"

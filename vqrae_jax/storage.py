@@ -16,15 +16,13 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from vqrae_jax.errors import StorageError
+
 log = logging.getLogger(__name__)
 
 Path = Any  # pathlib.Path or etils.epath.Path: what `at` gives
 
 CACHE = pathlib.Path("~/.cache/vqrae_jax/files")
-
-
-class StorageError(RuntimeError):
-    """A folder or bucket that cannot be used; the message says what to do."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:

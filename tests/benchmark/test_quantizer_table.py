@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.benchmark import quantizer_table, quantizers
-from vqrae_jax.config import ConfigError
 from vqrae_jax.data import images
+from vqrae_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize("codes", quantizer_table.LEVELS)

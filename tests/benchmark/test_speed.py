@@ -6,7 +6,7 @@ import pytest
 
 from vqrae_jax.benchmark import __main__ as benchmark
 from vqrae_jax.benchmark import speed, stages
-from vqrae_jax.benchmark.opponent import OpponentError
+from vqrae_jax.errors import UserError
 
 TINY = ["--encoder=tiny", "--decoder=ViT-Nano", "--codes=32", "--batch=2", "--rounds=1"]
 
@@ -80,7 +80,7 @@ def test_without_torch_it_says_what_is_missing(tmp_path):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")
     program.chmod(0o755)
-    with pytest.raises(OpponentError, match=r"No module named torch; --torch-python names"):
+    with pytest.raises(UserError, match=r"No module named torch; --torch-python names"):
         benchmark.main(["encoder", *TINY, "--against=pytorch", f"--torch-python={program}"])
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from tests.configs.test_released import load
-from vqrae_jax.config import ConfigError, in_steps
+from vqrae_jax.config import in_steps
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.quantizers.factory import unread
 from vqrae_jax.train.tokenizer import TokenizerTask

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax import assembly
-from vqrae_jax.config import Config, ConfigError, from_dict
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.config import Config, from_dict
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.pretrained import families, tables
 from vqrae_jax.pretrained.layout import file_shape
 from vqrae_jax.pretrained.released import ARCHITECTURES

@@ -11,7 +11,7 @@ import pytest
 from vqrae_jax import storage
 from vqrae_jax.data import codes
 from vqrae_jax.data.code_shards import SUFFIXES, Columns, read_shard
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.errors import DataError
 
 
 def plan(form="npz", **changes):

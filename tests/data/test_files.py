@@ -6,9 +6,9 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
+from vqrae_jax.errors import DataError, ImageError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import tracemalloc
 import pytest
 
 from vqrae_jax.data import images
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.folder import Folder
+from vqrae_jax.errors import DataError, ImageError
 
 
 def make(folder, *names):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import (
     adm_center_crop,
     adm_random_crop,
@@ -20,6 +19,7 @@ from vqrae_jax.data.images import (
     read_picture,
     write_image,
 )
+from vqrae_jax.errors import DataError, ImageError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.data import photographs
-from vqrae_jax.data.errors import DataError
 from vqrae_jax.data.images import center_crop
+from vqrae_jax.errors import DataError
 
 
 def test_photographs_are_large_and_in_colour_without_network(monkeypatch):

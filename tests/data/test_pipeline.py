@@ -15,10 +15,10 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import files, readable
-from vqrae_jax.data.errors import DataError
 from vqrae_jax.data.images import adm_center_crop
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Skipped
+from vqrae_jax.errors import DataError
 
 
 @pytest.fixture

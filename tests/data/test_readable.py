@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.data import readable
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
+from vqrae_jax.errors import DataError, ImageError
 
 STALE = OSError(errno.ESTALE, "Stale file handle")
 

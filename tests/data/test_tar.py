@@ -12,9 +12,9 @@ from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import sources, tar
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.pipeline import train_batches
 from vqrae_jax.data.tar import TarShards
+from vqrae_jax.errors import DataError, ImageError
 
 
 @pytest.fixture(autouse=True)

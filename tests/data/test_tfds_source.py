@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import read_image
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Replaced, Skipped, tell
 from vqrae_jax.data.tfds_source import Prepared
 from vqrae_jax.data.tfrecord import Part, TFRecords
+from vqrae_jax.errors import DataError, ImageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 KINDS = ["array_record", "tfrecord"]

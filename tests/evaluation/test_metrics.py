@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from vqrae_jax.evaluation.codebook import alarm, health
+from vqrae_jax.evaluation.codebook_health import alarm, health
 from vqrae_jax.evaluation.psnr import psnr
 
 

@@ -79,7 +79,8 @@ def test_hugging_face_datasets(tokenized, tmp_path, monkeypatch):
 def test_the_decoder_is_differentiable(tiny):
     import jax
 
-    from vqrae_jax import Tokenizer, assembly
+    from vqrae_jax import Tokenizer
+    from vqrae_jax.build import tokenizer as assembly
 
     config = tiny().model
     built = assembly.assemble(config)

@@ -1,7 +1,8 @@
 import jax
 import pytest
 
-from vqrae_jax import Tokenizer, assembly
+from vqrae_jax import Tokenizer
+from vqrae_jax.build import tokenizer as assembly
 from vqrae_jax.config import ModelConfig
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vqrae_jax import Tokenizer
+from vqrae_jax.commands import reconstruct, tokenize
 from vqrae_jax.data import codes, images
-from vqrae_jax.inference import reconstruct, tokenize
 
 BROKEN = ("bomb.png", "cut.jpg", "empty.png", "text.jpeg")
 

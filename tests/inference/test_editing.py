@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from vqrae_jax.errors import DataError
 from vqrae_jax.inference import editing
-from vqrae_jax.inference.tokenizer import TokenizerError
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_a_painted_code_is_the_middle_of_a_picture_of_it(tokenizer):
 
 
 def test_codes_without_a_place_are_refused(untrained, tokenizer):
-    with pytest.raises(TokenizerError, match="by place"):
+    with pytest.raises(DataError, match="by place"):
         editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))
-    with pytest.raises(TokenizerError, match="paints nothing"):
+    with pytest.raises(DataError, match="paints nothing"):
         editing.paint_codes(untrained(quantizer="residual"), np.zeros(1, int))
-    with pytest.raises(TokenizerError, match="one picture"):
+    with pytest.raises(DataError, match="one picture"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])

@@ -8,11 +8,9 @@ from PIL import Image
 
 from vqrae_jax import Tokenizer, sharding
 from vqrae_jax.benchmark import low_precision
-from vqrae_jax.checkpoint import CheckpointError
 from vqrae_jax.data import images as image_files
-from vqrae_jax.inference import programs
-from vqrae_jax.inference.tokenizer import TokenizerError
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.errors import CheckpointError, DataError, WeightsError
+from vqrae_jax.inference import batching as programs
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_on_a_mesh(trained, images, mesh):
     np.testing.assert_array_equal(spread.encode_to_indices(images), one.encode_to_indices(images))
     np.testing.assert_allclose(spread.reconstruct(images), one.reconstruct(images), atol=1e-5)
     assert spread.hash == one.hash
-    with pytest.raises(TokenizerError, match="batch_size=6: give a positive multiple of 4, the parts"):
+    with pytest.raises(DataError, match="batch_size=6: give a positive multiple of 4, the parts"):
         Tokenizer.load(trained, mesh=mesh, batch_size=6)
 
 
@@ -127,7 +125,7 @@ def test_pil_images_and_lists_of_any_sizes(tokenizer):
     np.testing.assert_array_equal(
         tokenizer.encode_to_indices(gray), tokenizer.encode_to_indices(arrays[0][None, ..., :1].repeat(3, -1))
     )
-    with pytest.raises(TokenizerError, match=r"images\[1\] of the list has shape \(32, 32\)"):
+    with pytest.raises(DataError, match=r"images\[1\] of the list has shape \(32, 32\)"):
         tokenizer.encode_to_indices([arrays[0], arrays[0][..., 0]])
 
 
@@ -150,7 +148,7 @@ def test_the_resizing_may_be_left_to_the_model(trained):
     tokenizer, pictures = Tokenizer.load(trained, fit="model"), np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
     direct = tokenizer.function("encode_to_indices")(tokenizer.variables, pictures.astype(np.float32))
     np.testing.assert_array_equal(tokenizer.encode_to_indices(pictures), direct)
-    with pytest.raises(TokenizerError, match="images of one size at a time"):
+    with pytest.raises(DataError, match="images of one size at a time"):
         tokenizer.encode_to_indices([pictures[0], pictures[0, 1:]])
 
 
@@ -180,7 +178,7 @@ def test_results_may_stay_on_the_device(trained, images):
     ],
 )
 def test_an_option_that_is_none_is_refused_before_anything_is_read(option, accepted):
-    with pytest.raises(TokenizerError, match=f"^{accepted}"):
+    with pytest.raises(DataError, match=f"^{accepted}"):
         Tokenizer.load("a folder that is not there", **option)
 
 
@@ -201,7 +199,7 @@ def test_pure_functions(tokenizer, images):
 
     before, slope = jax.jit(jax.value_and_grad(error))(latent)
     assert error(latent - 1e-2 * slope / jnp.linalg.norm(slope)) < before
-    with pytest.raises(TokenizerError, match="no function 'paint': there are encode, "):
+    with pytest.raises(DataError, match="no function 'paint': there are encode, "):
         tokenizer.function("paint")
 
 
@@ -233,7 +231,7 @@ def test_the_hash_is_of_the_codes_not_of_the_decoder(tokenizer):
     assert changed("decoder") == tokenizer.hash
     assert changed("encoder") != tokenizer.hash
     assert changed("codes") != tokenizer.hash
-    with pytest.raises(TokenizerError, match="has no hash: give config="):
+    with pytest.raises(DataError, match="has no hash: give config="):
         _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
 
 
@@ -241,9 +239,9 @@ def test_a_damaged_or_missing_tokenizer_is_one_sentence(tokenizer, tmp_path):
     folder = tokenizer.save_pretrained(tmp_path / "cut")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # as an interrupted download leaves it
-    with pytest.raises(PretrainedError, match=r"model\.safetensors .* is not a complete safetensors file"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors .* is not a complete safetensors file"):
         Tokenizer.load(folder)
-    with pytest.raises(PretrainedError, match=r"'nobody/nothing' could not be had from the model hub .*no path"):
+    with pytest.raises(WeightsError, match=r"'nobody/nothing' could not be had from the model hub .*no path"):
         Tokenizer.load("nobody/nothing")
     with pytest.raises(CheckpointError, match="is not a folder"):
         Tokenizer.load(tmp_path / "nowhere")
@@ -272,7 +270,7 @@ def test_push_to_hub(tokenizer, monkeypatch):
     assert seen["token"] == "t"
     assert 'Tokenizer.load("me/tokens")' in seen["card"]
     monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
-    with pytest.raises(PretrainedError, match=r"push_to_hub\('me/tokens'\) did not work \(ZeroDivisionError"):
+    with pytest.raises(WeightsError, match=r"push_to_hub\('me/tokens'\) did not work \(ZeroDivisionError"):
         tokenizer.push_to_hub("me/tokens")
 
 
@@ -303,7 +301,7 @@ def test_push_to_hub(tokenizer, monkeypatch):
     ],
 )
 def test_images_that_are_none(tokenizer, bad, message):
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(DataError, match=message):
         tokenizer.encode_to_indices(bad)
 
 
@@ -317,7 +315,7 @@ def test_images_that_are_none(tokenizer, bad, message):
     ],
 )
 def test_codes_that_are_none(tokenizer, bad, message):
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(DataError, match=message):
         tokenizer.decode_from_indices(bad)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.losses.adversarial import hinge_discriminator
 from vqrae_jax.models.discriminator import SPECTRAL, DinoDiscriminator, PatchDiscriminator, SpectralConv
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained.dino import convert_dino, read_dino
-from vqrae_jax.pretrained.errors import PretrainedError
 
 MODULES = {"0.0": "narrow/conv", "0.1": "narrow/norm", "1.fn.0": "wide/conv", "1.fn.1": "wide/norm", "2": "conv_out"}
 
@@ -168,9 +168,9 @@ def test_patches(norm):
 def test_what_is_no_dino_is_named(tmp_path, golden):
     file = tmp_path / "other.npz"
     np.savez(file, weight=np.zeros(3))
-    with pytest.raises(PretrainedError, match=r"adversary\.path='.*other\.npz' is no DINO ViT: it lacks patch_embed"):
+    with pytest.raises(WeightsError, match=r"adversary\.path='.*other\.npz' is no DINO ViT: it lacks patch_embed"):
         read_dino(str(file), "adversary.path")
-    with pytest.raises(PretrainedError, match="5 heads do not divide its width of 32"):
+    with pytest.raises(WeightsError, match="5 heads do not divide its width of 32"):
         read_dino(str(golden / "discriminator" / "dino_bn.npz"), "adversary.path", 5)
 
 

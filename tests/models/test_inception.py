@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.inception import Inception
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.inception import read_inception
 from vqrae_jax.resize import resize
 
@@ -82,7 +82,7 @@ def test_parameters_are_counted(recipe, shapes):
 
 def test_another_network_is_refused(shapes, tmp_path):
     np.savez(tmp_path / "other.npz", **{"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)})
-    with pytest.raises(PretrainedError, match=r"missing \(472\)"):
+    with pytest.raises(WeightsError, match=r"missing \(472\)"):
         read_inception(shapes, str(tmp_path / "other.npz"), "evaluation.inception_path")
-    with pytest.raises(PretrainedError, match=r"evaluation.inception_path='/absent.pth' is neither a file"):
+    with pytest.raises(WeightsError, match=r"evaluation.inception_path='/absent.pth' is neither a file"):
         read_inception(shapes, "/absent.pth", "evaluation.inception_path")

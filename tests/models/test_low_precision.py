@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.assembly import assemble
+from vqrae_jax.build.tokenizer import assemble
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.models import low_precision
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.lpips import LPIPS, unit_length
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.lpips import read_lpips
 
 SHAPES = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2)["params"]
@@ -63,7 +63,7 @@ def test_half_precision_is_near_pytorch(golden, files):
 
 
 def test_missing_files_name_the_field(files):
-    with pytest.raises(PretrainedError, match=r"loss\.perceptual\.heads='/nowhere/heads\.pth'"):
+    with pytest.raises(WeightsError, match=r"loss\.perceptual\.heads='/nowhere/heads\.pth'"):
         read_lpips(SHAPES, files[0], "/nowhere/heads.pth")
-    with pytest.raises(PretrainedError, match="conv1_1/kernel"):
+    with pytest.raises(WeightsError, match="conv1_1/kernel"):
         read_lpips(SHAPES, files[1], files[1])

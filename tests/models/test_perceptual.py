@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import critics
-from vqrae_jax.config import ConfigError, PerceptualConfig
+from vqrae_jax.build import judges as critics
+from vqrae_jax.config import PerceptualConfig
+from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
-from vqrae_jax.pretrained.errors import PretrainedError
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 
@@ -49,12 +49,12 @@ def test_distances(golden, network):
 def test_missing_weights_say_how_to_do_without(tmp_path):
     """Which file or id, which field named it, which line switches the term off."""
     off = "without this term: --config.loss.perceptual.weight=0"
-    with pytest.raises(PretrainedError, match=rf"loss\.perceptual\.trunk='{tmp_path}/vgg\.npz'.*\n{off}"):
+    with pytest.raises(WeightsError, match=rf"loss\.perceptual\.trunk='{tmp_path}/vgg\.npz'.*\n{off}"):
         critics.perceptual(PerceptualConfig(weight=1.0, trunk=f"{tmp_path}/vgg.npz"))
-    with pytest.raises(PretrainedError, match=rf"'timm/vgg16\.tv_in1k' could not be had.*\n{off}"):
+    with pytest.raises(WeightsError, match=rf"'timm/vgg16\.tv_in1k' could not be had.*\n{off}"):
         critics.perceptual(PerceptualConfig(weight=1.0))
     with pytest.raises(ConfigError, match=rf"name a ConvNeXt classifier.*\n{off}"):
         critics.perceptual(PerceptualConfig(weight=1.0, network="convnext"))
     np.savez(tmp_path / "other.npz", weight=jnp.zeros(2))
-    with pytest.raises(PretrainedError, match=rf"other\.npz' is no ConvNeXt classifier.*\n{off}"):
+    with pytest.raises(WeightsError, match=rf"other\.npz' is no ConvNeXt classifier.*\n{off}"):
         critics.perceptual(PerceptualConfig(weight=1.0, network="convnext", path=f"{tmp_path}/other.npz"))

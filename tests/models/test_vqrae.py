@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import assembly
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.inference import import_origin
 
 CASES = ["ema_vq_2d", "ema_vq_tokens", "simvq", "fsq"]
 # The origin's own float32 is 3.5e-5 off float64 where fsq's Fourier features of scale 10 have amplified it.

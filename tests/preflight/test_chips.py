@@ -1,6 +1,7 @@
 import pytest
 
-from vqrae_jax.preflight.chips import CHIPS, GPUS, SHAPES, TopologyError, parse, positions
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.preflight.chips import CHIPS, GPUS, SHAPES, parse, positions
 
 
 def test_every_topology_that_is_listed_parses():
@@ -18,7 +19,7 @@ def test_every_topology_that_is_listed_parses():
     "text", ["v5e", "v5e:3x3", "v3:4x4", "gpu:8", "gpu:7xh100", "gpu:8xh300", "cpu:0", "cpu:x", ""]
 )
 def test_one_that_does_not_exist_is_answered_with_those_that_do(text):
-    with pytest.raises(TopologyError, match=f"--topology='{text}' does not exist") as error:
+    with pytest.raises(ConfigError, match=f"--topology='{text}' does not exist") as error:
         parse(text)
     for known in ("v5e:16x16", "v5p:4x4x4", "v4:2x2x1", "v6e:8x8", "h200", "cpu:64"):
         assert known in str(error.value)

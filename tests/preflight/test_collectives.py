@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from vqrae_jax import assembly
+from vqrae_jax.build import tokenizer as assembly
 from vqrae_jax.preflight import hlo
 from vqrae_jax.preflight.chips import parse
 from vqrae_jax.preflight.programs import Plan

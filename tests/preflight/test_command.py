@@ -11,14 +11,13 @@ import sys
 import jax
 import pytest
 
-from vqrae_jax.config import ConfigError
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.preflight import command
 from vqrae_jax.preflight.alternatives import alternatives, way
 from vqrae_jax.preflight.chips import parse
 from vqrae_jax.preflight.devices import has_libtpu
 from vqrae_jax.preflight.programs import Plan, _from_error
 from vqrae_jax.preflight.report import _duration
-from vqrae_jax.sharding import MeshError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -102,7 +101,7 @@ def test_input_errors_come_before_any_compilation(tiny):
     assert done.returncode == 2  # 1 is of what does not fit
     assert "v5e:16x16" in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises(MeshError, match="does not divide"):
+    with pytest.raises(ConfigError, match="does not divide"):
         command.preflight(tiny(mesh={"model": 3}), "cpu:8")
     with pytest.raises(ConfigError, match=r"data\.image_size"):
         command.preflight(tiny(data={"image_size": 48}), "cpu:8")

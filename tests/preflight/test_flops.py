@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vqrae_jax import assembly, sharding
+from vqrae_jax import sharding
+from vqrae_jax.build import tokenizer as assembly
 from vqrae_jax.models import attention_tpu
 from vqrae_jax.models.vit import BlocksConfig, Spread, run_blocks
 from vqrae_jax.preflight import flops

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax.assembly import assemble
+from vqrae_jax.build.tokenizer import assemble
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.inference import folder
+from vqrae_jax.errors import WeightsError
+from vqrae_jax.inference import saving as folder
 from vqrae_jax.models.stacking import unstack_blocks
 from vqrae_jax.pretrained import convert
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.tables import DECODER_TABLE
 
 
@@ -78,7 +78,7 @@ def test_from_a_training_checkpoint_in_pytorchs_own_file(golden, tmp_path, whole
 
 def test_a_size_mismatch_is_told_leaf_by_leaf(golden, whole):
     """Another patch size asks for another last layer, another grid for another position table; nothing else differs."""
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(WeightsError) as caught:
         assemble(config(golden, whole, decoder_patch_size=8, encoder_input_size=70))
     message = str(caught.value)
     assert str(whole) in message
@@ -94,7 +94,7 @@ def test_a_size_mismatch_is_told_leaf_by_leaf(golden, whole):
 
 def test_an_encoder_is_no_decoder(golden):
     path = golden / "encoders" / "dinov3" / "model.safetensors"
-    with pytest.raises(PretrainedError, match="by its names it looks like Dinov3withNorm"):
+    with pytest.raises(WeightsError, match="by its names it looks like Dinov3withNorm"):
         assemble(config(golden, path))
 
 

@@ -9,11 +9,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqrae_jax import assembly
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.inference import import_origin
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, export, families, origin
-from vqrae_jax.pretrained.errors import PretrainedError
 
 ENCODERS = ["dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov3", "dinov3_gated", "siglip", "vit_mae"]
 
@@ -124,9 +124,9 @@ def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
 def test_what_has_no_name_is_not_lost_silently(golden):
     config = model(golden, "dinov3", "none")
     variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
-    with pytest.raises(PretrainedError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
+    with pytest.raises(WeightsError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
         export.origin_state_dict(variables, "MAEwNorm", "none")
-    with pytest.raises(PretrainedError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
+    with pytest.raises(WeightsError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
         export.origin_state_dict(variables, "Dinov3withNorm", "lfq")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vqrae_jax.assembly import assemble
+from vqrae_jax.build.tokenizer import assemble
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.pretrained import convert, families, sources
 

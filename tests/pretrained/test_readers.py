@@ -1,4 +1,4 @@
-"""Files as they come: damaged, hostile, or of another kind. Nothing but PretrainedError leaves the readers."""
+"""Files as they come: damaged, hostile, or of another kind. Nothing but WeightsError leaves the readers."""
 
 import io
 import json
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, families, readers, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.tables import DECODER_TABLE
 
 RNG = np.random.default_rng(0)
@@ -72,10 +72,10 @@ def test_every_format_reads_the_same(tmp_path, suffix):
 
 
 def complaint_of(read):
-    """The message of a PretrainedError, or None and what `read` returned. No other error is caught."""
+    """The message of a WeightsError, or None and what `read` returned. No other error is caught."""
     try:
         return None, read()
-    except PretrainedError as error:
+    except WeightsError as error:
         return str(error), None
 
 
@@ -141,7 +141,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, suffix, zipped):
     torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
     marker, file = tmp_path / "ran", tmp_path / f"hostile{suffix}"
     torch.save({"model": Hostile(marker)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(PretrainedError, match=r"plain tensors: it asks for \S+, which is refused.*alone") as caught:
+    with pytest.raises(WeightsError, match=r"plain tensors: it asks for \S+, which is refused.*alone") as caught:
         readers.read_tensors(file, "model.pretrained_decoder_path")
     assert "weights_only" not in str(caught.value)  # PyTorch's own advice is to run it
     assert str(file) in str(caught.value)
@@ -152,7 +152,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, suffix, zipped):
 def test_an_array_of_pickles_is_refused(tmp_path):
     marker, file = tmp_path / "ran", tmp_path / "hostile.npz"
     np.savez(file, weights=np.array([Hostile(marker)], dtype=object))
-    with pytest.raises(PretrainedError, match="plain arrays"):
+    with pytest.raises(WeightsError, match="plain arrays"):
         readers.read_tensors(file, "the field")
     assert not marker.exists()
     with zipfile.ZipFile(file) as archive, archive.open("weights.npy") as member:  # it would have run
@@ -165,7 +165,7 @@ def test_a_bare_pickle_is_refused(tmp_path):
     for suffix in (".safetensors", ".npz", ".msgpack"):
         file = tmp_path / f"hostile{suffix}"
         file.write_bytes(pickle.dumps(Hostile(marker)))
-        with pytest.raises(PretrainedError, match="hostile"):
+        with pytest.raises(WeightsError, match="hostile"):
             readers.read_tensors(file, "the field")
     assert not marker.exists()
 
@@ -174,20 +174,20 @@ def test_torch_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     file = tmp_path / "weights.pt"
     file.write_bytes(b"")
-    with pytest.raises(PretrainedError, match=r"weights\.pt.*pip install 'vqrae-jax\[torch\]'"):
+    with pytest.raises(WeightsError, match=r"weights\.pt.*pip install 'vqrae-jax\[torch\]'"):
         readers.read_tensors(file, "the field")
 
 
 def test_unknown_formats_and_absent_files(tmp_path):
-    with pytest.raises(PretrainedError, match=r"h5.*\.safetensors, \.npz, \.msgpack, \.pt"):
+    with pytest.raises(WeightsError, match=r"h5.*\.safetensors, \.npz, \.msgpack, \.pt"):
         readers.read_tensors(tmp_path / "weights.h5", "the field")
-    with pytest.raises(PretrainedError, match=r"weights\.npz.*the field.*not there"):
+    with pytest.raises(WeightsError, match=r"weights\.npz.*the field.*not there"):
         readers.read_tensors(tmp_path / "weights.npz", "the field")
 
 
 def test_every_misfit_is_listed_at_once():
     wrong = {"decoder_embed.weight": np.zeros((5, 3)), "decoder_embed.bias": np.zeros(4), "nobody.knows": np.zeros(1)}
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(WeightsError) as caught:
         convert.convert(wrong, DECODER_TABLE, TARGET, source="some file")
     message = str(caught.value)
     assert "some file" in message
@@ -198,5 +198,5 @@ def test_every_misfit_is_listed_at_once():
 
 def test_a_transposed_matrix_is_of_another_size():
     wrong = TENSORS | {"decoder_embed.weight": np.zeros((3, 4), np.float32)}
-    with pytest.raises(PretrainedError, match=r"of another size \(1\): decoder_embed\.weight"):
+    with pytest.raises(WeightsError, match=r"of another size \(1\): decoder_embed\.weight"):
         convert.convert(wrong, DECODER_TABLE, TARGET)

@@ -11,10 +11,10 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax.assembly import assemble, initial_params
+from vqrae_jax.build.tokenizer import assemble, initial_params
 from vqrae_jax.config import ModelConfig
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, families, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.sharding import make_mesh, shardings
 
 CASES = ["dinov2_with_registers", "dinov3", "siglip", "vit_mae"]
@@ -70,7 +70,7 @@ def test_sharded_files_are_one(golden, copy, case):
 def test_a_missing_shard_is_named(golden, copy):
     folder, tensors = copy("dinov3")
     (folder / write_shards(folder, tensors)[1]).unlink()
-    with pytest.raises(PretrainedError, match=r"encoder_config_path.*model-00002-of-00003\.safetensors"):
+    with pytest.raises(WeightsError, match=r"encoder_config_path.*model-00002-of-00003\.safetensors"):
         read(folder, "dinov3", golden)
 
 
@@ -150,7 +150,7 @@ def test_the_vision_tower_alone(golden, copy):
 def test_weights_of_another_family(golden, copy):
     folder, _ = copy("dinov3")
     shutil.copy(golden / "encoders" / "vit_mae" / "model.safetensors", folder / "model.safetensors")
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(WeightsError) as caught:
         read(folder, "dinov3", golden)
     message = str(caught.value)
     assert str(folder) in message
@@ -165,14 +165,14 @@ def test_weights_of_another_size(golden, copy):
     folder, tensors = copy("dinov3")
     tensors["layer.1.mlp.up_proj.weight"] = np.zeros((72, 31), np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(PretrainedError, match=r"layer\.1\.mlp\.up_proj\.weight \(\(72, 31\) in the file, \(72, 32\)"):
+    with pytest.raises(WeightsError, match=r"layer\.1\.mlp\.up_proj\.weight \(\(72, 31\) in the file, \(72, 32\)"):
         read(folder, "dinov3", golden)
 
 
 def test_a_folder_without_weights(golden, copy):
     folder, _ = copy("dinov3")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(PretrainedError, match=r"has none of model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"has none of model\.safetensors"):
         read(folder, "dinov3", golden)
 
 
@@ -187,9 +187,9 @@ def test_latent_statistics_in_either_layout(golden, tmp_path):
 
 def test_a_file_that_is_nowhere(tmp_path):
     for name in (str(tmp_path / "none.pt"), "./none.pt", "none.pt", "owner/name"):
-        with pytest.raises(PretrainedError, match=r"the field=.*neither a file .* nor one of a hub repository"):
+        with pytest.raises(WeightsError, match=r"the field=.*neither a file .* nor one of a hub repository"):
             sources.fetch_file(name, "the field")
-    with pytest.raises(PretrainedError, match=r"the field='owner/name/x\.pt' could not be had from the model hub"):
+    with pytest.raises(WeightsError, match=r"the field='owner/name/x\.pt' could not be had from the model hub"):
         sources.fetch_file("owner/name/x.pt", "the field")
 
 
@@ -215,7 +215,7 @@ def test_without_network_the_cache_is_asked_at_once(tmp_path, monkeypatch, cache
         if cached:
             assert fetch(name, "the field") == tmp_path
         else:
-            with pytest.raises(PretrainedError, match=r"ConnectionError: name not known.*no path on this machine"):
+            with pytest.raises(WeightsError, match=r"ConnectionError: name not known.*no path on this machine"):
                 fetch(name, "the field")
 
 

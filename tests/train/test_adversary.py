@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import critics, sharding
-from vqrae_jax.config import AdversaryConfig, ConfigError
+from vqrae_jax import sharding
+from vqrae_jax.build import judges as critics
+from vqrae_jax.config import AdversaryConfig
+from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.losses.adversarial import adaptive_weight
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
@@ -213,7 +214,7 @@ def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
 
 
 def test_missing_trunks_say_how_to_do_without(tiny, one_mesh, golden):
-    with pytest.raises(PretrainedError, match=r"adversary\.path='facebook/dino-vits8' could not be had.*\n.*none"):
+    with pytest.raises(WeightsError, match=r"adversary\.path='facebook/dino-vits8' could not be had.*\n.*none"):
         TokenizerTask.build(tiny(adversary={"discriminator": "dino"}), one_mesh)
     file = str(golden / "discriminator" / "dino_bn.npz")
     with pytest.raises(ConfigError, match=r"adversary\.taps=\(2, 5, 8, 11\): the trunk has blocks 0 to 3"):

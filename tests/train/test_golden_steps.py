@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import assembly, config
+from vqrae_jax import config
+from vqrae_jax.build import tokenizer as assembly
 from vqrae_jax.pretrained import convert, tables
 from vqrae_jax.train.tokenizer import TokenizerTask
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint
+from vqrae_jax.errors import CheckpointError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
 
@@ -136,7 +137,7 @@ def test_between_two_lines_of_the_log_nothing_waits_for_the_device(tiny, tmp_pat
 
 def test_another_architecture_is_refused(tiny, straight, one_device):
     workdir, _ = straight
-    with pytest.raises(checkpoint.CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
+    with pytest.raises(CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
         loop.Run(tiny(model={"num_embeddings": 16}), workdir, one_device)
 
 

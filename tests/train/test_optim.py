@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.config import Config, ConfigError, OptimizerConfig, from_dict, in_steps
+from vqrae_jax.config import Config, OptimizerConfig, from_dict, in_steps
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part_rates, update_ema
 
 CASES = [

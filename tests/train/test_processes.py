@@ -18,6 +18,7 @@ from PIL import Image
 
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.data import images, pipeline
+from vqrae_jax.errors import ConfigError, DistributedError
 from vqrae_jax.inference.location import EVALUATION_FILE
 from vqrae_jax.train import loop
 
@@ -134,9 +135,7 @@ def test_a_mistake_of_all_is_told_once_and_no_launcher_tries_again(tiny, tmp_pat
 def test_another_version_of_a_package_is_named(monkeypatch):
     said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
     monkeypatch.setattr(distributed, "exchange", lambda text: next(said))
-    with pytest.raises(
-        distributed.DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"
-    ):
+    with pytest.raises(DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"):
         distributed.compare({})
 
 
@@ -161,7 +160,7 @@ def test_a_coordinator_that_is_not_there(config, tmp_path):
 )
 def test_flags_that_do_not_fit_together(given, reason, message, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising(reason) if reason is not None else None)
-    with pytest.raises(distributed.FlagError, match=message):
+    with pytest.raises(ConfigError, match=message):
         distributed.start(**given)
 
 
@@ -288,7 +287,7 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
 UNREADABLE = """
 import jax
 from vqrae_jax import main
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import networks
 
 load = networks.load
@@ -347,7 +346,7 @@ def test_processes_that_find_other_images_are_told_apart(tiny, tmp_path):
 FAILING = """
 import jax
 from vqrae_jax import main
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.errors import DataError
 from vqrae_jax.train import loop
 
 fetch = loop.Run.next_batch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint
-from vqrae_jax.config import ConfigError
+from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train import loop, restore
@@ -76,26 +76,26 @@ def test_a_damaged_one_is_not_evaluated_nor_another_unasked(trained, tiny, tmp_p
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "checkpoints" / "2" / "model").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/2 cannot be read .*; --step=1 takes another") as no:
+    with pytest.raises(DamagedError, match=r"checkpoints/2 cannot be read .*; --step=1 takes another") as no:
         loop.evaluate(tiny(), tmp_path, one_device)
-    with pytest.raises(checkpoint.DamagedError, match=r"2 cannot be read .*checkpoints/1 can be given in its") as nor:
+    with pytest.raises(DamagedError, match=r"2 cannot be read .*checkpoints/1 can be given in its") as nor:
         Tokenizer.load(tmp_path)
     assert len(str(no.value).splitlines()) == len(str(nor.value).splitlines()) == 1
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
     assert loop.evaluate(tiny(), tmp_path, one_device, step=1)["step"] == 1
     shutil.rmtree(tmp_path / "checkpoints" / "1")
-    with pytest.raises(checkpoint.DamagedError, match="there is no other"):
+    with pytest.raises(DamagedError, match="there is no other"):
         loop.evaluate(tiny(), tmp_path, one_device)
-    with pytest.raises(checkpoint.DamagedError, match="there is no other"):
+    with pytest.raises(DamagedError, match="there is no other"):
         Tokenizer.load(tmp_path)
 
 
 def test_a_step_that_is_there_is_evaluated(trained, tiny, one_device):
     assert loop.evaluate(tiny(), trained, one_device, step=1)["step"] == 1
     assert loop.evaluate(tiny(), trained, one_device)["step"] == 2
-    with pytest.raises(checkpoint.CheckpointError, match=r"no complete checkpoint of step 7; it has \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; it has \[1, 2\]"):
         loop.evaluate(tiny(), trained, one_device, step=7)
-    with pytest.raises(checkpoint.CheckpointError, match="give the workdir of the run, and --step=1"):
+    with pytest.raises(CheckpointError, match="give the workdir of the run, and --step=1"):
         loop.evaluate(tiny(), trained / "checkpoints" / "1", one_device)
 
 
@@ -103,7 +103,7 @@ def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for step in (1, 2):
         damage(tmp_path / "checkpoints" / str(step))
-    with pytest.raises(checkpoint.CheckpointError, match=r"none of the checkpoints in .* can be read; to begin anew"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* can be read; to begin anew"):
         opened(tmp_path)
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
 
@@ -121,7 +121,7 @@ def test_when_all_are_damaged_nothing_begins_anew(trained, opened, tmp_path):
 def test_another_config_is_no_damage(trained, opened, tmp_path, changed, message):
     """The leaves that differ are named, and every checkpoint keeps its name."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(checkpoint.CheckpointError, match=message) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         opened(tmp_path, **changed)
     assert "damaged" not in str(error.value)
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1, 2]
@@ -194,7 +194,7 @@ def test_parts_renames_and_stacking(trained, opened, begin):
 
 
 def test_what_does_not_fit_is_named(trained, begin):
-    with pytest.raises(checkpoint.CheckpointError, match=r"missing \(2\): .*pred"):
+    with pytest.raises(CheckpointError, match=r"missing \(2\): .*pred"):
         begin(start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
     with pytest.raises(ConfigError, match=r"start_parts=\('decoder',\): .* has encoder, painter, quantizer, not dec"):
         begin(start_from=str(trained), start_parts=("decoder",), start_renames={"decoder": "painter"})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint
-from vqrae_jax.checkpoint import CheckpointError
+from vqrae_jax.errors import CheckpointError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
 from vqrae_jax.train.tokenizer import TokenizerTask

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax import sharding
-from vqrae_jax.config import ConfigError, ModelConfig
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.train.tokenizer import TokenizerTask, masked_counts
 
 STEPS = 3

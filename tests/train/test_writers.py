@@ -12,9 +12,9 @@ from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
 from vqrae_jax import storage
-from vqrae_jax.config import ConfigError
+from vqrae_jax.commands import plot
 from vqrae_jax.data.tfrecord import Part, TFRecords
-from vqrae_jax.inference import plot
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.train.writers import METRICS_FILE, WANDB_FILE, Writers
 
 

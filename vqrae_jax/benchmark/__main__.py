@@ -4,8 +4,7 @@ import importlib
 import sys
 import textwrap
 
-from vqrae_jax.host_memory import keep_freed_memory
-from vqrae_jax.tpu import leave_out_absent_tpu
+from vqrae_jax import runtime
 
 STAGES = "timed beside this machine's ceilings, with --against=pytorch beside PyTorch"
 BENCHMARKS = {  # name -> module and what it measures
@@ -47,8 +46,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(0)
     if not arguments or arguments[0] not in BENCHMARKS:
         raise SystemExit(usage())
-    keep_freed_memory()
-    leave_out_absent_tpu()
+    runtime.keep_freed_memory()
+    runtime.skip_absent_tpu()
     module, _ = BENCHMARKS[arguments[0]]
     rest = arguments if module == "speed" else arguments[1:]
     importlib.import_module(f"vqrae_jax.benchmark.{module}").main(rest)

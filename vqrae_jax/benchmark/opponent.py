@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax import host_memory
+from vqrae_jax import runtime
+from vqrae_jax.errors import UserError
 from vqrae_jax.pretrained import export
 
 SHOWN = 4096  # leading numbers of each result that are compared
-
-
-class OpponentError(RuntimeError):
-    """PyTorch cannot be asked; the message says why."""
 
 
 class Opponent:
@@ -30,7 +27,7 @@ class Opponent:
           specification: what `torch_stages` describes, but for what is added here.
 
         Raises:
-          OpponentError: that Python has no torch or transformers, or the stage fails there.
+          UserError: that Python has no torch or transformers, or the stage fails there.
         """
         self._folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self._folder.name)
@@ -44,7 +41,7 @@ class Opponent:
             [python, "-P", pathlib.Path(__file__).with_name("torch_stages.py"), folder / "spec.json"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             # Its threads must sleep while ours work; it keeps freed memory as we do.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **host_memory.environment()},
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **runtime.malloc_environment()},
         )  # fmt: skip
         first = self._read()
         self.version, self.device = first["torch"], first["device"]
@@ -69,7 +66,7 @@ class Opponent:
         if not line:
             self._program.wait()
             last = self._program.stderr.read().strip().splitlines()[-1:]
-            raise OpponentError(
+            raise UserError(
                 f"PyTorch did not run: {' '.join(last)}; --torch-python names a Python with torch and transformers"
             )
         return json.loads(line)

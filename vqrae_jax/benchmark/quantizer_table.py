@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vqrae_jax import assembly
-from vqrae_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, from_dict
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.config import DataConfig, ModelConfig, OptimizerConfig, from_dict
 from vqrae_jax.data import pipeline
-from vqrae_jax.evaluation import codebook
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.evaluation import codebook_health as codebook
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.losses.pixel import l2
 from vqrae_jax.models.decoder import Decoder

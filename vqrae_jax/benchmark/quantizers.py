@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.benchmark import quantizer_table
 from vqrae_jax.benchmark.ceilings import seconds
-from vqrae_jax.benchmark.opponent import Opponent, OpponentError
+from vqrae_jax.benchmark.opponent import Opponent
+from vqrae_jax.errors import UserError
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.nearest import CPU_BLOCK, nearest
 
@@ -76,7 +77,7 @@ def _step(n: int, k: int, c: int, torch_python: str) -> None:
     calls = [lambda: seconds(ours), lambda: seconds(product)]
     try:
         textbook = _textbook(torch_python, z, codebook)
-    except OpponentError as error:
+    except UserError as error:
         print(f"  the comparison is left out: {error}")
     else:
         calls.append(textbook.seconds)

@@ -17,7 +17,8 @@ import numpy as np
 
 from vqrae_jax.benchmark import stages
 from vqrae_jax.benchmark.ceilings import Ceilings, measure, seconds
-from vqrae_jax.benchmark.opponent import Opponent, OpponentError
+from vqrae_jax.benchmark.opponent import Opponent
+from vqrae_jax.errors import UserError
 from vqrae_jax.models.decoder import SIZES
 
 SAME = {"float32": 2e-4, "bfloat16": 0.05}  # relative to the largest; both sides add up in another order
@@ -97,7 +98,7 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
     """Times one stage.
 
     Raises:
-      OpponentError: PyTorch cannot be asked.
+      UserError: PyTorch cannot be asked.
       AssertionError: PyTorch computes something else; a ratio would mean nothing.
     """
     stage, told = stages.build(name, given)
@@ -105,7 +106,7 @@ def run(name: str, given: argparse.Namespace, ceilings: Ceilings) -> Row:
     opponents, difference = {}, None
     try:
         if given.against and (given.lpips or given.adversary != "none"):
-            raise OpponentError("PyTorch's train step has neither --lpips nor --adversary: leave out --against")
+            raise UserError("PyTorch's train step has neither --lpips nor --adversary: leave out --against")
         if given.against:
             for variant in ("eager", "compiled") if given.torch_compile else ("eager",):
                 opponents[variant] = Opponent(given.torch_python, stage.tensors, told, variant == "compiled")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import assembly, sharding
+from vqrae_jax import sharding
+from vqrae_jax.build import tokenizer as assembly
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.stacking import restack_blocks

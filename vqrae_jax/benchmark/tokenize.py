@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax import assembly
 from vqrae_jax.benchmark.input import write_photographs
 from vqrae_jax.benchmark.stages import DINOV2
-from vqrae_jax.config import ConfigError, ModelConfig
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.commands import tokenize
+from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import codes, ordered
 from vqrae_jax.data.readable import Skipped
-from vqrae_jax.inference import tokenize
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 BARE, READ, HOST, WHOLE = "encoder and search alone", "reading alone", "from memory", "from disk to disk"

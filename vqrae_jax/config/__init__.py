@@ -16,7 +16,6 @@ from vqrae_jax.config.schema import (
     AdamWConfig,
     AdversaryConfig,
     Config,
-    ConfigError,
     DataConfig,
     EncoderClass,
     EncoderParams,
@@ -32,12 +31,12 @@ from vqrae_jax.config.schema import (
     Section,
     TrainConfig,
 )
+from vqrae_jax.errors import ConfigError
 
 __all__ = [
     "AdamWConfig",
     "AdversaryConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "EncoderClass",
     "EncoderParams",

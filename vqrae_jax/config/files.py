@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from vqrae_jax.config.schema import ConfigError
+from vqrae_jax.errors import ConfigError
 
 
 def read_file(given: str) -> ml_collections.ConfigDict:

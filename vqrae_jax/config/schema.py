@@ -20,10 +20,6 @@ Part = Literal["encoder", "quantizer", "decoder"]
 EncoderClass = Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"]
 
 
-class ConfigError(ValueError):
-    """A config that cannot run; the message names each field, what was given and what is accepted."""
-
-
 class Section(pydantic.BaseModel):
     """A frozen group of fields that refuses names it does not know."""
 

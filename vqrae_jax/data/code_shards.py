@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.errors import DataError, StorageError
 
 Format = Literal["npz", "parquet", "webdataset", "array_record"]
 SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "webdataset": ".tar", "array_record": ".array_record"}
@@ -54,7 +54,7 @@ def read_shard(path: str | os.PathLike) -> Columns:
         raise DataError(f"{path} is no shard of codes: those end in {', '.join(SUFFIXES.values())}")
     try:
         return READ[kind](storage.fetch(path))
-    except storage.StorageError:
+    except StorageError:
         raise
     except Exception as error:  # each library has its own for a damaged file
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.data.code_shards import SUFFIXES, WRITE, Columns, Format, read_shard
-from vqrae_jax.data.errors import DataError
+from vqrae_jax.errors import DataError
 
 MANIFEST = "manifest.json"
 

@@ -5,7 +5,7 @@ import io
 import os
 import re
 
-from vqrae_jax.data.errors import DataError, ImageError, SettingError
+from vqrae_jax.errors import ConfigError, DataError, ImageError
 from vqrae_jax.storage import is_remote
 
 _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
@@ -158,9 +158,9 @@ def _system(path, field):
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         package = _PACKAGES.get(protocol, f"fsspec's package for {protocol}")
-        raise SettingError(f"{field}={path!r}: reading {protocol}:// needs {package}: pip install {package}") from error
+        raise ConfigError(f"{field}={path!r}: reading {protocol}:// needs {package}: pip install {package}") from error
     except ValueError as error:
-        raise SettingError(f"{field}={path!r}: {error}; known are gs://, s3:// and what fsspec lists") from error
+        raise ConfigError(f"{field}={path!r}: {error}; known are gs://, s3:// and what fsspec lists") from error
 
 
 def _asked(question, path, field):

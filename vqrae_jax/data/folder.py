@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import ImageError
 from vqrae_jax.data.images import image_files
+from vqrae_jax.errors import ImageError
 
 
 class Folder:

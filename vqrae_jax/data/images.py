@@ -11,7 +11,7 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.errors import DataError, ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Of pictures too, which are not read: a folder's own notes, labels and captions are left out without a word, these not.

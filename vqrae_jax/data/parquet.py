@@ -14,7 +14,7 @@ import threading
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError
+from vqrae_jax.errors import DataError, ImageError
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from vqrae_jax.data.errors import DataError
 from vqrae_jax.data.images import center_crop, read_image
+from vqrae_jax.errors import DataError
 
 # Whole photographs are kept apart: the validation ones share no pixel and no scene with the training ones. Left out:
 # the right eye of the motorcycle stereo pair (the same picture again), and microscope, retina and telescope images.

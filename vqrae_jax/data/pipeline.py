@@ -6,9 +6,9 @@ import math
 import numpy as np
 
 from vqrae_jax.data import sources
-from vqrae_jax.data.errors import DataError, SettingError
 from vqrae_jax.data.images import adm_center_crop, adm_random_crop, center_crop, flip, random_crop
 from vqrae_jax.data.readable import Masked, Replaced, Skipped, tell
+from vqrae_jax.errors import ConfigError, DataError
 
 
 def train_batches(data, *, seed: int, process_index: int = 0, process_count: int = 1, skipped: Skipped | None = None):
@@ -205,7 +205,7 @@ def _at_least(data):
 
 def _local(field, size, process_count):
     if size % process_count:
-        raise SettingError(
+        raise ConfigError(
             f"data.{field}={size} is not divisible by the {process_count} processes of this run: "
             f"take {max(1, size // process_count) * process_count}"
         )
@@ -214,7 +214,7 @@ def _local(field, size, process_count):
 
 def _check_crop(data):
     if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
-        raise SettingError(
+        raise ConfigError(
             f"data.resize={data.resize} and data.scale={tuple(data.scale)} exclude each other: scale cuts "
             "from the source pixels; leave one of them at 1"
         )

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import center_crop, read_picture
+from vqrae_jax.errors import DataError, ImageError
 
 _LONGEST_RUN = 100  # unreadable neighbours after which the data, not a file, is at fault
 _PAUSES = (0.3, 1.0, 3.0)  # seconds, before what a disk or bucket does not give is asked for again

@@ -6,7 +6,7 @@ or missing raises ImageError, one that a disk or bucket does not give OSError.
 
 import hashlib
 
-from vqrae_jax.data.errors import SettingError
+from vqrae_jax.errors import ConfigError
 
 
 def training_source(data):
@@ -25,7 +25,7 @@ def training_source(data):
 
             return Prepared(data.name, data.path, data.train_split, "data.train_split")
     if not data.path:
-        raise SettingError(f"data.path is not set: data.source={data.source!r} needs training images")
+        raise ConfigError(f"data.path is not set: data.source={data.source!r} needs training images")
     return _files(data.source, data.path, "data.path")
 
 
@@ -74,4 +74,4 @@ def _files(source, path, field):
             from vqrae_jax.data.parquet import Tables
 
             return Tables(path, field)
-    raise SettingError(f"data.source={source!r} is no source of images")
+    raise ConfigError(f"data.source={source!r} is no source of images")

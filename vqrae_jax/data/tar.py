@@ -17,8 +17,8 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError
 from vqrae_jax.data.images import SUFFIXES
+from vqrae_jax.errors import DataError, ImageError
 
 LARGEST = 2**28  # bytes of an encoded image; a larger one is not read into memory
 _LABEL = 32  # bytes of a .cls member at most

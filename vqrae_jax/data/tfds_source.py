@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import DataError, ImageError, SettingError
 from vqrae_jax.data.tfrecord import Part, TFRecords
+from vqrae_jax.errors import ConfigError, DataError, ImageError
 
 
 class Prepared:
@@ -113,7 +113,7 @@ def _is_folder(path):
 
 def _prepared_folder(path):
     if path is None:
-        raise SettingError(
+        raise ConfigError(
             "data.name and data.path are both missing: data.source='tfds' needs the name of a dataset, "
             "a prepared dataset's folder, or a name and the data_dir that holds it"
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqrae_jax.data import files
-from vqrae_jax.data.errors import ImageError
+from vqrae_jax.errors import ImageError
 
 _LENGTH = struct.Struct("<Q")
 _HEADER, _FOOTER = 12, 4  # bytes around the data

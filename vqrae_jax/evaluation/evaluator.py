@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
-from vqrae_jax.evaluation import codebook
+from vqrae_jax.evaluation import codebook_health as codebook
 from vqrae_jax.evaluation.frechet import frechet_distance
 from vqrae_jax.evaluation.inception_score import InceptionScore
 from vqrae_jax.evaluation.kernel_distance import kernel_distance

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vqrae_jax.inference.tokenizer import Tokenizer, TokenizerError
+from vqrae_jax.errors import DataError
+from vqrae_jax.inference.tokenizer import Tokenizer
 
 Region = tuple[int, int, int, int]  # top, left, bottom, right in codes, the last two not included
 
@@ -18,11 +19,11 @@ def as_grid(tokenizer: Tokenizer, codes: Int[np.ndarray, "*b"]) -> Int[np.ndarra
     """Codes of pictures by their place: [B, h, w], with a last axis for several levels or groups.
 
     Raises:
-      TokenizerError: codes of several scales have no one place.
+      DataError: codes of several scales have no one place.
     """
     side, one = tokenizer.grid, tokenizer.code_shape
     if math.prod(one) % side**2 or (len(one) == 1 and one[0] != side**2):
-        raise TokenizerError(f"codes of shape {list(one)} form no {side}x{side} grid: they cannot be edited by place")
+        raise DataError(f"codes of shape {list(one)} form no {side}x{side} grid: they cannot be edited by place")
     return codes.reshape(-1, side, side, *(one[2:] if len(one) > 2 else ()))
 
 
@@ -48,13 +49,11 @@ def blend(
       shares: weights of the second, 0 to 1; one picture's codes come back for each, those of 0 and 1 unchanged.
 
     Raises:
-      TokenizerError: the codes are of another shape than this tokenizer's.
+      DataError: the codes are of another shape than this tokenizer's.
     """
     for codes in (first, second):
         if codes.shape != tokenizer.code_shape:
-            raise TokenizerError(
-                f"codes have shape {codes.shape}; expected those of one picture {tokenizer.code_shape}"
-            )
+            raise DataError(f"codes have shape {codes.shape}; expected those of one picture {tokenizer.code_shape}")
     weights = jnp.asarray(shares, jnp.float32)
 
     def choose(module: Any, pair: jax.Array) -> jax.Array:
@@ -89,11 +88,11 @@ def paint_codes(tokenizer: Tokenizer, codes: Int[np.ndarray, " n"]) -> Float[np.
     """What each code looks like among its own: the middle patch of a picture of this code alone.
 
     Raises:
-      TokenizerError: a place has several codes, so that one alone paints nothing.
+      DataError: a place has several codes, so that one alone paints nothing.
     """
     side = tokenizer.grid
     if math.prod(tokenizer.code_shape) != side**2:
-        raise TokenizerError(f"codes of shape {list(tokenizer.code_shape)}: one alone paints nothing")
+        raise DataError(f"codes of shape {list(tokenizer.code_shape)}: one alone paints nothing")
     patch, batch, painted = tokenizer.downsampling, 64, []
     start = side // 2 * patch
     for i in range(0, len(codes), batch):

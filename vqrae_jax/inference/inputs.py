@@ -9,13 +9,10 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from vqrae_jax.data import images as image_files
+from vqrae_jax.errors import DataError
 from vqrae_jax.resize import matrix
 
 Fit = Literal["crop", "pad", "stretch", "model"]
-
-
-class TokenizerError(ValueError):
-    """What was given is no picture or no code of this tokenizer."""
 
 
 class Pictures:
@@ -28,7 +25,7 @@ class Pictures:
             numpy, JAX or PyTorch, uint8 or floats in [0, 1].
 
         Raises:
-          TokenizerError: wrong rank, channels, type or range, with what to do about it.
+          DataError: wrong rank, channels, type or range, with what to do about it.
         """
         if image_files.is_pil(images):
             images = [images]
@@ -45,13 +42,13 @@ class Pictures:
         """Of each once fitted.
 
         Raises:
-          TokenizerError: left to the model, they have to be of one size.
+          DataError: left to the model, they have to be of one size.
         """
         if fit != "model" or not len(self):
             return (size, size, 3)
         shapes = {x.shape for x in self._items}
         if len(shapes) > 1:
-            raise TokenizerError(f'fit="model" takes images of one size at a time, not {sorted(shapes)}')
+            raise DataError(f'fit="model" takes images of one size at a time, not {sorted(shapes)}')
         return shapes.pop()
 
     def batch(self, chosen: slice, size: int, fit: Fit, fill: Sequence[float]) -> Shaped[np.ndarray, "b S S 3"]:
@@ -94,23 +91,23 @@ def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
     """Images as they are if they are uint8, else as float32 in [0, 1].
 
     Raises:
-      TokenizerError: wrong rank, channels, type or range, with what to do about it.
+      DataError: wrong rank, channels, type or range, with what to do about it.
     """
     images = _array(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
-        raise TokenizerError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_remedy(images.shape)})")
+        raise DataError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_remedy(images.shape)})")
     if images.dtype == np.uint8:
         return images
     # bfloat16 is no np.floating; what converts to float without being an integer or a bool is one here.
     if images.dtype.kind not in "fV":
-        raise TokenizerError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
+        raise DataError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
     images = images.astype(np.float32)
     low, high = (images.min(), images.max()) if images.size else (0, 1)
     if not (np.isfinite(low) and np.isfinite(high)):
         broken = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
-        raise TokenizerError(f"images[{broken}] has values that are no numbers (NaN or infinity); floats are in [0, 1]")
+        raise DataError(f"images[{broken}] has values that are no numbers (NaN or infinity); floats are in [0, 1]")
     if low < 0 or high > 1:
-        raise TokenizerError(
+        raise DataError(
             f"images span [{low:.7g}, {high:.7g}]; floats are in [0, 1]: divide by 255, undo a normalization, or clip "
             "what resizing overshot, before"
         )
@@ -142,7 +139,7 @@ def _element(image: Any, index: int) -> UInt8[np.ndarray, "H W 3"] | Float[np.nd
         return image_files.from_pil(image)
     array = _array(image)
     if array.ndim != 3:
-        raise TokenizerError(
+        raise DataError(
             f"images[{index}] of the list has shape {array.shape}; expected a PIL image or an array [H, W, 3]"
         )
     return check_images(array[None])[0]
@@ -151,7 +148,7 @@ def _element(image: Any, index: int) -> UInt8[np.ndarray, "H W 3"] | Float[np.nd
 def _array(given: Any) -> np.ndarray:
     array = as_numpy(given)
     if array.dtype.kind in "OSU":
-        raise TokenizerError(
+        raise DataError(
             f"images are a {type(given).__name__}; expected an array [B, H, W, 3], a PIL image, or a list of PIL "
             "images and arrays [H, W, 3]: open files before, as by PIL.Image.open"
         )

@@ -10,16 +10,17 @@ from typing import Any
 
 import jax
 
-from vqrae_jax import assembly, checkpoint, storage
+from vqrae_jax import checkpoint, storage
 from vqrae_jax import config as config_lib
-from vqrae_jax.inference import folder as exported
-from vqrae_jax.inference.programs import placement
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.errors import DamagedError
+from vqrae_jax.evaluation.report import EVALUATION_FILE, METRICS_FILE
+from vqrae_jax.inference import saving as exported
+from vqrae_jax.inference.batching import placement
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import sources
 
 PARTS = ("encoder", "quantizer", "decoder")
-METRICS_FILE = "metrics.jsonl"  # of a run: one JSON object per line
-EVALUATION_FILE = "evaluation.json"  # of a run: what --mode=evaluate measured, and how
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
 
     Raises:
       CheckpointError: nothing complete is there.
-      PretrainedError: the folder is damaged, or the hub cannot give it.
+      WeightsError: the folder is damaged, or the hub cannot give it.
       ConfigError: a config of another version of this package.
       StorageError: the bucket may not be read.
     """
@@ -71,7 +72,7 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
 
     Raises:
       CheckpointError: it is of another architecture than its config.
-      PretrainedError: the encoder's weights cannot be had, or the folder is damaged.
+      WeightsError: the encoder's weights cannot be had, or the folder is damaged.
     """
     if found.run is None:
         return exported.read(found.path, mesh)
@@ -98,14 +99,14 @@ def _others_told(path: storage.Path) -> Iterator[None]:
     """Of a damaged checkpoint, what can be given in its place: none takes it unasked, whose codes mean other things."""
     try:
         yield
-    except checkpoint.DamagedError as error:
+    except DamagedError as error:
         others = [step for step in checkpoint.completed_steps(path.parent) if str(step) != path.name]
         there = (
             f"{path.parent}/{others[-1]} can be given in its place (there are {others})"
             if others
             else "there is no other"
         )
-        raise checkpoint.DamagedError(f"{error}; {there}") from error
+        raise DamagedError(f"{error}; {there}") from error
 
 
 def _here(path: str | os.PathLike) -> storage.Path:

@@ -15,16 +15,18 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import sharding, storage
-from vqrae_jax.inference import card, programs
-from vqrae_jax.inference import folder as exported
-from vqrae_jax.inference.inputs import Fit, Pictures, TokenizerError, as_numpy
+from vqrae_jax.errors import DataError
+from vqrae_jax.inference import batching as programs
+from vqrae_jax.inference import card
+from vqrae_jax.inference import saving as exported
+from vqrae_jax.inference.inputs import Fit, Pictures, as_numpy
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export
 from vqrae_jax.quantizers.none import NO_CODES
 
-__all__ = ["Tokenizer", "TokenizerError"]
+__all__ = ["DataError", "Tokenizer"]
 
 Output = Literal["numpy", "jax"]
 Matmul = Literal["dtype", "int8", "fp8"]
@@ -87,7 +89,7 @@ class Tokenizer:
             has such units, and some codes become others (`python -m vqrae_jax.benchmark low_precision` counts them).
 
         Raises:
-          TokenizerError: an option is none of these.
+          DataError: an option is none of these.
         """
         _check_options(mesh, batch_size, memory_limit, fit, output, encoder_matmul)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
@@ -107,9 +109,9 @@ class Tokenizer:
         constructor: mesh, batch_size, memory_limit, fit, output, encoder_matmul.
 
         Raises:
-          TokenizerError: an option that is none; nothing is read then.
+          DataError: an option that is none; nothing is read then.
           CheckpointError: nothing complete is there, or it is of another architecture than its config.
-          PretrainedError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
+          WeightsError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
         """
         _check_options(**options)
         found = locate(path, step)
@@ -132,7 +134,7 @@ class Tokenizer:
     def codebook_size(self) -> int:
         """K, the number of codes; of several levels or groups, of each."""
         if not self.has_codes:
-            raise TokenizerError(NO_CODES)
+            raise DataError(NO_CODES)
         return self._quantized.metrics["counts"].shape[-1]
 
     @property
@@ -144,7 +146,7 @@ class Tokenizer:
     def code_shape(self) -> tuple[int, ...]:
         """Shape of the codes of one picture."""
         if not self.has_codes:
-            raise TokenizerError(NO_CODES)
+            raise DataError(NO_CODES)
         return self._quantized.indices.shape[1:]
 
     @property
@@ -174,7 +176,7 @@ class Tokenizer:
         Tokenizers that differ in the decoder alone have the same: they paint the same codes, each in its way.
         """
         if self.config is None:
-            raise TokenizerError("a tokenizer without its config has no hash: give config=, or load it from its folder")
+            raise DataError("a tokenizer without its config has no hash: give config=, or load it from its folder")
         values = self.config.model_dump(mode="json")
         meaning = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in MEANING}
         trees = {
@@ -196,7 +198,7 @@ class Tokenizer:
         latents = as_numpy(latents).astype(np.float32)
         shape = jax.eval_shape(self.function("encode"), self.variables, self._image_shape(1)).shape
         if latents.shape[1:] != shape[1:]:
-            raise TokenizerError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape[1:]))}]")
+            raise DataError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape[1:]))}]")
         return self._rows("decode", latents)
 
     def encode_to_indices(self, images: Any) -> Int[Array, "B h w"]:
@@ -228,7 +230,7 @@ class Tokenizer:
           method: encode, encode_to_indices, lookup, decode or decode_from_indices.
         """
         if method not in METHODS:
-            raise TokenizerError(f"no function {method!r}: there are {', '.join(METHODS)}")
+            raise DataError(f"no function {method!r}: there are {', '.join(METHODS)}")
         return functools.partial(programs.apply, self.module, method)
 
     def stream(
@@ -251,10 +253,10 @@ class Tokenizer:
           name: what the card tells to load; None: the folder.
 
         Raises:
-          TokenizerError: the tokenizer was built without its config.
+          DataError: the tokenizer was built without its config.
         """
         if self.config is None:
-            raise TokenizerError("a tokenizer without its config cannot be saved: give config=, or load it")
+            raise DataError("a tokenizer without its config cannot be saved: give config=, or load it")
         target, shown = storage.at(folder), None if images is None else Pictures(images)
         with storage.staged(target) as place:
             exported.write(place, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
@@ -265,7 +267,7 @@ class Tokenizer:
         """Saves it to a repository of the model hub, made where it is missing; returns its address.
 
         Raises:
-          PretrainedError: no network, no right to write, or no login.
+          WeightsError: no network, no right to write, or no login.
         """
         return export.push(lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token)
 
@@ -296,11 +298,11 @@ class Tokenizer:
     def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
         indices, shape = as_numpy(indices), self.code_shape
         if not np.issubdtype(indices.dtype, np.integer):
-            raise TokenizerError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
+            raise DataError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
         if indices.shape[1:] != shape and not self._is_prefix(indices.shape[1:], shape):
-            raise TokenizerError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
+            raise DataError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
         if indices.size and not 0 <= indices.min() <= indices.max() < self.codebook_size:
-            raise TokenizerError(
+            raise DataError(
                 f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
             )
         return indices.astype(np.int32)
@@ -318,15 +320,13 @@ def _check_options(
     words = {"fit": (fit, Fit), "output": (output, Output), "encoder_matmul": (encoder_matmul, Matmul)}
     for name, (word, kind) in words.items():
         if word not in get_args(kind):
-            raise TokenizerError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")
+            raise DataError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-        raise TokenizerError(f"mesh={mesh!r}: give a jax.sharding.Mesh, as vqrae_jax.sharding.make_mesh() makes it")
+        raise DataError(f"mesh={mesh!r}: give a jax.sharding.Mesh, as vqrae_jax.sharding.make_mesh() makes it")
     multiple = sharding.data_ways(mesh) if mesh else 1
     if batch_size is not None and not (
         isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % multiple == 0
     ):
-        raise TokenizerError(
-            f"batch_size={batch_size!r}: give a positive multiple of {multiple}, the parts of every batch"
-        )
+        raise DataError(f"batch_size={batch_size!r}: give a positive multiple of {multiple}, the parts of every batch")
     if memory_limit is not None and not (isinstance(memory_limit, numbers.Real) and memory_limit > 0):
-        raise TokenizerError(f"memory_limit={memory_limit!r}: give a number of bytes, as 8 * 1024**3")
+        raise DataError(f"memory_limit={memory_limit!r}: give a number of bytes, as 8 * 1024**3")

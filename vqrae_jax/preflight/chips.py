@@ -10,15 +10,9 @@ import math
 import os
 import re
 
+from vqrae_jax.errors import ConfigError
+
 GIB = 2**30
-
-
-class TopologyError(ValueError):
-    """A topology that does not exist, or that cannot be compiled for here."""
-
-
-class FitError(RuntimeError):
-    """A program that does not fit into a chip, by nobody knows how much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +103,7 @@ def parse(text: str) -> Topology:
     """ "v5e:16x16", "gpu:8xh200" or "cpu:8".
 
     Raises:
-      TopologyError: lists what exists.
+      ConfigError: lists what exists.
     """
     kind, _, rest = text.partition(":")
     if kind in SHAPES and rest in SHAPES[kind]:
@@ -119,7 +113,7 @@ def parse(text: str) -> Topology:
         return Topology(text, "gpu", gpus[2], (int(gpus[1]),))
     if kind == "cpu" and rest.isdigit() and 1 <= int(rest) <= 64:
         return Topology(text, "cpu", "cpu", (int(rest),))
-    raise TopologyError(f"--topology={text!r} does not exist; these do:\n{known()}")
+    raise ConfigError(f"--topology={text!r} does not exist; these do:\n{known()}")
 
 
 def known() -> str:

@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 from vqrae_jax.config import Config
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.preflight.alternatives import alternatives, way
 from vqrae_jax.preflight.chips import parse
 from vqrae_jax.preflight.devices import abstract_devices
 from vqrae_jax.preflight.programs import Cost, Plan
 from vqrae_jax.preflight.report import Report
-from vqrae_jax.sharding import MeshError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def preflight(
       json_path: also written there.
 
     Raises:
-      TopologyError, MeshError, ConfigError: before anything is compiled.
+      ConfigError, ConfigError: before anything is compiled.
     """
     target = parse(topology)
     devices = abstract_devices(target)
@@ -63,7 +63,7 @@ def _plans(plan: Plan, fits: bool, devices: list[Any]) -> list[Plan]:
     for config in alternatives(plan.config, fits, plan.topology.platform):
         try:
             found.append(Plan.make(config, plan.topology, devices))
-        except MeshError:  # that many devices or images cannot be split so
+        except ConfigError:  # that many devices or images cannot be split so
             continue
     return found
 

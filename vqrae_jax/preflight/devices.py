@@ -8,7 +8,8 @@ import pathlib
 import jax
 from jax.experimental import topologies
 
-from vqrae_jax.preflight.chips import Topology, TopologyError
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.preflight.chips import Topology
 
 # libtpu asks a metadata server, a lock file and the log where it is; none of them matters for compiling.
 LIBTPU = {
@@ -28,7 +29,7 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
     Call it before anything else uses jax in this process: it keeps jax off whatever accelerators there are.
 
     Raises:
-      TopologyError: libtpu is not installed, or jax runs already with fewer CPU devices.
+      ConfigError: libtpu is not installed, or jax runs already with fewer CPU devices.
     """
     jax.config.update("jax_platforms", "cpu")
     return _tpu(topology) if topology.platform == "tpu" else _cpu(topology.size)
@@ -36,7 +37,7 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
 
 def _tpu(topology: Topology) -> list[jax.Device]:
     if not has_libtpu():
-        raise TopologyError(
+        raise ConfigError(
             f"--topology={topology.text} is compiled by libtpu, which is not installed: pip install libtpu, or set "
             f"TPU_LIBRARY_PATH to libtpu.so; it needs no TPU"
         )
@@ -56,5 +57,5 @@ def _cpu(count: int) -> list[jax.Device]:
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise TopologyError(f"{count} CPU devices are wanted and jax started with {len(devices)} in this process")
+        raise ConfigError(f"{count} CPU devices are wanted and jax started with {len(devices)} in this process")
     return devices[:count]

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from vqrae_jax import sharding
 from vqrae_jax.config import Config, LossConfig, ModelConfig
+from vqrae_jax.errors import UserError
 from vqrae_jax.preflight import flops, hlo, padding, roofline, scaling
-from vqrae_jax.preflight.chips import FitError, Topology, positions
+from vqrae_jax.preflight.chips import Topology, positions
 from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.task import step_program
 from vqrae_jax.train.tokenizer import PARTS, TokenizerTask, to_float
@@ -224,7 +225,7 @@ def _from_error(message: str, arguments: float) -> Memory | None:
         return None
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     if found is None:
-        raise FitError(f"the program does not fit, and the compiler does not say by how much: {message[:300]}")
+        raise UserError(f"the program does not fit, and the compiler does not say by how much: {message[:300]}")
     size = float(found[1] or found[3]) * 1024 ** ("KMGT".index(found[2] or found[4]) + 1)
     return Memory(arguments, size if found[1] else size - arguments)
 

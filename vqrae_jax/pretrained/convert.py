@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import families, tables
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.layout import from_file
 from vqrae_jax.pretrained.tables import Table
 
@@ -37,7 +37,7 @@ def convert(
       The tree, float32 numpy arrays.
 
     Raises:
-      PretrainedError: names everything that is missing, unexpected or of another size, all at once.
+      WeightsError: names everything that is missing, unexpected or of another size, all at once.
     """
     want = flatten_dict(target, sep="/")
     got: dict[str, np.ndarray] = {}
@@ -57,7 +57,7 @@ def convert(
     missing = [p for p in want if p not in got and p not in misfit]
     if unexpected or missing or misfit:
         report = _report(source, missing, unexpected, list(misfit.values()))
-        raise PretrainedError(report + _hint(tensors, table))
+        raise WeightsError(report + _hint(tensors, table))
     return unflatten_dict(got, sep="/")
 
 

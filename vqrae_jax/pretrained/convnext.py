@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.tables import Row, Table, dense, norm
 
 STAGES = 4
@@ -39,14 +39,14 @@ def read_convnext(name: str, field: str) -> tuple[dict[str, Any], Mapping[str, n
     """The fields of models.convnext.ConvNeXtConfig that describe the file's network, and its tensors.
 
     Raises:
-      PretrainedError: nothing is there, or no ConvNeXt with a classifier.
+      WeightsError: nothing is there, or no ConvNeXt with a classifier.
     """
     read = sources.read_named(name, field)
     tensors = {n.removeprefix("convnext."): read[n] for n in read}
     blocks = [re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.", n) for n in tensors]
     depths = [1 + max((int(m[2]) for m in blocks if m and int(m[1]) == i), default=-1) for i in range(STAGES)]
     if 0 in depths or "classifier.bias" not in tensors:
-        raise PretrainedError(f"{field}={name!r} is no ConvNeXt classifier under the names of transformers")
+        raise WeightsError(f"{field}={name!r} is no ConvNeXt classifier under the names of transformers")
     widths = [len(tensors[f"encoder.stages.{i}.layers.0.dwconv.bias"]) for i in range(STAGES)]
     return {"depths": tuple(depths), "widths": tuple(widths), "classes": len(tensors["classifier.bias"])}, tensors
 

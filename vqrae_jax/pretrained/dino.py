@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, sources
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.tables import Row, Table, dense, norm
 
 HEAD_WIDTH = 64  # of every DINO that was released
@@ -50,7 +50,7 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
       heads: of attention; None: as many as give each 64 channels.
 
     Raises:
-      PretrainedError: nothing is there, or no DINO.
+      WeightsError: nothing is there, or no DINO.
     """
     tensors = sources.read_named(name, field)
     for key in ("teacher", "student", "model", "state_dict"):  # training checkpoints hold it beside other things
@@ -61,7 +61,7 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
     def shape(*names: str) -> tuple[int, ...]:
         found = next((n for n in names if n in tensors), None)
         if found is None:
-            raise PretrainedError(f"{field}={name!r} is no DINO ViT: it lacks {' or '.join(names)}")
+            raise WeightsError(f"{field}={name!r} is no DINO ViT: it lacks {' or '.join(names)}")
         return np.shape(tensors[found])
 
     width, _, patch, _ = shape("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
@@ -70,7 +70,7 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
     numbers = {int(m[1]) for n in tensors if (m := re.match(r"(?:blocks|encoder\.layer)\.(\d+)\.", n))}
     heads = heads or max(1, width // HEAD_WIDTH)
     if width % heads:
-        raise PretrainedError(f"{field}={name!r}: {heads} heads do not divide its width of {width}")
+        raise WeightsError(f"{field}={name!r}: {heads} heads do not divide its width of {width}")
     blocks = {"width": width, "depth": max(numbers) + 1, "heads": heads, "mlp": mlp, "act": "gelu_tanh"}
     return {"blocks": blocks, "patch": patch, "grid": math.isqrt(tokens - 1)}, tensors
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vqrae_jax import storage
+from vqrae_jax.errors import WeightsError, first_line
 from vqrae_jax.pretrained import origin
-from vqrae_jax.pretrained.errors import PretrainedError, first_line
 from vqrae_jax.pretrained.layout import to_file
 from vqrae_jax.pretrained.tables import Row, Table, paths, spell
 
@@ -32,7 +32,7 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
         in circulation have the names of 4.
 
     Raises:
-      PretrainedError: the table has no name for some of the tree.
+      WeightsError: the table has no name for some of the tree.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
     depth = {prefix: 1 + max(blocks) for prefix, blocks in _blocks(flat).items()}
@@ -52,7 +52,7 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
             elif row.filler:
                 state[name] = _fill(row, flat)
     if lost := sorted(set(flat) - written):
-        raise PretrainedError(f"these parameters have no name in a PyTorch checkpoint of this kind: {', '.join(lost)}")
+        raise WeightsError(f"these parameters have no name in a PyTorch checkpoint of this kind: {', '.join(lost)}")
     return state
 
 
@@ -93,7 +93,7 @@ def write_torch(tree: Any, path: pathlib.Path) -> None:
     try:
         import torch
     except ImportError:
-        raise PretrainedError(f"writing {path} needs PyTorch: pip install 'vqrae-jax[torch]'") from None
+        raise WeightsError(f"writing {path} needs PyTorch: pip install 'vqrae-jax[torch]'") from None
     tensors: dict[int, Any] = {}  # an array that occurs twice is written once
 
     def to_torch(value: Any) -> Any:
@@ -127,7 +127,7 @@ def push(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, toke
     """Uploads the folder that `write` fills to a model repository of the hub; returns its address.
 
     Raises:
-      PretrainedError: no network, no right to write, or no login.
+      WeightsError: no network, no right to write, or no login.
     """
     import huggingface_hub
 
@@ -138,7 +138,7 @@ def push(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, toke
             address = hub.create_repo(repo_id, private=private, exist_ok=True)
             hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A vqrae_jax tokenizer")
         except Exception as error:  # the hub client has many: no network, not logged in, no such owner
-            raise PretrainedError(
+            raise WeightsError(
                 f"push_to_hub({repo_id!r}) did not work ({type(error).__name__}: {first_line(error)}); log in with "
                 f"`hf auth login`, or save_pretrained to a folder and upload that"
             ) from error

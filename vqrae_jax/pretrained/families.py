@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vqrae_jax.pretrained.errors import PretrainedError
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, find, norm
 
 
@@ -38,7 +38,7 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
 def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
     """DINOv3ViTModel; its image_size has no meaning, since positions are rotations."""
     if not (config["mlp_bias"] and config["proj_bias"]):
-        raise PretrainedError("a DINOv3 encoder without mlp_bias or proj_bias is not supported")
+        raise WeightsError("a DINOv3 encoder without mlp_bias or proj_bias is not supported")
     unbiased = tuple(name for name in ("query", "key", "value") if not config[f"{name}_bias"])
     return {
         "blocks": {
@@ -66,7 +66,7 @@ def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
     """The encoder of ViTMAEForPreTraining, which here sees every patch."""
     if not config["qkv_bias"]:
-        raise PretrainedError("a MAE encoder without qkv_bias is not supported")
+        raise WeightsError("a MAE encoder without qkv_bias is not supported")
     blocks = {**_blocks(config), "mlp": config["intermediate_size"], "act": activation(config)}
     return {"blocks": blocks, **_grid(config)}
 
@@ -75,7 +75,7 @@ def activation(config: dict[str, Any]) -> str:
     """Our name of `hidden_act`."""
     names = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
     if config["hidden_act"] not in names:
-        raise PretrainedError(f"hidden_act={config['hidden_act']!r} is not supported; known: {', '.join(names)}")
+        raise WeightsError(f"hidden_act={config['hidden_act']!r} is not supported; known: {', '.join(names)}")
     return names[config["hidden_act"]]
 
 
@@ -196,7 +196,7 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
     """`family.describe` with the numbers checked.
 
     Raises:
-      PretrainedError: config.json lacks a field or gives a network that cannot be.
+      WeightsError: config.json lacks a field or gives a network that cannot be.
     """
     try:
         fields = family.describe(config)
@@ -213,11 +213,11 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
             raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
         if fields.get("pos") != "rope" and fields["grid"] < 1:
             raise ValueError(f"image_size={config.get('image_size')} holds no patch")
-    except PretrainedError as error:
-        raise PretrainedError(f"{source}: {error}") from None
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise PretrainedError(f"the config.json of {source} describes no encoder of this kind ({reason})") from error
+        raise WeightsError(f"the config.json of {source} describes no encoder of this kind ({reason})") from error
     return fields
 
 

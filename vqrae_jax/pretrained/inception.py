@@ -56,6 +56,6 @@ def read_inception(target: Mapping[str, Any], path: str, field: str) -> dict[str
       field: the config field that names it, for messages.
 
     Raises:
-      PretrainedError: the file is not there, is damaged, or is of another network.
+      WeightsError: the file is not there, is damaged, or is of another network.
     """
     return convert.convert(sources.read_state_dict(path, field), INCEPTION_TABLE, target, source=path)

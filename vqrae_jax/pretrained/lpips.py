@@ -38,7 +38,7 @@ def read_lpips(
       field: the config section that names them, as `{field}.trunk` and `{field}.heads`, for messages.
 
     Raises:
-      PretrainedError: a file is not there, is damaged, or is of another network.
+      WeightsError: a file is not there, is damaged, or is of another network.
     """
     at_trunk, at_heads = sources.read_named(trunk, f"{field}.trunk"), sources.read_named(heads, f"{field}.heads")
     want = {name: tree for name, tree in target.items() if name != "trunk"}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained.convert import convert
-from vqrae_jax.pretrained.errors import PretrainedError
 from vqrae_jax.pretrained.families import FAMILIES
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, nested, norm
 
@@ -72,10 +72,10 @@ def table(encoder_cls: str, quantizer: str) -> Table:
     """The names of a whole RAE or VQRAE of the origin, onto paths of `variables`.
 
     Raises:
-      PretrainedError: the origin has no such quantizer.
+      WeightsError: the origin has no such quantizer.
     """
     if quantizer not in QUANTIZER_TABLES:
-        raise PretrainedError(
+        raise WeightsError(
             f"model.quantizer={quantizer!r} is not one that the PyTorch VQRAE has; it has {', '.join(QUANTIZER_TABLES)}"
         )
     family = FAMILIES[encoder_cls]
@@ -104,13 +104,13 @@ def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[
     With "ema", the codebook and its statistics come from "model".
 
     Raises:
-      PretrainedError: `weights` is not in it, or it holds something else than tensors.
+      WeightsError: `weights` is not in it, or it holds something else than tensors.
     """
     parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
     chosen = checkpoint
     if parts:
         if weights not in parts:
-            raise PretrainedError(f"{source} has no {weights!r} weights; it has {parts[0]}: --weights={parts[0]}")
+            raise WeightsError(f"{source} has no {weights!r} weights; it has {parts[0]}: --weights={parts[0]}")
         chosen = dict(checkpoint[weights])
         if weights == "ema" and "model" in parts:
             live = {n: v for n, v in checkpoint["model"].items() if _unwrapped(n) in BUFFERS}
@@ -121,7 +121,7 @@ def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[
     tensors = {_unwrapped(name): value for name, value in chosen.items()} if wrapped else chosen
     bad = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
     if bad:
-        raise PretrainedError(f"{source} is a dict of dicts ({', '.join(bad[:8])}), expected tensors by name")
+        raise WeightsError(f"{source} is a dict of dicts ({', '.join(bad[:8])}), expected tensors by name")
     return tensors
 
 
@@ -137,7 +137,7 @@ def convert_checkpoint(
       source: what the tensors come from, for messages.
 
     Raises:
-      PretrainedError: lists all that is missing, unexpected or of another size.
+      WeightsError: lists all that is missing, unexpected or of another size.
     """
     known = {path: shape for path, shape in flatten_dict(target, sep="/").items() if path not in STATE}
     wanted = {path: leaf for path, leaf in known.items() if not path.startswith("batch_stats/latent/")}

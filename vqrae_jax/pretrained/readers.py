@@ -1,4 +1,4 @@
-"""One file -> its tensors under PyTorch's names. Whatever is wrong with it becomes a PretrainedError naming it."""
+"""One file -> its tensors under PyTorch's names. Whatever is wrong with it becomes a WeightsError naming it."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.pretrained.errors import PretrainedError, first_line
+from vqrae_jax.errors import WeightsError, first_line
 
 Tensors = Mapping[str, np.ndarray]
 SUFFIXES = ".safetensors, .npz, .msgpack, .pt, .pth, .bin"
@@ -25,14 +25,14 @@ def read_tensors(file: pathlib.Path, field: str) -> Mapping[str, Any]:
       field: the config field or flag that named it, for messages.
 
     Raises:
-      PretrainedError: missing, damaged, of another format, or a pickle that would run code.
+      WeightsError: missing, damaged, of another format, or a pickle that would run code.
     """
     readers = {".safetensors": _one_safetensors, ".npz": _read_npz, ".msgpack": _read_msgpack}
     readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
     if file.suffix not in readers:
-        raise PretrainedError(f"{file} ({field}): weights are read from {SUFFIXES}, not from {file.suffix or 'this'!r}")
+        raise WeightsError(f"{file} ({field}): weights are read from {SUFFIXES}, not from {file.suffix or 'this'!r}")
     if not file.is_file():
-        raise PretrainedError(f"{file} ({field}) is not there")
+        raise WeightsError(f"{file} ({field}) is not there")
     return readers[file.suffix](file, field)
 
 
@@ -96,7 +96,7 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise PretrainedError(
+        raise WeightsError(
             f"{file} ({field}) is a PyTorch file: reading it needs PyTorch; pip install 'vqrae-jax[torch]'"
         ) from None
 
@@ -118,13 +118,13 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
         except pickle.UnpicklingError as error:  # of which torch would say how to run the code all the same
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             if not wanted:
-                raise PretrainedError(f"{file} ({field}) is damaged, or not a PyTorch file of plain tensors") from error
-            raise PretrainedError(
+                raise WeightsError(f"{file} ({field}) is damaged, or not a PyTorch file of plain tensors") from error
+            raise WeightsError(
                 f"{file} ({field}) holds more than plain tensors: it asks for {wanted[1]}, which is refused, as it "
                 "could run code; if you trust the file, save its tensors alone by PyTorch"
             ) from error
     if not isinstance(loaded, dict):
-        raise PretrainedError(f"{file} ({field}) holds a {type(loaded).__name__}, expected a dict of tensors")
+        raise WeightsError(f"{file} ({field}) holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
 
 
@@ -133,11 +133,11 @@ def read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
     try:
         loaded = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise PretrainedError(f"{file} is missing; {field} must be a folder (or hub id) that has it") from None
+        raise WeightsError(f"{file} is missing; {field} must be a folder (or hub id) that has it") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"{file} ({field}) is not JSON: {error}") from None
+        raise WeightsError(f"{file} ({field}) is not JSON: {error}") from None
     if not isinstance(loaded, dict):
-        raise PretrainedError(f"{file} ({field}) holds a JSON {type(loaded).__name__}, expected an object")
+        raise WeightsError(f"{file} ({field}) holds a JSON {type(loaded).__name__}, expected an object")
     return loaded
 
 
@@ -146,8 +146,8 @@ def _guarded(file: pathlib.Path, field: str, kind: str) -> Iterator[None]:
     """Damaged files make their readers fail in every way there is: bad headers, sizes, names, text, compression."""
     try:
         yield
-    except PretrainedError:
+    except WeightsError:
         raise
     except Exception as error:
         reason = first_line(error)
-        raise PretrainedError(f"{file} ({field}) is not {kind} ({type(error).__name__}: {reason})") from error
+        raise WeightsError(f"{file} ({field}) is not {kind} ({type(error).__name__}: {reason})") from error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.pretrained.errors import PretrainedError, first_line
+from vqrae_jax.errors import WeightsError, first_line
 from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors
 
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
@@ -29,7 +29,7 @@ def fetch(name: str, field: str) -> pathlib.Path:
     if local.is_dir():
         return local
     if storage.is_remote(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise PretrainedError(
+        raise WeightsError(
             f"{field}={name!r} is neither a folder, on this machine or in a bucket, nor a hub id (owner/name)"
         )
 
@@ -58,7 +58,7 @@ def fetch_file(name: str, field: str) -> pathlib.Path:
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
     if storage.is_remote(name) or name.startswith((".", "/", "~")) or not path or local.is_dir():
-        raise PretrainedError(
+        raise WeightsError(
             f"{field}={name!r} is neither a file on this machine nor one of a hub repository (owner/name/path/to/file)"
         )
 
@@ -86,7 +86,7 @@ def _from_hub(download: Callable[[list[str] | None], str], repository: str, name
                 raise unreachable from None
         return pathlib.Path(download(there))
     except Exception as error:  # the hub client has many: no network, no such model, gated, disk
-        raise PretrainedError(
+        raise WeightsError(
             f"{field}={name!r} could not be had from the model hub ({type(error).__name__}: {first_line(error)}), and "
             f"is no path on this machine. Download it "
             f"where there is a network and give the local path, or set HF_HOME to a cache that holds it"
@@ -107,7 +107,7 @@ def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
     path = folder / "config.json"
     given = read_json(path, field)
     if not isinstance(given.get("model_type"), str):
-        raise PretrainedError(f"{path} ({field}) has no model_type: it is not the config of a pretrained model")
+        raise WeightsError(f"{path} ({field}) has no model_type: it is not the config of a pretrained model")
     return complete_config(given, f"{path} ({field})")
 
 
@@ -119,7 +119,7 @@ def complete_config(given: dict[str, Any], source: str) -> dict[str, Any]:
     try:
         return transformers.AutoConfig.for_model(**given).to_dict()
     except Exception as error:
-        raise PretrainedError(f"{source} is not a config that transformers reads: {error}") from error
+        raise WeightsError(f"{source} is not a config that transformers reads: {error}") from error
 
 
 def read_image_statistics(folder: pathlib.Path, field: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -129,9 +129,9 @@ def read_image_statistics(folder: pathlib.Path, field: str) -> tuple[tuple[float
     try:
         mean, std = (tuple(float(x) for x in given[key]) for key in ("image_mean", "image_std"))
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise PretrainedError(f"{path} ({field}) lacks image_mean and image_std, three numbers each") from None
+        raise WeightsError(f"{path} ({field}) lacks image_mean and image_std, three numbers each") from None
     if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
-        raise PretrainedError(f"{path} ({field}): image_mean={mean}, image_std={std}; three numbers each, std positive")
+        raise WeightsError(f"{path} ({field}): image_mean={mean}, image_std={std}; three numbers each, std positive")
     return mean, std
 
 
@@ -139,19 +139,19 @@ def read_weights(folder: pathlib.Path, field: str) -> Tensors:
     """The weights of a hub folder: safetensors in one file or in shards, else what PyTorch or Flax saved there."""
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
-        raise PretrainedError(f"{folder} ({field}) has none of {', '.join(WEIGHTS)}")
+        raise WeightsError(f"{folder} ({field}) has none of {', '.join(WEIGHTS)}")
     return _read_shards(found, field) if found.suffix == ".json" else read_tensors(found, field)
 
 
 def _read_shards(index: pathlib.Path, field: str) -> Tensors:
     weight_map = read_json(index, field).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise PretrainedError(f"{index} ({field}) has no weight_map from tensors to files")
+        raise WeightsError(f"{index} ({field}) has no weight_map from tensors to files")
     # An index names files beside it; a path that leads elsewhere is not followed.
     names = sorted({pathlib.PurePath(file).name for file in weight_map.values()})
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent or not names:
-        raise PretrainedError(f"{index} ({field}) names shards that are not there: {', '.join(absent) or 'none named'}")
+        raise WeightsError(f"{index} ({field}) names shards that are not there: {', '.join(absent) or 'none named'}")
     return Safetensors([index.parent / name for name in names], field)
 
 
@@ -167,7 +167,7 @@ def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
     stats = {k: np.asarray(given[k], np.float32) for k in ("mean", "var") if k in given}
     if not stats or any(v.ndim not in (1, 3) for v in stats.values()):
         shapes = {k: np.shape(v) for k, v in given.items()}
-        raise PretrainedError(f"{file} ({field}) holds {shapes}; expected mean and/or var per channel or per position")
+        raise WeightsError(f"{file} ({field}) holds {shapes}; expected mean and/or var per channel or per position")
     return stats
 
 
@@ -181,9 +181,9 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
     shapes = {name: value.shape for name, value in axes.items()}
     channels, count = shapes.get("pca_basis", (0,))[0], shapes.get("pca_basis", (0,))[-1]
     if shapes != dict(zip(PRINCIPAL_AXES, [(channels,), (channels, count), (count,)], strict=True)):
-        raise PretrainedError(
+        raise WeightsError(
             f"{file} ({field}) holds {shapes}; expected pca_mean [C], pca_basis [C, n] and pca_var [n]. "
-            "vqrae_jax.inference.latent_statistics writes them"
+            "vqrae_jax.commands.latent_statistics writes them"
         )
     return axes
 

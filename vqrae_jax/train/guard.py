@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.checkpoint import Checkpoints
+from vqrae_jax.errors import UserError
 from vqrae_jax.train.task import Metrics
-
-
-class DivergedError(RuntimeError):
-    """A loss or gradient became infinite or no number; the message says when, which, and from where to go on."""
-
 
 NEVER = np.iinfo(np.int32).max
 
@@ -29,7 +25,7 @@ class Guard:
         self._first = first_bad(self._first or {n: np.int32(NEVER) for n in watched}, watched, np.int32(step))
 
     def check(self) -> None:
-        """Raises DivergedError before anything of a spoilt state is logged, evaluated or saved."""
+        """Raises UserError before anything of a spoilt state is logged, evaluated or saved."""
         first = {n: int(step) for n, step in jax.device_get(self._first).items()}
         step = min(first.values(), default=NEVER)
         if step == NEVER:
@@ -41,7 +37,7 @@ class Guard:
         going_on = "no checkpoint is complete. The same command begins anew"
         if good:
             going_on = f"the last good one is {folder / str(good[0])}. The same command goes on from there"
-        raise DivergedError(
+        raise UserError(
             f"step {step}: not finite any more: {terms}; {going_on}: give it a lower optimizer.learning_rate or a "
             "smaller weight of the term, or optimizer.clip_norm"
         )

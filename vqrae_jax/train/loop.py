@@ -14,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
-from vqrae_jax.checkpoint import CheckpointError, Checkpoints, find, read_meta
-from vqrae_jax.config import AdversaryConfig, Config, ConfigError, LossConfig, in_steps
+from vqrae_jax.checkpoint import Checkpoints, find, read_meta
+from vqrae_jax.config import AdversaryConfig, Config, LossConfig, in_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
+from vqrae_jax.errors import CheckpointError, ConfigError
+from vqrae_jax.evaluation import report
+from vqrae_jax.evaluation.evaluate import Measurement
 from vqrae_jax.evaluation.evaluator import Evaluator
-from vqrae_jax.train import report, restore
+from vqrae_jax.train import restore
 from vqrae_jax.train.guard import Guard, first_bad
-from vqrae_jax.train.measurement import Measurement
 from vqrae_jax.train.stop import Stopped, StopSignal
 from vqrae_jax.train.task import Task, step_program
 from vqrae_jax.train.terminal import Progress, print_table, status_line

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vqrae_jax import critics
+from vqrae_jax.build import judges as critics
 from vqrae_jax.config import Config
 from vqrae_jax.losses import features, pixel
 from vqrae_jax.models.encoder import Encoder
@@ -39,7 +39,7 @@ class Objective:
         """Reads the weights of the perceptual network, if it has a weight; with weights=False only their shapes.
 
         Raises:
-          PretrainedError, ConfigError: they cannot be had.
+          WeightsError, ConfigError: they cannot be had.
         """
         wanted = config.loss.perceptual
         return cls(config, module.encoder, critics.perceptual(wanted, mesh, weights) if wanted.weight else None)

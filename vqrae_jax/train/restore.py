@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed, storage
-from vqrae_jax.assembly import Placement
-from vqrae_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
-from vqrae_jax.config import ConfigError, TrainConfig
+from vqrae_jax.build.tokenizer import Placement
+from vqrae_jax.checkpoint import Checkpoints
+from vqrae_jax.config import TrainConfig
+from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
 from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train.optim import as_clipped
 from vqrae_jax.train.state import TrainState

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vqrae_jax import compilation, sharding
+from vqrae_jax import runtime, sharding
 from vqrae_jax.train.state import TrainState
 
 # Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the codes), summed over it.
@@ -62,5 +62,5 @@ def step_program(task: Task, mesh: Mesh) -> Any:
     where = jax.tree.map(lambda x: x.sharding, task.shapes())
     return jax.jit(
         task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)),
-        compiler_options=compilation.options(mesh.devices.flat[0].platform),
+        compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
     )  # fmt: skip

@@ -11,11 +11,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vqrae_jax import assembly, critics, sharding
-from vqrae_jax.config import Config, ConfigError, ModelConfig
+from vqrae_jax import sharding
+from vqrae_jax.build import judges as critics
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.config import Config, ModelConfig
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.evaluation import visualize as pictures
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.evaluation.ssim import WINDOW, ssim
-from vqrae_jax.inference import pictures
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.quantizers.factory import unread
 from vqrae_jax.quantizers.nearest import nearest_other

@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vqrae_jax import sharding, storage
-from vqrae_jax.evaluation import codebook
+from vqrae_jax.errors import StorageError
+from vqrae_jax.evaluation import codebook_health as codebook
 from vqrae_jax.train.task import Metrics, is_sum
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Heartbeat:
         sign = {"step": step, "time": round(time.time(), 3), "process": self._process, "processes": self._processes}
         try:
             storage.write(self._path, json.dumps(sign).encode())
-        except (OSError, storage.StorageError) as error:  # the run is worth more than the sign
+        except (OSError, StorageError) as error:  # the run is worth more than the sign
             log.warning("no heartbeat: %s", error)
 
 

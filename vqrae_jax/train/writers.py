@@ -13,8 +13,8 @@ from typing import IO, Any
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.config import ConfigError
-from vqrae_jax.inference.location import METRICS_FILE
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.evaluation.report import METRICS_FILE
 
 log = logging.getLogger(__name__)
 

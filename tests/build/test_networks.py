@@ -1,0 +1,106 @@
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax.config import EvaluationConfig, PerceptualConfig
+from vqrae_jax.evaluation import reference
+from vqrae_jax.build import networks
+from vqrae_jax.evaluation.moments import Gaussian
+from vqrae_jax.models.inception import Inception
+from vqrae_jax.models.lpips import LPIPS
+from vqrae_jax.errors import ConfigError, WeightsError
+
+# The class token after the final norm, first channels: transformers 5.23 in PyTorch, on the golden's two images.
+CLS = [[-0.46199018, 1.7107866, 0.29818735, 0.07764289], [-0.63822585, 0.8279656, 0.41295925, 0.49820557]]
+
+
+def encoder_features(golden, name, pool, images):
+    settings = {"encoder_path": str(golden / "encoders" / name), "encoder_input_size": 56, "encoder_pool": pool}
+    nets = networks.load(EvaluationConfig(**settings), ("encoder",))
+    return jax.jit(nets.features)(nets.params, images)["encoder"]
+
+
+def test_encoder_features_equal_pytorch(golden, assert_close):
+    io = np.load(golden / "encoders" / "dinov2_with_registers" / "io.npz")
+    mean = encoder_features(golden, "dinov2_with_registers", "mean", io["images_56"])
+    assert_close(mean, io["features_affine_56"].mean(1), 1e-5)
+    cls = encoder_features(golden, "dinov2_with_registers", "cls", io["images_56"])
+    assert_close(cls[:, :4], np.array(CLS), 1e-5)
+
+
+def test_what_every_network_gives():
+    modules = {"lpips": LPIPS(), "inception": Inception()}
+    image = jax.ShapeDtypeStruct((3, 64, 48, 3), np.float32)
+    params = {"lpips": jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]}
+    params["inception"] = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+    rows = jax.eval_shape(networks.Networks(modules, {}, {}).compare, params, image, image)
+    assert {name: row.shape for name, row in rows.items()} == {
+        "lpips": (3,),
+        "inception/image": (3, 2048),
+        "inception/reconstruction": (3, 2048),
+        "scores/reconstruction": (3, 1008),
+    }
+
+
+def test_reconstructions_are_seen_as_bytes():
+    image = np.array([-0.3, 0.1, 0.5, 2.0], np.float32)
+    np.testing.assert_allclose(networks.to_bytes(image) * 255, [0, 26, 128, 255])
+
+
+@pytest.mark.parametrize(
+    ("figure", "settings", "message"),
+    [
+        ("inception", {}, r"evaluation.inception_path is None: download https://.*pt_inception-2015-12-05"),
+        ("inception", {"inception_path": "/absent.pth"}, r"evaluation.inception_path='/absent.pth' is neither a file"),
+        ("encoder", {"encoder_path": "/absent"}, r"evaluation.encoder_path='/absent' is neither a folder"),
+        ("lpips", {}, r"loss.perceptual.trunk='none/such' could not be had from the model hub"),
+    ],
+)
+def test_missing_weights_are_named_with_the_way_around_them(figure, settings, message):
+    with pytest.raises((ConfigError, WeightsError), match=message) as error:
+        networks.load(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
+    assert f"leave '{figure}' out of evaluation.figures" in str(error.value)
+
+
+def test_an_encoder_without_class_token(golden):
+    settings = {"encoder_cls": "SigLIP2wNorm", "encoder_path": str(golden / "encoders" / "siglip")}
+    with pytest.raises(ConfigError, match=r"evaluation.encoder_pool='cls': .* has no class token; take 'mean'"):
+        networks.load(EvaluationConfig(**settings), ("encoder",))
+
+
+def test_an_encoder_asked_for_half_patches(golden):
+    settings = {"encoder_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 30}
+    with pytest.raises(ConfigError, match=r"evaluation.encoder_input_size=30 is not divisible .* 14; .* 28 and 42"):
+        networks.load(EvaluationConfig(**settings), ("encoder",))
+
+
+def test_reference_files_come_back(tmp_path):
+    path, gaussian = tmp_path / "new" / "reference.npz", Gaussian(np.arange(3.0), np.eye(3), 7)
+    reference.write(path, gaussian)
+    again = reference.read(path, 3, "evaluation.inception_reference")
+    assert again.count == 7
+    assert again.digest() == gaussian.digest()
+    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=np.zeros(2))  # as ADM writes it
+    assert reference.read(path, 3, "evaluation.inception_reference").count is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"mu has shape \(4,\) .* this network have 3 channels"),
+        ({"mean": np.zeros(3)}, "holds mean; expected mu and sigma"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "is not finite"),
+        ({"mu": np.array([object()] * 3), "sigma": np.eye(3)}, "is no .npz of plain arrays"),
+        (None, "is no .npz of plain arrays"),
+    ],
+)
+def test_references_that_do_not_fit(tmp_path, arrays, message):
+    path = tmp_path / "reference.npz"
+    if arrays is None:
+        path.write_bytes(b"PK")
+    else:
+        np.savez(path, **arrays)
+    with pytest.raises(WeightsError, match=f"evaluation.encoder_reference=.*{message}"):
+        reference.read(path, 3, "evaluation.encoder_reference")
+    with pytest.raises(WeightsError, match="is not there"):
+        reference.read(tmp_path / "absent.npz", 3, "evaluation.encoder_reference")

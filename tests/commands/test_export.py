@@ -1,0 +1,216 @@
+"""Models leave the house and come back."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.commands import export
+from vqrae_jax.commands import import_pytorch as import_origin
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.inference import saving as folder
+from vqrae_jax.inference.tokenizer import Tokenizer
+
+
+def images(size=32, count=3):
+    return np.random.default_rng(0).uniform(size=(count, size, size, 3)).astype(np.float32)
+
+
+def run(trained, *arguments):
+    return export.run(export.parse([f"--checkpoint={trained}", *map(str, arguments)]))
+
+
+def pretrained(golden, **changes):
+    """A model over a frozen encoder of a hub folder, the rest drawn without compiling anything."""
+    config = ModelConfig(**{
+        "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
+        "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "decoder_patch_size": 8,
+        "num_embeddings": 32, **changes,
+    })  # fmt: skip
+    built = assembly.assemble(config)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), assembly.shapes(built)
+    )
+    variables["params"]["encoder"] = built.pretrained["encoder"]
+    return config, built.module, variables
+
+
+def assert_same(a, b):
+    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_folder_of_a_run_is_the_same_tokenizer(trained, tmp_path):
+    written = run(trained, "--format=safetensors", f"--output={tmp_path / 'out'}")
+    assert [path.name for path in written] == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in written}) == 1  # who may read the config may read the weights
+    one, other = Tokenizer.load(trained), Tokenizer.load(tmp_path / "out")
+    assert_same(one.variables, other.variables)
+    np.testing.assert_array_equal(one.encode_to_indices(images()), other.encode_to_indices(images()))
+    again = run(tmp_path / "out", "--format=safetensors", f"--output={tmp_path / 'again'}")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+def test_folder_leaves_the_frozen_encoder_out_and_names_it(golden, tmp_path):
+    config, _, variables = pretrained(golden)
+    path = folder.write(tmp_path / "out", config, variables, frozen=True)
+    described = json.loads((path / "config.json").read_text())
+    assert described["encoder"]["source"] == config.encoder_config_path
+    assert len(described["encoder"]["sha256"]) == 64
+    size = (path / "model.safetensors").stat().st_size
+    assert size < 1.05 * sum(x.nbytes for n in ("decoder",) for x in jax.tree.leaves(variables["params"][n])) + 2e4
+    assert_same(Tokenizer.load(path).trained, variables)
+    whole = folder.write(tmp_path / "whole", config, variables, frozen=False)
+    assert_same(Tokenizer.load(whole).trained, variables)
+    running = Tokenizer.load(path)  # with positions for 4 x 4 patches, not the 8 x 8 of the file
+    assert running.variables["params"]["encoder"]["vit"]["pos_embed"].shape == (1, 1 + 4**2, 32)
+    again = run(path, "--format=safetensors", f"--output={tmp_path / 'again'}")
+    assert [file.read_bytes() for file in again] == [(path / file.name).read_bytes() for file in again]
+
+
+def test_another_encoder_is_refused(golden, tmp_path):
+    config, _, variables = pretrained(golden)
+    path = folder.write(tmp_path, config, variables, frozen=True)
+    described = json.loads((path / "config.json").read_text())
+    described["encoder"]["sha256"] = "0" * 64
+    (path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(WeightsError, match=r"content hash is 0{64}.*dinov2_with_registers|0{64}"):
+        Tokenizer.load(path)
+
+
+def test_damaged_folders(golden, tmp_path):
+    config, _, variables = pretrained(golden)
+    path = folder.write(tmp_path, config, variables, frozen=True)
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*not a complete"):
+        Tokenizer.load(path)
+    (path / "model.safetensors").write_bytes(weights)
+    described = json.loads((path / "config.json").read_text())
+    described["model"]["num_embeddings"] = 33
+    (path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(WeightsError, match=r"batch_stats/quantizer/codebook \(\(32, 32\) in the file, \(33, 32\)"):
+        Tokenizer.load(path)
+    (path / "config.json").write_text(json.dumps({"format": "vqrae_jax"}))
+    with pytest.raises(WeightsError, match=r"config\.json is not the config of an exported"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"scan_layers": True}, {"quantizer": "none"}, {"quantizer": "fsq"},
+    {"quantizer": "simvq", "quantizer_params": {"input_projection": True}},
+])  # fmt: skip
+def test_the_origins_form_comes_back_bit_for_bit(golden, changes):
+    config, _, variables = pretrained(golden, **changes)
+    checkpoint = export.to_origin(config, variables)
+    assert set(checkpoint) == {
+        "step", "epoch", "model", "ema", "optimizer", "scheduler", "disc", "disc_optimizer", "disc_scheduler",
+    }  # fmt: skip
+    _, back = import_origin.convert(config, checkpoint)
+    for state in (back["batch_stats"], variables["batch_stats"]):
+        for told_by_import in ("step", "begun"):
+            state.get("quantizer", {}).pop(told_by_import, None)
+    assert_same(back, variables)
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"quantizer": "lfq"}, r"model\.quantizer='lfq'"),
+    ({"quantizer_params": {"distance": "cosine"}}, r"quantizer_params\.distance='cosine'"),
+    ({"quantizer_params": {"codebook_dim": 8}}, r"quantizer_params\.codebook_dim=8"),
+    ({"quantizer": "fsq", "quantizer_params": {"adapter": "linear"}}, r"quantizer_params\.adapter='linear'"),
+    ({"encoder_params": {"layers": (0, -1)}}, r"encoder_params\.layers=\(0, -1\)"),
+])  # fmt: skip
+def test_what_the_origin_cannot_hold_is_refused(golden, changes, field):
+    config, _, variables = pretrained(golden, **changes)
+    with pytest.raises((ConfigError, WeightsError), match=field):
+        export.to_origin(config, variables)
+
+
+def test_registers_that_the_origin_adds(golden, caplog):
+    config, _, variables = pretrained(golden, encoder_config_path=str(golden / "encoders" / "dinov2"))
+    state = export.to_origin(config, variables)["model"]
+    assert state["encoder.encoder.embeddings.register_tokens"].shape == (1, 4, 36)
+    assert "adds four of zeros" in caplog.text
+
+
+def test_a_pytorch_file_is_read_by_the_weights_only_reader(trained, tmp_path, golden):
+    torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
+    (path,) = run(trained, "--format=pytorch", f"--output={tmp_path / 'out.pt'}")
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["model"].keys() == loaded["ema"].keys()
+    size = sum(t.numel() * 4 for t in loaded["model"].values())
+    assert path.stat().st_size < 1.2 * size + 1e5  # both are one set of tensors
+
+
+def test_pytorch_without_torch_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"pip install 'vqrae-jax\[torch\]'"):
+        run(trained, "--format=pytorch", f"--output={tmp_path / 'out.pt'}")
+    with pytest.raises(ConfigError, match=r"--output=.*\.pt or \.pth"):
+        run(trained, "--format=pytorch", f"--output={tmp_path}")
+
+
+def test_programs_run_without_this_package(trained, tmp_path):
+    """In a process that cannot import it, on batch sizes that nobody knew."""
+    pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")
+    run(trained, "--format=stablehlo", f"--output={tmp_path}")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    tokenizer = Tokenizer.load(trained)
+    np.save(tmp_path / "images.npy", images(count=3))
+    script = """
+import sys
+sys.modules["vqrae_jax"] = sys.modules["flax"] = None
+import jax.export, numpy as np
+from safetensors.numpy import load_file
+weights = load_file("weights.safetensors")
+encode, decode = (jax.export.deserialize(open(f, "rb").read()) for f in ("encode.stablehlo", "decode.stablehlo"))
+assert set(encode.platforms) == set(decode.platforms) == {"cpu", "cuda", "tpu"}
+images = np.load("images.npy")
+for count in (1, 3):
+    codes = encode.call(weights, images[:count])
+    np.savez(f"{count}.npz", codes=codes, painted=decode.call(weights, codes))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for count in (1, 3):
+        got = np.load(tmp_path / f"{count}.npz")
+        codes = tokenizer.encode_to_indices(images(count=3)[:count])
+        np.testing.assert_array_equal(got["codes"], codes)
+        np.testing.assert_allclose(got["painted"], tokenizer.decode_from_indices(codes), atol=1e-5)
+    assert "codes: int32 [B, 4, 4]" in (tmp_path / "README.txt").read_text()
+
+
+def test_programs_of_a_continuous_autoencoder(golden, assert_close):
+    _, module, variables = pretrained(golden, quantizer="none")
+    programs, weights = export.to_programs(module, variables)
+    batch = images(count=2)
+    latents = programs["encode"].call(weights, batch)
+    assert latents.shape == (2, 4, 4, 32)
+    expected = np.clip(jax.jit(module.apply)(variables, batch), 0, 1)
+    assert_close(programs["decode"].call(weights, latents), expected, 1e-5)
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "vqrae_jax.commands.export", "--format=safetensors", f"--output={tmp_path}"]
+    done = subprocess.run([*command, f"--checkpoint={tmp_path / 'none'}"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_loads_without_the_decoder_that_it_started_from(trained, monkeypatch):
+    from vqrae_jax import checkpoint
+
+    meta = checkpoint.read_meta(checkpoint.find(trained))
+    meta["config"]["model"]["pretrained_decoder_path"] = "/gone/decoder.npz"
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path: meta)
+    assert Tokenizer.load(trained).image_size == 32

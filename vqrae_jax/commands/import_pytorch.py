@@ -1,0 +1,107 @@
+"""A trained RAE or VQRAE of the PyTorch origin -> a folder that `Tokenizer.load` reads.
+
+python -m vqrae_jax.commands.import_pytorch --checkpoint=0100000.pt --config=configs/dinov2_b.py --output=imported
+"""
+
+import argparse
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vqrae_jax import config as config_lib
+from vqrae_jax import storage
+from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.commands import command_line as command
+from vqrae_jax.config import ModelConfig
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.inference import saving as folder
+from vqrae_jax.models.stacking import stack_blocks
+from vqrae_jax.pretrained import origin, readers, sources
+
+
+def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[assembly.Assembly, dict[str, Any]]:
+    """Reads a checkpoint of the origin.
+
+    Args:
+      config: the model as the origin's config describes it; the field names are the same.
+      path: local file (.pt, .safetensors, .npz, .msgpack) or a file of a hub repository (owner/name/path/to/file).
+      weights: "ema" or "model", of a training checkpoint; its codebook is always that of "model".
+
+    Returns:
+      The assembly, and {"params", "batch_stats"} as numpy arrays.
+
+    Raises:
+      WeightsError: the file cannot be read, or is not a checkpoint of this model.
+    """
+    return convert(config, sources.read_state_dict(path, "--checkpoint"), weights, path)
+
+
+def convert(
+    config: ModelConfig, checkpoint: Mapping[str, Any], weights: str = "ema", source: str = "the checkpoint"
+) -> tuple[assembly.Assembly, dict[str, Any]]:
+    """The same, of a checkpoint in memory: a state dict, or {"model": ..., "ema": ...}, of numpy arrays."""
+    built = assembly.assemble(config, weights=False)
+    single = built
+    if config.scan_layers:
+        single = assembly.assemble(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
+    tensors = origin.select(checkpoint, weights, source)
+    variables = origin.convert_checkpoint(
+        tensors, config.encoder_cls, config.quantizer, assembly.shapes(single), source
+    )
+    if config.scan_layers:
+        variables["params"]["decoder"] = stack_blocks(variables["params"]["decoder"])
+    if built.latent_stats:
+        variables["batch_stats"]["latent"] = built.latent_stats
+    return built, variables
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vqrae_jax.commands.import_pytorch",
+        description="Turns a checkpoint of the PyTorch RAE or VQRAE into a folder for Tokenizer.load.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a file, or owner/name/path/to/file of a hub repository")
+    parser.add_argument("--config", required=True, help="configs/NAME.py[:argument], or .json: the model it is of")
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint; default: %(default)s"
+    )
+    parser.add_argument("--output", required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> storage.Path:
+    """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
+    config = read_config(args.config)
+    _, variables = read_checkpoint(config, args.checkpoint, args.weights)
+    with storage.staged(args.output) as place:
+        folder.write(place, config, variables, frozen=False)
+    return storage.at(args.output)
+
+
+def read_config(name: str) -> ModelConfig:
+    """The model section of a config file: Python as in configs/ (an argument after a colon), or JSON.
+
+    Raises:
+      ConfigError: the file is not there, is none, or a field of it is not accepted.
+    """
+    path = name.partition(":")[0]
+    file = pathlib.Path(path)
+    if not file.is_file() or file.suffix not in (".py", ".json"):
+        raise ConfigError(f"--config={name}: {path} is no .py or .json file on this machine")
+    if file.suffix == ".json":
+        return config_lib.from_dict(config_lib.Config, readers.read_json(file, "--config")).model
+    try:
+        values = config_lib.read_file(name)
+    except ConfigError as error:
+        raise ConfigError(f"--config: {error}") from None
+    return config_lib.from_dict(config_lib.Config, values.to_dict()).model
+
+
+def main() -> None:
+    command.run(lambda: print(f"wrote {run(parse())}"), logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

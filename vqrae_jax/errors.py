@@ -1,0 +1,82 @@
+"""The errors that a user can correct: raised anywhere, formatted here, printed by `main` and by the commands.
+
+A message is one or two plain sentences: what is wrong, what is accepted, what to do. The field (or argument, or file)
+and its value are data, so that a command can report its own argument in place of the config field behind it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+NO_VALUE: Any = object()
+
+
+class UserError(Exception):
+    """Input, a setting or a resource that the user can correct.
+
+    Attributes:
+      message: what is wrong and what to do, without the field.
+      field: the config field, argument or file that is wrong, for example "data.image_size"; None where none is.
+      value: its value; NO_VALUE where the message does not need it.
+      exit_code: of a program that ends with this error. 2: flags or settings that fail at every attempt, so launchers
+        give up; 1: anything that another attempt may find corrected (files, buckets, other processes).
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, field: str | None = None, value: Any = NO_VALUE):
+        super().__init__(message)
+        self.message, self.field, self.value = message, field, value
+
+    def __str__(self) -> str:
+        if self.field is None:
+            return self.message
+        value = "" if self.value is NO_VALUE else f"={self.value!r}"
+        return f"{self.field}{value}: {self.message}"
+
+    def renamed(self, names: Mapping[str, str]) -> "UserError":
+        """Returns the same error about the field that `names` maps its field to; itself where it maps none."""
+        if self.field not in names:
+            return self
+        return type(self)(self.message, field=names[self.field], value=self.value)
+
+
+class ConfigError(UserError, ValueError):
+    """A setting, flag or argument that is invalid by itself, whatever lies on disks."""
+
+    exit_code = 2
+
+
+class DataError(UserError, ValueError):
+    """Images, codes, arrays or datasets that cannot be used."""
+
+
+class ImageError(DataError):
+    """One image that is damaged or missing. Pipelines skip it, a single read raises it.
+
+    A disk or bucket that refuses access raises OSError or StorageError instead: the image itself may be intact.
+    """
+
+
+class WeightsError(UserError, ValueError):
+    """Pretrained weights, or their description, that cannot be used."""
+
+
+class StorageError(UserError):
+    """A folder or bucket that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or does not fit this config."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that has its name but not its content."""
+
+
+class DistributedError(UserError):
+    """Processes of one run that cannot work together; every process raises it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of another library's error, at most 300 characters."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]

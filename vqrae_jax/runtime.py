@@ -1,0 +1,140 @@
+"""Everything that changes the process: memory, compile cache, compiler options, absent TPUs, environment variables.
+
+Only `main`, the commands and the benchmarks call it; nothing here happens at import.
+"""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import pathlib
+import platform
+
+log = logging.getLogger(__name__)
+
+# XLA options of the training step, by platform. gpu, tpu: collectives start early and are awaited late, so that they
+# overlap with matrix products; the gain is not measured yet. cpu: no option that was tried gains (docs/performance.md).
+OPTIONS: dict[str, dict[str, bool]] = {
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True},
+}
+MIN_SECONDS = 0.1  # shorter compilations are not cached
+
+# glibc's environment variables, and the number and value of mallopt(3) for each: one heap for all threads; no separate
+# mappings, which are returned to the system as soon as they are freed; up to 2 GiB of freed memory kept; large growth.
+MALLOC = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 2**28),
+}
+
+# Variables that TPU machines and GKE set.
+TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
+
+
+def start() -> None:
+    """Prepares the process for JAX: memory of the C library, absent TPUs, compile cache. Call it before JAX starts."""
+    keep_freed_memory()
+    skip_absent_tpu()
+    enable_compilation_cache()
+
+
+def compiler_options(platform: str) -> dict[str, bool]:
+    """Returns OPTIONS of a platform ("cpu", "gpu", "tpu") without those that XLA_FLAGS or LIBTPU_INIT_ARGS set."""
+    flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in OPTIONS.get(platform, {}).items() if name not in flags}
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the folder of everything that this package caches: `~/.cache/vqrae_jax` (XDG_CACHE_HOME counts)."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vqrae_jax"
+
+
+def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib.Path | None:
+    """Caches compiled programs in `folder`, so that the next process with the same program starts at once.
+
+    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false switches
+    the cache off. A folder that cannot be written is a warning.
+
+    Args:
+      folder: None: `compiled` in `cache_folder()`. Each kind of CPU has a subfolder, because programs for the CPU use
+        the instructions of the machine that compiled them.
+
+    Returns:
+      The folder in use, or None.
+    """
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    folder = pathlib.Path(folder or cache_folder() / "compiled") / _cpu()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("no compilation cache: %s cannot be written (%s)", folder, error.strerror)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    for name, value in (("min_compile_time_secs", MIN_SECONDS), ("min_entry_size_bytes", -1)):
+        name = f"jax_persistent_cache_{name}"
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    return folder
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C library keep freed memory for reuse; returns whether it can (glibc).
+
+    XLA on a CPU frees and allocates the buffers of a program at every call. If they are returned to the system in
+    between, their pages are cleared and mapped again each time, a fifth of a quantizer's training step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(number, value) for number, value in MALLOC.values())
+
+
+def malloc_environment() -> dict[str, str]:
+    """Returns the variables that do the same as `keep_freed_memory` for a process that is yet to start."""
+    return {name: str(value) for name, (_, value) in MALLOC.items()}
+
+
+def skip_absent_tpu(devices: str | os.PathLike = "/dev") -> bool:
+    """Makes JAX use the CPU at once on a machine that has libtpu (to compile for TPUs elsewhere) but no accelerator.
+
+    JAX otherwise asks libtpu for chips, which prints a page of errors. Changes nothing if there is a TPU device, a
+    variable that TPU machines set, a choice of platforms (JAX_PLATFORMS) or a plugin for GPUs. Call it before JAX
+    starts.
+
+    Args:
+      devices: folder in which the system lists its devices; for tests.
+
+    Returns:
+      Whether JAX was restricted to the CPU.
+    """
+    import jax
+
+    nodes = (node for pattern in ("accel[0-9]*", "vfio/[0-9]*") for node in pathlib.Path(devices).glob(pattern))
+    if (
+        importlib.util.find_spec("libtpu") is None
+        or jax.config.jax_platforms is not None
+        or any(name in os.environ for name in TPU_VARIABLES)
+        or any(nodes)
+        or importlib.util.find_spec("jax_plugins") is not None
+        or importlib.metadata.entry_points(group="jax_plugins")
+    ):
+        return False
+    jax.config.update("jax_platforms", "cpu")
+    return True
+
+
+def _cpu() -> str:
+    """Returns the architecture and a hash of the instruction sets."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
