@@ -19,7 +19,7 @@ from PIL import Image
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.data import images, pipeline
 from vqrae_jax.errors import ConfigError, DistributedError
-from vqrae_jax.inference.location import EVALUATION_FILE
+from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]

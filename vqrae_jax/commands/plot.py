@@ -16,7 +16,7 @@ from vqrae_jax.commands import command_line as command
 from vqrae_jax.data import images
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import visualize as pictures
-from vqrae_jax.inference.location import METRICS_FILE
+from vqrae_jax.evaluation.report import METRICS_FILE
 
 # Title of a chart -> what it shows; a panel without values is left out.
 PANELS = {
