@@ -24,8 +24,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import jaxtyping
 import numpy as np
 import pytest
+
+if os.environ.get("VQRAE_CHECK_TYPES"):
+    jaxtyping.install_import_hook("vqrae_jax", "beartype.beartype")
 
 from vqrae_jax.runtime import keep_freed_memory
 

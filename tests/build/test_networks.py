@@ -59,7 +59,7 @@ def test_reconstructions_are_seen_as_bytes():
 def test_missing_weights_are_named_with_the_way_around_them(figure, settings, message):
     with pytest.raises((ConfigError, WeightsError), match=message) as error:
         networks.load(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
-    assert f"leave '{figure}' out of evaluation.figures" in str(error.value)
+    assert f"leave '{figure}' out of evaluation.metrics" in str(error.value)
 
 
 def test_an_encoder_without_class_token(golden):

@@ -27,7 +27,7 @@ def config(tiny, golden):
 
     def make(batch=64, **settings):
         encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
-        evaluation = {"figures": ("encoder", "linear_probe"), "pictures": 2, **encoder, **settings}
+        evaluation = {"metrics": ("encoder", "linear_probe"), "examples": 2, **encoder, **settings}
         return tiny(evaluation=evaluation, data={"eval_batch_size": batch})
 
     return make
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_goes_meanwhile_is_not_missed(config, workdir, tmp_pat
         return found
 
     monkeypatch.setattr(loop.Run, "measure", measured)
-    loop.evaluate(config(images=10, figures=()), copy, jax.devices()[:1])
+    loop.evaluate(config(images=10, metrics=()), copy, jax.devices()[:1])
     protocol = json.loads((copy / EVALUATION_FILE).read_text())["protocol"]
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
@@ -129,7 +129,7 @@ def test_every_figure_has_a_meaning(evaluated):
 
 
 def test_the_first_images_alone(config, workdir):
-    figures = loop.evaluate(config(images=10, figures=()), workdir, jax.devices()[:1])
+    figures = loop.evaluate(config(images=10, metrics=()), workdir, jax.devices()[:1])
     assert figures["eval/images"] == 10
     assert not [name for name in figures if "encoder" in name or "probe" in name]
 
@@ -168,7 +168,7 @@ def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path
 
 
 def test_training_measures_what_it_is_asked_to(config, tmp_path):
-    run = loop.Run(config(training_figures=("encoder",)), tmp_path, jax.devices()[:1])
+    run = loop.Run(config(training_metrics=("encoder",)), tmp_path, jax.devices()[:1])
     figures = run.evaluate()
     run.close()
     assert "eval/encoder_rfd" in figures

@@ -238,7 +238,7 @@ def test_the_jobset_of_gpus_names_process_0():
 @pytest.mark.parametrize(("kind", "given"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
 def test_what_follows_the_platform_reaches_the_training_as_it_is(kind, given):
     asked = [
-        "--config.data.path=gs://b/train", '--config.evaluation.figures=("lpips",)', "--profile_steps", "10:13",
+        "--config.data.path=gs://b/train", '--config.evaluation.metrics=("lpips",)', "--profile_steps", "10:13",
         "--config.data.name=a b: 'c' \\d {e}", "two\nlines", "$(INDEX) ${HOME} $$ #",
     ]  # fmt: skip
     job = job_of(launch("gke/submit.sh", kind, *asked, **JOB, **given))

@@ -206,7 +206,7 @@ def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, me
         images.write_image(tmp_path / f"{i:02d}.png", np.full((40, 40, 3), 10 * i, np.uint8))
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
     encoder["encoder_reference"] = str(tmp_path)
-    evaluation = {"figures": ("encoder", "linear_probe"), "pictures": 2, "kernel_images": 50, **encoder}
+    evaluation = {"metrics": ("encoder", "linear_probe"), "examples": 2, "kernel_images": 50, **encoder}
     config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
     arguments = ["--mode=evaluate"]
     ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
@@ -306,7 +306,7 @@ main.run()
 def test_a_file_that_one_process_cannot_read_ends_them_all(tiny, golden, tmp_path):
     """What the others read meanwhile waits for nobody: all say the same, at once."""
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
-    config = tiny(evaluation={"training_figures": ("encoder",), **encoder})
+    config = tiny(evaluation={"training_metrics": ("encoder",), **encoder})
     program = tmp_path / "unreadable.py"
     program.write_text(UNREADABLE)
     first, second = finish(spawn(config, tmp_path, devices=1, program=program), timeout=200)

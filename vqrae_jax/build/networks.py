@@ -85,7 +85,7 @@ def load(
             try:
                 modules[name], params[name], told = read()
             except (ConfigError, WeightsError) as error:
-                raise type(error)(f"{error}\n  To do without it, leave {name!r} out of evaluation.figures") from None
+                raise type(error)(f"{error}\n  To do without it, leave {name!r} out of evaluation.metrics") from None
             protocol[name] = told | {"sha256": export.content_hash(params[name])}
     return Networks(modules, params, protocol)
 

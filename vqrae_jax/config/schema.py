@@ -194,8 +194,8 @@ class EvaluationConfig(Section):
     lpips reads the files that loss.perceptual names as trunk and heads.
     """
 
-    figures: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
-    training_figures: tuple[Figure, ...] = ()  # by each evaluation inside training
+    metrics: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
+    training_metrics: tuple[Figure, ...] = ()  # by each evaluation inside training
     images: Positive | None = None  # the first of the validation images; None: all
     # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
     inception_path: str | None = None
@@ -207,7 +207,7 @@ class EvaluationConfig(Section):
     encoder_pool: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
     encoder_reference: str | None = None
     kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of at most so many
-    pictures: Positive = 4  # in each of the rows best, median and worst of the page
+    examples: Positive = 4  # in each of the rows best, median and worst of the page
 
 
 class AdamWConfig(Section):
@@ -289,7 +289,7 @@ class TrainConfig(Section):
     codebook_alarm: Fraction = 0.1  # warn when a window of the log uses a smaller share of the codes; 0: never
     keep_every: Count = 0  # steps; checkpoints of their multiples are kept for good; 0: none
     hang_seconds: NonNegative = 900  # without a step, after which every thread's stack is printed; 0: never
-    pictures: Positive = 8  # validation images drawn at each evaluation
+    log_images: Positive = 8  # validation images drawn at each evaluation
     wandb_project: str | None = None  # also log to Weights & Biases
 
 

@@ -110,7 +110,7 @@ class Measurement:
 
     def examples(self, evaluator: Evaluator, variables: Any, frozen: Any) -> dict[str, list[Example]]:
         """Best, median and worst pictures of a pass, painted again."""
-        chosen = evaluator.pick(self._config.evaluation.pictures)
+        chosen = evaluator.pick(self._config.evaluation.examples)
         places = np.concatenate(list(chosen.values()))
         indices = evaluator.scores("index")[places]
         # A few pictures: every process reads them all and shows each device its part.

@@ -98,7 +98,7 @@ class Run:
         self.task: Task = TokenizerTask.build(wanted, self.mesh, own=own)
         self.measurement = None
         if self.evaluation is not None:
-            wanted = config.evaluation.figures if self.evaluating else config.evaluation.training_figures
+            wanted = config.evaluation.metrics if self.evaluating else config.evaluation.training_metrics
             self.measurement = Measurement(config, self.task, self.mesh, self.evaluation, wanted)
         checkpoint.check_writable(self.workdir)
 

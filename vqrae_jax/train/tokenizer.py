@@ -301,7 +301,7 @@ class TokenizerTask:
         return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
-        images = batch["image"][: self.config.train.pictures]
+        images = batch["image"][: self.config.train.log_images]
         out = self._forward(variables, frozen, to_float(images))
         return images, out.reconstruction, out.quantized.indices
 
