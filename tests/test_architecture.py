@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "vqrae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 350
+MAX_LINES = 420
 
 MAY_IMPORT = {
     "__init__": {"models", "inference"},  # the public names, on first use

@@ -54,7 +54,7 @@ def test_round_trip(workdir):
     kept = save(workdir, {1: None})
     model, train = trees(1.0)
     kept.close()
-    restored = checkpoint.read(checkpoint.find(workdir), shapes(model), shapes(train))
+    restored = checkpoint.read_checkpoint(checkpoint.find_checkpoint(workdir), shapes(model), shapes(train))
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
 
 
@@ -69,7 +69,7 @@ def test_one_that_is_set_aside_is_no_step_any_more(workdir):
     assert kept.steps == checkpoint.completed_steps(kept.folder) == [1]
     kept.close()
     save(workdir, {2: None}).close()
-    assert checkpoint.find(workdir).name == "2"
+    assert checkpoint.find_checkpoint(workdir).name == "2"
 
 
 def test_reading_changes_nothing(tmp_path):
@@ -94,7 +94,7 @@ def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
 
 def test_a_newer_version_is_refused(tmp_path, monkeypatch):
     save(tmp_path, {1: None}).close()
-    path = checkpoint.find(tmp_path)
+    path = checkpoint.find_checkpoint(tmp_path)
     monkeypatch.setattr(checkpoint, "__version__", "0.0.9")
     with pytest.raises(CheckpointError, match=r"written by vqrae_jax .* newer than this 0\.0\.9: update"):
         checkpoint.read_meta(path)
@@ -106,7 +106,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     save(tmp_path, {1: None}).close()
     model, _ = trees(1.0)
     del model["batch_stats"]
-    read = checkpoint.read_model(checkpoint.find(tmp_path), shapes(model), partial=True)
+    read = checkpoint.read_model(checkpoint.find_checkpoint(tmp_path), shapes(model), partial=True)
     jax.tree.map(np.testing.assert_array_equal, read, model)
 
 
@@ -115,32 +115,32 @@ def test_saving_a_step_twice_changes_nothing(tmp_path):
     model, train = trees(9.0)
     kept.save(1, model, train, {}, {})
     kept.close()
-    read = checkpoint.read_model(checkpoint.find(tmp_path), shapes(model))
+    read = checkpoint.read_model(checkpoint.find_checkpoint(tmp_path), shapes(model))
     assert read["params"]["kernel"][0, 0] == 1.0
 
 
 def test_find(tmp_path):
     save(tmp_path, {1: None, 2: None}).close()
     newest = tmp_path / "checkpoints" / "2"
-    assert checkpoint.find(tmp_path) == newest
-    assert checkpoint.find(tmp_path / "checkpoints") == newest
-    assert checkpoint.find(tmp_path, step=1).name == "1"
-    assert checkpoint.find(tmp_path / "checkpoints" / "1").name == "1"
+    assert checkpoint.find_checkpoint(tmp_path) == newest
+    assert checkpoint.find_checkpoint(tmp_path / "checkpoints") == newest
+    assert checkpoint.find_checkpoint(tmp_path, step=1).name == "1"
+    assert checkpoint.find_checkpoint(tmp_path / "checkpoints" / "1").name == "1"
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; it has \[1, 2\]"):
-        checkpoint.find(tmp_path, step=7)
+        checkpoint.find_checkpoint(tmp_path, step=7)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
-        checkpoint.find(tmp_path / "absent")
+        checkpoint.find_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"no complete checkpoint \(it holds nothing\)"):
-        checkpoint.find(tmp_path)
+        checkpoint.find_checkpoint(tmp_path)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     save(tmp_path, {1: None, 2: None}).close()
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
-    assert checkpoint.find(tmp_path).name == "1"
+    assert checkpoint.find_checkpoint(tmp_path).name == "1"
     kept = Checkpoints(tmp_path)
     assert kept.steps == [1]
     kept.close()
@@ -149,7 +149,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     save(tmp_path, {1: None}).close()
     model, _ = trees(1.0)
-    path = checkpoint.find(tmp_path)
+    path = checkpoint.find_checkpoint(tmp_path)
     for data in (path / "model").rglob("d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(DamagedError, match=rf"{path} .*(damaged|complete)"):
@@ -163,7 +163,7 @@ def test_another_architecture_is_told_leaf_by_leaf(tmp_path):
     save(tmp_path, {1: None}).close()
     target = {"params": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(3)}, "batch_stats": {}}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.read_model(checkpoint.find(tmp_path), shapes(target))
+        checkpoint.read_model(checkpoint.find_checkpoint(tmp_path), shapes(target))
     text = str(error.value)
     assert "missing (1): params/bias" in text
     assert "unexpected (1): batch_stats/codebook" in text
@@ -173,10 +173,10 @@ def test_another_architecture_is_told_leaf_by_leaf(tmp_path):
 def test_what_trains_otherwise_is_told_leaf_by_leaf(tmp_path):
     """Before anything is read, and apart from a model that differs."""
     save(tmp_path, {1: None}).close()
-    path = checkpoint.find(tmp_path)
+    path = checkpoint.find_checkpoint(tmp_path)
     model, train = trees(1.0)
     with pytest.raises(CheckpointError) as error:
-        checkpoint.read(path, shapes(model), shapes({**train, "adversary": {"kernel": jnp.zeros(3)}}))
+        checkpoint.read_checkpoint(path, shapes(model), shapes({**train, "adversary": {"kernel": jnp.zeros(3)}}))
     text = str(error.value)
     assert not isinstance(error.value, DamagedError)
     assert "has this model, but other optimizers, terms or trained parts than this config" in text
@@ -184,7 +184,7 @@ def test_what_trains_otherwise_is_told_leaf_by_leaf(tmp_path):
     assert f"--config.train.start_from={tmp_path}," in text
     model["params"]["kernel"] = jnp.zeros((4, 5))
     with pytest.raises(CheckpointError, match=r"is of another architecture .*\n.*kernel \(4, 4\) instead of \(4, 5\)"):
-        checkpoint.read(path, shapes(model), shapes({"step": jnp.zeros(2)}))
+        checkpoint.read_checkpoint(path, shapes(model), shapes({"step": jnp.zeros(2)}))
 
 
 def test_a_failed_read_is_one_error(tmp_path):

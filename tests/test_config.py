@@ -130,8 +130,8 @@ START = "from vqrae_jax import config\n\n\ndef get_config():\n    c = config.def
         ("\nimport no_such_module\n", "", r"file\.py, line 2: ModuleNotFoundError: No module named 'no_such_module'"),
         (f"{START}    c.modle.x = 1\n", "", r"file\.py, line 6: AttributeError: .*Did you mean \"model\""),
         (f"{START}    open('no such file')\n", "", r"file\.py, line 6: FileNotFoundError: .*no such file"),
-        (f"{START}    config.pairing(3)\n", "", r"file\.py, line 6: AttributeError: 'int' object"),
-        (f"{START}    config.pairing('x')\n", "", "'x' is no decoder and picture size"),
+        (f"{START}    config.parse_decoder_and_size(3)\n", "", r"file\.py, line 6: AttributeError: 'int' object"),
+        (f"{START}    config.parse_decoder_and_size('x')\n", "", "'x' is no decoder and picture size"),
         (f"{START}    return c.to_dict()\n", "", r"file\.py, line 4: get_config returns a dict; .*config\.defaults"),
         (START, "", r"file\.py, line 4: get_config returns a NoneType"),
         (f"{START}    return c\n", ":ViT-L", r"file\.py, line 4: get_config takes no argument 'ViT-L'"),
@@ -142,14 +142,14 @@ START = "from vqrae_jax import config\n\n\ndef get_config():\n    c = config.def
 def test_mistakes_in_a_config_file_are_one_line_with_their_place(text, argument, message, tmp_path):
     (tmp_path / "file.py").write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
-        config.read_file(f"{tmp_path / 'file.py'}{argument}")
+        config.load_config_file(f"{tmp_path / 'file.py'}{argument}")
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ConfigError, match=r"other\.py is no file"):
-        config.read_file(str(tmp_path / "other.py"))
+        config.load_config_file(str(tmp_path / "other.py"))
 
 
 def test_a_config_file_is_read_with_its_argument():
-    read = config.read_file(f"{ROOT / 'configs' / 'dinov2_b.py'}:ViT-S,512")
+    read = config.load_config_file(f"{ROOT / 'configs' / 'dinov2_b.py'}:ViT-S,512")
     assert read.model.decoder_config_path == "ViT-S"
     with pytest.raises(AttributeError):
         read.nothing = 1
@@ -164,24 +164,29 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file():
         return values
 
     values = file()
-    assert config.prefer_steps(values, {"data.path": "x", "train.evaluate_every": 3, "model.num_embeddings": 4}) == ""
+    assert (
+        config.prefer_command_line_steps(
+            values, {"data.path": "x", "train.evaluate_every": 3, "model.num_embeddings": 4}
+        )
+        == ""
+    )
     assert values == file()
-    told = config.prefer_steps(values, {"train.steps": 7, "adversary.optimizer.warmup_steps": 0})
+    told = config.prefer_command_line_steps(values, {"train.steps": 7, "adversary.optimizer.warmup_steps": 0})
     assert "\n" not in told
     assert "go before the config file's train.epochs=16.0, adversary.optimizer.warmup_epochs=2.0;" in told
     assert told.endswith("still in epochs: optimizer.warmup_epochs=1.0")
-    assert config.in_steps(config.from_dict(Config, values), lambda: 2560).train.steps == 7
-    assert config.in_steps(config.from_dict(Config, file()), lambda: 2560).train.steps == 160
+    assert config.epochs_to_steps(config.from_dict(Config, values), lambda: 2560).train.steps == 7
+    assert config.epochs_to_steps(config.from_dict(Config, file()), lambda: 2560).train.steps == 160
     with pytest.raises(
         ConfigError, match=r"train\.steps=7 and train\.epochs=16\.0 are both given: leave one of them out"
     ):
-        config.prefer_steps(file(), {"train.steps": 7, "train.epochs": 16.0})
-    assert config.prefer_steps(file(), {"train.epochs": 16.0}) == ""
+        config.prefer_command_line_steps(file(), {"train.steps": 7, "train.epochs": 16.0})
+    assert config.prefer_command_line_steps(file(), {"train.epochs": 16.0}) == ""
 
 
 def test_what_epochs_are_in_steps_is_told(caplog):
     with caplog.at_level("INFO"):
-        config.in_steps(Config(train={"epochs": 2.5}, data={"batch_size": 8}), lambda: 83)
+        config.epochs_to_steps(Config(train={"epochs": 2.5}, data={"batch_size": 8}), lambda: 83)
     assert "in epochs of 10 steps: train.epochs=2.5 is steps=25" in caplog.text
 
 

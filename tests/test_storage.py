@@ -131,7 +131,7 @@ def test_what_a_bucket_refuses_is_a_sentence(buckets):
     with pytest.raises(StorageError, match="gs:// buckets only"):
         storage.at("ftp://host/run")
     with pytest.raises(CheckpointError, match="gs://bucket/absent is not a folder"):
-        checkpoint.find("gs://bucket/absent")
+        checkpoint.find_checkpoint("gs://bucket/absent")
 
 
 def test_staged_files_are_copied_at_the_end(buckets, tmp_path):
@@ -166,7 +166,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     loop.train(until(4), os.fspath(workdir), one_device)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/total" in line] == [1, 2, 3, 4]
-    assert [int(p.name) for p in checkpoint.find(workdir).parent.iterdir()] == [3, 4]
+    assert [int(p.name) for p in checkpoint.find_checkpoint(workdir).parent.iterdir()] == [3, 4]
     names = "\n".join(buckets.names("bucket"))
     for name in ("reconstructions.png", "heartbeat/0.json", "tensorboard/events.out", "4/model/", "4/train/"):
         assert f"runs/one/{name}" in names.replace("checkpoints/", "")

@@ -121,7 +121,7 @@ def completed_steps(folder: storage.Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / mark).is_file())
 
 
-def find(path: str | os.PathLike, step: int | None = None) -> storage.Path:
+def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage.Path:
     """The folder of one checkpoint: `path` is a workdir (or its checkpoints folder, or one step of it).
 
     Raises:
@@ -186,7 +186,7 @@ def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
     )
 
 
-def read(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
+def read_checkpoint(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
 
     Returns model, train, data; with None for `train` that is not read.
@@ -263,10 +263,10 @@ def check_shared(workdir: str | os.PathLike) -> None:
     Raises:
       CheckpointError: one does not.
     """
-    if distributed.count() == 1:
+    if distributed.process_count() == 1:
         return
     probe = storage.at(workdir) / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
-    if distributed.index() == 0:
+    if distributed.process_index() == 0:
         storage.write(probe, b"may be deleted")
     distributed.exchange("written")
 
@@ -276,8 +276,8 @@ def check_shared(workdir: str | os.PathLike) -> None:
                 f"--workdir: {probe.parent} of process 0 is another folder here: give one that all processes share"
             )
 
-    distributed.together(look)
-    if distributed.index() == 0:
+    distributed.run_together(look)
+    if distributed.process_index() == 0:
         probe.unlink()
 
 

@@ -32,7 +32,7 @@ _exchanges = itertools.count()
 _alone = False  # `start` has connected nothing: this process is all there is, whatever number a launcher gave it
 
 
-def start(
+def connect(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
@@ -84,18 +84,18 @@ def start(
         timer.cancel()
 
 
-def started() -> bool:
+def is_connected() -> bool:
     """Whether `start` connected anything."""
     return _runtime().client is not None
 
 
-def count() -> int:
-    return _runtime().num_processes if started() else 1
+def process_count() -> int:
+    return _runtime().num_processes if is_connected() else 1
 
 
-def index() -> int:
+def process_index() -> int:
     """The number of this process; before `start` that which the command line or the launcher gives it."""
-    if started():
+    if is_connected():
         return _runtime().process_id
     if _alone:
         return 0
@@ -110,26 +110,26 @@ def exchange(text: str, timeout: float = AGREE_TIMEOUT) -> list[str]:
     Raises:
       DistributedError: one did not come within `timeout` seconds.
     """
-    if count() == 1:
+    if process_count() == 1:
         return [text]
     client, folder = _runtime().client, f"vqrae_jax/{next(_exchanges)}"
     try:
-        client.key_value_set(f"{folder}/{index()}", text)
+        client.key_value_set(f"{folder}/{process_index()}", text)
         client.wait_at_barrier(f"{folder}/all", int(timeout * 1000))
         said = {int(name.rsplit("/", 1)[1]): value for name, value in client.key_value_dir_get(folder)}
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise DistributedError(f"not every process answered within {timeout:.0f} s ({reason})") from error
-    return [said[i] for i in range(count())]
+    return [said[i] for i in range(process_count())]
 
 
-def in_turn(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def iterate_arrays(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of every process, by process number; all processes iterate, to the end.
 
     They cross by a collective, bit for bit, hence only where the processes are at the same point of one program. One
     process's are in memory at a time.
     """
-    if count() == 1:
+    if process_count() == 1:
         yield arrays
         return
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -137,20 +137,20 @@ def in_turn(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     file = io.BytesIO()
     np.savez(file, **arrays)
     for i, length in enumerate(exchange(str(file.tell()))):
-        speaks = i == index()
+        speaks = i == process_index()
         given = np.frombuffer(file.getvalue(), np.uint8) if speaks else np.zeros(int(length), np.uint8)
         with np.load(io.BytesIO(np.asarray(broadcast_one_to_all(given, speaks)).tobytes())) as told:
             yield dict(told)
 
 
-def together(action: Callable[[], T]) -> T:
+def run_together(action: Callable[[], T]) -> T:
     """The result of `action()`, which every process runs; if it fails on one, it fails on all.
 
     Raises:
       DistributedError: naming the processes that failed and what each of them says. With one process, or for what is
         no message to a user, the error itself.
     """
-    if count() == 1:
+    if process_count() == 1:
         return action()
     result, error = None, None
     try:
@@ -163,7 +163,9 @@ def together(action: Callable[[], T]) -> T:
     raise DistributedError(_by_process(said)) from error
 
 
-def compare(mine: dict[str, Any], remedy: str = "start all of them with the same config and the same packages") -> None:
+def check_equal(
+    mine: dict[str, Any], remedy: str = "start all of them with the same config and the same packages"
+) -> None:
     """Nothing, if every process has the same values.
 
     Args:
@@ -187,11 +189,11 @@ def compare(mine: dict[str, Any], remedy: str = "start all of them with the same
     raise DistributedError("\n".join(lines))
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """Ends this process of several at once: the usual end would wait for processes that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if index() == 0:
+    if process_index() == 0:
         time.sleep(1)  # the others leave first: to them the end of process 0 is an error of its own
     os._exit(code)
 

@@ -22,7 +22,7 @@ from vqrae_jax.errors import ConfigError, DistributedError, UserError
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
 )
-flags.FLAGS["config"].parser.parse = config_lib.read_file  # its own answers mistakes in the file with tracebacks
+flags.FLAGS["config"].parser.parse = config_lib.load_config_file  # its own answers mistakes in the file with tracebacks
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder or gs:// address of checkpoints, logs, pictures; a run there is resumed."
 )
@@ -62,21 +62,21 @@ def main(argv: Sequence[str]) -> None:
         logging.getLogger("vqrae_jax").setLevel(logging.WARNING)
         sys.exit(0 if _preflight(_read_config()) else 1)
     runtime.start()
-    distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
-    logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.index() == 0 else logging.ERROR)
-    config = distributed.together(_read_config)
-    distributed.compare({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
+    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
+    logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.process_index() == 0 else logging.ERROR)
+    config = distributed.run_together(_read_config)
+    distributed.check_equal({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
     from vqrae_jax.train import loop
 
     if MODE.value == "train":
         try:
             loop.train(config, WORKDIR.value, profile_steps=profile_steps)
         except loop.Stopped as stopped:
-            if distributed.index() == 0:
+            if distributed.process_index() == 0:
                 print(f"{stopped}. To go on:\n  {_command()}", file=sys.stderr)
     else:
         figures = loop.evaluate(config, WORKDIR.value, step=STEP.value)
-        if distributed.index() == 0:
+        if distributed.process_index() == 0:
             print(json.dumps(figures, indent=2))
 
 
@@ -104,21 +104,21 @@ def run() -> None:
         print(_interrupted(), file=sys.stderr)
         _leave(130)
     except Exception as error:
-        said_by_first = isinstance(error, DistributedError) and distributed.started()
+        said_by_first = isinstance(error, DistributedError) and distributed.is_connected()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"error: no space left ({error}); make room, and the same command goes on", file=sys.stderr)
         elif not isinstance(error, UserError):
             traceback.print_exc()
-        elif distributed.index() == 0:
+        elif distributed.process_index() == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not said_by_first:
-            print(f"error (process {distributed.index()}): {error}", file=sys.stderr)
+            print(f"error (process {distributed.process_index()}): {error}", file=sys.stderr)
         _leave(error.exit_code if isinstance(error, UserError) else 1)
 
 
 def _leave(code: int) -> None:
-    if distributed.count() > 1:
-        distributed.leave(code)
+    if distributed.process_count() > 1:
+        distributed.exit_process(code)
     sys.exit(code)
 
 
@@ -178,7 +178,7 @@ def _said(error: Exception) -> str:
 
 def _read_config() -> config_lib.Config:
     values = CONFIG.value.to_dict()
-    if told := config_lib.prefer_steps(values, config_flags.get_override_values(flags.FLAGS["config"])):
+    if told := config_lib.prefer_command_line_steps(values, config_flags.get_override_values(flags.FLAGS["config"])):
         logging.getLogger("vqrae_jax").warning("%s", told)
     return config_lib.from_dict(config_lib.Config, values)
 

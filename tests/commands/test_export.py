@@ -210,7 +210,7 @@ def test_command_line_errors_are_one_line(tmp_path):
 def test_a_run_loads_without_the_decoder_that_it_started_from(trained, monkeypatch):
     from vqrae_jax import checkpoint
 
-    meta = checkpoint.read_meta(checkpoint.find(trained))
+    meta = checkpoint.read_meta(checkpoint.find_checkpoint(trained))
     meta["config"]["model"]["pretrained_decoder_path"] = "/gone/decoder.npz"
     monkeypatch.setattr(checkpoint, "read_meta", lambda path: meta)
     assert Tokenizer.load(trained).image_size == 32

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.configs.test_released import load
-from vqrae_jax.config import in_steps
+from vqrae_jax.config import epochs_to_steps
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.quantizers.factory import unread
@@ -32,7 +32,7 @@ def test_a_recipe_sets_nothing_that_its_quantizer_does_not_read(name, arguments)
     ids=lambda x: "-".join(x) if isinstance(x, tuple) else x,
 )
 def test_the_step_of_every_recipe_fits(name, arguments, one_mesh):
-    config = in_steps(load(name, *arguments), lambda: IMAGENET)
+    config = epochs_to_steps(load(name, *arguments), lambda: IMAGENET)
     architecture = ARCHITECTURES[config.model.encoder_config_path]
     params = config.model.encoder_params.model_copy(update={"architecture": architecture})
     model = config.model.model_copy(update={"encoder_config_path": None, "encoder_params": params})
@@ -51,7 +51,7 @@ def test_the_step_of_every_recipe_fits(name, arguments, one_mesh):
 
 
 def test_epochs_are_those_of_rae():
-    config = in_steps(load("vqrae_dinov2_b"), lambda: IMAGENET)
+    config = epochs_to_steps(load("vqrae_dinov2_b"), lambda: IMAGENET)
     epoch = IMAGENET // 512
     assert config.train.steps == 16 * epoch
     assert (config.adversary.start_steps, config.adversary.generator_start_steps) == (6 * epoch, 8 * epoch)

@@ -53,8 +53,8 @@ def count(module, shape):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
 
-def check(config, pairing):
-    decoder, pixels = pairing.split(",")
+def check(config, parse_decoder_and_size):
+    decoder, pixels = parse_decoder_and_size.split(",")
     pixels, built = int(pixels), build_without_hub(config)
     encoder, grid = built.module.encoder, pixels // 16
     assert (built.image_size, config.data.image_size, encoder.grid) == (pixels, pixels, grid)
@@ -66,8 +66,8 @@ def check(config, pairing):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_configs(name):
-    for pairing in PAIRINGS:
-        check(load(name, pairing), pairing)
+    for parse_decoder_and_size in PAIRINGS:
+        check(load(name, parse_decoder_and_size), parse_decoder_and_size)
     assert load(name) == load(name, "ViT-XL,256")
 
 

@@ -55,7 +55,7 @@ def test_everything_is_written(straight):
     assert figures["eval/images"] == 64
     assert (workdir / "reconstructions.png").stat().st_size > 1000
     assert any((workdir / "tensorboard").iterdir())
-    path = checkpoint.find(workdir)
+    path = checkpoint.find_checkpoint(workdir)
     assert path.name == "6"
     meta = checkpoint.read_meta(path)
     assert meta["config"]["model"]["num_embeddings"] == 32
@@ -164,7 +164,7 @@ loop.train(config, sys.argv[1])
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
     assert "last complete checkpoint is" in done.stderr
-    assert checkpoint.find(tmp_path).name == "3"
+    assert checkpoint.find_checkpoint(tmp_path).name == "3"
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
@@ -180,5 +180,5 @@ def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
     monkeypatch.setattr(loop.Run, "next_batch", next_batch)
     with pytest.raises(loop.Stopped, match="stopped at step 2, which is saved"):
         loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
-    assert checkpoint.find(tmp_path).name == "2"
+    assert checkpoint.find_checkpoint(tmp_path).name == "2"
     assert signal.getsignal(signal.SIGINT) is before

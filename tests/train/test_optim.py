@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.config import Config, OptimizerConfig, from_dict, in_steps
+from vqrae_jax.config import Config, OptimizerConfig, epochs_to_steps, from_dict
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part_rates, update_ema
 
@@ -30,7 +30,7 @@ def test_schedules_equal_the_origin(golden, case):
     whole = from_dict(
         Config, {"data": {"batch_size": 4}, "optimizer": {names.get(name, name): value for name, value in s.items()}}
     )
-    rate = jax.jit(learning_rate(in_steps(whole, lambda: images).optimizer, steps=10**6))
+    rate = jax.jit(learning_rate(epochs_to_steps(whole, lambda: images).optimizer, steps=10**6))
     np.testing.assert_allclose([rate(i) for i in given["steps"]], given["lr"], rtol=1e-5)
 
 
@@ -53,12 +53,12 @@ def test_rates_are_scaled_to_the_batch():
     config = from_dict(Config, {"data": {"batch_size": 64}, "optimizer": {"reference_batch": 256},
                                 "adversary": {"optimizer": {"reference_batch": 128, "learning_rate": 1e-3}},
                                 "train": {"epochs": 2.5}})  # fmt: skip
-    scaled = in_steps(config, lambda: 650)
+    scaled = epochs_to_steps(config, lambda: 650)
     assert scaled.optimizer.learning_rate == pytest.approx(2e-4 / 4)
     assert scaled.optimizer.final_learning_rate == pytest.approx(2e-5 / 4)
     assert scaled.adversary.optimizer.learning_rate == pytest.approx(5e-4)
     assert scaled.train.steps == 25
-    assert in_steps(scaled, lambda: 1) == scaled  # once is enough: a checkpoint keeps what was resolved
+    assert epochs_to_steps(scaled, lambda: 1) == scaled  # once is enough: a checkpoint keeps what was resolved
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(12, 0.5), (12, 0.0), (7, 3.0)])
@@ -66,13 +66,13 @@ def test_epochs_of_no_step_are_refused(images, epochs):
     config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"epochs": epochs}})
     batches = rf"{images} training images are {images // 8} batches of data\.batch_size=8"
     with pytest.raises(ConfigError, match=rf"train\.epochs={epochs} is less than one step: {batches}; give more"):
-        in_steps(config, lambda: images)
+        epochs_to_steps(config, lambda: images)
 
 
 def test_a_rate_that_rises_is_told(caplog):
     """As where the learning rate alone was lowered, below the default of the final one."""
     adversary = {"optimizer": {"learning_rate": 1e-5, "schedule": "constant"}}
-    in_steps(from_dict(Config, {"optimizer": {"learning_rate": 1e-5}, "adversary": adversary}), lambda: 1)
+    epochs_to_steps(from_dict(Config, {"optimizer": {"learning_rate": 1e-5}, "adversary": adversary}), lambda: 1)
     (told,) = caplog.messages
     assert told.startswith("optimizer.learning_rate=1e-05 rises to final_learning_rate=2e-05: lower that")
 
@@ -81,7 +81,7 @@ def test_a_rate_that_rises_is_told(caplog):
 def test_a_decoder_that_is_to_fool_an_untrained_discriminator_is_told(kind, generator, told, caplog):
     adversary = {"discriminator": kind, "start_epochs": 3, "generator_start_epochs": generator}
     config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"steps": 9}, "adversary": adversary})
-    in_steps(config, lambda: 8)
+    epochs_to_steps(config, lambda: 8)
     assert [message[:43] for message in caplog.messages] == ["adversary.generator_start_steps=0 is before"] * told
 
 
@@ -89,7 +89,7 @@ def test_a_config_in_steps_counts_no_images():
     def refuse():
         raise AssertionError
 
-    assert in_steps(Config(), refuse) == Config()
+    assert epochs_to_steps(Config(), refuse) == Config()
 
 
 def test_decay_ends_with_training_by_default():

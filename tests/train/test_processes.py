@@ -136,7 +136,7 @@ def test_another_version_of_a_package_is_named(monkeypatch):
     said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
     monkeypatch.setattr(distributed, "exchange", lambda text: next(said))
     with pytest.raises(DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"):
-        distributed.compare({})
+        distributed.check_equal({})
 
 
 def test_a_coordinator_that_is_not_there(config, tmp_path):
@@ -161,23 +161,23 @@ def test_a_coordinator_that_is_not_there(config, tmp_path):
 def test_flags_that_do_not_fit_together(given, reason, message, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising(reason) if reason is not None else None)
     with pytest.raises(ConfigError, match=message):
-        distributed.start(**given)
+        distributed.connect(**given)
 
 
 def test_one_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising("coordinator_address should be defined."))
     monkeypatch.setattr(distributed, "_alone", False)
     monkeypatch.setenv("TPU_WORKER_ID", "3")
-    assert distributed.index() == 3
-    distributed.start()
-    assert distributed.index() == 0  # whatever a launcher calls it, or it would print nothing
-    distributed.start(processes=1, process=0)
-    assert not distributed.started()
-    assert (distributed.index(), distributed.count()) == (0, 1)
+    assert distributed.process_index() == 3
+    distributed.connect()
+    assert distributed.process_index() == 0  # whatever a launcher calls it, or it would print nothing
+    distributed.connect(processes=1, process=0)
+    assert not distributed.is_connected()
+    assert (distributed.process_index(), distributed.process_count()) == (0, 1)
     assert distributed.exchange("alone") == ["alone"]
-    distributed.compare({"steps": 1})
+    distributed.check_equal({"steps": 1})
     with pytest.raises(KeyError):
-        distributed.together(lambda: {}["error"])
+        distributed.run_together(lambda: {}["error"])
 
 
 def raising(reason):
@@ -276,7 +276,7 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     children[1].send_signal(signal.SIGTERM)
     ended = finish(children)
     assert_all_well(ended)
-    step = int(checkpoint.find(tmp_path).name)
+    step = int(checkpoint.find_checkpoint(tmp_path).name)
     assert f"stopped at step {step}, which is saved. To go on:\n" in ended[0][2]
     assert f"--workdir={tmp_path}" in ended[0][2]
     again = finish(run(step + 1))

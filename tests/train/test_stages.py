@@ -28,7 +28,7 @@ def first(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("first")
     config = tiny(model=MODEL, train={**SHORT, "trainable": ("quantizer", "decoder")}, adversary=PATCH)
     loop.train(config, workdir, jax.devices()[:1])
-    path = checkpoint.find(workdir)
+    path = checkpoint.find_checkpoint(workdir)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), checkpoint.saved_shapes(path)

@@ -93,7 +93,7 @@ def read_config(name: str) -> ModelConfig:
     if file.suffix == ".json":
         return config_lib.from_dict(config_lib.Config, readers.read_json(file, "--config")).model
     try:
-        values = config_lib.read_file(name)
+        values = config_lib.load_config_file(name)
     except ConfigError as error:
         raise ConfigError(f"--config: {error}") from None
     return config_lib.from_dict(config_lib.Config, values.to_dict()).model

@@ -69,7 +69,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     _check(args)
     process, processes = args.process, args.processes
     if processes is None:
-        process, processes = distributed.index(), distributed.count()
+        process, processes = distributed.process_index(), distributed.process_count()
     source = find_source(args)
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
@@ -207,7 +207,7 @@ def main() -> None:
 
 def _main(args: argparse.Namespace) -> None:
     if args.processes is None:
-        distributed.start()  # before any device is touched; on a pod none can be without it
+        distributed.connect()  # before any device is touched; on a pod none can be without it
     tokenize(args)
 
 

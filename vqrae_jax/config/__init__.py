@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import pydantic
 
-from vqrae_jax.config.files import prefer_steps, read_file
+from vqrae_jax.config.load import load_config_file, prefer_command_line_steps
 from vqrae_jax.config.schema import (
     AdamWConfig,
     AdversaryConfig,
@@ -53,12 +53,12 @@ __all__ = [
     "TrainConfig",
     "check_field",
     "defaults",
+    "epochs_to_steps",
     "from_dict",
     "from_json",
-    "in_steps",
-    "pairing",
-    "prefer_steps",
-    "read_file",
+    "load_config_file",
+    "parse_decoder_and_size",
+    "prefer_command_line_steps",
     "to_json",
 ]
 
@@ -79,7 +79,7 @@ def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
         raise ConfigError("\n".join(_explain(schema, e) for e in error.errors())) from None
 
 
-def in_steps(config: Config, count_images: Callable[[], int]) -> Config:
+def epochs_to_steps(config: Config, count_images: Callable[[], int]) -> Config:
     """The config with epochs turned into steps and learning rates scaled to the batch.
 
     Args:
@@ -159,7 +159,7 @@ def defaults() -> ml_collections.ConfigDict:
     return _editable(Config())
 
 
-def pairing(text: str) -> tuple[str, int]:
+def parse_decoder_and_size(text: str) -> tuple[str, int]:
     """The argument of a config file, "decoder,pixels": `configs/dinov2_b.py:ViT-L,512` -> ("ViT-L", 512)."""
     decoder, _, pixels = text.partition(",")
     if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:

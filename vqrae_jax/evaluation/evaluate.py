@@ -99,7 +99,7 @@ class Measurement:
             waiting = rows
         evaluator.add(_own(waiting))
         own, evaluator = evaluator, self._evaluator()
-        for arrays in distributed.in_turn(own.arrays()):
+        for arrays in distributed.iterate_arrays(own.arrays()):
             evaluator.merge(arrays)
         if not evaluator.images:
             raise DataError("data.eval_path: none of its images can be read")

@@ -79,6 +79,6 @@ def feature_moments(
 
 def _of_all_processes(own: Moments) -> Moments:
     moments = Moments()
-    for arrays in distributed.in_turn(own.arrays()):
+    for arrays in distributed.iterate_arrays(own.arrays()):
         moments.merge(Moments.of(arrays))
     return moments

@@ -51,7 +51,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     if exported.is_folder(local):
         config, frozen = exported.read_config(local), exported.has_pretrained_encoder(local)
         return Location(local, config, frozen, exported.read_provenance(local))
-    found = checkpoint.find(path if storage.is_remote(path) else local, step)
+    found = checkpoint.find_checkpoint(path if storage.is_remote(path) else local, step)
     with _others_told(found):
         meta, saved = checkpoint.read_meta(found), checkpoint.saved_shapes(found)
     run = config_lib.from_dict(config_lib.Config, meta["config"])

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
-from vqrae_jax.checkpoint import Checkpoints, find, read_meta
-from vqrae_jax.config import AdversaryConfig, Config, LossConfig, in_steps
+from vqrae_jax.checkpoint import Checkpoints, find_checkpoint, read_meta
+from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import CheckpointError, ConfigError
@@ -53,10 +53,12 @@ class Run:
         self.evaluating = evaluating = evaluate_step is not None
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
-        distributed.together(lambda: self._prepare(devices))
+        distributed.run_together(lambda: self._prepare(devices))
         checkpoint.check_shared(self.workdir)
-        if distributed.count() > 1:
-            distributed.compare(self._listings(), "give all of them the same images, as each reads its share of all")
+        if distributed.process_count() > 1:
+            distributed.check_equal(
+                self._listings(), "give all of them the same images, as each reads its share of all"
+            )
         settings = self.config.train
         kept = (settings.keep_last, settings.keep_best, settings.keep_every)
         self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
@@ -81,7 +83,7 @@ class Run:
         Nothing here is a collective, which would wait for a process that has failed.
         """
         if not self.evaluating:
-            self.config = in_steps(self.config, lambda: pipeline.count_training_images(self.config.data))
+            self.config = epochs_to_steps(self.config, lambda: pipeline.count_training_images(self.config.data))
         config = self.config
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
         sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, self.mesh)
@@ -165,7 +167,7 @@ class Run:
     def close(self, orderly: bool = True) -> None:
         """Unless `orderly`, the other processes may be gone, and what would wait for them is left as it is."""
         with contextlib.ExitStack() as closing:  # the last first, and each whatever the others raise
-            if orderly or distributed.count() == 1:
+            if orderly or distributed.process_count() == 1:
                 closing.callback(self.checkpoints.close)
             if self.batches is not None:
                 closing.callback(self.batches.close)
@@ -176,7 +178,7 @@ class Run:
         return sharding.place_batch({n: batch[n] for n in names}, self.mesh)
 
     def _tell_config_changes(self, step: int) -> None:
-        before = read_meta(find(self.checkpoints.folder, step))["config"]
+        before = read_meta(find_checkpoint(self.checkpoints.folder, step))["config"]
         now = self.config.model_dump(mode="json")
         if self.evaluating:  # the others play no part
             before, now = ({"model": config["model"]} for config in (before, now))
@@ -272,7 +274,7 @@ def evaluate(
     Raises:
       DamagedError: it cannot be read; no other takes its place.
     """
-    path = distributed.together(lambda: find(workdir, step))
+    path = distributed.run_together(lambda: find_checkpoint(workdir, step))
     if path.parent != storage.at(workdir) / checkpoint.FOLDER:
         raise CheckpointError(f"--workdir={workdir}: give the workdir of the run, and --step={path.name}")
     step = int(distributed.exchange(path.name)[0])  # another run may be saving meanwhile

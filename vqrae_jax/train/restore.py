@@ -39,7 +39,7 @@ def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, only:
     damaged = {}
     for step in reversed(checkpoints.steps) if only is None else (only,):
         path = checkpoints.folder / str(step)
-        found, problem = distributed.together(functools.partial(_attempt, path, target, place, only is not None))
+        found, problem = distributed.run_together(functools.partial(_attempt, path, target, place, only is not None))
         problems = [said for said in distributed.exchange(problem) if said]
         if not problems:
             for bad, reason in damaged.items():
@@ -71,7 +71,7 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
         trees = wanted = (model, rest)
         if convert := _differs(stacked, ours):
             wanted = _placed(_restacked_shapes(trees, stacked), place)
-        model, rest, data = checkpoint.read(path, *wanted)
+        model, rest, data = checkpoint.read_checkpoint(path, *wanted)
         if convert:
             model, rest = _restacked((model, rest), ours, jax.tree.map(lambda x: x.sharding, trees))
         if model_only:
@@ -109,7 +109,7 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
         return {
             kind: {n: tree for n, tree in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()
         }
-    path = checkpoint.find(config.start_from)
+    path = checkpoint.find_checkpoint(config.start_from)
     checkpoint.read_meta(path)
     theirs = unflatten_dict({name: shape for name, (_, shape) in _taken(config, path).items()}, sep="/")
     parts = config.start_parts or tuple(theirs["params"])
@@ -123,7 +123,7 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
 
 def read_start(config: TrainConfig, target: dict[str, Any], place: Placement) -> dict[str, Any]:
     """The arrays of `start_shapes`, onto the shapes and shardings of `target`."""
-    path = checkpoint.find(config.start_from)
+    path = checkpoint.find_checkpoint(config.start_from)
     taken = _taken(config, path)
     stacked = stacked_blocks(unflatten_dict({name: shape for name, (_, shape) in taken.items()}, sep="/"))
     wanted = flatten_dict(_placed(_restacked_shapes(target, stacked), place), sep="/")

@@ -28,7 +28,7 @@ class StopSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread() and not distributed.started():
+        if threading.current_thread() is threading.main_thread() and not distributed.is_connected():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
         return self

@@ -13,7 +13,7 @@ import ml_collections
 from vqrae_jax.errors import ConfigError
 
 
-def read_file(given: str) -> ml_collections.ConfigDict:
+def load_config_file(given: str) -> ml_collections.ConfigDict:
     """What get_config() of a config file returns; new fields can no longer be added.
 
     Args:
@@ -52,7 +52,7 @@ def read_file(given: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def prefer_steps(values: dict[str, Any], given: Mapping[str, Any]) -> str:
+def prefer_command_line_steps(values: dict[str, Any], given: Mapping[str, Any]) -> str:
     """Takes epochs out of `values` where the same was given in steps, and says so; "" where there is nothing to say.
 
     A file's epochs would else go before the steps of whoever wants a short trial of it.
