@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax import sharding
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.config import ModelConfig, OptimizerConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.train.optim import make_optimizer
@@ -19,7 +19,7 @@ def shapes():
     config = ModelConfig(encoder_config_path=None, decoder_config_path="ViT-XL", encoder_params={"architecture": {
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 14, "image_size": 518,
     }})  # fmt: skip
-    return assembly.shapes(assembly.assemble(config))
+    return variable_shapes(build_tokenizer(config))
 
 
 def test_every_large_leaf_has_a_rule(shapes):

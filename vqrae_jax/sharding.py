@@ -220,3 +220,8 @@ def own_rows(x: jax.Array) -> np.ndarray:
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's share of a batch -> its part of the global arrays."""
     return {k: jax.make_array_from_process_local_data(over_data(mesh), v) for k, v in batch.items()}
+
+
+def place_array(value: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Places an array that every process holds; `jax.device_put` would first compare it between processes."""
+    return jax.make_array_from_callback(value.shape, where, lambda index: np.asarray(value[index]))

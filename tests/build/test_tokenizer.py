@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_params, initial_variables
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 
@@ -29,11 +29,11 @@ def pretrained_encoder(golden, **changes):
 
 
 def test_pretrained_parts_are_read_and_the_rest_is_drawn(golden):
-    built = assembly.assemble(pretrained_encoder(golden))
-    params = assembly.initial_params(built, jax.random.key(0), ["encoder", "decoder"])
+    built = build_tokenizer(pretrained_encoder(golden))
+    params = initial_params(built, jax.random.key(0), ["encoder", "decoder"])
     assert set(params) == {"encoder", "decoder"}
     jax.tree.map(np.testing.assert_array_equal, params["encoder"], built.pretrained["encoder"])
-    again = assembly.initial_params(built, jax.random.key(0), ["decoder"])
+    again = initial_params(built, jax.random.key(0), ["decoder"])
     jax.tree.map(np.testing.assert_array_equal, again["decoder"], params["decoder"])
 
 
@@ -64,18 +64,18 @@ def test_pretrained_parts_are_read_and_the_rest_is_drawn(golden):
 )
 def test_what_cannot_be_built_names_the_field(changes, message):
     with pytest.raises((ConfigError, WeightsError), match=message):
-        assembly.assemble(random_encoder(**changes))
+        build_tokenizer(random_encoder(**changes))
 
 
 def test_latent_statistics_must_fit_the_latent(tmp_path):
     path = tmp_path / "stat.npz"
     np.savez(path, var=np.ones((4, 4, 15), np.float32))
     with pytest.raises(ConfigError, match=r"var has shape \(4, 4, 15\) .* needs \(16,\) or \(4, 4, 16\)"):
-        assembly.assemble(random_encoder(normalization_stat_path=str(path)))
+        build_tokenizer(random_encoder(normalization_stat_path=str(path)))
     for shape in ((16,), (4, 4, 16)):
         np.savez(path, var=np.full(shape, 4.0, np.float32))
-        built = assembly.assemble(random_encoder(normalization_stat_path=str(path)))
-        stats = assembly.initial_variables(built, jax.random.key(0), [])["batch_stats"]["latent"]
+        built = build_tokenizer(random_encoder(normalization_stat_path=str(path)))
+        stats = initial_variables(built, jax.random.key(0), [])["batch_stats"]["latent"]
         np.testing.assert_array_equal(stats["var"], np.full(shape, 4.0))
 
 
@@ -88,8 +88,8 @@ def test_whitening_takes_the_principal_axes_of_the_file(tmp_path):
 
     def quantizer(saved, **params):
         np.savez(path, **saved)
-        built = assembly.assemble(random_encoder(normalization_stat_path=str(path), quantizer_params=params))
-        return assembly.initial_variables(built, jax.random.key(0), [])["batch_stats"]["quantizer"]
+        built = build_tokenizer(random_encoder(normalization_stat_path=str(path), quantizer_params=params))
+        return initial_variables(built, jax.random.key(0), [])["batch_stats"]["quantizer"]
 
     state = quantizer(moments | axes, **params)
     np.testing.assert_array_equal(state["basis"], basis[:, :2])
@@ -109,21 +109,21 @@ def test_a_decoder_whose_heads_do_not_fit(tmp_path):
     given = {"decoder_hidden_size": 30, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({**given, "decoder_intermediate_size": 8}))
     with pytest.raises(ConfigError, match=r"decoder_hidden_size=30 must be divisible by decoder_num_attention_heads=4"):
-        assembly.assemble(random_encoder(decoder_config_path=str(tmp_path)))
+        build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(given))
     with pytest.raises(ConfigError, match="lacks decoder_intermediate_size"):
-        assembly.assemble(random_encoder(decoder_config_path=str(tmp_path)))
+        build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
 
 
 def test_another_family_is_refused(golden):
     with pytest.raises(ConfigError, match=r"is a 'dinov2_with_registers': set model\.encoder_cls='Dinov2withNorm'$"):
-        assembly.assemble(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
+        build_tokenizer(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
 
 
 def test_bfloat16_computes_low_and_keeps_float32():
-    built = assembly.assemble(random_encoder(dtype="bfloat16", num_embeddings=32))
+    built = build_tokenizer(random_encoder(dtype="bfloat16", num_embeddings=32))
     names = ("encoder", "quantizer", "decoder")
-    variables = assembly.initial_variables(built, jax.random.key(0), names)
+    variables = initial_variables(built, jax.random.key(0), names)
     assert {x.dtype for x in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
     image = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import export
 from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
@@ -33,10 +33,10 @@ def pretrained(golden, **changes):
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "decoder_patch_size": 8,
         "num_embeddings": 32, **changes,
     })  # fmt: skip
-    built = assembly.assemble(config)
+    built = build_tokenizer(config)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), assembly.shapes(built)
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), variable_shapes(built)
     )
     variables["params"]["encoder"] = built.pretrained["encoder"]
     return config, built.module, variables

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Tokenizer
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import reconstruct
 from vqrae_jax.data import images
 from vqrae_jax.errors import DataError
@@ -94,8 +94,8 @@ def test_arguments_that_mean_nothing(trained, tmp_path, arguments, message):
 
 def test_a_continuous_autoencoder_reconstructs(tiny, folder, tmp_path):
     config = tiny(model={"quantizer": "none"}).model
-    built = assembly.assemble(config)
-    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    built = build_tokenizer(config)
+    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
     Tokenizer(built.module, variables, config).save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
     written = run(tmp_path / "rae", "--image", folder / "a.png", "--output", tmp_path / "out.png")
     assert images.read_image(written[0]).shape == (136, 266, 3)  # no code map

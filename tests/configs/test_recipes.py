@@ -38,7 +38,7 @@ def test_the_step_of_every_recipe_fits(name, arguments, one_mesh):
     model = config.model.model_copy(update={"encoder_config_path": None, "encoder_params": params})
     task = TokenizerTask.build(config.model_copy(update={"model": model}), one_mesh, weights=False)
     size = config.data.image_size
-    assert task.assembly.module.encoder.grid == 16
+    assert task.built.module.encoder.grid == 16
     state, frozen = task.shapes(), task.frozen_shapes()
     judges = {"perceptual", "discriminator"}
     assert set(frozen) == judges | ({"teacher"} if "encoder" in config.train.trainable else {"encoder"})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.pretrained import families, tables
@@ -43,7 +43,7 @@ def build_without_hub(config):
     params = config.model.encoder_params.model_copy(update={"architecture": architecture})
     changes = {"encoder_config_path": None, "encoder_params": params}
     changes |= {"pretrained_decoder_path": None, "normalization_stat_path": None}
-    return assembly.assemble(config.model.model_copy(update=changes), weights=False)
+    return build_tokenizer(config.model.model_copy(update=changes), weights=False)
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def test_released_files_fill_the_model(part, published, table, entries):
     config = config.model_copy(update={"model": single})
     want = {
         path: file_shape(path, leaf.shape)
-        for path, leaf in flatten_dict(assembly.shapes(build_without_hub(config))["params"][part], sep="/").items()
+        for path, leaf in flatten_dict(variable_shapes(build_without_hub(config))["params"][part], sep="/").items()
     }
     assert len(published) == entries
     filled = {}

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from skimage.metrics import structural_similarity
 
-from vqrae_jax.build import networks
+from vqrae_jax.build import judges
 from vqrae_jax.commands import reference_statistics
 from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
@@ -55,8 +55,8 @@ def pictures(config, workdir):
     (batch,) = run.evaluation
     images = {name: batch[name] for name in ("image", "mask")}
     seen = jax.device_get(jax.jit(run.task.evaluate_batch)(run.state.inference(), run.frozen, images))
-    nets = networks.load(run.config.evaluation, ("encoder",))
-    features = [np.asarray(nets.features(nets.params, networks.to_bytes(x))["encoder"], np.float64)
+    nets = judges.load_metric_networks(run.config.evaluation, ("encoder",))
+    features = [np.asarray(nets.features(nets.params, judges.to_bytes(x))["encoder"], np.float64)
                 for x in (to_float(batch["image"]), seen["reconstruction"])]  # fmt: skip
     run.close()
     return batch, seen, features

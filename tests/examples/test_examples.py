@@ -80,11 +80,11 @@ def test_the_decoder_is_differentiable(tiny):
     import jax
 
     from vqrae_jax import Tokenizer
-    from vqrae_jax.build import tokenizer as assembly
+    from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 
     config = tiny().model
-    built = assembly.assemble(config)
-    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    built = build_tokenizer(config)
+    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
     picture = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
     _, errors = example("invert_a_picture").invert(Tokenizer(built.module, variables, config), picture, steps=20)
     assert errors[-1] < 0.9 * errors[0]

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from vqrae_jax import Tokenizer
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.config import ModelConfig
 
 
@@ -18,8 +18,8 @@ def untrained(golden):
                 encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
                 decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
             )  # fmt: skip
-            model = assembly.assemble(config)
-            variables = assembly.initial_variables(model, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+            model = build_tokenizer(config)
+            variables = initial_variables(model, jax.random.key(0), ["encoder", "quantizer", "decoder"])
             built[key] = Tokenizer(model.module, variables, config, frozen=True)
         return built[key]
 

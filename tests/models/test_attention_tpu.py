@@ -19,11 +19,12 @@ topology = chips.parse(sys.argv[1])
 found = devices.abstract_devices(topology)
 
 import flax.linen as nn, jax, jax.numpy as jnp
-from vqrae_jax import assembly, sharding
+from vqrae_jax import sharding
+from vqrae_jax.build.encoder import activation_spread
 from vqrae_jax.models.vit import BlocksConfig, run_blocks
 
 mesh = sharding.make_mesh(-1, int(sys.argv[2]), found)
-spread = assembly.spread(mesh)
+spread = activation_spread(mesh)
 
 class Net(nn.Module):
     @nn.compact

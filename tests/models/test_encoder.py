@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.build.tokenizer import assemble
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.vit import ViT
@@ -23,7 +23,7 @@ def load(folder, **encoder_params):
         encoder_config_path=str(folder), encoder_params=encoder_params,
         encoder_input_size=params["image_size"], decoder_config_path="ViT-S",
     )  # fmt: skip
-    built = assemble(config)
+    built = build_tokenizer(config)
     return built.module.encoder.clone(input_size=None), built.pretrained["encoder"], params
 
 
@@ -78,7 +78,7 @@ def test_bfloat16_keeps_float32_parameters_and_stays_near(golden):
     config = ModelConfig(
         encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S", dtype="bfloat16"
     )
-    built = assemble(config)
+    built = build_tokenizer(config)
     io = np.load(folder / "io.npz")
     features = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, io["images_56"])
     assert features.dtype == jax.numpy.bfloat16

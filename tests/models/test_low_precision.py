@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.build.tokenizer import assemble
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.models import low_precision
 
@@ -46,7 +46,9 @@ def test_a_token_of_zeros_stays_zero():
 @pytest.mark.parametrize("bits", ["int8", "fp8"])
 def test_features_of_an_encoder_in_eight_bits(golden, bits):
     folder = golden / "encoders" / "dinov2_with_registers"
-    built = assemble(ModelConfig(encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S"))
+    built = build_tokenizer(
+        ModelConfig(encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S")
+    )
     encoder = built.module.encoder
     blocks = dataclasses.replace(encoder.vit.blocks, matmul=bits)
     quantized = encoder.clone(vit=dataclasses.replace(encoder.vit, blocks=blocks))

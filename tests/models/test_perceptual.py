@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.build import judges as critics
+from vqrae_jax.build import judges
 from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
@@ -29,7 +29,7 @@ def test_convnext_equals_pytorch(golden, assert_close):
 def test_distances(golden, network):
     given = {"path": str(golden / "convnext" / "model.npz")} if network == "convnext" else {"architecture": ENCODER}
     config = PerceptualConfig(network=network, weight=1.0, input_size=32, layers=(0, -1), **given)
-    critic = critics.perceptual(config)
+    critic = judges.build_perceptual(config)
     a, b = jax.random.uniform(jax.random.key(0), (2, 3, 32, 32, 3))
 
     @jax.jit
@@ -50,11 +50,11 @@ def test_missing_weights_say_how_to_do_without(tmp_path):
     """Which file or id, which field named it, which line switches the term off."""
     off = "without this term: --config.loss.perceptual.weight=0"
     with pytest.raises(WeightsError, match=rf"loss\.perceptual\.trunk='{tmp_path}/vgg\.npz'.*\n{off}"):
-        critics.perceptual(PerceptualConfig(weight=1.0, trunk=f"{tmp_path}/vgg.npz"))
+        judges.build_perceptual(PerceptualConfig(weight=1.0, trunk=f"{tmp_path}/vgg.npz"))
     with pytest.raises(WeightsError, match=rf"'timm/vgg16\.tv_in1k' could not be had.*\n{off}"):
-        critics.perceptual(PerceptualConfig(weight=1.0))
+        judges.build_perceptual(PerceptualConfig(weight=1.0))
     with pytest.raises(ConfigError, match=rf"name a ConvNeXt classifier.*\n{off}"):
-        critics.perceptual(PerceptualConfig(weight=1.0, network="convnext"))
+        judges.build_perceptual(PerceptualConfig(weight=1.0, network="convnext"))
     np.savez(tmp_path / "other.npz", weight=jnp.zeros(2))
     with pytest.raises(WeightsError, match=rf"other\.npz' is no ConvNeXt classifier.*\n{off}"):
-        critics.perceptual(PerceptualConfig(weight=1.0, network="convnext", path=f"{tmp_path}/other.npz"))
+        judges.build_perceptual(PerceptualConfig(weight=1.0, network="convnext", path=f"{tmp_path}/other.npz"))

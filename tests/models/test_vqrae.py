@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
 
@@ -175,8 +175,8 @@ def test_full_size_origin_shapes(golden):
         encoder_config_path=None, encoder_params={"architecture": architecture}, decoder_config_path="ViT-XL",
         scan_layers=True,
     )  # fmt: skip
-    built = assembly.assemble(config)
-    shapes = assembly.shapes(built)
+    built = build_tokenizer(config)
+    shapes = variable_shapes(built)
     assert shapes["batch_stats"]["quantizer"]["codebook"].shape == (8192, 768)
     assert built.image_size == 256
     assert sum(x.size for x in jax.tree.leaves(shapes["params"]["decoder"])) > 4e8

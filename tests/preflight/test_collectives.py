@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.preflight import hlo
 from vqrae_jax.preflight.chips import parse
 from vqrae_jax.preflight.programs import Plan
@@ -78,7 +78,7 @@ def test_fsdp_gathers_weights_and_reduces_gradients(tiny):
 def test_tokens_that_move_are_noticed(tiny):
     """The same step where nothing says that tokens stay with their images."""
     found = plan(tiny, fsdp=True, fsdp_min_size=1)
-    loose = assembly.assemble(found.config.model, weights=False)
-    loose = dataclasses.replace(found, task=dataclasses.replace(found.task, assembly=loose))
+    loose = build_tokenizer(found.config.model, weights=False)
+    loose = dataclasses.replace(found, task=dataclasses.replace(found.task, built=loose))
     with pytest.raises(AssertionError):
         fsdp_bounds(sent(loose), loose)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from vqrae_jax import sharding
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.encoder import activation_spread
 from vqrae_jax.models import attention_tpu
 from vqrae_jax.models.vit import BlocksConfig, Spread, run_blocks
 from vqrae_jax.preflight import flops
@@ -58,7 +58,7 @@ def test_transformer_blocks(scan, remat):
 
 def test_a_kernel_counts_for_every_picture_and_every_device():
     mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
-    for spread in (Spread(), assembly.spread(mesh)):
+    for spread in (Spread(), activation_spread(mesh)):
         module = Decoder(BlocksConfig(D, L, HEADS, MLP, attention="pallas", spread=spread), name="decoder")
         x = jnp.zeros((B, N, D))
         params = jax.eval_shape(module.init, jax.random.key(0), x)

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
@@ -56,7 +56,7 @@ def test_export_then_import_is_bit_exact(golden, data):
         golden, case, data.draw(st.sampled_from(["ema", "simvq", "fsq", "none"])), normalize=data.draw(st.booleans())
     )
     version = data.draw(st.sampled_from([4, 5]))
-    shapes = assembly.shapes(assembly.assemble(config, weights=False))
+    shapes = variable_shapes(build_tokenizer(config, weights=False))
     variables = random_variables(shapes, data.draw(st.integers(0, 99)))
     state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
     _, back = import_origin.convert(config, {"model": state}, "model")
@@ -70,7 +70,7 @@ def test_import_then_export_gives_the_hub_file_back(golden, case):
 
     config = model(golden, case, "none", normalize=False)
     family = families.FAMILIES[config.encoder_cls]
-    read = assembly.assemble(config).pretrained["encoder"]
+    read = build_tokenizer(config).pretrained["encoder"]
     written = export.to_state_dict(read, family.table)
     file = safetensors.numpy.load_file(golden / "encoders" / case / "model.safetensors")
     file = {name.removeprefix(family.tower): tensor for name, tensor in file.items()}
@@ -115,7 +115,7 @@ def test_loads_strictly_in_the_origin(golden, case, version):
 def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
     """The origin applies that norm's scale and bias, so that with (1, 0) it computes what we do."""
     config = model(golden, "dinov3", "none")
-    variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
+    variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
     state = export.origin_state_dict(variables, config.encoder_cls, "none")
     assert np.all(state["encoder.encoder.norm.weight"] == 1)
     assert not np.any(state["encoder.encoder.norm.bias"])
@@ -123,7 +123,7 @@ def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
 
 def test_what_has_no_name_is_not_lost_silently(golden):
     config = model(golden, "dinov3", "none")
-    variables = random_variables(assembly.shapes(assembly.assemble(config, weights=False)), 0)
+    variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
     with pytest.raises(WeightsError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
         export.origin_state_dict(variables, "MAEwNorm", "none")
     with pytest.raises(WeightsError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
@@ -156,7 +156,7 @@ def test_convert_is_exact_on_half_precision(golden):
 
     family = families.FAMILIES["MAEwNorm"]
     config = model(golden, "vit_mae", "none", normalize=False)
-    shapes = assembly.shapes(assembly.assemble(config, weights=False))
+    shapes = variable_shapes(build_tokenizer(config, weights=False))
     tree = random_variables(shapes, 0)["params"]["encoder"]
     for dtype in (np.float16, ml_dtypes.bfloat16):
         state = {n: t.astype(dtype) for n, t in export.to_state_dict(tree, family.table).items()}

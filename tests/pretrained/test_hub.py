@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vqrae_jax.build.tokenizer import assemble
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.pretrained import convert, families, sources
 
@@ -42,7 +42,7 @@ def online(monkeypatch):
 
 def load(name, normalize):
     family, size = HUB[name]
-    return assemble(ModelConfig(
+    return build_tokenizer(ModelConfig(
         encoder_cls=family, encoder_config_path=name, encoder_params={"normalize": normalize}, encoder_input_size=size,
         decoder_config_path="ViT-S",
     ))  # fmt: skip
@@ -95,7 +95,7 @@ def test_released_decoder_and_statistics():
     repository = "nyu-visionx/RAE-collections"
     stats = sources.read_latent_statistics(f"{repository}/stats/dinov2/wReg_base/imagenet1k/stat.pt", "field")
     assert stats["var"].shape == (16, 16, 768)
-    built = assemble(ModelConfig(
+    built = build_tokenizer(ModelConfig(
         encoder_config_path="facebook/dinov2-with-registers-base", decoder_config_path="ViT-XL", quantizer="none",
         pretrained_decoder_path=f"{repository}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
     ))  # fmt: skip

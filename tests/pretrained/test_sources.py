@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax.build.tokenizer import assemble, initial_params
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_params
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import convert, families, sources
@@ -27,7 +27,7 @@ def read(folder, case, golden, **params):
         encoder_cls=described["encoder_cls"], encoder_config_path=str(folder), encoder_params=params,
         encoder_input_size=described["image_size"], decoder_config_path="ViT-S",
     )  # fmt: skip
-    return assemble(config)
+    return build_tokenizer(config)
 
 
 def assert_same(a, b):
@@ -279,7 +279,7 @@ def test_real_vit_tiny_equals_pytorch(assert_close):
         config = ModelConfig(
             encoder_config_path=str(folder), encoder_params={"normalize": normalize}, decoder_config_path="ViT-S"
         )
-        built = assemble(config)
+        built = build_tokenizer(config)
         features = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, images)
         assert_close(np.asarray(features).reshape(expected.shape), expected, 1e-4)
 

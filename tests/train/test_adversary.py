@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import sharding
-from vqrae_jax.build import judges as critics
+from vqrae_jax.build import judges
 from vqrae_jax.config import AdversaryConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.losses.adversarial import adaptive_weight
@@ -124,7 +124,7 @@ def test_one_pass_back_equals_two(whole, assert_close):
 
     def painted(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        out, _ = task.assembly.module.apply(
+        out, _ = task.built.module.apply(
             variables, picture, train=True, method="forward", mutable=["batch_stats"],
             rngs={"noise": noise, "codes": codes},
         )  # fmt: skip
@@ -250,10 +250,10 @@ def test_a_trunk_may_be_scanned(golden, assert_close):
     )
     image, logits = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3)), []
     for scan in (False, True):
-        critic = critics.discriminator(config, scan=scan)
+        critic = judges.build_discriminator(config, scan=scan)
         variables = critic.module.init(jax.random.key(1), image)
         logits.append(critic.module.apply({**variables, "params": {**variables["params"], **critic.params}}, image))
-        shapes = critics.discriminator(
+        shapes = judges.build_discriminator(
             config.model_copy(update={"path": "facebook/dino-vits8"}), None, False, scan
         ).params
         assert ("blocks" in shapes["trunk"]) == scan
@@ -268,7 +268,7 @@ def test_a_trunk_split_by_fsdp_keeps_tokens_where_their_pictures_are(golden):
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding.over_data(mesh))
 
     def gathered(mesh_told):
-        critic = critics.discriminator(config, mesh_told, scan=True)
+        critic = judges.build_discriminator(config, mesh_told, scan=True)
         variables = jax.eval_shape(critic.module.init, jax.random.key(1), image)
         where = sharding.shardings(variables, mesh, fsdp=True, fsdp_min_size=1)
         variables = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, where)

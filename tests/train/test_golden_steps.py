@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import config
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import variable_shapes
 from vqrae_jax.pretrained import convert, tables
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -57,7 +57,7 @@ def build(golden, case, mesh):
     task = TokenizerTask.build(config.from_dict(config.Config, sections), mesh)
     start, recorded = np.load(folder / "init.npz"), np.load(folder / f"{case}.npz")
     names = {n.removeprefix("decoder."): start[n] for n in start.files if n.startswith("decoder.")}
-    decoder = convert.convert(names, tables.DECODER_TABLE, assembly.shapes(task.assembly)["params"]["decoder"])
+    decoder = convert.convert(names, tables.DECODER_TABLE, variable_shapes(task.built)["params"]["decoder"])
     state, frozen = task.init(), task.frozen()
     source, prefix = (recorded, "warm_") if case.startswith("warm") else (start, "quantizer.")
     quantizer = state.batch_stats["quantizer"] | {ours: source[prefix + theirs] for ours, theirs in STATE.items()}

@@ -288,16 +288,16 @@ UNREADABLE = """
 import jax
 from vqrae_jax import main
 from vqrae_jax.errors import DataError
-from vqrae_jax.evaluation import networks
+from vqrae_jax.build import judges
 
-load = networks.load
+load = judges.load_metric_networks
 
 def load_or_fail(*given):
     if jax.process_index() == 1:
         raise DataError("the network's file is gone")
     return load(*given)
 
-networks.load = load_or_fail
+judges.load_metric_networks = load_or_fail
 main.run()
 """
 

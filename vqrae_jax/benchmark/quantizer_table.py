@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
 from vqrae_jax.config import DataConfig, ModelConfig, OptimizerConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
@@ -124,18 +124,18 @@ def run(given: argparse.Namespace) -> None:
         print(f"wrote {output}")
 
 
-def _assemble(given: argparse.Namespace) -> assembly.Assembly:
+def _assemble(given: argparse.Namespace) -> BuiltTokenizer:
     """The encoder that was asked for, with a decoder that is small enough to train one per row."""
     config = {"encoder_cls": given.encoder_cls, "encoder_config_path": given.encoder, "encoder_input_size": given.size}
     config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"})
-    built = assembly.for_frozen_encoder(assembly.assemble(config))
+    built = freeze_encoder(build_tokenizer(config))
     decoder = built.module.decoder
     blocks = dataclasses.replace(decoder.blocks, depth=1)
     decoder = decoder.clone(blocks=blocks, patch=given.size // decoder.grid)
     return dataclasses.replace(built, module=built.module.clone(decoder=decoder))
 
 
-def _read(given: argparse.Namespace, built: assembly.Assembly, split: str) -> Split:
+def _read(given: argparse.Namespace, built: BuiltTokenizer, split: str) -> Split:
     """The images of a subfolder, and what the encoder makes of them."""
     data = {"eval_path": str(pathlib.Path(given.images) / split), "image_size": given.size, "eval_batch_size": BATCH}
     encoder, params = built.module.encoder, {"params": jax.device_put(built.pretrained["encoder"])}

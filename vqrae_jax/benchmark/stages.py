@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import sharding
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import initial_params
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.stacking import restack_blocks
@@ -84,10 +84,10 @@ def build(name: str, given: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
         "encoder": _encoder, "codes": functools.partial(_codes, block=SEARCHES[given.search]), "decoder": _decoder,
         "quantizer": _quantizer, "train_step": _train_step,
     }  # fmt: skip
-    module = task.assembly.module
+    module = task.built.module
     if given.matmul != "dtype":
         module = module.clone(encoder=with_matmul(module.encoder, given.matmul))
-    return builders[name](task, module), specification(name, task.config, task.assembly.module)
+    return builders[name](task, module), specification(name, task.config, task.built.module)
 
 
 def _task(given: argparse.Namespace) -> TokenizerTask:
@@ -180,17 +180,17 @@ def _images(task: TokenizerTask) -> jax.Array:
 
 
 def _latent(task: TokenizerTask) -> jax.Array:
-    encoder = task.assembly.module.encoder
+    encoder = task.built.module.encoder
     shape = (task.config.data.batch_size, encoder.grid, encoder.grid, encoder.channels)
     return jax.random.normal(jax.random.key(1), shape)
 
 
 def _params(task: TokenizerTask, name: str) -> Any:
-    return assembly.initial_params(task.assembly, jax.random.key(0), [name])[name]
+    return initial_params(task.built, jax.random.key(0), [name])[name]
 
 
 def _codebook(task: TokenizerTask) -> jax.Array:
-    shape = (task.config.model.num_embeddings, task.assembly.module.encoder.channels)
+    shape = (task.config.model.num_embeddings, task.built.module.encoder.channels)
     return jax.random.normal(jax.random.key(2), shape)
 
 

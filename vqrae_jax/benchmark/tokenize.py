@@ -18,7 +18,7 @@ import numpy as np
 
 from vqrae_jax.benchmark.input import write_photographs
 from vqrae_jax.benchmark.stages import DINOV2
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import tokenize
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import codes, ordered
@@ -76,8 +76,8 @@ def untrained(encoder: str, codes: int) -> Tokenizer:
         encoder_config_path=None, encoder_params={"architecture": architecture}, encoder_input_size=224,
         decoder_config_path="ViT-Nano", num_embeddings=codes,
     )  # fmt: skip
-    built = assembly.assemble(config)
-    variables = assembly.initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    built = build_tokenizer(config)
+    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
     return Tokenizer(built.module, variables, config)
 
 

@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from vqrae_jax import sharding
+from vqrae_jax.build.encoder import activation_spread, check_layers, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.models.decoder import SIZES, Decoder
-from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, at_input_size, scanned
+from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
-from vqrae_jax.models.vit import BlocksConfig, Spread, ViTConfig
+from vqrae_jax.models.vit import BlocksConfig, Spread
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
 from vqrae_jax.quantizers import factory
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembly:
+class BuiltTokenizer:
     """A model that is ready to be given its variables."""
 
     module: VQRAE
@@ -40,12 +41,12 @@ class Assembly:
     whitening: dict[str, np.ndarray]  # state of a whitened quantizer from known axes; empty: the first batch's
 
 
-def assemble(
+def build_tokenizer(
     config: ModelConfig,
     latent_stats: dict[str, np.ndarray] | None = None,
     weights: bool = True,
     mesh: Mesh | None = None,
-) -> Assembly:
+) -> BuiltTokenizer:
     """Builds the module and reads the pretrained weights that the config names.
 
     Args:
@@ -57,8 +58,8 @@ def assemble(
     Raises:
       ConfigError, WeightsError: naming the field, before anything is compiled.
     """
-    encoder, folder = _encoder(config, spread(mesh))
-    decoder = _decoder(config, encoder, spread(mesh))
+    encoder, folder = describe_encoder(config, mesh)
+    decoder = _decoder(config, encoder, activation_spread(mesh))
     whitening = {}
     if latent_stats is None and config.normalization_stat_path:
         whitening = _whitening(config, encoder)
@@ -74,149 +75,75 @@ def assemble(
         reshape_to_2d=config.reshape_to_2d,
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
     )
-    assembly = Assembly(module, decoder.image_size, {}, latent_stats, whitening)
+    built = BuiltTokenizer(module, decoder.image_size, {}, latent_stats, whitening)
     if weights:
-        assembly.pretrained.update(_read_weights(config, assembly, folder))
-    return assembly
+        built.pretrained.update(_read_weights(config, built, folder))
+    return built
 
 
-def shapes(assembly: Assembly) -> dict[str, Any]:
+def variable_shapes(built: BuiltTokenizer) -> dict[str, Any]:
     """All variables as jax.ShapeDtypeStruct, nothing computed."""
-    return {"batch_stats": {}, **jax.eval_shape(_initialize(assembly.module), jax.random.key(0))}
+    return {"batch_stats": {}, **jax.eval_shape(_initialize(built.module), jax.random.key(0))}
 
 
-def for_frozen_encoder(assembly: Assembly, scan: bool = False) -> Assembly:
-    """The assembly to run when nothing changes the pretrained encoder.
+def freeze_encoder(built: BuiltTokenizer, scan: bool = False) -> BuiltTokenizer:
+    """The built to run when nothing changes the pretrained encoder.
 
     Its position grid is that of the input size; with `scan` its blocks are stacked.
     """
-    encoder, params = assembly.module.encoder, assembly.pretrained.get("encoder")
+    encoder, params = built.module.encoder, built.pretrained.get("encoder")
     if params is not None:
         encoder, params = at_input_size(encoder, params)
     if scan:
         encoder, params = scanned(encoder, params)
     read = {} if params is None else {"encoder": params}
     return dataclasses.replace(
-        assembly, module=assembly.module.clone(encoder=encoder), pretrained=assembly.pretrained | read
+        built, module=built.module.clone(encoder=encoder), pretrained=built.pretrained | read
     )
 
 
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
 
 
-def initial_params(assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
+def initial_params(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
     """The chosen subtrees of params (encoder, quantizer, decoder): pretrained where files gave them, else random.
 
     With `place`, every leaf is created where it will live; no device ever holds a whole copy.
     """
-    return _create(assembly, key, names, place, batch_stats=False)["params"]
+    return _create(built, key, names, place, batch_stats=False)["params"]
 
 
-def initial_variables(assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
+def initial_variables(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
     """`initial_params`, and with them the mutable state before training (codebook, fixed latent statistics)."""
-    return _create(assembly, key, names, place, batch_stats=True)
+    return _create(built, key, names, place, batch_stats=True)
 
 
 def _create(
-    assembly: Assembly, key: jax.Array, names: Iterable[str], place: Placement | None, batch_stats: bool
+    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None, batch_stats: bool
 ) -> dict[str, Any]:
-    want = shapes(assembly)
+    want = variable_shapes(built)
     params = {n: want["params"][n] for n in names if n in want["params"]}
-    read = {n: assembly.pretrained[n] for n in params if n in assembly.pretrained}
+    read = {n: built.pretrained[n] for n in params if n in built.pretrained}
     draw = {"params": {n: tree for n, tree in params.items() if n not in read}}
     if batch_stats:
         draw["batch_stats"] = want["batch_stats"]
-    init = _initialize(assembly.module)
+    init = _initialize(built.module)
 
     def create(key: jax.Array) -> dict[str, Any]:
         variables = {"batch_stats": {}, **init(key)}
-        if assembly.latent_stats:
-            variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in assembly.latent_stats.items()}
-        if assembly.whitening:
-            variables["batch_stats"]["quantizer"] |= assembly.whitening
+        if built.latent_stats:
+            variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in built.latent_stats.items()}
+        if built.whitening:
+            variables["batch_stats"]["quantizer"] |= built.whitening
         return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
 
     drawn = jax.jit(create, out_shardings=place(draw) if place else None)(key) if any(draw.values()) else draw
-    return {**drawn, "params": drawn["params"] | (jax.tree.map(put, read, place(read)) if place else read)}
-
-
-def put(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """`value`, which every process has, where it shall live; device_put would first compare it between processes."""
-    return jax.make_array_from_callback(value.shape, where, lambda index: np.asarray(value[index]))
+    return {**drawn, "params": drawn["params"] | (jax.tree.map(sharding.place_array, read, place(read)) if place else read)}
 
 
 def _initialize(module: VQRAE):
     size = module.decoder.image_size
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
-
-
-def spread(mesh: Mesh | None) -> Spread:
-    """Batches are split over the mesh's data axes, heads over "model"."""
-    if mesh is None:
-        return Spread()
-    return Spread(functools.partial(sharding.pin_batch, mesh=mesh), functools.partial(sharding.per_device, mesh=mesh))
-
-
-def encoder_alone(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, dict[str, Any] | None]:
-    """The encoder that the config names, and its pretrained parameters; None where they start random."""
-    encoder, folder = _encoder(config, spread(mesh))
-    image = jax.ShapeDtypeStruct((1, config.encoder_input_size, config.encoder_input_size, 3), jnp.float32)
-    want = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    return encoder, None if folder is None else _read_encoder(config, want, folder)
-
-
-def _encoder(config: ModelConfig, where: Spread) -> tuple[Encoder, pathlib.Path | None]:
-    """The encoder and the folder of its weights, None where they start random."""
-    params = config.encoder_params
-    family = families.FAMILIES[config.encoder_cls]
-    if config.encoder_config_path is None:
-        if "hidden_size" not in params.architecture:
-            raise ConfigError(
-                "model.encoder_config_path is None, so the encoder starts from random weights and its architecture "
-                "must be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in config.json)"
-            )
-        description = sources.complete_config(
-            {"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture"
-        )
-        folder, (mean, std) = None, (IMAGENET_MEAN, IMAGENET_STD)
-    else:
-        if params.architecture:
-            raise ConfigError(
-                "model.encoder_params.architecture is only for an encoder without pretrained weights: "
-                "set model.encoder_config_path=None or leave architecture empty"
-            )
-        path, field = _weights_source(config)
-        folder = sources.fetch(path, field)
-        description = sources.read_config(folder, field)
-        mean, std = sources.read_image_statistics(folder, field)
-    if description["model_type"] not in family.model_types:
-        fitting = [name for name, other in families.FAMILIES.items() if description["model_type"] in other.model_types]
-        remedy = f": set model.encoder_cls={fitting[0]!r}" if fitting else ", which no model.encoder_cls reads"
-        raise ConfigError(
-            f"model.encoder_cls={config.encoder_cls!r} reads {' or '.join(family.model_types)}, but "
-            f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}{remedy}"
-        )
-    fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=where)
-    if not params.layers:
-        raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
-    _check_layers("model.encoder_params.layers", params.layers, blocks)
-    vit = ViTConfig(blocks=blocks, **fields)
-    if config.encoder_input_size % vit.patch:
-        patch, size = vit.patch, config.encoder_input_size
-        raise ConfigError(
-            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
-            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
-        )
-    return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
-
-
-def _weights_source(config: ModelConfig) -> tuple[str, str]:
-    """The origin names the weights in encoder_params and the image processor in encoder_config_path; often the same."""
-    for name in ("dinov2_path", "dinov3_path", "model_name"):
-        if path := getattr(config.encoder_params, name):
-            return path, f"model.encoder_params.{name}"
-    return config.encoder_config_path, "model.encoder_config_path"
 
 
 def _decoder(config: ModelConfig, encoder: Encoder, where: Spread) -> Decoder:
@@ -234,16 +161,11 @@ def _decoder(config: ModelConfig, encoder: Encoder, where: Spread) -> Decoder:
         width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
         scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, spread=where,
     )  # fmt: skip
-    _check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
+    check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
         blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed,
         features=len(config.decoder_features) * encoder.vit.blocks.width,
     )  # fmt: skip
-
-
-def _check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:
-    if any(not -blocks.depth <= layer < blocks.depth for layer in layers):
-        raise ConfigError(f"{field}={layers}: the encoder has blocks 0 to {blocks.depth - 1}")
 
 
 def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
@@ -299,30 +221,22 @@ def _whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
     return jax.device_get(fitted_state(axes["pca_mean"], axes["pca_basis"], axes["pca_var"], dim))
 
 
-def _read_weights(config: ModelConfig, assembly: Assembly, folder: pathlib.Path | None) -> dict[str, Any]:
-    want = shapes(assembly)["params"]
+def _read_weights(config: ModelConfig, built: BuiltTokenizer, folder: pathlib.Path | None) -> dict[str, Any]:
+    want = variable_shapes(built)["params"]
     read = {}
     if folder is not None:
-        read["encoder"] = _read_encoder(config, want["encoder"], folder)
+        read["encoder"] = read_encoder(config, want["encoder"], folder)
     if config.pretrained_decoder_path:
         read["decoder"] = _read_decoder(config, want["decoder"])
     return read
-
-
-def _read_encoder(config: ModelConfig, want: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-    field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
-    return convert.convert(
-        sources.read_weights(folder, field), family.table, want,
-        unwanted=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
-    )  # fmt: skip
 
 
 def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
     path, field = config.pretrained_decoder_path, "model.pretrained_decoder_path"
     state = _decoder_state(sources.read_state_dict(path, field), path)
     if config.scan_layers:
-        single = assemble(config.model_copy(update={"scan_layers": False}), weights=False)
-        want = shapes(single)["params"]["decoder"]
+        single = build_tokenizer(config.model_copy(update={"scan_layers": False}), weights=False)
+        want = variable_shapes(single)["params"]["decoder"]
     head = want.get("features")  # files of others have none
     tree = convert.convert(state, tables.DECODER_TABLE, {n: p for n, p in want.items() if n != "features"}, source=path)
     if head is not None:

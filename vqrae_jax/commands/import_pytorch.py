@@ -11,7 +11,7 @@ from typing import Any
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
@@ -20,7 +20,7 @@ from vqrae_jax.models.stacking import stack_blocks
 from vqrae_jax.pretrained import origin, readers, sources
 
 
-def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[assembly.Assembly, dict[str, Any]]:
+def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[BuiltTokenizer, dict[str, Any]]:
     """Reads a checkpoint of the origin.
 
     Args:
@@ -29,7 +29,7 @@ def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tup
       weights: "ema" or "model", of a training checkpoint; its codebook is always that of "model".
 
     Returns:
-      The assembly, and {"params", "batch_stats"} as numpy arrays.
+      The built tokenizer, and {"params", "batch_stats"} as numpy arrays.
 
     Raises:
       WeightsError: the file cannot be read, or is not a checkpoint of this model.
@@ -39,15 +39,15 @@ def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tup
 
 def convert(
     config: ModelConfig, checkpoint: Mapping[str, Any], weights: str = "ema", source: str = "the checkpoint"
-) -> tuple[assembly.Assembly, dict[str, Any]]:
+) -> tuple[BuiltTokenizer, dict[str, Any]]:
     """The same, of a checkpoint in memory: a state dict, or {"model": ..., "ema": ...}, of numpy arrays."""
-    built = assembly.assemble(config, weights=False)
+    built = build_tokenizer(config, weights=False)
     single = built
     if config.scan_layers:
-        single = assembly.assemble(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
+        single = build_tokenizer(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
     tensors = origin.select(checkpoint, weights, source)
     variables = origin.convert_checkpoint(
-        tensors, config.encoder_cls, config.quantizer, assembly.shapes(single), source
+        tensors, config.encoder_cls, config.quantizer, variable_shapes(single), source
     )
     if config.scan_layers:
         variables["params"]["decoder"] = stack_blocks(variables["params"]["decoder"])

@@ -13,7 +13,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from vqrae_jax import checkpoint
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError, WeightsError
@@ -67,10 +67,10 @@ def _model(found: Location) -> dict[str, Any]:
     """Parameters of each part, and what a picture becomes; less where the encoder's description cannot be had."""
     parameters = _stored(found)
     try:
-        built = assembly.assemble(_without_files(found.config), weights=False)
+        built = build_tokenizer(_without_files(found.config), weights=False)
     except (ConfigError, WeightsError) as error:
         return {"parameters": parameters, "encoder": str(error)}
-    shapes = assembly.shapes(built)
+    shapes = variable_shapes(built)
     parameters = {part: _count(tree) for part, tree in shapes["params"].items()} | {
         f"{part} (state)": _count(tree) for part, tree in shapes["batch_stats"].items()
     }

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vqrae_jax import sharding, storage
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.commands import data_arguments as data_flags
 from vqrae_jax.config import EncoderClass, ModelConfig, from_dict
@@ -141,9 +141,7 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
-    built = assembly.for_frozen_encoder(
-        assembly.assemble(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"}))
-    )
+    built = freeze_encoder(build_tokenizer(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"})))
     params = {"params": jax.device_put(built.pretrained["encoder"])}
     mesh = sharding.make_mesh()
     batch = -(-args.batch // mesh.size) * mesh.size

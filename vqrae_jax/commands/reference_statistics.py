@@ -11,7 +11,7 @@ from typing import get_args
 import jax
 
 from vqrae_jax import sharding, storage
-from vqrae_jax.build import networks
+from vqrae_jax.build import judges
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.commands import data_arguments as data_flags
 from vqrae_jax.config import DataConfig, EncoderClass, EvaluationConfig, from_dict
@@ -64,7 +64,7 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     size = -(-args.batch // mesh.size) * mesh.size
     data = {"source": "folder", "eval_path": args.data, "image_size": args.size, "eval_batch_size": size}
     batches = pipeline.evaluation_batches(from_dict(DataConfig, data), limit=args.limit)
-    nets = networks.load(from_dict(EvaluationConfig, settings), (name,))
+    nets = judges.load_metric_networks(from_dict(EvaluationConfig, settings), (name,))
     moments = reference.feature_moments(nets, jax.device_put(nets.params, sharding.replicated(mesh)), batches, mesh)[
         name
     ]

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vqrae_jax import __version__, distributed, sharding, storage
-from vqrae_jax.build import networks
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build import judges
 from vqrae_jax.config import Config, Figure
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
@@ -52,10 +51,10 @@ class Measurement:
         self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches, figures: Collection[Figure]
     ):
         self._config, self._mesh, self._batches, self._figures = config, mesh, batches, tuple(figures)
-        self._networks = networks.load(config.evaluation, figures, config.loss.perceptual)
-        self._widths = {n: networks.feature_width(self._networks, n) for n in networks.FEATURES if n in figures}
+        self._networks = judges.load_metric_networks(config.evaluation, figures, config.loss.perceptual)
+        self._widths = {n: judges.feature_width(self._networks, n) for n in judges.FEATURES if n in figures}
         where = sharding.replicated(mesh)
-        self._params = jax.tree.map(lambda x: assembly.put(x, where), self._networks.params)
+        self._params = jax.tree.map(lambda x: sharding.place_array(x, where), self._networks.params)
         self._references: dict[str, Gaussian] = {}
         self._folders: dict[str, pipeline.EvaluationBatches] = {}  # of references still to be computed
         for name in self._widths:

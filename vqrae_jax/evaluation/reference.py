@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax import distributed, sharding
-from vqrae_jax.build import networks
+from vqrae_jax.build import judges
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation.moments import Gaussian, Moments
 
@@ -56,7 +56,7 @@ def read(path: pathlib.Path, width: int, field: str) -> Gaussian:
 
 
 def feature_moments(
-    nets: networks.Networks, params: Any, batches: Iterable[dict[str, Any]], mesh: Mesh
+    nets: judges.MetricNetworks, params: Any, batches: Iterable[dict[str, Any]], mesh: Mesh
 ) -> dict[str, Moments]:
     """Moments of the features of every network in `nets`, over batches as `pipeline.evaluation_batches` gives them.
 
@@ -71,7 +71,7 @@ def feature_moments(
     for batch in batches:
         placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
         features, mask = jax.tree.map(sharding.own_rows, step(params, placed))
-        for name in networks.FEATURES:
+        for name in judges.FEATURES:
             if name in features:
                 own.setdefault(name, Moments()).add(features[name][mask])
     return {name: _of_all_processes(moments) for name, moments in own.items()}

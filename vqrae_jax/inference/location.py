@@ -12,7 +12,7 @@ import jax
 
 from vqrae_jax import checkpoint, storage
 from vqrae_jax import config as config_lib
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_params, variable_shapes
 from vqrae_jax.errors import DamagedError
 from vqrae_jax.evaluation.report import EVALUATION_FILE, METRICS_FILE
 from vqrae_jax.inference import saving as exported
@@ -81,8 +81,8 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
     held, settings = {*found.run.train.trainable, *saved["params"]}, found.config
     if "decoder" in held:  # what it started from may be gone by now
         settings = settings.model_copy(update={"pretrained_decoder_path": None})
-    built = assembly.assemble(settings, latent_stats=saved["batch_stats"].get("latent", {}), mesh=mesh)
-    shapes = assembly.shapes(built)
+    built = build_tokenizer(settings, latent_stats=saved["batch_stats"].get("latent", {}), mesh=mesh)
+    shapes = variable_shapes(built)
     trained = {n: p for n, p in shapes["params"].items() if n in held}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, found.path)
     place = functools.partial(placement, mesh=mesh)
@@ -90,7 +90,7 @@ def read_model(found: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[
     with _others_told(found.path):
         model = checkpoint.read_model(found.path, target)
     key = jax.random.key(found.run.train.seed)
-    rest = assembly.initial_params(built, key, [n for n in PARTS if n not in trained], place)
+    rest = initial_params(built, key, [n for n in PARTS if n not in trained], place)
     return built.module, {**model, "params": {**rest, **model["params"]}}
 
 

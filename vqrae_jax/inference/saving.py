@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import __version__
 from vqrae_jax import config as config_lib
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import export, readers
@@ -98,7 +98,7 @@ def read(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tupl
     flat = {name: np.asarray(leaf) for name, leaf in readers.read_tensors(file, "--checkpoint").items()}
     variables = {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
     stats = variables["batch_stats"].get("latent", {})
-    built = assembly.assemble(read_config(folder), latent_stats=stats, weights=encoder is not None, mesh=mesh)
+    built = build_tokenizer(read_config(folder), latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
         loaded = built.pretrained["encoder"]
         if (digest := export.content_hash(loaded)) != encoder["sha256"]:
@@ -107,7 +107,7 @@ def read(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tupl
                 f"but what is there now has {digest}: its codes would mean something else. Use the weights of that time"
             )
         variables["params"]["encoder"] = loaded
-    _check(variables, assembly.shapes(built), file)
+    _check(variables, variable_shapes(built), file)
     return built.module, variables
 
 

@@ -122,7 +122,7 @@ class Plan:
             parts = {n: frozen[n] for n in PARTS if n in frozen}
             variables = {**variables, "params": {**parts, **variables["params"]}}
             image = to_float(batch["image"])
-            return self.task.assembly.module.apply(variables, image, method="encode_to_indices")
+            return self.task.built.module.apply(variables, image, method="encode_to_indices")
 
         return self._cost("tokenize", size, jax.jit(tokenize), variables, frozen, self._images(size))
 

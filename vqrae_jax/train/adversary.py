@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vqrae_jax.build import judges as critics
+from vqrae_jax.build import judges
 from vqrae_jax.config import AdversaryConfig
 from vqrae_jax.losses import adversarial
 from vqrae_jax.losses.augment import augment
@@ -30,7 +30,7 @@ class Adversary:
     """
 
     config: AdversaryConfig
-    critic: critics.Critic
+    critic: judges.FrozenNetwork
     steps: int  # of the run
 
     @functools.cached_property

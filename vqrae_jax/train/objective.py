@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vqrae_jax.build import judges as critics
+from vqrae_jax.build import judges
 from vqrae_jax.config import Config
 from vqrae_jax.losses import features, pixel
 from vqrae_jax.models.encoder import Encoder
@@ -32,7 +32,7 @@ class Objective:
 
     config: Config
     encoder: Encoder
-    perceptual: critics.Critic | None
+    perceptual: judges.FrozenNetwork | None
 
     @classmethod
     def build(cls, config: Config, module: VQRAE, mesh: Mesh, weights: bool = True) -> "Objective":
@@ -42,7 +42,7 @@ class Objective:
           WeightsError, ConfigError: they cannot be had.
         """
         wanted = config.loss.perceptual
-        return cls(config, module.encoder, critics.perceptual(wanted, mesh, weights) if wanted.weight else None)
+        return cls(config, module.encoder, judges.build_perceptual(wanted, mesh, weights) if wanted.weight else None)
 
     @property
     def needs_teacher(self) -> bool:

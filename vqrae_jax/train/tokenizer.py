@@ -12,8 +12,15 @@ import optax
 from jax.sharding import Mesh
 
 from vqrae_jax import sharding
-from vqrae_jax.build import judges as critics
-from vqrae_jax.build import tokenizer as assembly
+from vqrae_jax.build import judges
+from vqrae_jax.build.tokenizer import (
+    BuiltTokenizer,
+    build_tokenizer,
+    freeze_encoder,
+    initial_params,
+    initial_variables,
+    variable_shapes,
+)
 from vqrae_jax.config import Config, ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import visualize as pictures
@@ -41,7 +48,7 @@ class TokenizerTask:
 
     config: Config
     mesh: Mesh
-    assembly: assembly.Assembly
+    built: BuiltTokenizer
     objective: Objective
     adversary: Adversary | None = None
     start: Any = None  # shapes of the model that `train.start_from` gives
@@ -54,13 +61,13 @@ class TokenizerTask:
         model in a checkpoint of this run, where there is one; what the run started from is then not looked for.
         """
         model = config.model if "quantizer" in config.train.trainable else _with_frozen_codes(config.model)
-        built = assembly.assemble(model, weights=weights, mesh=mesh)
+        built = build_tokenizer(model, weights=weights, mesh=mesh)
         _tell_unread(config.model, built.module.encoder)
-        start = restore.start_shapes(config.train, assembly.shapes(built), own) if config.train.start_from else None
+        start = restore.start_shapes(config.train, variable_shapes(built), own) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
             read = "encoder" in built.pretrained or not weights
-            built = assembly.for_frozen_encoder(built, scan=config.model.scan_layers and read)
+            built = freeze_encoder(built, scan=config.model.scan_layers and read)
         painted, given = built.image_size, config.data.image_size
         if painted != given:
             grid = built.module.decoder.grid
@@ -73,7 +80,7 @@ class TokenizerTask:
         adversary = None
         if config.adversary.discriminator != "none":
             model = config.model
-            critic = critics.discriminator(config.adversary, mesh, weights, model.scan_layers, model.attention)
+            critic = judges.build_discriminator(config.adversary, mesh, weights, model.scan_layers, model.attention)
             adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)
@@ -94,10 +101,10 @@ class TokenizerTask:
 
     @property
     def codebook_size(self) -> int | None:
-        return getattr(self.assembly.module.quantizer, "num_embeddings", None)
+        return getattr(self.built.module.quantizer, "num_embeddings", None)
 
     def shapes(self) -> TrainState:
-        shapes = assembly.shapes(self.assembly)
+        shapes = variable_shapes(self.built)
         held = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable + self._given}
         state = jax.eval_shape(self._create, held, shapes["batch_stats"], self._key())
         return self._placed(state)
@@ -105,7 +112,7 @@ class TokenizerTask:
     def init(self) -> TrainState:
         where = jax.tree.map(lambda x: x.sharding, self.shapes())
         drawn = [n for n in self.config.train.trainable if n not in self._given]
-        variables = assembly.initial_variables(self.assembly, self._key(), drawn, self._place)
+        variables = initial_variables(self.built, self._key(), drawn, self._place)
         params, batch_stats = variables["params"], variables["batch_stats"]
         if self.start:
             given = restore.read_start(self.config.train, self._placed(self.start), self._place)
@@ -115,15 +122,13 @@ class TokenizerTask:
 
     def frozen(self) -> Any:
         """Parts that neither train nor come from train.start_from, and the networks that judge."""
-        networks = assembly.initial_params(self.assembly, self._key(), self._frozen_parts, self._place)
+        networks = initial_params(self.built, self._key(), self._frozen_parts, self._place)
         if self._has_teacher:
-            networks["teacher"] = assembly.initial_params(self.assembly, self._key(), ["encoder"], self._place)[
-                "encoder"
-            ]
-        return networks | jax.tree.map(assembly.put, self._critics, self._place(self._critics))
+            networks["teacher"] = initial_params(self.built, self._key(), ["encoder"], self._place)["encoder"]
+        return networks | jax.tree.map(sharding.place_array, self._critics, self._place(self._critics))
 
     def frozen_shapes(self) -> Any:
-        params = assembly.shapes(self.assembly)["params"]
+        params = variable_shapes(self.built)["params"]
         networks = {n: params[n] for n in self._frozen_parts if n in params}
         if self._has_teacher:
             networks["teacher"] = params["encoder"]
@@ -151,13 +156,13 @@ class TokenizerTask:
         return TrainState(jnp.zeros((), jnp.int32), params, ema, batch_stats, self.optimizer.init(params), adversary)
 
     def _check_parts(self, weights: bool) -> None:
-        trainable, shapes = self.config.train.trainable, assembly.shapes(self.assembly)
+        trainable, shapes = self.config.train.trainable, variable_shapes(self.built)
         if not set(trainable) & set(shapes["params"]):
             raise ConfigError(
                 f"train.trainable={trainable}: none of these parts has parameters; choose from {', '.join(PARTS)}"
             )
         learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
-        known = {*trainable, *self._given, *self.assembly.pretrained, *(self.start or {}).get("batch_stats", {})}
+        known = {*trainable, *self._given, *self.built.pretrained, *(self.start or {}).get("batch_stats", {})}
         random = [n for n in learned if n not in known]
         if weights and random:
             raise ConfigError(
@@ -215,7 +220,7 @@ class TokenizerTask:
         def paint(params: Any) -> tuple[Painted, Any]:
             variables = {"params": self._params(frozen, state, params), "batch_stats": batch_stats}
             noise, codes = jax.random.split(key)
-            out, updated = self.assembly.module.apply(
+            out, updated = self.built.module.apply(
                 variables, images, train=True, method="forward", mutable=["batch_stats"],
                 rngs={"noise": noise, "codes": codes},
             )  # fmt: skip
@@ -297,7 +302,7 @@ class TokenizerTask:
     def codebook(self, state: TrainState, frozen: Any) -> Metrics:
         params = self._params(frozen, state, state.params)
         variables = {"params": params, "batch_stats": state.batch_stats}
-        codes = self.assembly.module.apply(variables, method=lambda model: model.quantizer.codes())
+        codes = self.built.module.apply(variables, method=lambda model: model.quantizer.codes())
         return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
@@ -308,13 +313,13 @@ class TokenizerTask:
     def draw(self, arrays: Any) -> np.ndarray:
         images, reconstructions, indices = arrays
         return pictures.reconstruction_grid(
-            images, pictures.to_uint8(reconstructions), indices, self.assembly.module.encoder.grid
+            images, pictures.to_uint8(reconstructions), indices, self.built.module.encoder.grid
         )
 
     def _forward(self, variables: Any, frozen: Any, images: jax.Array) -> Any:
         parts = {n: frozen[n] for n in PARTS if n in frozen}
         variables = {**variables, "params": {**parts, **variables["params"]}}
-        return self.assembly.module.apply(variables, images, method="forward")
+        return self.built.module.apply(variables, images, method="forward")
 
 
 def _with_frozen_codes(model: ModelConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ import pytest
 
 from vqrae_jax.config import EvaluationConfig, PerceptualConfig
 from vqrae_jax.evaluation import reference
-from vqrae_jax.build import networks
+from vqrae_jax.build import judges
 from vqrae_jax.evaluation.moments import Gaussian
 from vqrae_jax.models.inception import Inception
 from vqrae_jax.models.lpips import LPIPS
@@ -16,7 +16,7 @@ CLS = [[-0.46199018, 1.7107866, 0.29818735, 0.07764289], [-0.63822585, 0.8279656
 
 def encoder_features(golden, name, pool, images):
     settings = {"encoder_path": str(golden / "encoders" / name), "encoder_input_size": 56, "encoder_pool": pool}
-    nets = networks.load(EvaluationConfig(**settings), ("encoder",))
+    nets = judges.load_metric_networks(EvaluationConfig(**settings), ("encoder",))
     return jax.jit(nets.features)(nets.params, images)["encoder"]
 
 
@@ -33,7 +33,7 @@ def test_what_every_network_gives():
     image = jax.ShapeDtypeStruct((3, 64, 48, 3), np.float32)
     params = {"lpips": jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]}
     params["inception"] = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
-    rows = jax.eval_shape(networks.Networks(modules, {}, {}).compare, params, image, image)
+    rows = jax.eval_shape(judges.MetricNetworks(modules, {}, {}).compare, params, image, image)
     assert {name: row.shape for name, row in rows.items()} == {
         "lpips": (3,),
         "inception/image": (3, 2048),
@@ -44,7 +44,7 @@ def test_what_every_network_gives():
 
 def test_reconstructions_are_seen_as_bytes():
     image = np.array([-0.3, 0.1, 0.5, 2.0], np.float32)
-    np.testing.assert_allclose(networks.to_bytes(image) * 255, [0, 26, 128, 255])
+    np.testing.assert_allclose(judges.to_bytes(image) * 255, [0, 26, 128, 255])
 
 
 @pytest.mark.parametrize(
@@ -58,20 +58,20 @@ def test_reconstructions_are_seen_as_bytes():
 )
 def test_missing_weights_are_named_with_the_way_around_them(figure, settings, message):
     with pytest.raises((ConfigError, WeightsError), match=message) as error:
-        networks.load(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
+        judges.load_metric_networks(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
     assert f"leave '{figure}' out of evaluation.metrics" in str(error.value)
 
 
 def test_an_encoder_without_class_token(golden):
     settings = {"encoder_cls": "SigLIP2wNorm", "encoder_path": str(golden / "encoders" / "siglip")}
     with pytest.raises(ConfigError, match=r"evaluation.encoder_pool='cls': .* has no class token; take 'mean'"):
-        networks.load(EvaluationConfig(**settings), ("encoder",))
+        judges.load_metric_networks(EvaluationConfig(**settings), ("encoder",))
 
 
 def test_an_encoder_asked_for_half_patches(golden):
     settings = {"encoder_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 30}
     with pytest.raises(ConfigError, match=r"evaluation.encoder_input_size=30 is not divisible .* 14; .* 28 and 42"):
-        networks.load(EvaluationConfig(**settings), ("encoder",))
+        judges.load_metric_networks(EvaluationConfig(**settings), ("encoder",))
 
 
 def test_reference_files_come_back(tmp_path):
