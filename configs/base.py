@@ -1,5 +1,7 @@
-"""Every default. The fields, what they mean and what they accept are in `vqrae_jax/config/schema.py`; other
-configs start from this one and say what differs. Any field can be overridden: --config.model.num_embeddings=16384.
+"""The defaults of every field, from which the other configs start.
+
+The fields, their meaning and their accepted values are in `vqrae_jax/config/schema.py`. Any field can be set on the
+command line: --config.model.num_embeddings=16384.
 """
 
 from vqrae_jax import config

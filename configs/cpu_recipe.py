@@ -1,13 +1,14 @@
-"""The full recipe on two CPU cores in minutes: tiny networks, 64 pixels, 8 x 8 codes, nothing downloaded.
+"""The full recipe on two CPU cores: tiny networks, 64 pixels, 8 x 8 tokens, nothing downloaded.
 
-A feature loss by the tokens of a small ViT stands for LPIPS, a PatchGAN for the DINO discriminator; the rest is as in
-configs/recipe_16k.py: learned low-dimensional codes (here four residual levels of 512, as 64 codes of one level paint
-little more than colours), k-means and revival, feature reconstruction, adaptive adversary. The encoder and the ViT of
-the feature loss start from random weights unless a local folder is given:
---config=configs/cpu_recipe.py:/path/to/vit (a DINOv2-like hub folder with 16-pixel patches) takes both from there,
-which is what makes the feature loss worth having. Two cores, estimate: 10 minutes for the 400 steps (with L1 alone a
-step takes 0.2 s on two idle ones). Aims at 20 dB on held-out photographs, and at a smaller feature distance than
-without the feature loss.
+A feature loss in the tokens of a small ViT replaces LPIPS, and a PatchGAN replaces the DINO discriminator. Everything
+else follows configs/recipe_16k.py: learned low-dimensional codes (four residual levels of 512; one level of 64 tokens
+encodes little more than colors), k-means start, revival, feature reconstruction and an adaptive adversary.
+
+The encoder and the ViT of the feature loss start from random weights. --config=configs/cpu_recipe.py:/path/to/vit, a
+local DINOv2-like hub folder with 16-pixel patches, loads both; the feature loss is useful only with trained weights.
+
+Hardware: two CPU cores, about 10 minutes for 400 steps (estimate). Target: 20 dB PSNR on held-out photographs, and a
+smaller feature distance than without the feature loss.
 """
 
 from vqrae_jax import config
@@ -31,8 +32,8 @@ def get_config(encoder=""):
     c.model.num_embeddings = 512
     c.model.quantizer_params.depth = 4
     c.model.quantizer_params.codebook_dim = 32
-    c.model.commitment_cost = 0.02  # at 0.25 the projections shrink, and pictures stay at mean colours for long
-    c.model.vq_decay = 0.95  # the projections move, so the codes have to follow
+    c.model.commitment_cost = 0.02  # at 0.25 the projections shrink, and images stay near mean colors
+    c.model.vq_decay = 0.95  # the codebook must follow the projections, which train
 
     c.data.source = "photographs"
     c.data.image_size = side
@@ -50,8 +51,8 @@ def get_config(encoder=""):
     c.adversary.layers = 2
     c.adversary.weight = 0.3
     c.adversary.lecam_weight = 0.001
-    # It starts at once: where something waits, XLA compiles a condition, and its CPU compiler makes convolutions inside
-    # of one over ten times slower.
+    # The adversary starts at step 0: a later start compiles a conditional, in which XLA's CPU compiler makes
+    # convolutions over ten times slower.
     c.adversary.optimizer.learning_rate = 4e-4
 
     c.optimizer.learning_rate = 1e-3

@@ -1,7 +1,8 @@
-"""VQRAE on DINOv2-B with registers.
+"""VQRAE on a frozen DINOv2-B with registers: 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/dinov2_b.py:ViT-L,512 (else ViT-XL,256).
-It converges faster from the decoder that RAE released (needs the torch extra, ViT-XL at 256 only):
+The decoder is ViT-XL at 256 pixels; --config=configs/dinov2_b.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and access to the model hub.
+Training converges faster from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
 --config.model.pretrained_decoder_path=nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt
 """
 
@@ -13,7 +14,7 @@ def get_config(parse_decoder_and_size="ViT-XL,256"):
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
-    c.model.encoder_input_size = pixels // 16 * 14  # the same grid as of 16-pixel patches
+    c.model.encoder_input_size = pixels // 16 * 14  # 14-pixel patches give the same grid as 16-pixel patches
     c.model.decoder_config_path = decoder
     c.data.image_size = pixels
     return c

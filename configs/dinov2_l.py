@@ -1,6 +1,7 @@
-"""VQRAE on DINOv2-L with registers.
+"""VQRAE on a frozen DINOv2-L with registers: 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/dinov2_l.py:ViT-L,512 (else ViT-XL,256).
+The decoder is ViT-XL at 256 pixels; --config=configs/dinov2_l.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and access to the model hub.
 """
 
 from vqrae_jax import config
@@ -11,7 +12,7 @@ def get_config(parse_decoder_and_size="ViT-XL,256"):
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-large"
-    c.model.encoder_input_size = pixels // 16 * 14  # the same grid as of 16-pixel patches
+    c.model.encoder_input_size = pixels // 16 * 14  # 14-pixel patches give the same grid as 16-pixel patches
     c.model.decoder_config_path = decoder
     c.data.image_size = pixels
     return c

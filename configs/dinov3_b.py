@@ -1,7 +1,7 @@
-"""VQRAE on DINOv3-B.
+"""VQRAE on a frozen DINOv3-B: 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/dinov3_b.py:ViT-L,512 (else ViT-XL,256).
-The hub asks for a log-in before it gives these weights.
+The decoder is ViT-XL at 256 pixels; --config=configs/dinov3_b.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and a login to the model hub, which gates these weights.
 """
 
 from vqrae_jax import config

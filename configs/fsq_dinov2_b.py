@@ -1,10 +1,12 @@
-"""FSQ on DINOv2-B: 8 x 8 x 8 x 6 x 5 = 15,360 codes without a codebook to learn, so none that could collapse.
+"""FSQ on DINOv2-B with registers: 8 x 8 x 8 x 6 x 5 = 15,360 indices without a learned codebook.
 
-Latents are whitened first: their common mean would hold every channel at one level. The recipe is that of RAE's
-decoders. Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and
-DINO (or local paths; .pth files need the torch extra). Estimate, no run of full size has been done yet: 24 exaFLOP by
-count; at 30 % of the peak 7 hours on 16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 2 on
-ImageNet's validation images.
+The latents are whitened first, because their common mean would hold every channel at one level. Losses and schedule are
+those of RAE.
+
+Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
+DINO; reading .pth files requires the torch extra.
+Hardware (estimate, not run at full size): 24 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
+Target: rFID below 2 on ImageNet validation.
 """
 
 from vqrae_jax import config
@@ -18,7 +20,7 @@ def get_config():
     c.model.decoder_config_path = "ViT-XL"
     c.model.remat = True
     c.model.quantizer = "fsq"
-    c.model.quantizer_params.levels = (8, 8, 8, 6, 5)  # 15,360 codes
+    c.model.quantizer_params.levels = (8, 8, 8, 6, 5)
     c.model.quantizer_params.adapter = "linear"
     c.model.quantizer_params.whitening_dim = 64
     recipes.rae_stage1(c)

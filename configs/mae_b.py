@@ -1,7 +1,8 @@
-"""VQRAE on MAE-B.
+"""VQRAE on a frozen MAE-B: 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/mae_b.py:ViT-L,512 (else ViT-XL,256).
-It converges faster from the decoder that RAE released (needs the torch extra, ViT-XL at 256 only):
+The decoder is ViT-XL at 256 pixels; --config=configs/mae_b.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and access to the model hub.
+Training converges faster from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
 --config.model.pretrained_decoder_path=nyu-visionx/RAE-collections/decoders/mae/base_p16/ViTXL_n08/model.pt
 """
 

@@ -1,8 +1,8 @@
 """A small VQRAE on the photographs that scikit-image and scikit-learn ship: two CPU cores, under three minutes.
 
-Nothing is downloaded, so there is no pretrained encoder: a small ViT starts from random weights and is trained together
-with the codebook and the decoder: with a pretrained encoder the smallest run is configs/small.py. Aims at 20 dB PSNR on
-two held-out photographs at 64x64 and at more than half of the codebook in use.
+Nothing is downloaded: a small ViT encoder starts from random weights and trains together with the codebook and the
+decoder. The smallest recipe with a pretrained encoder is configs/small.py. Target: 20 dB PSNR on two held-out
+photographs at 64 x 64 pixels, and more than half of the codebook in use.
 """
 
 from vqrae_jax import config
@@ -22,7 +22,7 @@ def get_config():
     c.model.decoder_config_path = "ViT-Nano"
     c.model.decoder_patch_size = 4
     c.model.num_embeddings = 512
-    c.model.vq_decay = 0.95  # the encoder moves, so the codes have to follow
+    c.model.vq_decay = 0.95  # the codebook must follow the encoder, which trains
 
     c.data.source = "photographs"
     c.data.image_size = 64

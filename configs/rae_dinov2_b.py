@@ -1,7 +1,7 @@
-"""The continuous RAE on DINOv2-B with registers as it was released.
+"""The released continuous RAE on DINOv2-B with registers and its ViT-XL decoder; no quantizer.
 
-Picture size: --config=configs/rae_dinov2_b.py:512 (else 256).
-The released files are PyTorch's: reading them needs the torch extra.
+The default image size is 256 pixels; --config=configs/rae_dinov2_b.py:512 selects the release for 512 pixels.
+The released files are in PyTorch format; reading them requires the torch extra.
 """
 
 from vqrae_jax import config
@@ -16,7 +16,7 @@ RELEASED = {
 
 def get_config(pixels="256"):
     if pixels not in RELEASED:
-        raise ConfigError(f"--config: {pixels!r} pixels; decoders were released for {' and '.join(RELEASED)}")
+        raise ConfigError(f"decoders were released for {' and '.join(RELEASED)} pixels", field="--config", value=pixels)
     decoder, statistics = RELEASED[pixels]
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"

@@ -1,6 +1,6 @@
-"""The continuous RAE on SigLIP 2-B as it was released, with its ViT-XL decoder.
+"""The released continuous RAE on SigLIP 2-B and its ViT-XL decoder; no quantizer.
 
-The released files are PyTorch's: reading them needs the torch extra.
+The released files are in PyTorch format; reading them requires the torch extra.
 """
 
 from vqrae_jax import config

@@ -1,13 +1,13 @@
-"""Our best recipe for 256 tokens of 16,384 codes at 256 pixels, put together from the field's ablations.
+"""The recommended recipe for ImageNet: 256 tokens per image, a codebook of 16,384, a ViT-XL decoder, 256 pixels.
 
-Frozen DINOv2-B with registers, the mean of a shallow, a middle and the last layer (detail beside meaning); learned
-projections to 32 channels with cosine codes, k-means start and revival; the decoder also has to tell the encoder's
-middle and last layer (cosine), which keeps meaning in the codes; LPIPS and the adaptive DINO adversary.
+The latent is the mean of a shallow, a middle and the last layer of a frozen DINOv2-B with registers. It is projected to
+32 channels and quantized by cosine distance, with k-means start and revival. The decoder also predicts the encoder's
+middle and last layer. Losses: L1, LPIPS, feature reconstruction and an adaptive DINO adversary.
 
-Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, no run of full size has been done yet: 25 exaFLOP by count; at 30 % of the peak 7 hours on
-16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 1.5 on ImageNet's validation images, 21 dB PSNR,
-and more than 90 % of the codes in use.
+Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
+DINO; reading .pth files requires the torch extra.
+Hardware (estimate, not run at full size): 25 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
+Target: rFID below 1.5 on ImageNet validation, 21 dB PSNR, more than 90 % of the codebook in use.
 """
 
 from vqrae_jax import config

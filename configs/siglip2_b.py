@@ -1,7 +1,8 @@
-"""VQRAE on SigLIP 2-B of fixed resolution.
+"""VQRAE on a frozen SigLIP 2-B (fixed resolution): 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/siglip2_b.py:ViT-L,512 (else ViT-XL,256).
-It converges faster from the decoder that RAE released (needs the torch extra, ViT-XL at 256 only):
+The decoder is ViT-XL at 256 pixels; --config=configs/siglip2_b.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and access to the model hub.
+Training converges faster from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
 --config.model.pretrained_decoder_path=nyu-visionx/RAE-collections/decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt
 """
 

@@ -1,6 +1,7 @@
-"""VQRAE on SigLIP 2-L of fixed resolution.
+"""VQRAE on a frozen SigLIP 2-L (fixed resolution): 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
-Decoder and picture size: --config=configs/siglip2_l.py:ViT-L,512 (else ViT-XL,256).
+The decoder is ViT-XL at 256 pixels; --config=configs/siglip2_l.py:ViT-L,512 selects another decoder and image size.
+Requires --config.data.path and access to the model hub.
 """
 
 from vqrae_jax import config

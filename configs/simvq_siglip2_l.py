@@ -1,13 +1,13 @@
-"""SimVQ with 16,384 codes on SigLIP2-L in the two stages of the VQRAE paper: 100,000 steps, then 70,000.
+"""SimVQ with 16,384 codes on SigLIP 2-L in the two stages of the VQRAE paper: 100,000 and 70,000 steps.
 
---config=configs/simvq_siglip2_l.py:1 trains the codebook and the decoder on the frozen encoder. Then
---config=configs/simvq_siglip2_l.py:2 --config.train.start_from=RUN_OF_STAGE_1 --workdir=ANOTHER trains the encoder as
-well, at a twentieth of the rate, held to its frozen copy by distillation.
+Stage 1, --config=configs/simvq_siglip2_l.py:1, trains the codebook and the decoder on the frozen encoder. Stage 2,
+--config=configs/simvq_siglip2_l.py:2 --config.train.start_from=WORKDIR_OF_STAGE_1 --workdir=NEW_WORKDIR, also trains
+the encoder at a twentieth of the learning rate, with distillation from its frozen copy.
 
-Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, no run of full size has been done yet: 75 exaFLOP for each stage by count; at 30 % of the
-peak 11 hours on 32 TPU v5e or 9 on 8 H100, if the input keeps up. Aims at 22 dB PSNR, an rFID below 1.5 on ImageNet's
-validation images, and nearly all codes in use.
+Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
+DINO; reading .pth files requires the torch extra.
+Hardware (estimate, not run at full size): 75 exaFLOP per stage; 11 hours on 32 TPU v5e or 9 hours on 8 H100 at 30 % of
+the peak. Target: 22 dB PSNR, rFID below 1.5 on ImageNet validation, nearly the whole codebook in use.
 """
 
 from vqrae_jax import config
@@ -17,7 +17,7 @@ from vqrae_jax.errors import ConfigError
 
 def get_config(stage="1"):
     if stage not in ("1", "2"):
-        raise ConfigError(f"--config: stage {stage!r}; there are 1 and 2, as in configs/simvq_siglip2_l.py:2")
+        raise ConfigError("must be 1 or 2, for example configs/simvq_siglip2_l.py:2", field="--config", value=stage)
     c = config.defaults()
     c.model.encoder_cls = "SigLIP2wNorm"
     c.model.encoder_config_path = "google/siglip2-large-patch16-256"
@@ -44,5 +44,5 @@ def get_config(stage="1"):
         c.optimizer.learning_rate, c.optimizer.final_learning_rate = 1e-4, 1e-5
         c.optimizer.encoder_rate = 0.05
         c.loss.distill_weight = 1.0
-        c.adversary.generator_start_steps = 2_000  # the discriminator begins anew
+        c.adversary.generator_start_steps = 2_000  # the discriminator starts from its initial weights
     return c

@@ -1,9 +1,11 @@
-"""One GPU for a day: DINOv2-S, a ViT-S decoder, 256 codes at 256 pixels, the full recipe.
+"""The full recipe for one GPU and one day: DINOv2-S, a ViT-S decoder, 256 tokens per image, 256 pixels.
 
---config=configs/small.py:ema (the default), :simvq or :fsq chooses the quantizer. Needs --config.data.path and a
-network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need the torch extra). Estimate,
-no run has been done yet: 3.6 exaFLOP by count for 150,000 steps of 64 images; at 30 % of the peak 11 hours on one A100
-or 4 on one H100, if the input keeps up. Aims at 20 dB PSNR and more than 80 % of the codes in use on held-out images.
+--config=configs/small.py:simvq and :fsq select another quantizer than the default, ema.
+
+Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
+DINO; reading .pth files requires the torch extra.
+Hardware (estimate, not run): 3.6 exaFLOP for 150,000 steps of 64 images; 11 hours on one A100 or 4 hours on one H100 at
+30 % of the peak. Target: 20 dB PSNR and more than 80 % of the codebook in use on held-out images.
 """
 
 from vqrae_jax import config
@@ -15,7 +17,7 @@ QUANTIZERS = ("ema", "simvq", "fsq")
 
 def get_config(quantizer="ema"):
     if quantizer not in QUANTIZERS:
-        raise ConfigError(f"--config: quantizer {quantizer!r}; this file has {', '.join(QUANTIZERS)}")
+        raise ConfigError(f"must be one of {', '.join(QUANTIZERS)}", field="--config", value=quantizer)
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-small"
@@ -23,7 +25,7 @@ def get_config(quantizer="ema"):
     c.model.decoder_features = (-1,)
     c.model.quantizer = quantizer
     if quantizer == "fsq":
-        c.model.quantizer_params.levels = (8, 8, 5, 5)  # 1,600 codes
+        c.model.quantizer_params.levels = (8, 8, 5, 5)  # 1,600 indices
     if quantizer == "ema":
         c.model.quantizer_params.codebook_dim = 32
         c.model.quantizer_params.distance = "cosine"

@@ -1,12 +1,13 @@
-"""The PyTorch origin's VQRAE-DINOv2-B with the ViT-XL decoder, as it was meant to run: 256 codes of 8,192, 256 pixels.
+"""VQRAE-DINOv2-B of the PyTorch VQRAE: 256 tokens per image, a codebook of 8,192, a ViT-XL decoder, 256 pixels.
 
-Its losses and schedule are those of RAE: L1 + LPIPS + adaptive DINO adversary, 16 epochs of ImageNet in batches of 512.
-What its code does otherwise (a codebook that collapses, EMA without it) is not repeated here.
+Losses and schedule are those of RAE: L1, LPIPS and an adaptive DINO adversary, 16 epochs of ImageNet in batches of 512.
+The codebook starts by k-means and does not collapse, and inference uses the EMA parameters with the live codebook.
 
-Needs --config.data.path and a network for the encoder, VGG16, the LPIPS heads and DINO (or local paths; .pth files need
-the torch extra). Estimate, no run of full size has been done yet: 24 exaFLOP by count; at 30 % of the peak 7 hours on
-16 TPU v5e or 3 on 8 H100, if the input keeps up. Aims at an rFID below 2 on ImageNet's validation images (the
-continuous RAE of this size: 0.5 to 0.6) and more than half of the codes in use.
+Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
+DINO; reading .pth files requires the torch extra.
+Hardware (estimate, not run at full size): 24 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
+Target: rFID below 2 on ImageNet validation (the continuous RAE of this size reaches 0.5 to 0.6), at least half of the
+codebook in use.
 """
 
 from vqrae_jax import config
