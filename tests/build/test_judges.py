@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.config import EvaluationConfig, PerceptualConfig
-from vqrae_jax.evaluation import reference
 from vqrae_jax.build import judges
+from vqrae_jax.config import EvaluationConfig, PerceptualConfig
+from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.evaluation import reference
 from vqrae_jax.evaluation.moments import Gaussian
 from vqrae_jax.models.inception import Inception
 from vqrae_jax.models.lpips import LPIPS
-from vqrae_jax.errors import ConfigError, WeightsError
 
 # The class token after the final norm, first channels: transformers 5.23 in PyTorch, on the golden's two images.
 CLS = [[-0.46199018, 1.7107866, 0.29818735, 0.07764289], [-0.63822585, 0.8279656, 0.41295925, 0.49820557]]
@@ -58,7 +58,9 @@ def test_reconstructions_are_seen_as_bytes():
 )
 def test_missing_weights_are_named_with_the_way_around_them(figure, settings, message):
     with pytest.raises((ConfigError, WeightsError), match=message) as error:
-        judges.load_metric_networks(EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such"))
+        judges.load_metric_networks(
+            EvaluationConfig(**settings), ("linear_probe", figure), PerceptualConfig(trunk="none/such")
+        )
     assert f"leave '{figure}' out of evaluation.metrics" in str(error.value)
 
 

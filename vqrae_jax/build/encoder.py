@@ -63,7 +63,9 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None) -> tuple[Encoder, p
             f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}{remedy}"
         )
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
-    blocks = BlocksConfig(**fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=activation_spread(mesh))
+    blocks = BlocksConfig(
+        **fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=activation_spread(mesh)
+    )
     if not params.layers:
         raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
     check_layers("model.encoder_params.layers", params.layers, blocks)

@@ -1,4 +1,4 @@
-"""Frozen networks that judge pictures, from a config: perceptual networks, discriminators and the networks of the metrics."""
+"""Frozen networks that judge images, from a config: perceptual networks, discriminators, networks of the metrics."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,9 @@ def build_perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights
             fields, tensors = read_convnext(config.path, "loss.perceptual.path")
             module = LogitDistance(ConvNeXtConfig(**fields, dtype=config.dtype), config.input_size)
             target = jax.eval_shape(module.init, jax.random.key(0), image, image)["params"]["classifier"]
-            return FrozenNetwork(module, {"classifier": convert_convnext(tensors, target, config.path) if weights else target})
+            return FrozenNetwork(
+                module, {"classifier": convert_convnext(tensors, target, config.path) if weights else target}
+            )
         model = ModelConfig(
             encoder_cls=config.encoder_cls,
             encoder_config_path=config.path,
@@ -228,9 +230,7 @@ def _encoder(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
     fields["encoder_input_size"] = "encoder_input_size"
     values = {theirs: getattr(config, ours) for ours, theirs in fields.items()}
     try:
-        encoder, params = build_encoder(
-            from_dict(ModelConfig, values | {"encoder_params": {"normalize": False}})
-        )
+        encoder, params = build_encoder(from_dict(ModelConfig, values | {"encoder_params": {"normalize": False}}))
     except (ConfigError, WeightsError) as error:
         told = str(error)
         for ours, theirs in fields.items():

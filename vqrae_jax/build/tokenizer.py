@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from vqrae_jax import sharding
 from vqrae_jax.build.encoder import activation_spread, check_layers, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.decoder import SIZES, Decoder
 from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
@@ -25,7 +26,6 @@ from vqrae_jax.pretrained import convert, export, families, origin, sources, tab
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.whitened import fitted_state
-from vqrae_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,7 @@ def freeze_encoder(built: BuiltTokenizer, scan: bool = False) -> BuiltTokenizer:
     if scan:
         encoder, params = scanned(encoder, params)
     read = {} if params is None else {"encoder": params}
-    return dataclasses.replace(
-        built, module=built.module.clone(encoder=encoder), pretrained=built.pretrained | read
-    )
+    return dataclasses.replace(built, module=built.module.clone(encoder=encoder), pretrained=built.pretrained | read)
 
 
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
@@ -113,7 +111,9 @@ def initial_params(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], 
     return _create(built, key, names, place, batch_stats=False)["params"]
 
 
-def initial_variables(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
+def initial_variables(
+    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None
+) -> Any:
     """`initial_params`, and with them the mutable state before training (codebook, fixed latent statistics)."""
     return _create(built, key, names, place, batch_stats=True)
 
@@ -138,7 +138,10 @@ def _create(
         return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
 
     drawn = jax.jit(create, out_shardings=place(draw) if place else None)(key) if any(draw.values()) else draw
-    return {**drawn, "params": drawn["params"] | (jax.tree.map(sharding.place_array, read, place(read)) if place else read)}
+    return {
+        **drawn,
+        "params": drawn["params"] | (jax.tree.map(sharding.place_array, read, place(read)) if place else read),
+    }
 
 
 def _initialize(module: VQRAE):
