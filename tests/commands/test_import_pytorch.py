@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.commands import import_pytorch as import_origin
+from vqrae_jax.commands import import_pytorch
 from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.inference import pytorch_checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 
@@ -28,7 +29,7 @@ def config(golden, tmp_path):
 
 
 def run(*arguments):
-    return import_origin.run(import_origin.parse([str(argument) for argument in arguments]))
+    return import_pytorch.run(import_pytorch.parse([str(argument) for argument in arguments]))
 
 
 def test_imported_tokenizer_equals_pytorch(golden, config, tmp_path, assert_close):
@@ -63,37 +64,41 @@ def test_training_checkpoint_in_pytorchs_own_file(golden, config, tmp_path):
 
 def test_weights_that_are_not_there(golden, config, tmp_path):
     case = golden / "vqrae" / "ema_vq_2d"
-    settings = import_origin.read_config(str(config))
+    settings = import_pytorch.read_config(str(config))
     with pytest.raises(WeightsError, match=r"'ema' weights; it has model: --weights=model$"):
-        import_origin.convert(settings, {"model": dict(np.load(case / "model.npz"))}, "ema")
+        pytorch_checkpoint.convert_checkpoint(settings, {"model": dict(np.load(case / "model.npz"))}, "ema")
     with pytest.raises(WeightsError, match=r"dict of dicts \(state\)"):
-        import_origin.convert(settings, {"state": {"a": np.zeros(1)}})
+        pytorch_checkpoint.convert_checkpoint(settings, {"state": {"a": np.zeros(1)}})
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
 def test_a_state_dict_saved_through_a_wrapper(golden, config, wrapper):
     """Of DistributedDataParallel, of torch.compile."""
-    settings = import_origin.read_config(str(config))
+    settings = import_pytorch.read_config(str(config))
     tensors = dict(np.load(golden / "vqrae" / "ema_vq_2d" / "model.npz"))
-    _, expected = import_origin.convert(settings, tensors)
-    _, variables = import_origin.convert(settings, {wrapper + name: value for name, value in tensors.items()})
+    _, expected = pytorch_checkpoint.convert_checkpoint(settings, tensors)
+    _, variables = pytorch_checkpoint.convert_checkpoint(
+        settings, {wrapper + name: value for name, value in tensors.items()}
+    )
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
 def test_another_codebook_size(golden, config):
-    settings = import_origin.read_config(str(config)).model_copy(update={"num_embeddings": 65})
+    settings = import_pytorch.read_config(str(config)).model_copy(update={"num_embeddings": 65})
     with pytest.raises(WeightsError, match=r"quantizer\.embedding \(\(64, 32\) in the file, \(65, 32\) expected"):
-        import_origin.convert(settings, {"model": dict(np.load(golden / "vqrae" / "ema_vq_2d" / "model.npz"))}, "model")
+        pytorch_checkpoint.convert_checkpoint(
+            settings, {"model": dict(np.load(golden / "vqrae" / "ema_vq_2d" / "model.npz"))}, "model"
+        )
 
 
 def test_config_files(config, tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "whole.json").write_text('{"model": {"num_embeddings": 3}}')
-    assert import_origin.read_config(str(tmp_path / "whole.json")).num_embeddings == 3
+    assert import_pytorch.read_config(str(tmp_path / "whole.json")).num_embeddings == 3
     for name, reason in (
         (tmp_path / "none.py", "no .py or .json"),
         (tmp_path / "empty.py", "no function get_config"),
         (f"{config}:512", r"line 4: get_config takes no argument '512'"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            import_origin.read_config(str(name))
+            import_pytorch.read_config(str(name))

@@ -13,7 +13,7 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.losses.adversarial import hinge_discriminator
 from vqrae_jax.models.discriminator import SPECTRAL, DinoDiscriminator, PatchDiscriminator, SpectralConv
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
-from vqrae_jax.pretrained.dino import convert_dino, read_dino
+from vqrae_jax.pretrained.dino_weights import convert_dino, read_dino
 
 MODULES = {"0.0": "narrow/conv", "0.1": "narrow/norm", "1.fn.0": "wide/conv", "1.fn.1": "wide/norm", "2": "conv_out"}
 

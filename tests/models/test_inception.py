@@ -13,7 +13,7 @@ import pytest
 
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.inception import Inception
-from vqrae_jax.pretrained.inception import read_inception
+from vqrae_jax.pretrained.inception_weights import read_inception
 from vqrae_jax.resize import resize
 
 

@@ -9,7 +9,7 @@ from vqrae_jax.build import judges
 from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
+from vqrae_jax.pretrained.convnext_weights import convert_convnext, read_convnext
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
-from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
+from vqrae_jax.inference import pytorch_checkpoint
 
 CASES = ["ema_vq_2d", "ema_vq_tokens", "simvq", "fsq"]
 # The origin's own float32 is 3.5e-5 off float64 where fsq's Fourier features of scale 10 have amplified it.
@@ -22,7 +22,7 @@ def build(golden, case, weights="model", **changes):
     checkpoint = {"model": state}
     if weights == "ema":
         checkpoint["ema"] = state | dict(np.load(golden / "vqrae" / case / "ema.npz"))
-    built, variables = import_origin.convert(config, checkpoint, weights)
+    built, variables = pytorch_checkpoint.convert_checkpoint(config, checkpoint, weights)
     return built.module, variables
 
 

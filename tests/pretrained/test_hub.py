@@ -104,7 +104,7 @@ def test_released_decoder_and_statistics():
 
 def test_the_text_tower_is_passed_over():
     """SigLIP's own file holds twice the tensors of its vision tower."""
-    folder = sources.fetch("google/siglip-base-patch16-224", "field")
+    folder = sources.fetch_folder("google/siglip-base-patch16-224", "field")
     tensors = sources.read_weights(folder, "field")
     built = load("google/siglip-base-patch16-224", normalize=False)
     family = families.FAMILIES["SigLIP2wNorm"]

@@ -211,7 +211,7 @@ def test_without_network_the_cache_is_asked_at_once(tmp_path, monkeypatch, cache
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     for name in ("snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, kept)
-    for fetch, name in ((sources.fetch, "owner/name"), (sources.fetch_file, "owner/name/x.pt")):
+    for fetch, name in ((sources.fetch_folder, "owner/name"), (sources.fetch_file, "owner/name/x.pt")):
         if cached:
             assert fetch(name, "the field") == tmp_path
         else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vqrae_jax import runtime
 from vqrae_jax.errors import UserError
-from vqrae_jax.pretrained import export
+from vqrae_jax.pretrained import writers
 
 SHOWN = 4096  # leading numbers of each result that are compared
 
@@ -31,7 +31,7 @@ class Opponent:
         """
         self._folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self._folder.name)
-        export.write_safetensors(tensors, folder / "tensors.safetensors")
+        writers.write_safetensors(tensors, folder / "tensors.safetensors")
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         specification = specification | {
             "tensors": str(folder / "tensors.safetensors"), "compile": compiled, "threads": threads, "shown": SHOWN

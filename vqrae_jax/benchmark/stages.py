@@ -18,7 +18,7 @@ from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.stacking import restack_blocks
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.preflight import flops
-from vqrae_jax.pretrained import export, families, tables
+from vqrae_jax.pretrained import families, tables, writers
 from vqrae_jax.quantizers.nearest import Tile, Way, nearest
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 
@@ -253,13 +253,13 @@ def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
 
 
 def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
-    tree = export.to_state_dict(restack_blocks(params, {"vit": False}), families.FAMILIES["Dinov2withNorm"].table, 5)
+    tree = writers.to_state_dict(restack_blocks(params, {"vit": False}), families.FAMILIES["Dinov2withNorm"].table, 5)
     return {f"encoder/{n}": t for n, t in tree.items()}
 
 
 def _decoder_tensors(params: Any) -> dict[str, np.ndarray]:
     tree = restack_blocks(jax.tree.map(np.array, params), {"": False})
-    return {f"decoder/{n}": t for n, t in export.to_state_dict(tree, tables.DECODER_TABLE).items()}
+    return {f"decoder/{n}": t for n, t in writers.to_state_dict(tree, tables.DECODER_TABLE).items()}
 
 
 def _tokens(latent: jax.Array) -> np.ndarray:

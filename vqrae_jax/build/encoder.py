@@ -52,7 +52,7 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None) -> tuple[Encoder, p
                 "set model.encoder_config_path=None or leave architecture empty"
             )
         path, field = _weights_source(config)
-        folder = sources.fetch(path, field)
+        folder = sources.fetch_folder(path, field)
         description = sources.read_config(folder, field)
         mean, std = sources.read_image_statistics(folder, field)
     if description["model_type"] not in family.model_types:

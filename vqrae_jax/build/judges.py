@@ -23,11 +23,11 @@ from vqrae_jax.models.lpips import LPIPS
 from vqrae_jax.models.perceptual import EncoderDistance, LogitDistance
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
-from vqrae_jax.pretrained import export
-from vqrae_jax.pretrained.convnext import convert_convnext, read_convnext
-from vqrae_jax.pretrained.dino import convert_dino, read_dino
-from vqrae_jax.pretrained.inception import WHERE, read_inception
-from vqrae_jax.pretrained.lpips import read_lpips
+from vqrae_jax.pretrained import writers
+from vqrae_jax.pretrained.convnext_weights import convert_convnext, read_convnext
+from vqrae_jax.pretrained.dino_weights import convert_dino, read_dino
+from vqrae_jax.pretrained.inception_weights import WHERE, read_inception
+from vqrae_jax.pretrained.lpips_weights import read_lpips
 from vqrae_jax.pretrained.released import DINO
 
 
@@ -197,7 +197,7 @@ def load_metric_networks(
                 modules[name], params[name], told = read()
             except (ConfigError, WeightsError) as error:
                 raise type(error)(f"{error}\n  To do without it, leave {name!r} out of evaluation.metrics") from None
-            protocol[name] = told | {"sha256": export.content_hash(params[name])}
+            protocol[name] = told | {"sha256": writers.content_hash(params[name])}
     return MetricNetworks(modules, params, protocol)
 
 

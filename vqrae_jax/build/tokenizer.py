@@ -22,7 +22,7 @@ from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.models.vit import BlocksConfig, Spread
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, export, families, origin, sources, tables
+from vqrae_jax.pretrained import convert, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.whitened import fitted_state
@@ -176,7 +176,7 @@ def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
     field = "model.decoder_config_path"
     if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
         raise ConfigError(f"{field}={path!r} is neither a size ({', '.join(SIZES)}), a folder nor a hub id")
-    given = sources.read_json(sources.fetch(path, field) / "config.json", field)
+    given = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
     try:
         numbers = [
             int(given[f"decoder_{n}"])
@@ -258,7 +258,7 @@ def _decoder_state(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     if ours:
         tree = unflatten_dict(ours, sep="/")
         tree.pop("features", None)
-        return export.to_state_dict(unstack_blocks(tree) if "blocks" in tree else tree, tables.DECODER_TABLE)
-    state = origin.select(state, "ema", path)
+        return writers.to_state_dict(unstack_blocks(tree) if "blocks" in tree else tree, tables.DECODER_TABLE)
+    state = pytorch_vqrae.select_state_dict(state, "ema", path)
     whole = any(name.startswith("decoder.") for name in state)
     return {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.") or not whole}

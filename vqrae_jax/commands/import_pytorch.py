@@ -6,54 +6,16 @@ python -m vqrae_jax.commands.import_pytorch --checkpoint=0100000.pt --config=con
 import argparse
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
-from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.inference import pytorch_checkpoint
 from vqrae_jax.inference import saving as folder
-from vqrae_jax.models.stacking import stack_blocks
-from vqrae_jax.pretrained import origin, readers, sources
-
-
-def read_checkpoint(config: ModelConfig, path: str, weights: str = "ema") -> tuple[BuiltTokenizer, dict[str, Any]]:
-    """Reads a checkpoint of the origin.
-
-    Args:
-      config: the model as the origin's config describes it; the field names are the same.
-      path: local file (.pt, .safetensors, .npz, .msgpack) or a file of a hub repository (owner/name/path/to/file).
-      weights: "ema" or "model", of a training checkpoint; its codebook is always that of "model".
-
-    Returns:
-      The built tokenizer, and {"params", "batch_stats"} as numpy arrays.
-
-    Raises:
-      WeightsError: the file cannot be read, or is not a checkpoint of this model.
-    """
-    return convert(config, sources.read_state_dict(path, "--checkpoint"), weights, path)
-
-
-def convert(
-    config: ModelConfig, checkpoint: Mapping[str, Any], weights: str = "ema", source: str = "the checkpoint"
-) -> tuple[BuiltTokenizer, dict[str, Any]]:
-    """The same, of a checkpoint in memory: a state dict, or {"model": ..., "ema": ...}, of numpy arrays."""
-    built = build_tokenizer(config, weights=False)
-    single = built
-    if config.scan_layers:
-        single = build_tokenizer(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
-    tensors = origin.select(checkpoint, weights, source)
-    variables = origin.convert_checkpoint(
-        tensors, config.encoder_cls, config.quantizer, variable_shapes(single), source
-    )
-    if config.scan_layers:
-        variables["params"]["decoder"] = stack_blocks(variables["params"]["decoder"])
-    if built.latent_stats:
-        variables["batch_stats"]["latent"] = built.latent_stats
-    return built, variables
+from vqrae_jax.pretrained import readers
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
     config = read_config(args.config)
-    _, variables = read_checkpoint(config, args.checkpoint, args.weights)
+    _, variables = pytorch_checkpoint.read_checkpoint(config, args.checkpoint, args.weights)
     with storage.staged(args.output) as place:
         folder.write(place, config, variables, frozen=False)
     return storage.at(args.output)

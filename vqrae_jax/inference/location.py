@@ -47,7 +47,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     """
     local = _here(path)
     if not local.exists() and _is_hub_id(str(path)):
-        local = sources.fetch(str(path), "tokenizer")
+        local = sources.fetch_folder(str(path), "tokenizer")
     if exported.is_folder(local):
         config, frozen = exported.read_config(local), exported.has_pretrained_encoder(local)
         return Location(local, config, frozen, exported.read_provenance(local))

@@ -17,7 +17,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import export, readers
+from vqrae_jax.pretrained import readers, writers
 
 FORMAT = "vqrae_jax"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -52,9 +52,9 @@ def write(
         "provenance": {"version": __version__} | (provenance or {}),
     }
     if frozen:
-        digest = export.content_hash(variables["params"]["encoder"])
+        digest = writers.content_hash(variables["params"]["encoder"])
         described["encoder"] = {"source": config.encoder_config_path, "sha256": digest}
-    export.write_safetensors({"params": params, "batch_stats": variables["batch_stats"]}, folder / WEIGHTS)
+    writers.write_safetensors({"params": params, "batch_stats": variables["batch_stats"]}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
     return folder
 
@@ -101,7 +101,7 @@ def read(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tupl
     built = build_tokenizer(read_config(folder), latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
         loaded = built.pretrained["encoder"]
-        if (digest := export.content_hash(loaded)) != encoder["sha256"]:
+        if (digest := writers.content_hash(loaded)) != encoder["sha256"]:
             raise WeightsError(
                 f"{folder} was trained on an encoder {encoder['source']} whose content hash is {encoder['sha256']}, "
                 f"but what is there now has {digest}: its codes would mean something else. Use the weights of that time"

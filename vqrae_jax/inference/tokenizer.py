@@ -23,7 +23,7 @@ from vqrae_jax.inference.inputs import Fit, Pictures, as_numpy
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import export
+from vqrae_jax.pretrained import writers
 from vqrae_jax.quantizers.none import NO_CODES
 
 __all__ = ["DataError", "Tokenizer"]
@@ -186,7 +186,7 @@ class Tokenizer:
             if part in ("encoder", "quantizer", "latent")
         }
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-        digest.update(export.content_hash(jax.device_get(trees)).encode())
+        digest.update(writers.content_hash(jax.device_get(trees)).encode())
         return digest.hexdigest()
 
     def encode(self, images: Any) -> Float[Array, "B h w C"]:
@@ -269,7 +269,9 @@ class Tokenizer:
         Raises:
           WeightsError: no network, no right to write, or no login.
         """
-        return export.push(lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token)
+        return writers.push_to_hub(
+            lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token
+        )
 
     @functools.cached_property
     def _programs(self) -> programs.Programs:

@@ -18,7 +18,7 @@ PATIENCE = 10  # seconds until a hub that does not answer is out of reach
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
-def fetch(name: str, field: str) -> pathlib.Path:
+def fetch_folder(name: str, field: str) -> pathlib.Path:
     """The folder of a pretrained model: `name` itself if it is a local folder, else a copy from a bucket or the hub.
 
     Args:
@@ -200,4 +200,4 @@ def read_named(name: str, field: str) -> Mapping[str, Any]:
     """Tensors of a local file or folder, of a hub id (owner/name), or of a file inside a hub repository."""
     if storage.fetch(name).exists() or name.count("/") != 1:
         return read_state_dict(name, field)
-    return read_weights(fetch(name, field), field)
+    return read_weights(fetch_folder(name, field), field)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError, first_line
-from vqrae_jax.pretrained import origin
+from vqrae_jax.pretrained import pytorch_vqrae
 from vqrae_jax.pretrained.layout import to_file
 from vqrae_jax.pretrained.tables import Row, Table, paths, spell
 
@@ -56,7 +56,7 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
     return state
 
 
-def origin_state_dict(
+def pytorch_state_dict(
     variables: Mapping[str, Any],
     encoder_cls: str,
     quantizer: str,
@@ -66,22 +66,22 @@ def origin_state_dict(
     """{"params", "batch_stats"} of a whole model -> the state dict of the origin's RAE or VQRAE.
 
     What the origin holds and never uses (mask tokens, SigLIP's pooling head) is written as zeros; a DINOv3 norm whose
-    scale and bias were dropped as the identity. Latent statistics are no part of it, see `origin_statistics`.
+    scale and bias were dropped as the identity. Latent statistics are no part of it, see `pytorch_statistics`.
     """
     flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")}, sep="/")
-    ours = [path for path in flat if path in origin.STATE or path.startswith("batch_stats/latent/")]
+    ours = [path for path in flat if path in pytorch_vqrae.STATE or path.startswith("batch_stats/latent/")]
     kept = {path: leaf for path, leaf in flat.items() if path not in ours}
-    state = to_state_dict(kept, origin.table(encoder_cls, quantizer), transformers)
-    registers = origin.REGISTERS
+    state = to_state_dict(kept, pytorch_vqrae.name_table(encoder_cls, quantizer), transformers)
+    registers = pytorch_vqrae.REGISTERS
     if encoder_cls == "Dinov2withNorm" and registers not in state:
-        log.warning("%s", origin.NO_REGISTERS)
+        log.warning("%s", pytorch_vqrae.NO_REGISTERS)
         state[registers] = np.zeros(
             (1, 4, state[registers.replace("register_tokens", "cls_token")].shape[-1]), np.float32
         )
-    return state | (origin.fsq_constants(fsq_levels) if quantizer == "fsq" else {})
+    return state | (pytorch_vqrae.fsq_constants(fsq_levels) if quantizer == "fsq" else {})
 
 
-def origin_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+def pytorch_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
     """The latent statistics as the origin's stat.pt has them, channel first; empty where the model has none."""
     stats = variables["batch_stats"].get("latent", {})
     first = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
@@ -123,7 +123,7 @@ def content_hash(tree: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def push(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, token: str | None) -> str:
+def push_to_hub(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, token: str | None) -> str:
     """Uploads the folder that `write` fills to a model repository of the hub; returns its address.
 
     Raises:

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import export
-from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.inference import pytorch_checkpoint, stablehlo
 from vqrae_jax.inference import saving as folder
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -111,11 +111,11 @@ def test_damaged_folders(golden, tmp_path):
 ])  # fmt: skip
 def test_the_origins_form_comes_back_bit_for_bit(golden, changes):
     config, _, variables = pretrained(golden, **changes)
-    checkpoint = export.to_origin(config, variables)
+    checkpoint = pytorch_checkpoint.build_checkpoint(config, variables)
     assert set(checkpoint) == {
         "step", "epoch", "model", "ema", "optimizer", "scheduler", "disc", "disc_optimizer", "disc_scheduler",
     }  # fmt: skip
-    _, back = import_origin.convert(config, checkpoint)
+    _, back = pytorch_checkpoint.convert_checkpoint(config, checkpoint)
     for state in (back["batch_stats"], variables["batch_stats"]):
         for told_by_import in ("step", "begun"):
             state.get("quantizer", {}).pop(told_by_import, None)
@@ -132,12 +132,12 @@ def test_the_origins_form_comes_back_bit_for_bit(golden, changes):
 def test_what_the_origin_cannot_hold_is_refused(golden, changes, field):
     config, _, variables = pretrained(golden, **changes)
     with pytest.raises((ConfigError, WeightsError), match=field):
-        export.to_origin(config, variables)
+        pytorch_checkpoint.build_checkpoint(config, variables)
 
 
 def test_registers_that_the_origin_adds(golden, caplog):
     config, _, variables = pretrained(golden, encoder_config_path=str(golden / "encoders" / "dinov2"))
-    state = export.to_origin(config, variables)["model"]
+    state = pytorch_checkpoint.build_checkpoint(config, variables)["model"]
     assert state["encoder.encoder.embeddings.register_tokens"].shape == (1, 4, 36)
     assert "adds four of zeros" in caplog.text
 
@@ -191,7 +191,7 @@ for count in (1, 3):
 
 def test_programs_of_a_continuous_autoencoder(golden, assert_close):
     _, module, variables = pretrained(golden, quantizer="none")
-    programs, weights = export.to_programs(module, variables)
+    programs, weights = stablehlo.export_programs(module, variables)
     batch = images(count=2)
     latents = programs["encode"].call(weights, batch)
     assert latents.shape == (2, 4, 4, 32)

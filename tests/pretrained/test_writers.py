@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
-from vqrae_jax.commands import import_pytorch as import_origin
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
-from vqrae_jax.pretrained import convert, export, families, origin
+from vqrae_jax.inference import pytorch_checkpoint
+from vqrae_jax.pretrained import convert, families, pytorch_vqrae, writers
 
 ENCODERS = ["dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov3", "dinov3_gated", "siglip", "vit_mae"]
 
@@ -37,7 +37,7 @@ def random_variables(shapes, seed):
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     flat = flatten_dict(variables, sep="/")
-    told = {path: value for path, value in origin.STATE.items() if path in flat}
+    told = {path: value for path, value in pytorch_vqrae.STATE.items() if path in flat}
     return {"batch_stats": {}, **unflatten_dict(flat | told, sep="/")}
 
 
@@ -58,8 +58,8 @@ def test_export_then_import_is_bit_exact(golden, data):
     version = data.draw(st.sampled_from([4, 5]))
     shapes = variable_shapes(build_tokenizer(config, weights=False))
     variables = random_variables(shapes, data.draw(st.integers(0, 99)))
-    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
-    _, back = import_origin.convert(config, {"model": state}, "model")
+    state = writers.pytorch_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
+    _, back = pytorch_checkpoint.convert_checkpoint(config, {"model": state}, "model")
     assert_same(back, variables)
 
 
@@ -71,7 +71,7 @@ def test_import_then_export_gives_the_hub_file_back(golden, case):
     config = model(golden, case, "none", normalize=False)
     family = families.FAMILIES[config.encoder_cls]
     read = build_tokenizer(config).pretrained["encoder"]
-    written = export.to_state_dict(read, family.table)
+    written = writers.to_state_dict(read, family.table)
     file = safetensors.numpy.load_file(golden / "encoders" / case / "model.safetensors")
     file = {name.removeprefix(family.tower): tensor for name, tensor in file.items()}
     assert set(written) <= set(file)
@@ -102,9 +102,9 @@ def test_loads_strictly_in_the_origin(golden, case, version):
         "encoder_input_size": params["encoder_input_size"], "decoder_patch_size": params["decoder_patch_size"],
         "num_embeddings": params.get("num_embeddings", 1),
     })  # fmt: skip
-    _, variables = import_origin.convert(config, {"model": recorded}, "model")
+    _, variables = pytorch_checkpoint.convert_checkpoint(config, {"model": recorded}, "model")
     levels = params.get("fsq_levels", ())
-    state = export.origin_state_dict(variables, config.encoder_cls, config.quantizer, version, levels)
+    state = writers.pytorch_state_dict(variables, config.encoder_cls, config.quantizer, version, levels)
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in recorded.items()}
     unused = {"quantizer.l2_norm_scale", *(name for name in state if name.endswith("mask_token") or ".head." in name)}
     for name, tensor in state.items():
@@ -116,7 +116,7 @@ def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
     """The origin applies that norm's scale and bias, so that with (1, 0) it computes what we do."""
     config = model(golden, "dinov3", "none")
     variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
-    state = export.origin_state_dict(variables, config.encoder_cls, "none")
+    state = writers.pytorch_state_dict(variables, config.encoder_cls, "none")
     assert np.all(state["encoder.encoder.norm.weight"] == 1)
     assert not np.any(state["encoder.encoder.norm.bias"])
 
@@ -125,29 +125,29 @@ def test_what_has_no_name_is_not_lost_silently(golden):
     config = model(golden, "dinov3", "none")
     variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
     with pytest.raises(WeightsError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
-        export.origin_state_dict(variables, "MAEwNorm", "none")
+        writers.pytorch_state_dict(variables, "MAEwNorm", "none")
     with pytest.raises(WeightsError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
-        export.origin_state_dict(variables, "Dinov3withNorm", "lfq")
+        writers.pytorch_state_dict(variables, "Dinov3withNorm", "lfq")
 
 
 def test_content_hash_follows_names_shapes_and_values():
     tree = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.ones(2, np.float32)}
     same = {"c": np.ones(2, np.float32), "a": {"b": np.arange(6, dtype=np.float32)}}
-    assert export.content_hash(tree) == export.content_hash(same)
+    assert writers.content_hash(tree) == writers.content_hash(same)
     others = [
         {**tree, "c": np.zeros(2, np.float32)},
         {**tree, "c": np.ones((1, 2), np.float32)},
         {"a": tree["a"], "d": tree["c"]},
     ]
-    assert len({export.content_hash(other) for other in [tree, *others]}) == 4
+    assert len({writers.content_hash(other) for other in [tree, *others]}) == 4
 
 
 def test_latent_statistics_are_channel_first(golden):
     var = np.random.default_rng(0).uniform(0.5, 1, (4, 4, 32)).astype(np.float32)
-    stat = export.origin_statistics({"batch_stats": {"latent": {"var": var}}})
+    stat = writers.pytorch_statistics({"batch_stats": {"latent": {"var": var}}})
     assert stat["mean"] is None
     np.testing.assert_array_equal(stat["var"], var.transpose(2, 0, 1))
-    assert export.origin_statistics({"batch_stats": {}}) == {}
+    assert writers.pytorch_statistics({"batch_stats": {}}) == {}
 
 
 def test_convert_is_exact_on_half_precision(golden):
@@ -159,6 +159,6 @@ def test_convert_is_exact_on_half_precision(golden):
     shapes = variable_shapes(build_tokenizer(config, weights=False))
     tree = random_variables(shapes, 0)["params"]["encoder"]
     for dtype in (np.float16, ml_dtypes.bfloat16):
-        state = {n: t.astype(dtype) for n, t in export.to_state_dict(tree, family.table).items()}
+        state = {n: t.astype(dtype) for n, t in writers.to_state_dict(tree, family.table).items()}
         back = convert.convert(state, family.table, shapes["params"]["encoder"])
         assert_same(back, jax.tree.map(lambda leaf, d=dtype: leaf.astype(d).astype(np.float32), tree))

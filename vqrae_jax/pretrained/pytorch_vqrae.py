@@ -68,7 +68,7 @@ NO_REGISTERS = "the origin has no DINOv2 without registers: it adds four of zero
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
-def table(encoder_cls: str, quantizer: str) -> Table:
+def name_table(encoder_cls: str, quantizer: str) -> Table:
     """The names of a whole RAE or VQRAE of the origin, onto paths of `variables`.
 
     Raises:
@@ -98,7 +98,7 @@ def fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
     }
 
 
-def select(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
+def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
     """The state dict of a checkpoint: itself, or what is under "model" or "ema" (`weights`) of a training checkpoint.
 
     With "ema", the codebook and its statistics come from "model".
@@ -146,7 +146,7 @@ def convert_checkpoint(
     if _has_empty_registers(tensors, wanted):
         log.warning("%s: %s", source, NO_REGISTERS)
         tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
-    rows = table(encoder_cls, quantizer)
+    rows = name_table(encoder_cls, quantizer)
     read = flatten_dict(convert(tensors, rows, unflatten_dict(wanted, sep="/"), norm, source), sep="/")
     read |= {path: value for path, value in STATE.items() if path in flatten_dict(target, sep="/")}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(read, sep="/")
