@@ -1,3 +1,5 @@
+"""Streaming moments against numpy, for any split into batches and processes."""
+
 import jax
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ def rows():
     return (rng.normal(size=(10_000, 12)) @ rng.normal(size=(12, 12)) + 100).astype(np.float32)
 
 
-def of(rows, batch):
-    moments = Moments()
-    for i in range(0, len(rows), batch):
-        moments.add(rows[i : i + batch])
+def moments_of(batches, diagonal=False):
+    moments = Moments(diagonal)
+    for batch in batches:
+        moments.add(batch)
     return moments
 
 
@@ -26,8 +28,8 @@ def of(rows, batch):
 @pytest.mark.parametrize("shards", [1, 3, 8])
 def test_any_split_equals_numpy(rows, batch, shards):
     total = Moments()
-    for shard in range(shards):
-        total.merge(Moments.of(of(rows[shard::shards], batch).arrays()))
+    for shard in (rows[i::shards] for i in range(shards)):
+        total.merge_arrays(moments_of(shard[i : i + batch] for i in range(0, len(shard), batch)).arrays())
     assert total.count == 10_000
     np.testing.assert_allclose(total.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
     expected = np.cov(rows.astype(np.float64), rowvar=False)
@@ -35,13 +37,11 @@ def test_any_split_equals_numpy(rows, batch, shards):
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
-def test_rows_over_a_mesh_are_read_once_each(rows, mesh):
-    """Also where devices along "model" hold the same ones."""
+def test_rows_on_a_mesh_are_read_once_each(rows, mesh):
+    """Devices along "model" hold the same rows."""
     data, model, slices = mesh
-    where = sharding.over_data(sharding.make_mesh(data, model, slices=slices))
-    moments = Moments()
-    for batch in np.split(rows, 10):
-        moments.add(sharding.own_rows(jax.device_put(batch, where)))
+    placement = sharding.over_data(sharding.make_mesh(data, model, slices=slices))
+    moments = moments_of(sharding.own_rows(jax.device_put(batch, placement)) for batch in np.split(rows, 10))
     assert moments.count == 10_000
     expected = np.cov(rows.astype(np.float64), rowvar=False)
     np.testing.assert_allclose(moments.gaussian().covariance, expected, rtol=1e-10)
@@ -51,7 +51,6 @@ def test_rows_over_a_mesh_are_read_once_each(rows, mesh):
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1))
 def test_empty_and_uneven_parts(sizes):
     parts = [np.random.default_rng(i).normal(size=(size, 3)) for i, size in enumerate(sizes)]
-    moments = Moments()
-    for part in parts:
-        moments.add(part)
-    np.testing.assert_allclose(moments.gaussian().covariance, np.cov(np.concatenate(parts), rowvar=False), atol=1e-12)
+    rows = np.concatenate(parts)
+    np.testing.assert_allclose(moments_of(parts).gaussian().covariance, np.cov(rows, rowvar=False), atol=1e-12)
+    np.testing.assert_allclose(moments_of(parts, diagonal=True).products, rows.var(0) * len(rows), atol=1e-12)

@@ -21,60 +21,39 @@ from vqrae_jax.commands import data_arguments as data_flags
 from vqrae_jax.config import EncoderClass, ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
+from vqrae_jax.evaluation.moments import Moments
 
 log = logging.getLogger(__name__)
 
 
-class Moments:
-    """Mean, sum of squared deviations and of cross products of rows that come in batches, in float64.
-
-    Each batch is centred on its own mean before anything is squared, and merged by the difference of the means (Chan et
-    al. 1983, doi:10.1080/00031305.1983.10483115): no cancellation, however far the mean is from zero.
-    """
+class LatentMoments:
+    """Moments of latents [h, w, C]: of the images at each position, and of all positions' channels."""
 
     def __init__(self):
-        self.count = 0
-        self.mean = self.squares = self.products = 0.0
+        self.positions, self.channels = Moments(diagonal=True), Moments()
 
-    def add(self, count: int, mean: np.ndarray, squares: np.ndarray, products: np.ndarray) -> None:
-        """Merges a batch.
-
-        Args:
-          count: images in it.
-          mean: of the latents, [h, w, C].
-          squares: sums over images of squared deviations from it, [h, w, C].
-          products: [C, C], sums over images and positions of products of the deviations from the batch's channel means.
-        """
-        mean, squares, products = (np.asarray(x, np.float64) for x in (mean, squares, products))
-        total = self.count + count
-        weight = self.count * count / total
-        delta = mean - self.mean
-        channel_delta = delta.mean((0, 1))
-        positions = mean.shape[0] * mean.shape[1]
-        self.products = self.products + products + weight * positions * np.outer(channel_delta, channel_delta)
-        self.squares = self.squares + squares + weight * delta**2
-        self.mean = self.mean + delta * count / total
-        self.count = total
+    def merge(self, count: int, mean: np.ndarray, squares: np.ndarray, products: np.ndarray) -> None:
+        """Adds a batch of `count` images, of which `batch_moments` has computed the other arguments."""
+        self.positions.merge(count, mean, squares)
+        self.channels.merge(count * mean.shape[0] * mean.shape[1], mean.mean((0, 1), dtype=np.float64), products)
 
     def result(self, per_position: bool, components: int) -> dict[str, np.ndarray]:
-        """`mean` and `var` [C] or [h, w, C], `pca_mean` [C], `pca_basis` [C, components], `pca_var` [components]."""
-        positions = self.mean.shape[0] * self.mean.shape[1]
-        channel_mean = self.mean.mean((0, 1))
-        covariance = self.products / (self.count * positions)
+        """Returns `mean` and `var` ([C] or [h, w, C]), `pca_mean` [C], `pca_basis` [C, components], `pca_var`."""
+        mean, covariance = self.channels.mean, self.channels.products / self.channels.count
         var, basis = np.linalg.eigh(covariance)
         largest = np.argsort(var)[::-1][:components]
         if per_position:
-            moments = {"mean": self.mean, "var": self.squares / self.count}
+            moments = {"mean": self.positions.mean, "var": self.positions.products / self.positions.count}
         else:
-            moments = {"mean": channel_mean, "var": np.diagonal(covariance)}
-        pca = {"pca_mean": channel_mean, "pca_basis": basis[:, largest], "pca_var": np.maximum(var[largest], 0)}
+            moments = {"mean": mean, "var": np.diagonal(covariance)}
+        pca = {"pca_mean": mean, "pca_basis": basis[:, largest], "pca_var": np.maximum(var[largest], 0)}
         return {name: np.asarray(value, np.float32) for name, value in (moments | pca).items()}
 
 
 def batch_moments(
     latent: Float[Array, "B h w C"], mask: Float[Array, " B"]
 ) -> tuple[Float[Array, "h w C"], Float[Array, "h w C"], Float[Array, "C C"]]:
-    """What `Moments.add` takes, over the images whose mask is one."""
+    """Returns the mean [h, w, C], squares [h, w, C] and products [C, C] of the images whose mask is one."""
     latent = latent.astype(jnp.float32)
     keep, count = mask[:, None, None, None], jnp.sum(mask)
     mean = jnp.sum(latent * keep, axis=0) / count
@@ -88,7 +67,7 @@ def estimate(
     encode: Callable[[Float[Array, "B H W 3"]], Float[Array, "B h w C"]],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
-) -> Moments:
+) -> LatentMoments:
     """One pass over batches of images, spread over the mesh.
 
     Args:
@@ -101,12 +80,12 @@ def estimate(
         image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
         return jnp.sum(mask), *batch_moments(encode(image), mask.astype(jnp.float32))
 
-    step, moments = jax.jit(step, out_shardings=sharding.replicated(mesh)), Moments()
+    step, moments = jax.jit(step, out_shardings=sharding.replicated(mesh)), LatentMoments()
     for batch in batches:
         placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
         count, *sums = jax.device_get(step(placed["image"], placed["mask"]))
         if count:
-            moments.add(int(count), *sums)
+            moments.merge(int(count), *sums)
     return moments
 
 
@@ -148,16 +127,16 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     data = data_flags.data_config(args, image_size=args.size, eval_batch_size=batch)
     batches = pipeline.evaluation_batches(data, limit=args.limit)
     moments = estimate(lambda image: built.module.encoder.apply(params, image), batches, mesh)
-    if not moments.count:
+    if not (images := moments.positions.count):
         raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
     result = moments.result(args.per_position, args.components)
     with storage.staged(output) as place:
         place.parent.mkdir(parents=True, exist_ok=True)
         np.savez(place, **result)
-    share = result["pca_var"].sum() * moments.count / np.trace(moments.products) * moments.mean[..., 0].size
-    if skipped := batches.count - moments.count:
+    share = result["pca_var"].sum() * moments.channels.count / np.trace(moments.channels.products)
+    if skipped := batches.count - images:
         log.warning("skipped: %d images that cannot be read", skipped)
-    print(f"{moments.count} images; {len(result['pca_var'])} axes hold {share:.1%} of the variance; wrote {output}")
+    print(f"{images} images; {len(result['pca_var'])} axes hold {share:.1%} of the variance; wrote {output}")
     return result
 
 

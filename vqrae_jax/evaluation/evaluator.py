@@ -88,7 +88,7 @@ class Evaluator:
         for name, values in parts.pop("kept", {}).items():
             self._keep(name, values)
         for part, values in parts.items():
-            self._moments.setdefault(part.removeprefix("moments "), Moments()).merge(Moments.of(values))
+            self._moments.setdefault(part.removeprefix("moments "), Moments()).merge_arrays(values)
 
     @property
     def images(self) -> int:

@@ -1,4 +1,4 @@
-"""Mean and covariance of rows that come in batches, in any order and any parts."""
+"""Mean and covariance of rows that arrive in batches, in any order and from any number of processes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,61 +9,64 @@ from jaxtyping import Float
 
 
 class Gaussian(NamedTuple):
-    """What of a set of features a Frechet distance looks at."""
+    """The statistics of a set of features from which a Frechet distance is computed."""
 
     mean: Float[np.ndarray, " D"]
     covariance: Float[np.ndarray, "D D"]
-    count: int | None = None  # features it was estimated from, where that is known
+    count: int | None = None  # number of features they were estimated from, if that is known
 
     def digest(self) -> str:
-        """SHA-256 of mean and covariance."""
+        """Returns the SHA-256 of mean and covariance."""
         return hashlib.sha256(np.float64(self.mean).tobytes() + np.float64(self.covariance).tobytes()).hexdigest()
 
 
 class Moments:
-    """Count, mean and sum of products of deviations, in float64.
+    """Count, mean and sum of products of deviations from the mean, in float64.
 
-    A batch is centred on its own mean before anything is multiplied, and merged by the difference of the means (Chan et
-    al. 1983, doi:10.1080/00031305.1983.10483115): no cancellation, however far the mean is from zero.
+    Each batch is centred on its own mean before anything is multiplied, and merged by the difference of the means (Chan
+    et al. 1983, doi:10.1080/00031305.1983.10483115). Nothing cancels, however far the mean is from zero.
+
+    Attributes:
+      count: number of rows.
+      mean: their mean, of the shape of a row; a scalar 0 before the first row.
+      products: [D, D], sums over rows of outer products of deviations. With `diagonal`, sums of squared deviations, of
+        the shape of a row, which may then be of any rank.
     """
 
-    def __init__(self):
+    def __init__(self, diagonal: bool = False):
+        self.diagonal = diagonal
         self.count = 0
-        self.mean = self.products = np.zeros(())  # [D] and [D, D] once there are rows
+        self.mean = self.products = np.zeros(())
 
-    def add(self, rows: Float[np.ndarray, "n D"]) -> None:
-        """Takes in rows; none is fine."""
+    def add(self, rows: Float[np.ndarray, "n ..."]) -> None:
+        """Adds rows; an empty array changes nothing."""
         if not len(rows):
             return
-        rows, batch = np.asarray(rows, np.float64), Moments()
-        batch.count, batch.mean = len(rows), rows.mean(0)
-        rows = rows - batch.mean
-        batch.products = rows.T @ rows
-        self.merge(batch)
+        rows = np.asarray(rows, np.float64)
+        mean = rows.mean(0)
+        rows = rows - mean
+        self.merge(len(rows), mean, (rows**2).sum(0) if self.diagonal else rows.T @ rows)
 
-    def merge(self, other: "Moments") -> None:
-        """Takes in what another has seen."""
-        if not other.count:
+    def merge(self, count: int, mean: Float[np.ndarray, "*D"], products: Float[np.ndarray, "..."]) -> None:
+        """Adds `count` rows of which mean and products are known; see the attributes."""
+        if not count:
             return
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        self.products = (
-            self.products + other.products + self.count * other.count / total * np.multiply.outer(delta, delta)
-        )
-        self.mean = self.mean + delta * (other.count / total)
+        mean, products = np.asarray(mean, np.float64), np.asarray(products, np.float64)
+        total = self.count + count
+        delta = mean - self.mean
+        between = delta**2 if self.diagonal else np.multiply.outer(delta, delta)
+        self.products = self.products + products + self.count * count / total * between
+        self.mean = self.mean + delta * (count / total)
         self.count = total
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that was seen, for `of` in another process."""
+        """Returns the state as arrays, for `merge_arrays` in another process."""
         return {"count": np.asarray(self.count), "mean": self.mean, "products": self.products}
 
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
-        """The inverse of `arrays`."""
-        moments = cls()
-        moments.count, moments.mean, moments.products = int(arrays["count"]), arrays["mean"], arrays["products"]
-        return moments
+    def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds the rows of another `Moments`, from its `arrays`."""
+        self.merge(int(arrays["count"]), arrays["mean"], arrays["products"])
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance, the latter from count - 1 degrees of freedom as `numpy.cov`; needs two rows."""
+        """Returns mean and covariance, normalized by count - 1 as `numpy.cov` does; needs at least two rows."""
         return Gaussian(self.mean, self.products / (self.count - 1), self.count)

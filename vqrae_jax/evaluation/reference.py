@@ -80,5 +80,5 @@ def feature_moments(
 def _of_all_processes(own: Moments) -> Moments:
     moments = Moments()
     for arrays in distributed.iterate_arrays(own.arrays()):
-        moments.merge(Moments.of(arrays))
+        moments.merge_arrays(arrays)
     return moments
