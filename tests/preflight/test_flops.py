@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from vqrae_jax.build.encoder import activation_spread
 
 from vqrae_jax import sharding
+from vqrae_jax.build.encoder import activation_spread
 from vqrae_jax.models import attention_tpu
 from vqrae_jax.models.vit import BlocksConfig, Spread, run_blocks
 from vqrae_jax.preflight import flops
