@@ -74,14 +74,14 @@ def test_one_that_is_set_aside_is_no_step_any_more(workdir):
 
 def test_reading_changes_nothing(tmp_path):
     """Another run may be saving there."""
-    kept = Checkpoints(tmp_path / "none", reading=True)
+    kept = Checkpoints(tmp_path / "none", read_only=True)
     assert kept.steps == []
     kept.close()
     assert not (tmp_path / "none").exists()
     save(tmp_path, {1: None, 2: None}).close()
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    kept = Checkpoints(tmp_path, keep_last=1, reading=True)
+    kept = Checkpoints(tmp_path, keep_last=1, read_only=True)
     assert kept.steps == [1, 2]
     kept.close()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -1,5 +1,6 @@
 import functools
 import pathlib
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from vqrae_jax.config import Config, ModelConfig
 from vqrae_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORIGIN = {
+PYTORCH_VQRAE = {
     "num_embeddings": 8192,
     "commitment_cost": 0.25,
     "vq_decay": 0.99,
@@ -28,9 +29,9 @@ ORIGIN = {
 }
 
 
-def test_the_origins_parameters_have_their_names_and_defaults():
+def test_the_pytorch_vqraes_parameters_keep_names_and_defaults():
     model = ModelConfig()
-    assert {name: getattr(model, name) for name in ORIGIN} == ORIGIN
+    assert {name: getattr(model, name) for name in PYTORCH_VQRAE} == PYTORCH_VQRAE
 
 
 def test_json_round_trip():
@@ -76,47 +77,50 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "field", "value"),
     [
-        (
-            {"model": {"num_embedings": 3}},
-            r"unknown config field model\.num_embedings: did you mean model\.num_embeddings",
-        ),
-        ({"modle": {}}, "unknown config field modle: did you mean model"),
-        ({"model": {"encoder_params": {"layer": (1,)}}}, r"model\.encoder_params\.layer: did you mean .*layers"),
-        ({"model": {"num_embeddings": 0}}, r"model\.num_embeddings=0: .*greater than or equal to 1"),
-        ({"model": {"num_embeddings": "many"}}, r"model\.num_embeddings='many'"),
-        ({"model": {"quantizer": "emma"}}, r"model\.quantizer='emma': .*'ema'"),
-        ({"model": {"vq_decay": 1.0}}, r"model\.vq_decay=1\.0"),
-        ({"model": {"noise_tau": float("inf")}}, r"model\.noise_tau=inf"),
-        ({"optimizer": {"decay_end_steps": -1}}, r"optimizer\.decay_end_steps=-1"),  # it is no "until the end"
-        ({"data": {"resize": float("inf")}}, r"data\.resize=inf"),
-        ({"data": {"scale": (3, 2)}}, r"scale=\(3\.0, 2\.0\)"),
-        (
-            {"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}},
-            r"batch_size=10 is not divisible .*accumulate=4",
-        ),
-        (
-            {"model": {"attention": "cudnn"}},
-            r"model: attention='cudnn' .* not dtype='float32': set model\.dtype='bfloat16', or model\.attention='xla'",
-        ),
-        ({"train": {"trainable": ("decoer",)}}, r"train\.trainable\.0='decoer'"),
+        ({"model": {"num_embeddings": 0}}, "model.num_embeddings", 0),
+        ({"model": {"num_embeddings": "many"}}, "model.num_embeddings", "many"),
+        ({"model": {"quantizer": "emma"}}, "model.quantizer", "emma"),
+        ({"model": {"vq_decay": 1.0}}, "model.vq_decay", 1.0),
+        ({"model": {"noise_tau": float("inf")}}, "model.noise_tau", float("inf")),
+        ({"optimizer": {"decay_end_steps": -1}}, "optimizer.decay_end_steps", -1),  # does not mean "until the end"
+        ({"data": {"resize": float("inf")}}, "data.resize", float("inf")),
+        ({"data": {"scale": (3, 2)}}, "data.scale", (3.0, 2.0)),
+        ({"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}}, "data.batch_size", 10),
+        ({"model": {"attention": "cudnn"}}, "model.attention", "cudnn"),
+        ({"train": {"trainable": ("decoer",)}}, "train.trainable.0", "decoer"),
     ],
 )
-def test_errors_name_field_value_and_remedy(values, message):
-    with pytest.raises(ConfigError, match=message):
+def test_errors_carry_field_and_value(values, field, value):
+    with pytest.raises(ConfigError) as error:
         config.from_dict(Config, values)
+    assert (error.value.field, error.value.value) == (field, value)
 
 
-def test_all_errors_come_at_once():
+@pytest.mark.parametrize(
+    ("values", "field", "nearest"),
+    [
+        ({"model": {"num_embedings": 3}}, "model.num_embedings", "model.num_embeddings"),
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {"encoder_params": {"layer": (1,)}}}, "model.encoder_params.layer", "model.encoder_params.layers"),
+    ],
+)
+def test_unknown_fields_are_reported_with_the_nearest_name(values, field, nearest):
+    with pytest.raises(ConfigError, match=rf"{re.escape(nearest)}\b") as error:
+        config.from_dict(Config, values)
+    assert error.value.field == field
+
+
+def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         config.from_dict(Config, {"model": {"a": 1, "num_embeddings": -1}, "train": {"steps": 0}})
     assert len(str(error.value).splitlines()) == 3
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "3"])
-def test_what_is_no_config_is_said(text):
-    with pytest.raises(ConfigError, match="the config is"):
+def test_text_without_a_config_is_an_error(text):
+    with pytest.raises(ConfigError):
         config.from_json(text)
 
 
@@ -126,36 +130,35 @@ START = "from vqrae_jax import config\n\n\ndef get_config():\n    c = config.def
 @pytest.mark.parametrize(
     ("text", "argument", "message"),
     [
-        ("def get_config(:\n", "", r"file\.py, line 1: SyntaxError: invalid syntax"),
-        ("\nimport no_such_module\n", "", r"file\.py, line 2: ModuleNotFoundError: No module named 'no_such_module'"),
-        (f"{START}    c.modle.x = 1\n", "", r"file\.py, line 6: AttributeError: .*Did you mean \"model\""),
+        ("def get_config(:\n", "", r"file\.py, line 1: SyntaxError"),
+        ("\nimport no_such_module\n", "", r"file\.py, line 2: ModuleNotFoundError: .*no_such_module"),
+        (f"{START}    c.modle.x = 1\n", "", r"file\.py, line 6: AttributeError: .*model"),
         (f"{START}    open('no such file')\n", "", r"file\.py, line 6: FileNotFoundError: .*no such file"),
-        (f"{START}    config.parse_decoder_and_size(3)\n", "", r"file\.py, line 6: AttributeError: 'int' object"),
-        (f"{START}    config.parse_decoder_and_size('x')\n", "", "'x' is no decoder and picture size"),
-        (f"{START}    return c.to_dict()\n", "", r"file\.py, line 4: get_config returns a dict; .*config\.defaults"),
-        (START, "", r"file\.py, line 4: get_config returns a NoneType"),
-        (f"{START}    return c\n", ":ViT-L", r"file\.py, line 4: get_config takes no argument 'ViT-L'"),
-        ("def get_config(size):\n    pass\n", "", r"file\.py, line 1: get_config wants an argument: give .*:ARG"),
+        (f"{START}    config.parse_decoder_and_size('x')\n", "", "'x'"),
+        (f"{START}    return c.to_dict()\n", "", r"file\.py, line 4: .*dict"),
+        (START, "", r"file\.py, line 4: .*NoneType"),
+        (f"{START}    return c\n", ":ViT-L", r"file\.py, line 4: .*'ViT-L'"),
+        ("def get_config(size):\n    pass\n", "", r"file\.py, line 1: .*:ARG"),
         ("", "", r"file\.py has no function get_config"),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_config_file_are_one_line_with_their_place(text, argument, message, tmp_path):
+def test_errors_in_a_config_file_are_one_line_with_file_and_line(text, argument, message, tmp_path):
     (tmp_path / "file.py").write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
         config.load_config_file(f"{tmp_path / 'file.py'}{argument}")
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(ConfigError, match=r"other\.py is no file"):
+    with pytest.raises(ConfigError, match=r"other\.py"):
         config.load_config_file(str(tmp_path / "other.py"))
 
 
-def test_a_config_file_is_read_with_its_argument():
-    read = config.load_config_file(f"{ROOT / 'configs' / 'dinov2_b.py'}:ViT-S,512")
-    assert read.model.decoder_config_path == "ViT-S"
+def test_a_config_file_gets_its_argument():
+    loaded = config.load_config_file(f"{ROOT / 'configs' / 'dinov2_b.py'}:ViT-S,512")
+    assert loaded.model.decoder_config_path == "ViT-S"
     with pytest.raises(AttributeError):
-        read.nothing = 1
+        loaded.nothing = 1
 
 
-def test_steps_that_are_given_go_before_the_epochs_of_a_file():
+def test_steps_of_the_command_line_replace_epochs_of_the_file():
     def file():
         values = config.defaults().to_dict()
         values["train"] |= {"steps": 7, "epochs": 16.0}
@@ -164,34 +167,30 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file():
         return values
 
     values = file()
-    assert (
-        config.prefer_command_line_steps(
-            values, {"data.path": "x", "train.evaluate_every": 3, "model.num_embeddings": 4}
-        )
-        == ""
-    )
+    unrelated = {"data.path": "x", "train.evaluate_every": 3, "model.num_embeddings": 4}
+    assert config.prefer_command_line_steps(values, unrelated) == ""
     assert values == file()
-    told = config.prefer_command_line_steps(values, {"train.steps": 7, "adversary.optimizer.warmup_steps": 0})
-    assert "\n" not in told
-    assert "go before the config file's train.epochs=16.0, adversary.optimizer.warmup_epochs=2.0;" in told
-    assert told.endswith("still in epochs: optimizer.warmup_epochs=1.0")
+    message = config.prefer_command_line_steps(values, {"train.steps": 7, "adversary.optimizer.warmup_steps": 0})
+    replaced, remaining = message.split(";")
+    assert "train.epochs=16.0, adversary.optimizer.warmup_epochs=2.0" in replaced
+    assert remaining.endswith("optimizer.warmup_epochs=1.0")
     assert config.epochs_to_steps(config.from_dict(Config, values), lambda: 2560).train.steps == 7
     assert config.epochs_to_steps(config.from_dict(Config, file()), lambda: 2560).train.steps == 160
-    with pytest.raises(
-        ConfigError, match=r"train\.steps=7 and train\.epochs=16\.0 are both given: leave one of them out"
-    ):
+    with pytest.raises(ConfigError, match=r"train\.epochs=16\.0") as error:
         config.prefer_command_line_steps(file(), {"train.steps": 7, "train.epochs": 16.0})
+    assert (error.value.field, error.value.value) == ("train.steps", 7)
     assert config.prefer_command_line_steps(file(), {"train.epochs": 16.0}) == ""
 
 
-def test_what_epochs_are_in_steps_is_told(caplog):
+def test_the_length_of_an_epoch_is_logged(caplog):
     with caplog.at_level("INFO"):
         config.epochs_to_steps(Config(train={"epochs": 2.5}, data={"batch_size": 8}), lambda: 83)
-    assert "in epochs of 10 steps: train.epochs=2.5 is steps=25" in caplog.text
+    assert "10 steps: train.epochs=2.5 is steps=25" in caplog.text
 
 
 def test_field_names_are_checked_by_path():
     config.check_field(Config, "model.encoder_params.architecture.anything")
     config.check_field(Config, "train.steps")
-    with pytest.raises(ConfigError, match=r"train\.step: did you mean train\.steps"):
+    with pytest.raises(ConfigError, match=r"train\.steps") as error:
         config.check_field(Config, "train.step")
+    assert error.value.field == "train.step"

@@ -1,17 +1,15 @@
-"""Saving and restoring, the only user of Orbax.
+"""Saving and restoring checkpoints, the only user of Orbax.
 
-A checkpoint is workdir/checkpoints/<step>, here or in a bucket, with four items: `model` (what inference needs: EMA
-parameters and the live batch_stats), `train` (the rest of the train state), `data` (where the input stands) and `meta`
-(config, version, revision). Writing is asynchronous and atomic: a step's folder has its name only once it is complete,
-in a bucket its mark of being so. Every process of a run saves its part of the arrays; each reads what it needs by
-itself, so that one that cannot is not waited for.
+A checkpoint is workdir/checkpoints/<step>, local or in a bucket, with four items: `model` (what inference needs: EMA
+parameters and the live batch_stats), `train` (the rest of the train state), `data` (position of the input) and `meta`
+(config, version, revision). Writing is asynchronous and atomic: the folder of a step gets its name, or in a bucket its
+completion mark, only once it is complete. Every process of a run saves its part of the arrays; each reads what it needs
+by itself, so that no process waits for one that fails.
 """
 
-import functools
 import logging
 import os
 import re
-import sys
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +18,25 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vqrae_jax import __version__, distributed, storage
-from vqrae_jax.errors import CheckpointError, DamagedError
+from vqrae_jax import __version__, distributed, runtime, storage
+from vqrae_jax.errors import CheckpointError, DamagedError, first_line
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-COMPLETE = "commit_success.txt"  # Orbax's mark in buckets, where nothing can be renamed at once
-SHOWN = 8  # names listed of each kind in an error
+COMPLETE = "commit_success.txt"  # Orbax's completion mark in buckets, where a folder cannot be renamed atomically
+MAX_NAMES = 8  # names listed of each kind in an error
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    Keeps the last `keep_last`, the `keep_best` with the highest "psnr" among those saved with metrics, and those whose
-    step is a multiple of `keep_every` (0: none). With `reading`, another run may be saving there: nothing is changed.
+    Args:
+      workdir: of the run.
+      keep_last: number of newest checkpoints that are kept.
+      keep_best: number of checkpoints with the highest "psnr" that are kept, of those saved with metrics.
+      keep_every: checkpoints whose step is a multiple of it are kept; 0: none.
+      read_only: another run may be saving there, so nothing is changed.
     """
 
     def __init__(
@@ -43,10 +45,10 @@ class Checkpoints:
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int = 0,
-        reading: bool = False,
+        read_only: bool = False,
     ):
-        self.reading = reading
-        self.folder = storage.at(workdir) / FOLDER if reading else check_writable(workdir)
+        self.read_only = read_only
+        self.folder = storage.at(workdir) / FOLDER if read_only else check_writable(workdir)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -58,63 +60,62 @@ class Checkpoints:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-            create=not reading,
-            cleanup_tmp_directories=not reading,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
     def steps(self) -> list[int]:
-        """Of complete checkpoints, rising."""
+        """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(
         self, step: int, model: Any, train: Any, data: dict[str, Any], meta: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Starts writing step; returns once the arrays are copied, so that the next train step may donate them."""
+        """Starts to write a step; returns once the arrays are copied, so that the next train step may donate them."""
         if step in self._manager.all_steps():
             return
-        _hush_stragglers()
+        runtime.silence_closed_event_loops()
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             train=ocp.args.StandardSave(train),
             data=ocp.args.JsonSave(data),
             meta=ocp.args.JsonSave(meta),
         )
-        self._guarded(lambda: self._manager.save(step, args=items, metrics=metrics), f"saving step {step}")
+        self._guard(lambda: self._manager.save(step, args=items, metrics=metrics), f"saving step {step}")
 
     def wait(self) -> None:
         """Returns once everything is on disk."""
-        self._guarded(self._manager.wait_until_finished, "finishing a save")
+        self._guard(self._manager.wait_until_finished, "finishing a save")
 
     def set_aside(self, step: int) -> None:
         """Renames the folder of `step`, so that the step can be saved again; every process calls it."""
         if jax.process_index() == 0:
             path = self.folder / str(step)
-            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))  # a bucket copies
-            log.warning("%s is now called %s", path, aside.name)
+            path.rename(aside := path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}"))  # a copy in buckets
+            log.warning("%s was renamed to %s", path, aside.name)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
 
     def close(self) -> None:
-        self._guarded(self._manager.close, "finishing a save")
+        """Finishes pending writes."""
+        self._guard(self._manager.close, "finishing a save")
 
-    def _guarded(self, action: Any, doing: str) -> None:
+    def _guard(self, action: Callable[[], Any], what: str) -> None:
         try:
             action()
         except Exception as error:
             last = max(completed_steps(self.folder), default=None)
-            kept = (
-                "no checkpoint is complete"
-                if last is None
-                else f"the last complete checkpoint is {self.folder / str(last)}"
-            )
-            raise CheckpointError(f"{doing} in {self.folder} failed ({_reason(error)}); {kept}") from error
+            state = "no checkpoint is complete"
+            if last is not None:
+                state = f"the last complete checkpoint is {self.folder / str(last)}"
+            raise CheckpointError(f"{what} in {self.folder} failed ({_reason(error)}); {state}") from error
 
 
 def completed_steps(folder: storage.Path) -> list[int]:
-    """Steps whose folder is complete."""
+    """Returns the steps whose folder is complete, ascending."""
     if not folder.is_dir():
         return []
     mark = COMPLETE if storage.is_remote(folder) else "_CHECKPOINT_METADATA"
@@ -122,38 +123,42 @@ def completed_steps(folder: storage.Path) -> list[int]:
 
 
 def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage.Path:
-    """The folder of one checkpoint: `path` is a workdir (or its checkpoints folder, or one step of it).
+    """Returns the folder of one checkpoint.
+
+    Args:
+      path: workdir of a run, its checkpoints folder, or one step of it.
+      step: None: the newest.
 
     Raises:
-      CheckpointError: nothing complete is there.
-      StorageError: the bucket may not be read.
+      CheckpointError: there is no complete checkpoint.
+      StorageError: the bucket cannot be read.
     """
     path = storage.at(path)
     with storage.told(path, "read"):
-        there = path.is_dir()
-    if not there:
+        exists = path.is_dir()
+    if not exists:
         raise CheckpointError(f"{path} is not a folder; give the workdir of a run, or one step of its {FOLDER} folder")
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = completed_steps(folder)
     if step is not None and step not in steps:
-        raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; it has {steps or 'none'}")
+        raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; complete steps: {steps or 'none'}")
     if not steps:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:SHOWN]) or "nothing"
-        raise CheckpointError(f"{folder} has no complete checkpoint (it holds {there}); a run saves one at its end")
+        content = ", ".join(sorted(p.name for p in folder.iterdir())[:MAX_NAMES]) or "nothing"
+        raise CheckpointError(f"{folder} has no complete checkpoint (it holds {content}); a run saves one at its end")
     return folder / str(steps[-1] if step is None else step)
 
 
 def read_meta(path: storage.Path) -> dict[str, Any]:
-    """Config, version and revision of the checkpoint at `path`.
+    """Returns config, version and revision of the checkpoint at `path`.
 
     Raises:
-      DamagedError: not to be read.
-      CheckpointError: written by a newer version of this package.
+      DamagedError: the item cannot be read.
+      CheckpointError: a newer version of this package wrote it.
     """
     meta = _read_json(path / "meta", "config")
-    if _numbers(meta["version"]) > _numbers(__version__):
+    if _version_numbers(meta["version"]) > _version_numbers(__version__):
         raise CheckpointError(
             f"{path} was written by vqrae_jax {meta['version']}, newer than this {__version__}: update the package"
         )
@@ -161,89 +166,84 @@ def read_meta(path: storage.Path) -> dict[str, Any]:
 
 
 def saved_shapes(path: storage.Path, item: str = "model") -> Any:
-    """The `model` or `train` item of the checkpoint at `path`, as a tree of jax.ShapeDtypeStruct."""
-    _hush_stragglers()
-    try:
-        tree = ocp.StandardCheckpointHandler().metadata(path / item).tree
-    except Exception as error:
-        raise DamagedError(f"{path} cannot be read ({item}: {_reason(error)}); the checkpoint is damaged") from error
+    """Returns the `model` or `train` item of the checkpoint at `path` as a tree of jax.ShapeDtypeStruct."""
+    tree = _guarded_read(path, lambda: ocp.StandardCheckpointHandler().metadata(path / item).tree)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
-    """The `model` item onto the shapes and shardings of `target`; partial: of what is saved, the leaves in `target`."""
+    """Reads the `model` item onto the shapes and shardings of `target`.
+
+    Args:
+      path: folder of one checkpoint.
+      target: tree of jax.ShapeDtypeStruct.
+      partial: whether the checkpoint may have leaves that `target` lacks.
+    """
     if not partial:
         check_shapes(saved_shapes(path), target, path)
-        return _read(path, "model", target)
-    return _guarded_read(
-        path,
-        lambda: ocp.PyTreeCheckpointHandler().restore(
-            path / "model",
-            args=ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-            ),
-        ),
-    )
+        return _read_item(path, "model", target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+    return _guarded_read(path, lambda: ocp.PyTreeCheckpointHandler().restore(path / "model", args=args))
 
 
 def read_checkpoint(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
 
-    Returns model, train, data; with None for `train` that is not read.
+    Returns:
+      model, train and data state; None for train where `train` is None.
 
     Raises:
-      DamagedError: not to be read.
-      CheckpointError: of another architecture, of other things that train, or written by a newer version of this
-        package.
+      DamagedError: an item cannot be read.
+      CheckpointError: the architecture or the trained parts differ, or a newer version of this package wrote it.
     """
     read_meta(path)
-    # Before anything is read: to Orbax a tree of another form is an error like a file that is cut.
+    # Compared before anything is read: Orbax reports another tree structure like a truncated file.
     start = f"--config.train.start_from={path.parent.parent}"
-    remedy = f"use the config it was trained with, or another workdir with {start}, which takes the model"
+    remedy = f"use the config it was trained with, or another workdir with {start}, which loads the model"
     rest = None
-    check_shapes(saved_shapes(path), model, path, remedy=f"{remedy}, or with train.start_parts what fits of it")
+    check_shapes(saved_shapes(path), model, path, remedy=f"{remedy}, or with train.start_parts the parts that fit")
     if train is not None:
-        what = "has this model, but other optimizers, terms or trained parts"
-        check_shapes(saved_shapes(path, "train"), train, path, what, f"{remedy} and nothing else")
-        rest = _read(path, "train", train)
-    return _read(path, "model", model), rest, _read_json(path / "data", "data state")
+        difference = "has this model, but other optimizers, loss terms or trained parts"
+        check_shapes(saved_shapes(path, "train"), train, path, difference, f"{remedy} and nothing else")
+        rest = _read_item(path, "train", train)
+    return _read_item(path, "model", model), rest, _read_json(path / "data", "data state")
 
 
 def check_shapes(
     saved: Any,
     target: Any,
     path: storage.Path,
-    what: str = "is of another architecture",
+    difference: str = "is of another architecture",
     remedy: str = "use the config it was trained with, or another workdir",
 ) -> None:
-    """Raises CheckpointError if the two trees differ, naming the leaves."""
+    """Raises CheckpointError with the names of the leaves in which the two trees differ."""
     have, want = ({jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in
                    jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, target))  # fmt: skip
-    differing = [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
     kinds = {
         "missing": [n for n in want if n not in have],
         "unexpected": [n for n in have if n not in want],
-        "of another size": differing,
+        "of another size": [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]],
     }
     if not any(kinds.values()):
         return
-    lines = [f"{path} {what} than this config:"]
+    lines = [f"{path} {difference} than this config:"]
     for kind, names in kinds.items():
         if names:
-            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  {kind} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
+            more = f", and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            lines.append(f"  {kind} ({len(names)}): {', '.join(names[:MAX_NAMES])}{more}")
     raise CheckpointError("\n".join([*lines, remedy]))
 
 
 def check_writable(workdir: str | os.PathLike) -> storage.Path:
-    """The folder of checkpoints in `workdir`, made and tried.
+    """Creates the folder of checkpoints in `workdir`, writes a file to it, and returns it.
 
     Raises:
-      CheckpointError: no rights, no space, a file in its place.
-      StorageError: no rights to the bucket.
+      CheckpointError: no permission, no space, or a file of that name.
+      StorageError: no permission for the bucket.
     """
     folder = storage.at(workdir) / FOLDER
-    probe = folder / ".writable"  # of the same name in every process, so that all say the same of it
+    probe = folder / ".writable"  # the same name in every process, so that all report the same error
     try:
         with storage.told(folder, "written"):
             if not storage.is_remote(folder):
@@ -252,16 +252,16 @@ def check_writable(workdir: str | os.PathLike) -> storage.Path:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"--workdir: {folder} cannot be written ({error.strerror}); choose a folder that can"
+            f"{folder} cannot be written ({error.strerror}); choose another folder", field="--workdir"
         ) from error
     return folder
 
 
 def check_shared(workdir: str | os.PathLike) -> None:
-    """Every process of a run sees what process 0 writes in `workdir`; all of them call it.
+    """Checks that every process of a run sees what process 0 writes in `workdir`; all of them call it.
 
     Raises:
-      CheckpointError: one does not.
+      CheckpointError: a process does not.
     """
     if distributed.process_count() == 1:
         return
@@ -270,24 +270,25 @@ def check_shared(workdir: str | os.PathLike) -> None:
         storage.write(probe, b"may be deleted")
     distributed.exchange("written")
 
-    def look() -> None:
+    def check_exists() -> None:
         if not probe.exists():
             raise CheckpointError(
-                f"--workdir: {probe.parent} of process 0 is another folder here: give one that all processes share"
+                f"{probe.parent} is not the folder that process 0 uses; give a folder that all processes share",
+                field="--workdir",
             )
 
-    distributed.run_together(look)
+    distributed.run_together(check_exists)
     if distributed.process_index() == 0:
         probe.unlink()
 
 
-def _read(path: storage.Path, item: str, target: Any) -> Any:
+def _read_item(path: storage.Path, item: str, target: Any) -> Any:
     args = ocp.args.StandardRestore(target)
     return _guarded_read(path, lambda: ocp.StandardCheckpointHandler().restore(path / item, args=args))
 
 
 def _guarded_read(path: storage.Path, action: Callable[[], Any]) -> Any:
-    _hush_stragglers()
+    runtime.silence_closed_event_loops()
     try:
         return action()
     except Exception as error:
@@ -303,24 +304,11 @@ def _read_json(path: storage.Path, what: str) -> dict[str, Any]:
         ) from error
 
 
-@functools.cache
-def _hush_stragglers() -> None:
-    """Once a read or a save has failed, threads of its other arrays report to an event loop that is closed: pages."""
-    others = sys.unraisablehook
-
-    def hook(seen: Any) -> None:
-        if not (isinstance(seen.exc_value, RuntimeError) and str(seen.exc_value) == "Event loop is closed"):
-            others(seen)
-
-    sys.unraisablehook = hook
-
-
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _reason(error: BaseException) -> str:
     if "No space left" in str(error):
-        return "no space left: make room or lower train.keep_last, and the same command goes on"
-    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {first.strip()[:300]}"
+        return "no space left: make room or lower train.keep_last, then run the same command again"
+    return f"{type(error).__name__}: {first_line(error)}"

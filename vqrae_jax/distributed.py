@@ -1,8 +1,8 @@
-"""Several processes as one run: how they start, agree before anything long begins, and end.
+"""Several processes as one run: how they connect, agree before anything long starts, and end.
 
-Arrays and the step know nothing of it: a pod is one program over global arrays. What is here passes short texts by the
-service with which JAX starts processes. A collective would not do: it needs programs that agree already, and waits
-without end for a process that is gone.
+Arrays and the training step do not depend on it: a pod is one program over global arrays. The functions below pass
+short texts through the service with which JAX connects processes. A collective would not do: it needs programs that
+agree already, and waits forever for a process that has ended.
 """
 
 import hashlib
@@ -14,120 +14,121 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 
-from vqrae_jax.errors import ConfigError, DistributedError
+from vqrae_jax import runtime
+from vqrae_jax.errors import ConfigError, DistributedError, UserError
 
 T = TypeVar("T")
 
-START_TIMEOUT = 300  # seconds until all processes are there
-AGREE_TIMEOUT = 1800  # seconds that the fastest waits for the slowest, which may be reading weights
-# Where launchers write the number of a process.
-RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID", "JOB_COMPLETION_INDEX")
+CONNECT_TIMEOUT = 300  # seconds until all processes must have connected
+EXCHANGE_TIMEOUT = 1800  # seconds that the fastest process waits for the slowest, which may be reading weights
 
 _exchanges = itertools.count()
-_alone = False  # `start` has connected nothing: this process is all there is, whatever number a launcher gave it
+_single = False  # `connect` found nothing to connect: this is the only process, whatever index a launcher gave it
 
 
 def connect(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-    timeout: float = START_TIMEOUT,
+    timeout: float = CONNECT_TIMEOUT,
 ) -> None:
-    """Connects the processes of a run; before anything else touches a device.
+    """Connects the processes of a run. Call it before anything else uses a device.
 
     Args:
-      coordinator: host:port of process 0. What is None is found by JAX itself on TPU pods, under SLURM, Open MPI and
-        Kubernetes jobs. Where it finds nothing and nothing is given, this process is all there is and nothing starts.
-      processes: how many; 1 starts nothing.
-      process: the number of this one, from 0.
-      timeout: seconds until all must be there; after that this process says so and exits with code 1.
+      coordinator: host:port of process 0. JAX finds what is None by itself on TPU pods, under SLURM, Open MPI and in
+        Kubernetes jobs. If all three are None and it finds nothing, this is the only process.
+      processes: number of processes; 1 connects nothing.
+      process: index of this process, from 0.
+      timeout: seconds until all processes must have connected; after that this process exits with code 1.
 
     Raises:
       ConfigError: the three do not fit together.
-      DistributedError: the port is taken.
+      DistributedError: the port is in use.
     """
     import jax
 
-    global _alone
+    global _single
     if processes is not None and processes < 1:
-        raise ConfigError(f"--processes={processes}: there is at least 1")
+        raise ConfigError("must be at least 1", field="--processes", value=processes)
     if process is not None and not 0 <= process < (processes or process + 1):
-        last = f" to {processes - 1} of --processes={processes}" if processes else ""
-        raise ConfigError(f"--process={process}: processes have the numbers from 0{last}")
+        limit = f"from 0 to {processes - 1} (--processes={processes})" if processes else "at least 0"
+        raise ConfigError(f"process indices are {limit}", field="--process", value=process)
     if processes == 1:
-        _alone = True
+        _single = True
         return
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-        raise ConfigError(f"--coordinator={coordinator!r} is no host:port of process 0, as in 10.0.0.1:1234")
-    # JAX would abort with a stack of its own; this thread speaks first.
-    timer = threading.Timer(timeout, _give_up, (timeout,))
+        raise ConfigError(
+            "expected host:port of process 0, as in 10.0.0.1:1234", field="--coordinator", value=coordinator
+        )
+    # JAX would abort with a stack trace of its own: this thread exits first, with one sentence.
+    timer = threading.Timer(timeout, _exit_unconnected, (timeout,))
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(timeout) + 60)
     except (ValueError, TypeError) as error:
-        found_nothing = (coordinator, processes, process) == (None,) * 3 and "coordinator_address" in str(error)
-        if not found_nothing:
+        no_cluster = (coordinator, processes, process) == (None,) * 3 and "coordinator_address" in str(error)
+        if not no_cluster:
             raise ConfigError(
-                f"--coordinator={coordinator} --processes={processes} --process={process}: {error} Give all three, "
-                "or none where TPU, SLURM or Open MPI say them"
+                f"--coordinator={coordinator} --processes={processes} --process={process} do not fit together "
+                f"({error}); give all three, or none where TPU, SLURM or Open MPI define them"
             ) from None
-        _alone = True
+        _single = True
     except RuntimeError as error:
-        raise DistributedError(f"the processes of this run cannot be connected: {error}") from error
+        raise DistributedError(f"the processes of this run cannot connect: {error}") from error
     finally:
         timer.cancel()
 
 
 def is_connected() -> bool:
-    """Whether `start` connected anything."""
-    return _runtime().client is not None
+    """Returns whether `connect` connected several processes."""
+    return _state().client is not None
 
 
 def process_count() -> int:
-    return _runtime().num_processes if is_connected() else 1
+    """Returns the number of processes of this run."""
+    return _state().num_processes if is_connected() else 1
 
 
 def process_index() -> int:
-    """The number of this process; before `start` that which the command line or the launcher gives it."""
+    """Returns the index of this process; before `connect`, the one that the command line or the launcher gives it."""
     if is_connected():
-        return _runtime().process_id
-    if _alone:
+        return _state().process_id
+    if _single:
         return 0
-    given = [a.split("=", 1)[1] for a in sys.argv if re.match(r"--?process=\d+$", a)]
-    given += [os.environ[name] for name in RANKS if os.environ.get(name, "").isdigit()]
-    return int(given[0]) if given else 0
+    flags = (argument.split("=", 1)[1] for argument in sys.argv if re.match(r"--?process=\d+$", argument))
+    return int(next(flags, runtime.launcher_process() or 0))
 
 
-def exchange(text: str, timeout: float = AGREE_TIMEOUT) -> list[str]:
-    """What every process says, by process number. All processes call it, equally often.
+def exchange(text: str, timeout: float = EXCHANGE_TIMEOUT) -> list[str]:
+    """Returns the texts of all processes, by process index. All processes call it, equally often.
 
     Raises:
-      DistributedError: one did not come within `timeout` seconds.
+      DistributedError: a process did not call it within `timeout` seconds.
     """
     if process_count() == 1:
         return [text]
-    client, folder = _runtime().client, f"vqrae_jax/{next(_exchanges)}"
+    client, folder = _state().client, f"vqrae_jax/{next(_exchanges)}"
     try:
         client.key_value_set(f"{folder}/{process_index()}", text)
         client.wait_at_barrier(f"{folder}/all", int(timeout * 1000))
-        said = {int(name.rsplit("/", 1)[1]): value for name, value in client.key_value_dir_get(folder)}
+        texts = {int(name.rsplit("/", 1)[1]): value for name, value in client.key_value_dir_get(folder)}
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise DistributedError(f"not every process answered within {timeout:.0f} s ({reason})") from error
-    return [said[i] for i in range(process_count())]
+    return [texts[i] for i in range(process_count())]
 
 
 def iterate_arrays(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of every process, by process number; all processes iterate, to the end.
+    """Yields the arrays of every process, by process index; all processes iterate to the end.
 
-    They cross by a collective, bit for bit, hence only where the processes are at the same point of one program. One
-    process's are in memory at a time.
+    Arrays are sent by a collective, bit for bit, so all processes must be at the same point of one program. Only the
+    arrays of one process are in memory at a time.
     """
     if process_count() == 1:
         yield arrays
@@ -137,18 +138,18 @@ def iterate_arrays(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarr
     file = io.BytesIO()
     np.savez(file, **arrays)
     for i, length in enumerate(exchange(str(file.tell()))):
-        speaks = i == process_index()
-        given = np.frombuffer(file.getvalue(), np.uint8) if speaks else np.zeros(int(length), np.uint8)
-        with np.load(io.BytesIO(np.asarray(broadcast_one_to_all(given, speaks)).tobytes())) as told:
-            yield dict(told)
+        is_source = i == process_index()
+        content = np.frombuffer(file.getvalue(), np.uint8) if is_source else np.zeros(int(length), np.uint8)
+        with np.load(io.BytesIO(np.asarray(broadcast_one_to_all(content, is_source)).tobytes())) as received:
+            yield dict(received)
 
 
 def run_together(action: Callable[[], T]) -> T:
-    """The result of `action()`, which every process runs; if it fails on one, it fails on all.
+    """Returns the result of `action()`, which every process calls; if it fails in one, it fails in all.
 
     Raises:
-      DistributedError: naming the processes that failed and what each of them says. With one process, or for what is
-        no message to a user, the error itself.
+      DistributedError: with the indices of the processes that failed and their messages. With one process, the error
+        itself.
     """
     if process_count() == 1:
         return action()
@@ -157,30 +158,31 @@ def run_together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    said = exchange("" if error is None else (str(error) or type(error).__name__))
-    if not any(said):
+    messages = exchange("" if error is None else (str(error) or type(error).__name__))
+    if not any(messages):
         return result
-    raise DistributedError(_by_process(said)) from error
+    exit_code = error.exit_code if isinstance(error, UserError) else None
+    raise DistributedError(_join_messages(messages), exit_code=exit_code) from error
 
 
 def check_equal(
-    mine: dict[str, Any], remedy: str = "start all of them with the same config and the same packages"
+    values: dict[str, Any], remedy: str = "start all of them with the same config and the same packages"
 ) -> None:
-    """Nothing, if every process has the same values.
+    """Checks that every process has the same values.
 
     Args:
-      mine: names and JSON-able values, sections nested.
-      remedy: what to do about differences.
+      values: names and JSON-able values, sections nested.
+      remedy: what the user should do about differences.
 
     Raises:
-      DistributedError: naming what differs, and which process has which value.
+      DistributedError: with the names that differ and the values of each process.
     """
-    text = json.dumps(mine, sort_keys=True, default=str)
+    text = json.dumps(values, sort_keys=True, default=str)
     if len(set(exchange(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
-    first, *others = [dict(_flat(json.loads(said))) for said in exchange(text)]
+    first, *rest = [dict(_flatten(json.loads(text))) for text in exchange(text)]
     lines = [f"the processes do not agree; {remedy}:"]
-    for i, other in enumerate(others, 1):
+    for i, other in enumerate(rest, 1):
         lines += [
             f"  {name}: process 0 has {first.get(name)!r}, process {i} has {other.get(name)!r}"
             for name in sorted(first.keys() | other.keys())
@@ -190,47 +192,46 @@ def check_equal(
 
 
 def exit_process(code: int) -> None:
-    """Ends this process of several at once: the usual end would wait for processes that wait for this one."""
+    """Ends this process, one of several, at once: a normal exit would wait for processes that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     if process_index() == 0:
-        time.sleep(1)  # the others leave first: to them the end of process 0 is an error of its own
+        time.sleep(1)  # the other processes leave first: to them the end of process 0 is an error of its own
     os._exit(code)
 
 
-def _runtime() -> Any:
-    """What `jax.distributed` knows; its public face has neither the process number without devices nor the service."""
+def _state() -> Any:
+    """Returns JAX's distributed state; its public interface has neither the service nor, without devices, the index."""
     from jax._src.distributed import global_state
 
     return global_state
 
 
-def _give_up(timeout: float) -> None:
-    state = _runtime()
-    where = state.coordinator_address or "not found yet"
+def _exit_unconnected(timeout: float) -> None:
+    state = _state()
     print(
-        f"error: process {state.process_id} is still alone after {timeout:.0f} s (coordinator {where}): are all "
-        "processes started, is --processes their number, and can they reach the coordinator's host and port? "
-        "--start_timeout gives them longer",
+        f"error: process {state.process_id} is still alone after {timeout:.0f} s (coordinator "
+        f"{state.coordinator_address or 'unknown'}): check that all processes were started, that --processes is their "
+        "number and that they reach the coordinator's host and port; --start_timeout sets a longer wait",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)
 
 
-def _by_process(said: Sequence[str]) -> str:
-    """Each message once, with the processes that say it."""
-    speakers: dict[str, list[int]] = {}
-    for i, text in enumerate(said):
+def _join_messages(messages: list[str]) -> str:
+    """Returns each message once, with the indices of its processes; a message of all processes alone."""
+    indices: dict[str, list[int]] = {}
+    for i, text in enumerate(messages):
         if text:
-            speakers.setdefault(text, []).append(i)
-    if list(speakers.values()) == [list(range(len(said)))]:
-        return said[0]
-    return "\n".join(f"process {', '.join(map(str, who))}: {text}" for text, who in speakers.items())
+            indices.setdefault(text, []).append(i)
+    if len(indices) == 1 and len(indices[next(iter(indices))]) == len(messages):
+        return messages[0]
+    return "\n".join(f"process {', '.join(map(str, which))}: {text}" for text, which in indices.items())
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    return [
-        pair
-        for name, value in values.items()
-        for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)])
-    ]
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

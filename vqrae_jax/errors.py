@@ -23,9 +23,11 @@ class UserError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, field: str | None = None, value: Any = NO_VALUE):
+    def __init__(self, message: str, *, field: str | None = None, value: Any = NO_VALUE, exit_code: int | None = None):
         super().__init__(message)
         self.message, self.field, self.value = message, field, value
+        if exit_code is not None:
+            self.exit_code = exit_code
 
     def __str__(self) -> str:
         if self.field is None:
@@ -37,7 +39,7 @@ class UserError(Exception):
         """Returns the same error about the field that `names` maps its field to; itself where it maps none."""
         if self.field not in names:
             return self
-        return type(self)(self.message, field=names[self.field], value=self.value)
+        return type(self)(self.message, field=names[self.field], value=self.value, exit_code=self.exit_code)
 
 
 class ConfigError(UserError, ValueError):

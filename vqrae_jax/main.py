@@ -1,4 +1,7 @@
-"""python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
+"""Trains, evaluates or plans a run.
+
+python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
 
 import errno
 import importlib.metadata
@@ -20,123 +23,133 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.errors import ConfigError, DistributedError, UserError
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, or your own. Override any field: --config.model.num_embeddings=16384"
+    "config", None, "config file, of configs/ or your own; override any field: --config.model.num_embeddings=16384"
 )
-flags.FLAGS["config"].parser.parse = config_lib.load_config_file  # its own answers mistakes in the file with tracebacks
+flags.FLAGS["config"].parser.parse = config_lib.load_config_file  # its own parser reports mistakes with tracebacks
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder or gs:// address of checkpoints, logs, pictures; a run there is resumed."
+    "workdir", None, "folder or gs:// address of checkpoints, logs and images; a run in it is resumed"
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, for several processes where TPU, SLURM or Open MPI do not say it."
+    "coordinator", None, "host:port of process 0, for several processes where TPU, SLURM or Open MPI do not define it"
 )
-PROCESSES = flags.DEFINE_integer(
-    "processes", None, "How many processes; 1 starts nothing even where there is a cluster."
-)
-PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
-START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must be there.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "10:13 traces steps 10 to 12 for TensorBoard and XProf.")
+PROCESSES = flags.DEFINE_integer("processes", None, "number of processes; 1 ignores a cluster")
+PROCESS = flags.DEFINE_integer("process", None, "index of this process, from 0")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "seconds until all processes must have connected")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "10:13 traces steps 10 to 12 for TensorBoard and XProf")
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "evaluate", "preflight"],
-    "train; or evaluate the newest checkpoint of workdir; or compile for --topology and tell what the run would cost.",
+    "train; evaluate the newest checkpoint of workdir; or compile for --topology and report the cost of the run",
 )
-STEP = flags.DEFINE_integer("step", None, "For evaluate: the step of another checkpoint than the newest.", 0)
-TOPOLOGY = flags.DEFINE_string("topology", None, "For preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8.")
-JSON = flags.DEFINE_string("json", None, "For preflight: where to write it; preflight.json of workdir if there is one.")
+STEP = flags.DEFINE_integer("step", None, "evaluate: step of the checkpoint; the newest by default", 0)
+TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8")
+JSON = flags.DEFINE_string("json", None, "preflight: output file; preflight.json in workdir by default")
 ALTERNATIVES = flags.DEFINE_integer(
-    "alternatives", None, "For preflight: other meshes and batches to compile; 2 if the config does not fit, else 0.", 0
+    "alternatives", None, "preflight: other meshes and batches to compile; by default 2 if the config does not fit", 0
 )
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; fields are given as --config.NAME=VALUE")
-    for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
-        if not flags.FLAGS[name].present:
-            raise ConfigError(f"--{name} is required, see python -m vqrae_jax.main --help")
-    if STEP.value is not None and MODE.value != "evaluate":
-        raise ConfigError(f"--step={STEP.value} is for --mode=evaluate; training goes on from the newest checkpoint")
-    profile_steps = _profile_steps()
+    """Runs the mode that the flags name."""
+    profile_steps = _check_flags(argv)
     if MODE.value == "preflight":
-        logging.getLogger("vqrae_jax").setLevel(logging.WARNING)
-        sys.exit(0 if _preflight(_read_config()) else 1)
+        with runtime.log_level(logging.WARNING):
+            sys.exit(0 if _preflight() else 1)
     runtime.start()
     distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
-    logging.getLogger("vqrae_jax").setLevel(logging.INFO if distributed.process_index() == 0 else logging.ERROR)
-    config = distributed.run_together(_read_config)
-    distributed.check_equal({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
-    from vqrae_jax.train import loop
+    is_first = distributed.process_index() == 0
+    with runtime.log_level(logging.INFO if is_first else logging.ERROR):
+        config = distributed.run_together(_load_config)
+        distributed.check_equal({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
+        from vqrae_jax.train import loop
 
-    if MODE.value == "train":
+        if MODE.value == "evaluate":
+            metrics = loop.evaluate(config, WORKDIR.value, step=STEP.value)
+            if is_first:
+                print(json.dumps(metrics, indent=2))
+            return
         try:
             loop.train(config, WORKDIR.value, profile_steps=profile_steps)
         except loop.Stopped as stopped:
-            if distributed.process_index() == 0:
-                print(f"{stopped}. To go on:\n  {_command()}", file=sys.stderr)
-    else:
-        figures = loop.evaluate(config, WORKDIR.value, step=STEP.value)
-        if distributed.process_index() == 0:
-            print(json.dumps(figures, indent=2))
-
-
-def _preflight(config: config_lib.Config) -> bool:
-    """Whether the config fits."""
-    from vqrae_jax.preflight import command
-
-    path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
-    return command.preflight(config, TOPOLOGY.value, ALTERNATIVES.value, path).fits
+            if is_first:
+                command = shlex.join([sys.executable, "-m", "vqrae_jax.main", *sys.argv[1:]])
+                print(f"{stopped}. To resume:\n  {command}", file=sys.stderr)
 
 
 def run() -> None:
-    """What is wrong with the input is one message, not a traceback.
+    """Runs `main`; errors of the user's input are one message, bugs keep their traceback.
 
-    What all processes would say, process 0 says alone; before they are connected nobody knows what the others say.
-    Exit code 2 is of flags and settings that no further attempt would mend, which launchers therefore give up on
-    (launch/gke, launch/tpu/watch.sh); 1 of everything else: files, buckets, other processes, bugs.
+    Exit codes: see `UserError`; 130 for an interrupt. What all processes would print, process 0 prints alone; until the
+    processes are connected each prints its own error.
     """
     runtime.keep_freed_memory()
-    # Orbax tells a page per checkpoint, and of what it raises a page per thread that met it; --verbosity=0 shows them.
+    # Orbax logs a page per checkpoint, and a page per thread that meets an error; --verbosity=0 shows them.
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:
-        print(_interrupted(), file=sys.stderr)
-        _leave(130)
+        print(_interrupt_message(), file=sys.stderr)
+        _exit(130)
     except Exception as error:
-        said_by_first = isinstance(error, DistributedError) and distributed.is_connected()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            print(f"error: no space left ({error}); make room, and the same command goes on", file=sys.stderr)
-        elif not isinstance(error, UserError):
-            traceback.print_exc()
-        elif distributed.process_index() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        elif not said_by_first:
-            print(f"error (process {distributed.process_index()}): {error}", file=sys.stderr)
-        _leave(error.exit_code if isinstance(error, UserError) else 1)
+        _report(error)
+        _exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
-def _leave(code: int) -> None:
+def _report(error: Exception) -> None:
+    index = distributed.process_index()
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        print(f"error: no space left ({error}); make room, then run the same command again", file=sys.stderr)
+    elif not isinstance(error, UserError):
+        traceback.print_exception(error)
+    elif index == 0:
+        print(f"error: {error}", file=sys.stderr)
+    elif not (isinstance(error, DistributedError) and distributed.is_connected()):
+        print(f"error (process {index}): {error}", file=sys.stderr)
+
+
+def _exit(code: int) -> None:
     if distributed.process_count() > 1:
         distributed.exit_process(code)
     sys.exit(code)
 
 
-def _interrupted() -> str:
-    """What Ctrl-C leaves behind where no step is waited for and saved: before the first one, or the second time."""
-    begun = "vqrae_jax.train.loop" in sys.modules and flags.FLAGS.is_parsed() and MODE.value == "train"
-    if not begun:
+def _interrupt_message() -> str:
+    """Reports what is on disk after an interrupt that saved no step: before the first one, or a second interrupt."""
+    training = "vqrae_jax.train.loop" in sys.modules and flags.FLAGS.is_parsed() and MODE.value == "train"
+    if not training:
         return "interrupted"
     from vqrae_jax import checkpoint, storage
 
     steps = checkpoint.completed_steps(storage.at(WORKDIR.value) / checkpoint.FOLDER)
     if not steps:
-        return "interrupted before anything was saved: the same command begins anew"
-    return f"interrupted: step {steps[-1]} is saved, and the same command goes on from there"
+        return "interrupted before the first checkpoint; the same command starts again"
+    return f"interrupted; step {steps[-1]} is saved, and the same command resumes from it"
 
 
-def _command() -> str:
-    return shlex.join([sys.executable, "-m", "vqrae_jax.main", *sys.argv[1:]])
+def _check_flags(argv: Sequence[str]) -> range:
+    """Checks that the flags fit together; returns the steps to profile."""
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; set fields as --config.NAME=VALUE")
+    for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
+        if not flags.FLAGS[name].present:
+            raise ConfigError("is required, see python -m vqrae_jax.main --help", field=f"--{name}")
+    if STEP.value is not None and MODE.value != "evaluate":
+        message = "only --mode=evaluate takes a step; training resumes from the newest checkpoint"
+        raise ConfigError(message, field="--step", value=STEP.value)
+    first, colon, end = (PROFILE_STEPS.value or "1:1").partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) <= int(end)):
+        message = "expected a range FIRST:END, as in 10:13 (steps 10, 11, 12)"
+        raise ConfigError(message, field="--profile_steps", value=PROFILE_STEPS.value)
+    return range(int(first), int(end))
+
+
+def _preflight() -> bool:
+    """Reports what the config costs on --topology; returns whether it fits."""
+    from vqrae_jax.preflight import command
+
+    path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
+    return command.preflight(_load_config(), TOPOLOGY.value, ALTERNATIVES.value, path).fits
 
 
 def _versions() -> dict[str, str]:
@@ -144,18 +157,11 @@ def _versions() -> dict[str, str]:
     return {"vqrae_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
 
 
-def _profile_steps() -> range:
-    first, colon, end = (PROFILE_STEPS.value or "1:1").partition(":")
-    if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) <= int(end)):
-        raise ConfigError(f"--profile_steps={PROFILE_STEPS.value!r} is no range, as in 10:13 (10, 11, 12)")
-    return range(int(first), int(end))
-
-
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-    """Checks the names of overridden fields before ml_collections does: its message is a dump of the config.
+    """Parses flags; checks names of overridden fields first, because ml_collections reports them with the whole config.
 
     Raises:
-      ConfigError: an unknown flag, a value that is none of the flag's, a config file that makes no config.
+      ConfigError: an unknown flag, an invalid value, or a config file without a config.
     """
     for argument in argv:
         if field := re.match(r"--?config\.([\w.]+)", argument):
@@ -164,22 +170,23 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         if isinstance(error.__context__, ConfigError):
-            raise ConfigError(f"--config: {error.__context__}") from None
+            raise ConfigError(str(error.__context__), field="--config") from None
         raise ConfigError(f"{error}; see python -m vqrae_jax.main --help") from None
     except (TypeError, AttributeError, KeyError) as error:  # an override of the wrong type, or of a section
-        raise ConfigError(f"--config: {_said(error)}") from None
+        raise ConfigError(_override_message(error), field="--config") from None
 
 
-def _said(error: Exception) -> str:
-    """Of a field that is not there ml_collections raises AttributeError(KeyError(text)), whose text is a quotation."""
+def _override_message(error: Exception) -> str:
+    """Returns ml_collections' message; for an unknown field it raises AttributeError(KeyError(message))."""
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-    return f"no field {'; '.join(str(inner.args[0]).splitlines())}" if isinstance(inner, KeyError) else str(error)
+    return f"unknown field {'; '.join(str(inner.args[0]).splitlines())}" if isinstance(inner, KeyError) else str(error)
 
 
-def _read_config() -> config_lib.Config:
+def _load_config() -> config_lib.Config:
     values = CONFIG.value.to_dict()
-    if told := config_lib.prefer_command_line_steps(values, config_flags.get_override_values(flags.FLAGS["config"])):
-        logging.getLogger("vqrae_jax").warning("%s", told)
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    if message := config_lib.prefer_command_line_steps(values, overrides):
+        logging.getLogger("vqrae_jax").warning("%s", message)
     return config_lib.from_dict(config_lib.Config, values)
 
 

@@ -3,7 +3,9 @@
 Only `main`, the commands and the benchmarks call it; nothing here happens at import.
 """
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +13,9 @@ import logging
 import os
 import pathlib
 import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,11 @@ MALLOC = {
     "MALLOC_TOP_PAD_": (-2, 2**28),
 }
 
+# Variables in which launchers write the index of a process.
+PROCESS_VARIABLES = (
+    "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID", "JOB_COMPLETION_INDEX",
+)  # fmt: skip
+
 # Variables that TPU machines and GKE set.
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
 
@@ -46,6 +56,24 @@ def compiler_options(platform: str) -> dict[str, bool]:
     """Returns OPTIONS of a platform ("cpu", "gpu", "tpu") without those that XLA_FLAGS or LIBTPU_INIT_ARGS set."""
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     return {name: value for name, value in OPTIONS.get(platform, {}).items() if name not in flags}
+
+
+@contextlib.contextmanager
+def log_level(level: int) -> Iterator[None]:
+    """Sets the level of this package's loggers, and restores it at the end."""
+    logger = logging.getLogger("vqrae_jax")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def launcher_process() -> int | None:
+    """Returns the index that a launcher (SLURM, Open MPI, TPU pod, Kubernetes) gave this process; None without one."""
+    indices = (os.environ[name] for name in PROCESS_VARIABLES if os.environ.get(name, "").isdigit())
+    return next(map(int, indices), None)
 
 
 def cache_folder() -> pathlib.Path:
@@ -128,6 +156,19 @@ def skip_absent_tpu(devices: str | os.PathLike = "/dev") -> bool:
         return False
     jax.config.update("jax_platforms", "cpu")
     return True
+
+
+@functools.cache
+def silence_closed_event_loops() -> None:
+    """Suppresses reports of threads whose event loop is closed: after a failed read or save, Orbax prints pages."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _cpu() -> str:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vqrae_jax.build.encoder import activation_spread, build_encoder
-from vqrae_jax.config import AdversaryConfig, EvaluationConfig, Figure, ModelConfig, PerceptualConfig, from_dict
+from vqrae_jax.config import AdversaryConfig, EvaluationConfig, Metric, ModelConfig, PerceptualConfig, from_dict
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.models.convnext import ConvNeXtConfig
 from vqrae_jax.models.discriminator import DinoDiscriminator, PatchDiscriminator
@@ -177,7 +177,7 @@ def to_bytes(image: Images) -> Images:
 
 def load_metric_networks(
     config: EvaluationConfig,
-    figures: Collection[Figure],
+    figures: Collection[Metric],
     perceptual: PerceptualConfig = PerceptualConfig(),  # noqa: B008 (it is frozen)
 ) -> MetricNetworks:
     """Reads the networks that `figures` need; `perceptual` names the files of LPIPS.

@@ -1,88 +1,161 @@
-"""Config files, Python as in configs/, and what a command line changes of them."""
+"""Building configs from plain values, Python files and JSON, with one error for everything that is invalid."""
 
+import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import json
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+import typing
 from typing import Any
 
 import ml_collections
+import pydantic
 
+from vqrae_jax.config.schema import Config, Section
 from vqrae_jax.errors import ConfigError
 
+SectionT = typing.TypeVar("SectionT", bound=Section)
 
-def load_config_file(given: str) -> ml_collections.ConfigDict:
-    """What get_config() of a config file returns; new fields can no longer be added.
 
-    Args:
-      given: "configs/dinov2_b.py", or with an argument for get_config "configs/dinov2_b.py:ViT-L,512".
+def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """Builds a section from plain values.
 
     Raises:
-      ConfigError: the file is not there or makes no config; with the line.
+      ConfigError: lists every unknown, missing or invalid field, with the nearest known name.
     """
-    path, colon, argument = given.partition(":")
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        errors = [_explain(schema, e) for e in error.errors()]
+    if len(errors) == 1:
+        raise errors[0]
+    raise ConfigError("\n".join(map(str, errors)))
+
+
+def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:
+    """Builds a section from a JSON object, see `from_dict`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config is a JSON {type(values).__name__}, expected an object")
+    return from_dict(schema, values)
+
+
+def to_json(config: Section) -> str:
+    """Returns a section as JSON, the inverse of `from_json`."""
+    return config.model_dump_json(indent=2)
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns every default as an editable tree, which config files change and flags override."""
+    return _editable(Config())
+
+
+def load_config_file(name: str) -> ml_collections.ConfigDict:
+    """Returns the result of a config file's get_config(), locked against new fields.
+
+    Args:
+      name: "configs/dinov2_b.py", or with an argument of get_config "configs/dinov2_b.py:ViT-L,512".
+
+    Raises:
+      ConfigError: no such file, or it does not return a config; with the line.
+    """
+    path, colon, argument = name.partition(":")
     if not os.path.isfile(path):
-        raise ConfigError(f"{path} is no file on this machine")
+        raise ConfigError(f"{path} is not a file on this machine")
     loader = importlib.machinery.SourceFileLoader("config_file", os.path.abspath(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
         loader.exec_module(module)
-        make = getattr(module, "get_config", None)
-        if make is None:
-            raise ConfigError(f"{path} has no function get_config, which returns the config")
-        line = _defined(make, path)
-        accepted = inspect.signature(make).parameters.values()
-        if colon and not accepted:
-            raise ConfigError(f"{line}: get_config takes no argument {argument!r}: give {path} alone")
-        if not colon and any(parameter.default is parameter.empty for parameter in accepted):
-            raise ConfigError(f"{line}: get_config wants an argument: give {path}:ARGUMENT")
-        config = make(argument) if colon else make()
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise ConfigError(f"{path} has no function get_config, which must return the config")
+        line = _definition_line(get_config, path)
+        parameters = inspect.signature(get_config).parameters.values()
+        if colon and not parameters:
+            raise ConfigError(f"{line}: get_config takes no argument, got {argument!r}; use {path} alone")
+        if not colon and any(parameter.default is parameter.empty for parameter in parameters):
+            raise ConfigError(f"{line}: get_config requires an argument; use {path}:ARGUMENT")
+        config = get_config(argument) if colon else get_config()
     except ConfigError:
         raise
     except Exception as error:
-        said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-        raise ConfigError(f"{_place(error, path)}: {type(error).__name__}: {said}") from error
+        message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise ConfigError(f"{_error_line(error, path)}: {type(error).__name__}: {message}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"{line}: get_config returns a {type(config).__name__}; change and return what config.defaults() of "
-            "vqrae_jax gives"
+            f"{line}: get_config returns {type(config).__name__}; change and return the result of "
+            "vqrae_jax.config.defaults()"
         )
     return config.lock()
 
 
-def prefer_command_line_steps(values: dict[str, Any], given: Mapping[str, Any]) -> str:
-    """Takes epochs out of `values` where the same was given in steps, and says so; "" where there is nothing to say.
-
-    A file's epochs would else go before the steps of whoever wants a short trial of it.
-
-    Args:
-      values: of a config, nested.
-      given: what of them the command line says, by path: {"train.steps": 1000}.
-
-    Raises:
-      ConfigError: the command line gives both.
-    """
-    left_out = []
-    for name, steps in given.items():
-        epochs = f"{name.removesuffix('steps')}epochs"
-        before = _get(values, epochs) if name.endswith("steps") else None
-        if before is None:
-            continue
-        if epochs in given:
-            raise ConfigError(f"{name}={steps} and {epochs}={before} are both given: leave one of them out")
-        _section(values, epochs)[epochs.rpartition(".")[2]] = None
-        left_out.append(f"{epochs}={before}")
-    if not left_out:
-        return ""
-    rest = [f"{name}={value}" for name, value in _epochs(values)]
-    still = f"; still in epochs: {', '.join(rest)}" if rest else ""
-    return f"steps of the command line go before the config file's {', '.join(left_out)}{still}"
+def parse_decoder_and_size(text: str) -> tuple[str, int]:
+    """Parses the argument of a config file: `configs/dinov2_b.py:ViT-L,512` has "ViT-L,512" -> ("ViT-L", 512)."""
+    decoder, _, pixels = text.partition(",")
+    if not decoder or not pixels.isdigit() or int(pixels) % 16 or int(pixels) == 0:
+        raise ConfigError(f"{text!r}: expected a decoder and an image size (a multiple of 16), as in ViT-XL,256")
+    return decoder, int(pixels)
 
 
-def _place(error: Exception, path: str) -> str:
-    """File and line of a mistake: that of the config file which led to it, or where Python cannot read on."""
+def check_field(schema: type[Section], path: str) -> None:
+    """Raises ConfigError with the nearest known name if `path` (as in "model.num_embeddings") is not a field."""
+    section: Any = schema
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return  # inside a free-form field
+        if part not in section.model_fields:
+            raise _unknown_field(section, parts[:i], part)
+        section = section.model_fields[part].annotation
+
+
+def _editable(section: Section) -> ml_collections.ConfigDict:
+    tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if type(None) in typing.get_args(field.annotation):  # a file may set None, and a flag another value after it
+            kind = _flag_type(field.annotation) if value is None else type(value)
+            value = ml_collections.FieldReference(value, field_type=kind)
+        tree[name] = _editable(value) if isinstance(value, Section) else value
+    return tree
+
+
+def _flag_type(annotation: Any) -> type:
+    """Returns the type of a flag whose default is None: int for `Positive | None`."""
+    kinds = [arg.__origin__ if hasattr(arg, "__metadata__") else arg for arg in typing.get_args(annotation)]
+    return next((kind for kind in (int, float) if kind in kinds), str)
+
+
+def _explain(schema: type[Section], error: dict[str, Any]) -> ConfigError:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        section = schema
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        return _unknown_field(section, path[:-1], path[-1])
+    if error["type"] == "field_error":
+        context = error["ctx"]
+        return ConfigError(context["message"], field=".".join([*path, context["field"]]), value=context["value"])
+    name, message = ".".join(path) or "config", error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return ConfigError(message, field=name)
+    return ConfigError(message, field=name, value=error["input"])
+
+
+def _unknown_field(section: type[Section], path: list[str], name: str) -> ConfigError:
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"known fields: {', '.join(known)}"
+    return ConfigError(f"unknown config field; {hint}", field=".".join([*path, name]))
+
+
+def _error_line(error: Exception, path: str) -> str:
+    """Returns file and line of an error: the line of the config file that led to it, or of the invalid syntax."""
     if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -90,27 +163,8 @@ def _place(error: Exception, path: str) -> str:
     return f"{path}, line {lines[-1]}" if lines else path
 
 
-def _defined(function: Any, path: str) -> str:
-    """File and line of a function, as far as it is of that file."""
+def _definition_line(function: Any, path: str) -> str:
+    """Returns file and line of a function that the file defines; otherwise the file."""
     code = getattr(function, "__code__", None)
-    here = code is not None and code.co_filename == os.path.abspath(path)
-    return f"{path}, line {code.co_firstlineno}" if here else path
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    for part in name.split(".")[:-1]:
-        values = values.get(part, {})
-    return values
-
-
-def _get(values: dict[str, Any], name: str) -> Any:
-    return _section(values, name).get(name.rpartition(".")[2])
-
-
-def _epochs(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field that is in epochs, by path."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _epochs(value, f"{prefix}{name}.")
-        elif name.endswith("epochs") and value is not None:
-            yield f"{prefix}{name}", value
+    in_file = code is not None and code.co_filename == os.path.abspath(path)
+    return f"{path}, line {code.co_firstlineno}" if in_file else path

@@ -1,13 +1,14 @@
-"""The schema of a run: every field, its default, and what it accepts.
+"""The schema of a run: every field, its default and its range.
 
-The model section keeps the vocabulary and the defaults of the PyTorch VQRAE. A section is frozen once built; what a
-single field accepts is in its type, what fields ask of each other is checked by the section that owns both.
+The model section keeps the names and the defaults of the PyTorch VQRAE. Sections are frozen. The type of a field is its
+range; conditions between fields are checked by the section that contains them.
 """
 
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,20 +21,26 @@ Part = Literal["encoder", "quantizer", "decoder"]
 EncoderClass = Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"]
 
 
+def invalid(field: str, value: Any, message: str) -> PydanticCustomError:
+    """Returns the error of a condition between fields; `from_dict` reports it as section.field=value: message."""
+    return PydanticCustomError("field_error", "{message}", {"field": field, "value": value, "message": message})
+
+
 class Section(pydantic.BaseModel):
-    """A frozen group of fields that refuses names it does not know."""
+    """A frozen group of fields that rejects unknown names."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
 class EncoderParams(Section):
-    """How the frozen encoder is read."""
+    """What the frozen encoder is and which of its features are used."""
 
-    normalize: bool = True  # True: the final LayerNorm has no scale and bias, as in RAE; False: the pretrained affine
+    normalize: bool = True  # final LayerNorm without scale and bias, as in RAE
     layers: tuple[int, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
-    fusion: Literal["sum", "mean", "concat"] = "mean"  # how the chosen layers become one latent
-    architecture: dict[str, Any] = {}  # fields of a hub config.json; only for an encoder without pretrained weights
-    dinov2_path: str | None = None  # the origin's names for a weights source other than encoder_config_path
+    fusion: Literal["sum", "mean", "concat"] = "mean"  # how several layers become one latent
+    architecture: dict[str, Any] = {}  # fields of a hub config.json, for an encoder without pretrained weights
+    # Hub id or folder of the weights, if it is not encoder_config_path; the names are the PyTorch VQRAE's.
+    dinov2_path: str | None = None
     dinov3_path: str | None = None
     model_name: str | None = None
 
@@ -75,16 +82,16 @@ class ModelConfig(Section):
     """image -> encoder -> quantizer -> decoder -> image."""
 
     encoder_cls: EncoderClass = "Dinov2withNorm"
-    # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: nothing is
-    # loaded, the encoder of `encoder_params.architecture` starts from random weights.
+    # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: random weights of
+    # `encoder_params.architecture`.
     encoder_config_path: str | None = "facebook/dinov2-base"
     encoder_params: EncoderParams = EncoderParams()
     encoder_input_size: Positive = 224  # pixels; images of another size are resized bicubically
     decoder_config_path: str = "vit_mae-base"  # ViT-S, ViT-B, ViT-L, ViT-XL, a folder or a hub id
     decoder_patch_size: Positive = 16  # pixels; the output is latent grid * decoder_patch_size
-    decoder_train_pos_embed: bool = False  # the origin calls its table fixed and trains it; here fixed means fixed
-    pretrained_decoder_path: str | None = None  # a decoder to start from
-    decoder_features: tuple[int, ...] = ()  # encoder blocks whose tokens an extra head of the decoder predicts
+    decoder_train_pos_embed: bool = False  # whether the decoder's position table trains
+    pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from
+    decoder_features: tuple[int, ...] = ()  # encoder blocks that an additional head predicts
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt: mean and/or var of the latents, principal axes
@@ -112,110 +119,108 @@ class ModelConfig(Section):
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
     @pydantic.model_validator(mode="after")
-    def _the_fused_kernel_has_its_dtype(self):
+    def _cudnn_needs_bfloat16(self):
         if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(
-                f"attention='cudnn' is NVIDIA's kernel for dtype='bfloat16', not dtype={self.dtype!r}: set "
-                "model.dtype='bfloat16', or model.attention='xla'"
-            )
+            message = f"needs model.dtype='bfloat16', got {self.dtype!r}; set it, or model.attention='xla'"
+            raise invalid("attention", self.attention, message)
         return self
 
 
 class DataConfig(Section):
-    """Where images come from and what a batch is."""
+    """Where images come from and how they become batches."""
 
     source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
-    # Here or in a bucket (gs://, s3://). folder: images, flat or in class subfolders; webdataset: .tar shards, and
-    # parquet: .parquet or .arrow files with encoded images: a folder, a file or a pattern as in "data/train-*.tar";
-    # tfds: data_dir or prepared folder.
+    # Local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders; webdataset (.tar
+    # shards) and parquet (.parquet or .arrow files with encoded images): a folder, a file or a pattern as in
+    # "data/train-*.tar"; tfds: data_dir or prepared folder.
     path: str | None = None
-    eval_path: str | None = None  # all but tfds: validation images, named like path; none means no evaluation
-    name: str | None = None  # tfds: the dataset's name, as in "imagenet2012"; not needed for a prepared folder
+    eval_path: str | None = None  # validation images, see path; None: no evaluation
+    name: str | None = None  # tfds: name of the dataset, as in "imagenet2012"; None for a prepared folder
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square
-    # random: short side to image_size * resize, then a random square; adm: guided-diffusion's random crop
+    # random: short side to image_size * resize, then a random square; adm: random crop of guided-diffusion
     crop: Literal["random", "center", "adm"] = "random"
-    eval_crop: Literal["center", "adm"] = "center"  # adm: guided-diffusion's centre crop
-    resize: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # times image_size: short side before the crop
-    # Side of a random crop in source pixels, relative to image_size, drawn log-uniformly; (1, 1): see crop and resize.
+    eval_crop: Literal["center", "adm"] = "center"  # adm: center crop of guided-diffusion
+    resize: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # short side / image_size, before the crop
+    # Range of the side of a random crop in source pixels / image_size, log-uniform; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
     flip: bool = True  # mirror left-right with probability 1/2
     batch_size: Positive = 256  # images of one optimizer step, over all devices
     eval_batch_size: Positive = 256
-    workers: Count = 0  # worker processes of grain; 0: threads in this process
+    workers: Count = 0  # worker processes that read images; 0: threads of this process
     threads: Positive = 4
 
     @pydantic.model_validator(mode="after")
     def _scale_is_a_range(self):
         if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale={self.scale}: the first number may not exceed the second")
+            raise invalid("scale", self.scale, "the first number must not exceed the second")
         return self
 
 
 class PerceptualConfig(Section):
-    """A distance between what a frozen network sees in two pictures."""
+    """A distance between two images in the features of a frozen network."""
 
-    # lpips; convnext: logits of a classifier; encoder: patch tokens of any encoder that the model section can name
+    # convnext: logits of a classifier; encoder: patch tokens of any encoder of the model section
     network: Literal["lpips", "convnext", "encoder"] = "lpips"
-    weight: NonNegative = 0.0  # 0: off, nothing is read
-    start_steps: Count = 0  # steps before it counts
+    weight: NonNegative = 0.0  # 0: switched off, no weights are read
+    start_steps: Count = 0  # steps before the term starts
     start_epochs: Epochs = None
-    trunk: str = "timm/vgg16.tv_in1k"  # lpips: VGG16; a hub id, or a file
-    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: version 0.1
-    path: str | None = None  # convnext, encoder: hub id or folder; encoder, None: random weights of `architecture`
+    trunk: str = "timm/vgg16.tv_in1k"  # lpips: hub id or file of VGG16
+    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: hub id or file of version 0.1
+    path: str | None = None  # convnext, encoder: hub id or folder; None: random weights of `architecture`
     encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
-    architecture: dict[str, Any] = {}  # encoder without pretrained weights: as in encoder_params
+    architecture: dict[str, Any] = {}  # encoder without pretrained weights, as in encoder_params
     layers: tuple[int, ...] = (-1,)  # encoder: blocks that are compared
     input_size: Positive = 224  # convnext, encoder: pixels
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
 
 
 class LossConfig(Section):
-    """Terms of the tokenizer's loss; a weight of 0 switches one off."""
+    """Terms of the tokenizer's loss; a weight of 0 switches a term off."""
 
     pixel: Literal["l1", "l2"] = "l1"
     pixel_weight: NonNegative = 1.0
     vq_weight: NonNegative = 1.0
     perceptual: PerceptualConfig = PerceptualConfig()
-    feature_weight: NonNegative = 0.0  # of the decoder's guess at the frozen encoder's model.decoder_features
+    feature_weight: NonNegative = 0.0  # the decoder's prediction of model.decoder_features
     feature_distance: Literal["cosine", "l2"] = "cosine"
-    distill_weight: NonNegative = 0.0  # holds an encoder that trains to the latents of its frozen copy
+    distill_weight: NonNegative = 0.0  # keeps a trained encoder close to its frozen copy
     distill_distance: Literal["cosine", "l2"] = "l2"
 
 
-Figure = Literal["lpips", "inception", "encoder", "linear_probe"]
+Metric = Literal["lpips", "inception", "encoder", "linear_probe"]
 
 
 class EvaluationConfig(Section):
-    """What is measured on the validation images beside PSNR, SSIM and the use of the codes.
+    """Metrics of the validation images in addition to PSNR, SSIM and codebook usage.
 
-    inception and encoder give Frechet, kernel and paired distances in their features, inception its score as well;
-    lpips reads the files that loss.perceptual names as trunk and heads.
+    inception and encoder: Frechet, kernel and paired distances in the features of that network, and the Inception
+    score; lpips: with the weights of loss.perceptual.trunk and heads.
     """
 
-    metrics: tuple[Figure, ...] = ("linear_probe",)  # by --mode=evaluate
-    training_metrics: tuple[Figure, ...] = ()  # by each evaluation inside training
-    images: Positive | None = None  # the first of the validation images; None: all
+    metrics: tuple[Metric, ...] = ("linear_probe",)  # of --mode=evaluate
+    training_metrics: tuple[Metric, ...] = ()  # of each evaluation during training
+    images: Positive | None = None  # number of validation images, from the first; None: all
     # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
     inception_path: str | None = None
-    # Besides the validation images themselves (rFID): .npz with mu and sigma, or a folder of images.
+    # .npz with mu and sigma, or a folder of images, for FID; rFID compares with the validation images themselves.
     inception_reference: str | None = None
     encoder_cls: EncoderClass = "Dinov2withNorm"
-    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one is FD-DINOv2
+    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one gives FD-DINOv2
     encoder_input_size: Positive = 224  # pixels
-    encoder_pool: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
+    encoder_pool: Literal["cls", "mean"] = "cls"  # class token, or mean of the patch tokens
     encoder_reference: str | None = None
-    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of at most so many
-    examples: Positive = 4  # in each of the rows best, median and worst of the page
+    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of them
+    examples: Positive = 4  # images in each of the rows best, median and worst of the page
 
 
 class AdamWConfig(Section):
-    """AdamW and its schedule; steps are optimizer steps, epochs passes over the training images in place of them."""
+    """AdamW and its schedule in optimizer steps; a field in epochs (passes over the training images) replaces steps."""
 
     learning_rate: Above0 = 2e-4
     final_learning_rate: NonNegative = 2e-5
-    reference_batch: Positive | None = None  # the rates above are for this batch; scaled by data.batch_size over it
+    reference_batch: Positive | None = None  # the rates above are scaled by data.batch_size over this
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     warmup_epochs: Epochs = None
@@ -224,87 +229,87 @@ class AdamWConfig(Section):
     b1: Decay = 0.9
     b2: Decay = 0.95
     weight_decay: NonNegative = 0.0  # on kernels only
-    clip_norm: NonNegative = 0.0  # global gradient norm; 0 switches clipping off
+    clip_norm: NonNegative = 0.0  # largest global gradient norm; 0: no clipping
 
 
 class AdversaryConfig(Section):
-    """A discriminator and the term it adds to the tokenizer's loss."""
+    """A discriminator and its term of the tokenizer's loss."""
 
     discriminator: Literal["none", "dino", "patch"] = "none"
     weight: NonNegative = 0.75
-    adaptive: bool = True  # weight times the ratio of both gradients at the decoder's last layer
+    adaptive: bool = True  # multiply the weight by the ratio of gradients at the decoder's last layer
     adaptive_max: Above0 = 1e4
     start_steps: Count = 0  # steps before the discriminator trains
     start_epochs: Epochs = None
-    generator_start_steps: Count = 0  # steps before the decoder is to fool it
+    generator_start_steps: Count = 0  # steps before the decoder trains against it
     generator_start_epochs: Epochs = None
-    disc_updates: Positive = 1  # per step of the tokenizer
+    disc_updates: Positive = 1  # updates per step of the tokenizer
     loss: Literal["hinge", "vanilla"] = "hinge"
-    generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"  # vanilla: minus the mean logit
+    generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"  # vanilla: negative mean logit
     lecam_weight: NonNegative = 0.0
     lecam_decay: Decay = 0.999
     augment: Fraction = 1.0  # probability of each of DiffAug's translation, colour and cutout
-    cutout: Fraction = 0.0  # side of the cutout relative to the picture
-    path: str = "facebook/dino-vits8"  # dino: hub id, folder, or file of DINO's authors
+    cutout: Fraction = 0.0  # side of the cutout relative to the image
+    path: str = "facebook/dino-vits8"  # dino: hub id, folder, or file of the DINO authors
     trunk_heads: Positive | None = None  # dino: attention heads; None: one per 64 channels
-    taps: tuple[Count, ...] = (2, 5, 8, 11)  # dino: blocks with a head, beside the last
-    window: Positive = 9  # dino: tokens that a head's convolution spans
-    norm: Literal["batch", "group"] = "batch"  # over each picture by itself
+    taps: tuple[Count, ...] = (2, 5, 8, 11)  # dino: blocks with a head, in addition to the last
+    window: Positive = 9  # dino: width of a head's convolution in tokens
+    norm: Literal["batch", "group"] = "batch"  # batch: statistics of each image by itself
     spectral: bool = True  # spectral normalization
     width: Positive = 64  # patch: channels of the first layer
     layers: Positive = 3  # patch
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs count from start_steps on
+    optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs are counted from start_steps
 
 
 class OptimizerConfig(AdamWConfig):
-    """That of the tokenizer."""
+    """The optimizer of the tokenizer."""
 
     encoder_rate: NonNegative = 1.0  # learning rate of a part relative to the schedule
     quantizer_rate: NonNegative = 1.0
     decoder_rate: NonNegative = 1.0
-    constant: tuple[Part, ...] = ()  # parts whose rate stays where warm-up left it
+    constant: tuple[Part, ...] = ()  # parts whose rate stays constant after warm-up
     accumulate: Positive = 1  # micro-batches per optimizer step
     ema_decay: Decay = 0.9978  # of the parameters
-    ema_warmup: bool = True  # the decay of step t is at most (1 + t) / (10 + t), so that short runs forget their start
+    ema_warmup: bool = True  # limits the decay of step t to (1 + t) / (10 + t), for short runs
 
 
 class TrainConfig(Section):
-    """The run."""
+    """Length, seed, logging and checkpoints of a run."""
 
     steps: Positive = 100_000
-    # Passes over the training images, in place of steps; but steps of the command line go before a file's epochs.
+    # Passes over the training images, in place of steps; steps on the command line override epochs in a file.
     epochs: Epochs = None
     seed: Count = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
-    # Workdir or checkpoint of another run: a new run starts from its EMA parameters and codebook, at step 0.
+    # Workdir or checkpoint of another run, whose EMA parameters and codebook a new run starts from, at step 0.
     start_from: str | None = None
-    start_parts: tuple[Part, ...] = ()  # what is taken of it; (): all that it has
-    start_renames: dict[str, str] = {}  # beginning of a path in that checkpoint -> what it is called here
+    start_parts: tuple[Part, ...] = ()  # parts that are loaded from it; (): all
+    start_renames: dict[str, str] = {}  # prefix of a path in that checkpoint -> its name in this config
     log_every: Positive = 50
     evaluate_every: Positive = 5_000
     checkpoint_every: Positive = 1_000
     keep_last: Positive = 3
-    keep_best: Count = 1  # by validation PSNR
-    codebook_alarm: Fraction = 0.1  # warn when a window of the log uses a smaller share of the codes; 0: never
-    keep_every: Count = 0  # steps; checkpoints of their multiples are kept for good; 0: none
-    hang_seconds: NonNegative = 900  # without a step, after which every thread's stack is printed; 0: never
-    log_images: Positive = 8  # validation images drawn at each evaluation
+    keep_best: Count = 1  # checkpoints with the highest validation PSNR
+    codebook_alarm: Fraction = 0.1  # warn if a log window uses a smaller share of the codes; 0: never
+    keep_every: Count = 0  # checkpoints at multiples of this step are never deleted; 0: none
+    hang_seconds: NonNegative = 900  # seconds without a step until all stacks are printed; 0: never
+    log_images: Positive = 8  # validation images in the logged grid of reconstructions
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
 class MeshConfig(Section):
-    """How devices are laid out."""
+    """The mesh of devices."""
 
-    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that the others leave
+    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that remain
     model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
-    slices: Positive = 1  # TPU slices (or nodes) that only share batches; parameters are whole in each
+    slices: Positive = 1  # TPU slices (or nodes) that split only the batch; parameters are replicated
     fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
-    fsdp_min_size: Positive = 65_536  # elements below which a leaf is kept whole
+    fsdp_min_size: Positive = 65_536  # arrays with fewer elements are not split
 
 
 class Config(Section):
-    """All of it."""
+    """The config of a run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -318,27 +323,20 @@ class Config(Section):
     @pydantic.model_validator(mode="after")
     def _batch_is_divisible(self):
         if self.data.batch_size % self.optimizer.accumulate:
-            raise ValueError(
-                f"data.batch_size={self.data.batch_size} is not divisible by "
-                f"optimizer.accumulate={self.optimizer.accumulate}"
-            )
+            message = f"must be a multiple of optimizer.accumulate={self.optimizer.accumulate}"
+            raise invalid("data.batch_size", self.data.batch_size, message)
         return self
 
     @pydantic.model_validator(mode="after")
-    def _terms_have_what_they_need(self):
-        loss, adversary = self.loss, self.adversary
+    def _terms_have_their_inputs(self):
+        loss, adversary, trainable = self.loss, self.adversary, self.train.trainable
         if loss.feature_weight and not self.model.decoder_features:
-            raise ValueError(
-                f"loss.feature_weight={loss.feature_weight} needs model.decoder_features, the encoder blocks to predict"
-            )
-        if loss.distill_weight and "encoder" not in self.train.trainable:
-            raise ValueError(
-                f"loss.distill_weight={loss.distill_weight} is for an encoder that trains, and "
-                f"train.trainable={self.train.trainable} has none"
-            )
-        if adversary.discriminator != "none" and adversary.adaptive and "decoder" not in self.train.trainable:
-            raise ValueError(
-                f"adversary.adaptive weighs gradients of the decoder, which train.trainable={self.train.trainable} "
-                "leaves as it is: set adversary.adaptive=False"
-            )
+            message = "needs model.decoder_features, the encoder blocks to predict"
+            raise invalid("loss.feature_weight", loss.feature_weight, message)
+        if loss.distill_weight and "encoder" not in trainable:
+            message = f"is for an encoder that trains, but train.trainable={trainable} does not contain it"
+            raise invalid("loss.distill_weight", loss.distill_weight, message)
+        if adversary.discriminator != "none" and adversary.adaptive and "decoder" not in trainable:
+            message = f"needs gradients of the decoder, but train.trainable={trainable} does not contain it"
+            raise invalid("adversary.adaptive", True, message)
         return self

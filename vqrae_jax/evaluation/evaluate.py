@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from vqrae_jax import __version__, distributed, sharding, storage
 from vqrae_jax.build import judges
-from vqrae_jax.config import Config, Figure
+from vqrae_jax.config import Config, Metric
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import reference
@@ -48,7 +48,7 @@ class Measurement:
     """
 
     def __init__(
-        self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches, figures: Collection[Figure]
+        self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches, figures: Collection[Metric]
     ):
         self._config, self._mesh, self._batches, self._figures = config, mesh, batches, tuple(figures)
         self._networks = judges.load_metric_networks(config.evaluation, figures, config.loss.perceptual)

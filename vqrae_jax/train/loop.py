@@ -61,7 +61,7 @@ class Run:
             )
         settings = self.config.train
         kept = (settings.keep_last, settings.keep_best, settings.keep_every)
-        self.checkpoints = Checkpoints(self.workdir, *kept, reading=evaluating)
+        self.checkpoints = Checkpoints(self.workdir, *kept, read_only=evaluating)
         self.logs, writing = storage.Mirror(self.workdir), self.first and not evaluating
         if writing:
             for name in (METRICS_FILE, WANDB_FILE):  # both are gone on with
