@@ -1,4 +1,4 @@
-"""Every test runs on the CPU, with eight pretended devices, without network."""
+"""Settings and shared fixtures: every test runs on the CPU, with eight simulated devices, without network."""
 
 import atexit
 import importlib.metadata
@@ -10,14 +10,14 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know them no more
-    # XLA's older emitters compile in less than half of the time (a training step: 2.4 s instead of 5.5).
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions have no such flag
+    # XLA's older emitters compile in less than half of the time (a training step in 2.4 s instead of 5.5).
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiling is most of what tests do; results are within the same tolerances with XLA's optimizations (set it to 0).
+# Compiling dominates the tests; results are within the same tolerances with XLA's optimizations (set it to 0).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# One program is compiled once per session, however many tests and processes run it. Workers are told where by the
-# process that starts them, which makes the folder and takes it away; one that somebody else has named stays.
+# Programs are compiled once per session, for all tests and processes. The process that starts the workers creates the
+# folder and deletes it; a folder that the environment names is kept.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vqrae-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -57,7 +57,7 @@ def assert_close():
 
 
 def tiny_config(**sections):
-    """A run that trains in seconds: 32 x 32 pictures, 4 x 4 codes, everything trained."""
+    """Returns a config that trains in seconds: 32 x 32 images, 4 x 4 codes, all parts trained."""
     from vqrae_jax import config
 
     values = {
@@ -90,7 +90,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
-    """The workdir of a run of a few steps."""
+    """The workdir of a run of three steps."""
     import jax
 
     from vqrae_jax.train import loop
@@ -118,7 +118,7 @@ def one_mesh():
 
 @pytest.fixture(scope="session")
 def buckets():
-    """Buckets on this machine for gs:// addresses, see bucket.py; the libraries read where they are only once."""
+    """Local buckets for gs:// addresses, see bucket.py; the libraries read their address only once."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed (pip install 'vqrae-jax[gcs]')")
     store = runpy.run_path(str(pathlib.Path(__file__).with_name("bucket.py")))["serve"]()
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # Files that train whole runs first: begun last, one of them would keep one worker busy alone.
+    # Files that train whole runs come first: at the end, one of them would keep a single worker busy.
     items.sort(key=lambda item: item.path.parent.name not in ("train", "tests"))
     for item in items:
         if "network" in item.keywords and not config.getoption("--network"):
