@@ -174,7 +174,7 @@ def test_every_parameter_and_the_latents_receive_a_gradient(name):
 
 @each
 def test_codes_are_those_of_one_codebook(name):
-    codes = jit(functools.partial(QUANTIZERS[name].apply, method="codes"))(trained(name))
+    codes = jit(functools.partial(QUANTIZERS[name].apply, method="embeddings"))(trained(name))
     if name in ("fsq", "lfq", "bsq", "multiscale_projected"):
         assert codes is None
     else:

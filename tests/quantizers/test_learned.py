@@ -65,9 +65,9 @@ def test_only_the_first_finite_batch_makes_the_codes(name, start):
     def codes_after(variables, z):
         _, state = train(variables, z)
         variables = {**variables, **state}
-        return variables, np.asarray(module.apply(variables, method="codes"))
+        return variables, np.asarray(module.apply(variables, method="embeddings"))
 
-    before = np.asarray(module.apply(variables, method="codes"))
+    before = np.asarray(module.apply(variables, method="embeddings"))
     nothing, same = codes_after(variables, jnp.full_like(clusters(), jnp.nan))
     np.testing.assert_array_equal(same, before)
     begun, first = codes_after(nothing, clusters())

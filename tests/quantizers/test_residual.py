@@ -91,7 +91,7 @@ def test_scales_begin_with_as_many_codes_as_there_are(z, inner):
     z, rngs = jnp.asarray(z[:4]), {"codes": jax.random.key(1)}
     variables = jax.jit(module.init)(jax.random.key(0), z)
     _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
-    codes = np.asarray(module.apply({**variables, **state}, method="codes"))
+    codes = np.asarray(module.apply({**variables, **state}, method="embeddings"))
     assert len(np.unique(codes.round(4), axis=0)) == 16
 
 

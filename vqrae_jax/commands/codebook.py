@@ -159,7 +159,7 @@ def _encode(tokenizer: Tokenizer, pictures: UInt8[np.ndarray, "B S S 3"]) -> lis
         levels, rest = divmod(indices.size, len(batch) * grid**2)
         if rest:
             raise DataError(f"codes of shape {indices.shape} form no {grid}x{grid} grid: no report for multi-scale")
-        if levels > 1 and not getattr(module.quantizer, "decodes_prefixes", False):
+        if levels > 1 and not module.quantizer.decodes_prefixes:
             raise DataError(f"{type(module.quantizer).__name__} has no vectors of single codes: no report")
         first = indices.reshape(len(batch), grid, grid, -1)[..., 0]
         parts.append((latent.reshape(len(batch), grid, grid, -1), first, _lookup(tokenizer, first)))
@@ -167,7 +167,7 @@ def _encode(tokenizer: Tokenizer, pictures: UInt8[np.ndarray, "B S S 3"]) -> lis
 
 
 def _lookup(tokenizer: Tokenizer, indices: Int[np.ndarray, "*b"]) -> Float[np.ndarray, "*b C"]:
-    if getattr(tokenizer.module.quantizer, "decodes_prefixes", False):
+    if tokenizer.module.quantizer.decodes_prefixes:
         indices = indices[..., None]
     lookup = tokenizer.module.apply(tokenizer.variables, indices, method=lambda m, i: m.quantizer.lookup(i))
     return np.asarray(lookup)

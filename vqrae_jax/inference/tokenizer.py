@@ -295,7 +295,7 @@ class Tokenizer:
     def _is_prefix(self, given: tuple[int, ...], whole: tuple[int, ...]) -> bool:
         """Codes of several levels decode from their first levels alone, coarse to fine."""
         same = len(given) == len(whole) and given[:-1] == whole[:-1]
-        return same and 0 < given[-1] < whole[-1] and getattr(self.module.quantizer, "decodes_prefixes", False)
+        return same and 0 < given[-1] < whole[-1] and self.module.quantizer.decodes_prefixes
 
     def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
         indices, shape = as_numpy(indices), self.code_shape

@@ -1,7 +1,9 @@
 """What every quantizer is: its return value, its protocol, and what all of them do with the latents they are given."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,23 +27,41 @@ class Quantized:
     metrics: dict[str, Any]
 
 
-class Quantizer(Protocol):
-    """A discrete bottleneck; knows nothing of images.
+# Computes the latents that a codebook starts from, and which of them are finite.
+Sample = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]
+
+
+class Quantizer(nn.Module):
+    """Base class of all quantizers: a discrete bottleneck for vectors, independent of images.
+
+    Every quantizer has the attribute or property `num_embeddings`, the codebook size K, or None without indices.
 
     Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
     state; NaN and Inf in z are counted in the metrics and change neither state nor loss.
 
-    `codes()` gives all codes as they are compared with latents, projections left out, of the first of several
-    codebooks; None where the codes are a fixed grid or there are none.
-
-    Trained parts are in `params`, state of training in `batch_stats`; random draws come from the rng stream "codes".
+    Trained arrays are in `params`, other state in `batch_stats`; random numbers come from the rng stream "codes".
     """
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized: ...
+    has_indices = True  # False: latents stay continuous
+    decodes_prefixes = False  # True: `lookup` also accepts the first levels or scales alone
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]: ...
+    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+        """Quantizes latents; train=True also updates the state."""
+        raise NotImplementedError
 
-    def codes(self) -> Float[Array, "K c"] | None: ...
+    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+        """Returns the quantized latents of `indices`, equal to `z` of the call that returned them."""
+        raise NotImplementedError
+
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        """Returns the codebook as latents are compared with it, without projections; None for a fixed grid.
+
+        Of several codebooks it returns the first.
+        """
+        return None
+
+    def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
+        """Makes the codebook from `sample`, which has `count` finite latents, unless it is already initialized."""
 
 
 def flatten(z: Float[Array, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:

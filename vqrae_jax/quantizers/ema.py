@@ -1,11 +1,10 @@
 """The EMA vector quantizer: online k-means over latents (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
 from vqrae_jax.quantizers.kmeans import First, Start, begin, draw
@@ -17,7 +16,7 @@ REVIVAL_STEP = 0.1  # how far a revived code stands from its parent, as a share 
 REVIVAL_SHARE = 16  # at most one code in so many is revived in one step, which bounds the memory
 
 
-class EMAQuantizer(nn.Module):
+class EMAQuantizer(Quantizer):
     """Codes are running means of the latents assigned to them; nothing here is trained by gradient.
 
     State, in the mutable collection `batch_stats`, float32:
@@ -85,7 +84,7 @@ class EMAQuantizer(nn.Module):
         trains = train and not self.is_initializing()
         learns = jnp.any(finite) & (self.step.value > 0)  # the batch that makes the codes is in them
         if trains:
-            self.begin(lambda: (fixed, finite), jnp.sum(finite))
+            self.initialize(lambda: (fixed, finite), jnp.sum(finite))
         indices = nearest(fixed, self.codebook.value, self.distance)
         codes = look_up(self.codebook.value, indices)
         metrics = health(flat, codes, indices, self.num_embeddings, finite)
@@ -107,14 +106,14 @@ class EMAQuantizer(nn.Module):
         """The codes of `indices`."""
         return self.codebook.value[indices]
 
-    def codes(self) -> Float[Array, "K C"]:
+    def embeddings(self) -> Float[Array, "K C"]:
         return self.codebook.value
 
     def _random_codes(self, key: PRNGKeyArray) -> Float[Array, "K C"]:
         codes = jax.random.normal(key, (self.num_embeddings, self.channels))
         return unit(codes) if self.distance == "cosine" else codes
 
-    def begin(self, first: First, count: Int[Array, ""]) -> None:
+    def initialize(self, first: First, count: Int[Array, ""]) -> None:
         """Makes the codes if these are the first latents of training, of which `count` count.
 
         Their counts and sums leave them where they are.

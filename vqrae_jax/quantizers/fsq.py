@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import MAX_CODES, Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import MAX_CODES, Quantized, Quantizer, flatten, health, kept_mean
 from vqrae_jax.quantizers.estimators import straight_through
 
 Adapter = Literal["none", "linear", "mlp"]
@@ -19,7 +19,7 @@ FOURIER_FEATURES = 128
 FOURIER_SCALE = 10.0
 
 
-class FSQ(nn.Module):
+class FSQ(Quantizer):
     """A grid of prod(levels) codes without a codebook.
 
     Channel i takes the values -(L_i - 1)/2 ... (L_i - 1)/2 in steps of one. An input in [-1, 1] is scaled to
@@ -92,9 +92,6 @@ class FSQ(nn.Module):
         codes = steps.astype(jnp.float32) - self._scales()
         codes = codes if self.adapter == "none" else self.expand(codes)
         return codes.reshape(*indices.shape, self.channels)
-
-    def codes(self) -> None:
-        return None
 
     def _bounded(self, flat: Float[Array, "N C"]) -> Float[Array, "N L"]:
         reduced = self.reduce(flat)

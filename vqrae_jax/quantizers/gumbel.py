@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, health, kept_mean
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import First, Start
 from vqrae_jax.quantizers.learned import LearnedCodebook
 from vqrae_jax.quantizers.regularizers import orthogonality
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(Quantizer):
     """A classifier picks the code; training samples it and passes gradients through the softmax of the noisy logits.
 
     The logits are linear in the latent, C -> K (`params`: logits), and the codebook is a `LearnedCodebook`; both learn
@@ -52,7 +52,7 @@ class GumbelQuantizer(nn.Module):
         flat, finite = flatten(z, self.channels)
         if train:
             fixed = jax.lax.stop_gradient(flat)
-            self.begin(lambda: (fixed, finite), jnp.sum(finite))
+            self.initialize(lambda: (fixed, finite), jnp.sum(finite))
         codebook, logits = self.codebook(), self._logits(flat)
         sample = train and not self.is_initializing()
         noise = jax.random.gumbel(self.make_rng("codes"), logits.shape) if sample else 0.0
@@ -74,15 +74,15 @@ class GumbelQuantizer(nn.Module):
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 
-    def begin(self, first: First, count: Int[Array, ""]) -> None:
-        """As `LearnedCodebook.begin`."""
-        self.codebook.begin(first, count)
+    def initialize(self, first: First, count: Int[Array, ""]) -> None:
+        """As `LearnedCodebook.initialize`."""
+        self.codebook.initialize(first, count)
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
         return self.codebook()[indices]
 
-    def codes(self) -> Float[Array, "K C"]:
+    def embeddings(self) -> Float[Array, "K C"]:
         return self.codebook()
 
     def _logits(self, flat: Float[Array, "N C"]) -> Float[Array, "N K"]:

@@ -1,11 +1,10 @@
 """Index backpropagation quantization (Shi et al. 2024, arXiv:2412.02692): every code learns from every latent."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, health, kept_mean
 from vqrae_jax.quantizers.entropy import entropies
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import First, Start
@@ -14,7 +13,7 @@ from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
 
 
-class IBQ(nn.Module):
+class IBQ(Quantizer):
     """The nearest code; its one-hot index is straight-through for the softmax over all codes.
 
     The codebook is a `LearnedCodebook`. Latents and codebook both receive the decoder's gradient, through the softmax,
@@ -52,8 +51,8 @@ class IBQ(nn.Module):
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
             latents = jax.lax.stop_gradient(flat)
-            self.begin(lambda: (latents, finite), jnp.sum(finite))
-        codebook = self.codes()
+            self.initialize(lambda: (latents, finite), jnp.sum(finite))
+        codebook = self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
         fixed = jax.lax.stop_gradient
@@ -81,14 +80,14 @@ class IBQ(nn.Module):
             metrics=metrics,
         )
 
-    def begin(self, first: First, count: Int[Array, ""]) -> None:
-        """As `LearnedCodebook.begin`."""
-        self.codebook.begin(first, count)
+    def initialize(self, first: First, count: Int[Array, ""]) -> None:
+        """As `LearnedCodebook.initialize`."""
+        self.codebook.initialize(first, count)
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
-        return self.codes()[indices]
+        return self.embeddings()[indices]
 
-    def codes(self) -> Float[Array, "K C"]:
+    def embeddings(self) -> Float[Array, "K C"]:
         """The codes, of unit length for "cosine"."""
         return unit(self.codebook()) if self.distance == "cosine" else self.codebook()

@@ -41,7 +41,7 @@ class LearnedCodebook(nn.Module):
         """The part of the codes that gradients do not move."""
         return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
 
-    def begin(self, first: First, count: Int[Array, ""]) -> None:
+    def initialize(self, first: First, count: Int[Array, ""]) -> None:
         """Makes the codes if these are the first latents of training, of which `count` count.
 
         Random draws come from the stream "codes".

@@ -2,13 +2,12 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vqrae_jax.quantizers.base import MAX_CODES, Quantized, flatten, health, kept_mean
+from vqrae_jax.quantizers.base import MAX_CODES, Quantized, Quantizer, flatten, health, kept_mean
 from vqrae_jax.quantizers.entropy import entropies
 from vqrae_jax.quantizers.estimators import straight_through
 from vqrae_jax.quantizers.nearest import unit
@@ -16,7 +15,7 @@ from vqrae_jax.quantizers.nearest import unit
 MAX_BITS = MAX_CODES.bit_length() - 1
 
 
-class LFQ(nn.Module):
+class LFQ(Quantizer):
     """One bit per channel, its sign; 2^C codes without a codebook. Zero counts as negative.
 
     The first channel is the most significant bit of the index. The gradient is straight-through.
@@ -72,9 +71,6 @@ class LFQ(nn.Module):
         """The corners that `indices` number."""
         bits = indices[..., None] // self._basis() % 2 == 1
         return jnp.where(bits, self._size(), -self._size())
-
-    def codes(self) -> None:
-        return None
 
     def _entropies(
         self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]

@@ -1,6 +1,5 @@
 """Codes on grids from coarse to fine (VQ-VAE-2: Razavi et al. 2019, 1906.00446; VAR: Tian et al. 2024, 2404.02905)."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.resize import resize
 
 
-class MultiScale(nn.Module):
+class MultiScale(Quantizer):
     """Every scale codes, on its grid, what the coarser ones left over of the latent grid (VAR, algorithm 1).
 
     What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
@@ -53,10 +52,10 @@ class MultiScale(nn.Module):
             raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
         flat, finite = flatten(z, self.channels)
         grid, keep = flat.reshape(z.shape), finite.reshape(*z.shape[:-1], 1)
-        if train and hasattr(self.quantizer, "begin"):
+        if train:
             # Not by its first call: the coarsest scale alone has as few cells as there are images.
             fixed = jax.lax.stop_gradient(grid)
-            self.quantizer.begin(lambda: self._cells(fixed, keep), jnp.sum(keep))
+            self.quantizer.initialize(lambda: self._cells(fixed, keep), jnp.sum(keep))
         left, total, through = grid, jnp.zeros(z.shape), 0.0
         outs = []
         for size in self.grids:
@@ -99,8 +98,8 @@ class MultiScale(nn.Module):
                 total += self._enlarged(self.quantizer.lookup(part))
         return total
 
-    def codes(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.codes()
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.embeddings()
 
     def _cells(
         self, grid: Float[Array, "B h w C"], keep: Bool[Array, "B h w 1"]

@@ -1,13 +1,12 @@
 """Product quantization: groups of channels with codes of their own (Jegou et al. 2011, doi:10.1109/TPAMI.2010.57)."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers.base import Quantized, Quantizer
 
 
-class Product(nn.Module):
+class Product(Quantizer):
     """G groups of C / G channels give K^G combinations from G codebooks of K.
 
     Indices are [*b, G], counts [G, K]; the loss is the mean of the groups'. A latent that is not finite in one group is
@@ -58,8 +57,8 @@ class Product(nn.Module):
             raise ValueError(f"indices of shape {indices.shape} for a product quantizer of {len(self.groups)} groups")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
 
-    def codes(self) -> Float[Array, "K c"] | None:
-        return self.groups[0].codes()
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        return self.groups[0].embeddings()
 
     def _split(self, z: Float[Array, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:

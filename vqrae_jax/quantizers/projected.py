@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten
 
 
-class Projected(nn.Module):
+class Projected(Quantizer):
     """Low-dimensional codes use the codebook better (Yu et al. 2021, arXiv:2110.04627, "factorized codes").
 
     `params`: project_in, project_out. The quantizer's own variables are under `quantizer`.
@@ -33,7 +33,7 @@ class Projected(nn.Module):
 
     @property
     def decodes_prefixes(self) -> bool:
-        return getattr(self.quantizer, "decodes_prefixes", False)
+        return self.quantizer.decodes_prefixes
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are the inner quantizer's."""
@@ -47,5 +47,5 @@ class Projected(nn.Module):
         """The projected codes of `indices`."""
         return self.project_out(self.quantizer.lookup(indices))
 
-    def codes(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.codes()
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.embeddings()

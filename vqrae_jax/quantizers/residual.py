@@ -1,6 +1,5 @@
 """Residual quantization: each level codes what the ones before left over (Zeghidour et al. 2021, arXiv:2107.03312)."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -14,7 +13,7 @@ from vqrae_jax.quantizers.nearest import nearest
 ABSENT = -1  # the index of a level that was left out
 
 
-class Residual(nn.Module):
+class Residual(Quantizer):
     """A latent is the sum of one code per level; any prefix of its indices decodes to a coarser latent.
 
     Indices are [*b, depth], counts [depth, K]. The gradient to z is the mean of the levels', one straight-through in
@@ -79,15 +78,15 @@ class Residual(nn.Module):
             total += jnp.where(there, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
-    def codes(self) -> Float[Array, "K c"] | None:
-        return self.levels[0].codes()
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        return self.levels[0].embeddings()
 
     def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
         """Codes of the latents alone would be far from all that they leave over."""
         level, depth = self.levels[0], len(self.levels)
-        if depth > 1 and all(other is level for other in self.levels) and hasattr(level, "begin"):
+        if depth > 1 and all(other is level for other in self.levels) and level.embeddings() is not None:
             keys, codes = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
-            level.begin(lambda: _left_over(keys, flat, finite, codes), jnp.sum(finite))
+            level.initialize(lambda: _left_over(keys, flat, finite, codes), jnp.sum(finite))
 
     def _kept_levels(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
         """How many levels each latent goes through."""

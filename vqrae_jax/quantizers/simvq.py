@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vqrae_jax.quantizers.base import Quantized, flatten, health, vq_loss
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, health, vq_loss
 from vqrae_jax.quantizers.entropy import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS, Estimator
 from vqrae_jax.quantizers.kmeans import First, Start, begin
@@ -13,7 +13,7 @@ from vqrae_jax.quantizers.nearest import Distance, nearest, unit
 from vqrae_jax.quantizers.regularizers import orthogonality
 
 
-class SimVQ(nn.Module):
+class SimVQ(Quantizer):
     """Codes are W e + b of fixed e: one gradient moves all of them, so none is left behind.
 
     In the paper e is random. Frozen features have a large mean, and in many channels random directions are all far from
@@ -68,8 +68,8 @@ class SimVQ(nn.Module):
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
             fixed = jax.lax.stop_gradient(flat)
-            self.begin(lambda: (fixed, finite), jnp.sum(finite))
-        codebook = self.codes()
+            self.initialize(lambda: (fixed, finite), jnp.sum(finite))
+        codebook = self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         codes = codebook[indices]
         ends = (codes, flat) if self.legacy else (flat, codes)
@@ -85,7 +85,7 @@ class SimVQ(nn.Module):
             metrics=health(flat, codes, indices, self.num_embeddings, finite),
         )
 
-    def begin(self, first: First, count: Int[Array, ""]) -> None:
+    def initialize(self, first: First, count: Int[Array, ""]) -> None:
         """Makes the fixed vectors if these are the first latents of training, of which `count` count.
 
         The input's projection is taken for the identity, which it still is.
@@ -100,9 +100,9 @@ class SimVQ(nn.Module):
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
         """The codes of `indices`."""
-        return self.codes()[indices]
+        return self.embeddings()[indices]
 
-    def codes(self) -> Float[Array, "K C"]:
+    def embeddings(self) -> Float[Array, "K C"]:
         """The projected codes."""
         # The whole codebook, also for a few indices: another matmul shape could round differently.
         codes = self.codebook_projection(self.codebook.value)

@@ -1,6 +1,5 @@
 """Quantization in the dominant principal subspace of frozen features (DINO-Tok: Jia et al. 2025, arXiv:2511.20565)."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -10,7 +9,7 @@ from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten
 EPS = 1e-5  # of the largest variance; axes of less are not blown up further
 
 
-class Whitened(nn.Module):
+class Whitened(Quantizer):
     """Latents are projected onto their first principal axes and scaled to variance one there; codes live in that space.
 
     Distances then weigh every axis alike, and what lies in the dropped axes comes back as its mean. State in
@@ -45,7 +44,7 @@ class Whitened(nn.Module):
 
     @property
     def decodes_prefixes(self) -> bool:
-        return getattr(self.quantizer, "decodes_prefixes", False)
+        return self.quantizer.decodes_prefixes
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are the inner quantizer's, in whitened units."""
@@ -61,8 +60,8 @@ class Whitened(nn.Module):
         """The codes of `indices`, in the latents' own space."""
         return self._back(self.quantizer.lookup(indices))
 
-    def codes(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.codes()
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        return self.quantizer.embeddings()
 
     def _back(self, inside: Float[Array, "*b D"]) -> Float[Array, "*b C"]:
         return _dot(inside * self.deviation.value, self.basis.value.T) + self.mean.value

@@ -101,7 +101,7 @@ class TokenizerTask:
 
     @property
     def codebook_size(self) -> int | None:
-        return getattr(self.built.module.quantizer, "num_embeddings", None)
+        return self.built.module.quantizer.num_embeddings
 
     def shapes(self) -> TrainState:
         shapes = variable_shapes(self.built)
@@ -302,7 +302,7 @@ class TokenizerTask:
     def codebook(self, state: TrainState, frozen: Any) -> Metrics:
         params = self._params(frozen, state, state.params)
         variables = {"params": params, "batch_stats": state.batch_stats}
-        codes = self.built.module.apply(variables, method=lambda model: model.quantizer.codes())
+        codes = self.built.module.apply(variables, method=lambda model: model.quantizer.embeddings())
         return {} if codes is None or len(codes) < 2 else {"codebook/distance": nearest_other(codes).mean()}
 
     def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
