@@ -46,12 +46,12 @@ TRAINING = {
     "model.decoder_patch_size": 8,
     "loss.perceptual.weight": 0.0, "adversary.discriminator": "none",  # their networks are on a hub, in one size
 }  # fmt: skip
-DEAR = ("vqrae_jax.main", "vqrae_jax.benchmark")
+DEAR = ("vqrae_jax.main", "benchmarks.quantizer_table")
 
 
 def module_and_arguments(command):
-    module, *arguments = shlex.split(command.removeprefix("python -m "))
-    return module, arguments
+    program, *arguments = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+    return program.removesuffix(".py").replace("/", "."), arguments
 
 
 def outputs(command):
@@ -80,7 +80,7 @@ def in_small(module, arguments, golden):
     """Arguments that make of a full-size command one of a few seconds, in place of those that would not."""
     if module.endswith("import_origin"):
         return [re.sub(r"^(--config)=.*", r"\1=configs/case.py", a) for a in arguments]
-    if module == "vqrae_jax.benchmark":
+    if module == "benchmarks.quantizer_table":
         return [*arguments, "--size=56", "--steps=1", "--quantizers=none"]
     if module != "vqrae_jax.main" or "--config=configs/quickstart.py" in arguments:
         return arguments
@@ -151,8 +151,8 @@ def run(command, done, golden, monkeypatch):
     try:
         if module == "vqrae_jax.main":
             run_main(arguments)
-        elif module == "vqrae_jax.benchmark":
-            importlib.import_module("vqrae_jax.benchmark.__main__").main(arguments)
+        elif module.startswith("benchmarks."):
+            importlib.import_module(module).main(arguments)
         else:
             importlib.import_module(module).main()
     except SystemExit as left:
@@ -200,4 +200,6 @@ def test_what_is_not_run_is_still_there():
     """No reason without a command, and no command that only looks like one of them."""
     for start in NOT_RUN:
         assert any(command.startswith(start) for command in COMMANDS), start
-    assert all(command.startswith("python -m vqrae_jax") for command in COMMANDS if not reason(command))
+    assert all(
+        command.startswith(("python -m vqrae_jax", "python benchmarks/")) for command in COMMANDS if not reason(command)
+    )

@@ -176,7 +176,7 @@ STARTS = {
     "inference": "from vqrae_jax.commands import command_line; command_line.run(jax.devices)",
     "benchmark": (
         "import types; from vqrae_jax.benchmark import __main__ as benchmark;"
-        "sys.modules['vqrae_jax.benchmark.speed'] = types.SimpleNamespace(main=lambda _: jax.devices());"
+        "benchmark.speed = types.SimpleNamespace(main=lambda _: jax.devices());"
         "benchmark.main(['encoder'])"
     ),
 }

@@ -1,3 +1,5 @@
+"""The stages of `vqrae_jax.benchmark`: their FLOPs, the report, and the comparison with PyTorch."""
+
 import importlib.util
 import json
 
@@ -6,28 +8,28 @@ import pytest
 
 from vqrae_jax.benchmark import __main__ as benchmark
 from vqrae_jax.benchmark import speed, stages
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import ConfigError, UserError
 
 TINY = ["--encoder=tiny", "--decoder=ViT-Nano", "--codes=32", "--batch=2", "--rounds=1"]
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 
 
 def test_flops_are_those_of_the_architecture():
-    """Matrix products of a ViT by hand: patches, per block qkv, attention, out and mlp."""
-    given = speed.parse(["encoder", *TINY])
-    stage, _ = stages.build("encoder", given)
-    width, depth, _ = stages.DINOV2[given.encoder]
+    """Matrix products of a ViT, counted by hand: patches, and per block qkv, attention, output and mlp."""
+    args = speed.parse(["encoder", *TINY])
+    stage, _ = stages.build("encoder", args)
+    width, depth, _ = stages.DINOV2[args.encoder]
     tokens = 1 + 16**2
     block = tokens * width * (4 * width + 2 * 4 * width) + 2 * tokens**2 * width
     patches = (tokens - 1) * 14 * 14 * 3 * width
-    resize = 3 * (224 * 256 * 256 + 224 * 224 * 256)  # two matrices, in the cheaper order or the other
-    expected = 2 * given.batch * (depth * block + patches)
-    assert expected < stage.flops <= expected + 2 * given.batch * resize * 1.2 + 1e7
+    resize = 3 * (224 * 256 * 256 + 224 * 224 * 256)  # two products, in either order
+    expected = 2 * args.batch * (depth * block + patches)
+    assert expected < stage.flops <= expected + 2 * args.batch * resize * 1.2 + 1e7
 
 
-def test_table_json_and_roofline(tmp_path, capsys):
-    benchmark.main(["encoder", "train_step", *TINY, "--share", f"--output={tmp_path}"])
-    printed = capsys.readouterr().out
-    assert "| train_step |" in printed
+def test_report_has_a_row_per_stage(tmp_path, capsys):
+    speed.main(["encoder", "train_step", *TINY, "--share", f"--output={tmp_path}"])
+    assert "| train_step |" in capsys.readouterr().out
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["stage"] for row in report["rows"]] == ["encoder", "train_step"]
     assert [row["share"] is None for row in report["rows"]] == [True, False]
@@ -37,19 +39,11 @@ def test_table_json_and_roofline(tmp_path, capsys):
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("scan", ["--scan", "--no-scan"])
-def test_pytorch_is_told_the_same_however_blocks_are_held(scan):
-    given = speed.parse(["train_step", *TINY, scan])
-    stage, _ = stages.build("train_step", given)
-    names = [name for name in stage.tensors if "block" in name or "layer" in name]
-    assert len(names) > 20
-    assert all(np.ndim(stage.tensors[name]) <= 2 for name in names)
-
-
-def test_the_step_without_a_quantizer_works_on_the_same_state():
-    given = speed.parse(["train_step", *TINY, "--share"])
-    stage, _ = stages.build("train_step", given)
-    bare = stages.without_quantizer(stage, given)
+def test_step_without_quantizer_shares_the_training_state():
+    args = speed.parse(["train_step", *TINY, "--share"])
+    stage, _ = stages.build("train_step", args)
+    assert all(np.ndim(x) <= 2 for name, x in stage.tensors.items() if "block" in name or "layer" in name)
+    bare = stages.without_quantizer(stage, args)
     stage.call()
     codebook = np.asarray(stage.call.state.batch_stats["quantizer"]["codebook"])
     kernel = np.asarray(stage.call.state.params["decoder"]["pred"]["kernel"])
@@ -62,28 +56,36 @@ def test_the_step_without_a_quantizer_works_on_the_same_state():
     assert not np.array_equal(stage.call.state.batch_stats["quantizer"]["codebook"], codebook)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
+@needs_torch
 @pytest.mark.parametrize("stage", stages.NAMES)
 def test_pytorch_computes_the_same(stage, capsys):
-    benchmark.main([stage, *TINY, "--against=pytorch"])  # raises where it does not
+    speed.main([stage, *TINY, "--against=pytorch"])  # raises AssertionError if it does not
     assert "PyTorch eager / ours" in capsys.readouterr().out
 
 
-def test_another_result_is_no_opponent():
-    mine = {"indices": np.array([1.0, 2, 3]), "loss": np.array([0.5])}
-    assert speed._difference(mine, mine) == 0
-    assert speed._difference(mine, {"indices": np.array([1.0, 2, 4])}) == pytest.approx(1 / 3)
-    assert speed._difference(mine, {"loss": np.array([0.25])}) == pytest.approx(1.0)
+def test_difference_is_relative_and_a_share_for_indices():
+    ours = {"indices": np.array([1.0, 2, 3]), "loss": np.array([0.5])}
+    assert speed.compute_difference(ours, ours) == 0
+    assert speed.compute_difference(ours, {"indices": np.array([1.0, 2, 4])}) == pytest.approx(1 / 3)
+    assert speed.compute_difference(ours, {"loss": np.array([0.25])}) == pytest.approx(1.0)
 
 
-def test_without_torch_it_says_what_is_missing(tmp_path):
+def test_errors_of_the_pytorch_process_are_reported(tmp_path, capsys):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")
     program.chmod(0o755)
-    with pytest.raises(UserError, match=r"No module named torch; --torch-python names"):
-        benchmark.main(["encoder", *TINY, "--against=pytorch", f"--torch-python={program}"])
+    arguments = ["encoder", *TINY, "--against=pytorch", f"--torch-python={program}"]
+    with pytest.raises(UserError, match="No module named torch"):
+        speed.main(arguments)
+    with pytest.raises(SystemExit) as exit_info:
+        benchmark.main(arguments)
+    assert exit_info.value.code == 1
+    assert "No module named torch" in capsys.readouterr().err
 
 
-def test_unknown_name():
-    with pytest.raises(SystemExit, match=r"(?s)usage.*quantizers"):
+def test_invalid_arguments_are_rejected():
+    with pytest.raises(SystemExit):
         benchmark.main(["encode"])
+    with pytest.raises(ConfigError) as error:
+        speed.main(["train_step", *TINY, "--lpips", "--against=pytorch"])
+    assert error.value.field == "--against"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks.training_input import write_photographs
 from vqrae_jax import Tokenizer
-from vqrae_jax.benchmark.input import write_photographs
 from vqrae_jax.commands import detokenize, reconstruct, tokenize
 from vqrae_jax.data import images
 from vqrae_jax.errors import DataError

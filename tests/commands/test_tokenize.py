@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Tokenizer
-from vqrae_jax.benchmark import tokenize as benchmark
 from vqrae_jax.commands import tokenize
 from vqrae_jax.data import codes, files, images, readable
 from vqrae_jax.errors import ConfigError, DataError
@@ -219,15 +217,6 @@ def test_the_manifest_is_plain_json(whole):
     manifest = json.loads((whole / codes.MANIFEST).read_text())
     assert manifest["count"] == sum(shard["count"] for shard in manifest["shards"])
     assert all(len(shard["sha256"]) == 64 for shard in manifest["shards"])
-
-
-def test_the_benchmark_tells_what_each_way_costs(trained, photos, capsys):
-    benchmark.main([f"--checkpoint={trained}", f"--data={photos}", "--batch=8", "--limit=17", "--rounds=1"])
-    told = capsys.readouterr().out
-    assert "16 images in batches of 8, 32 pixels" in told
-    ways = dict(re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| ([\d.]+) \|$", told, re.M))
-    assert list(ways) == [benchmark.BARE, benchmark.READ, benchmark.HOST, benchmark.WHOLE]
-    assert float(ways[benchmark.BARE]) == 1
 
 
 def start(trained, photos, output, *arguments, **environment):

@@ -1,9 +1,9 @@
-"""Plain PyTorch of the stages, timed on request: the other side of `--against=pytorch`.
+"""Plain PyTorch implementations of the stages, timed on request: the other side of `--against=pytorch`.
 
-A program of its own, `python torch_stages.py SPEC`, so that PyTorch may live in another environment than JAX. SPEC is a
-JSON file: stage, platform, dtype, compile, threads, sizes, and the safetensors file with weights and inputs. It prints
-what the first call computed, and the bytes it needed beyond weights and inputs, as a JSON line; then every line read
-asks for one more call, answered by its seconds.
+It is a separate program, `python torch_stages.py SPECIFICATION`, so that PyTorch may be in a different environment.
+SPECIFICATION is a JSON file: stage, platform, dtype, compile, threads, sizes, and the safetensors file with weights and
+inputs. The first line of output is a JSON object with the results of the first call and the bytes it needed beyond
+weights and inputs. Each line of input runs one more call, whose seconds are printed.
 """
 
 import json
@@ -15,7 +15,7 @@ NORM_EPS = 1e-6
 
 
 def build_encoder(spec, tensors):
-    """Hugging Face's DINOv2 with SDPA; patch tokens after a LayerNorm without affine."""
+    """Builds Hugging Face's DINOv2 with SDPA; returns patch tokens after a LayerNorm without scale and bias."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
@@ -37,7 +37,7 @@ def build_encoder(spec, tensors):
 
 
 def build_decoder(spec, tensors):
-    """A ViT decoder of transformers' ViTMAE layers: embed, cls, positions, blocks, norm, linear to pixels."""
+    """Builds a ViT decoder of ViTMAE layers: embedding, cls token, positions, blocks, norm, linear map to pixels."""
     import torch
     from torch import nn
     from transformers import ViTMAEConfig
@@ -72,12 +72,12 @@ def build_decoder(spec, tensors):
             return pixels.reshape(len(x), 3, grid * patch, grid * patch) * self.pixel_std + self.pixel_mean
 
     model = Decoder()
-    model.load_state_dict({_spelling(n): t for n, t in tensors.items() if n.startswith("decoder/")})
+    model.load_state_dict({_rename(n): t for n, t in tensors.items() if n.startswith("decoder/")})
     return model
 
 
-def _spelling(name):
-    """The origin's names of a decoder's tensors -> those of transformers' layers in memory."""
+def _rename(name):
+    """Maps a name of the PyTorch VQRAE's decoder to the name in transformers 5."""
     name = name.removeprefix("decoder/")
     for ours, theirs in (
         ("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
@@ -89,7 +89,7 @@ def _spelling(name):
 
 
 class TextbookVQ:
-    """All distances at once, one-hot matmuls for counts, sums and lookup, EMA: how the layer is commonly written."""
+    """The common implementation of EMA vector quantization: all distances at once, one-hot products for the sums."""
 
     def __init__(self, codebook, decay, epsilon, commitment):
         import torch
@@ -103,22 +103,22 @@ class TextbookVQ:
 
         flat = z.reshape(-1, z.shape[-1])
         with torch.no_grad():
-            codes = self.codebook
-            distances = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ codes.T + codes.pow(2).sum(1)
+            codebook = self.codebook
+            distances = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ codebook.T + codebook.pow(2).sum(1)
             indices = distances.argmin(1)
-            chosen = torch.zeros(len(flat), len(codes), device=flat.device).scatter_(1, indices[:, None], 1.0)
-            quantized = chosen @ codes
-            self.counts.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
-            self.sums.mul_(self.decay).add_(chosen.T @ flat, alpha=1 - self.decay)
+            one_hot = torch.zeros(len(flat), len(codebook), device=flat.device).scatter_(1, indices[:, None], 1.0)
+            quantized = one_hot @ codebook
+            self.counts.mul_(self.decay).add_(one_hot.sum(0), alpha=1 - self.decay)
+            self.sums.mul_(self.decay).add_(one_hot.T @ flat, alpha=1 - self.decay)
             total = self.counts.sum()
-            smoothed = (self.counts + self.epsilon) / (total + len(codes) * self.epsilon) * total
+            smoothed = (self.counts + self.epsilon) / (total + len(codebook) * self.epsilon) * total
             self.codebook = self.sums / smoothed[:, None]
         loss = ((quantized - flat.detach()) ** 2).mean() + self.commitment * ((quantized - flat) ** 2).mean()
         return (flat + (quantized - flat).detach()).view_as(z), loss, indices
 
 
 def encoder(spec, tensors):
-    """The frozen encoder's features."""
+    """Returns a call that computes the frozen encoder's features."""
     import torch
 
     model, encode = build_encoder(spec, tensors)
@@ -133,7 +133,7 @@ def encoder(spec, tensors):
 
 
 def codes(spec, tensors):
-    """The index of the nearest code of every token: tokenizing, as it is commonly written."""
+    """Returns a call that encodes images and finds the nearest code of every token."""
     import torch
 
     model, encode = build_encoder(spec, tensors)
@@ -155,21 +155,21 @@ def codes(spec, tensors):
 
 
 def decoder(spec, tensors):
-    """Pictures of latents, without gradients."""
+    """Returns a call that decodes latents to images, without gradients."""
     import torch
 
     model = build_decoder(spec, tensors).to(tensors["latent"].device).eval()
-    paint = torch.compile(model) if spec["compile"] else model
+    decode = torch.compile(model) if spec["compile"] else model
 
     def call():
         with torch.no_grad():
-            return {"pictures": paint(tensors["latent"]).permute(0, 2, 3, 1)}
+            return {"images": decode(tensors["latent"]).permute(0, 2, 3, 1)}
 
     return call
 
 
 def quantizer(spec, tensors):
-    """One training step of the quantizer."""
+    """Returns a call that runs one training step of the quantizer."""
     import torch
 
     layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
@@ -184,7 +184,7 @@ def quantizer(spec, tensors):
 
 
 def train_step(spec, tensors):
-    """Frozen encoder, textbook quantizer, decoder, L1, fused AdamW, running mean of the parameters."""
+    """Returns a call that runs one training step: frozen encoder, quantizer, decoder, L1, fused AdamW, EMA."""
     import torch
 
     device = tensors["images"].device
@@ -193,9 +193,9 @@ def train_step(spec, tensors):
     model = build_decoder(spec, tensors).to(device)
     layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
     parameters = list(model.parameters())
-    mean = [p.detach().clone() for p in parameters]
+    ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, **spec["optimizer"], fused=True)
-    paint = torch.compile(model) if spec["compile"] else model
+    decode = torch.compile(model) if spec["compile"] else model
     encode = torch.compile(encode) if spec["compile"] else encode
 
     def call():
@@ -203,12 +203,12 @@ def train_step(spec, tensors):
             latent = encode(tensors["images"])
         with torch.autocast(device.type, enabled=False):
             quantized, vq_loss, _ = layer(latent)
-        pixel = (paint(quantized) - tensors["images"]).abs().mean()
+        pixel = (decode(quantized) - tensors["images"]).abs().mean()
         (pixel + vq_loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(mean, parameters, 1 - spec["ema_decay"])
+            torch._foreach_lerp_(ema, parameters, 1 - spec["ema_decay"])
         return {"loss": (pixel + vq_loss).detach(), "pixel": pixel.detach()}
 
     return call
@@ -218,7 +218,7 @@ STAGES = {"encoder": encoder, "codes": codes, "decoder": decoder, "quantizer": q
 
 
 def main(path):
-    """Builds the stage of the specification at `path`, then answers one line with one call until input ends."""
+    """Builds the stage that the file at `path` specifies, then runs one call per line of input."""
     import torch
     from safetensors.torch import load_file
 
@@ -230,25 +230,25 @@ def main(path):
     tensors = {n: t.to(device) for n, t in load_file(spec["tensors"]).items()}
     call = STAGES[spec["stage"]](spec, tensors)
 
-    def timed():
+    def run():
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-            out = call()
+            results = call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return out, time.perf_counter() - start
+        return results, time.perf_counter() - start
 
     before = memory(device)
-    out, _ = timed()
-    first = {"torch": torch.__version__, "device": str(device), "memory": memory(device, peak=True) - before}
-    summary = {n: t.double().flatten()[: spec["shown"]].tolist() for n, t in out.items()}
-    print(json.dumps(first | {"out": summary}), flush=True)
+    results, _ = run()
+    used = memory(device, peak=True) - before
+    values = {n: t.double().flatten()[: spec["max_values"]].tolist() for n, t in results.items()}
+    print(json.dumps({"memory": used, "results": values}), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"seconds": timed()[1]}), flush=True)
+        print(json.dumps({"seconds": run()[1]}), flush=True)
 
 
 def memory(device, peak=False):
-    """Bytes held now, or at most so far: by tensors on a GPU, by the process on a CPU."""
+    """Returns the bytes in use, now or at the peak: of tensors on a GPU, of the process on a CPU."""
     import torch
 
     if device.type == "cuda":

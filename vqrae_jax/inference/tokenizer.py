@@ -86,7 +86,7 @@ class Tokenizer:
             leaves images of one size to the encoder's own resizing, as PyTorch VQRAE does (bicubic without antialias).
           output: "jax" leaves results on the device.
           encoder_matmul: "int8" and "fp8" multiply the encoder's dense layers in eight bits: faster where the device
-            has such units, and some codes become others (`python -m vqrae_jax.benchmark low_precision` counts them).
+            has such units, and some codes become others.
 
         Raises:
           DataError: an option is none of these.

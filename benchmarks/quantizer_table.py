@@ -1,6 +1,6 @@
-"""Every quantizer at equal bits on the latents of a frozen encoder, with one small decoder, as a table.
+"""python benchmarks/quantizer_table.py --images=FOLDER: all quantizers at equal bits on a frozen encoder, as a table.
 
-The encoder runs once. Then, for each row, the quantizer and a fresh decoder learn together from its latents: the same
+The encoder runs once. Then, for each row, the quantizer and a new decoder train together on its latents, with the same
 decoder, steps, batches and learning rates in every row.
 """
 
@@ -10,19 +10,23 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from vqrae_jax import runtime
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
 from vqrae_jax.config import DataConfig, ModelConfig, OptimizerConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.evaluation import codebook_health as codebook
+from vqrae_jax.evaluation import codebook_health
 from vqrae_jax.evaluation.psnr import psnr
 from vqrae_jax.losses.pixel import l2
 from vqrae_jax.models.decoder import Decoder
@@ -34,12 +38,12 @@ from vqrae_jax.quantizers.statistics import code_counts, code_totals
 from vqrae_jax.train.optim import learning_rate, make_optimizer
 
 BATCH = 32
-QUANTIZER_RATE = 0.1  # of the decoder's
-LLOYD = 15  # iterations
-LEVELS = {2048: (8, 8, 6, 5), 8192: (8, 8, 8, 4, 4)}  # of fsq, by the number of codes to come near to
+QUANTIZER_RATE = 0.1  # learning rate of the quantizer, relative to the decoder's
+LLOYD_ITERATIONS = 15
+LEVELS = {2048: (8, 8, 6, 5), 8192: (8, 8, 8, 4, 4)}  # levels of fsq with about as many codes
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, final_learning_rate=1e-5, warmup_steps=10, clip_norm=1.0)
-# Rows in which what stands for a latent is near it; elsewhere a learned map takes it where the decoder wants it.
-LATENT = {"none", "k-means", "ema", "ema whitening_dim=64", "ibq", "residual", "product", "multiscale"}
+# Rows whose quantized latents approximate the latents; in the others a learned map follows.
+IN_LATENT_SPACE = {"none", "k-means", "ema", "ema whitening_dim=64", "ibq", "residual", "product", "multiscale"}
 COLUMNS = {
     "quantizer": "{}", "bits per token": "{:.2f}", "error / variance": "{:.3f}", "PSNR, dB": "{:.2f}",
     "PSNR linear, dB": "{:.2f}", "use": "{:.0%}",
@@ -49,20 +53,77 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The latents of images, and the images."""
+    """Images and their latents."""
 
     latents: Float[np.ndarray, "n h w C"]
     images: UInt8[np.ndarray, "n S S 3"]
 
 
-def settings(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any]]:
-    """The model section of every row. Where an image has more codes than tokens, a codebook is as much smaller."""
+def main(arguments: list[str]) -> None:
+    """Prints the table row by row; --output writes table.md and table.json.
+
+    Raises:
+      ConfigError: a row does not exist, or there are no settings for this codebook size.
+    """
+    args = parse(arguments)
+    if args.codes not in LEVELS:
+        raise ConfigError(f"must be {' or '.join(map(str, LEVELS))}", field="--codes", value=args.codes)
+    built = _build(args)
+    train, val = (_encode(args, built, split) for split in ("train", "val"))
+    steps = args.steps or args.epochs * (len(train.images) // BATCH)
+    configs = model_sections(args.codes, train.latents.shape[1], steps)
+    names = args.quantizers.split(",") if args.quantizers else list(configs)
+    if set(names) - set(configs):
+        raise ConfigError(f"must be names of {', '.join(configs)}", field="--quantizers", value=args.quantizers)
+    print(f"{len(train.images)} + {len(val.images)} images, {steps} steps of {BATCH}, {args.codes} codes\n")
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+    print(*(f"| {line} |" for line in lines), sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in ["none", *(n for n in names if n != "none")]:  # its time is the unit of the other times
+        row = _row(name, configs[name], built.module.decoder, train, val, steps)
+        row["time / none"] = row["ms per step"] / (rows[0] if rows else row)["ms per step"]
+        rows.append(row)
+        lines.append(" | ".join("-" if row[c] is None else form.format(row[c]) for c, form in COLUMNS.items()))
+        print(f"| {lines[-1]} |", flush=True)
+    if args.output:
+        output = pathlib.Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
+        context = {
+            "codes": args.codes, "steps": steps, "batch": BATCH, "train_images": len(train.images),
+            "val_images": len(val.images), "encoder": args.encoder, "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
+        }  # fmt: skip
+        (output / "table.json").write_text(json.dumps({**context, "rows": rows}, indent=2))
+        print(f"wrote {output}")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", required=True, help="folder with images in train/ and val/")
+    parser.add_argument("--encoder", default="facebook/dinov2-small", help="model.encoder_config_path")
+    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="model.encoder_cls")
+    parser.add_argument("--size", type=int, default=224, help="pixels, model.encoder_input_size")
+    parser.add_argument("--codes", type=int, default=2048, help="codebook size: 2048 or 8192")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
+    parser.add_argument("--steps", type=int, help="number of steps instead of --epochs")
+    parser.add_argument("--limit", type=int, help="number of images of train/ and of val/; default: all")
+    parser.add_argument("--quantizers", help="rows, separated by commas; default: all")
+    parser.add_argument("--output", help="folder for table.md and table.json")
+    return parser.parse_args(arguments)
+
+
+def model_sections(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns the model section of every row, all with about log2(codes) bits per token.
+
+    A quantizer with more indices than tokens has a smaller codebook.
+    """
 
     def model(quantizer: str, count: int, **params: Any) -> dict[str, Any]:
         return {"quantizer": quantizer, "num_embeddings": count, "quantizer_params": params}
 
     def shared(positions: int) -> int:
-        """K that gives `positions` codes the bits of grid^2 codes of `codes`."""
         return int(codes ** (grid**2 / positions))
 
     grids = tuple(sorted({1, 2, -(-grid // 4), grid // 2, grid}))
@@ -85,64 +146,25 @@ def settings(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(given: argparse.Namespace) -> None:
-    """Prints the table row by row, and writes table.md and table.json below `given.output`.
-
-    Raises:
-      ConfigError: no such row, or no settings for so many codes.
-    """
-    if given.codes not in LEVELS:
-        raise ConfigError(f"--codes={given.codes}: the table knows equal bits for {' and '.join(map(str, LEVELS))}")
-    built = _assemble(given)
-    train, val = (_read(given, built, split) for split in ("train", "val"))
-    steps = given.steps or given.epochs * (len(train.images) // BATCH)
-    everything = settings(given.codes, train.latents.shape[1], steps)
-    names = given.quantizers.split(",") if given.quantizers else list(everything)
-    if unknown := set(names) - set(everything):
-        raise ConfigError(f"--quantizers={','.join(sorted(unknown))}: choose from {','.join(everything)}")
-    print(f"{len(train.images)} + {len(val.images)} images, {steps} steps of {BATCH}, K = {given.codes}\n")
-    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
-    print(*(f"| {line} |" for line in lines), sep="\n", flush=True)
-    rows: list[dict[str, Any]] = []
-    for name in ["none", *(n for n in names if n != "none")]:  # its time is what the others are compared with
-        rows.append(_row(name, everything[name], built.module.decoder, train, val, steps))
-        rows[-1]["time / none"] = rows[-1]["ms per step"] / rows[0]["ms per step"]
-        lines.append(
-            " | ".join("-" if rows[-1][c] is None else form.format(rows[-1][c]) for c, form in COLUMNS.items())
-        )
-        print(f"| {lines[-1]} |", flush=True)
-    if given.output:
-        output = pathlib.Path(given.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
-        context = {
-            "codes": given.codes, "steps": steps, "batch": BATCH, "train_images": len(train.images),
-            "val_images": len(val.images), "encoder": given.encoder, "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
-        }  # fmt: skip
-        (output / "table.json").write_text(json.dumps({**context, "rows": rows}, indent=2))
-        print(f"wrote {output}")
-
-
-def _assemble(given: argparse.Namespace) -> BuiltTokenizer:
-    """The encoder that was asked for, with a decoder that is small enough to train one per row."""
-    config = {"encoder_cls": given.encoder_cls, "encoder_config_path": given.encoder, "encoder_input_size": given.size}
+def _build(args: argparse.Namespace) -> BuiltTokenizer:
+    """Builds the encoder, with a decoder small enough to train one per row."""
+    config = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
     config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"})
     built = freeze_encoder(build_tokenizer(config))
     decoder = built.module.decoder
     blocks = dataclasses.replace(decoder.blocks, depth=1)
-    decoder = decoder.clone(blocks=blocks, patch=given.size // decoder.grid)
+    decoder = decoder.clone(blocks=blocks, patch=args.size // decoder.grid)
     return dataclasses.replace(built, module=built.module.clone(decoder=decoder))
 
 
-def _read(given: argparse.Namespace, built: BuiltTokenizer, split: str) -> Split:
-    """The images of a subfolder, and what the encoder makes of them."""
-    data = {"eval_path": str(pathlib.Path(given.images) / split), "image_size": given.size, "eval_batch_size": BATCH}
+def _encode(args: argparse.Namespace, built: BuiltTokenizer, split: str) -> Split:
+    """Reads and encodes the images of a subfolder."""
+    data = {"eval_path": str(pathlib.Path(args.images) / split), "image_size": args.size, "eval_batch_size": BATCH}
     encoder, params = built.module.encoder, {"params": jax.device_put(built.pretrained["encoder"])}
     encode = jax.jit(lambda params, image: encoder.apply(params, image.astype(jnp.float32) / 255))
     parts = [
         (np.asarray(encode(params, batch["image"]))[batch["mask"]], batch["image"][batch["mask"]])
-        for batch in pipeline.evaluation_batches(from_dict(DataConfig, data), limit=given.limit)
+        for batch in pipeline.evaluation_batches(from_dict(DataConfig, data), limit=args.limit)
     ]
     return Split(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -151,16 +173,16 @@ def _row(name: str, model: dict[str, Any], decoder: Decoder, train: Split, val: 
     grid, channels = train.latents.shape[2:]
     quantizer = create(from_dict(ModelConfig, model), channels, grid)
     variables, seconds = _train(name, quantizer, decoder, train, steps)
-    figures = _evaluate(quantizer, decoder, variables, val)
+    metrics = _evaluate(quantizer, decoder, variables, val)
     linear = _linear(quantizer, variables, train, val, decoder.patch)
-    counts, positions = figures.pop("counts"), figures.pop("positions")
-    health = {} if counts is None else codebook.health(counts)
+    counts, positions = metrics.pop("counts"), metrics.pop("positions")
+    health = {} if counts is None else codebook_health.health(counts)
     size = None if counts is None else counts.shape[-1]
     return {
         "quantizer": name,
         "bits per token": size and positions / grid**2 * math.log2(size),
-        "error / variance": figures["error"] if name in LATENT else None,
-        "PSNR, dB": figures["psnr"],
+        "error / variance": metrics["error"] if name in IN_LATENT_SPACE else None,
+        "PSNR, dB": metrics["psnr"],
         "PSNR linear, dB": linear,
         "use": health.get("usage"),
         "perplexity": health.get("perplexity"),
@@ -172,26 +194,29 @@ def _row(name: str, model: dict[str, Any], decoder: Decoder, train: Split, val: 
 def _train(
     name: str, quantizer: Quantizer, decoder: Decoder, data: Split, steps: int
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """Variables of quantizer and decoder after training, and the median seconds of a step."""
+    """Returns the trained variables of quantizer and decoder, and the median seconds of a step."""
     variables = {
         "quantizer": jax.jit(quantizer.init)(jax.random.key(0), data.latents[:1]),
         "decoder": jax.jit(decoder.init)(jax.random.key(1), data.latents[:1]),
     }
     if name == "k-means":
-        codes = lloyd(data.latents, quantizer.num_embeddings)
-        variables["quantizer"]["batch_stats"] |= {"codebook": codes, "step": jnp.ones((), jnp.int32)}  # it has begun
+        codebook = lloyd(data.latents, quantizer.num_embeddings)
+        variables["quantizer"]["batch_stats"] |= {
+            "codebook": codebook,
+            "step": jnp.ones((), jnp.int32),
+        }  # no k-means start
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
     rate = learning_rate(OPTIMIZER, steps)
-    # What a quantizer learns by gradients would be thrown about at the rate at which a fresh decoder learns fastest.
+    # A quantizer trained by gradients diverges at the learning rate that is best for a new decoder.
     optimizer = make_optimizer(OPTIMIZER, {"quantizer": lambda step: QUANTIZER_RATE * rate(step), "decoder": rate})
 
     def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
-        out, updated = quantizer.apply(
+        quantized, updated = quantizer.apply(
             {"params": params["quantizer"], "batch_stats": state}, z, True, mutable=["batch_stats"], rngs={"codes": key}
         )
-        picture = decoder.apply({"params": params["decoder"]}, out.z)
-        return l2(picture, image.astype(jnp.float32) / 255) + out.loss, updated.get("batch_stats", {})
+        decoded = decoder.apply({"params": params["decoder"]}, quantized.z)
+        return l2(decoded, image.astype(jnp.float32) / 255) + quantized.loss, updated.get("batch_stats", {})
 
     def step(params: Any, state: Any, moments: Any, z: Array, image: Array, key: Array) -> tuple[Any, Any, Any]:
         grads, state = jax.grad(loss, has_aux=True)(params, state, z, image, key)
@@ -204,9 +229,9 @@ def _train(
     for i in range(steps):
         if len(order) < BATCH:
             order = rng.permutation(len(data.images))
-        chosen, order = order[:BATCH], order[BATCH:]
+        batch, order = order[:BATCH], order[BATCH:]
         start = time.perf_counter()
-        carry = step(*carry, data.latents[chosen], data.images[chosen], jax.random.fold_in(jax.random.key(2), i))
+        carry = step(*carry, data.latents[batch], data.images[batch], jax.random.fold_in(jax.random.key(2), i))
         jax.block_until_ready(carry)
         times.append(time.perf_counter() - start)
     params, state, _ = carry
@@ -217,13 +242,14 @@ def _train(
 def _evaluate(
     quantizer: Quantizer, decoder: Decoder, variables: dict[str, dict[str, Any]], data: Split
 ) -> dict[str, Any]:
-    """Error relative to the variance, mean PSNR, counts of the codes, codes per image."""
+    """Returns the error relative to the variance, the mean PSNR, counts of the codes, and indices per image."""
 
     def measure(variables: Any, z: Array, image: Array) -> tuple[Array, Array, Array | None, Any]:
-        out = quantizer.apply(variables["quantizer"], z)
-        picture = decoder.apply(variables["decoder"], out.z)
-        figures = jnp.sum((out.z - z) ** 2), psnr(picture, image.astype(jnp.float32) / 255)
-        return *figures, out.metrics.get("counts"), out.indices
+        quantized = quantizer.apply(variables["quantizer"], z)
+        decoded = decoder.apply(variables["decoder"], quantized.z)
+        error = jnp.sum((quantized.z - z) ** 2)
+        decibels = psnr(decoded, image.astype(jnp.float32) / 255)
+        return error, decibels, quantized.metrics.get("counts"), quantized.indices
 
     measure, parts = jax.jit(measure), []
     for i in _starts(data):
@@ -238,10 +264,7 @@ def _evaluate(
 
 
 def _linear(quantizer: Quantizer, variables: dict[str, dict[str, Any]], train: Split, val: Split, patch: int) -> float:
-    """PSNR of the best decoder that is linear in each quantized latent, by least squares on the training images.
-
-    It has no training of its own to be lucky or unlucky in.
-    """
+    """Returns the PSNR of the best decoder that is linear in each quantized latent (least squares on `train`)."""
 
     def rows(z: Array, image: Array) -> tuple[Array, Array]:
         latent = quantizer.apply(variables["quantizer"], z).z
@@ -262,8 +285,8 @@ def _linear(quantizer: Quantizer, variables: dict[str, dict[str, Any]], train: S
     square, mixed = (np.sum([np.asarray(part[j], np.float64) for part in parts], 0) for j in range(2))
     weights = np.linalg.solve(square + 1e-4 * np.trace(square) / len(square) * np.eye(len(square)), mixed)
     weights = weights.astype(np.float32)
-    found = [measure(val.latents[i : i + BATCH], val.images[i : i + BATCH], weights) for i in _starts(val)]
-    return float(np.concatenate(found).mean())
+    decibels = [measure(val.latents[i : i + BATCH], val.images[i : i + BATCH], weights) for i in _starts(val)]
+    return float(np.concatenate(decibels).mean())
 
 
 def _starts(data: Split) -> range:
@@ -271,16 +294,22 @@ def _starts(data: Split) -> range:
 
 
 def lloyd(latents: Float[np.ndarray, "n h w C"], size: int) -> Float[Array, "K C"]:
-    """k-means of all latents at once, from random ones: what a codebook that learns online is compared with."""
+    """Runs k-means on all latents, started from random ones: the reference for codebooks that learn online."""
     tokens = jnp.asarray(latents.reshape(-1, latents.shape[-1]))
-    codes = tokens[np.random.default_rng(0).permutation(len(tokens))[np.arange(size) % len(tokens)]]
+    codebook = tokens[np.random.default_rng(0).permutation(len(tokens))[np.arange(size) % len(tokens)]]
 
     @jax.jit
-    def iterate(codes: Float[Array, "K C"]) -> Float[Array, "K C"]:
-        indices = nearest(tokens, codes)
+    def iterate(codebook: Float[Array, "K C"]) -> Float[Array, "K C"]:
+        indices = nearest(tokens, codebook)
         counts = code_counts(indices, size)[:, None]
-        return jnp.where(counts > 0, code_totals(tokens, indices, size) / jnp.maximum(counts, 1), codes)
+        return jnp.where(counts > 0, code_totals(tokens, indices, size) / jnp.maximum(counts, 1), codebook)
 
-    for _ in range(LLOYD):
-        codes = iterate(codes)
-    return codes
+    for _ in range(LLOYD_ITERATIONS):
+        codebook = iterate(codebook)
+    return codebook
+
+
+if __name__ == "__main__":
+    runtime.keep_freed_memory()
+    runtime.skip_absent_tpu()
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""python benchmarks/end_to_end.py: what input, logging and checkpoints of the training loop add to its bare step.
+
+The same program runs in the loop and, on one batch, alone; alone before and after the loop, so that a change of the
+machine's speed affects both.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
+
+from vqrae_jax import runtime
+from vqrae_jax.benchmark.ceilings import time_call
+from vqrae_jax.config import Config, from_dict
+from vqrae_jax.train import loop
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.writers import METRICS_FILE
+
+LOG_EVERY = 20
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the seconds per step of both, and their difference."""
+    args = parse(arguments)
+    config = build_config(args.steps, args.batch, args.size)
+    with tempfile.TemporaryDirectory() as folder:
+        run = loop.Run(config, pathlib.Path(folder) / "bare")
+        batch = run.next_batch()
+        before = time_bare_step(run, batch, args.steps // 2)
+        loop.train(config, pathlib.Path(folder) / "loop")
+        after = time_bare_step(run, batch, args.steps // 2)
+        run.close()
+        lines = [json.loads(line) for line in (pathlib.Path(folder) / "loop" / METRICS_FILE).read_text().splitlines()]
+    logs = [line for line in lines if "loss/total" in line]
+    in_loop = (logs[-1]["time"] - logs[0]["time"]) / (logs[-1]["step"] - logs[0]["step"])
+    bare = (before + after) / 2
+    wait = statistics.mean(line["data_wait"] for line in logs[1:])
+    print(
+        f"bare step {before:.4f} s before, {after:.4f} s after; in the loop {in_loop:.4f} s: {in_loop / bare - 1:+.1%}"
+    )
+    every = config.train.checkpoint_every
+    print(f"  {len(logs)} log lines, a checkpoint every {every} steps, {wait:.1%} of the time waiting for data")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=240, help="steps of the loop; half as many in each bare run")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    return parser.parse_args(arguments)
+
+
+def build_config(steps: int, batch: int, size: int) -> Config:
+    """Returns a small tokenizer on the photographs of scikit-image and scikit-learn."""
+    architecture = {
+        "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": 8, "image_size": size
+    }  # fmt: skip
+    return from_dict(Config, {
+        "model": {
+            "encoder_config_path": None, "encoder_params": {"architecture": architecture}, "encoder_input_size": size,
+            "decoder_config_path": "ViT-Nano", "decoder_patch_size": 8, "num_embeddings": 1024,
+        },
+        "data": {"source": "photographs", "image_size": size, "batch_size": batch, "scale": (1.5, 4.0)},
+        "train": {
+            "steps": steps, "log_every": LOG_EVERY, "evaluate_every": 10 * steps, "checkpoint_every": steps // 2
+        },
+    })  # fmt: skip
+
+
+def time_bare_step(run: loop.Run, batch: dict, steps: int) -> float:
+    """Returns the mean seconds of a step on one batch, after a few steps that do not count."""
+
+    def repeat(count: int) -> TrainState:
+        for _ in range(count):
+            run.state, _ = run.step(run.state, run.frozen, batch)
+        return run.state
+
+    repeat(5)
+    return time_call(lambda: repeat(steps)) / steps
+
+
+if __name__ == "__main__":
+    runtime.keep_freed_memory()
+    runtime.skip_absent_tpu()
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""python benchmarks/quantizer_speed.py: nearest-code search and EMA training step, relative to matrix products.
+
+The training step is also compared with the textbook layer in PyTorch. All ratios are within one run.
+"""
+
+import argparse
+import pathlib
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vqrae_jax import runtime
+from vqrae_jax.benchmark.ceilings import time_call
+from vqrae_jax.benchmark.pytorch_process import PyTorchProcess
+from vqrae_jax.errors import UserError
+from vqrae_jax.quantizers.ema import EMAQuantizer
+from vqrae_jax.quantizers.nearest import CPU_BLOCK, nearest
+
+REPEATS = 5
+
+
+def main(arguments: list[str]) -> None:
+    """Prints both measurements; times are the best of REPEATS."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch")
+    args = parser.parse_args(arguments)
+    measure_search(65_536, 65_536, 32)
+    measure_step(4096, 8192, 768, args.torch_python)
+
+
+def measure_search(n: int, k: int, c: int) -> None:
+    """Prints time and memory of the search for `n` latents among `k` codes of `c` channels."""
+    keys = jax.random.split(jax.random.key(0))
+    z, codebook = (jax.random.normal(key, (size, c)) for key, size in zip(keys, (n, k), strict=True))
+    search = jax.jit(nearest).lower(z, codebook).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    jax.block_until_ready(search(z, codebook))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    product = jax.jit(blocked_matmul)
+    seconds, matmul = _best_seconds([lambda: time_call(lambda: search(z, codebook)),
+                                     lambda: time_call(lambda: product(z, codebook))])  # fmt: skip
+    temporaries = search.memory_analysis().temp_size_in_bytes / 2**20
+    print(f"search N={n} K={k} C={c}: {seconds:.2f} s, blocked matmul {matmul:.2f} s, ratio {seconds / matmul:.2f}")
+    print(f"  temporaries {temporaries:.0f} MiB, resident memory grew by {grown:.0f} MiB; N x K is {n * k >> 28} GiB")
+
+
+def measure_step(n: int, k: int, c: int, torch_python: str) -> None:
+    """Prints the time of the EMA quantizer's training step, next to a matrix product and the layer in PyTorch."""
+    z = jax.random.normal(jax.random.key(0), (n, c))
+    module = EMAQuantizer(k, c)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+
+    def train(variables: Any, z: Float[Array, "N C"], key: jax.Array) -> Any:
+        return module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": key})
+
+    step = jax.jit(train, donate_argnums=0)
+    state = {"variables": step(variables, z, jax.random.key(0))[1]}
+
+    def run() -> Any:
+        quantized, state["variables"] = step(state["variables"], z, jax.random.key(1))
+        return quantized
+
+    codebook = jnp.copy(state["variables"]["batch_stats"]["codebook"])
+    product = jax.jit(lambda z, c: jnp.dot(z, c.T, precision="highest"))
+    calls = [lambda: time_call(run), lambda: time_call(lambda: product(z, codebook))]
+    specification = {
+        "stage": "quantizer", "platform": jax.default_backend(), "dtype": "float32",
+        "quantizer": {"decay": 0.99, "epsilon": 1e-5, "commitment": 0.25},
+    }  # fmt: skip
+    tensors = {"latent": np.array(z), "codebook": np.array(codebook)}
+    try:
+        pytorch = PyTorchProcess(torch_python, tensors, specification, compiled=False)
+    except UserError as error:
+        print(f"  without PyTorch: {error}")
+        pytorch = None
+    else:
+        calls.append(pytorch.time_call)
+    ours, matmul, *textbook = _best_seconds(calls)
+    print(f"train step N={n} K={k} C={c}: {ours:.3f} s, jax matmul {matmul:.3f} s, ratio {ours / matmul:.2f}")
+    if pytorch:
+        pytorch.close()
+        print(f"  textbook PyTorch layer {textbook[0]:.3f} s, {textbook[0] / ours:.1f} times ours")
+
+
+def blocked_matmul(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float[Array, " N"]:
+    """Multiplies all rows with all codes in the blocks of the search, keeping only sums."""
+    rows, width = CPU_BLOCK
+    parts = codebook.reshape(-1, width, codebook.shape[1])
+
+    def over_rows(_, x):
+        def add(total, part):
+            return total + jnp.dot(x, part.T, precision="highest"), None
+
+        return None, jnp.sum(jax.lax.scan(add, jnp.zeros((rows, width)), parts)[0], axis=1)
+
+    return jax.lax.scan(over_rows, None, z.reshape(-1, rows, z.shape[1]))[1].reshape(-1)
+
+
+def _best_seconds(calls: list[Callable[[], float]]) -> list[float]:
+    """Returns the best of REPEATS for each call, timed in turns, so that other load affects all alike."""
+    rounds = [[call() for call in calls] for _ in range(REPEATS + 1)]
+    return [min(times) for times in zip(*rounds[1:], strict=True)]  # the first round compiles
+
+
+if __name__ == "__main__":
+    runtime.keep_freed_memory()
+    runtime.skip_absent_tpu()
+    main(sys.argv[1:])

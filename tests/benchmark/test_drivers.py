@@ -1,0 +1,128 @@
+"""The scripts of benchmarks/, at tiny sizes."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import end_to_end, gpu, quantizer_table, tokenize_folder
+from vqrae_jax.benchmark import speed
+from vqrae_jax.data import images
+from vqrae_jax.errors import ConfigError
+
+MEASUREMENTS = [(part, measurement) for part, measurements in gpu.PARTS.items() for measurement in measurements]
+PARSE = {gpu.BENCHMARK: speed.parse, gpu.LOOP: end_to_end.parse}
+
+
+@pytest.mark.parametrize("script", ["gpu", "quantizer_table", "quantizer_speed"])
+def test_scripts_run_from_the_checkout(script):
+    command = [sys.executable, f"benchmarks/{script}.py", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("part", "measurement"), MEASUREMENTS, ids=[m.name for _, m in MEASUREMENTS])
+def test_gpu_measurements_are_valid_commands(part, measurement, tmp_path):
+    args = gpu.parse([part, f"--only={measurement.name}", f"--output={tmp_path}"])
+    ((_, command),) = gpu.build_commands(args)
+    arguments = command[1 + len(measurement.program.split()) :]
+    if measurement.program in PARSE:
+        PARSE[measurement.program](arguments)
+    else:
+        assert arguments[0].startswith("--config=configs/cpu_recipe.py")
+
+
+def test_gpu_measurements_have_their_own_folders():
+    assert len({measurement.name for _, measurement in MEASUREMENTS}) == len(MEASUREMENTS)
+
+
+def test_gpu_report_has_results_and_errors(tmp_path, capsys):
+    smaller = "--encoder=tiny --batch=2 --rounds=1 --codes=32"
+    arguments = [f"--output={tmp_path}", f"--smaller={smaller}"]
+    gpu.main(["speed", "--only=tokenize-cudnn", *arguments])
+    (result,) = json.loads((tmp_path / "speed.json").read_text())
+    assert not result["error"]
+    assert result["report"]["rows"][0]["images_per_second"] > 0
+    assert "| tokenize-cudnn |" in capsys.readouterr().out
+    gpu.main(["recipe", "--only=share,loop", *arguments, "--limit=0"])
+    results = json.loads((tmp_path / "recipe.json").read_text())
+    assert [bool(result["error"]) for result in results] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["speed", "recipe"])
+def test_gpu_measurements_run(part, tmp_path):
+    for measurement in gpu.PARTS[part]:
+        smaller = "--encoder=tiny --decoder=ViT-Nano --batch=2 --rounds=1 --codes=32"
+        smaller = "--steps=40 --batch=8 --size=32" if measurement.program == gpu.LOOP else smaller
+        arguments = [f"--only={measurement.name}", f"--output={tmp_path}", f"--smaller={smaller}", "--limit=300"]
+        gpu.main([part, *arguments])
+        (result,) = json.loads((tmp_path / f"{part}.json").read_text())
+        assert not result["error"], shlex.join(arguments)
+
+
+@pytest.mark.parametrize("codes", quantizer_table.LEVELS)
+@pytest.mark.parametrize("grid", [14, 16])
+def test_rows_have_equal_bits(codes, grid):
+    bits = grid**2 * math.log2(codes)
+    for name, row in quantizer_table.model_sections(codes, grid, 8).items():
+        params = row["quantizer_params"]
+        parts = params.get("depth", params.get("groups", 1))
+        positions = sum(g**2 for g in params["grids"]) if "grids" in params else parts * grid**2
+        size = math.prod(params["levels"]) if "levels" in params else row["num_embeddings"]
+        assert 0.99 * bits < positions * math.log2(size) <= bits, name
+
+
+@pytest.fixture
+def arguments(golden, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 32), ("val", 3)):
+        for i in range(count):
+            images.write_image(tmp_path / split / f"{i}.png", rng.integers(0, 256, (56, 56, 3)).astype(np.uint8))
+    return [f"--images={tmp_path}", f"--encoder={golden / 'encoders' / 'dinov2'}", "--size=56", f"--output={tmp_path}"]
+
+
+def test_quantizer_table_has_the_selected_rows(arguments, tmp_path, capsys):
+    quantizer_table.main([*arguments, "--steps=2", "--quantizers=k-means,lfq"])
+    report = json.loads((tmp_path / "table.json").read_text())
+    rows = {row["quantizer"]: row for row in report["rows"]}
+    assert list(rows) == ["none", "k-means", "lfq"]
+    assert (report["train_images"], report["val_images"]) == (32, 3)
+    assert rows["none"]["error / variance"] == 0 == rows["none"]["time / none"] - 1
+    # Each of the 512 training tokens may have its own code, and none of these is near the validation tokens.
+    assert 0 < rows["k-means"]["error / variance"] < 2
+    assert rows["lfq"]["error / variance"] is None
+    assert all(0 < row["PSNR, dB"] < 30 and row["ms per step"] > 0 for row in rows.values())
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 5
+    assert table[2] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_k_means_row_keeps_its_codebook(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizer_table, "lloyd", lambda z, size: np.zeros((size, z.shape[-1]), np.float32))
+    quantizer_table.main([*arguments, "--steps=1", "--quantizers=k-means"])
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][1]["use"] == 1 / 2048
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--quantizers", "emu,ema"), ("--codes", 100)])
+def test_quantizer_table_rejects_unknown_rows_and_sizes(arguments, flag, value):
+    with pytest.raises(ConfigError) as error:
+        quantizer_table.main([*arguments, f"{flag}={value}"])
+    assert (error.value.field, error.value.value) == (flag, value)
+
+
+def test_tokenize_folder_times_every_way(trained, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(17):
+        images.write_image(tmp_path / f"{i:02d}.png", rng.integers(0, 256, (34 + i, 40, 3), np.uint8))
+    tokenize_folder.main([f"--checkpoint={trained}", f"--data={tmp_path}", "--batch=8", "--rounds=1"])
+    printed = capsys.readouterr().out
+    assert "16 images in batches of 8, 32 pixels" in printed
+    ways = dict(re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| ([\d.]+) \|$", printed, re.M))
+    assert list(ways) == [getattr(tokenize_folder, name) for name in ("PROGRAM", "READ", "MEMORY", "DISK")]
+    assert float(ways[tokenize_folder.PROGRAM]) == 1
