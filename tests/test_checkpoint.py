@@ -47,7 +47,7 @@ def workdir(request, tmp_path):
     if request.param == "local":
         return tmp_path
     request.getfixturevalue("buckets")
-    return storage.at(f"gs://bucket/{tmp_path.name}")
+    return storage.resolve_path(f"gs://bucket/{tmp_path.name}")
 
 
 def test_round_trip(workdir):
@@ -195,7 +195,7 @@ def test_a_failed_read_is_one_error(tmp_path):
         "from vqrae_jax import checkpoint, storage\n"
         "from vqrae_jax.errors import DamagedError\n"
         "try:\n"
-        f"    checkpoint.saved_shapes(storage.at({str(tmp_path / 'checkpoints' / '1')!r}))\n"
+        f"    checkpoint.saved_shapes(storage.resolve_path({str(tmp_path / 'checkpoints' / '1')!r}))\n"
         "except DamagedError as error:\n"
         "    print(error)\n"
         "loop = asyncio.new_event_loop()\n"

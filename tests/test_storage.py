@@ -21,14 +21,14 @@ from vqrae_jax.train import loop
 
 @pytest.fixture(autouse=True)
 def _copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("where", ["here", "bucket"])
 def test_files_are_written_whole_and_read_back(where, buckets, tmp_path):
-    folder = storage.at(tmp_path / "deep" if where == "here" else "gs://bucket/deep")
+    folder = storage.resolve_path(tmp_path / "deep" if where == "here" else "gs://bucket/deep")
     for content in (b"one\r\n", b"two"):
-        storage.write(folder / "file.json", content)
+        storage.write_bytes(folder / "file.json", content)
         assert (folder / "file.json").read_bytes() == content
     assert [p.name for p in folder.iterdir()] == ["file.json"]
 
@@ -36,7 +36,7 @@ def test_files_are_written_whole_and_read_back(where, buckets, tmp_path):
 def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(IsADirectoryError) as told:
-        storage.write(tmp_path / "taken.png", b"")
+        storage.write_bytes(tmp_path / "taken.png", b"")
     assert str(told.value) == f"[Errno 21] Is a directory: '{tmp_path / 'taken.png'}'"
     assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
 
@@ -49,9 +49,9 @@ def mode(path):
 def test_files_have_the_rights_that_the_umask_gives(umask, expected, tmp_path):
     before = os.umask(umask)
     try:
-        storage.write(tmp_path / "written", b"")
+        storage.write_bytes(tmp_path / "written", b"")
         (tmp_path / "of a library").touch(0o600)
-        storage.share(tmp_path / "of a library")
+        storage.apply_umask(tmp_path / "of a library")
     finally:
         os.umask(before)
     assert {path.name: mode(path) for path in tmp_path.iterdir()} == {"written": expected, "of a library": expected}
@@ -59,11 +59,11 @@ def test_files_have_the_rights_that_the_umask_gives(umask, expected, tmp_path):
 
 def test_fetched_files_are_copied_when_they_change(buckets):
     for name in ("a.npz", "b.npz"):
-        storage.write(f"gs://bucket/weights/{name}", name.encode())
-    folder = storage.fetch("gs://bucket/weights")
+        storage.write_bytes(f"gs://bucket/weights/{name}", name.encode())
+    folder = storage.download("gs://bucket/weights")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a.npz": b"a.npz", "b.npz": b"b.npz"}
-    storage.write("gs://bucket/weights/a.npz", b"changed")
-    assert (storage.fetch("gs://bucket/weights") / "a.npz").read_bytes() == b"changed"
+    storage.write_bytes("gs://bucket/weights/a.npz", b"changed")
+    assert (storage.download("gs://bucket/weights") / "a.npz").read_bytes() == b"changed"
     assert sources.fetch_file("gs://bucket/weights/b.npz", "field").read_bytes() == b"b.npz"
     with pytest.raises(sources.WeightsError, match="neither a file on this machine"):
         sources.fetch_file("gs://bucket/weights/absent.npz", "field")
@@ -72,18 +72,18 @@ def test_fetched_files_are_copied_when_they_change(buckets):
 def test_a_copy_is_its_original_whatever_the_clock_here_says(buckets):
     """A retrained model has files of the same size, and fewer of them where weights were in several."""
     for name in ("model-1-of-2.npz", "model.index", "config"):
-        storage.write(f"gs://bucket/exported/{name}", b"before")
-    storage.fetch("gs://bucket/exported")
-    storage.at("gs://bucket/exported/model-1-of-2.npz").unlink()
-    storage.at("gs://bucket/exported/model.index").unlink()
-    storage.write("gs://bucket/exported/config", b"latter")
-    folder = storage.fetch("gs://bucket/exported")
+        storage.write_bytes(f"gs://bucket/exported/{name}", b"before")
+    storage.download("gs://bucket/exported")
+    storage.resolve_path("gs://bucket/exported/model-1-of-2.npz").unlink()
+    storage.resolve_path("gs://bucket/exported/model.index").unlink()
+    storage.write_bytes("gs://bucket/exported/config", b"latter")
+    folder = storage.download("gs://bucket/exported")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"config": b"latter"}
 
 
 def test_what_is_replaced_while_it_is_copied_is_copied_again(buckets, monkeypatch):
-    storage.write("gs://bucket/weights/c.npz", b"before")
-    write = storage.write
+    storage.write_bytes("gs://bucket/weights/c.npz", b"before")
+    write = storage.write_bytes
 
     def slow(path, content):
         if not storage.is_remote(path):
@@ -91,29 +91,29 @@ def test_what_is_replaced_while_it_is_copied_is_copied_again(buckets, monkeypatc
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write", slow)
-        storage.fetch("gs://bucket/weights/c.npz")
-    assert storage.fetch("gs://bucket/weights/c.npz").read_bytes() == b"latter"
+        patch.setattr(storage, "write_bytes", slow)
+        storage.download("gs://bucket/weights/c.npz")
+    assert storage.download("gs://bucket/weights/c.npz").read_bytes() == b"latter"
 
 
 def test_unchanged_files_are_not_copied_again(buckets, monkeypatch):
-    storage.write("gs://bucket/weights/d.npz", b"d")
-    copy = storage.fetch("gs://bucket/weights/d.npz")
-    monkeypatch.setattr(storage, "write", None)
-    assert storage.fetch("gs://bucket/weights/d.npz") == copy
+    storage.write_bytes("gs://bucket/weights/d.npz", b"d")
+    copy = storage.download("gs://bucket/weights/d.npz")
+    monkeypatch.setattr(storage, "write_bytes", None)
+    assert storage.download("gs://bucket/weights/d.npz") == copy
 
 
 def test_a_mirror_copies_what_is_added(buckets, tmp_path):
-    mirror = Mirror(storage.at("gs://bucket/logs"))
+    mirror = Mirror(storage.resolve_path("gs://bucket/logs"))
     for lines in ("1\n", "2\n"):
         with (mirror.folder / "log").open("a") as log:
             log.write(lines)
-        mirror.copy()
-    assert storage.at("gs://bucket/logs/log").read_text() == "1\n2\n"
+        mirror.upload()
+    assert storage.resolve_path("gs://bucket/logs/log").read_text() == "1\n2\n"
     mirror.close()
     assert not mirror.folder.exists()
-    later = Mirror(storage.at("gs://bucket/logs"))
-    later.take("log")
+    later = Mirror(storage.resolve_path("gs://bucket/logs"))
+    later.restore("log")
     assert (later.folder / "log").read_text() == "1\n2\n"
     later.close()
     assert Mirror(tmp_path).folder == tmp_path
@@ -123,36 +123,36 @@ def test_what_a_bucket_refuses_is_a_sentence(buckets):
     for action in (
         lambda: checkpoint.check_writable("gs://forbidden/run"),
         lambda: Tokenizer.load("gs://forbidden/run"),
-        lambda: storage.write("gs://forbidden/file", b""),
-        lambda: storage.fetch("gs://forbidden/file"),
+        lambda: storage.write_bytes("gs://forbidden/file", b""),
+        lambda: storage.download("gs://forbidden/file"),
     ):
         with pytest.raises(StorageError, match=r"gs://forbidden.* cannot be (read|written) .*Storage Object Admin"):
             action()
-    with pytest.raises(StorageError, match="gs:// buckets only"):
-        storage.at("ftp://host/run")
+    with pytest.raises(StorageError, match="gs:// buckets"):
+        storage.resolve_path("ftp://host/run")
     with pytest.raises(CheckpointError, match="gs://bucket/absent is not a folder"):
         checkpoint.find_checkpoint("gs://bucket/absent")
 
 
 def test_staged_files_are_copied_at_the_end(buckets, tmp_path):
-    with storage.staged("gs://bucket/staged") as place:
+    with storage.stage_output("gs://bucket/staged") as place:
         (place / "inner").mkdir(parents=True)
         (place / "inner" / "a.txt").write_bytes(b"a")
         assert not any(name.startswith("staged") for name in buckets.names("bucket"))
-    assert storage.at("gs://bucket/staged/inner/a.txt").read_bytes() == b"a"
-    with storage.staged("gs://bucket/one.npz") as place:
+    assert storage.resolve_path("gs://bucket/staged/inner/a.txt").read_bytes() == b"a"
+    with storage.stage_output("gs://bucket/one.npz") as place:
         place.write_bytes(b"one")
-    assert storage.at("gs://bucket/one.npz").read_bytes() == b"one"
+    assert storage.resolve_path("gs://bucket/one.npz").read_bytes() == b"one"
 
     def fail():
-        with storage.staged("gs://bucket/none.npz") as place:
+        with storage.stage_output("gs://bucket/none.npz") as place:
             place.write_bytes(b"half")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert "none.npz" not in buckets.names("bucket")
-    with storage.staged(tmp_path / "here") as place:
+    with storage.stage_output(tmp_path / "here") as place:
         assert place == tmp_path / "here"
 
 
@@ -161,7 +161,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     def until(steps):
         return tiny(train={"steps": steps, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 1, "keep_last": 2})
 
-    workdir = storage.at("gs://bucket/runs/one")
+    workdir = storage.resolve_path("gs://bucket/runs/one")
     loop.train(until(2), workdir, one_device)
     loop.train(until(4), os.fspath(workdir), one_device)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -182,7 +182,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     # A damaged newest checkpoint gives way to the one before.
     for name in buckets.names("bucket"):
         if name.startswith("runs/one/checkpoints/4/model/"):
-            storage.at(f"gs://bucket/{name}").unlink()
+            storage.resolve_path(f"gs://bucket/{name}").unlink()
     run = loop.Run(until(5), workdir, one_device)
     assert int(run.state.step) == 3
     assert checkpoint.completed_steps(run.checkpoints.folder) == [3]

@@ -48,7 +48,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.read_only = read_only
-        self.folder = storage.at(workdir) / FOLDER if read_only else check_writable(workdir)
+        self.folder = storage.resolve_path(workdir) / FOLDER if read_only else check_writable(workdir)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -133,8 +133,8 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage
       CheckpointError: there is no complete checkpoint.
       StorageError: the bucket cannot be read.
     """
-    path = storage.at(path)
-    with storage.told(path, "read"):
+    path = storage.resolve_path(path)
+    with storage.convert_errors(path, "read"):
         exists = path.is_dir()
     if not exists:
         raise CheckpointError(f"{path} is not a folder; give the workdir of a run, or one step of its {FOLDER} folder")
@@ -242,10 +242,10 @@ def check_writable(workdir: str | os.PathLike) -> storage.Path:
       CheckpointError: no permission, no space, or a file of that name.
       StorageError: no permission for the bucket.
     """
-    folder = storage.at(workdir) / FOLDER
+    folder = storage.resolve_path(workdir) / FOLDER
     probe = folder / ".writable"  # the same name in every process, so that all report the same error
     try:
-        with storage.told(folder, "written"):
+        with storage.convert_errors(folder, "written"):
             if not storage.is_remote(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"may be deleted")
@@ -265,9 +265,9 @@ def check_shared(workdir: str | os.PathLike) -> None:
     """
     if distributed.process_count() == 1:
         return
-    probe = storage.at(workdir) / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
+    probe = storage.resolve_path(workdir) / FOLDER / f".shared-{distributed.exchange(uuid.uuid4().hex)[0]}"
     if distributed.process_index() == 0:
-        storage.write(probe, b"may be deleted")
+        storage.write_bytes(probe, b"may be deleted")
     distributed.exchange("written")
 
     def check_exists() -> None:

@@ -121,7 +121,7 @@ def _interrupt_message() -> str:
         return "interrupted"
     from vqrae_jax import checkpoint, storage
 
-    steps = checkpoint.completed_steps(storage.at(WORKDIR.value) / checkpoint.FOLDER)
+    steps = checkpoint.completed_steps(storage.resolve_path(WORKDIR.value) / checkpoint.FOLDER)
     if not steps:
         return "interrupted before the first checkpoint; the same command starts again"
     return f"interrupted; step {steps[-1]} is saved, and the same command resumes from it"

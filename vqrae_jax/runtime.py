@@ -81,6 +81,11 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vqrae_jax"
 
 
+def disable_tensorflow_paths() -> None:
+    """Makes etils read buckets through fsspec; it loads TensorFlow for them where that is installed."""
+    os.environ.setdefault("EPATH_USE_TF", "false")
+
+
 def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib.Path | None:
     """Caches compiled programs in `folder`, so that the next process with the same program starts at once.
 

@@ -1,213 +1,365 @@
-"""Folders here and in buckets behind one kind of path, and the few things in which they differ.
+"""Local and remote files behind one interface: the only module that opens, lists or copies remote paths.
 
-An object in a bucket appears whole under its name or not at all; nothing is added to it, and a folder is no more than
-how names begin. `at` gives pathlib's path for a folder here and etils' for an address, which reads and writes through
-fsspec.
+Runs, weights and codes are read and written at local paths and gs:// addresses, with the methods of pathlib
+(`resolve_path`). Datasets are read from every address that fsspec supports. An object in a bucket appears whole under
+its name or not at all, nothing can be appended to it, and a folder is only a common prefix of names.
 """
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import pathlib
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
-from vqrae_jax.errors import StorageError
+from vqrae_jax import runtime
+from vqrae_jax.errors import ConfigError, DataError, StorageError, first_line
 
 log = logging.getLogger(__name__)
 
-Path = Any  # pathlib.Path or etils.epath.Path: what `at` gives
+Path = Any  # pathlib.Path or etils.epath.Path, as returned by `resolve_path`
 
-CACHE = pathlib.Path("~/.cache/vqrae_jax/files")
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether `path` is an address, as in gs://bucket/folder."""
+    """Returns whether `path` is an address such as gs://bucket/folder."""
     return "://" in os.fspath(path)
 
 
-def at(path: str | os.PathLike) -> Path:
-    """`path` as an object with pathlib's methods: absolute, or the address gs://bucket/...
+def resolve_path(path: str | os.PathLike) -> Path:
+    """Returns an absolute local path, or the path object of a gs:// address; both have pathlib's methods.
 
     Raises:
-      StorageError: another kind of address, or a package that reading it needs is missing.
+      StorageError: another kind of address, or the package for it is not installed.
     """
     if not is_remote(path):
         return pathlib.Path(path).expanduser().absolute()
     if not os.fspath(path).startswith("gs://"):
-        raise StorageError(f"{os.fspath(path)}: runs and weights are kept in folders and in gs:// buckets only")
+        raise StorageError("runs, weights and codes must be in local folders or gs:// buckets", field=os.fspath(path))
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise StorageError(f"{os.fspath(path)} needs gcsfs: pip install 'vqrae-jax[gcs]'") from None
-    os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed, etils would load it
+        raise StorageError("gs:// needs gcsfs: pip install 'vqrae-jax[gcs]'", field=os.fspath(path)) from None
+    runtime.disable_tensorflow_paths()
     from etils import epath
 
     return epath.Path(path)
 
 
 @contextlib.contextmanager
-def told(path: str | os.PathLike, doing: str) -> Iterator[None]:
-    """What a bucket refuses becomes a StorageError; errors of folders here stay what they are.
+def convert_errors(path: str | os.PathLike, action: str) -> Iterator[None]:
+    """Converts every error of a remote path to a StorageError; errors of local paths stay as they are.
 
     Args:
-      path: what is used.
-      doing: "read" or "written".
+      action: "read" or "written", for the message.
     """
     try:
         yield
     except StorageError:
         raise
-    except Exception as error:  # gcsfs and its network library have many
+    except Exception as error:  # gcsfs and its network library raise many kinds
         if not is_remote(path):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")[:200]
         raise StorageError(
-            f"{os.fspath(path)} cannot be {doing} ({type(error).__name__}: {reason}): check the name of the bucket and "
-            "that the account of this machine may use it: the role Storage Object Admin on the bucket, and the scope "
-            "cloud-platform on the machine or `gcloud auth application-default login`"
+            f"cannot be {action} ({type(error).__name__}: {first_line(error)}); check the name of the bucket and that "
+            "the account of this machine has access: the role Storage Object Admin on the bucket, and the scope "
+            "cloud-platform on the machine or `gcloud auth application-default login`",
+            field=os.fspath(path),
         ) from error
 
 
 @contextlib.contextmanager
-def called(path: pathlib.Path) -> Iterator[None]:
-    """An error of the temporary file that becomes `path` is told of `path`: nobody has asked for the other."""
+def replace_file(path: pathlib.Path, durable: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a temporary path in the same folder; its file becomes the local file `path` if no error is raised.
+
+    Args:
+      path: a local file; missing folders are created.
+      durable: return only when the content and the name are on the disk.
+
+    Raises:
+      OSError: naming `path`; an existing file of that name is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex}{path.suffix}")  # unique across machines
     try:
-        yield
+        yield temporary
+        if durable:
+            _sync(temporary)
+        temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # becomes the same kind
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # becomes the same subclass
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write(path: str | os.PathLike, content: bytes) -> None:
-    """The file appears under its name only when it is complete; missing folders are made.
+def write_bytes(path: str | os.PathLike, content: bytes, durable: bool = False) -> None:
+    """Writes a file that appears under its name only when it is complete; creates missing folders.
 
     Raises:
-      OSError, StorageError: refused; an earlier file of that name is still there.
+      OSError, StorageError: not writable; an existing file of that name is unchanged.
     """
-    path = at(path)
+    path = resolve_path(path)
     if is_remote(path):
-        with told(path, "written"):
+        with convert_errors(path, "written"):
             path.write_bytes(content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the replacement is atomic; of a name that no writer on any machine has.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    with called(path):
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replace_file(path, durable) as temporary:
+        temporary.write_bytes(content)
 
 
-def share(path: pathlib.Path) -> None:
-    """Gives a file here the rights that the umask, or the folder's own rules, give a new one.
+def apply_umask(path: pathlib.Path) -> None:
+    """Gives a local file the permissions that a new file gets in its folder.
 
-    Libraries that write by way of a temporary file leave it readable to its owner alone, which colleagues on a cluster
-    notice.
+    Libraries that write through a temporary file leave it readable by its owner only.
     """
-    ordinary = path.with_name(f".{uuid.uuid4().hex}")  # made to look at: the umask can be asked only by changing it
+    sample = path.with_name(f".{uuid.uuid4().hex}")  # reading the umask itself would change it for other threads
     try:
-        ordinary.touch()
-        mode = ordinary.stat().st_mode
+        sample.touch()
+        mode = sample.stat().st_mode
     finally:
-        ordinary.unlink(missing_ok=True)
+        sample.unlink(missing_ok=True)
     if path.stat().st_mode != mode:
         path.chmod(mode & 0o777)
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """`path` itself if it is here, else a place here whose file, or files, are copied to that address at the end.
+def stage_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a local path for a file or folder: `path` itself, or a temporary one that is uploaded to it at the end.
 
     Raises:
-      StorageError: the bucket may not be written.
+      StorageError: the bucket is not writable.
     """
-    target = at(path)
+    target = resolve_path(path)
     if not is_remote(target):
         yield target
         return
     with tempfile.TemporaryDirectory(prefix="vqrae_jax-") as scratch:
-        place = pathlib.Path(scratch) / target.name
-        yield place
-        if place.is_file():
-            write(target, place.read_bytes())
-        for file in sorted(p for p in place.rglob("*") if p.is_file()):
-            write(target / file.relative_to(place).as_posix(), file.read_bytes())
+        local = pathlib.Path(scratch) / target.name
+        yield local
+        if local.is_file():
+            write_bytes(target, local.read_bytes())
+        for file in sorted(p for p in local.rglob("*") if p.is_file()):
+            write_bytes(target / file.relative_to(local).as_posix(), file.read_bytes())
 
 
-def fetch(path: str | os.PathLike) -> pathlib.Path:
-    """`path` itself if it is here, else a copy of that file, or of the files of that folder, made once.
+def download(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a local path: `path` itself, or a cached copy of the remote file or of the files directly in the folder.
 
-    A copy has the time of its original, not its own, so that no clock but the bucket's decides whether it is still one;
-    it is asked before the content, which may be replaced meanwhile. What is not there is not there in the copy either.
+    Copies have the modification time of their originals, so that local clocks do not matter, and are renewed when size
+    or time differ. The time is read before the content, which may be replaced meanwhile. Files that the bucket does not
+    have are removed from the copy.
 
     Raises:
-      StorageError: it may not be read.
+      StorageError: the bucket is not readable.
     """
-    source = at(path)
+    source = resolve_path(path)
     if not is_remote(source):
         return source
-    place = CACHE.expanduser() / hashlib.sha256(os.fspath(source).encode()).hexdigest()[:16] / source.name
-    with told(source, "read"):
-        files = {place / file.name: file for file in source.iterdir()} if source.is_dir() else {place: source}
+    digest = hashlib.sha256(os.fspath(source).encode()).hexdigest()[:16]
+    local = runtime.cache_folder() / "files" / digest / source.name
+    with convert_errors(source, "read"):
+        files = {local / file.name: file for file in source.iterdir()} if source.is_dir() else {local: source}
         for copy, file in files.items():
             if not file.is_file():
                 continue
-            there = file.stat()
-            if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime) != (there.length, there.mtime):
-                write(copy, file.read_bytes())
-                os.utime(copy, (there.mtime, there.mtime))
-    for copy in place.iterdir() if place.is_dir() else ():
-        if copy not in files and not copy.name.startswith("."):  # those are being written
+            stat = file.stat()
+            if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime) != (stat.length, stat.mtime):
+                write_bytes(copy, file.read_bytes())
+                os.utime(copy, (stat.mtime, stat.mtime))
+    for copy in local.iterdir() if local.is_dir() else ():
+        if copy not in files and not copy.name.startswith("."):  # hidden files are being written
             copy.unlink(missing_ok=True)
-    return place
+    return local
 
 
 class Mirror:
-    """A folder here to keep logs in, which are added to; one in a bucket gets copies of its files.
+    """A local folder for logs, which are appended to; its files are uploaded if `target` is in a bucket.
 
     Attributes:
-      folder: `target` itself if it is a folder here, else a temporary one.
+      folder: `target` if it is local, otherwise a temporary folder.
     """
 
     def __init__(self, target: Path):
-        self._target, self._scratch = target, None
-        self.folder = target
-        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self.folder, self._target, self._scratch = target, target, None
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
         self._last = time.monotonic()
         if is_remote(target):
             self._scratch = tempfile.TemporaryDirectory(prefix="vqrae_jax-")
             self.folder = pathlib.Path(self._scratch.name)
 
-    def take(self, name: str) -> None:
-        """Takes over what an earlier run has written under `name`, to add to it."""
+    def restore(self, name: str) -> None:
+        """Downloads a file of an earlier process, so that this one appends to it."""
         if self._scratch and (self._target / name).is_file():
             (self.folder / name).write_bytes((self._target / name).read_bytes())
 
-    def copy(self, seconds: float = 0.0) -> None:
-        """Copies files that have changed, unless that was done in the last `seconds`; what fails is tried again."""
+    def upload(self, seconds: float = 0.0) -> None:
+        """Uploads files that have changed, at most once in `seconds`; failed uploads are repeated at the next call."""
         if self._scratch is None or time.monotonic() - self._last < seconds:
             return
         self._last = time.monotonic()
         for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             state = file.stat().st_size, file.stat().st_mtime_ns
-            if self._copied.get(file) == state:
+            if self._uploaded.get(file) == state:
                 continue
             try:
-                write(self._target / file.relative_to(self.folder).as_posix(), file.read_bytes())
-                self._copied[file] = state
-            except StorageError as error:  # the run is worth more than its log
-                log.warning("%s; tried again later", error)
+                write_bytes(self._target / file.relative_to(self.folder).as_posix(), file.read_bytes())
+                self._uploaded[file] = state
+            except StorageError as error:  # a run must not end because of its logs
+                log.warning("%s; the upload is tried again later", error)
                 return
 
     def close(self) -> None:
-        self.copy()
+        """Uploads what has changed and removes the temporary folder."""
+        self.upload()
         if self._scratch:
             self._scratch.cleanup()
+
+
+def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
+    """Returns the files in a local or remote folder, sorted within each folder; hidden ones are left out.
+
+    Args:
+      field: config field or argument that `folder` comes from.
+      recursive: include subfolders. Symbolic links are followed, each folder is listed once.
+
+    Raises:
+      DataError: the folder is missing, a file, not readable, or empty (in a bucket).
+      ConfigError: the kind of address is unknown or its package is not installed.
+    """
+    if not is_remote(folder):
+        return _list_local(folder, field, recursive)
+    system, path = _file_system(folder, field)
+    try:
+        names = system.find(path)
+    except FileNotFoundError:
+        names = []
+    except Exception as error:  # each file system raises its own kinds
+        raise DataError(
+            f"cannot be listed ({type(error).__name__}: {first_line(error)}); check the name and that the account of "
+            "this machine has access (`gcloud auth application-default login`, or the scopes of the machine)",
+            field=field, value=folder,
+        ) from error  # fmt: skip
+    if not names:
+        raise DataError("does not exist or is empty; check the bucket and the folder", field=field, value=folder)
+    names = sorted(name.removeprefix(path.rstrip("/")) for name in names)  # each starts with a slash
+    names = [name for name in names if "/." not in name and (recursive or "/" not in name[1:])]
+    return [folder.rstrip("/") + name for name in names]
+
+
+def file_size(path: str) -> int:
+    """Returns the number of bytes of a file; raises OSError if it is missing or not readable."""
+    with open_file(path) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
+    """Returns bytes [start, end) of a file, fewer if it ends earlier; the file is opened and closed at each call.
+
+    Raises:
+      OSError: missing (FileNotFoundError) or not readable.
+    """
+    if is_remote(path):
+        system, name = _file_system(path, "data.path")
+        return _raise_os_error(lambda: system.cat_file(name, start=start, end=end), path)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if end is None else end - start)
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file for reading and seeking in binary mode.
+
+    Raises:
+      OSError: missing or not readable, at this call or at a later one of the file.
+    """
+    if not is_remote(path):
+        return open(path, "rb")
+    system, name = _file_system(path, "data.path")
+    return _RemoteFile(_raise_os_error(lambda: system.open(name, "rb"), path), path)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec that raises only OSErrors."""
+
+    def __init__(self, file: Any, path: str):
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = _raise_os_error(lambda: self._file.read(len(buffer)), self._path)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _list_local(folder: str, field: str, recursive: bool) -> list[str]:
+    if not os.path.isdir(folder or "."):
+        problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        raise DataError(problem, field=field, value=folder)
+    files, visited = [], set()
+    for parent, folders, names in os.walk(folder or ".", followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        files += [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return files if folder else [os.path.normpath(file) for file in files]
+
+
+def _file_system(path: str, field: str) -> tuple[Any, str]:
+    """Returns fsspec's file system for an address and the path within it."""
+    import fsspec
+
+    protocol = path.split("://")[0]
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol, f"fsspec's package for {protocol}")
+        raise ConfigError(f"{protocol}:// needs {package}: pip install {package}", field=field, value=path) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{first_line(error)}; use gs://, s3:// or others of fsspec", field=field, value=path
+        ) from error
+
+
+def _raise_os_error(action: Callable[[], Any], path: str) -> Any:
+    """Calls `action`; its errors become FileNotFoundError (a missing file) or ConnectionError (everything else)."""
+    try:
+        return action()
+    except Exception as error:  # each file system raises its own kinds
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+        raise kind(f"{path!r}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -29,7 +29,7 @@ def test_a_port_that_is_none_is_refused_at_once(port):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    for name, photograph in zip("ab", photographs.load("validation"), strict=True):
+    for name, photograph in zip("ab", photographs.load_photographs("validation"), strict=True):
         images.write_image(folder / f"{name}.png", photograph)
     (folder / "text.png").write_text("no picture")
     return folder

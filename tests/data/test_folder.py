@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from vqrae_jax.data import images
+from vqrae_jax import storage
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.errors import DataError, ImageError
 
@@ -36,7 +36,7 @@ def test_pictures_of_other_kinds_are_told_once_and_notes_are_not(tmp_path, caplo
     make(tmp_path, "a.avif", "b.webp", "c.HEIC", "deep/d.heic", "e.jxl", "f.jfif", "notes.txt", "labels.json")
     assert len(Folder(tmp_path)) == 3
     assert len(caplog.messages) == 1
-    assert f"{tmp_path}: files left out" in caplog.text  # of whatever field or argument it is
+    assert f"{tmp_path}: skipped files" in caplog.text  # of whatever field or argument it is
     assert ".heic (2), .jxl (1); convert" in caplog.text
 
 
@@ -46,7 +46,7 @@ def test_files_are_read_when_asked_for(tmp_path):
     (tmp_path / "a.png").write_bytes(b"later")
     (tmp_path / "b.png").unlink()
     assert source[0]["image"] == b"later"
-    with pytest.raises(ImageError, match=r"b\.png' is not there any more"):
+    with pytest.raises(ImageError, match=r"b\.png' does not exist any more"):
         source[1]
     assert "b.png" in source.name(1)
 
@@ -65,7 +65,7 @@ def test_equal_folders_have_equal_descriptions(tmp_path):
 
 def test_names_by_the_million_fit_in_memory_and_in_what_workers_are_sent(monkeypatch):
     names = [f"/data/n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(20_000)]
-    monkeypatch.setattr(images, "_walk", lambda *_: list(names))
+    monkeypatch.setattr(storage, "list_files", lambda *_: list(names))
     tracemalloc.start()
     try:
         source = Folder("/data")

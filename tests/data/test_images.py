@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqrae_jax.data.folder import list_images
 from vqrae_jax.data.images import (
     adm_center_crop,
     adm_random_crop,
     center_crop,
     flip,
-    image_files,
     random_crop,
     read_image,
-    read_picture,
+    read_pil_image,
     write_image,
 )
 from vqrae_jax.errors import DataError, ImageError
@@ -79,7 +79,7 @@ def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_behind(tmp_pat
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, name, image):
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         write_image(tmp_path / name, image)
     assert not os.listdir(tmp_path)
 
@@ -146,7 +146,7 @@ def test_of_an_animation_the_first_frame_counts():
 def test_a_large_jpeg_may_be_read_smaller_but_not_too_small(picture):
     large = Image.fromarray(picture).resize((960, 640))
     data = encoded(large, "JPEG", quality=95)
-    small = read_image(data, at_least=100)
+    small = read_image(data, min_side=100)
     assert 100 <= min(small.shape[:2]) < 200
     assert np.abs(center_crop(small, 32).astype(int) - center_crop(np.asarray(large), 32)).mean() < 3
     assert read_image(data).shape == (640, 960, 3)
@@ -249,7 +249,7 @@ def test_scale_is_the_side_in_source_pixels():
 
 def test_a_picture_is_cropped_as_its_array(picture):
     data = encoded(Image.fromarray(picture).resize((240, 160)), "PNG")
-    array, read = read_image(data), read_picture(data)
+    array, read = read_image(data), read_pil_image(data)
     assert np.array_equal(array, read)
     crops = [
         lambda image, rng: center_crop(image, 32),
@@ -303,19 +303,19 @@ def test_image_files_are_found_below_and_in_a_fixed_order(tmp_path):
     for name in ["b/2.JPG", "b/1.png", "a ü/猫.webp", "top.GIF", "a ü/notes.txt", ".hidden.png", ".cache/x.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [os.path.relpath(path, tmp_path).replace(os.sep, "/") for path in image_files(tmp_path)]
+    found = [os.path.relpath(path, tmp_path).replace(os.sep, "/") for path in list_images(tmp_path)]
     assert found == ["a ü/猫.webp", "b/1.png", "b/2.JPG", "top.GIF"]
 
 
 def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert len(image_files(tmp_path)) == 1
+    assert len(list_images(tmp_path)) == 1
 
 
 def test_a_wrong_folder_is_explained(tmp_path):
     (tmp_path / "file.png").touch()
     (tmp_path / "empty").mkdir()
-    for name, reason in [("none", "does not exist"), ("file.png", "is a file"), ("empty", "holds no images")]:
+    for name, reason in [("none", "does not exist"), ("file.png", "is a file"), ("empty", "no images")]:
         with pytest.raises(DataError, match=rf"data\.eval_path=.*{name}.* {reason}"):
-            image_files(tmp_path / name, "data.eval_path")
+            list_images(tmp_path / name, "data.eval_path")

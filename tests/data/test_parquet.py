@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data import parquet, sources
+from vqrae_jax.data import parquet
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.pipeline import train_batches
 from vqrae_jax.errors import DataError, ImageError
@@ -54,10 +54,10 @@ def test_each_row_has_its_image_and_label(tmp_path, kind, name):
 
 
 def test_its_listing_tells_other_files(tmp_path):
-    before = sources.listing(Tables(write(tmp_path, "parquet")), 4)
-    assert sources.listing(Tables(tmp_path), 4) == before
+    before = Tables(write(tmp_path, "parquet")).hash_listing(4)
+    assert Tables(tmp_path).hash_listing(4) == before
     (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "train-00002-of-00002.parquet")
-    assert sources.listing(Tables(tmp_path), 4) != before
+    assert Tables(tmp_path).hash_listing(4) != before
 
 
 def test_bare_bytes_without_labels(tmp_path):
@@ -91,7 +91,7 @@ def test_damage_is_told_from_what_cannot_be_read_now(tmp_path, monkeypatch):
         raise ConnectionError(f"{name} timed out")
 
     with monkeypatch.context() as patch:
-        patch.setattr(parquet, "_opened", refuse)
+        patch.setattr(parquet, "_open_file", refuse)
         with pytest.raises(OSError, match="timed out"):
             source[0]
     assert source[0]["label"] == 0
@@ -100,9 +100,9 @@ def test_damage_is_told_from_what_cannot_be_read_now(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": ["a"]}, r"no column of encoded images; its columns are text: string"),
+        ({"text": ["a"]}, r"no column of encoded images; the columns are text: string"),
         ({"a": [b"a"], "b": [b"b"]}, "several columns of bytes"),
-        ({"image": pa.array([], pa.binary())}, "has no rows"),
+        ({"image": pa.array([], pa.binary())}, "no rows"),
     ],
 )
 def test_tables_without_images_are_refused(tmp_path, columns, message):

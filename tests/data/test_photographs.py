@@ -14,7 +14,7 @@ from vqrae_jax.errors import DataError
 def test_photographs_are_large_and_in_colour_without_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     for split, least in [("train", 4), ("validation", 2)]:
-        pictures = photographs.load(split)
+        pictures = photographs.load_photographs(split)
         assert len(pictures) >= least
         for picture in pictures:
             assert picture.dtype == np.uint8
@@ -24,7 +24,7 @@ def test_photographs_are_large_and_in_colour_without_network(monkeypatch):
 
 def test_no_validation_photograph_is_trained_on():
     thumbnails = {
-        split: [center_crop(picture, 16).astype(float) for picture in photographs.load(split)]
+        split: [center_crop(picture, 16).astype(float) for picture in photographs.load_photographs(split)]
         for split in ("train", "validation")
     }
     for held_out in thumbnails["validation"]:
@@ -53,4 +53,4 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     monkeypatch.setattr(photographs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"data\.source.*pip install scikit-image"):
-        photographs.load("train")
+        photographs.load_photographs("train")

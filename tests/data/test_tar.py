@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax.config import DataConfig
-from vqrae_jax.data import sources, tar
+from vqrae_jax.data import tar
 from vqrae_jax.data.pipeline import train_batches
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.errors import DataError, ImageError
@@ -176,8 +176,8 @@ def test_a_shard_cut_short_later_and_a_gigantic_member_cost_only_their_images(sh
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(ImageError, match="cut short"):
         source[6]
-    monkeypatch.setattr(tar, "LARGEST", 20)
-    with pytest.raises(ImageError, match="more than the 20"):
+    monkeypatch.setattr(tar, "MAX_IMAGE_BYTES", 20)
+    with pytest.raises(ImageError, match="limit of 20"):
         source[0]
 
 
@@ -210,8 +210,8 @@ def test_a_bucket_of_shards(shards):
 
 
 def test_its_listing_tells_changed_images(shards):
-    before = sources.listing(TarShards(shards), 4)
+    before = TarShards(shards).hash_listing(4)
     write(shards / "train-2.tar", [("new.png", b"new")])
-    assert sources.listing(TarShards(shards), 4) == before  # the first four are as they were
+    assert TarShards(shards).hash_listing(4) == before  # the first four are as they were
     write(shards / "train-0.tar", [(f"n/{i:03d}.png", png(20 * i) + b" ") for i in range(4)])
-    assert sources.listing(TarShards(shards), 4) != before
+    assert TarShards(shards).hash_listing(4) != before

@@ -30,12 +30,12 @@ def tokenized(tmp_path_factory):
 def written(folder, size, side, code):
     """`code` of the numbers of image and position."""
     plan = codes.Plan("0" * 64, "made up", 10, "one", (side, side), "uint16", size, 32, "parquet", 4)
-    for shard in codes.begin(folder, plan):
-        index = np.arange(*plan.range(shard))
+    for shard in codes.start_dataset(folder, plan):
+        index = np.arange(*plan.image_range(shard))
         grids = code(index[:, None, None], np.arange(side**2).reshape(side, side)).astype(np.uint16)
         columns = Columns(index, [f"{i}.png" for i in index], (index % 3).astype(np.int32), grids)
         codes.write_shard(folder, plan, shard, columns)
-    codes.finish(folder, plan)
+    codes.finish_dataset(folder, plan)
     return folder
 
 

@@ -71,7 +71,7 @@ def finish(children, timeout=900):
 
 def losses(workdir):
     """{step: loss}, of a step that ran twice the last."""
-    lines = [json.loads(line) for line in (storage.at(workdir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (storage.resolve_path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
 
@@ -320,9 +320,9 @@ import sys
 from vqrae_jax import main
 from vqrae_jax.data import folder
 
-find = folder.image_files
+find = folder.list_images
 if "--process=1" in sys.argv:
-    folder.image_files = lambda path, field: find(path, field)[field == "data.eval_path" :]
+    folder.list_images = lambda path, field: find(path, field)[field == "data.eval_path" :]
 main.run()
 """
 

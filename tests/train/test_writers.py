@@ -29,11 +29,11 @@ def started(monkeypatch):
 
 def write(target):
     """A run in `target`, here or in a bucket, as the loop starts and ends it."""
-    logs = storage.Mirror(storage.at(target))
+    logs = storage.Mirror(storage.resolve_path(target))
     logs.folder.mkdir(parents=True, exist_ok=True)
     for name in (METRICS_FILE, WANDB_FILE):
-        logs.take(name)
-    Writers(logs.folder, storage.at(target).name, {}, "project").close()
+        logs.restore(name)
+    Writers(logs.folder, storage.resolve_path(target).name, {}, "project").close()
     logs.close()
 
 

@@ -56,10 +56,10 @@ def report(args: argparse.Namespace) -> dict[str, float]:
     """Runs the command; returns the numbers."""
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
     numbers, charts = study(tokenizer, _read(args, tokenizer.image_size))
-    output = storage.at(args.output)
+    output = storage.resolve_path(args.output)
     for name, chart in charts.items():
         images.write_image(output / f"{name}.png", chart)
-    storage.write(output / "report.json", json.dumps(numbers, indent=2).encode())
+    storage.write_bytes(output / "report.json", json.dumps(numbers, indent=2).encode())
     for name, value in numbers.items():
         print(f"{name:>24}: {value:.4g}")
     if numbers["usage"] < args.alarm:

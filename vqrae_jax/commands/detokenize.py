@@ -54,13 +54,13 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     Raises:
       DataError: codes of another tokenizer, of another grid, or out of range.
     """
-    path, output = storage.at(args.codes), storage.at(args.output)
+    path, output = storage.resolve_path(args.codes), storage.resolve_path(args.output)
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
         raise DataError(f"--names=id: --codes={path} is an array, whose rows have no ids; leave out --names")
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
     if dataset is None:
-        array = _read_array(storage.fetch(path))
+        array = _read_array(storage.download(path))
         total, shards = len(array), iter([(_numbered(range(len(array))), array)])
     else:
         _check(dataset, tokenizer, args.force)

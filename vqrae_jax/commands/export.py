@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the files written."""
-    output = storage.at(args.output)
+    output = storage.resolve_path(args.output)
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
         raise ConfigError(f"--output={output}: a PyTorch checkpoint is a .pt or .pth file")
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> list[storage.Path]:
         tokenizer.save_pretrained(output)
         return [output / folder.CONFIG, output / folder.WEIGHTS]
     if args.format == "stablehlo":
-        with storage.staged(output) as place:
+        with storage.stage_output(output) as place:
             written = stablehlo.write_programs(tokenizer.module, jax.device_get(tokenizer.variables), place)
         return [output / file.name for file in written]
     variables = jax.device_get(tokenizer.trained)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> list[storage.Path]:
     if statistics := writers.pytorch_statistics(variables):
         states[output.with_name(f"{output.stem}_stat.pt")] = statistics
     for file, state in states.items():
-        with storage.staged(file) as place:
+        with storage.stage_output(file) as place:
             place.parent.mkdir(parents=True, exist_ok=True)
             writers.write_torch(state, place)
     return list(states)

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
     config = read_config(args.config)
     _, variables = pytorch_checkpoint.read_checkpoint(config, args.checkpoint, args.weights)
-    with storage.staged(args.output) as place:
+    with storage.stage_output(args.output) as place:
         folder.write(place, config, variables, frozen=False)
-    return storage.at(args.output)
+    return storage.resolve_path(args.output)
 
 
 def read_config(name: str) -> ModelConfig:

@@ -116,7 +116,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @data_flags.told()
 def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Runs the command; returns what it wrote."""
-    output = storage.at(args.output)
+    output = storage.resolve_path(args.output)
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
@@ -130,7 +130,7 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if not (images := moments.positions.count):
         raise DataError(f"--data={args.data}: none of {batches.count} images is readable")
     result = moments.result(args.per_position, args.components)
-    with storage.staged(output) as place:
+    with storage.stage_output(output) as place:
         place.parent.mkdir(parents=True, exist_ok=True)
         np.savez(place, **result)
     share = result["pca_var"].sum() * moments.channels.count / np.trace(moments.channels.products)

@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def plot(args: argparse.Namespace) -> list[str]:
     """Runs the command; returns the titles of the charts drawn."""
     suffix = pathlib.Path(args.output).suffix.lower()
-    if suffix not in (accepted := (*images.WRITTEN, *VECTORS)):
+    if suffix not in (accepted := (*images.SAVE_OPTIONS, *VECTORS)):
         raise DataError(f"--output={args.output}: its suffix must be one of {', '.join(accepted)}")
     runs = {name: read(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
     chosen = {pattern: (pattern,) for pattern in args.show} if args.show else PANELS
@@ -65,7 +65,7 @@ def plot(args: argparse.Namespace) -> list[str]:
     if args.show and empty:
         print(f"--show: nothing in {METRICS_FILE} is called {', '.join(empty)}; it has: {known}", file=sys.stderr)
     if suffix in VECTORS:
-        storage.write(storage.at(args.output), pictures.curves_file(panels, suffix[1:]))
+        storage.write_bytes(storage.resolve_path(args.output), pictures.curves_file(panels, suffix[1:]))
     else:
         images.write_image(args.output, pictures.curves(panels))
     print(f"wrote {args.output}: {', '.join(panels)}")
@@ -81,7 +81,7 @@ def read(workdir: str | os.PathLike) -> Series:
     Raises:
       DataError: there is no log.
     """
-    file = storage.at(workdir) / METRICS_FILE
+    file = storage.resolve_path(workdir) / METRICS_FILE
     if not file.is_file():
         raise DataError(f"--workdir={os.fspath(workdir)!r}: it has no {METRICS_FILE}, so no run has logged there")
     found: dict[str, dict[int, float]] = {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.commands import command_line as command
-from vqrae_jax.data import images
+from vqrae_jax.data import folder, images
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 from vqrae_jax.evaluation import visualize as pictures
 from vqrae_jax.evaluation.psnr import psnr
@@ -59,10 +59,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the pictures written."""
-    output = storage.at(args.output)
+    output = storage.resolve_path(args.output)
     each = not output.suffix
-    if not each and output.suffix.lower() not in images.WRITTEN:
-        raise DataError(f"--output={output}: pictures are written as {', '.join(sorted(images.WRITTEN))}")
+    if not each and output.suffix.lower() not in images.SAVE_OPTIONS:
+        raise DataError(f"--output={output}: pictures are written as {', '.join(sorted(images.SAVE_OPTIONS))}")
     if args.only and args.show is not None:
         raise ConfigError(
             f"--only and --show={args.show}: --only writes the reconstructions alone; leave one of them out"
@@ -103,7 +103,7 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
 
 def _files(name: str) -> list[str]:
     if pathlib.Path(name).is_dir():
-        return images.image_files(name, field="--image")
+        return folder.list_images(name, field="--image")
     if pathlib.Path(name).exists() or not glob.has_magic(name):
         return [name]
     if not (found := sorted(glob.glob(name, recursive=True))):
@@ -177,7 +177,9 @@ def _report(
     if args.metrics:
         report = {"mean": mean, "pictures": figures, "skipped": skipped}
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        storage.write(args.metrics, text.encode(errors="backslashreplace"))  # names that are no UTF-8: JSON's escapes
+        storage.write_bytes(
+            args.metrics, text.encode(errors="backslashreplace")
+        )  # names that are no UTF-8: JSON's escapes
     if len(figures) > 1:
         print(f"mean of {len(figures)} pictures: {_told(mean)}")
     if skipped:

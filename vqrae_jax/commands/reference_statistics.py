@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @data_flags.told()
 def reference_statistics(args: argparse.Namespace) -> Moments:
     """Runs the command; returns what it wrote."""
-    output = storage.at(args.output)
+    output = storage.resolve_path(args.output)
     if output.suffix != ".npz":
         raise DataError(f"--output={output}: the statistics are written as .npz")
     name = "inception" if args.inception else "encoder"
@@ -71,7 +71,7 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     if moments.count < 2:
         raise DataError(f"--data={args.data}: {moments.count} of its images can be read; a covariance needs two")
     gaussian = moments.gaussian()
-    with storage.staged(output) as place:
+    with storage.stage_output(output) as place:
         reference.write(place, gaussian)
     width = len(gaussian.mean)
     few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""

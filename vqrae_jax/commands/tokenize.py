@@ -19,7 +19,8 @@ import numpy as np
 from vqrae_jax import distributed, sharding
 from vqrae_jax.commands import command_line as command
 from vqrae_jax.commands import data_arguments as data_flags
-from vqrae_jax.data import code_shards, codes, ordered, sources
+from vqrae_jax.data import code_shards, codes, pipeline
+from vqrae_jax.data.images import VIEWS
 from vqrae_jax.data.readable import Skipped
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--views",
         default="one",
-        choices=list(ordered.VIEWS),
+        choices=list(VIEWS),
         help="codes per image: central crop, also mirrored, ten; default: %(default)s",
     )
     parser.add_argument("--limit", type=command.at_least_1, help="the first so many images only")
@@ -75,7 +76,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
     plan = make_plan(args, tokenizer, len(source))
-    plan = dataclasses.replace(plan, listing=sources.listing(source, plan.images))
+    plan = dataclasses.replace(plan, listing=source.hash_listing(plan.images))
     batch = args.batch or _batch(plan.views, len(devices))
     # Of what nobody has chosen, the last batch of a shard is filled up by images that are not counted: the shards of
     # three devices are those of four.
@@ -85,11 +86,11 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
             f"--shard-size={args.shard_size} is no multiple of the batch of {batch} images: "
             f"give {-(-args.shard_size // batch) * batch}, or another --batch"
         )
-    missing = codes.begin(args.output, plan)
+    missing = codes.start_dataset(args.output, plan)
     mine = [shard for shard in missing if shard % processes == process]
     if mine:
         write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
-    manifest = codes.finish(args.output, plan, source.key)
+    manifest = codes.finish_dataset(args.output, plan, source.key)
     _report(args, plan, manifest, len(mine), source)
     return manifest
 
@@ -100,8 +101,8 @@ def write_shards(
     """Encodes and writes `shards`. Reading, the device and the disk work at the same time.
 
     Args:
-      source: of `sources.evaluation_source`.
-      output: folder, for which `codes.begin` was called.
+      source: of `pipeline.evaluation_source`.
+      output: folder, for which `codes.start_dataset` was called.
       batch: images per batch; one ends with its shard, so that a divisor of the plan's shard size wastes nothing.
       threads: that read and crop.
     """
@@ -118,7 +119,7 @@ def write_shards(
 
 
 def find_source(args: argparse.Namespace) -> Any:
-    return sources.evaluation_source(data_flags.data_config(args))
+    return pipeline.evaluation_source(data_flags.data_config(args))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
     """What the command will write, for a source of so many images."""
-    views = len(ordered.VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
+    views = len(VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
     described = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
     if args.source == "folder":
         del described["split"]
@@ -150,12 +151,12 @@ def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> co
 
 def _batch(views: str, devices: int) -> int:
     """Images per batch: a power of two, of about ROWS pictures per device."""
-    pictures = len(ordered.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
+    pictures = len(VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
     return devices << max((ROWS // pictures).bit_length() - 1, 0)
 
 
 def _length(plan: codes.Plan, shard: int) -> int:
-    start, stop = plan.range(shard)
+    start, stop = plan.image_range(shard)
     return stop - start
 
 
@@ -163,8 +164,8 @@ def _encode(
     tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], batch: int, threads: int
 ) -> Iterator[tuple[int, code_shards.Columns]]:
     """The content of each shard."""
-    starts = [start for shard in shards for start in range(*plan.range(shard), batch)]
-    batches = ordered.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, Skipped())
+    starts = [start for shard in shards for start in range(*plan.image_range(shard), batch)]
+    batches = pipeline.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, Skipped())
     known = collections.deque()
 
     def pictures() -> Iterator[np.ndarray]:
@@ -177,13 +178,13 @@ def _encode(
     for indices in tokenizer.stream("encode_to_indices", pictures()):
         read = known.popleft()
         first, shard = read["first"], read["first"] // plan.shard_size
-        stop = plan.range(shard)[1]
+        stop = plan.image_range(shard)[1]
         kept = np.flatnonzero(read["mask"] & (first + np.arange(batch) < stop))
         grids = indices.reshape(batch, *plan.code_shape)[kept].astype(plan.code_dtype)
         ids = [source.key(first + int(i)) for i in kept]
         parts.append(code_shards.Columns(first + kept, ids, read["label"][kept], grids))
         if first + batch >= stop:
-            yield shard, code_shards.joined(parts)
+            yield shard, code_shards.concatenate(parts)
             parts = []
 
 

@@ -1,4 +1,4 @@
-"""One file of codes with labels and ids, in four formats that others read too; without JAX."""
+"""Files of codes with labels and ids in four common formats; read and written without JAX."""
 
 import dataclasses
 import errno
@@ -7,9 +7,11 @@ import json
 import os
 import pathlib
 import tarfile
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+from jaxtyping import UInt
 
 from vqrae_jax import storage
 from vqrae_jax.errors import DataError, StorageError
@@ -20,19 +22,19 @@ SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "webdataset": ".tar", "array_r
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The content of a shard: one entry per image that could be read."""
+    """The content of a shard, one row for each image that could be read."""
 
-    index: np.ndarray  # int64 [n], number of the image in the source
+    index: np.ndarray  # int64 [rows], number of the image in the source
     id: list[str]
-    label: np.ndarray  # int32 [n], -1 where there is none
-    codes: np.ndarray  # [n, *code_shape]
+    label: np.ndarray  # int32 [rows], -1 without a label
+    codes: np.ndarray  # unsigned integers [rows, *code_shape]
 
     def __len__(self) -> int:
         return len(self.index)
 
 
-def joined(parts: list[Columns]) -> Columns:
-    """One after the other."""
+def concatenate(parts: list[Columns]) -> Columns:
+    """Returns the rows of all parts, one part after another."""
     return Columns(
         np.concatenate([part.index for part in parts]).astype(np.int64),
         [name for part in parts for name in part.id],
@@ -42,23 +44,24 @@ def joined(parts: list[Columns]) -> Columns:
 
 
 def read_shard(path: str | os.PathLike) -> Columns:
-    """The content of one shard, whatever its format; of one in a bucket a copy is made.
+    """Reads a shard of any format; a remote one is downloaded first.
 
     Raises:
-      DataError: missing, damaged, or of another kind.
-      StorageError: the bucket may not be read.
+      DataError: missing, damaged, or not a shard of codes.
+      StorageError: the bucket is not readable.
     """
-    path = storage.at(path)
+    path = storage.resolve_path(path)
     kind = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if kind is None:
-        raise DataError(f"{path} is no shard of codes: those end in {', '.join(SUFFIXES.values())}")
+        problem = f"not a shard of codes; expected a file ending in {', '.join(SUFFIXES.values())}"
+        raise DataError(problem, field=os.fspath(path))
     try:
-        return READ[kind](storage.fetch(path))
+        return READERS[kind](storage.download(path))
     except StorageError:
         raise
-    except Exception as error:  # each library has its own for a damaged file
+    except Exception as error:  # each library raises its own kinds for damaged files
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} cannot be read as a shard of codes ({reason})") from error
+        raise DataError(f"cannot be read as a shard of codes ({reason})", field=os.fspath(path)) from error
 
 
 def _write_npz(path: pathlib.Path, columns: Columns) -> None:
@@ -72,7 +75,7 @@ def _read_npz(path: pathlib.Path) -> Columns:
 
 
 def _write_parquet(path: pathlib.Path, columns: Columns) -> None:
-    """Codes are flat lists of a fixed length; their shape is in the schema's metadata."""
+    """Writes codes as flat lists of a fixed length, and their shape in the metadata of the schema."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -99,11 +102,9 @@ def _read_parquet(path: pathlib.Path) -> Columns:
 
 
 def _write_webdataset(path: pathlib.Path, columns: Columns) -> None:
-    """A sample is NUMBER.npy (codes), NUMBER.cls (label) and NUMBER.json (id)."""
+    """Writes each row as NUMBER.npy (codes), NUMBER.cls (label) and NUMBER.json (id)."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, name, label, codes in zip(
-            columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
-        ):
+        for index, name, label, codes in _rows(columns):
             array = io.BytesIO()
             np.save(array, codes)
             parts = {"npy": array.getvalue(), "cls": str(label).encode(), "json": json.dumps({"id": name}).encode()}
@@ -124,24 +125,22 @@ def _read_webdataset(path: pathlib.Path) -> Columns:
         np.asarray(list(samples), np.int64),
         [json.loads(row["json"])["id"] for row in rows],
         np.asarray([int(row["cls"]) for row in rows], np.int32),
-        _stacked([np.load(io.BytesIO(row["npy"]), allow_pickle=False) for row in rows]),
+        _stack([np.load(io.BytesIO(row["npy"]), allow_pickle=False) for row in rows]),
     )
 
 
 def _write_array_record(path: pathlib.Path, columns: Columns) -> None:
-    """A record is a msgpack map: index, id, label, codes (bytes, little-endian), shape and dtype of the codes."""
+    """Writes each row as a msgpack map: index, id, label, codes (little-endian bytes), shape, dtype."""
     import msgpack
     from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
         writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
-        for index, name, label, codes in zip(
-            columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True
-        ):
+        for index, name, label, codes in _rows(columns):
             kind = {"shape": codes.shape, "dtype": codes.dtype.str}
             writer.write(msgpack.packb({"index": index, "id": name, "label": label, "codes": codes.tobytes(), **kind}))
         writer.close()
-    except RuntimeError as error:  # all that it raises, also of a full disk
+    except RuntimeError as error:  # its only kind, also for a full disk
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
@@ -150,7 +149,7 @@ def _read_array_record(path: pathlib.Path) -> Columns:
     import msgpack
     from array_record.python.array_record_module import ArrayRecordReader
 
-    if not path.is_file():  # the library ends the process over some of what it cannot open
+    if not path.is_file():  # the library ends the process for some files that it cannot open
         raise FileNotFoundError(path)
     reader = ArrayRecordReader(os.fspath(path))
     rows = [msgpack.unpackb(record) for record in (reader.read_all() if reader.num_records() else [])]
@@ -159,17 +158,21 @@ def _read_array_record(path: pathlib.Path) -> Columns:
         np.asarray([row["index"] for row in rows], np.int64),
         [row["id"] for row in rows],
         np.asarray([row["label"] for row in rows], np.int32),
-        _stacked([np.frombuffer(row["codes"], row["dtype"]).reshape(row["shape"]) for row in rows]),
+        _stack([np.frombuffer(row["codes"], row["dtype"]).reshape(row["shape"]) for row in rows]),
     )
 
 
-WRITE = {
+def _rows(columns: Columns) -> Iterator[tuple[int, str, int, np.ndarray]]:
+    return zip(columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True)
+
+
+def _stack(rows: list[UInt[np.ndarray, "..."]]) -> UInt[np.ndarray, "..."]:
+    return np.stack(rows) if rows else np.zeros((0, 0), np.uint16)
+
+
+WRITERS = {
     "npz": _write_npz, "parquet": _write_parquet, "webdataset": _write_webdataset, "array_record": _write_array_record,
 }  # fmt: skip
-READ = {
+READERS = {
     "npz": _read_npz, "parquet": _read_parquet, "webdataset": _read_webdataset, "array_record": _read_array_record,
 }  # fmt: skip
-
-
-def _stacked(rows: list[np.ndarray]) -> np.ndarray:
-    return np.stack(rows) if rows else np.zeros((0, 0), np.uint16)

@@ -1,8 +1,8 @@
-"""A tokenized dataset on disk or in a bucket: shards of codes with labels and ids, and a manifest; read without JAX.
+"""A tokenized dataset, local or in a bucket: shards of codes with labels and ids, and a manifest; read without JAX.
 
-A shard holds the codes of a fixed range of images, so that its content depends on nothing but the images and the
-tokenizer. It appears under its name only when it is complete and on disk. manifest.json says what the codes are, and,
-once all shards are there, each one's count and checksum.
+A shard holds the codes of a fixed range of images, so that its content depends on the images and the tokenizer only. It
+appears under its name only when it is complete and on disk. manifest.json describes the codes and, once all shards
+exist, their counts and checksums.
 """
 
 import collections
@@ -11,16 +11,15 @@ import hashlib
 import json
 import operator
 import os
-import pathlib
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.code_shards import SUFFIXES, WRITE, Columns, Format, read_shard
+from vqrae_jax.data.code_shards import SUFFIXES, WRITERS, Columns, Format, read_shard
+from vqrae_jax.data.source import locate
 from vqrae_jax.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -28,132 +27,129 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a tokenized dataset is; everything that decides the content of its shards."""
+    """The description of a tokenized dataset: everything that determines the content of its shards."""
 
     tokenizer: str  # hash of the tokenizer
-    source: str  # what was tokenized
-    images: int  # of the source, those that cannot be read included
-    views: str  # how many codes an image has, see `ordered.VIEWS`
-    code_shape: tuple[int, ...]  # of one image, with a leading axis of views where there are several
+    source: str  # description of the source of images
+    images: int  # number of images of the source, including those that cannot be read
+    views: str  # crops of an image, a name in `images.VIEWS`
+    code_shape: tuple[int, ...]  # of one image, with a leading axis if there are several views
     code_dtype: str
     codebook_size: int
-    image_size: int  # pixels, of the pictures that the codes paint
+    image_size: int  # side of the decoded images in pixels
     format: Format
     shard_size: int  # images per shard
-    listing: str | None = None  # hash of the names in the source, see `sources.listing`; earlier plans have none
+    listing: str | None = None  # `Source.hash_listing` of the source; None in manifests without it
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.images // self.shard_size)
 
-    def file(self, shard: int) -> str:
-        """The name of a shard."""
+    def file_name(self, shard: int) -> str:
         return f"codes-{shard:05d}-of-{self.shards:05d}{SUFFIXES[self.format]}"
 
-    def range(self, shard: int) -> tuple[int, int]:
-        """First image of a shard, and the one after its last."""
+    def image_range(self, shard: int) -> tuple[int, int]:
+        """Returns the first image of a shard and the one after its last."""
         return shard * self.shard_size, min((shard + 1) * self.shard_size, self.images)
 
 
-def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
-    """Makes the folder, or checks that what is in it is of the same plan; returns the shards that are missing.
+def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
+    """Creates the folder and its manifest, or checks that existing shards have the same plan.
+
+    Returns:
+      The numbers of the shards that are missing.
 
     Raises:
-      DataError: the folder holds something else.
+      DataError: the folder has other content.
     """
-    folder = storage.at(folder)
-    if not storage.is_remote(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = storage.resolve_path(folder)
     if (folder / MANIFEST).is_file():
-        _check_same(folder, plan)
-    elif any(p.name.startswith("codes-") for p in (folder.iterdir() if folder.is_dir() else ())):
-        raise DataError(f"--output={os.fspath(folder)!r} holds codes without a {MANIFEST}: give another folder")
+        _check_plan(folder, plan)
+    elif any(file.name.startswith("codes-") for file in (folder.iterdir() if folder.is_dir() else ())):
+        raise DataError(f"has codes without {MANIFEST}; use another folder", field="--output", value=os.fspath(folder))
     else:
-        _replace(folder / MANIFEST, _json({**dataclasses.asdict(plan), "complete": False}))
-    return [shard for shard in range(plan.shards) if not (folder / plan.file(shard)).is_file()]
+        manifest = {**dataclasses.asdict(plan), "complete": False}
+        storage.write_bytes(folder / MANIFEST, _to_json(manifest), durable=True)
+    return [shard for shard in range(plan.shards) if not (folder / plan.file_name(shard)).is_file()]
 
 
 def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Columns) -> None:
-    """Writes one shard: under a temporary name, to the disk, then under its own; or from here to the bucket.
+    """Writes a shard, which appears under its name only when it is complete and on the disk or in the bucket.
 
     Raises:
-      DataError: somebody has begun something else in this folder meanwhile.
+      DataError: another process has started a different dataset in this folder.
     """
-    path = storage.at(folder) / plan.file(shard)
-    _check_same(path.parent, plan)
-    if storage.is_remote(path):
-        with storage.staged(path) as here:
-            WRITE[plan.format](here, columns)
-        return
-    temporary = _temporary(path)
-    with storage.called(path):
-        try:
-            WRITE[plan.format](temporary, columns)
-            _publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    path = storage.resolve_path(folder) / plan.file_name(shard)
+    _check_plan(path.parent, plan)
+    stage = storage.stage_output(path) if storage.is_remote(path) else storage.replace_file(path, durable=True)
+    with stage as local:
+        WRITERS[plan.format](local, columns)
 
 
-def finish(folder: str | os.PathLike, plan: Plan, key: Callable[[int], str] | None = None) -> dict[str, Any] | None:
-    """Writes the whole manifest once every shard is there; until then None.
-
-    It is read off the shards, so that whichever process comes last writes the same.
+def finish_dataset(
+    folder: str | os.PathLike, plan: Plan, key: Callable[[int], str] | None = None
+) -> dict[str, Any] | None:
+    """Writes the complete manifest, which is computed from the shards and the same for each process that writes it.
 
     Args:
-      key: of the source: the id of an image by its number, to name those that could not be read.
+      key: `Source.key`, to record the ids of the images that could not be read.
+
+    Returns:
+      The manifest; None if shards are missing.
 
     Raises:
-      DataError: as `write_shard`; or a shard cannot be read.
+      DataError: a shard cannot be read, or another process has started a different dataset in this folder.
     """
-    folder = storage.at(folder)
-    _check_same(folder, plan)
-    if any(not (folder / plan.file(shard)).is_file() for shard in range(plan.shards)):
+    folder = storage.resolve_path(folder)
+    _check_plan(folder, plan)
+    if any(not (folder / plan.file_name(shard)).is_file() for shard in range(plan.shards)):
         return None
-    shards, missing = [], []
+    shards, skipped = [], []
     for shard in range(plan.shards):
-        path, (start, stop) = folder / plan.file(shard), plan.range(shard)
+        path, (start, stop) = folder / plan.file_name(shard), plan.image_range(shard)
         index = read_shard(path).index
-        missing += sorted(set(range(start, stop)) - set(index.tolist()))
+        skipped += sorted(set(range(start, stop)) - set(index.tolist()))
         shards.append({"file": path.name, "first": start, "count": len(index), "sha256": _sha256(path)})
     manifest = {
-        **dataclasses.asdict(plan), "complete": True, "count": sum(s["count"] for s in shards), "skipped": missing,
-        **({"skipped_ids": [key(index) for index in missing]} if key else {}), "shards": shards,
+        **dataclasses.asdict(plan), "complete": True, "count": sum(s["count"] for s in shards), "skipped": skipped,
+        **({"skipped_ids": [key(index) for index in skipped]} if key else {}), "shards": shards,
     }  # fmt: skip
-    _replace(folder / MANIFEST, _json(manifest))
-    for stale in folder.iterdir():
-        if stale.name.startswith(".codes-"):  # of processes that were killed
-            stale.unlink(missing_ok=True)
+    storage.write_bytes(folder / MANIFEST, _to_json(manifest), durable=True)
+    for file in folder.iterdir():
+        if file.name.startswith(".codes-"):  # temporary files of processes that were killed
+            file.unlink(missing_ok=True)
     return manifest
 
 
 class Codes:
-    """A tokenized dataset as a random access source: of grain, of a PyTorch DataLoader, or by itself.
+    """A tokenized dataset in random access, also for grain and for the DataLoader of PyTorch.
 
-    A record is {"codes": [*code_shape], "label": int32, "id": str, "index": number of the image in its source}.
-    Shards are read whole when first asked for, and kept. Threads may share it; a process that it is sent to reads for
-    itself.
+    A record is {"codes": unsigned integers [*code_shape], "label": int32, "id": str, "index": number of the image in
+    its source}. Shards are read as a whole at their first record and cached. Threads can share an instance.
     """
 
     def __init__(self, path: str | os.PathLike, cached: int | None = None):
         """
         Args:
-          path: the folder that `inference.tokenize` wrote.
-          cached: shards that are kept in memory; None: all.
+          path: folder of a tokenized dataset.
+          cached: number of shards that are kept in memory; None: all.
 
         Raises:
-          DataError: no such folder, or not all of its shards are there.
+          DataError: not such a folder, or shards are missing.
         """
-        self.path = storage.at(path)
+        self.path = storage.resolve_path(path)
         self.manifest = _read_manifest(self.path)
-        self.plan = _plan(self.manifest, self.path)
+        self.plan = _parse_plan(self.manifest, self.path)
         if not self.manifest["complete"]:
-            there = sum((self.path / self.plan.file(shard)).is_file() for shard in range(self.plan.shards))
+            exist = sum((self.path / self.plan.file_name(shard)).is_file() for shard in range(self.plan.shards))
             raise DataError(
-                f"{self.path} is not complete: {there} of {self.plan.shards} shards are there; run the same "
-                f"`inference.tokenize` again, it goes on where it stopped"
+                f"not complete: {exist} of {self.plan.shards} shards exist; repeat the command that tokenizes, which "
+                "continues where it stopped",
+                field=os.fspath(self.path),
             )
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]], dtype=np.int64)
-        self._cached, self._open, self._lock = cached, collections.OrderedDict(), threading.Lock()
+        self._cached, self._cache, self._lock = cached, collections.OrderedDict(), threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -162,85 +158,83 @@ class Codes:
         """
         Raises:
           DataError: the shard is missing or damaged.
-          TypeError: `index` is no integer; `shards` gives many records at once.
+          TypeError: `index` is not an integer; `shards` returns many records at once.
         """
         try:
             index = operator.index(index)
         except TypeError:
-            raise TypeError(f"codes[{index!r}]: one record at a time, by an integer; shards() gives many") from None
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        columns, row = self._shard(shard), index - int(self._ends[shard])
+            raise TypeError(f"codes[{index!r}]: expected an integer; shards() returns many records at once") from None
+        shard, row = locate(self._ends, index + len(self) if index < 0 else index)
+        columns = self._shard(shard)
         return {
             "codes": columns.codes[row], "label": columns.label[row], "id": columns.id[row],
             "index": int(columns.index[row]),
         }  # fmt: skip
 
     def shards(self) -> Iterator[Columns]:
-        """Everything in order, a shard at a time; nothing is kept."""
+        """Iterates over the content of all shards in order, without caching."""
         for shard in self.manifest["shards"]:
             yield self._read(shard)
 
     def verify(self) -> None:
-        """Compares every shard with its checksum.
+        """Compares the shards with their checksums.
 
         Raises:
-          DataError: naming the first that differs.
+          DataError: naming the first shard that differs.
         """
         for shard in self.manifest["shards"]:
             path = self.path / shard["file"]
             if not path.is_file() or _sha256(path) != shard["sha256"]:
-                raise DataError(f"{path} is not the file that {MANIFEST} describes: copy or make it again")
+                problem = f"missing, or not the file that {MANIFEST} describes; copy or create it again"
+                raise DataError(problem, field=os.fspath(path))
 
     def __repr__(self) -> str:
         return f"Codes({os.fspath(self.path)!r}, images={len(self)}, code_shape={self.plan.code_shape})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_open": collections.OrderedDict(), "_lock": threading.Lock()}
+        self.__dict__ |= state | {"_cache": collections.OrderedDict(), "_lock": threading.Lock()}
 
     def _shard(self, number: int) -> Columns:
         with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-        columns = self._read(self.manifest["shards"][number])  # unlocked: other threads read other shards meanwhile
+            if number in self._cache:
+                self._cache.move_to_end(number)
+                return self._cache[number]
+        columns = self._read(self.manifest["shards"][number])  # without the lock, so that threads read in parallel
         with self._lock:
-            self._open[number] = columns
-            while self._cached is not None and len(self._open) > max(self._cached, 1):
-                self._open.popitem(last=False)
+            self._cache[number] = columns
+            while self._cached is not None and len(self._cache) > max(self._cached, 1):
+                self._cache.popitem(last=False)
         return columns
 
     def _read(self, shard: dict[str, Any]) -> Columns:
         columns = read_shard(self.path / shard["file"])
-        given = (len(columns), columns.codes.shape[1:], columns.codes.dtype.name)
+        actual = (len(columns), columns.codes.shape[1:], columns.codes.dtype.name)
         expected = (shard["count"], self.plan.code_shape, self.plan.code_dtype)
-        if given != expected and shard["count"]:
-            raise DataError(f"{self.path / shard['file']} holds {given}, {MANIFEST} says {expected}: make it again")
+        if actual != expected and shard["count"]:
+            problem = f"has {actual}, but {MANIFEST} has {expected} (count, shape, dtype); create it again"
+            raise DataError(problem, field=os.fspath(self.path / shard["file"]))
         return columns
 
 
-def _check_same(folder: storage.Path, plan: Plan) -> None:
-    """Raises DataError unless what is in the folder is of this plan."""
-    there = _plan(_read_manifest(folder), folder)
+def _check_plan(folder: storage.Path, plan: Plan) -> None:
+    """Raises DataError unless the manifest in the folder has this plan."""
+    existing = _parse_plan(_read_manifest(folder), folder)
     names = [field.name for field in dataclasses.fields(Plan)]
-    differing = [name for name in names if getattr(there, name) != getattr(plan, name)]
-    if there.listing is not None and differing == ["listing"]:
+    differing = [name for name in names if getattr(existing, name) != getattr(plan, name)]
+    if existing.listing is not None and differing == ["listing"]:
         raise DataError(
-            f"--output={os.fspath(folder)!r} was begun on other files: {plan.images} images of {plan.source} as "
-            "then, but their names or sizes are no longer the same, so that images would be doubled and missing: "
-            "put the files back as they were, or give another folder, or delete it"
-        )
-    differing = [name for name in differing if name != "listing"]  # a hash says nothing beside the others
+            f"was started with other files: the names or sizes of the {plan.images} images of {plan.source} have "
+            "changed, so that images would be missing or repeated; restore the files, use another folder, or delete it",
+            field="--output", value=os.fspath(folder),
+        )  # fmt: skip
+    differing = [name for name in differing if name != "listing"]  # a hash explains nothing
     if differing:
-        told = ", ".join(f"{n} ({getattr(there, n)!r}, now {getattr(plan, n)!r})" for n in differing)
-        raise DataError(
-            f"--output={os.fspath(folder)!r} holds codes that differ in {told}: give another folder, or delete it"
-        )
+        values = ", ".join(f"{name} ({getattr(existing, name)!r}, now {getattr(plan, name)!r})" for name in differing)
+        problem = f"has codes that differ in {values}; use another folder, or delete it"
+        raise DataError(problem, field="--output", value=os.fspath(folder))
 
 
 def _read_manifest(folder: storage.Path) -> dict[str, Any]:
@@ -248,58 +242,26 @@ def _read_manifest(folder: storage.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder} has no {MANIFEST}: give a folder that `inference.tokenize` wrote") from None
+        raise DataError(f"no {MANIFEST}; expected the folder of a tokenized dataset", field=os.fspath(folder)) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+        raise DataError(f"cannot be read: {error}", field=os.fspath(file)) from None
 
 
-def _plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
+def _parse_plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
     try:
         values = {"listing": None} | manifest
         values = {field.name: values[field.name] for field in dataclasses.fields(Plan)}
         return Plan(**{**values, "code_shape": tuple(values["code_shape"])})
     except (KeyError, TypeError) as error:
-        raise DataError(f"{folder / MANIFEST} describes no codes: {error} is missing or wrong") from None
+        problem = f"does not describe codes: {error} is missing or wrong"
+        raise DataError(problem, field=os.fspath(folder / MANIFEST)) from None
 
 
-def _json(values: dict[str, Any]) -> bytes:
-    # What is no UTF-8 of a path that was given becomes an escape of JSON's own.
+def _to_json(values: dict[str, Any]) -> bytes:
+    # Bytes of paths that are not UTF-8 become escapes.
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def _replace(path: storage.Path, content: bytes) -> None:
-    if storage.is_remote(path):
-        storage.write(path, content)
-        return
-    temporary = _temporary(path)
-    with storage.called(path):
-        try:
-            temporary.write_bytes(content)
-            _publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name beside `path` that no other writer has: processes in containers often have the same number."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a file its name once its content is on the disk, and the name too."""
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: storage.Path) -> str:
-    with open(storage.fetch(path), "rb") as file:
+    with open(storage.download(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,63 +1,90 @@
-"""A folder of image files as a random access source."""
+"""Folders of image files, local or in buckets."""
 
+import collections
+import logging
 import os
 
 import numpy as np
 
-from vqrae_jax.data import files
-from vqrae_jax.data.images import image_files
-from vqrae_jax.errors import ImageError
+from vqrae_jax import storage
+from vqrae_jax.data.images import SUFFIXES
+from vqrae_jax.data.source import Source
+from vqrae_jax.errors import DataError, ImageError
+
+# Image formats that are not supported: such files are reported. Text files with notes or captions are not.
+_UNSUPPORTED = (
+    ".apng", ".arw", ".avifs", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe",
+    ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raw", ".rw2", ".svg", ".tga",
+)  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 
-class Folder:
-    """Images below a folder, here or in a bucket, read when asked for.
+def list_images(folder: str | os.PathLike, field: str = "data.path") -> list[str]:
+    """Lists the image files in a folder and its subfolders, folder by folder, in an order that never changes.
 
-    A record is {"image": encoded bytes, "label": int}: the label counts the top-level subfolders that hold images, in
-    sorted order; an image directly in the folder has -1.
+    Suffixes count in any case. Hidden files and folders are left out; links are followed, each folder once. Files in
+    unsupported image formats are counted in a warning.
+
+    Raises:
+      DataError: `field` is missing, a file, or without images.
+    """
+    folder = os.fspath(folder)
+    files = storage.list_files(folder, field)
+    ends = (os.path.splitext(path)[1].lower() for path in files if path.lower().endswith(_UNSUPPORTED))
+    unsupported = collections.Counter(ends)
+    files = [path for path in files if path.lower().endswith(SUFFIXES)]
+    if unsupported:
+        kinds = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(unsupported.items()))
+        _log.warning("%s: skipped files in unsupported formats: %s; convert them to PNG or JPEG", folder, kinds)
+    if not files:
+        raise DataError(f"no images; expected files ending in {', '.join(SUFFIXES)}", field=field, value=folder)
+    return sorted(files, key=lambda path: path.replace(os.sep, "\0"))  # \0 sorts before all other characters
+
+
+class Folder(Source):
+    """The images in a folder and its subfolders.
+
+    The label is the number of the top-level subfolder, among those with images in sorted order; an image directly in
+    the folder has -1.
     """
 
     def __init__(self, path: str | os.PathLike, field: str = "data.path"):
         """
         Raises:
-          DataError: naming `field`, for a folder that is missing, a file, or without images.
+          DataError: `field` is missing, a file, or without images.
         """
         self.path = os.fspath(path)
         start = len(os.path.join(self.path, ""))
-        found = [os.fsencode(file[start:]) for file in image_files(self.path, field)]
-        self.classes = sorted(map(os.fsdecode, set(map(_top, found)) - {None}))
-        numbers = {None: -1} | {os.fsencode(name): number for number, name in enumerate(self.classes)}
-        # In one piece each: as objects, ten million names would be gigabytes, in every worker process again.
-        self._labels = np.fromiter((numbers[_top(file)] for file in found), np.int32, len(found))
-        self._ends = np.cumsum(np.fromiter(map(len, found), np.int64, len(found)))
-        self._names = b"".join(found)
+        files = [os.fsencode(file[start:]) for file in list_images(self.path, field)]
+        self.classes = sorted(map(os.fsdecode, set(map(_top_folder, files)) - {None}))
+        labels = {None: -1} | {os.fsencode(name): label for label, name in enumerate(self.classes)}
+        # Arrays and one bytes object: ten million strings take gigabytes, again in each worker process.
+        self._labels = np.fromiter((labels[_top_folder(file)] for file in files), np.int32, len(files))
+        self._ends = np.cumsum(np.fromiter(map(len, files), np.int64, len(files)))
+        self._names = b"".join(files)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> dict:
-        """
-        Raises:
-          ImageError: the file has gone.
-          OSError: it may not be read.
-        """
         path = self._file(index)
         try:
-            return {"image": files.read(path), "label": int(self._labels[index])}
+            return {"image": storage.read_bytes(path), "label": int(self._labels[index])}
         except FileNotFoundError as error:
-            raise ImageError(f"{path!r} is not there any more") from error
+            raise ImageError(f"{path!r} does not exist any more") from error
 
     def key(self, index: int) -> str:
-        """The file, relative to the folder; bytes of its name that are no UTF-8 as in caf\\xe9.png."""
-        return self._name(index).replace(os.fsencode(os.sep), b"/").decode(errors="backslashreplace")
+        """Returns the relative path; bytes of it that are not UTF-8 are escaped, as in caf\\xe9.png."""
+        return self._relative(index).replace(os.fsencode(os.sep), b"/").decode(errors="backslashreplace")
 
     def name(self, index: int) -> str:
-        """What to call a record in a message."""
         return repr(self._file(index))
 
-    def _file(self, index):
-        return os.path.join(self.path, os.fsdecode(self._name(index)))
+    def _file(self, index: int) -> str:
+        return os.path.join(self.path, os.fsdecode(self._relative(index)))
 
-    def _name(self, index):
+    def _relative(self, index: int) -> bytes:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start = self._ends[index - 1] if index else 0
@@ -67,7 +94,6 @@ class Folder:
         return f"Folder({self.path!r}, images={len(self)}, classes={len(self.classes)})"
 
 
-def _top(file):
-    """The first folder of a relative path; None of a file that is in none."""
-    folder, inside, _ = file.partition(os.fsencode(os.sep))
-    return folder if inside else None
+def _top_folder(file: bytes) -> bytes | None:
+    folder, separator, _ = file.partition(os.fsencode(os.sep))
+    return folder if separator else None

@@ -1,16 +1,19 @@
-"""The natural colour photographs that scikit-image and scikit-learn carry in their wheels; nothing is downloaded."""
+"""The natural colour photographs in the packages scikit-image and scikit-learn; nothing is downloaded."""
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vqrae_jax.data.images import center_crop, read_image
+from vqrae_jax.data.source import Source
 from vqrae_jax.errors import DataError
 
-# Whole photographs are kept apart: the validation ones share no pixel and no scene with the training ones. Left out:
-# the right eye of the motorcycle stereo pair (the same picture again), and microscope, retina and telescope images.
+# The splits share no photograph and no scene. Not used: the right half of the motorcycle stereo pair, which repeats
+# the left one, and microscope, retina and telescope images.
 _FILES = {
     "train": (
         ("skimage", "data/astronaut.png"),
@@ -21,29 +24,26 @@ _FILES = {
     ),
     "validation": (("skimage", "data/chelsea.png"), ("sklearn", "datasets/images/flower.jpg")),
 }
-# Validation crops of a photograph: side as a fraction of the short side, rows and columns of the grid. 32 in all.
-_GRID = ((1.0, 1, 2), (0.63, 2, 3), (0.4, 3, 4), (0.25, 3, 4))
+_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+# Grids of validation crops: side as a fraction of the short side, rows, columns. 32 crops of each photograph.
+_GRIDS = ((1.0, 1, 2), (0.63, 2, 3), (0.4, 3, 4), (0.25, 3, 4))
 
 
-def load(split: Literal["train", "validation"]) -> list[np.ndarray]:
-    """The photographs of a split, uint8 [H, W, 3] each, in a fixed order.
+def load_photographs(split: Literal["train", "validation"]) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """Returns the photographs of a split in a fixed order, uint8 [H, W, 3] each.
 
     Raises:
       DataError: a package or one of its photographs is not installed.
     """
-    return [read_image(_installed(package, file)) for package, file in _FILES[split]]
+    return [read_image(_find_file(package, file)) for package, file in _FILES[split]]
 
 
-class TrainingPhotographs:
-    """The training photographs over and over, to be cropped at random.
-
-    A record is {"image": uint8 [H, W, 3], "label": which photograph}.
-    """
+class TrainingPhotographs(Source):
+    """The training photographs, repeated, to be cropped at random; the label is the number of the photograph."""
 
     def __init__(self, crops_per_photograph: int = 1024):
-        """`crops_per_photograph` sets what is called an epoch."""
-        self._photographs = load("train")
-        self._crops = crops_per_photograph
+        """`crops_per_photograph`: number of repetitions, which defines an epoch."""
+        self._photographs, self._crops = load_photographs("train"), crops_per_photograph
 
     def __len__(self) -> int:
         return self._crops * len(self._photographs)
@@ -54,33 +54,26 @@ class TrainingPhotographs:
         label = index % len(self._photographs)
         return {"image": self._photographs[label], "label": label}
 
-    def key(self, index: int) -> str:
-        """The record's number: it has no other name."""
-        return str(index)
-
     def name(self, index: int) -> str:
-        """What to call a record in a message."""
         return f"photograph {index % len(self._photographs)}"
 
     def __repr__(self) -> str:
         return f"TrainingPhotographs(photographs={len(self._photographs)}, crops_per_photograph={self._crops})"
 
 
-class ValidationPhotographs:
-    """64 fixed crops of the validation photographs, from the whole short side down to a quarter of it.
+class ValidationPhotographs(Source):
+    """64 fixed square crops of the validation photographs, of the whole short side down to a quarter of it.
 
-    A record is {"image": uint8 [size, size, 3], "label": which photograph}; the photographs take turns, so that any
-    first few records show both.
+    The label is the number of the photograph. Photographs alternate, so that the first records show both.
     """
 
     def __init__(self, size: int):
-        photographs = [list(_grid_crops(photograph, size)) for photograph in load("validation")]
-        self._size = size
+        """`size`: side of the crops in pixels."""
+        crops = [list(_grid_crops(photograph, size)) for photograph in load_photographs("validation")]
         self._records = [
-            {"image": crop, "label": label}
-            for crops in zip(*photographs, strict=True)
-            for label, crop in enumerate(crops)
+            {"image": crop, "label": label} for group in zip(*crops, strict=True) for label, crop in enumerate(group)
         ]
+        self._size = size
 
     def __len__(self) -> int:
         return len(self._records)
@@ -88,40 +81,34 @@ class ValidationPhotographs:
     def __getitem__(self, index: int) -> dict:
         return self._records[index]
 
-    def key(self, index: int) -> str:
-        """The record's number: it has no other name."""
-        return str(index)
-
     def name(self, index: int) -> str:
-        """What to call a record in a message."""
         return f"validation crop {index}"
 
     def __repr__(self) -> str:
         return f"ValidationPhotographs(crops={len(self)}, size={self._size})"
 
 
-def _grid_crops(photograph, size):
+def _grid_crops(photograph: np.ndarray, size: int) -> Iterator[np.ndarray]:
     height, width = photograph.shape[:2]
-    for fraction, rows, columns in _GRID:
+    for fraction, rows, columns in _GRIDS:
         side = round(fraction * min(height, width))
-        for top in _spread(height - side, rows):
-            for left in _spread(width - side, columns):
+        for top in _offsets(height - side, rows):
+            for left in _offsets(width - side, columns):
                 yield center_crop(photograph[top : top + side, left : left + side], size)
 
 
-def _spread(spare, count):
-    """`count` whole offsets in [0, spare], the ends included; the middle when there is but one."""
+def _offsets(spare: int, count: int) -> list[int]:
+    """Returns `count` evenly spaced integers from 0 to `spare`, or the middle if `count` is 1."""
     return [spare // 2] if count == 1 else [round(spare * i / (count - 1)) for i in range(count)]
 
 
-def _installed(package, file):
-    # The file is opened where the wheel put it: asking the package would import it, and could start a download.
-    spec = importlib.util.find_spec(package)
+def _find_file(package: str, file: str) -> str:
+    spec = importlib.util.find_spec(package)  # importing the package takes time and may start a download
     path = os.path.join(os.path.dirname(spec.origin), *file.split("/")) if spec and spec.origin else None
     if path is None or not os.path.isfile(path):
-        name = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
         raise DataError(
-            f"data.source='photographs' needs {file} of {name}, which is not installed: run "
-            f"`pip install {name}`, or give a folder of images (data.source='folder', data.path)"
-        )
+            f"{file} of {_PACKAGES[package]} is not installed; run `pip install {_PACKAGES[package]}`, or use a folder "
+            "of images (data.source='folder', data.path)",
+            field="data.source", value="photographs",
+        )  # fmt: skip
     return path

@@ -1,189 +1,271 @@
-"""The data section of a config -> batches of uint8 images, for training without end and for evaluation in order."""
+"""Batches of uint8 images: endless and shuffled for training, in order for evaluation and tokenizing."""
 
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
-from vqrae_jax.data import sources
-from vqrae_jax.data.images import adm_center_crop, adm_random_crop, center_crop, flip, random_crop
-from vqrae_jax.data.readable import Masked, Replaced, Skipped, tell
+from vqrae_jax.data.folder import Folder
+from vqrae_jax.data.images import VIEWS, adm_center_crop, adm_random_crop, center_crop, flip, random_crop
+from vqrae_jax.data.parquet import Tables
+from vqrae_jax.data.photographs import TrainingPhotographs, ValidationPhotographs
+from vqrae_jax.data.readable import Masked, Replaced, Skipped
+from vqrae_jax.data.source import Source
+from vqrae_jax.data.tar import TarShards
+from vqrae_jax.data.tfds_source import Prepared
 from vqrae_jax.errors import ConfigError, DataError
 
+_FILE_SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
 
-def train_batches(data, *, seed: int, process_index: int = 0, process_count: int = 1, skipped: Skipped | None = None):
-    """This process's part of the training batches, without end.
 
-    Epochs are shuffled anew, each image once in each. Which images make up global batch k, in which order, and how
-    each is cropped and flipped, depends on `seed` and k alone: neither the number of processes, threads or workers nor
-    a restart changes it. Process i has images [i * b, (i + 1) * b) of every global batch, b = batch_size /
-    process_count, so that the processes' parts one after another are the batch of a single process.
+def training_source(data: Any) -> Source:
+    """Returns the training images of `data`, a `config.DataConfig`.
+
+    Raises:
+      DataError, ConfigError: no images, naming the field.
+    """
+    if data.source == "photographs":
+        return TrainingPhotographs()
+    if data.source == "tfds":
+        return Prepared(data.name, data.path, data.train_split, "data.train_split")
+    if not data.path:
+        raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
+    return _FILE_SOURCES[data.source](data.path, "data.path")
+
+
+def evaluation_source(data: Any) -> Source | None:
+    """Returns the validation images of `data`, a `config.DataConfig`; None if it names none.
+
+    Raises:
+      DataError, ConfigError: no images, naming the field.
+    """
+    if data.source == "photographs":
+        return ValidationPhotographs(data.image_size)
+    if data.source == "tfds":
+        return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
+    return _FILE_SOURCES[data.source](data.eval_path, "data.eval_path") if data.eval_path else None
+
+
+def train_batches(
+    data: Any, *, seed: int, process_index: int = 0, process_count: int = 1, skipped: Skipped | None = None
+) -> "TrainBatches":
+    """Returns this process's part of the training batches.
+
+    Each epoch has a new order, with each image once. The images of global batch k, their order, crops and flips depend
+    on `seed` and k only, not on the number of processes, threads or workers, nor on restarts. Process i has images
+    [i * b, (i + 1) * b) of each global batch, with b = batch_size / process_count.
 
     Args:
       data: a `config.DataConfig`.
-      seed: of the order and the crops.
+      seed: determines order and crops.
       skipped: counts the images that cannot be read; each is replaced by the next readable one.
 
-    Returns:
-      `TrainBatches`: an iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]} with S = image_size; label -1
-      where there is none.
-
     Raises:
-      DataError: here for a config that cannot run, while iterating for data of which a long run cannot be read.
+      DataError, ConfigError: unusable settings or images. While iterating: many images in a row cannot be read.
     """
     import grain
 
-    _local("batch_size", data.batch_size, process_count)
-    _check_crop(data)
-    source = sources.training_source(data)
-    if len(source) < data.batch_size:
-        raise DataError(
-            f"data.batch_size={data.batch_size} exceeds the {len(source)} training images of {source!r}: "
-            "lower it or give more images"
+    _local_batch("batch_size", data.batch_size, process_count)
+    if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
+        problem = (
+            f"cannot be combined with scale={tuple(data.scale)}, which cuts original pixels; leave one of them at 1"
         )
+        raise ConfigError(problem, field="data.resize", value=data.resize)
+    source = training_source(data)
+    if len(source) < data.batch_size:
+        problem = f"exceeds the {len(source)} training images of {source!r}"
+        raise DataError(problem, field="data.batch_size", value=data.batch_size)
     images = (
-        grain.MapDataset.source(Replaced(source, _at_least(data)))
+        grain.MapDataset.source(Replaced(source, _min_side(data)))
         .seed(seed % 2**32)
         .shuffle()
         .random_map(functools.partial(_augment, data=data))
         .repeat()
     )
-    skipped = Skipped() if skipped is None else skipped
-    return TrainBatches(images, source, skipped, data, process_index, process_count)
+    return TrainBatches(images, source, skipped or Skipped(), data, process_index, process_count)
 
 
-def count_training_images(data) -> int:
-    """How many there are, those that cannot be read included."""
-    return len(sources.training_source(data))
+def count_training_images(data: Any) -> int:
+    """Returns the number of training images, including those that cannot be read."""
+    return len(training_source(data))
 
 
 class TrainBatches:
-    """An iterator whose whole state is one number, the images that all processes together have been given.
+    """An endless iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]}, label -1 if there is none.
 
-    `get_state()` gives it, JSON-able, and `set_state` takes it back, under any number of processes, threads and workers
-    and any batch size. Threads and workers start with the first batch; `close()` ends them.
+    Its state is the number of images that all processes together have used. It can be restored with any number of
+    processes, threads and workers and any batch size. Threads and workers start with the first batch.
     """
 
-    def __init__(self, images, source, skipped: Skipped, data, process_index: int, process_count: int):
+    def __init__(
+        self, images: Any, source: Source, skipped: Skipped, data: Any, process_index: int, process_count: int
+    ):
         self._images, self._source, self._skipped, self._data = images, source, skipped, data
-        self._place = slice(process_index, None, process_count)
+        self._share = slice(process_index, None, process_count)
         self._position, self._iterator = 0, None
 
-    def __iter__(self):
+    def __iter__(self) -> "TrainBatches":
         return self
 
-    def __next__(self) -> dict:
+    def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             self._iterator = iter(self._from_position())
         batch = next(self._iterator)
-        tell(batch.pop("unreadable"), self._source, self._skipped)
+        self._skipped.add_replaced(batch.pop("unreadable"), self._source)
         self._position += self._data.batch_size
         return batch
 
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, int]:
+        """Returns the state, which JSON can represent."""
         return {"images": self._position}
 
-    def set_state(self, state: dict) -> None:
-        """
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues from a state of `get_state`.
+
         Raises:
-          DataError: a state that `get_state` has not given.
+          DataError: not such a state.
         """
         position = state.get("images") if isinstance(state, dict) else None
         if not isinstance(position, int) or position < 0:
             raise DataError(
-                f"the checkpoint says of its input {state!r}, expected the number of images seen, as in "
-                "{'images': 25600}: it was written by another version; resume with that one"
+                f"the checkpoint has the input state {state!r}, expected one such as {{'images': 25600}}; resume with "
+                "the version that wrote it"
             )
         self.close()
         self._position = position
 
     def listing(self) -> dict[str, int | str]:
-        """How many images there are and a hash of their names: two processes with the same have the same images."""
+        """Returns the number of images and a hash of their names, to compare the images of processes."""
         return _listing(self._source, len(self._source))
 
     def close(self) -> None:
+        """Stops threads and workers; the next batch starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
-    def _from_position(self):
+    def _from_position(self) -> Any:
         import grain
         from absl import flags
 
-        local = self._data.batch_size // self._place.step
-        batches = self._images[self._position :].batch(local, drop_remainder=True)[self._place]
-        # Whole batches are what workers deal in, or else their number would decide what a batch holds.
-        batches = batches.to_iter_dataset(_read_options(grain, self._data))
+        local = self._data.batch_size // self._share.step
+        batches = self._images[self._position :].batch(local, drop_remainder=True)[self._share]
+        # Workers receive whole batches: otherwise their number would change which images a batch has.
+        batches = batches.to_iter_dataset(_read_options(self._data.threads))
         if not self._data.workers:
             return batches
-        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which nobody parses in a notebook
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which are not parsed in a notebook
             flags.FLAGS.mark_as_parsed()
         return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
 
 
 class EvaluationBatches:
-    """Batches of the validation images in order, as often as they are asked for.
+    """Batches of the validation images in order; they can be iterated any number of times.
 
-    Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}. The mask is False where there is no
-    image: past the end of the data, and in place of an image that cannot be read (`skipped` counts those met so far).
-    Process i has images [i * b, (i + 1) * b) of each global batch, and every process has the same number of batches.
+    A batch is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}. The mask is False after the end of
+    the data and for images that cannot be read. Process i has images [i * b, (i + 1) * b) of each global batch, and
+    every process has the same number of batches.
+
+    Attributes:
+      skipped: counts the images that could not be read so far.
+      count: number of images of all processes, including those that cannot be read.
     """
 
-    def __init__(self, images: Masked, source, skipped: Skipped, count: int, local: int, place: slice, data):
-        self.skipped = skipped
-        self.count = count  # images over all processes, those that cannot be read included
-        self._images, self._source, self._local, self._place, self._data = images, source, local, place, data
+    def __init__(
+        self, images: Masked, source: Source, skipped: Skipped, count: int, local: int, share: slice, data: Any
+    ):
+        self.skipped, self.count = skipped, count
+        self._images, self._source, self._local, self._share, self._data = images, source, local, share, data
 
     def __len__(self) -> int:
-        return len(self._images) // (self._local * self._place.step)
+        return len(self._images) // (self._local * self._share.step)
 
     def __repr__(self) -> str:
         return repr(self._images)
 
-    def picture(self, index: int):
-        """Image `index` of the data as the batches have it, uint8 [S, S, 3]; on any process."""
+    def image(self, index: int) -> UInt8[np.ndarray, "S S 3"]:
+        """Returns image `index` of the data as it is in the batches, on any process."""
         return self._images[index]["image"]
 
     def listing(self) -> dict[str, int | str]:
-        """As that of `TrainBatches`."""
+        """Returns the same as `TrainBatches.listing`."""
         return _listing(self._source, self.count)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         import grain
 
-        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._place]
-        return iter(batches.to_iter_dataset(_read_options(grain, self._data)))
+        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._share]
+        return iter(batches.to_iter_dataset(_read_options(self._data.threads)))
 
 
 def evaluation_batches(
-    data, *, process_index: int = 0, process_count: int = 1, limit: int | None = None
+    data: Any, *, process_index: int = 0, process_count: int = 1, limit: int | None = None
 ) -> EvaluationBatches | None:
-    """This process's part of the validation batches; None when the config names no validation images.
+    """Returns this process's part of the validation batches; None if the config names no validation images.
 
     Args:
       data: a `config.DataConfig`.
-      limit: how many images to use, the first ones; None: all.
+      limit: number of images to use, the first ones; None: all.
 
     Raises:
-      DataError: a config that cannot run.
+      DataError, ConfigError: unusable settings or images.
     """
-    local = _local("eval_batch_size", data.eval_batch_size, process_count)
-    source = sources.evaluation_source(data)
+    local = _local_batch("eval_batch_size", data.eval_batch_size, process_count)
+    source = evaluation_source(data)
     if source is None:
         return None
     count = len(source) if limit is None else min(limit, len(source))
     length = math.ceil(count / data.eval_batch_size) * data.eval_batch_size
-    skipped = Skipped()
-    crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
+    skipped, crop = Skipped(), {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
     images = Masked(source, skipped, data.image_size, count, length, crop)
     return EvaluationBatches(images, source, skipped, count, local, slice(process_index, None, process_count), data)
 
 
-def _listing(source, images):
-    return {"images": images, "names": sources.listing(source, images)}
+def ordered_batches(
+    source: Source, starts: list[int], size: int, image_size: int, views: str, threads: int, skipped: Skipped
+) -> Iterator[dict[str, Any]]:
+    """Iterates over batches of the images [start, start + size) of a source, one for each of `starts`.
+
+    Args:
+      image_size: side S of the crops in pixels.
+      views: a name in `images.VIEWS`.
+      threads: number of threads that read ahead.
+      skipped: counts the images that cannot be read.
+
+    Returns:
+      An iterator over {"image": uint8 [size, views, S, S, 3], "label": int32 [size], "mask": bool [size], "first":
+      start}. The mask is False, and the image black, after the end of the source and for images that cannot be read.
+    """
+    import grain
+
+    records = Masked(source, skipped, image_size, len(source), len(source) + size, VIEWS[views])
+    batches = grain.MapDataset.source(_ConsecutiveBatches(records, starts, size))
+    return iter(batches.to_iter_dataset(_read_options(threads)))
 
 
-def _augment(record, rng, *, data):
+class _ConsecutiveBatches:
+    """Batches of consecutive records in random access."""
+
+    def __init__(self, records: Masked, starts: list[int], size: int):
+        self._records, self._starts, self._size = records, starts, size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict:
+        start = self._starts[index]
+        records = [self._records[start + i] for i in range(self._size)]
+        return {name: np.stack([record[name] for record in records]) for name in records[0]} | {"first": start}
+
+
+def _listing(source: Source, count: int) -> dict[str, int | str]:
+    return {"images": count, "names": source.hash_listing(count)}
+
+
+def _augment(record: dict, rng: np.random.Generator, *, data: Any) -> dict:
     image, size = record["image"], data.image_size
     if data.crop == "random":
         image = random_crop(image, size, rng, data.resize, data.scale)
@@ -196,30 +278,22 @@ def _augment(record, rng, *, data):
     return record | {"image": np.asarray(image)}
 
 
-def _at_least(data):
-    """Pixels of the short side that a JPEG has to keep for the crop; None: all of them."""
+def _min_side(data: Any) -> int | None:
+    """Returns the length of the short side that the crop needs of a JPEG; None: that of the file."""
     if data.crop == "adm" or (data.crop == "random" and tuple(data.scale) != (1.0, 1.0)):
         return None
     return math.ceil(data.image_size * (data.resize if data.crop == "random" else 1))
 
 
-def _local(field, size, process_count):
+def _local_batch(field: str, size: int, process_count: int) -> int:
     if size % process_count:
-        raise ConfigError(
-            f"data.{field}={size} is not divisible by the {process_count} processes of this run: "
-            f"take {max(1, size // process_count) * process_count}"
-        )
+        nearest = max(1, size // process_count) * process_count
+        problem = f"must be a multiple of the number of processes ({process_count}), for example {nearest}"
+        raise ConfigError(problem, field=f"data.{field}", value=size)
     return size // process_count
 
 
-def _check_crop(data):
-    if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
-        raise ConfigError(
-            f"data.resize={data.resize} and data.scale={tuple(data.scale)} exclude each other: scale cuts "
-            "from the source pixels; leave one of them at 1"
-        )
+def _read_options(threads: int) -> Any:
+    import grain
 
-
-def _read_options(grain, data):
-    # In batches: one being made by each thread, one waiting.
-    return grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads + 1)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)  # in batches

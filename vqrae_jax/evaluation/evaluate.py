@@ -113,7 +113,7 @@ class Measurement:
         places = np.concatenate(list(chosen.values()))
         indices = evaluator.scores("index")[places]
         # A few pictures: every process reads them all and shows each device its part.
-        images = np.stack([self._batches.picture(int(i)) for i in indices])
+        images = np.stack([self._batches.image(int(i)) for i in indices])
         padded = np.pad(images, ((0, -len(images) % sharding.data_ways(self._mesh)), (0, 0), (0, 0), (0, 0)))
         batch = {"image": padded, "mask": np.ones(len(padded), bool)}
         where = sharding.over_data(self._mesh)
@@ -180,8 +180,8 @@ class Measurement:
         field, path = self._reference(name)
         if path is None:
             return
-        if not storage.at(path).is_dir():
-            self._references[name] = reference.read(storage.fetch(path), self._widths[name], field)
+        if not storage.resolve_path(path).is_dir():
+            self._references[name] = reference.read(storage.download(path), self._widths[name], field)
             return
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
         share, shares = sharding.data_share(self._mesh)

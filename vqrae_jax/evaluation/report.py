@@ -68,7 +68,7 @@ def write(
 ) -> None:
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
     told = {"step": step, "figures": figures, "remarks": remarks, "protocol": protocol}
-    storage.write(workdir / EVALUATION_FILE, (json.dumps(told, indent=2) + "\n").encode())
+    storage.write_bytes(workdir / EVALUATION_FILE, (json.dumps(told, indent=2) + "\n").encode())
     for kind, found in examples.items():
         for number, example in enumerate(found):
             image_files.write_image(workdir / FOLDER / _file(kind, number), _strip(example))
@@ -81,7 +81,7 @@ def write(
         pictures="".join(_section(kind, found) for kind, found in examples.items()),
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
-    storage.write(workdir / FOLDER / "index.html", page.encode())
+    storage.write_bytes(workdir / FOLDER / "index.html", page.encode())
 
 
 def _row(name: str, value: float) -> str:

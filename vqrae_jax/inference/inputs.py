@@ -27,7 +27,7 @@ class Pictures:
         Raises:
           DataError: wrong rank, channels, type or range, with what to do about it.
         """
-        if image_files.is_pil(images):
+        if image_files.is_pil_image(images):
             images = [images]
         if isinstance(images, list | tuple):
             self._items: Sequence[np.ndarray] = [_element(image, i) for i, image in enumerate(images)]
@@ -135,8 +135,8 @@ def bucket(count: int, largest: int, multiple: int = 1) -> int:
 
 
 def _element(image: Any, index: int) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
-    if image_files.is_pil(image):
-        return image_files.from_pil(image)
+    if image_files.is_pil_image(image):
+        return image_files.pil_to_array(image)
     array = _array(image)
     if array.ndim != 3:
         raise DataError(

@@ -111,10 +111,10 @@ def _others_told(path: storage.Path) -> Iterator[None]:
 
 def _here(path: str | os.PathLike) -> storage.Path:
     """`path`, or a copy of an exported folder in a bucket; checkpoints are read where they are."""
-    place = storage.at(path)
-    with storage.told(place, "read"):
+    place = storage.resolve_path(path)
+    with storage.convert_errors(place, "read"):
         copied = storage.is_remote(place) and (place / exported.CONFIG).is_file()
-    return storage.fetch(place) if copied else place
+    return storage.download(place) if copied else place
 
 
 def _is_hub_id(name: str) -> bool:

@@ -257,8 +257,8 @@ class Tokenizer:
         """
         if self.config is None:
             raise DataError("a tokenizer without its config cannot be saved: give config=, or load it")
-        target, shown = storage.at(folder), None if images is None else Pictures(images)
-        with storage.staged(target) as place:
+        target, shown = storage.resolve_path(folder), None if images is None else Pictures(images)
+        with storage.stage_output(target) as place:
             exported.write(place, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
             card.write(self, place, name or target.name, shown)
         return target

@@ -47,7 +47,7 @@ class Report:
             for way, cost in self.others
         ]
         values = {**dataclasses.asdict(self), "fits": self.fits, "programs": programs, "others": others}
-        storage.write(path, json.dumps(values, indent=2).encode())
+        storage.write_bytes(path, json.dumps(values, indent=2).encode())
 
     def print(self) -> None:
         console = Console(width=None if Console().is_terminal else 120, highlight=False)

@@ -25,7 +25,7 @@ def fetch_folder(name: str, field: str) -> pathlib.Path:
       name: local path, address (gs://...) or hub id ("facebook/dinov2-base").
       field: the config field that named it, for messages.
     """
-    local = storage.fetch(name)
+    local = storage.download(name)
     if local.is_dir():
         return local
     if storage.is_remote(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -52,7 +52,7 @@ def fetch_file(name: str, field: str) -> pathlib.Path:
 
     Of one in a bucket, a copy.
     """
-    local = storage.fetch(name)
+    local = storage.download(name)
     if local.is_file():
         return local
     owner, _, rest = name.partition("/")
@@ -190,7 +190,7 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
 
 def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
     """Tensors of one file (see `readers.read_tensors`), local or inside a hub repository, or of a local folder."""
-    folder = storage.fetch(path)
+    folder = storage.download(path)
     if folder.is_dir():
         return read_weights(folder, field)
     return read_tensors(fetch_file(path, field), field)
@@ -198,6 +198,6 @@ def read_state_dict(path: str, field: str) -> Mapping[str, Any]:
 
 def read_named(name: str, field: str) -> Mapping[str, Any]:
     """Tensors of a local file or folder, of a hub id (owner/name), or of a file inside a hub repository."""
-    if storage.fetch(name).exists() or name.count("/") != 1:
+    if storage.download(name).exists() or name.count("/") != 1:
         return read_state_dict(name, field)
     return read_weights(fetch_folder(name, field), field)

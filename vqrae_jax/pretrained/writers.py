@@ -110,7 +110,7 @@ def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
 
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten_dict(tree, sep="/").items()}
     safetensors.numpy.save_file(flat, path, metadata={"format": "vqrae_jax"})
-    storage.share(path)
+    storage.apply_umask(path)
 
 
 def content_hash(tree: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ class Run:
     ):
         """With `evaluate_step`, the step of a checkpoint, nothing is read or written that only training needs: another
         run may be saving there."""
-        self.config, self.workdir, self.evaluate_step = config, storage.at(workdir), evaluate_step
+        self.config, self.workdir, self.evaluate_step = config, storage.resolve_path(workdir), evaluate_step
         self.evaluating = evaluating = evaluate_step is not None
         self.first = jax.process_index() == 0
         self.skipped = pipeline.Skipped()
@@ -65,7 +65,7 @@ class Run:
         self.logs, writing = storage.Mirror(self.workdir), self.first and not evaluating
         if writing:
             for name in (METRICS_FILE, WANDB_FILE):  # both are gone on with
-                self.logs.take(name)
+                self.logs.restore(name)
         self.writers = Writers(
             self.logs.folder, self.workdir.name, self.config.model_dump(), settings.wandb_project, writing
         )
@@ -239,7 +239,7 @@ def train(
                     values |= {name: float(value) for name, value in codebook.items()}
                     window.resume()
                     run.writers.scalars(step, values)
-                    run.logs.copy(LOG_SECONDS)
+                    run.logs.upload(LOG_SECONDS)
                     progress.status(step, status_line(values))
                 if evaluated or saved:
                     window.pause()
@@ -275,7 +275,7 @@ def evaluate(
       DamagedError: it cannot be read; no other takes its place.
     """
     path = distributed.run_together(lambda: find_checkpoint(workdir, step))
-    if path.parent != storage.at(workdir) / checkpoint.FOLDER:
+    if path.parent != storage.resolve_path(workdir) / checkpoint.FOLDER:
         raise CheckpointError(f"--workdir={workdir}: give the workdir of the run, and --step={path.name}")
     step = int(distributed.exchange(path.name)[0])  # another run may be saving meanwhile
     run = Run(config, workdir, devices, evaluate_step=step)

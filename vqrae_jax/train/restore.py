@@ -85,7 +85,7 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
 
 def own_model(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
     """Shapes of the model in the newest checkpoint of `folder` (or in that of the step `only`) that tells them."""
-    with storage.told(folder, "read"):
+    with storage.convert_errors(folder, "read"):
         steps = checkpoint.completed_steps(folder) if only is None else [only]
     for step in reversed(steps):
         try:

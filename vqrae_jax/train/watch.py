@@ -149,7 +149,7 @@ class Heartbeat:
         self._last = now
         sign = {"step": step, "time": round(time.time(), 3), "process": self._process, "processes": self._processes}
         try:
-            storage.write(self._path, json.dumps(sign).encode())
+            storage.write_bytes(self._path, json.dumps(sign).encode())
         except (OSError, StorageError) as error:  # the run is worth more than the sign
             log.warning("no heartbeat: %s", error)
 

@@ -140,5 +140,5 @@ def _start_wandb(project: str, logs: pathlib.Path, name: str, config: dict[str, 
         ) from None
     file = logs / WANDB_FILE
     if not file.is_file():  # runs of one name, or of one path on several machines, are several runs
-        storage.write(file, uuid.uuid4().hex.encode())
+        storage.write_bytes(file, uuid.uuid4().hex.encode())
     return wandb.init(project=project, dir=str(logs), config=config, resume="allow", name=name, id=file.read_text())

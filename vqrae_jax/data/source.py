@@ -1,0 +1,129 @@
+"""The interface of image sources, and the files of a dataset."""
+
+import fnmatch
+import hashlib
+import os
+import re
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from vqrae_jax import storage
+from vqrae_jax.errors import DataError, ImageError
+
+_COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
+
+
+class Source:
+    """Images in random access.
+
+    `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 if there is none.
+    It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Returns the description of a record for messages."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """Returns the id of a record: its number if it has no name."""
+        return str(index)
+
+    def fingerprint(self, count: int) -> bytes:
+        """Returns what identifies the first `count` records apart from their keys, without reading them."""
+        del count
+        return b""
+
+    def hash_listing(self, count: int) -> str:
+        """Returns the SHA-256 of the keys, in order, and the fingerprint of the first `count` records."""
+        digest = hashlib.sha256()
+        for index in range(count):
+            digest.update(f"{self.key(index)}\n".encode())
+        digest.update(self.fingerprint(count))
+        return digest.hexdigest()
+
+
+def locate(ends: Int[np.ndarray, " groups"], index: int) -> tuple[int, int]:
+    """Finds a record in files or row groups that follow one another.
+
+    Args:
+      ends: number of records up to and including each group.
+
+    Returns:
+      The number of the group and the record's number in it.
+
+    Raises:
+      IndexError: `index` is negative or too large.
+    """
+    total = int(ends[-1]) if len(ends) else 0
+    if not 0 <= index < total:
+        raise IndexError(f"record {index} of {total}")
+    group = int(np.searchsorted(ends, index, side="right"))
+    return group, index - (int(ends[group - 1]) if group else 0)
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """Reads bytes [start, end) of a file.
+
+    Raises:
+      OSError: missing or not readable.
+      ImageError: the file ends before `end`.
+    """
+    data = storage.read_bytes(path, start, end)
+    if len(data) != end - start:
+        raise ImageError(f"{path!r} is cut short: it ends before byte {end}")
+    return data
+
+
+def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) -> list[str]:
+    """Lists the files that make up one split of a dataset, in order.
+
+    Args:
+      path: a file, a folder that holds nothing but one split, or a pattern with *, ? or a range as in
+        "train-{0000..0146}.tar"; local or in a bucket.
+      suffixes: accepted ends of file names.
+      field: config field or argument that `path` comes from.
+
+    Raises:
+      DataError: no such files, a missing shard of a range, compressed files, or several splits.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        numbers = range(int(match[1]), int(match[2]) + 1)
+        files = [f"{path[: match.start()]}{i:0{len(match[1])}d}{path[match.end() :]}" for i in numbers]
+        existing = set(storage.list_files(os.path.dirname(path), field, recursive=False))
+        if missing := [name for name in files if name not in existing]:
+            problem = f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]!r}"
+            raise DataError(problem, field=field, value=path)
+    elif re.search(r"[*?]", path):
+        folder, pattern = os.path.split(path)
+        files = storage.list_files(folder, field, recursive=False)
+        files = [name for name in files if fnmatch.fnmatchcase(os.path.basename(name), pattern)]
+    elif path.endswith((*suffixes, *_COMPRESSED)):
+        files = [path]
+    else:
+        files = storage.list_files(path, field, recursive=False)
+    compressed = next((name for name in files if name.endswith(_COMPRESSED)), None)
+    files, kinds = [name for name in files if name.endswith(suffixes)], " or ".join(suffixes)
+    if not files and compressed:
+        raise DataError(
+            f"{compressed!r} is compressed and cannot be read in random access; unpack it (gunzip) to {kinds} files",
+            field=field, value=path,
+        )  # fmt: skip
+    if not files:
+        raise DataError(f"no {kinds} files; expected a folder of them, a file or a pattern", field=field, value=path)
+    splits = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", name[: name.rindex(".")]) for name in files})
+    if len(splits) > 1:
+        raise DataError(
+            f"several splits ({', '.join(map(os.path.basename, splits[:5]))}); select one with a pattern such as "
+            f"{splits[0] + '*' + suffixes[0]!r}",
+            field=field, value=path,
+        )  # fmt: skip
+    return files
