@@ -1,86 +1,80 @@
-"""python docs/write_api.py writes docs/api.md from the docstrings; nothing of the package is imported."""
+"""Writes docs/api.md from the docstrings of the public modules, without importing the package.
+
+python docs/write_api.py
+"""
 
 import ast
 import pathlib
 import textwrap
 
-HERE = pathlib.Path(__file__).parent
-PACKAGE = HERE.parent / "vqrae_jax"
-# What people import; everything else is inside.
-MODULES = (
-    "inference/tokenizer",
-    "inference/editing",
-    "inference/pictures",
-    "data/codes",
-    "data/code_shards",
-    "assembly",
-    "config",
-    "config/schema",
-    "config/recipes",
-    "models/vqrae",
-    "models/encoder",
-    "models/decoder",
-    "models/generator",
-    "generation/masking",
-    "generation/sampling",
-    "quantizers/base",
-    "quantizers/ema",
-    "quantizers/simvq",
-    "quantizers/fsq",
-    "quantizers/lfq",
-    "quantizers/gumbel",
-    "quantizers/ibq",
-    "quantizers/residual",
-    "quantizers/product",
-    "quantizers/multiscale",
-    "checkpoint",
-    "sharding",
-    "compilation",
-)
-TITLE = (
-    "# API\n\nWritten from the docstrings by `python docs/write_api.py`. Axes are named in the README's design notes.\n"
-)
+FOLDER = pathlib.Path(__file__).parent
+PACKAGE = FOLDER.parent / "vqrae_jax"
+PUBLIC = (
+    "inference/tokenizer", "inference/editing", "data/codes", "data/code_shards", "build/tokenizer", "config",
+    "config/schema", "config/recipes", "models/vqrae", "models/encoder", "models/decoder", "models/generator",
+    "generation/*", "quantizers/*", "evaluation/evaluate", "checkpoint", "sharding", "storage", "errors",
+)  # fmt: skip
+HEAD = "# API\n\nWritten by `python docs/write_api.py` from the docstrings. [design.md](design.md) names the axes.\n"
 
 
-def document() -> str:
-    """The page."""
-    return TITLE + "".join(_module(name) for name in MODULES)
+def find_modules() -> list[pathlib.Path]:
+    """Returns the files of the public modules."""
+    paths = []
+    for name in PUBLIC:
+        single = PACKAGE / name / "__init__.py"
+        paths += [single] if single.is_file() else sorted(PACKAGE.glob(f"{name}.py"))
+    return [path for path in paths if path.name != "__init__.py" or path.stat().st_size]
 
 
-def _module(name: str) -> str:
-    file = PACKAGE / f"{name}.py"
-    source = (file if file.is_file() else PACKAGE / name / "__init__.py").read_text(encoding="utf-8")
+def public_names() -> set[str]:
+    """Returns the names of the classes and functions that the document describes."""
+    return {node.name for path in find_modules() for node in _definitions(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+def build_document() -> str:
+    """Returns the text of the document."""
+    return HEAD + "".join(_describe_module(path) for path in find_modules())
+
+
+def _definitions(tree: ast.Module) -> list[ast.ClassDef | ast.FunctionDef]:
+    named = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    return [node for node in named if not node.name.startswith("_") and node.name != "main"]
+
+
+def _describe_module(path: pathlib.Path) -> str:
+    source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    parts = [f"\n## vqrae_jax.{name.replace('/', '.')}\n\n{_text(tree)}\n"]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            parts.append(_class(node, source))
-        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
-            parts.append(f"\n### {node.name}\n\n{_signature(node)}\n{_block(node)}")
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    parts = [f"\n## {name}\n\n{(ast.get_docstring(tree) or '').strip()}\n"]
+    for node in _definitions(tree):
+        if isinstance(node, ast.ClassDef):
+            parts.append(_describe_class(node, source))
+        else:
+            parts.append(f"\n### {node.name}\n\n{_signature(node)}\n{_docstring(node)}")
     return "".join(parts)
 
 
-def _class(node: ast.ClassDef, source: str) -> str:
-    """Docstring; of a config section the fields as they stand, of others the documented methods."""
-    bases = {ast.unparse(base) for base in node.bases}
-    text = f"\n### {node.name}\n\n{_block(node)}"
-    if "Section" in bases:
-        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-        if not fields:
-            return text
-        first, last = fields[0].lineno, fields[-1].end_lineno
-        lines = source.splitlines()
-        while lines[first - 2].lstrip().startswith("#"):
-            first -= 1
-        return f"{text}\n```python\n{textwrap.dedent(chr(10).join(lines[first - 1 : last]))}\n```\n"
+def _describe_class(node: ast.ClassDef, source: str) -> str:
+    """Describes a class: its docstring, then the fields of a config section or the documented methods of another."""
+    text = f"\n### {node.name}\n\n{_docstring(node)}"
+    if "Section" in map(ast.unparse, node.bases):
+        fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+        return text + _fields(fields, source.splitlines()) if fields else text
     for method in node.body:
-        if isinstance(method, ast.FunctionDef) and (method.name == "__init__" or not method.name.startswith("_")):
-            if method.name == "setup" or not (ast.get_docstring(method) or method.name == "__init__"):
-                continue
-            decorated = [ast.unparse(d) for d in method.decorator_list]
-            kind = "property " if any("property" in d for d in decorated) else ""
-            text += f"\n#### {kind}{node.name}.{method.name}\n\n{_signature(method)}\n{_block(method)}"
+        if not isinstance(method, ast.FunctionDef) or (method.name.startswith("_") and method.name != "__init__"):
+            continue
+        if method.name == "__init__" or (method.name != "setup" and ast.get_docstring(method)):
+            kind = "property " if any("property" in ast.unparse(d) for d in method.decorator_list) else ""
+            text += f"\n#### {kind}{node.name}.{method.name}\n\n{_signature(method)}\n{_docstring(method)}"
     return text
+
+
+def _fields(fields: list[ast.AnnAssign], lines: list[str]) -> str:
+    """Returns the source of the fields with their comments."""
+    first, last = fields[0].lineno, fields[-1].end_lineno
+    while lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return f"\n```python\n{textwrap.dedent(chr(10).join(lines[first - 1 : last]))}\n```\n"
 
 
 def _signature(node: ast.FunctionDef) -> str:
@@ -89,21 +83,13 @@ def _signature(node: ast.FunctionDef) -> str:
     return f"```python\n{textwrap.fill(line, 110, subsequent_indent='    ')}\n```\n"
 
 
-def _block(node: ast.AST) -> str:
-    """First paragraph as text; the rest, whose lists are laid out by indentation, as it stands."""
-    text = ast.get_docstring(node)
-    if not text:
-        return ""
-    summary, _, rest = text.partition("\n\n")
+def _docstring(node: ast.AST) -> str:
+    """Returns the first paragraph as text and the rest, whose lists depend on indentation, as a literal block."""
+    summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
     if summary.startswith(("Args:", "Attributes:")):
-        summary, rest = "", text
-    parts = [f"{summary}\n"] if summary else []
-    return "\n".join([*parts, f"```text\n{rest}\n```\n"] if rest else parts)
-
-
-def _text(node: ast.AST) -> str:
-    return (ast.get_docstring(node) or "").strip()
+        summary, rest = "", f"{summary}\n\n{rest}".strip()
+    return "\n".join([*([f"{summary}\n"] if summary else []), *([f"```text\n{rest}\n```\n"] if rest else [])])
 
 
 if __name__ == "__main__":
-    (HERE / "api.md").write_text(document(), encoding="utf-8")
+    (FOLDER / "api.md").write_text(build_document(), encoding="utf-8")

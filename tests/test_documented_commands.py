@@ -1,10 +1,11 @@
-"""Every command of the README and the pages in docs/ is run, in small, at a desk where what it names lies.
+"""Runs every command of the README and of the pages in docs/ at a small scale, in one prepared folder.
 
-The hub ids of encoders are folders with tiny encoders, /data is a folder of a few pictures, and what is of full size is
-made small (`in_small`). A command that reads what another documented command writes comes after it.
+Hub ids of encoders are folders with tiny encoders, /data is a folder of a few images, and `shrink` replaces full-size
+settings. A command that reads the output of another documented command runs after it.
 """
 
 import importlib
+import logging
 import pathlib
 import re
 import shlex
@@ -19,154 +20,164 @@ from vqrae_jax import distributed
 from vqrae_jax.data import images
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = list(dict.fromkeys(
     part.strip()
-    for page in PAGES
+    for page in PAGES if page.name != "api.md"
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     for line in block.strip().splitlines()
     for part in line.split("&&")
 ))  # fmt: skip
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
-NOT_RUN = {  # what a command begins with -> why it is not run here
+POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs these commands dry"
+NOT_RUN = {  # beginning of a command -> why it is not run here
     "pip install": "needs a package registry; .ci/run starts with it",
     "uv pip install": "needs a package registry",
-    "python -m pytest": "is what runs this",
+    "python -m pytest": "would run itself",
     QUICKSTART: "tests/test_main.py runs it in a process of its own",
-    "python -m vqrae_jax.commands.demo": "serves until it is stopped; tests/commands/test_demo.py clicks on the page",
+    "python -m vqrae_jax.commands.demo": "serves until it is stopped; tests/commands/test_demo.py uses the page",
+    **dict.fromkeys(("export ", "launch/", "docker ", "kubectl ", "CONFIG=", "TOPOLOGY=", "PROCESSES="), POD),
 }
-PLACES = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}  # of what lies at the desk
-POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs the page's commands dry"
-STARTS = ("export ", "launch/", "docker ", "kubectl ", "CONFIG=", "TOPOLOGY=", "PROCESSES=")
-NOT_RUN |= dict.fromkeys(STARTS, POD)
-TRAINING = {
+LOCAL_PATHS = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}
+SMALL = {
     "train.epochs": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.log_every": 1,
     "data.batch_size": 8, "data.eval_batch_size": 8, "data.image_size": 32, "optimizer.warmup_steps": 1,
     "optimizer.accumulate": 1, "model.encoder_input_size": 56, "model.num_embeddings": 32,
     "model.decoder_patch_size": 8,
     "loss.perceptual.weight": 0.0, "adversary.discriminator": "none",  # their networks are on a hub, in one size
 }  # fmt: skip
-DEAR = ("vqrae_jax.main", "benchmarks.quantizer_table")
+REPLACED = {  # TPU topologies need libtpu, an extra
+    "--topology=v5e:16x16": "--topology=cpu:4",
+    "--config.data.name=imagenet2012": "--config.data.name=waves_array_record",
+}
 
 
-def module_and_arguments(command):
+def split(command):
     program, *arguments = shlex.split(command.removeprefix("python ").removeprefix("-m "))
     return program.removesuffix(".py").replace("/", "."), arguments
 
 
 def outputs(command):
-    """What it writes, as it names it; evaluating and asking in advance write nothing that others read."""
+    """Returns the paths that a command writes; evaluation and preflight write nothing that other commands read."""
     trains = "vqrae_jax.main" in command and "--mode=" not in command
     return re.findall(r"--workdir=(\S+)" if trains else r"--output=(\S+)", command)
 
 
 def inputs(command):
-    """What it names and does not write."""
-    values = {part.partition("=")[2] or part for part in shlex.split(command)}
-    return values - set(outputs(command))
+    return {part.partition("=")[2] or part for part in shlex.split(command)} - set(outputs(command))
 
 
-def reason(command):
-    """Why it is not run; empty for one that is."""
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
+def reason_not_run(command):
+    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), "")
 
 
-def before(command):
-    """The commands whose results it reads."""
-    return [other for other in COMMANDS if set(outputs(other)) & inputs(command) and not reason(other)]
+def prerequisites(command):
+    return [c for c in COMMANDS if set(outputs(c)) & inputs(command) and not reason_not_run(c)]
 
 
-def in_small(module, arguments, golden):
-    """Arguments that make of a full-size command one of a few seconds, in place of those that would not."""
-    if module.endswith("import_origin"):
-        return [re.sub(r"^(--config)=.*", r"\1=configs/case.py", a) for a in arguments]
+def is_slow(command):
+    """Returns whether a command, or one that it needs, trains a model or runs a benchmark."""
+    heavy = split(command)[0] in ("vqrae_jax.main", "benchmarks.quantizer_table")
+    return (heavy and "--config=configs/quickstart.py" not in command) or any(map(is_slow, prerequisites(command)))
+
+
+def shrink(module, arguments, golden):
+    """Returns arguments with which a full-size command takes a few seconds."""
+    for pattern, replacement in LOCAL_PATHS.items():
+        arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
+    if module.endswith("import_pytorch"):
+        return [re.sub(r"^(--config)=.*", r"\1=configs/case.py", argument) for argument in arguments]
     if module == "benchmarks.quantizer_table":
         return [*arguments, "--size=56", "--steps=1", "--quantizers=none"]
     if module != "vqrae_jax.main" or "--config=configs/quickstart.py" in arguments:
         return arguments
-    known = {"--topology=v5e:16x16": "--topology=cpu:4", "--topology=v5e:4x4": "--topology=cpu:2"}  # libtpu is an extra
-    known["--config.data.name=imagenet2012"] = "--config.data.name=waves_array_record"
-    arguments = [known.get(a, a) for a in arguments]
-    figures = re.compile(r"--config\.evaluation\.(figures|inception_path)=.*")  # weights that no package ships
-    arguments = [a for a in arguments if not figures.match(a) and not a.startswith("--config.optimizer.accumulate")]
-    decoder = f"--config.model.decoder_config_path={golden / 'vqrae' / 'decoder_config'}"
-    small = [f"--config.{name}={value}" for name, value in TRAINING.items()]
-    return [*arguments, decoder, *small, *(["--alternatives=0"] if "--mode=preflight" in arguments else [])]
+    left_out = re.compile(r"--config\.(evaluation\.(metrics|inception_path)|optimizer\.accumulate)=")  # needs weights
+    arguments = [REPLACED.get(argument, argument) for argument in arguments if not left_out.match(argument)]
+    arguments.append(f"--config.model.decoder_config_path={golden / 'vqrae' / 'decoder_config'}")
+    arguments += [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return [*arguments, "--alternatives=0"] if "--mode=preflight" in arguments else arguments
 
 
 @pytest.fixture(scope="module")
-def desk(golden, tiny, trained, tmp_path_factory):
-    """A folder in which everything lies that the documentation takes for granted."""
-    desk = tmp_path_factory.mktemp("desk")
+def workspace(golden, tiny, trained, tmp_path_factory):
+    """A folder with everything that the documentation assumes."""
+    folder = tmp_path_factory.mktemp("workspace")
     rng = np.random.default_rng(0)
-    for folder, count in {"data/train": 16, "data/val": 8, "photographs/train": 32, "photographs/val": 4}.items():
+    for name, count in {"data/train": 16, "data/val": 8, "photographs/train": 32, "photographs/val": 4}.items():
         for i in range(count):
-            images.write_image(desk / folder / f"{i:02d}.png", rng.integers(0, 256, (60, 60, 3), np.uint8))
-    images.write_image(desk / "cat.png", rng.integers(0, 256, (80, 60, 3), np.uint8))
-    shutil.copytree(ROOT / "configs", desk / "configs")
-    (desk / "configs" / "quickstart.py").write_text(
+            images.write_image(folder / name / f"{i:02d}.png", rng.integers(0, 256, (60, 60, 3), np.uint8))
+    images.write_image(folder / "cat.png", rng.integers(0, 256, (80, 60, 3), np.uint8))
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "configs" / "quickstart.py").write_text(
         f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({tiny().model_dump()!r})\n"
     )
     for name in ("runs/quickstart", "runs/other"):
-        shutil.copytree(trained, desk / name)
+        shutil.copytree(trained, folder / name)
     encoders = {
         "facebook/dinov2-base": "dinov2", "facebook/dinov2-with-registers-base": "dinov2_with_registers",
         "facebook/dinov2-with-registers-large": "dinov2_with_registers", "vit-tiny": "dinov2",
     }  # fmt: skip
-    for name, tiny in encoders.items():
-        (desk / name).parent.mkdir(exist_ok=True)
-        (desk / name).symlink_to(golden / "encoders" / tiny)
-    (desk / "data" / "tensorflow_datasets").symlink_to(ROOT / "tests" / "data" / "fixtures")
-    case = {
+    for name, encoder in encoders.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(golden / "encoders" / encoder)
+    (folder / "data" / "tensorflow_datasets").symlink_to(ROOT / "tests" / "data" / "fixtures")
+    fields = {
         "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "num_embeddings": 64,
         "normalization_stat_path": str(golden / "vqrae" / "ema_vq_2d" / "stat.npz"),
     }  # fmt: skip
-    lines = [f"    c.model.{name} = {value!r}\n" for name, value in case.items()]
-    start = "from vqrae_jax import config\n\n\ndef get_config():\n    c = config.defaults()\n"
-    (desk / "configs" / "case.py").write_text(f"{start}{''.join(lines)}    return c\n")
-    shutil.copy(golden / "vqrae" / "ema_vq_2d" / "model.npz", desk / "ep-last.npz")
-    return desk
+    lines = ["from vqrae_jax import config", "", "", "def get_config():", "    c = config.defaults()"]
+    lines += [f"    c.model.{name} = {value!r}" for name, value in fields.items()]
+    (folder / "configs" / "case.py").write_text("\n".join([*lines, "    return c", ""]))
+    shutil.copy(golden / "vqrae" / "ema_vq_2d" / "model.npz", folder / "ep-last.npz")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def done():
-    """Commands that were run at the desk."""
+def completed():
+    """Commands that have run in the workspace."""
     return set()
 
 
-def run(command, done, golden, monkeypatch):
-    """Does what `python -m` would, in this process, after the commands whose results it reads."""
-    monkeypatch.setattr(distributed, "start", lambda *_: None)  # comes before all computations in a process of its own
-    if command in done:
-        return
-    done.add(command)
-    for other in before(command):
-        run(other, done, golden, monkeypatch)
-    module, arguments = module_and_arguments(command)
-    for name, place in PLACES.items():
-        arguments = [re.sub(name, place, argument) for argument in arguments]
-    arguments = in_small(module, arguments, golden)
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    try:
-        if module == "vqrae_jax.main":
-            run_main(arguments)
-        elif module.startswith("benchmarks."):
-            importlib.import_module(module).main(arguments)
-        else:
-            importlib.import_module(module).main()
-    except SystemExit as left:
-        if left.code:
-            raise AssertionError(f"{command}: {left.code}") from left
+@pytest.fixture
+def run_command(workspace, completed, golden, monkeypatch):
+    """Runs a command as `python -m` does, in this process, after the commands whose results it reads."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(distributed, "connect", lambda *_, **__: None)  # must precede all computations of a process
+
+    def run(command):
+        if command in completed:
+            return
+        completed.add(command)
+        for prerequisite in prerequisites(command):
+            run(prerequisite)
+        module, arguments = split(command)
+        arguments = shrink(module, arguments, golden)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        try:
+            if module == "vqrae_jax.main":
+                run_main(arguments)
+            elif module.startswith("benchmarks."):
+                importlib.import_module(module).main(arguments)
+            else:
+                importlib.import_module(module).main()
+        except SystemExit as error:
+            if error.code:
+                raise AssertionError(f"{command}: {error.code}") from error
+
+    return run
 
 
 def run_main(arguments):
-    """main.py with flags of its own, as often as wanted."""
+    """Runs main.py and restores what it changes in the process: flags and log levels."""
     from vqrae_jax import main
 
+    logger = logging.getLogger("vqrae_jax")
+    level = logger.level
     try:
         main.main(main._parse(["main", *arguments]))
     finally:
+        logger.setLevel(level)
         flags.FLAGS.unparse_flags()
         for name in list(flags.FLAGS):
             if name.startswith("config."):
@@ -175,31 +186,29 @@ def run_main(arguments):
                 flags.FLAGS[name].unparse()
 
 
-def dear(command):
-    """Trains or compares at some length, or comes after what does."""
-    own = module_and_arguments(command)[0] in DEAR and "--config=configs/quickstart.py" not in command
-    return own or any(map(dear, before(command)))
-
-
-def marked(command):
-    return pytest.param(command, marks=[pytest.mark.slow] if dear(command) else [])
-
-
-@pytest.mark.parametrize("command", [marked(command) for command in COMMANDS if not reason(command)])
-def test_it_runs(command, desk, done, golden, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if is_slow(command) else [])
+        for command in COMMANDS
+        if not reason_not_run(command)
+    ],
+)
+def test_command_runs(command, run_command, workspace, capsys):
     if "--format=pytorch" in command:
         pytest.importorskip("torch", reason="PyTorch files need PyTorch")
-    monkeypatch.chdir(desk)
-    run(command, done, golden, monkeypatch)
-    assert all((desk / name.removeprefix("/")).exists() for name in outputs(command))
+    run_command(command)
+    assert all((workspace / name.removeprefix("/")).exists() for name in outputs(command))
     if "--help" in command:
         assert capsys.readouterr().out.startswith("usage: ")
 
 
-def test_what_is_not_run_is_still_there():
-    """No reason without a command, and no command that only looks like one of them."""
+def test_reasons_have_commands():
+    """Every reason excludes a command, and all other commands are of this package."""
     for start in NOT_RUN:
         assert any(command.startswith(start) for command in COMMANDS), start
     assert all(
-        command.startswith(("python -m vqrae_jax", "python benchmarks/")) for command in COMMANDS if not reason(command)
+        command.startswith(("python -m vqrae_jax", "python benchmarks/"))
+        for command in COMMANDS
+        if not reason_not_run(command)
     )
