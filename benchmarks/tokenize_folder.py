@@ -25,7 +25,7 @@ from vqrae_jax.benchmark.stages import DINOV2
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import tokenize
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.data import codes, ordered
+from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.readable import Skipped
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[dict[str, C
 
     def read() -> None:
         starts = list(range(0, plan.images, args.batch))
-        for _ in ordered.ordered_batches(source, starts, args.batch, size, plan.views, args.threads, Skipped()):
+        for _ in pipeline.ordered_batches(source, starts, args.batch, size, plan.views, args.threads, Skipped()):
             pass
 
     def encode_from_memory() -> None:
@@ -116,9 +116,9 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[dict[str, C
 
     def run_command() -> None:
         with tempfile.TemporaryDirectory(dir=args.output) as output:
-            missing = codes.begin(output, plan)
+            missing = codes.start_dataset(output, plan)
             tokenize.write_shards(tokenizer, source, plan, missing, output, args.batch, args.threads)
-            codes.finish(output, plan)
+            codes.finish_dataset(output, plan)
 
     jax.block_until_ready(program(tokenizer.variables, on_device))
     list(tokenizer.stream("encode_to_indices", [images]))

@@ -58,7 +58,7 @@ def write_photographs(folder: pathlib.Path, count: int = 1024) -> str:
 
     The default is large because grain's shuffle of fewer than thousands of images is slow.
     """
-    rng, shipped = np.random.default_rng(0), photographs.load("train")
+    rng, shipped = np.random.default_rng(0), photographs.load_photographs("train")
     for i in range(count):
         square = images.random_crop(shipped[i % len(shipped)], 500, rng, scale=(0.5, 1.5))
         images.write_image(folder / f"{i:04d}.jpg", square[:375])

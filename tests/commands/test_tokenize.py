@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import Tokenizer
+from vqrae_jax import Tokenizer, storage
 from vqrae_jax.commands import tokenize
-from vqrae_jax.data import codes, files, images, readable
+from vqrae_jax.data import codes, images, readable
 from vqrae_jax.errors import ConfigError, DataError
 
 
@@ -83,7 +83,7 @@ def test_names_that_are_no_utf_8_are_ids_too(trained, tmp_path, form):
 
 def test_processes_write_what_one_would(trained, photos, whole, tmp_path):
     assert run(trained, photos, tmp_path, "--processes=2", "--process=1") is None
-    with pytest.raises(DataError, match="not complete: 1 of 3 shards"):
+    with pytest.raises(DataError, match="not complete: 1 of 3"):
         codes.Codes(tmp_path)
     assert run(trained, photos, tmp_path, "--processes=2", "--process=0")["complete"]
     assert content(tmp_path) == content(whole)
@@ -107,7 +107,7 @@ def test_a_folder_whose_files_have_changed_is_not_gone_on_with(trained, tmp_path
         images.write_image(photos / f"{i:02d}.png", rng.integers(0, 256, (32, 32, 3), np.uint8))
     assert run(trained, photos, output, "--processes=2", "--process=0") is None
     renamed(photos)
-    with pytest.raises(DataError, match=r"begun on other files: 16 images .* put the files back .* another folder"):
+    with pytest.raises(DataError, match=r"started with other files: .* 16 images"):
         run(trained, photos, output)
     assert len(list(output.glob("codes-*"))) == 1
     without_the_hash(output / codes.MANIFEST)
@@ -142,7 +142,7 @@ def test_goes_on_where_it_stopped(trained, photos, whole, tmp_path, monkeypatch,
 
 
 def test_an_outage_stops_it_and_it_goes_on_from_there(trained, photos, whole, tmp_path, monkeypatch):
-    read, fetched = files.read, []
+    read, fetched = storage.read_bytes, []
 
     def failing(path):
         if len(fetched) >= 12:
@@ -151,7 +151,7 @@ def test_an_outage_stops_it_and_it_goes_on_from_there(trained, photos, whole, tm
         return read(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "read", failing)
+        patch.setattr(storage, "read_bytes", failing)
         patch.setattr(readable.time, "sleep", lambda seconds: None)
         with pytest.raises(DataError, match="the server does not answer"):
             run(trained, photos, tmp_path, "--threads=1")
@@ -203,8 +203,8 @@ def test_a_folder_of_other_codes_is_refused(trained, photos, whole):
         (["--processes=2"], ConfigError, "--processes=2: give both or none"),
         (["--shard-size=12"], ConfigError, "--shard-size=12 is no multiple of the batch of 8 images: give 16"),
         (["--source=tape"], ConfigError, "^--source=tape: give one of photographs, folder, "),
-        (["--data=/nowhere"], DataError, "^--data='/nowhere' does not exist"),
-        (["--source=webdataset", "--data=/nowhere"], DataError, "^--data: '/nowhere' does not exist"),
+        (["--data=/nowhere"], DataError, "^--data='/nowhere': does not exist"),
+        (["--source=webdataset", "--data=/nowhere"], DataError, "^--data='/nowhere': does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(trained, photos, tmp_path, arguments, error, message):
