@@ -20,7 +20,7 @@ from vqrae_jax import distributed
 from vqrae_jax.data import images
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = list(dict.fromkeys(
     part.strip()
     for page in PAGES if page.name != "api.md"
