@@ -1,19 +1,24 @@
 """VQRAE: vector-quantized representation autoencoders in JAX."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqrae_jax.inference.tokenizer import Tokenizer
+    from vqrae_jax.models.vqrae import VQRAE
 
 __version__ = "0.1.0"
 __all__ = ["VQRAE", "Tokenizer", "__version__"]
 
+_MODULES = {"VQRAE": "vqrae_jax.models.vqrae", "Tokenizer": "vqrae_jax.inference.tokenizer"}
+
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are first used: importing the package starts nothing."""
-    if name == "VQRAE":
-        from vqrae_jax.models.vqrae import VQRAE
+    """Imports a public name when it is first used, so that importing the package starts nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-        return VQRAE
-    if name == "Tokenizer":
-        from vqrae_jax.inference.tokenizer import Tokenizer
 
-        return Tokenizer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__

@@ -47,6 +47,7 @@ TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TP
 
 def start() -> None:
     """Prepares the process for JAX: memory of the C library, absent TPUs, compile cache. Call it before JAX starts."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns if PyTorch is absent
     keep_freed_memory()
     skip_absent_tpu()
     enable_compilation_cache()

@@ -65,9 +65,9 @@ def test_training_checkpoint_in_pytorchs_own_file(golden, config, tmp_path):
 def test_weights_that_are_not_there(golden, config, tmp_path):
     case = golden / "vqrae" / "ema_vq_2d"
     settings = import_pytorch.read_config(str(config))
-    with pytest.raises(WeightsError, match=r"'ema' weights; it has model: --weights=model$"):
+    with pytest.raises(WeightsError, match=r"--weights='ema'.*'model'"):
         pytorch_checkpoint.convert_checkpoint(settings, {"model": dict(np.load(case / "model.npz"))}, "ema")
-    with pytest.raises(WeightsError, match=r"dict of dicts \(state\)"):
+    with pytest.raises(WeightsError, match="state"):
         pytorch_checkpoint.convert_checkpoint(settings, {"state": {"a": np.zeros(1)}})
 
 

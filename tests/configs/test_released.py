@@ -139,7 +139,7 @@ def test_released_files_fill_the_model(part, published, table, entries):
     assert len(published) == entries
     filled = {}
     for name, shape in published.items():
-        row, paths = tables.find(table, name)
+        row, paths = tables.find_row(table, name)
         assert paths or row.path is None, name
         filled |= dict.fromkeys(paths, shape)
     assert filled == want

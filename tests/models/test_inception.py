@@ -13,7 +13,7 @@ import pytest
 
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.inception import Inception
-from vqrae_jax.pretrained.inception_weights import read_inception
+from vqrae_jax.pretrained.judge_weights import read_inception
 from vqrae_jax.resize import resize
 
 
@@ -84,5 +84,5 @@ def test_another_network_is_refused(shapes, tmp_path):
     np.savez(tmp_path / "other.npz", **{"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)})
     with pytest.raises(WeightsError, match=r"missing \(472\)"):
         read_inception(shapes, str(tmp_path / "other.npz"), "evaluation.inception_path")
-    with pytest.raises(WeightsError, match=r"evaluation.inception_path='/absent.pth' is neither a file"):
+    with pytest.raises(WeightsError, match=r"evaluation.inception_path='/absent.pth'"):
         read_inception(shapes, "/absent.pth", "evaluation.inception_path")

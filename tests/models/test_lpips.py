@@ -9,7 +9,7 @@ import pytest
 
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.lpips import LPIPS, unit_length
-from vqrae_jax.pretrained.lpips_weights import read_lpips
+from vqrae_jax.pretrained.judge_weights import read_lpips
 
 SHAPES = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2)["params"]
 

@@ -1,4 +1,4 @@
-"""Training starts from a decoder that someone else trained."""
+"""Decoder weights from other training runs."""
 
 import re
 
@@ -25,14 +25,14 @@ def config(golden, path, **changes):
 
 
 @pytest.fixture
-def whole(golden):
+def model_file(golden):
     return golden / "vqrae" / "ema_vq_2d" / "model.npz"
 
 
 @pytest.fixture
-def decoder(whole):
-    """The decoder's own state dict, as releases have it."""
-    state = dict(np.load(whole))
+def decoder(model_file):
+    """The decoder's state dict, as in releases."""
+    state = dict(np.load(model_file))
     return {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.")}
 
 
@@ -45,8 +45,8 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
-def test_from_a_release_or_a_whole_model(golden, tmp_path, whole, decoder, bare, scan):
-    path = tmp_path / "decoder.npz" if bare else whole
+def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare, scan):
+    path = tmp_path / "decoder.npz" if bare else model_file
     if bare:
         np.savez(path, **decoder)
     read = build_tokenizer(config(golden, path, scan_layers=scan)).pretrained["decoder"]
@@ -56,9 +56,9 @@ def test_from_a_release_or_a_whole_model(golden, tmp_path, whole, decoder, bare,
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_from_a_folder_that_we_exported(golden, tmp_path, whole, scanned):
-    """A VQRAE starts from the continuous autoencoder trained here, whichever way either keeps its blocks."""
-    continuous = config(golden, whole, quantizer="none", scan_layers=scanned)
+def test_exported_folder(golden, tmp_path, model_file, scanned):
+    """A VQRAE starts from a continuous autoencoder of ours, with blocks stacked or not in either."""
+    continuous = config(golden, model_file, quantizer="none", scan_layers=scanned)
     decoder = build_tokenizer(continuous).pretrained["decoder"]
     folder.write(tmp_path, continuous, {"params": {"decoder": decoder}, "batch_stats": {}}, frozen=False)
     expected = unstack_blocks(decoder) if scanned else decoder
@@ -67,22 +67,22 @@ def test_from_a_folder_that_we_exported(golden, tmp_path, whole, scanned):
     assert_same(unstack_blocks(scanning), expected)
 
 
-def test_from_a_training_checkpoint_in_pytorchs_own_file(golden, tmp_path, whole):
+def test_pytorch_training_checkpoint(golden, tmp_path, model_file):
     torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
-    state = {name: torch.from_numpy(array) for name, array in np.load(whole).items()}
+    state = {name: torch.from_numpy(array) for name, array in np.load(model_file).items()}
     ema = {name: tensor + 1 for name, tensor in state.items()}
     torch.save({"step": 1, "model": state, "ema": ema, "optimizer": None}, tmp_path / "step.pt")
     read = build_tokenizer(config(golden, tmp_path / "step.pt")).pretrained["decoder"]
     np.testing.assert_array_equal(read["cls"], ema["decoder.trainable_cls_token"].numpy())
 
 
-def test_a_size_mismatch_is_told_leaf_by_leaf(golden, whole):
-    """Another patch size asks for another last layer, another grid for another position table; nothing else differs."""
+def test_every_shape_mismatch_is_listed(golden, model_file):
+    """Another patch size changes the last layer, another grid the position table, and nothing else."""
     with pytest.raises(WeightsError) as caught:
-        build_tokenizer(config(golden, whole, decoder_patch_size=8, encoder_input_size=70))
+        build_tokenizer(config(golden, model_file, decoder_patch_size=8, encoder_input_size=70))
     message = str(caught.value)
-    assert str(whole) in message
-    assert "of another size (3)" in message
+    assert str(model_file) in message
+    assert "shape mismatch (3)" in message
     for text in (
         "decoder_pred.weight ((768, 40) in the file, (192, 40) expected for pred/kernel)",
         "decoder_pred.bias ((768,) in the file, (192,) expected for pred/bias)",
@@ -92,15 +92,15 @@ def test_a_size_mismatch_is_told_leaf_by_leaf(golden, whole):
     assert not re.search(r"missing|unexpected", message)
 
 
-def test_an_encoder_is_no_decoder(golden):
+def test_encoder_file_is_recognized(golden):
     path = golden / "encoders" / "dinov3" / "model.safetensors"
-    with pytest.raises(WeightsError, match="by its names it looks like Dinov3withNorm"):
+    with pytest.raises(WeightsError, match="Dinov3withNorm"):
         build_tokenizer(config(golden, path))
 
 
-def test_the_assembly_paints_with_it(golden, whole, assert_close):
-    built = build_tokenizer(config(golden, whole))
+def test_decoder_runs_with_it(golden, model_file, assert_close):
+    built = build_tokenizer(config(golden, model_file))
     latent = np.random.default_rng(0).standard_normal((1, 4, 4, 32)).astype(np.float32)
-    painted = jax.jit(built.module.decoder.apply)({"params": built.pretrained["decoder"]}, latent)
-    assert painted.shape == (1, 64, 64, 3)
-    assert np.isfinite(painted).all()
+    image = jax.jit(built.module.decoder.apply)({"params": built.pretrained["decoder"]}, latent)
+    assert image.shape == (1, 64, 64, 3)
+    assert np.isfinite(image).all()

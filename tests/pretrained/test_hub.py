@@ -1,4 +1,4 @@
-"""The hub's own weights, against numbers that are public. Runs with --network only.
+"""Weights of the hub against public numbers; runs only with --network.
 
 The numbers are a corner of the last hidden state that the public tests of transformers record for one photograph. The
 photograph and the numbers are not part of this project.
@@ -49,21 +49,21 @@ def load(name, normalize):
 
 
 def preprocessed(file, crop=224, short_side=256):
-    """As DINOv2's image processor does it: short side to 256 pixels by PIL's bicubic, central 224."""
+    """Preprocesses like DINOv2's image processor: short side to 256 pixels by PIL's bicubic, central 224."""
     with PIL.Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    scale = short_side / min(picture.size)
-    picture = picture.resize([int(n * scale) for n in picture.size], PIL.Image.Resampling.BICUBIC)
-    left, top = ((n - crop) // 2 for n in picture.size)
-    return np.asarray(picture.crop((left, top, left + crop, top + crop)), np.float32)[None] / 255
+        image = opened.convert("RGB")
+    scale = short_side / min(image.size)
+    image = image.resize([int(n * scale) for n in image.size], PIL.Image.Resampling.BICUBIC)
+    left, top = ((n - crop) // 2 for n in image.size)
+    return np.asarray(image.crop((left, top, left + crop, top + crop)), np.float32)[None] / 255
 
 
-def last_hidden_state(built, picture):
-    """Every token after the affine last norm, cls and registers too, which the encoder itself does not give out."""
+def last_hidden_state(built, image):
+    """All tokens after the affine last norm, with cls and registers, which the encoder itself does not return."""
     encoder, params = built.module.encoder, built.pretrained["encoder"]
-    _, seen = jax.jit(lambda p, x: encoder.apply({"params": p}, x, capture_intermediates=True))(params, picture)
+    _, captured = jax.jit(lambda p, x: encoder.apply({"params": p}, x, capture_intermediates=True))(params, image)
     last = f"block{encoder.vit.blocks.depth - 1:02d}"
-    tokens = np.asarray(seen["intermediates"]["vit"][last]["__call__"][0])
+    tokens = np.asarray(captured["intermediates"]["vit"][last]["__call__"][0])
     centred = tokens - tokens.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + encoder.vit.blocks.norm_eps)
     return normed * params["norm"]["scale"] + params["norm"]["bias"]
@@ -73,11 +73,11 @@ def last_hidden_state(built, picture):
 def test_every_tensor_of_the_hub_file_is_known(name):
     """Strict loading: nothing missing, nothing unexpected; and features are finite and of variance 1."""
     if "dinov3" in name and not os.environ.get("HF_TOKEN"):
-        pytest.skip("the hub gives DINOv3 to those who log in: set HF_TOKEN")
+        pytest.skip("DINOv3 needs a login: set HF_TOKEN")
     built = load(name, normalize=True)
     size = HUB[name][1]
-    picture = np.random.default_rng(0).uniform(size=(1, size, size, 3)).astype(np.float32)
-    features = np.asarray(jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, picture))
+    image = np.random.default_rng(0).uniform(size=(1, size, size, 3)).astype(np.float32)
+    features = np.asarray(jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, image))
     np.testing.assert_allclose(features.var(-1), 1, atol=1e-2)
 
 
@@ -102,8 +102,8 @@ def test_released_decoder_and_statistics():
     assert set(built.pretrained) == {"encoder", "decoder"}
 
 
-def test_the_text_tower_is_passed_over():
-    """SigLIP's own file holds twice the tensors of its vision tower."""
+def test_text_tower_is_skipped():
+    """SigLIP's file has twice the tensors of its vision tower."""
     folder = sources.fetch_folder("google/siglip-base-patch16-224", "field")
     tensors = sources.read_weights(folder, "field")
     built = load("google/siglip-base-patch16-224", normalize=False)

@@ -1,4 +1,4 @@
-"""Our trees under PyTorch's names, and back, bit for bit."""
+"""Our trees under PyTorch's names and back, bit for bit."""
 
 import json
 
@@ -37,8 +37,8 @@ def random_variables(shapes, seed):
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     flat = flatten_dict(variables, sep="/")
-    told = {path: value for path, value in pytorch_vqrae.STATE.items() if path in flat}
-    return {"batch_stats": {}, **unflatten_dict(flat | told, sep="/")}
+    state = {path: value for path, value in pytorch_vqrae.STATE.items() if path in flat}
+    return {"batch_stats": {}, **unflatten_dict(flat | state, sep="/")}
 
 
 def assert_same(a, b):
@@ -58,14 +58,14 @@ def test_export_then_import_is_bit_exact(golden, data):
     version = data.draw(st.sampled_from([4, 5]))
     shapes = variable_shapes(build_tokenizer(config, weights=False))
     variables = random_variables(shapes, data.draw(st.integers(0, 99)))
-    state = writers.pytorch_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
+    state = pytorch_vqrae.build_state_dict(variables, config.encoder_cls, config.quantizer, version, (8, 5, 5, 5))
     _, back = pytorch_checkpoint.convert_checkpoint(config, {"model": state}, "model")
     assert_same(back, variables)
 
 
 @pytest.mark.parametrize("case", [*ENCODERS, "dinov2_with_registers_swiglu"])
-def test_import_then_export_gives_the_hub_file_back(golden, case):
-    """Every tensor that the network uses, under the hub's names, unchanged."""
+def test_import_then_export_restores_the_hub_file(golden, case):
+    """Every tensor that the network uses has the hub's name and its value."""
     import safetensors.numpy
 
     config = model(golden, case, "none", normalize=False)
@@ -87,8 +87,8 @@ QUANTIZERS = {"ema_vq_2d": "ema", "ema_vq_tokens": "ema", "simvq": "simvq", "fsq
 
 @pytest.mark.parametrize("case", QUANTIZERS)
 @pytest.mark.parametrize("version", [4, 5])
-def test_loads_strictly_in_the_origin(golden, case, version):
-    """Names, shapes and types are those of the origin's own checkpoint, in the spelling of either transformers."""
+def test_names_and_shapes_equal_recorded_checkpoints(golden, case, version):
+    """Names, shapes and values equal a checkpoint of the PyTorch VQRAE, with the names of either transformers."""
     params = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
     recorded = dict(np.load(golden / "vqrae" / case / "model.npz"))
     names = json.loads((golden / "vqrae" / case / "checkpoint_key_names.json").read_text())
@@ -104,7 +104,7 @@ def test_loads_strictly_in_the_origin(golden, case, version):
     })  # fmt: skip
     _, variables = pytorch_checkpoint.convert_checkpoint(config, {"model": recorded}, "model")
     levels = params.get("fsq_levels", ())
-    state = writers.pytorch_state_dict(variables, config.encoder_cls, config.quantizer, version, levels)
+    state = pytorch_vqrae.build_state_dict(variables, config.encoder_cls, config.quantizer, version, levels)
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in recorded.items()}
     unused = {"quantizer.l2_norm_scale", *(name for name in state if name.endswith("mask_token") or ".head." in name)}
     for name, tensor in state.items():
@@ -112,46 +112,46 @@ def test_loads_strictly_in_the_origin(golden, case, version):
             np.testing.assert_array_equal(tensor, recorded[name], err_msg=name)
 
 
-def test_a_dropped_dinov3_norm_becomes_the_identity(golden):
-    """The origin applies that norm's scale and bias, so that with (1, 0) it computes what we do."""
+def test_dropped_dinov3_norm_becomes_the_identity(golden):
+    """The PyTorch VQRAE applies that norm's scale and bias, so (1, 0) gives our result."""
     config = model(golden, "dinov3", "none")
     variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
-    state = writers.pytorch_state_dict(variables, config.encoder_cls, "none")
+    state = pytorch_vqrae.build_state_dict(variables, config.encoder_cls, "none")
     assert np.all(state["encoder.encoder.norm.weight"] == 1)
     assert not np.any(state["encoder.encoder.norm.bias"])
 
 
-def test_what_has_no_name_is_not_lost_silently(golden):
+def test_parameters_without_a_name_are_refused(golden):
     config = model(golden, "dinov3", "none")
     variables = random_variables(variable_shapes(build_tokenizer(config, weights=False)), 0)
-    with pytest.raises(WeightsError, match=r"no name.*params/encoder/vit/block00/scale1/scale"):
-        writers.pytorch_state_dict(variables, "MAEwNorm", "none")
-    with pytest.raises(WeightsError, match=r"model\.quantizer='lfq'.*it has none, ema, simvq, fsq"):
-        writers.pytorch_state_dict(variables, "Dinov3withNorm", "lfq")
+    with pytest.raises(WeightsError, match="params/encoder/vit/block00/scale1/scale"):
+        pytorch_vqrae.build_state_dict(variables, "MAEwNorm", "none")
+    with pytest.raises(WeightsError, match=r"model\.quantizer='lfq'"):
+        pytorch_vqrae.build_state_dict(variables, "Dinov3withNorm", "lfq")
 
 
 def test_content_hash_follows_names_shapes_and_values():
     tree = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.ones(2, np.float32)}
     same = {"c": np.ones(2, np.float32), "a": {"b": np.arange(6, dtype=np.float32)}}
     assert writers.content_hash(tree) == writers.content_hash(same)
-    others = [
+    changed = [
         {**tree, "c": np.zeros(2, np.float32)},
         {**tree, "c": np.ones((1, 2), np.float32)},
         {"a": tree["a"], "d": tree["c"]},
     ]
-    assert len({writers.content_hash(other) for other in [tree, *others]}) == 4
+    assert len({writers.content_hash(other) for other in [tree, *changed]}) == 4
 
 
 def test_latent_statistics_are_channel_first(golden):
     var = np.random.default_rng(0).uniform(0.5, 1, (4, 4, 32)).astype(np.float32)
-    stat = writers.pytorch_statistics({"batch_stats": {"latent": {"var": var}}})
+    stat = pytorch_vqrae.build_statistics({"batch_stats": {"latent": {"var": var}}})
     assert stat["mean"] is None
     np.testing.assert_array_equal(stat["var"], var.transpose(2, 0, 1))
-    assert writers.pytorch_statistics({"batch_stats": {}}) == {}
+    assert pytorch_vqrae.build_statistics({"batch_stats": {}}) == {}
 
 
 def test_convert_is_exact_on_half_precision(golden):
-    """What float16 and bfloat16 files hold is kept as it is, in float32."""
+    """Values of float16 and bfloat16 files are unchanged in float32."""
     import ml_dtypes
 
     family = families.FAMILIES["MAEwNorm"]

@@ -98,5 +98,5 @@ def read_encoder(config: ModelConfig, want: dict[str, Any], folder: pathlib.Path
     field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
     return convert.convert(
         sources.read_weights(folder, field), family.table, want,
-        unwanted=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
+        optional=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
     )  # fmt: skip

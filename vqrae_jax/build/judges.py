@@ -24,10 +24,15 @@ from vqrae_jax.models.perceptual import EncoderDistance, LogitDistance
 from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained import writers
-from vqrae_jax.pretrained.convnext_weights import convert_convnext, read_convnext
-from vqrae_jax.pretrained.dino_weights import convert_dino, read_dino
-from vqrae_jax.pretrained.inception_weights import WHERE, read_inception
-from vqrae_jax.pretrained.lpips_weights import read_lpips
+from vqrae_jax.pretrained.judge_weights import (
+    INCEPTION_URL,
+    convert_convnext,
+    convert_dino,
+    read_convnext,
+    read_dino,
+    read_inception,
+    read_lpips,
+)
 from vqrae_jax.pretrained.released import DINO
 
 
@@ -217,7 +222,7 @@ def _lpips(config: PerceptualConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
 def _inception(config: EvaluationConfig) -> tuple[nn.Module, Any, dict[str, Any]]:
     field = "evaluation.inception_path"
     if config.inception_path is None:
-        raise ConfigError(f"{field} is None: download {WHERE} and give its path")
+        raise ConfigError(f"{field} is None: download {INCEPTION_URL} and give its path")
     module = Inception()
     target = _shape(lambda image: module.init(jax.random.key(0), image), SIDE)["params"]
     params = read_inception(target, config.inception_path, field)

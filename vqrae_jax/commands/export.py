@@ -16,7 +16,7 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, stablehlo
 from vqrae_jax.inference import saving as folder
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.pretrained import writers
+from vqrae_jax.pretrained import pytorch_vqrae, writers
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> list[storage.Path]:
         return [output / file.name for file in written]
     variables = jax.device_get(tokenizer.trained)
     states = {output: pytorch_checkpoint.build_checkpoint(tokenizer.config, variables, args.transformers)}
-    if statistics := writers.pytorch_statistics(variables):
+    if statistics := pytorch_vqrae.build_statistics(variables):
         states[output.with_name(f"{output.stem}_stat.pt")] = statistics
     for file, state in states.items():
         with storage.stage_output(file) as place:

@@ -50,7 +50,7 @@ def convert_checkpoint(
     if config.scan_layers:
         single = build_tokenizer(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
     tensors = pytorch_vqrae.select_state_dict(checkpoint, weights, source)
-    variables = pytorch_vqrae.convert_checkpoint(
+    variables = pytorch_vqrae.convert_state_dict(
         tensors, config.encoder_cls, config.quantizer, variable_shapes(single), source
     )
     if config.scan_layers:
@@ -73,7 +73,7 @@ def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.
         params["decoder"] = unstack_blocks(params["decoder"])
     # The head that predicts encoder features serves training only; the PyTorch VQRAE has none.
     params["decoder"] = {n: tree for n, tree in params["decoder"].items() if n != "features"}
-    state = writers.pytorch_state_dict(
+    state = pytorch_vqrae.build_state_dict(
         {**variables, "params": params}, config.encoder_cls, config.quantizer, transformers,
         config.quantizer_params.levels,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A state dict of PyTorch tensors -> a Flax tree, by a table of names."""
+"""Conversion of PyTorch state dicts to Flax trees by a table of names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,82 +12,75 @@ from vqrae_jax.pretrained import families, tables
 from vqrae_jax.pretrained.layout import from_file
 from vqrae_jax.pretrained.tables import Table
 
-SHOWN = 64  # groups of names listed of each kind in an error
+MAX_LISTED = 64  # groups of names that an error lists per kind
 
 
 def convert(
     tensors: Mapping[str, np.ndarray],
     table: Table,
     target: Mapping[str, Any],
-    unwanted: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
     source: str = "",
     prefix: str = "",
 ) -> dict[str, Any]:
     """Fills the tree `target` from `tensors`.
 
     Args:
-      tensors: name -> array, as the file has them; read one at a time.
+      tensors: name -> array, as in the file; read one at a time.
       table: rows of names and paths, see `tables`.
-      target: tree of arrays or shapes to be filled.
-      unwanted: paths that the table knows and this target may lack (an affine norm that is dropped, say).
-      source: what the tensors come from, for messages.
-      prefix: of names in the file, dropped where it is there.
+      target: tree of arrays or shapes to fill.
+      optional: paths in the table that the target may lack; their tensors are skipped.
+      source: file or folder of the tensors, for messages.
+      prefix: prefix of the names in the file; names without it are accepted too.
 
     Returns:
       The tree, float32 numpy arrays.
 
     Raises:
-      WeightsError: names everything that is missing, unexpected or of another size, all at once.
+      WeightsError: lists all tensors that are missing, unexpected or of another shape.
     """
-    want = flatten_dict(target, sep="/")
-    got: dict[str, np.ndarray] = {}
-    unexpected, misfit = [], {}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(target, sep="/").items()}
+    converted: dict[str, np.ndarray] = {}
+    unexpected, mismatched = [], {}
     for name in tensors:
-        found = tables.find(table, name.removeprefix(prefix))
-        paths = found[1] if found else []
-        if found is None or any(p not in want and p not in unwanted for p in paths):
+        match = tables.find_row(table, name.removeprefix(prefix))
+        paths = match[1] if match else []
+        if match is None or any(p not in shapes and p not in optional for p in paths):
             unexpected.append(name)
-        elif all(p in want for p in paths) and paths:
+        elif all(p in shapes for p in paths) and paths:
             tensor = np.asarray(tensors[name])
             try:
                 parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
-                got |= {p: from_file(p, part, want[p].shape) for p, part in zip(paths, parts, strict=True)}
+                converted |= {p: from_file(p, part, shapes[p]) for p, part in zip(paths, parts, strict=True)}
             except ValueError as error:
-                misfit |= dict.fromkeys(paths, f"{name} ({error})")
-    missing = [p for p in want if p not in got and p not in misfit]
-    if unexpected or missing or misfit:
-        report = _report(source, missing, unexpected, list(misfit.values()))
-        raise WeightsError(report + _hint(tensors, table))
-    return unflatten_dict(got, sep="/")
+                mismatched |= dict.fromkeys(paths, f"{name} ({error})")
+    missing = [p for p in shapes if p not in converted and p not in mismatched]
+    if unexpected or missing or mismatched:
+        lines = [f"the weights{f' of {source}' if source else ''} do not fit this architecture:"]
+        kinds = {"shape mismatch": list(mismatched.values()), "missing": missing, "unexpected": unexpected}
+        lines += [f"  {kind} ({len(names)}): {_summarize(names)}" for kind, names in kinds.items() if names]
+        raise WeightsError("\n".join(lines + _hint(tensors, table)))
+    return unflatten_dict(converted, sep="/")
 
 
-def _report(source: str, missing: list[str], unexpected: list[str], misfit: list[str]) -> str:
-    lines = [f"the weights{f' of {source}' if source else ''} do not fit this architecture:"]
-    for title, names in (("of another size", misfit), ("missing", missing), ("unexpected", unexpected)):
-        if names:
-            groups = _grouped(names)
-            more = f", and {len(groups) - SHOWN} more kinds" if len(groups) > SHOWN else ""
-            lines.append(f"  {title} ({len(names)}): {', '.join(groups[:SHOWN])}{more}")
-    return "\n".join(lines)
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Names that differ in the block's number only, as one: `block00/norm1/scale (and 11 more blocks)`."""
+def _summarize(names: Iterable[str]) -> str:
+    """Joins names; those that differ only in the block's index are one: `block00/norm1/scale (and 11 more blocks)`."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(block|layers?\.)\d+", r"\1#", name), []).append(name)
-    return [
-        first if not others else f"{first} (and {len(others)} more block{'s' * (len(others) > 1)})"
-        for first, *others in groups.values()
+    listed = [
+        first if not rest else f"{first} (and {len(rest)} more block{'s' * (len(rest) > 1)})"
+        for first, *rest in groups.values()
     ]
+    more = f", and {len(listed) - MAX_LISTED} more groups" if len(listed) > MAX_LISTED else ""
+    return ", ".join(listed[:MAX_LISTED]) + more
 
 
-def _hint(names: Iterable[str], table: Table) -> str:
-    kind = families.looks_like(names)
-    known = {id(family.table): name for name, family in families.FAMILIES.items()} | {
-        id(tables.DECODER_TABLE): families.A_DECODER
-    }
-    asked = known.get(id(table))
-    if kind is None or kind == asked:
-        return ""
-    return f"\n  by its names it looks like {kind}" + (f", and {asked} was asked for" if asked else "")
+def _hint(names: Iterable[str], table: Table) -> list[str]:
+    """Returns a line that says which network has these names, if not the one of the table."""
+    kind = families.guess_kind(names)
+    kinds = {id(family.table): name for name, family in families.FAMILIES.items()}
+    expected = (kinds | {id(tables.DECODER_TABLE): families.DECODER}).get(id(table))
+    if kind is None or kind == expected:
+        return []
+    return [f"  the names are those of {kind}" + (f", but {expected} was expected" if expected else "")]

@@ -1,26 +1,28 @@
-"""The encoder families: their tensor names, and their config.json as fields of our one ViT."""
+"""Encoder families: their tensor names, and their config.json as fields of our ViT."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from vqrae_jax.errors import WeightsError
-from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, find, norm
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, find_row, norm_rows
+
+DECODER = "a decoder"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is needed to read one kind of encoder, and to write it for the origin."""
+    """Names and settings of one kind of encoder."""
 
-    model_types: tuple[str, ...]  # `model_type` of the config.json files that it reads
+    model_types: tuple[str, ...]  # accepted values of `model_type` in config.json
     table: Table  # onto the tree of models.encoder.Encoder
     describe: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> fields of ViTConfig, `blocks` nested
-    origin: str  # where the origin's wrapper keeps the model: the prefix of its names in a training checkpoint
-    tower: str = ""  # prefix in hub files that hold other networks beside it
+    prefix: str  # of the encoder's names in a training checkpoint of the PyTorch VQRAE
+    tower: str = ""  # prefix of the encoder's names in hub files that have other networks too
 
 
 def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
-    """Dinov2Model and Dinov2WithRegistersModel."""
+    """Returns the ViT fields of Dinov2Model and Dinov2WithRegistersModel."""
     width, gated = config["hidden_size"], config["use_swiglu_ffn"]
     mlp = int(width * config["mlp_ratio"])
     registers = config["model_type"] == "dinov2_with_registers"
@@ -36,7 +38,7 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
-    """DINOv3ViTModel; its image_size has no meaning, since positions are rotations."""
+    """Returns the ViT fields of DINOv3ViTModel. Positions are rotations, so its image_size is ignored."""
     if not (config["mlp_bias"] and config["proj_bias"]):
         raise WeightsError("a DINOv3 encoder without mlp_bias or proj_bias is not supported")
     unbiased = tuple(name for name in ("query", "key", "value") if not config[f"{name}_bias"])
@@ -57,14 +59,14 @@ def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
-    """The vision tower of SiglipModel, alone or beside the text tower. SigLIP 2 of fixed resolution is the same."""
+    """Returns the ViT fields of the vision tower of SigLIP or fixed-resolution SigLIP 2, with or without text tower."""
     config = config.get("vision_config", config)
     blocks = {**_blocks(config), "mlp": config["intermediate_size"], "act": activation(config)}
     return {"blocks": blocks, **_grid(config), "cls": False}
 
 
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
-    """The encoder of ViTMAEForPreTraining, which here sees every patch."""
+    """Returns the ViT fields of the encoder of ViTMAEForPreTraining; nothing is masked here."""
     if not config["qkv_bias"]:
         raise WeightsError("a MAE encoder without qkv_bias is not supported")
     blocks = {**_blocks(config), "mlp": config["intermediate_size"], "act": activation(config)}
@@ -72,10 +74,10 @@ def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def activation(config: dict[str, Any]) -> str:
-    """Our name of `hidden_act`."""
+    """Returns our name for the activation `hidden_act`."""
     names = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
     if config["hidden_act"] not in names:
-        raise WeightsError(f"hidden_act={config['hidden_act']!r} is not supported; known: {', '.join(names)}")
+        raise WeightsError(f"hidden_act={config['hidden_act']!r} is not supported; expected {', '.join(names)}")
     return names[config["hidden_act"]]
 
 
@@ -93,6 +95,8 @@ def _grid(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _BLOCK = "vit/block#/"
+# The attention of DINOv2 and MAE in transformers 4 and 5.
+_PROJECTIONS = "(attention.query|q_proj) (attention.key|k_proj) (attention.value|v_proj) (output.dense|o_proj)"
 
 _LAYER = "encoder.layer.#."
 
@@ -101,22 +105,19 @@ DINOV2_TABLE: Table = [
     Row("embeddings.mask_token", None, filler=(0.0, "1 D")),
     Row("embeddings.register_tokens", "vit/registers"),
     Row("embeddings.position_embeddings", "vit/pos_embed"),
-    *dense("embeddings.patch_embeddings.projection", "vit/patch_embed"),
-    *norm(_LAYER + "norm1", _BLOCK + "norm1"),
-    *dense(_LAYER + "attention.(attention.query|q_proj)", _BLOCK + "attn/query"),
-    *dense(_LAYER + "attention.(attention.key|k_proj)", _BLOCK + "attn/key"),
-    *dense(_LAYER + "attention.(attention.value|v_proj)", _BLOCK + "attn/value"),
-    *dense(_LAYER + "attention.(output.dense|o_proj)", _BLOCK + "attn/out"),
+    *dense_rows("embeddings.patch_embeddings.projection", "vit/patch_embed"),
+    *norm_rows(_LAYER + "norm1", _BLOCK + "norm1"),
+    *attention_rows(_LAYER + "attention.", _PROJECTIONS, _BLOCK + "attn"),
     Row(_LAYER + "layer_scale1.lambda1", _BLOCK + "scale1/scale"),
-    *norm(_LAYER + "norm2", _BLOCK + "norm2"),
-    *dense(_LAYER + "mlp.fc1", _BLOCK + "mlp/up", "plain"),
-    *dense(_LAYER + "mlp.fc2", _BLOCK + "mlp/down", "plain"),
-    *dense(_LAYER + "mlp.weights_in", _BLOCK + "mlp/{gate,up}", "gated 4"),
-    *dense(_LAYER + "mlp.gate_proj", _BLOCK + "mlp/gate", "gated 5"),
-    *dense(_LAYER + "mlp.up_proj", _BLOCK + "mlp/up", "gated 5"),
-    *dense(_LAYER + "mlp.(weights_out|down_proj)", _BLOCK + "mlp/down", "gated"),
+    *norm_rows(_LAYER + "norm2", _BLOCK + "norm2"),
+    *dense_rows(_LAYER + "mlp.fc1", _BLOCK + "mlp/up", "plain"),
+    *dense_rows(_LAYER + "mlp.fc2", _BLOCK + "mlp/down", "plain"),
+    *dense_rows(_LAYER + "mlp.weights_in", _BLOCK + "mlp/{gate,up}", "gated 4"),
+    *dense_rows(_LAYER + "mlp.gate_proj", _BLOCK + "mlp/gate", "gated 5"),
+    *dense_rows(_LAYER + "mlp.up_proj", _BLOCK + "mlp/up", "gated 5"),
+    *dense_rows(_LAYER + "mlp.(weights_out|down_proj)", _BLOCK + "mlp/down", "gated"),
     Row(_LAYER + "layer_scale2.lambda1", _BLOCK + "scale2/scale"),
-    *norm("layernorm", "norm"),
+    *norm_rows("layernorm", "norm"),
 ]
 
 _LAYER = "(layer|model.layer).#."
@@ -125,19 +126,17 @@ DINOV3_TABLE: Table = [
     Row("embeddings.cls_token", "vit/cls"),
     Row("embeddings.mask_token", None, filler=(0.0, "1 1 D")),
     Row("embeddings.register_tokens", "vit/registers"),
-    *dense("embeddings.patch_embeddings", "vit/patch_embed"),
-    *norm(_LAYER + "norm1", _BLOCK + "norm1"),
-    *dense(_LAYER + "attention.q_proj", _BLOCK + "attn/query"),
-    *dense(_LAYER + "attention.k_proj", _BLOCK + "attn/key"),
-    *dense(_LAYER + "attention.v_proj", _BLOCK + "attn/value"),
-    *dense(_LAYER + "attention.o_proj", _BLOCK + "attn/out"),
+    *dense_rows("embeddings.patch_embeddings", "vit/patch_embed"),
+    *norm_rows(_LAYER + "norm1", _BLOCK + "norm1"),
+    *attention_rows(_LAYER + "attention.", "q_proj k_proj v_proj o_proj", _BLOCK + "attn"),
     Row(_LAYER + "layer_scale1.lambda1", _BLOCK + "scale1/scale"),
-    *norm(_LAYER + "norm2", _BLOCK + "norm2"),
-    *dense(_LAYER + "mlp.gate_proj", _BLOCK + "mlp/gate"),
-    *dense(_LAYER + "mlp.up_proj", _BLOCK + "mlp/up"),
-    *dense(_LAYER + "mlp.down_proj", _BLOCK + "mlp/down"),
+    *norm_rows(_LAYER + "norm2", _BLOCK + "norm2"),
+    *dense_rows(_LAYER + "mlp.gate_proj", _BLOCK + "mlp/gate"),
+    *dense_rows(_LAYER + "mlp.up_proj", _BLOCK + "mlp/up"),
+    *dense_rows(_LAYER + "mlp.down_proj", _BLOCK + "mlp/down"),
     Row(_LAYER + "layer_scale2.lambda1", _BLOCK + "scale2/scale"),
-    # The origin means to drop this scale and bias and applies them: where we dropped them it must get the identity.
+    # The PyTorch VQRAE applies this scale and bias even where it is meant to drop them. Where we have dropped them, its
+    # file needs the identity.
     Row("norm.weight", "norm/scale", filler=(1.0, "D")),
     Row("norm.bias", "norm/bias", filler=(0.0, "D")),
 ]
@@ -146,31 +145,31 @@ _LAYER = "encoder.layers.#."
 
 SIGLIP_TABLE: Table = [
     Row("embeddings.position_embedding.weight", "vit/pos_embed[0]"),
-    *dense("embeddings.patch_embedding", "vit/patch_embed"),
-    *norm(_LAYER + "layer_norm1", _BLOCK + "norm1"),
-    *dense(_LAYER + "self_attn.q_proj", _BLOCK + "attn/query"),
-    *dense(_LAYER + "self_attn.k_proj", _BLOCK + "attn/key"),
-    *dense(_LAYER + "self_attn.v_proj", _BLOCK + "attn/value"),
-    *dense(_LAYER + "self_attn.out_proj", _BLOCK + "attn/out"),
-    *norm(_LAYER + "layer_norm2", _BLOCK + "norm2"),
-    *dense(_LAYER + "mlp.fc1", _BLOCK + "mlp/up"),
-    *dense(_LAYER + "mlp.fc2", _BLOCK + "mlp/down"),
-    *norm("post_layernorm", "norm"),
-    # The pooling head that contrastive training uses: the origin holds it and never calls it.
-    Row("head.probe", None, filler=(0.0, "1 1 D")),
-    Row("head.attention.in_proj_weight", None, filler=(0.0, "3D D")),
-    Row("head.attention.in_proj_bias", None, filler=(0.0, "3D")),
-    Row("head.attention.out_proj.weight", None, filler=(0.0, "D D")),
-    Row("head.attention.out_proj.bias", None, filler=(0.0, "D")),
-    Row("head.layernorm.weight", None, filler=(1.0, "D")),
-    Row("head.layernorm.bias", None, filler=(0.0, "D")),
-    Row("head.mlp.fc1.weight", None, filler=(0.0, "M D")),
-    Row("head.mlp.fc1.bias", None, filler=(0.0, "M")),
-    Row("head.mlp.fc2.weight", None, filler=(0.0, "D M")),
-    Row("head.mlp.fc2.bias", None, filler=(0.0, "D")),
-    Row("text_model.*", None),
-    Row("logit_scale", None),
-    Row("logit_bias", None),
+    *dense_rows("embeddings.patch_embedding", "vit/patch_embed"),
+    *norm_rows(_LAYER + "layer_norm1", _BLOCK + "norm1"),
+    *attention_rows(_LAYER + "self_attn.", "q_proj k_proj v_proj out_proj", _BLOCK + "attn"),
+    *norm_rows(_LAYER + "layer_norm2", _BLOCK + "norm2"),
+    *dense_rows(_LAYER + "mlp.fc1", _BLOCK + "mlp/up"),
+    *dense_rows(_LAYER + "mlp.fc2", _BLOCK + "mlp/down"),
+    *norm_rows("post_layernorm", "norm"),
+    # The pooling head of contrastive training: the PyTorch VQRAE has its parameters but never calls it.
+    *(
+        Row(f"head.{name}", None, filler=(value, shape))
+        for name, value, shape in (
+            ("probe", 0.0, "1 1 D"),
+            ("attention.in_proj_weight", 0.0, "3D D"),
+            ("attention.in_proj_bias", 0.0, "3D"),
+            ("attention.out_proj.weight", 0.0, "D D"),
+            ("attention.out_proj.bias", 0.0, "D"),
+            ("layernorm.weight", 1.0, "D"),
+            ("layernorm.bias", 0.0, "D"),
+            ("mlp.fc1.weight", 0.0, "M D"),
+            ("mlp.fc1.bias", 0.0, "M"),
+            ("mlp.fc2.weight", 0.0, "D M"),
+            ("mlp.fc2.bias", 0.0, "D"),
+        )
+    ),
+    *(Row(name, None) for name in ("text_model.*", "logit_scale", "logit_bias")),
 ]
 
 _LAYER = "(encoder.layer|layers).#."
@@ -178,25 +177,27 @@ _LAYER = "(encoder.layer|layers).#."
 MAE_TABLE: Table = [
     Row("embeddings.cls_token", "vit/cls"),
     Row("embeddings.position_embeddings", "vit/pos_embed"),
-    *dense("embeddings.patch_embeddings.projection", "vit/patch_embed"),
-    *norm(_LAYER + "layernorm_before", _BLOCK + "norm1"),
-    *dense(_LAYER + "attention.(attention.query|q_proj)", _BLOCK + "attn/query"),
-    *dense(_LAYER + "attention.(attention.key|k_proj)", _BLOCK + "attn/key"),
-    *dense(_LAYER + "attention.(attention.value|v_proj)", _BLOCK + "attn/value"),
-    *dense(_LAYER + "attention.(output.dense|o_proj)", _BLOCK + "attn/out"),
-    *norm(_LAYER + "layernorm_after", _BLOCK + "norm2"),
-    *dense(_LAYER + "(intermediate.dense|mlp.fc1)", _BLOCK + "mlp/up"),
-    *dense(_LAYER + "(output.dense|mlp.fc2)", _BLOCK + "mlp/down"),
-    *norm("layernorm", "norm"),
+    *dense_rows("embeddings.patch_embeddings.projection", "vit/patch_embed"),
+    *norm_rows(_LAYER + "layernorm_before", _BLOCK + "norm1"),
+    *attention_rows(_LAYER + "attention.", _PROJECTIONS, _BLOCK + "attn"),
+    *norm_rows(_LAYER + "layernorm_after", _BLOCK + "norm2"),
+    *dense_rows(_LAYER + "(intermediate.dense|mlp.fc1)", _BLOCK + "mlp/up"),
+    *dense_rows(_LAYER + "(output.dense|mlp.fc2)", _BLOCK + "mlp/down"),
+    *norm_rows("layernorm", "norm"),
     Row("decoder.*", None),
 ]
 
 
 def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, Any]:
-    """`family.describe` with the numbers checked.
+    """Returns `family.describe(config)` after checking its numbers.
+
+    Args:
+      family: kind of the encoder.
+      config: config.json of a hub folder, with transformers' defaults.
+      source: the folder, hub id or config field, for messages.
 
     Raises:
-      WeightsError: config.json lacks a field or gives a network that cannot be.
+      WeightsError: config.json lacks a field or describes an impossible network.
     """
     try:
         fields = family.describe(config)
@@ -208,43 +209,42 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
         }  # fmt: skip
         for name, number in numbers.items():
             if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}, expected a whole number from 1")
+                raise ValueError(f"{name} is {number!r}, expected a positive integer")
         if width % heads:
             raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
         if fields.get("pos") != "rope" and fields["grid"] < 1:
-            raise ValueError(f"image_size={config.get('image_size')} holds no patch")
+            raise ValueError(f"image_size={config.get('image_size')} is smaller than one patch")
     except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from None
+        raise WeightsError(f"{source}: {error.message}") from None
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise WeightsError(f"the config.json of {source} describes no encoder of this kind ({reason})") from error
+        raise WeightsError(
+            f"the config.json of {source} does not describe an encoder of this kind ({reason})"
+        ) from error
     return fields
 
 
 FAMILIES = {
     "Dinov2withNorm": Family(
-        ("dinov2", "dinov2_with_registers"), DINOV2_TABLE, describe_dinov2, origin="encoder.encoder."
+        ("dinov2", "dinov2_with_registers"), DINOV2_TABLE, describe_dinov2, prefix="encoder.encoder."
     ),
-    "Dinov3withNorm": Family(("dinov3_vit",), DINOV3_TABLE, describe_dinov3, origin="encoder.encoder."),
+    "Dinov3withNorm": Family(("dinov3_vit",), DINOV3_TABLE, describe_dinov3, prefix="encoder.encoder."),
     "SigLIP2wNorm": Family(
         ("siglip_vision_model", "siglip"), SIGLIP_TABLE, describe_siglip, "encoder.model.", tower="vision_model."
     ),
-    "MAEwNorm": Family(("vit_mae",), MAE_TABLE, describe_mae, origin="encoder.model.", tower="vit."),
+    "MAEwNorm": Family(("vit_mae",), MAE_TABLE, describe_mae, prefix="encoder.model.", tower="vit."),
 }
 
 
-A_DECODER = "a decoder"
-
-
-def looks_like(names: Iterable[str]) -> str | None:
-    """What has these tensor names: an `encoder_cls`, A_DECODER, or None where none fits most of them."""
+def guess_kind(names: Iterable[str]) -> str | None:
+    """Returns the `encoder_cls`, or DECODER, whose table has more than half of these tensor names; otherwise None."""
     names = list(names)
 
-    def known(table: Table, prefix: str) -> int:
-        found = (find(table, name.removeprefix(prefix)) for name in names)
-        return sum(1 for hit in found if hit and hit[1])
+    def count_matches(table: Table, prefix: str) -> int:
+        rows = (find_row(table, name.removeprefix(prefix)) for name in names)
+        return sum(1 for row in rows if row and row[1])
 
-    scores = {name: known(family.table, family.tower) for name, family in FAMILIES.items()}
-    scores[A_DECODER] = known(DECODER_TABLE, "decoder.")
+    scores = {name: count_matches(family.table, family.tower) for name, family in FAMILIES.items()}
+    scores[DECODER] = count_matches(DECODER_TABLE, "decoder.")
     best = max(scores, key=scores.__getitem__)
     return best if scores[best] > len(names) / 2 else None

@@ -1,4 +1,4 @@
-"""How one array lies in a PyTorch file and in our trees; the parameter's path decides."""
+"""Layout of single arrays in PyTorch files and in our trees; the parameter's path determines it."""
 
 import math
 import re
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The PyTorch shape of the parameter `path` that has `shape` here.
+    """Returns the PyTorch shape of the parameter at `path`, which has `shape` in our tree.
 
-    Linear layers are (out, in) there and (in, out) here, with the attention heads unfolded; convolutions are (out, in,
-    *window) there and (*window, in, out) here; the patch embedding is a convolution (out, in, row, column) there and a
-    matrix (row * column * in, out) here.
+    PyTorch's linear layers are (out, in), ours are (in, out) with the attention heads unfolded. Its convolutions are
+    (out, in, *window), ours (*window, in, out). Its patch embedding is a convolution (out, in, row, column), ours a
+    matrix (row * column * in, out).
     """
     if _is_convolution(path):
         return (*shape[:-3:-1], *shape[:-2])
@@ -26,10 +26,10 @@ def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The file's tensor as float32 of `shape`.
+    """Returns the file's tensor as float32 of `shape`.
 
     Raises:
-      ValueError: its shape in the file is another one; axes of one do not count.
+      ValueError: its shape in the file is another one; axes of length one are ignored.
     """
     expected = file_shape(path, shape)
     if _without_ones(tensor.shape) != _without_ones(expected):
@@ -38,12 +38,12 @@ def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
         tensor = np.moveaxis(tensor.reshape(expected), (1, 0), (-2, -1))
     elif path.endswith("/kernel"):
         tensor = tensor.reshape(expected).transpose((2, 3, 1, 0) if len(expected) == 4 else (1, 0))
-    # Half of the trees are transposed views of what was read: the copy lets go of the file's bytes.
+    # Many results are transposed views; a copy lets the memory of the file be freed.
     return np.array(tensor.reshape(shape), dtype=np.float32, order="C", copy=True)
 
 
 def to_file(path: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `from_file`."""
+    """Returns our array in the layout of PyTorch; the inverse of `from_file`."""
     expected = file_shape(path, array.shape)
     if _is_convolution(path):
         return np.ascontiguousarray(np.moveaxis(array, (-2, -1), (1, 0)))

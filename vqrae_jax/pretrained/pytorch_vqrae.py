@@ -1,7 +1,7 @@
-"""Checkpoints of the PyTorch origin (RAE and VQRAE): their names, and their tensors -> the variables of our model.
+"""Checkpoints of the PyTorch VQRAE (and RAE): their names, and conversion to and from the variables of our model.
 
-The origin's training writes {"model": state dict, "ema": state dict, "step": ..., ...}; its releases are bare state
-dicts. Latent statistics and image means are not in them.
+Its training writes {"model": state dict, "ema": state dict, "step": ..., ...}; its releases are bare state dicts.
+Latent statistics and image means are in other files.
 """
 
 import logging
@@ -13,13 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.errors import WeightsError
+from vqrae_jax.pretrained import writers
 from vqrae_jax.pretrained.convert import convert
 from vqrae_jax.pretrained.families import FAMILIES
-from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense, nested, norm
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense_rows, nest_rows, norm_rows
 
 log = logging.getLogger(__name__)
 
-# Onto variables; one table per quantizer name of the config.
+# Tables onto the variables, by the quantizer's name in the config.
 QUANTIZER_TABLES: dict[str, Table] = {
     "none": [],
     "ema": [
@@ -29,65 +30,69 @@ QUANTIZER_TABLES: dict[str, Table] = {
     ],
     "simvq": [
         Row("quantizer.embedding.weight", "batch_stats/quantizer/codebook"),
-        *dense("quantizer.embedding_proj", "params/quantizer/codebook_projection"),
-        *dense("quantizer.z_proj", "params/quantizer/input_projection"),
-        Row("quantizer.l2_norm_scale", None, filler=(1.0, "")),  # only its sign acts
+        *dense_rows("quantizer.embedding_proj", "params/quantizer/codebook_projection"),
+        *dense_rows("quantizer.z_proj", "params/quantizer/input_projection"),
+        Row("quantizer.l2_norm_scale", None, filler=(1.0, "")),  # only its sign has an effect
         Row("quantizer.ema_cluster_size", None, filler=(0.0, "K")),  # never updated
     ],
     "fsq": [
         Row("fsq_projection.post_gain", "params/quantizer/reduce/gain"),
-        *norm("fsq_projection.norm", "params/quantizer/reduce/norm"),
-        *dense("fsq_projection.net.0", "params/quantizer/reduce/hidden0"),
-        *dense("fsq_projection.net.2", "params/quantizer/reduce/hidden1"),
-        *dense("fsq_projection.net.4", "params/quantizer/reduce/out"),
+        *norm_rows("fsq_projection.norm", "params/quantizer/reduce/norm"),
+        *dense_rows("fsq_projection.net.0", "params/quantizer/reduce/hidden0"),
+        *dense_rows("fsq_projection.net.2", "params/quantizer/reduce/hidden1"),
+        *dense_rows("fsq_projection.net.4", "params/quantizer/reduce/out"),
         Row("fsq_unprojection.fourier.B", "batch_stats/quantizer/expand/fourier"),
-        *dense("fsq_unprojection.mlp.0", "params/quantizer/expand/hidden0"),
-        *norm("fsq_unprojection.mlp.1", "params/quantizer/expand/norm0"),
-        *dense("fsq_unprojection.mlp.3", "params/quantizer/expand/hidden1"),
-        *norm("fsq_unprojection.mlp.4", "params/quantizer/expand/norm1"),
-        *dense("fsq_unprojection.mlp.6", "params/quantizer/expand/out"),
-        # What follows from the levels, see `fsq_constants`.
-        Row("quantizer.codebook", None),
-        Row("quantizer.basis", None),
-        Row("quantizer.scales", None),
+        *dense_rows("fsq_unprojection.mlp.0", "params/quantizer/expand/hidden0"),
+        *norm_rows("fsq_unprojection.mlp.1", "params/quantizer/expand/norm0"),
+        *dense_rows("fsq_unprojection.mlp.3", "params/quantizer/expand/hidden1"),
+        *norm_rows("fsq_unprojection.mlp.4", "params/quantizer/expand/norm1"),
+        *dense_rows("fsq_unprojection.mlp.6", "params/quantizer/expand/out"),
+        # Constants that follow from the levels, see `fsq_constants`.
+        *(Row(f"quantizer.{name}", None) for name in ("codebook", "basis", "scales")),
     ],
 }
 
-# State that the origin has no name for, and what it is in a trained model.
+# State that the PyTorch VQRAE lacks, with the values of a trained model.
 STATE = {
     "batch_stats/quantizer/step": np.int32(1_000_000),  # beyond the warm-up of the decay
     "batch_stats/quantizer/begun": np.int32(1),
 }
 
-# The origin's EMA follows parameters only. These are buffers: under "ema" they still are what training began with.
+# The EMA of the PyTorch VQRAE covers parameters only. Under "ema", these buffers have their initial values.
 BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")
 
+LATENT = "batch_stats/latent/"  # paths of the latent statistics
+NORM = ("params/encoder/norm/scale", "params/encoder/norm/bias")
 REGISTERS = "encoder.encoder.embeddings.register_tokens"
-NO_REGISTERS = "the origin has no DINOv2 without registers: it adds four of zeros, and its features differ from ours"
+NO_REGISTERS = (
+    "the PyTorch VQRAE always gives DINOv2 registers: it adds four zero tokens to an encoder without them, and its "
+    "features differ from ours"
+)
 
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
 def name_table(encoder_cls: str, quantizer: str) -> Table:
-    """The names of a whole RAE or VQRAE of the origin, onto paths of `variables`.
+    """Returns the table of a whole model, onto paths of `variables`.
 
     Raises:
-      WeightsError: the origin has no such quantizer.
+      WeightsError: the PyTorch VQRAE has no such quantizer.
     """
     if quantizer not in QUANTIZER_TABLES:
         raise WeightsError(
-            f"model.quantizer={quantizer!r} is not one that the PyTorch VQRAE has; it has {', '.join(QUANTIZER_TABLES)}"
-        )
+            f"the PyTorch VQRAE has only the quantizers {', '.join(QUANTIZER_TABLES)}",
+            field="model.quantizer", value=quantizer,
+        )  # fmt: skip
     family = FAMILIES[encoder_cls]
     return [
-        *nested(family.table, family.origin, "params/encoder/"),
-        *nested(DECODER_TABLE, "decoder.", "params/decoder/"),
+        *nest_rows(family.table, family.prefix, "params/encoder/"),
+        *nest_rows(DECODER_TABLE, "decoder.", "params/decoder/"),
         *QUANTIZER_TABLES[quantizer],
     ]
 
 
 def fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
-    """The buffers of the origin's FSQ: every code in level units, the index weight and half the range per channel."""
+    """Returns the buffers of PyTorch's FSQ: all codes in units of levels, index weights and half ranges per channel."""
     scales = (np.asarray(levels, np.float32) - 1) / 2
     steps = np.stack(np.meshgrid(*(np.arange(n) for n in levels), indexing="ij"), -1).reshape(-1, len(levels))
     basis = np.asarray([math.prod(levels[i + 1 :]) for i in range(len(levels))], np.int64)
@@ -99,74 +104,94 @@ def fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
-    """The state dict of a checkpoint: itself, or what is under "model" or "ema" (`weights`) of a training checkpoint.
+    """Returns the state dict of a checkpoint: `checkpoint` itself, or its part `weights` ("model" or "ema").
 
-    With "ema", the codebook and its statistics come from "model".
+    With "ema", the codebook and its statistics come from "model". Prefixes of PyTorch's wrappers are removed.
 
     Raises:
-      WeightsError: `weights` is not in it, or it holds something else than tensors.
+      WeightsError: the checkpoint lacks `weights`, or contains something other than tensors.
     """
     parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
-    chosen = checkpoint
+    selected = checkpoint
     if parts:
         if weights not in parts:
-            raise WeightsError(f"{source} has no {weights!r} weights; it has {parts[0]}: --weights={parts[0]}")
-        chosen = dict(checkpoint[weights])
+            raise WeightsError(f"{source} has only {parts[0]!r} weights", field="--weights", value=weights)
+        selected = dict(checkpoint[weights])
         if weights == "ema" and "model" in parts:
-            live = {n: v for n, v in checkpoint["model"].items() if _unwrapped(n) in BUFFERS}
-            chosen |= live
+            live = {n: v for n, v in checkpoint["model"].items() if _unwrap(n) in BUFFERS}
+            selected |= live
             if live:
-                log.info("%s: the codebook is that of 'model', since the origin's 'ema' never follows it", source)
-    wrapped = parts or any(_unwrapped(name) != name for name in chosen)
-    tensors = {_unwrapped(name): value for name, value in chosen.items()} if wrapped else chosen
-    bad = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
-    if bad:
-        raise WeightsError(f"{source} is a dict of dicts ({', '.join(bad[:8])}), expected tensors by name")
+                log.info("%s: the codebook is that of 'model', because 'ema' does not update it", source)
+    wrapped = parts or any(_unwrap(name) != name for name in selected)
+    tensors = {_unwrap(name): value for name, value in selected.items()} if wrapped else selected
+    dicts = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+    if dicts:
+        raise WeightsError(f"{source} contains dicts ({', '.join(dicts[:8])}); expected a dict of tensors")
     return tensors
 
 
-def convert_checkpoint(
+def convert_state_dict(
     tensors: Mapping[str, np.ndarray], encoder_cls: str, quantizer: str, target: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """A whole model of the origin -> {"params", "batch_stats"}, without the latent statistics, which it lacks.
+    """Converts the state dict of a whole model to {"params", "batch_stats"} without the latent statistics.
 
     Args:
       tensors: a state dict, with the names of transformers 4 or 5.
       encoder_cls, quantizer: as in the config.
-      target: the variables' shapes, decoder blocks one by one.
-      source: what the tensors come from, for messages.
+      target: shapes of the variables, decoder blocks not stacked.
+      source: where the tensors come from, for messages.
 
     Raises:
-      WeightsError: lists all that is missing, unexpected or of another size.
+      WeightsError: lists all tensors that are missing, unexpected or of another shape.
     """
-    known = {path: shape for path, shape in flatten_dict(target, sep="/").items() if path not in STATE}
-    wanted = {path: leaf for path, leaf in known.items() if not path.startswith("batch_stats/latent/")}
-    norm = ("params/encoder/norm/scale", "params/encoder/norm/bias")
-    _warn_of_affine_norm(tensors, encoder_cls, norm[0] in wanted, source)
-    if _has_empty_registers(tensors, wanted):
-        log.warning("%s: %s", source, NO_REGISTERS)
-        tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
-    rows = name_table(encoder_cls, quantizer)
-    read = flatten_dict(convert(tensors, rows, unflatten_dict(wanted, sep="/"), norm, source), sep="/")
-    read |= {path: value for path, value in STATE.items() if path in flatten_dict(target, sep="/")}
-    return {"params": {}, "batch_stats": {}} | unflatten_dict(read, sep="/")
-
-
-def _has_empty_registers(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> bool:
-    return REGISTERS in tensors and "params/encoder/vit/registers" not in wanted and not np.any(tensors[REGISTERS])
-
-
-def _warn_of_affine_norm(tensors: Mapping[str, np.ndarray], encoder_cls: str, affine: bool, source: str) -> None:
-    scale = tensors.get(FAMILIES[encoder_cls].origin + "norm.weight")
-    if encoder_cls == "Dinov3withNorm" and not affine and scale is not None and np.any(scale != 1):
+    flat = flatten_dict(target, sep="/")
+    stored = {path: leaf for path, leaf in flat.items() if path not in STATE and not path.startswith(LATENT)}
+    scale = tensors.get(FAMILIES[encoder_cls].prefix + "norm.weight")
+    if encoder_cls == "Dinov3withNorm" and NORM[0] not in stored and scale is not None and np.any(scale != 1):
         log.warning(
-            "%s: the origin applies the scale and bias of DINOv3's last norm (it looks for them under another name), "
-            "so its codebook and decoder expect them: set model.encoder_params.normalize=False",
+            "%s: the PyTorch VQRAE applies the scale and bias of DINOv3's last norm, so its codebook and decoder "
+            "expect them: set model.encoder_params.normalize=False",
             source,
         )
+    if REGISTERS in tensors and "params/encoder/vit/registers" not in stored and not np.any(tensors[REGISTERS]):
+        log.warning("%s: %s", source, NO_REGISTERS)
+        tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
+    table = name_table(encoder_cls, quantizer)
+    variables = flatten_dict(convert(tensors, table, unflatten_dict(stored, sep="/"), NORM, source), sep="/")
+    variables |= {path: value for path, value in STATE.items() if path in flat}
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(variables, sep="/")
 
 
-def _unwrapped(name: str) -> str:
+def build_state_dict(
+    variables: Mapping[str, Any],
+    encoder_cls: str,
+    quantizer: str,
+    transformers: writers.Transformers = 4,
+    fsq_levels: Sequence[int] = (),
+) -> dict[str, np.ndarray]:
+    """Converts {"params", "batch_stats"} of a whole model, decoder blocks not stacked, to a state dict.
+
+    Parameters that the PyTorch VQRAE has but never uses (mask tokens, SigLIP's pooling head) are zeros, and a DINOv3
+    norm without scale and bias becomes the identity. Latent statistics are not included, see `build_statistics`.
+    """
+    flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")}, sep="/")
+    stored = {path: leaf for path, leaf in flat.items() if path not in STATE and not path.startswith(LATENT)}
+    state = writers.to_state_dict(stored, name_table(encoder_cls, quantizer), transformers)
+    if encoder_cls == "Dinov2withNorm" and REGISTERS not in state:
+        log.warning("%s", NO_REGISTERS)
+        width = state[REGISTERS.replace("register_tokens", "cls_token")].shape[-1]
+        state[REGISTERS] = np.zeros((1, 4, width), np.float32)
+    return state | (fsq_constants(fsq_levels) if quantizer == "fsq" else {})
+
+
+def build_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+    """Returns the latent statistics as in the PyTorch VQRAE's stat.pt, channel first; empty if the model has none."""
+    stats = variables["batch_stats"].get("latent", {})
+    arrays = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
+    return {"mean": None, "var": None} | arrays if arrays else {}
+
+
+def _unwrap(name: str) -> str:
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix)
     return name

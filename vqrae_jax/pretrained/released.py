@@ -1,110 +1,38 @@
-"""What the encoders of our configs are made of: fields of their hub config.json.
-
-By these a model can be described, counted and compiled where there is no hub.
-"""
+"""Architectures of the pretrained networks in our configs, so that models can be built without the hub."""
 
 from typing import Any
 
-ARCHITECTURES = {
-    "facebook/dinov2-with-registers-small": {
-        "model_type": "dinov2_with_registers",
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "image_size": 518,
-        "patch_size": 14,
-        "num_register_tokens": 4,
-    },
-    "facebook/dinov2-with-registers-base": {
-        "model_type": "dinov2_with_registers",
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 518,
-        "patch_size": 14,
-        "num_register_tokens": 4,
-    },
-    "facebook/dinov2-with-registers-large": {
-        "model_type": "dinov2_with_registers",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 518,
-        "patch_size": 14,
-        "num_register_tokens": 4,
-    },
-    "facebook/dinov3-vitb16-pretrain-lvd1689m": {
-        "model_type": "dinov3_vit",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "num_register_tokens": 4,
-    },
-    "facebook/dinov3-vitl16-pretrain-lvd1689m": {
-        "model_type": "dinov3_vit",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 16,
-        "num_register_tokens": 4,
-    },
-    "google/siglip2-base-patch16-256": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 256,
-        "patch_size": 16,
-    },
-    "google/siglip2-base-patch16-512": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    },
-    "google/siglip2-large-patch16-256": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 256,
-        "patch_size": 16,
-    },
-    "google/siglip2-large-patch16-512": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 512,
-        "patch_size": 16,
-    },
-    "facebook/vit-mae-base": {
-        "model_type": "vit_mae",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-}
+_DEPTH_AND_HEADS = {384: (12, 6), 768: (12, 12), 1024: (24, 16)}  # of a ViT, by width
+
+
+def _config(model_type: str, width: int, image_size: int, patch: int, **fields: Any) -> dict[str, Any]:
+    depth, heads = _DEPTH_AND_HEADS[width]
+    if not model_type.startswith("dinov2"):
+        fields["intermediate_size"] = 4 * width
+    return {
+        "model_type": model_type, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+        "image_size": image_size, "patch_size": patch, **fields,
+    }  # fmt: skip
 
 
 def _dino(width: int, patch: int) -> dict[str, Any]:
     blocks = {"width": width, "depth": 12, "heads": width // 64, "mlp": 4 * width, "act": "gelu_tanh"}
     return {"blocks": blocks, "patch": patch, "grid": 224 // patch}
 
+
+# Encoders: the fields of their hub config.json that differ from transformers' defaults.
+ARCHITECTURES = {
+    "facebook/dinov2-with-registers-small": _config("dinov2_with_registers", 384, 518, 14, num_register_tokens=4),
+    "facebook/dinov2-with-registers-base": _config("dinov2_with_registers", 768, 518, 14, num_register_tokens=4),
+    "facebook/dinov2-with-registers-large": _config("dinov2_with_registers", 1024, 518, 14, num_register_tokens=4),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": _config("dinov3_vit", 768, 224, 16, num_register_tokens=4),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": _config("dinov3_vit", 1024, 224, 16, num_register_tokens=4),
+    "google/siglip2-base-patch16-256": _config("siglip_vision_model", 768, 256, 16),
+    "google/siglip2-base-patch16-512": _config("siglip_vision_model", 768, 512, 16),
+    "google/siglip2-large-patch16-256": _config("siglip_vision_model", 1024, 256, 16),
+    "google/siglip2-large-patch16-512": _config("siglip_vision_model", 1024, 512, 16),
+    "facebook/vit-mae-base": _config("vit_mae", 768, 224, 16),
+}
 
 # Trunks of the discriminator: fields of models.vit.ViTConfig.
 DINO = {

@@ -1,11 +1,10 @@
-"""Our trees -> files of others: the tables of `families`, `tables` and `origin` read backwards."""
+"""Writing of our trees for other programs: PyTorch state dicts and files, safetensors, the model hub."""
 
 import hashlib
-import logging
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -13,42 +12,41 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError, first_line
-from vqrae_jax.pretrained import pytorch_vqrae
 from vqrae_jax.pretrained.layout import to_file
-from vqrae_jax.pretrained.tables import Row, Table, paths, spell
-
-log = logging.getLogger(__name__)
+from vqrae_jax.pretrained.tables import Row, Table, row_name, row_paths
 
 Transformers = Literal[4, 5]
 
 
 def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transformers = 4) -> dict[str, np.ndarray]:
-    """The inverse of `convert.convert`: converting the result back gives `tree`, bit for bit.
+    """Converts a tree to a state dict; `convert.convert` restores the tree, bit for bit.
 
     Args:
-      tree: parameters or variables, decoder blocks one by one.
+      tree: parameters or variables, blocks not stacked.
       table: rows of names and paths.
-      transformers: whose in-memory names to write. The origin does not pin its version; hub files and most checkpoints
-        in circulation have the names of 4.
+      transformers: version whose in-memory names to write. Hub files and most checkpoints have the names of 4.
 
     Raises:
       WeightsError: the table has no name for some of the tree.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
-    depth = {prefix: 1 + max(blocks) for prefix, blocks in _blocks(flat).items()}
+    depths: dict[str, int] = {}  # number of blocks by the path in front of them
+    for match in filter(None, (re.match(r"(.*?)block(\d+)/", path) for path in flat)):
+        depths[match[1]] = max(depths.get(match[1], 0), 1 + int(match[2]))
     active = {str(transformers), "gated" if any("/mlp/gate/" in path for path in flat) else "plain"}
     written, state = set(), {}
     for row in table:
         if not active.issuperset(row.only.split()):
             continue
-        for block in range(depth.get(_stem(row), 0) if "#" in row.name else 1):
-            wanted = paths(row, block)
-            name = spell(row, block, transformers)
-            if wanted and all(path in flat for path in wanted):
-                parts = [to_file(path, flat[path]) for path in wanted]
+        stem = row.path and row.path.split("block#")[0]
+        for block in range(depths.get(stem, 0) if "#" in row.name else 1):
+            paths = row_paths(row, block)
+            name = row_name(row, block, transformers)
+            if paths and all(path in flat for path in paths):
+                parts = [to_file(path, flat[path]) for path in paths]
                 tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 state[name] = tensor[0] if row.path.endswith("[0]") else tensor
-                written.update(wanted)
+                written.update(paths)
             elif row.filler:
                 state[name] = _fill(row, flat)
     if lost := sorted(set(flat) - written):
@@ -56,45 +54,13 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
     return state
 
 
-def pytorch_state_dict(
-    variables: Mapping[str, Any],
-    encoder_cls: str,
-    quantizer: str,
-    transformers: Transformers = 4,
-    fsq_levels: Sequence[int] = (),
-) -> dict[str, np.ndarray]:
-    """{"params", "batch_stats"} of a whole model -> the state dict of the origin's RAE or VQRAE.
-
-    What the origin holds and never uses (mask tokens, SigLIP's pooling head) is written as zeros; a DINOv3 norm whose
-    scale and bias were dropped as the identity. Latent statistics are no part of it, see `pytorch_statistics`.
-    """
-    flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")}, sep="/")
-    ours = [path for path in flat if path in pytorch_vqrae.STATE or path.startswith("batch_stats/latent/")]
-    kept = {path: leaf for path, leaf in flat.items() if path not in ours}
-    state = to_state_dict(kept, pytorch_vqrae.name_table(encoder_cls, quantizer), transformers)
-    registers = pytorch_vqrae.REGISTERS
-    if encoder_cls == "Dinov2withNorm" and registers not in state:
-        log.warning("%s", pytorch_vqrae.NO_REGISTERS)
-        state[registers] = np.zeros(
-            (1, 4, state[registers.replace("register_tokens", "cls_token")].shape[-1]), np.float32
-        )
-    return state | (pytorch_vqrae.fsq_constants(fsq_levels) if quantizer == "fsq" else {})
-
-
-def pytorch_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
-    """The latent statistics as the origin's stat.pt has them, channel first; empty where the model has none."""
-    stats = variables["batch_stats"].get("latent", {})
-    first = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
-    return {"mean": None, "var": None} | first if first else {}
-
-
 def write_torch(tree: Any, path: pathlib.Path) -> None:
-    """Nested dicts of arrays and plain values -> a .pt file that torch's weights-only reader takes."""
+    """Writes nested dicts of arrays and plain values to a .pt file that torch's weights-only reader accepts."""
     try:
         import torch
     except ImportError:
         raise WeightsError(f"writing {path} needs PyTorch: pip install 'vqrae-jax[torch]'") from None
-    tensors: dict[int, Any] = {}  # an array that occurs twice is written once
+    tensors: dict[int, Any] = {}  # by the array's id: an array that occurs twice is written once
 
     def to_torch(value: Any) -> Any:
         if isinstance(value, np.ndarray):
@@ -105,7 +71,7 @@ def write_torch(tree: Any, path: pathlib.Path) -> None:
 
 
 def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A tree of arrays, as tensors named by their paths."""
+    """Writes a tree of arrays as tensors named by their paths."""
     import safetensors.numpy
 
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten_dict(tree, sep="/").items()}
@@ -114,7 +80,7 @@ def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def content_hash(tree: Mapping[str, Any]) -> str:
-    """SHA-256 of names, shapes and values of a tree: the same whatever file or layout it was read from."""
+    """Returns the SHA-256 of the names, shapes and values of a tree, whatever file or layout it came from."""
     digest = hashlib.sha256()
     for name, leaf in sorted(flatten_dict(tree, sep="/").items()):
         array = np.asarray(leaf, order="C")
@@ -124,10 +90,10 @@ def content_hash(tree: Mapping[str, Any]) -> str:
 
 
 def push_to_hub(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, token: str | None) -> str:
-    """Uploads the folder that `write` fills to a model repository of the hub; returns its address.
+    """Uploads a folder to a model repository of the hub and returns its address; `write` writes the folder's files.
 
     Raises:
-      WeightsError: no network, no right to write, or no login.
+      WeightsError: no network, no permission to write, or not logged in.
     """
     import huggingface_hub
 
@@ -137,25 +103,13 @@ def push_to_hub(write: Callable[[pathlib.Path], Any], repo_id: str, private: boo
             hub = huggingface_hub.HfApi(token=token)
             address = hub.create_repo(repo_id, private=private, exist_ok=True)
             hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A vqrae_jax tokenizer")
-        except Exception as error:  # the hub client has many: no network, not logged in, no such owner
+        except Exception as error:  # the hub client raises many kinds: no network, not logged in, no such owner
             raise WeightsError(
-                f"push_to_hub({repo_id!r}) did not work ({type(error).__name__}: {first_line(error)}); log in with "
-                f"`hf auth login`, or save_pretrained to a folder and upload that"
-            ) from error
+                f"cannot be uploaded to the hub ({type(error).__name__}: {first_line(error)}); log in with "
+                "`hf auth login`, or call save_pretrained and upload the folder",
+                field="repo_id", value=repo_id,
+            ) from error  # fmt: skip
     return str(address)
-
-
-def _blocks(flat: Mapping[str, Any]) -> dict[str, list[int]]:
-    """What stands in front of `blockNN` in each path -> the numbers."""
-    found: dict[str, list[int]] = {}
-    for path in flat:
-        if match := re.match(r"(.*?)block(\d+)/", path):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return found
-
-
-def _stem(row: Row) -> str | None:
-    return row.path and row.path.split("block#")[0]
 
 
 def _fill(row: Row, flat: Mapping[str, np.ndarray]) -> np.ndarray:
