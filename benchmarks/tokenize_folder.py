@@ -23,7 +23,7 @@ from benchmarks.training_input import write_photographs
 from vqrae_jax import runtime
 from vqrae_jax.benchmark.stages import DINOV2
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
-from vqrae_jax.commands import tokenize
+from vqrae_jax.commands import command_line, tokenize
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.readable import Skipped
@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", choices=list(DINOV2), default="base", help="DINOv2 size, at 224; default: base")
     parser.add_argument("--codes", type=int, default=8192, help="codebook size with --encoder; default: 8192")
     parser.add_argument("--data", help="folder of images; default: 500 x 375 crops of the shipped photographs")
-    parser.add_argument("--batch", type=int, default=tokenize.ROWS, help=f"images per batch; default: {tokenize.ROWS}")
+    parser.add_argument("--batch", type=int, default=tokenize.VIEWS, help="images per batch; default: %(default)s")
     parser.add_argument("--limit", type=int, help="number of images; default: all")
     parser.add_argument("--threads", type=int, default=4, help="threads that read and crop; default: 4")
     parser.add_argument("--rounds", type=int, default=3, help="number of measurements, of which the best counts")
@@ -93,11 +93,11 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[dict[str, C
     Returns:
       A function per way that runs it and returns its seconds, and the number of images that each processes.
     """
-    source = tokenize.find_source(args)
+    source = pipeline.evaluation_source(command_line.data_config(args))
     batches, size = min(len(source), args.limit or len(source)) // args.batch, tokenizer.image_size
     if not batches:
         raise ConfigError(f"must be at most {len(source)}, the number of images", field="--batch", value=args.batch)
-    plan = tokenize.make_plan(args, tokenizer, batches * args.batch)
+    plan = tokenize.build_plan(args, tokenizer, batches * args.batch)
     images = np.random.default_rng(0).integers(0, 256, (args.batch, size, size, 3), np.uint8)
     on_device = jax.device_put(images)
     program = jax.jit(lambda v, x: tokenizer.function("encode_to_indices")(v, x.astype(np.float32) / 255))

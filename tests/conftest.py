@@ -100,6 +100,32 @@ def trained(tiny, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="session")
+def untrained(golden):
+    """A function that builds untrained tokenizers on a small frozen encoder: 32 x 32 images, 4 x 4 codes of 24."""
+    import jax
+
+    from vqrae_jax import Tokenizer
+    from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
+    from vqrae_jax.config import ModelConfig
+
+    tokenizers = {}
+
+    def build(**fields):
+        key = tuple(sorted(fields.items()))
+        if key not in tokenizers:
+            config = ModelConfig(
+                encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,
+                decoder_config_path=str(golden / "vqrae" / "decoder_config"), num_embeddings=24, **fields,
+            )  # fmt: skip
+            built = build_tokenizer(config)
+            variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+            tokenizers[key] = Tokenizer(built.module, variables, config, frozen=True)
+        return tokenizers[key]
+
+    return build
+
+
 @pytest.fixture
 def one_device():
     import jax

@@ -170,7 +170,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     names = "\n".join(buckets.names("bucket"))
     for name in ("reconstructions.png", "heartbeat/0.json", "tensorboard/events.out", "4/model/", "4/train/"):
         assert f"runs/one/{name}" in names.replace("checkpoints/", "")
-    assert plot.read(workdir)["loss/total"][0] == [1, 2, 3, 4]
+    assert plot.read_metrics(workdir)["loss/total"][0] == [1, 2, 3, 4]
     figures = loop.evaluate(until(4), workdir, one_device)
     assert json.loads((workdir / "evaluation.json").read_text())["figures"]["eval/psnr"] == figures["eval/psnr"]
     assert (workdir / "evaluation" / "index.html").is_file()

@@ -45,6 +45,11 @@ PROCESS_VARIABLES = (
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
 
 
+def set_environment(**variables: str) -> None:
+    """Sets environment variables of this process, for libraries that read them when they are imported."""
+    os.environ.update(variables)
+
+
 def start() -> None:
     """Prepares the process for JAX: memory of the C library, absent TPUs, compile cache. Call it before JAX starts."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns if PyTorch is absent

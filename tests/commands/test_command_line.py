@@ -1,86 +1,132 @@
-"""All commands of the room: help that fits a screen, exit codes."""
+"""What all commands share: `vqrae`, help, exit codes."""
 
 import argparse
 import importlib
 import pathlib
 import shlex
+import subprocess
+import sys
 
 import pytest
 
-from vqrae_jax.commands import command_line as command
-from vqrae_jax.errors import DataError
+from vqrae_jax.commands import __main__ as vqrae
+from vqrae_jax.commands import command_line
+from vqrae_jax.errors import ConfigError, DataError
 
-FILES = sorted(pathlib.Path(command.__file__).parent.glob("*.py"))
-COMMANDS = [file.stem for file in FILES if '"__main__"' in file.read_text(encoding="utf-8")]
+FILES = [file for file in pathlib.Path(command_line.__file__).parent.glob("*.py") if not file.stem.startswith("__")]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_a_screen(name, capsys, monkeypatch):
+def command(name):
+    return importlib.import_module(f"vqrae_jax.commands.{name.replace('-', '_')}")
+
+
+def example(name):
+    """The arguments in the docstring."""
+    (line,) = [line for line in command(name).__doc__.splitlines() if line.startswith("vqrae ")]
+    _, called, *arguments = shlex.split(line)
+    assert called == name
+    return arguments
+
+
+def test_every_file_is_a_command_that_the_help_lists(capsys):
+    assert sorted(vqrae.COMMANDS) == sorted(
+        file.stem.replace("_", "-") for file in FILES if file.stem != "command_line"
+    )
+    vqrae.main(["--help"])
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in vqrae.COMMANDS)
+
+
+def test_the_list_of_commands_imports_nothing():
+    script = (
+        "import sys; from vqrae_jax.commands.__main__ import main; main([])\n"
+        "assert not {'jax', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit:
+        vqrae.main(["tokenise", "--help"])
+    assert exit.value.code == 2
+    assert "'tokenize'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", vqrae.COMMANDS)
+def test_help_fits_a_screen_and_names_every_default(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as left:
-        importlib.import_module(f"vqrae_jax.inference.{name}").parse(["--help"])
+    with pytest.raises(SystemExit) as exit:
+        vqrae.main([name, "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert left.value.code == 0
-    assert len(lines) <= 40
+    assert exit.value.code == 0
+    assert lines[0].startswith(f"usage: vqrae {name}")
+    assert len(lines) <= 45
     assert max(map(len, lines)) <= 100
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_tells_every_default_and_says_in_words_what_the_command_does(name, monkeypatch):
     parsers = []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, _: parsers.append(parser))
-    importlib.import_module(f"vqrae_jax.inference.{name}").parse([])
-    (parser,) = parsers
-    assert parser.description
-    assert "python -m" not in parser.description
-    for option in parser._actions:
+    command(name).parse([])
+    assert parsers[0].description
+    for option in parsers[0]._actions:
         if not option.required and option.default not in (None, False, argparse.SUPPRESS):
             assert "default: " in option.help, option.option_strings
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_command_in_the_docstring_is_one(name):
-    module = importlib.import_module(f"vqrae_jax.inference.{name}")
-    (line,) = [line for line in module.__doc__.splitlines() if line.startswith("python -m ")]
-    _, _, called, *arguments = shlex.split(line)
-    assert called == module.__name__
-    module.parse(arguments)
+@pytest.mark.parametrize("name", vqrae.COMMANDS)
+def test_the_example_in_the_docstring_is_accepted(name):
+    command(name).parse(example(name))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
-        ("codebook", "limit"), ("demo", "max_upload"), ("detokenize", "batch"), ("detokenize", "limit"),
-        ("latent_statistics", "components"), ("reconstruct", "batch"), ("reference_statistics", "limit"),
+        ("codebook", "limit"), ("demo", "max-upload"), ("detokenize", "batch"), ("detokenize", "limit"),
+        ("latent-statistics", "components"), ("reconstruct", "batch"), ("reference-statistics", "limit"),
         ("tokenize", "limit"), ("tokenize", "shard-size"),
     ],
 )  # fmt: skip
-def test_what_counts_something_is_at_least_one(name, argument, value, capsys):
-    module = importlib.import_module(f"vqrae_jax.inference.{name}")
-    (line,) = [line for line in module.__doc__.splitlines() if line.startswith("python -m ")]
-    with pytest.raises(SystemExit) as left:
-        module.parse([*shlex.split(line)[3:], f"--{argument}={value}"])
-    assert left.value.code == 2
-    assert f"argument --{argument}: '{value}': give a whole number of at least 1" in capsys.readouterr().err
+def test_counts_are_at_least_one(name, argument, value, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command(name).parse([*example(name), f"--{argument}={value}"])
+    assert exit.value.code == 2
+    assert f"argument --{argument}: '{value}'" in capsys.readouterr().err
 
 
-def test_exit_codes(monkeypatch):
-    monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DataError("bad", field="--data", value=1), 1, "error: --data=1: bad\n"),
+        (ConfigError("bad"), 2, "error: bad\n"),
+        (OSError("bad"), 1, "error: bad\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error, code, message):
+    monkeypatch.setattr(command_line.runtime, "start", lambda: None)
 
-    def fail(error):
+    def fail():
         raise error
 
-    command.run(lambda: None)
-    for error, code in ((DataError("what"), "error: what"), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as left:
-            command.run(lambda error=error: fail(error))
-        assert left.value.code == code
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(fail)
+    assert exit.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command_line.runtime, "start", lambda: None)
+    command_line.run(lambda: None)
     with pytest.raises(ZeroDivisionError):
-        command.run(lambda: 1 / 0)
+        command_line.run(lambda: 1 / 0)
 
 
-def test_every_command_goes_through_it():
-    assert len(COMMANDS) >= 11
-    for name in COMMANDS:
-        assert "command.run(" in (FILES[0].parent / f"{name}.py").read_text(encoding="utf-8"), name
+@pytest.mark.parametrize("name", ["reconstruct", "export"])
+def test_a_process_reports_a_missing_checkpoint_in_one_line(name, tmp_path):
+    arguments = [a for a in example(name) if not a.startswith("--checkpoint")]
+    process = subprocess.run(
+        [sys.executable, "-m", f"vqrae_jax.commands.{name}", f"--checkpoint={tmp_path / 'missing'}", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1

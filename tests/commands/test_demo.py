@@ -1,4 +1,4 @@
-"""What the page does, and, where Gradio, Playwright and a Chromium are installed, the page itself under real clicks."""
+"""The actions of the page, and the page itself in a browser where Gradio, Playwright and Chromium are installed."""
 
 import os
 import pathlib
@@ -20,18 +20,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.mark.parametrize("port", [0, 99999])
-def test_a_port_that_is_none_is_refused_at_once(port):
-    with pytest.raises(ConfigError, match=f"^--port={port}: ports are 1 to 65535"):
-        demo.serve(demo.parse(["--checkpoint=x", f"--port={port}"]))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for name, photograph in zip("ab", photographs.load_photographs("validation"), strict=True):
         images.write_image(folder / f"{name}.png", photograph)
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("not an image")
     return folder
 
 
@@ -48,79 +42,85 @@ def loaded(page, files):
     return session
 
 
-def test_a_loaded_picture_is_shown_with_its_codes(page, loaded, files):
+def test_a_loaded_image_is_shown_with_its_codes(page, loaded, files):
     square = images.center_crop(images.read_image(files / "a.png"), 32)
-    codes = page.tokenizer.encode_to_indices(square[None])
-    np.testing.assert_array_equal(loaded.slots[0].codes, codes[0])
-    *shown, strip = page.show(loaded)
-    assert all(view.shape == (320, 320, 3) for view in shown)
-    assert strip is None
+    np.testing.assert_array_equal(loaded.slots[0].codes, page.tokenizer.encode_to_indices(square[None])[0])
+    *views, nearest = page.render(loaded)
+    assert all(view.shape == (320, 320, 3) for view in views)
+    assert nearest is None
     assert "PSNR" in loaded.message
 
 
-def test_a_look_marks_the_patch_and_finds_its_nearest(page, loaded):
-    session = page.click(loaded, 1, 0.3, 0.99, painting=False)
-    assert session.looked == (1, 3, 1)
+def test_a_selected_patch_is_marked_and_its_nearest_are_shown(page, loaded):
+    session = page.click(loaded, 1, 0.3, 0.99, paste=False)
+    assert session.selected == (1, 3, 1)
     assert f"**{loaded.slots[1].codes[3, 1]}**" in session.message
-    before, after = page.show(loaded), page.show(session)
+    before, after = page.render(loaded), page.render(session)
     assert (before[3] != after[3]).any()
     assert (before[1] == after[1]).all()
     assert after[4].shape[1] > demo.NEAREST * 64
 
 
-def test_a_region_is_chosen_and_painted_and_undone(page, loaded):
-    early = page.click(loaded, 0, 0.0, 0.0, painting=True)
-    assert early.slots == loaded.slots
-    session = page.click(loaded, 1, 0.9, 0.9, painting=True)
-    session = page.click(session, 1, 0.6, 0.1, painting=True)
+def test_a_region_is_pasted_and_restored(page, loaded):
+    assert page.click(loaded, 0, 0.0, 0.0, paste=True).slots == loaded.slots  # no region yet
+    session = page.click(loaded, 1, 0.9, 0.9, paste=True)
+    session = page.click(session, 1, 0.6, 0.1, paste=True)
     assert session.region == (0, 2, 4, 4)
-    session = page.click(session, 0, 0.0, 0.0, painting=True)
+    session = page.click(session, 0, 0.0, 0.0, paste=True)
     first, second = session.slots
     np.testing.assert_array_equal(first.codes[:, :2], second.codes[:, 2:])
     np.testing.assert_array_equal(first.codes[:, 2:], loaded.slots[0].codes[:, 2:])
-    painted = page.tokenizer.decode_from_indices(first.codes[None])[0]
-    np.testing.assert_allclose(first.painted, painted * 255, atol=0.51)
-    np.testing.assert_array_equal(page.restore(session).slots[0].painted, loaded.slots[0].painted)
+    decoded = page.tokenizer.decode_from_indices(first.codes[None])[0]
+    np.testing.assert_allclose(first.reconstruction, decoded * 255, atol=0.51)
+    restored = page.restore(session).slots[0]
+    np.testing.assert_array_equal(restored.reconstruction, loaded.slots[0].reconstruction)
 
 
-def test_what_is_no_picture_leaves_the_page_as_it_was(page, loaded, files):
+def test_a_file_that_is_not_an_image_changes_only_the_message(page, loaded, files):
     session = page.load(loaded, 0, str(files / "text.png"))
     assert session.slots == loaded.slots
-    assert "'text.png'" in session.message
+    assert "text.png" in session.message
     assert str(files) not in session.message
     assert page.load(loaded, 0, None).slots[0] is None
-    assert page.click(demo.Session(), 0, 0.5, 0.5, painting=False) == demo.Session()
+    assert page.click(demo.Session(), 0, 0.5, 0.5, paste=False) == demo.Session()
 
 
-def test_without_gradio_it_says_what_to_install(monkeypatch, page):
+@pytest.mark.parametrize("port", [0, 99999])
+def test_an_invalid_port_is_an_error(port):
+    with pytest.raises(ConfigError) as error:
+        demo.serve(demo.parse(["--checkpoint=x", f"--port={port}"]))
+    assert (error.value.field, error.value.value) == ("--port", port)
+
+
+def test_without_gradio_the_error_names_the_extra(monkeypatch, page):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ConfigError, match=r"vqrae-jax\[demo\]"):
-        demo.blocks(page)
+        demo.build_blocks(page)
 
 
-def test_a_port_in_use_is_said(monkeypatch, page, trained):
+def test_a_port_in_use_is_an_error(monkeypatch, page, trained):
     pytest.importorskip("gradio", reason="the page needs the demo extra")
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, "False")  # put back afterwards
+    monkeypatch.setattr(demo.runtime, "set_environment", lambda **_: None)
     monkeypatch.setattr(demo.Tokenizer, "load", lambda *_, **__: page.tokenizer)
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port={port}"):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError) as error:
             demo.serve(demo.parse([f"--checkpoint={trained}", f"--port={port}"]))
+    assert (error.value.field, error.value.value) == ("--port", port)
 
 
 @pytest.fixture(scope="module")
 def served(trained, tmp_path_factory):
-    """Address of the page and the folder that is its TMPDIR."""
+    """Yields the address of the page and the folder that is its TMPDIR."""
     pytest.importorskip("gradio", reason="the page needs the demo extra")
     temporary = tmp_path_factory.mktemp("temporary")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [f"--checkpoint={trained}", f"--port={port}", "--max_upload=1"]
+    arguments = [f"--checkpoint={trained}", f"--port={port}", "--max-upload=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vqrae_jax.commands.demo", *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(temporary)},
@@ -137,8 +137,8 @@ def served(trained, tmp_path_factory):
         process.stdout.close()
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="sockets are looked up in Linux's /proc")
-def test_it_listens_to_this_machine_alone(served):
+@pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="lists sockets with Linux's /proc")
+def test_it_listens_to_this_machine_only(served):
     port = int(served[0].rstrip("/").rpartition(":")[2])
     tables = [pathlib.Path("/proc/net") / name for name in ("tcp", "tcp6")]
     rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
@@ -146,10 +146,10 @@ def test_it_listens_to_this_machine_alone(served):
     assert listening == {f"0100007F:{port:04X}"}
 
 
-def test_files_that_are_too_large_are_refused(served):
+def test_files_that_are_too_large_are_rejected(served):
     httpx = pytest.importorskip("httpx")
-    answer = httpx.post(served[0] + "gradio_api/upload", files={"files": ("x.png", bytes(2 << 20))})
-    assert answer.status_code == 413
+    response = httpx.post(served[0] + "gradio_api/upload", files={"files": ("x.png", bytes(2 << 20))})
+    assert response.status_code == 413
 
 
 def test_no_other_file_of_the_machine_is_served(served):
@@ -160,17 +160,17 @@ def test_no_other_file_of_the_machine_is_served(served):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_in_a_browser(served, files, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by Playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     address, temporary = served
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1300, "height": 1100})
         page.set_default_timeout(60_000)
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
 
-        def says(text):
+        def wait_for_message(text):
             page.locator("#message", has_text=text).wait_for()
 
         def click(view, across, down):
@@ -180,23 +180,23 @@ def test_in_a_browser(served, files, tmp_path):
         for slot, name in enumerate("ab"):
             page.set_input_files(f"#upload{slot} input[type=file]", files / f"{name}.png")
             page.wait_for_selector(f"#codes{slot} img")
-        says("PSNR")
+        wait_for_message("PSNR")
         click("codes0", 0.9, 0.4)
-        says("Row 1, column 3")
+        wait_for_message("Row 1, column 3")
         page.wait_for_selector("#nearest img")
-        page.click("#action >> text=paint")
-        click("painted1", 0.1, 0.1)
-        says("opposite corner")
+        page.click("#action >> text=paste codes")
+        click("reconstruction1", 0.1, 0.1)
+        wait_for_message("opposite corner")
         click("codes1", 0.4, 0.4)
-        says("2 x 2 codes chosen")
-        before = page.locator("#painted0 img").get_attribute("src")
+        wait_for_message("2 x 2 codes selected")
+        before = page.locator("#reconstruction0 img").get_attribute("src")
         click("codes0", 0.6, 0.6)
-        says("Painted at row 2, column 2")
-        page.wait_for_function("src => document.querySelector('#painted0 img').src !== src", arg=before)
+        wait_for_message("Pasted at row 2, column 2")
+        page.wait_for_function("src => document.querySelector('#reconstruction0 img').src !== src", arg=before)
         page.click("#restore")
-        says("its own codes again")
+        wait_for_message("its original codes again")
         page.screenshot(path=tmp_path / "page.png")
         browser.close()
     assert len(np.unique(images.read_image(tmp_path / "page.png").reshape(-1, 3), axis=0)) > 100
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked), "the page asks only its own server"
+    assert all(url.startswith((address, "data:", "blob:")) for url in requests), "requests to another server"
     assert [path.name[:15] for path in temporary.iterdir() if "vqrae" in path.name] == ["vqrae-jax-demo-"]

@@ -15,67 +15,63 @@ def write(folder, lines):
     return folder
 
 
-def run(folder, scale=1.0):
-    lines = [{"step": s, "time": 1.0, "loss/total": scale / s, "eval/psnr": 10.0 + s} for s in (10, 20, 30)]
-    return write(folder, map(json.dumps, lines))
+@pytest.fixture
+def workdir(tmp_path):
+    lines = [{"step": s, "time": 1.0, "loss/total": 1 / s, "eval/psnr": 10.0 + s} for s in (10, 20, 30)]
+    return write(tmp_path / "run", map(json.dumps, lines))
 
 
-def test_a_log_is_read_by_rising_steps_the_later_line_counting(tmp_path):
+def run(workdir, output, *arguments):
+    return plot.plot(plot.parse([f"--workdir={workdir}", f"--output={output}", *arguments]))
+
+
+def test_metrics_are_read_by_rising_steps_and_the_later_line_counts(tmp_path):
     lines = ['{"step": 10, "a": 1}', '{"step": 20, "a": 2}', '{"step": 10, "a": 3, "b": NaN}', '{"step": 30, "a"']
-    series = plot.read(write(tmp_path / "run", lines))
-    assert series["a"] == ([10, 20], [3, 2])
-    assert series["b"][0] == [10]
-    assert math.isnan(series["b"][1][0])
+    curves = plot.read_metrics(write(tmp_path / "run", lines))
+    assert curves["a"] == ([10, 20], [3, 2])
+    assert curves["b"][0] == [10]
+    assert math.isnan(curves["b"][1][0])
 
 
-def test_the_command_draws_what_the_log_has(tmp_path, capsys):
-    output = tmp_path / "out" / "curves.png"
-    drawn = plot.plot(plot.parse([f"--workdir={run(tmp_path / 'run')}", f"--output={output}"]))
-    assert drawn == ["loss", "validation PSNR (dB)"]
-    assert len(np.unique(images.read_image(output))) > 2
-    assert "loss" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".SVG", b"<?xml")])
-def test_a_figure_for_a_paper_is_lines_and_letters(tmp_path, suffix, start):
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
+def test_the_command_plots_the_metrics_of_the_run(workdir, tmp_path, suffix, start, capsys):
     output = tmp_path / "out" / f"curves{suffix}"
-    plot.plot(plot.parse([f"--workdir={run(tmp_path / 'run')}", f"--output={output}"]))
+    assert run(workdir, output) == ["loss", "validation PSNR (dB)"]
     assert output.read_bytes().startswith(start)
-
-
-def test_a_suffix_of_no_picture_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(DataError, match=r"--output=x\.tiff: its suffix must be one of .*\.png.*\.pdf, \.svg"):
-        plot.plot(plot.parse([f"--workdir={tmp_path}", "--output=x.tiff"]))
-
-
-def test_several_runs_share_a_chart(tmp_path):
-    first, second = run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", 2.0)
-    names = plot._names([str(first), str(second)])
-    assert names == [str(first), str(second)]
-    lines = plot._lines({n: plot.read(n) for n in names}, ("loss/*",))
-    assert list(lines) == [f"{n}: loss/total" for n in names]
-
-
-@pytest.mark.parametrize(("lines", "message"), [(None, "has no metrics.jsonl"), (["{}"], "nothing to draw")])
-def test_what_cannot_be_drawn_is_said(tmp_path, lines, message):
-    folder = tmp_path / "none" if lines is None else write(tmp_path / "run", lines)
-    with pytest.raises(DataError, match=message):
-        plot.plot(plot.parse([f"--workdir={folder}", f"--output={tmp_path / 'x.png'}"]))
-    path = run(tmp_path / "other")
-    with pytest.raises(DataError, match="eval/psnr"):
-        plot.plot(plot.parse([f"--workdir={path}", f"--output={tmp_path / 'x.png'}", "--show=wrong/*"]))
-
-
-def test_a_pattern_without_a_match_is_told_and_the_others_drawn(tmp_path, capsys):
-    given = [f"--workdir={run(tmp_path / 'run')}", f"--output={tmp_path / 'x.png'}"]
-    assert plot.plot(plot.parse([*given, "--show", "eval/*", "nothing"])) == ["eval/*"]
-    assert (
-        capsys.readouterr().err == "--show: nothing in metrics.jsonl is called nothing; it has: eval/psnr, loss/total\n"
-    )
-    plot.plot(plot.parse(given))
+    assert suffix != ".png" or len(np.unique(images.read_image(output))) > 2
     assert capsys.readouterr().err == ""
 
 
-def test_a_real_run_can_be_drawn(trained, tmp_path):
-    drawn = plot.plot(plot.parse([f"--workdir={trained}", f"--output={tmp_path / 'x.png'}"]))
-    assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(drawn)
+def test_another_suffix_is_an_error_before_anything_is_read(tmp_path):
+    with pytest.raises(DataError) as error:
+        run(tmp_path, "x.tiff")
+    assert (error.value.field, error.value.value) == ("--output", "x.tiff")
+
+
+def test_several_runs_share_a_chart(workdir, tmp_path):
+    names = plot._names([str(workdir), str(tmp_path / "other" / "run")])
+    assert names == [str(workdir), str(tmp_path / "other" / "run")]
+    selected = plot.select_curves({name: plot.read_metrics(workdir) for name in names}, ("loss/*",))
+    assert list(selected) == [f"{name}: loss/total" for name in names]
+
+
+@pytest.mark.parametrize(("lines", "field"), [(None, "--workdir"), (["{}"], "--show")])
+def test_a_run_without_metrics_is_an_error(tmp_path, lines, field):
+    folder = tmp_path / "missing" if lines is None else write(tmp_path / "run", lines)
+    with pytest.raises(DataError) as error:
+        run(folder, tmp_path / "x.png")
+    assert error.value.field == field
+
+
+def test_a_pattern_without_a_match_is_reported_and_the_others_are_plotted(workdir, tmp_path, capsys):
+    assert run(workdir, tmp_path / "x.png", "--show", "eval/*", "nothing") == ["eval/*"]
+    message = capsys.readouterr().err
+    assert "nothing" in message
+    assert "eval/psnr, loss/total" in message
+    with pytest.raises(DataError, match="eval/psnr"):
+        run(workdir, tmp_path / "x.png", "--show=wrong/*")
+
+
+def test_a_real_run_can_be_plotted(trained, tmp_path):
+    titles = run(trained, tmp_path / "x.png")
+    assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(titles)

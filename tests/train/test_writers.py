@@ -56,7 +56,7 @@ def test_a_line_that_was_cut_short_does_not_take_the_next_one_with_it(tmp_path):
         writers = Writers(tmp_path, "run", {}, None)
         writers.scalars(step, {"a": float(step)})
         writers.close()
-    assert plot.read(tmp_path)["a"] == ([1, 2, 3], [1.0, 2.0, 3.0])
+    assert plot.read_metrics(tmp_path)["a"] == ([1, 2, 3], [1.0, 2.0, 3.0])
     assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 4
 
 
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_for_a_moment_does_not_hold_up_the_run(tmp_path, mon
     running.join(20)
     assert not running.is_alive()
     assert caplog.text.count("No space left on device; TensorBoard gets no more of this run until it is resumed") == 1
-    assert plot.read(tmp_path)["a"][0] == list(range(60))
+    assert plot.read_metrics(tmp_path)["a"][0] == list(range(60))
     (file,) = (tmp_path / "tensorboard").iterdir()
     records = TFRecords([Part(str(file), 0, 21)])
     assert [event_pb2.Event.FromString(records[i]).step for i in range(1, 21, 2)] == list(range(10))

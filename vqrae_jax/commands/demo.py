@@ -1,209 +1,233 @@
-"""python -m vqrae_jax.commands.demo --checkpoint=runs/quickstart
+"""Serves a web page to look at, compare and edit the codes of two images.
 
-A web page, served to this machine alone: two pictures with their reconstructions and codes. A click on a patch shows
-its code and the patches that are nearest to it; a region of the second picture's codes is painted into the first.
+vqrae demo --checkpoint=runs/quickstart
+
+A click on a patch shows its code and the patches nearest to it; a region of the second image's codes can be pasted into
+the first. Only this machine can reach the page unless --host says otherwise.
 """
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from vqrae_jax.commands import command_line as command
+from vqrae_jax import runtime
+from vqrae_jax.commands import command_line
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError, ImageError
-from vqrae_jax.evaluation import visualize as pictures
+from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference import editing, inputs
 from vqrae_jax.inference.tokenizer import Tokenizer
 
-VIEW = 320  # pixels of a picture on the page, at least
-HEIGHT = VIEW + 64  # of its box, so that the label does not lie on it
-NEAREST = 8
-TITLE = "Pictures as codes"
-HELP = """Drop a picture into each slot. With **look**, click a patch: its code and the patches nearest to it appear
-below. With **paint**, click two corners in the second picture's codes, then a place in the first."""
+VIEW = 320  # pixels of an image on the page, at least
+HEIGHT = VIEW + 64  # pixels of its box, so that the label does not cover it
+NEAREST = 8  # patches shown next to the selected one
+LOOK, PASTE = "look", "paste codes"
+TITLE = "Images as codes"
+HELP = f"""Drop an image into each slot. With **{LOOK}**, click a patch to see its code and the patches nearest to it.
+With **{PASTE}**, click two corners of a region in the second image, then a position in the first."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.demo",
-        description="A web page to see, compare and edit the codes of pictures; needs the `demo` extra.",
+    """Parses the command line."""
+    parser = command_line.build_parser(
+        "demo", "Serves a web page to look at, compare and edit the codes of images; needs the `demo` extra."
     )
-    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine alone")
-    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    command_line.add_checkpoint(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument(
-        "--max_upload", type=command.at_least_1, default=10, help="largest file taken, in MB; default: 10"
+        "--max-upload",
+        type=command_line.positive,
+        default=10,
+        help="largest file in MB; default: %(default)s",
     )
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One picture on the page."""
+    """One image on the page."""
 
     image: np.ndarray  # uint8 [S, S, 3]
     original: np.ndarray  # codes [h, w, *levels] of the image
-    codes: np.ndarray  # as edited
-    painted: np.ndarray  # uint8 [S, S, 3], from `codes`
+    codes: np.ndarray  # the same after edits
+    reconstruction: np.ndarray  # uint8 [S, S, 3], decoded from `codes`
     latents: np.ndarray  # [h, w, C] of `codes`
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What one visitor sees. Every click makes a new one."""
+    """The state of one visitor; each action returns a new one."""
 
     slots: tuple[Slot | None, Slot | None] = (None, None)
-    looked: tuple[int, int, int] | None = None  # slot, row, column
-    corner: tuple[int, int] | None = None  # first click of a region
-    region: editing.Region | None = None  # in the second picture
+    selected: tuple[int, int, int] | None = None  # slot, row, column
+    corner: tuple[int, int] | None = None  # first corner of a region
+    region: editing.Region | None = None  # in the second image
     message: str = HELP
+
+    def change(self, message: str, **fields: Any) -> "Session":
+        """Returns a copy with other fields."""
+        return dataclasses.replace(self, message=message, **fields)
 
 
 class Page:
-    """What clicks and uploads do; knows nothing of the server."""
+    """The actions of the page as functions of a session, independent of the server."""
 
     def __init__(self, tokenizer: Tokenizer):
-        editing.as_grid(tokenizer, np.zeros(tokenizer.code_shape, np.int32))  # codes without a place have no page
+        editing.as_grid(tokenizer, np.zeros(tokenizer.code_shape, np.int32))  # raises if codes have no positions
         self.tokenizer = tokenizer
 
     def load(self, session: Session, slot: int, file: str | None) -> Session:
-        """Puts a picture file into a slot; None empties it. A file that is no picture changes only the message."""
-        empty = dataclasses.replace(session, looked=None, corner=None, region=None)
+        """Loads an image file into a slot; None empties it. A file that is not an image changes only the message."""
         if file is None:
-            return _with_slot(empty, slot, None, HELP)
+            return _replace_slot(session, slot, None, HELP)
         tokenizer = self.tokenizer
         try:
-            picture = images.read_image(file)
-        except ImageError as error:
-            reason = str(error).replace(repr(file), repr(pathlib.Path(file).name))
-            return dataclasses.replace(session, message=f"**{reason}**")
-        image = inputs.fitted(picture, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
+            image = images.read_image(file)
+        except ImageError:
+            return session.change(f"**{pathlib.Path(file).name} cannot be read as an image.**")
+        image = inputs.fitted(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
         codes = editing.as_grid(tokenizer, np.asarray(tokenizer.encode_to_indices(image[None])))[0]
-        shown = self._painted(Slot(image, codes, codes, image, np.zeros(0)), codes)
-        error = np.mean((shown.painted.astype(np.float64) - image) ** 2)
-        decibels = 10 * np.log10(255**2 / max(error, 1e-12))
-        message = f"{codes.size} codes of {tokenizer.codebook_size}, {len(np.unique(codes))} different; "
-        return _with_slot(empty, slot, shown, message + f"PSNR {decibels:.1f} dB")
+        loaded = self._decode(Slot(image, codes, codes, image, np.zeros(0)), codes)
+        error = np.mean((loaded.reconstruction.astype(np.float64) - image) ** 2)
+        psnr = 10 * np.log10(255**2 / max(error, 1e-12))
+        text = f"{codes.size} codes of {tokenizer.codebook_size}, {len(np.unique(codes))} different; PSNR {psnr:.1f} dB"
+        return _replace_slot(session, slot, loaded, text)
 
-    def click(self, session: Session, slot: int, across: float, down: float, painting: bool) -> Session:
-        """A click in a slot's reconstruction or codes, at shares of its width and height."""
+    def click(self, session: Session, slot: int, x: float, y: float, paste: bool) -> Session:
+        """Handles a click in the reconstruction or codes of a slot; x and y are fractions of width and height."""
         if session.slots[slot] is None:
             return session
-        side = self.tokenizer.grid
-        row, column = (min(max(int(share * side), 0), side - 1) for share in (down, across))
-        if not painting:
-            return self._look(session, slot, row, column)
+        grid = self.tokenizer.grid
+        row, column = (min(max(int(fraction * grid), 0), grid - 1) for fraction in (y, x))
+        if not paste:
+            return _select_patch(session, slot, row, column)
         if slot == 1:
-            return _select(session, row, column)
+            return _select_region(session, row, column)
         if session.region is None:
-            return dataclasses.replace(session, message="Click two corners of a region in the second picture first.")
+            return session.change("Click two corners of a region in the second image first.")
         first, second = session.slots
         codes = editing.paste(first.codes, second.codes, session.region, (row, column))
         changed = int((codes != first.codes).any(axis=tuple(range(2, codes.ndim))).sum())
-        painted = dataclasses.replace(session, slots=(self._painted(first, codes), second), looked=None)
-        return dataclasses.replace(painted, message=f"Painted at row {row}, column {column}: {changed} codes changed.")
+        message = f"Pasted at row {row}, column {column}: {changed} codes changed."
+        return session.change(message, slots=(self._decode(first, codes), second), selected=None)
 
     def restore(self, session: Session) -> Session:
-        """The first picture with its own codes again."""
+        """Gives the first image its original codes back."""
         first, second = session.slots
         if first is None:
             return session
-        slots = (self._painted(first, first.original), second)
-        return dataclasses.replace(
-            session, slots=slots, looked=None, message="The first picture has its own codes again."
-        )
+        slots = (self._decode(first, first.original), second)
+        return session.change("The first image has its original codes again.", slots=slots, selected=None)
 
-    def show(self, session: Session) -> tuple[np.ndarray | None, ...]:
-        """Reconstruction and codes of both slots, and the strip of nearest patches."""
-        shown: list[np.ndarray | None] = []
+    def render(self, session: Session) -> tuple[np.ndarray | None, ...]:
+        """Returns reconstruction and code map of both slots, and the nearest patches."""
+        views: list[np.ndarray | None] = []
         for i, slot in enumerate(session.slots):
             if slot is None:
-                shown += [None, None]
+                views += [None, None]
                 continue
-            boxes = [(r, c, r + 1, c + 1) for s, r, c in [session.looked] if s == i] if session.looked else []
-            if i == 1 and session.region:
-                boxes.append(session.region)
-            if i == 1 and session.corner:
-                boxes.append((*session.corner, session.corner[0] + 1, session.corner[1] + 1))
-            painted = pictures.enlarged(slot.painted, VIEW)
-            codes = pictures.code_map(pictures.square(slot.codes), len(painted))
-            shown += [pictures.mark(view, self.tokenizer.grid, boxes) for view in (painted, codes)]
-        return (*shown, self._strip(session))
+            cells = [session.selected[1:]] if session.selected and session.selected[0] == i else []
+            cells += [session.corner] if i == 1 and session.corner else []
+            boxes = [(row, column, row + 1, column + 1) for row, column in cells]
+            boxes += [session.region] if i == 1 and session.region else []
+            reconstruction = visualize.enlarge(slot.reconstruction, VIEW)
+            codes = visualize.code_map(visualize.code_grid(slot.codes), len(reconstruction))
+            views += [visualize.mark_cells(view, self.tokenizer.grid, boxes) for view in (reconstruction, codes)]
+        return (*views, self._nearest_patches(session))
 
-    def _painted(self, slot: Slot, codes: np.ndarray) -> Slot:
-        whole = codes.reshape(1, *self.tokenizer.code_shape)
-        painted = pictures.to_uint8(self.tokenizer.decode_from_indices(whole))[0]
-        latents = np.asarray(self.tokenizer.lookup(whole)).reshape(*codes.shape[:2], -1)
-        return dataclasses.replace(slot, codes=codes, painted=painted, latents=latents)
+    def _decode(self, slot: Slot, codes: np.ndarray) -> Slot:
+        """Returns the slot with other codes."""
+        indices = codes.reshape(1, *self.tokenizer.code_shape)
+        reconstruction = visualize.to_uint8(self.tokenizer.decode_from_indices(indices))[0]
+        latents = np.asarray(self.tokenizer.lookup(indices)).reshape(*codes.shape[:2], -1)
+        return dataclasses.replace(slot, codes=codes, reconstruction=reconstruction, latents=latents)
 
-    def _look(self, session: Session, slot: int, row: int, column: int) -> Session:
-        code = session.slots[slot].codes[row, column]
-        name = str(code) if code.ndim == 0 else ", ".join(map(str, code))
-        same = sum(int((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum()) for s in session.slots if s)
-        often = "once" if same == 1 else f"{same} times"
-        message = f"Row {row}, column {column}: code **{name}**, {often} here. Below, the patch and those nearest."
-        return dataclasses.replace(session, looked=(slot, row, column), message=message)
-
-    def _strip(self, session: Session) -> np.ndarray | None:
-        if session.looked is None:
+    def _nearest_patches(self, session: Session) -> np.ndarray | None:
+        """Returns the selected patch and those whose latents are nearest to it."""
+        if session.selected is None:
             return None
-        slot, row, column = session.looked
-        present = [i for i, s in enumerate(session.slots) if s]
-        latents = np.stack([session.slots[i].latents for i in present])
-        places = [(present.index(slot), row, column)]
-        places += editing.nearest_patches(latents, places[0], NEAREST)
-        side = self.tokenizer.downsampling
-        tiles = [
-            session.slots[present[s]].painted[r * side : (r + 1) * side, c * side : (c + 1) * side]
-            for s, r, c in places
-        ]
-        return pictures.strip(tiles, 64)
+        slot, row, column = session.selected
+        slots = [i for i, content in enumerate(session.slots) if content]
+        latents = np.stack([session.slots[i].latents for i in slots])
+        start = (slots.index(slot), row, column)
+        side, tiles = self.tokenizer.downsampling, []
+        for i, y, x in [start, *editing.nearest_patches(latents, start, NEAREST)]:
+            image = session.slots[slots[i]].reconstruction
+            tiles.append(image[y * side : (y + 1) * side, x * side : (x + 1) * side])
+        return visualize.strip(tiles, 64)
 
 
-def blocks(page: Page) -> Any:
-    """The page as Gradio's Blocks."""
-    gr = _gradio()
-    still = {"interactive": False, "format": "png", "buttons": [], "height": HEIGHT}
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as built:
+def _replace_slot(session: Session, slot: int, content: Slot | None, message: str) -> Session:
+    slots = tuple(content if i == slot else other for i, other in enumerate(session.slots))
+    return session.change(message, slots=slots, selected=None, corner=None, region=None)
+
+
+def _select_patch(session: Session, slot: int, row: int, column: int) -> Session:
+    code = session.slots[slot].codes[row, column]
+    name = ", ".join(map(str, np.atleast_1d(code)))
+    same = sum(int((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum()) for s in session.slots if s)
+    count = "once" if same == 1 else f"{same} times"
+    message = f"Row {row}, column {column}: code **{name}**, used {count}. Below: the patch and those nearest to it."
+    return session.change(message, selected=(slot, row, column))
+
+
+def _select_region(session: Session, row: int, column: int) -> Session:
+    """Sets the first corner, then the opposite one, then starts again."""
+    if session.corner is None:
+        return session.change("Now click the opposite corner.", corner=(row, column), region=None)
+    (top, bottom), (left, right) = sorted((session.corner[0], row)), sorted((session.corner[1], column))
+    region = (top, left, bottom + 1, right + 1)
+    message = f"{bottom + 1 - top} x {right + 1 - left} codes selected: click their position in the first image."
+    return session.change(message, corner=None, region=region)
+
+
+def build_blocks(page: Page) -> Any:
+    """Builds the page as Gradio's Blocks."""
+    gr, tokenizer = import_gradio(), page.tokenizer
+    shape = " x ".join(map(str, tokenizer.code_shape))
+    summary = (
+        f"{tokenizer.image_size} x {tokenizer.image_size} pixels become {shape} codes out of "
+        f"{tokenizer.codebook_size:,}: {tokenizer.bits_per_image:,.0f} bits."
+    )
+    output = {"interactive": False, "format": "png", "buttons": [], "height": HEIGHT}
+    upload = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         session = gr.State(Session())
-        gr.Markdown(f"# {TITLE}\n{_described(page.tokenizer)}")
+        gr.Markdown(f"# {TITLE}\n{summary}")
         with gr.Row(equal_height=True):
-            action = gr.Radio(["look", "paint"], value="look", label="a click will", elem_id="action", scale=1)
+            action = gr.Radio([LOOK, PASTE], value=LOOK, label="on click", elem_id="action", scale=1)
             message = gr.Markdown(HELP, elem_id="message", container=True)
-            restore = gr.Button("undo painting", elem_id="restore", size="sm", scale=0, min_width=140)
+            restore = gr.Button("undo pasting", elem_id="restore", size="sm", scale=0, min_width=140)
         files, views = [], []
         for i, name in enumerate(("first", "second")):
             with gr.Row():
-                upload = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
-                files.append(gr.Image(label=f"{name} picture", elem_id=f"upload{i}", height=HEIGHT, **upload))
-                views.append(gr.Image(label="reconstruction", elem_id=f"painted{i}", **still))
-                views.append(gr.Image(label="codes", elem_id=f"codes{i}", **still))
-        nearest = gr.Image(label="the patch and those nearest to it", elem_id="nearest", **{**still, "height": 130})
-        outputs = [session, message, *views, nearest]
-        event = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
+                files.append(gr.Image(label=f"{name} image", elem_id=f"upload{i}", height=HEIGHT, **upload))
+                views.append(gr.Image(label="reconstruction", elem_id=f"reconstruction{i}", **output))
+                views.append(gr.Image(label="codes", elem_id=f"codes{i}", **output))
+        nearest = gr.Image(label="selected and nearest patches", elem_id="nearest", **{**output, "height": 130})
+        event = {"concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
+        event["outputs"] = [session, message, *views, nearest]
 
-        def result(new: Session) -> tuple[Any, ...]:
-            return (new, new.message, *page.show(new))
+        def update(new: Session) -> tuple[Any, ...]:
+            return (new, new.message, *page.render(new))
 
-        def on_load(slot: int) -> Any:
-            return lambda now, file: result(page.load(now, slot, file))
+        def on_load(slot: int) -> Callable[..., tuple[Any, ...]]:
+            return lambda old, file: update(page.load(old, slot, file))
 
-        def on_click(view: int) -> Any:
-            def click(now: Session, chosen: str, at: gr.SelectData) -> tuple[Any, ...]:
-                shown = page.show(now)[view]
-                height, width = (1, 1) if shown is None else shown.shape[:2]
-                return result(page.click(now, view // 2, at.index[0] / width, at.index[1] / height, chosen == "paint"))
+        def on_click(view: int) -> Callable[..., tuple[Any, ...]]:
+            def click(old: Session, action: str, at: gr.SelectData) -> tuple[Any, ...]:
+                image = page.render(old)[view]
+                height, width = (1, 1) if image is None else image.shape[:2]
+                return update(page.click(old, view // 2, at.index[0] / width, at.index[1] / height, action == PASTE))
 
             return click
 
@@ -211,21 +235,21 @@ def blocks(page: Page) -> Any:
             file.change(on_load(i), [session, file], **event)
         for i, view in enumerate(views):
             view.select(on_click(i), [session, action], **event)
-        restore.click(lambda now: result(page.restore(now)), [session], **event)
-    return built
+        restore.click(lambda old: update(page.restore(old)), [session], **event)
+    return blocks
 
 
 def serve(args: argparse.Namespace) -> None:
     """Runs the command until it is interrupted."""
     if not 1 <= args.port <= 65535:
-        raise ConfigError(f"--port={args.port}: ports are 1 to 65535")
+        raise ConfigError("expected 1 to 65535", field="--port", value=args.port)
     with tempfile.TemporaryDirectory(prefix="vqrae-jax-demo-") as folder:
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        gr = _gradio()
+        runtime.set_environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+        gr = import_gradio()
         page = Page(Tokenizer.load(args.checkpoint, args.step, batch_size=1))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder goes away then, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # removes the folder too
         try:
-            _, address, _ = blocks(page).launch(
+            _, address, _ = build_blocks(page).launch(
                 server_name=args.host, server_port=args.port, max_file_size=f"{args.max_upload}mb", share=False,
                 quiet=True, prevent_thread_lock=True, inbrowser=False, run_history=False, enable_monitoring=False,
                 ssr_mode=False, mcp_server=False, footer_links=[],
@@ -233,36 +257,15 @@ def serve(args: argparse.Namespace) -> None:
             )  # fmt: skip
         except OSError:
             raise ConfigError(
-                f"--port={args.port} of --host={args.host} cannot be had: another program serves there, or the address "
-                "is not of this machine; give another"
-            ) from None
+                f"is not available on --host={args.host}: it is in use, or the address is not of this machine; pass "
+                "another", field="--port", value=args.port,
+            ) from None  # fmt: skip
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()
 
 
-def _described(tokenizer: Tokenizer) -> str:
-    size, codes = tokenizer.image_size, tokenizer.codebook_size
-    shape = " x ".join(map(str, tokenizer.code_shape))
-    return f"{size} x {size} pixels become {shape} codes out of {codes:,}: {tokenizer.bits_per_image:,.0f} bits."
-
-
-def _with_slot(session: Session, slot: int, shown: Slot | None, message: str) -> Session:
-    slots = tuple(shown if i == slot else kept for i, kept in enumerate(session.slots))
-    return dataclasses.replace(session, slots=slots, message=message)
-
-
-def _select(session: Session, row: int, column: int) -> Session:
-    """Corner, opposite corner, and from the start again."""
-    if session.corner is None:
-        message = "Now the opposite corner."
-        return dataclasses.replace(session, corner=(row, column), region=None, message=message)
-    (top, bottom), (left, right) = sorted((session.corner[0], row)), sorted((session.corner[1], column))
-    region = (top, left, bottom + 1, right + 1)
-    message = f"{bottom + 1 - top} x {right + 1 - left} codes chosen: click where they go in the first picture."
-    return dataclasses.replace(session, corner=None, region=region, message=message)
-
-
-def _gradio() -> Any:
+def import_gradio() -> Any:
+    """Imports Gradio, which is optional."""
     try:
         import gradio
     except ImportError:
@@ -270,8 +273,8 @@ def _gradio() -> Any:
     return gradio
 
 
-def main() -> None:
-    command.run(lambda: serve(parse()))
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.run(lambda: serve(parse(argv)))
 
 
 if __name__ == "__main__":

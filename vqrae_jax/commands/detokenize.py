@@ -1,6 +1,6 @@
-"""python -m vqrae_jax.commands.detokenize --checkpoint=runs/quickstart --codes=/data/codes --output=/data/pictures
+"""Decodes codes to image files, named by the number or the id of each image in the tokenized dataset.
 
-Codes -> pictures, named by the number of each image in the tokenized dataset, or by its id.
+vqrae detokenize --checkpoint=runs/quickstart --codes=/data/codes --output=/data/images
 """
 
 import argparse
@@ -8,143 +8,131 @@ import concurrent.futures
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.commands import command_line as command
+from vqrae_jax.commands import command_line
 from vqrae_jax.data import codes as code_files
 from vqrae_jax.data import images
 from vqrae_jax.errors import DataError
-from vqrae_jax.evaluation import visualize as pictures
+from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference.tokenizer import Tokenizer
 
-BATCH = 32
-WRITERS = 4  # threads that compress pictures
-LONGEST = 200  # bytes of an id in a file name; most systems take 255 in all
+THREADS = 4  # that compress images
+MAX_BYTES = 200  # of an id in a file name; most file systems allow 255 for the whole name
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.detokenize",
-        description="Paints codes: those of a tokenized dataset, or an array of codes that a generator made.",
+    """Parses the command line."""
+    parser = command_line.build_parser(
+        "detokenize", "Decodes the codes of a tokenized dataset, or an array of codes from a generator, to image files."
     )
-    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    parser.add_argument("--codes", required=True, help="folder of inference.tokenize, or .npy with codes [N, ...]")
-    parser.add_argument("--output", required=True, help="folder for the pictures")
+    command_line.add_checkpoint(parser)
+    parser.add_argument("--codes", required=True, help="folder written by tokenize, or .npy file with codes [N, ...]")
+    parser.add_argument("--output", required=True, help="folder for the images")
     parser.add_argument("--format", default="png", choices=["png", "jpg", "webp"], help="default: png")
     parser.add_argument(
         "--names", default="index", choices=["index", "id"],
-        help="of the pictures: the image's number in its source, or its id made a file name; default: index",
+        help="name of the images: their number in the dataset, or their id; default: index",
     )  # fmt: skip
-    parser.add_argument("--limit", type=command.at_least_1, help="the first so many images only")
-    parser.add_argument("--force", action="store_true", help="paint the codes of another tokenizer")
-    parser.add_argument(
-        "--batch", type=command.at_least_1, default=BATCH, help=f"pictures computed at once; default: {BATCH}"
-    )
+    command_line.add_limit(parser)
+    parser.add_argument("--force", action="store_true", help="accept codes of another tokenizer")
+    command_line.add_batch(parser, 32)
     return parser.parse_args(argv)
 
 
 def detokenize(args: argparse.Namespace) -> list[storage.Path]:
-    """Runs the command; returns the pictures written.
+    """Runs the command; returns the images written.
 
     Raises:
-      DataError: codes of another tokenizer, of another grid, or out of range.
+      DataError: the codes are from another tokenizer, of another shape, or out of range.
     """
     path, output = storage.resolve_path(args.codes), storage.resolve_path(args.output)
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
-        raise DataError(f"--names=id: --codes={path} is an array, whose rows have no ids; leave out --names")
+        raise DataError(f"the rows of the array {path} have no ids; leave --names out", field="--names", value="id")
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
     if dataset is None:
         array = _read_array(storage.download(path))
-        total, shards = len(array), iter([(_numbered(range(len(array))), array)])
+        total, shards = len(array), iter([(_number_names(range(len(array))), array)])
     else:
-        _check(dataset, tokenizer, args.force)
-        named, total = _Named() if args.names == "id" else None, len(dataset)
-        shards = (
-            (_numbered(part.index.tolist()) if named is None else [named(name) for name in part.id], part.codes)
-            for part in dataset.shards()
-        )
+        if dataset.plan.tokenizer != tokenizer.hash and not args.force:
+            raise DataError(
+                f"the codes are from the tokenizer {dataset.plan.tokenizer[:12]}, not from {tokenizer.hash[:12]}, for "
+                "which they mean something else; pass the checkpoint of their tokenizer, or --force",
+                field="--codes", value=str(path),
+            )  # fmt: skip
+        total, shards = len(dataset), _named_shards(dataset, args.names)
     total = min(total, args.limit or total)
-    views = dataset is not None and dataset.plan.views != "one"
+    has_views = dataset is not None and dataset.plan.views != "one"
     written: list[storage.Path] = []
-    with concurrent.futures.ThreadPoolExecutor(WRITERS) as disk:
-        for stems, grids in command.progress(_batches(shards, total, args.batch), total, "images", _count):
-            flat = grids.reshape(-1, *grids.shape[2:]) if views else grids
-            painted = pictures.to_uint8(tokenizer.decode_from_indices(flat)).reshape(
-                len(grids), -1, tokenizer.image_size, tokenizer.image_size, 3
-            )
-            names = [
-                output / f"{stem}{f'_{view}' if views else ''}.{args.format}"
-                for stem in stems
-                for view in range(painted.shape[1])
-            ]
-            list(disk.map(images.write_image, names, painted.reshape(-1, *painted.shape[2:])))
-            written += names
-    print(f"wrote {len(written)} pictures to {output}")
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
+        batches = _batches(shards, total, args.batch)
+        for names, indices in command_line.progress(batches, total, "images", lambda batch: len(batch[0])):
+            views = indices.shape[1] if has_views else 1
+            flat = indices.reshape(-1, *indices.shape[2:]) if has_views else indices
+            decoded = visualize.to_uint8(tokenizer.decode_from_indices(flat))
+            suffixes = [f"_{view}.{args.format}" if has_views else f".{args.format}" for view in range(views)]
+            paths = [output / f"{name}{suffix}" for name in names for suffix in suffixes]
+            list(disk.map(images.write_image, paths, decoded))
+            written += paths
+    print(f"wrote {len(written)} images to {output}")
     return written
-
-
-def _check(dataset: code_files.Codes, tokenizer: Tokenizer, force: bool) -> None:
-    if dataset.plan.tokenizer != tokenizer.hash and not force:
-        raise DataError(
-            f"--codes={dataset.path} are of the tokenizer {dataset.plan.tokenizer[:12]}, this one is "
-            f"{tokenizer.hash[:12]}: its codes mean something else; give that one, or --force"
-        )
 
 
 def _read_array(path: pathlib.Path) -> np.ndarray:
     try:
         return np.atleast_1d(np.load(path, allow_pickle=False))
     except (OSError, ValueError) as error:
-        raise DataError(f"--codes={path} cannot be read as an array: {error}") from None
+        raise DataError(f"cannot be read as an array: {error}", field="--codes", value=str(path)) from None
+
+
+def _named_shards(dataset: code_files.Codes, names: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields file names and codes of each shard."""
+    unique = UniqueNames()
+    for shard in dataset.shards():
+        yield [unique(name) for name in shard.id] if names == "id" else _number_names(shard.index), shard.codes
+
+
+def _number_names(numbers: Sequence[int]) -> list[str]:
+    return [f"{number:08d}" for number in numbers]
 
 
 def _batches(
     shards: Iterator[tuple[list[str], np.ndarray]], total: int, size: int
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and codes of `total` images, `size` at a time; a batch ends with its shard."""
-    for names, grids in shards:
+    """Yields names and codes of the first `total` images, at most `size` at a time and of one shard."""
+    for names, indices in shards:
         for start in range(0, min(len(names), total), size):
             stop = min(start + size, total)
-            yield names[start:stop], grids[start:stop]
+            yield names[start:stop], indices[start:stop]
         total -= len(names)
         if total <= 0:
             return
 
 
-def _numbered(numbers: Iterable[int]) -> list[str]:
-    return [f"{number:08d}" for number in numbers]
-
-
-class _Named:
-    """Ids as file names without a suffix: of letters, digits, dots, - and _ only, and each once, whatever its case."""
+class UniqueNames:
+    """Converts ids to file names of letters, digits, dots, - and _, all different even if case is ignored."""
 
     def __init__(self):
-        self._given: set[str] = set()
+        self._used: set[str] = set()
 
     def __call__(self, name: str) -> str:
         stem, suffix = os.path.splitext(name)
         safe = re.sub(r"[^\w.-]+", "_", stem if suffix.lower() in images.SUFFIXES else name).lstrip(".")
-        safe = unique = safe.encode(errors="replace")[:LONGEST].decode(errors="ignore") or "_"
+        safe = unique = safe.encode(errors="replace")[:MAX_BYTES].decode(errors="ignore") or "_"
         number = 1
-        while unique.lower() in self._given:  # a.png and a.jpg, or "a b" and "a_b"
+        while unique.lower() in self._used:  # a.png and a.jpg, or "a b" and "a_b"
             number += 1
             unique = f"{safe}_{number}"
-        self._given.add(unique.lower())
+        self._used.add(unique.lower())
         return unique
 
 
-def _count(batch: tuple[list[str], np.ndarray]) -> int:
-    return len(batch[0])
-
-
-def main() -> None:
-    command.run(lambda: detokenize(parse()))
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.run(lambda: detokenize(parse(argv)))
 
 
 if __name__ == "__main__":

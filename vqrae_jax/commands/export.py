@@ -1,7 +1,9 @@
-"""python -m vqrae_jax.commands.export --checkpoint=runs/quickstart --format=safetensors --output=exported
+"""Writes a trained model in a format for other programs.
 
-pytorch: a checkpoint of the PyTorch origin (.pt), and its latent statistics beside it.
-safetensors: our own folder, see `folder`.
+vqrae export --checkpoint=runs/quickstart --format=safetensors --output=exported
+
+pytorch: a checkpoint of the PyTorch VQRAE (.pt), and its latent statistics next to it.
+safetensors: config.json and model.safetensors, for `Tokenizer.load`.
 stablehlo: encode and decode as programs that run without this package, for any batch size, on CPU, GPU and TPU.
 """
 
@@ -11,59 +13,57 @@ from collections.abc import Sequence
 import jax
 
 from vqrae_jax import storage
-from vqrae_jax.commands import command_line as command
+from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.inference import pytorch_checkpoint, stablehlo
-from vqrae_jax.inference import saving as folder
+from vqrae_jax.inference import pytorch_checkpoint, saving, stablehlo
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained import pytorch_vqrae, writers
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.export",
-        description="Writes a trained model for others: the PyTorch VQRAE, a folder of our own, or StableHLO programs.",
+    """Parses the command line."""
+    parser = command_line.build_parser(
+        "export", "Writes a trained model for the PyTorch VQRAE, as a folder, or as StableHLO programs."
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="workdir of a run, one of its checkpoints, or such a folder"
-    )
+    command_line.add_checkpoint(parser)
     parser.add_argument("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
-    parser.add_argument("--output", required=True, help="pytorch: a .pt file; else a folder")
-    parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
+    parser.add_argument("--output", required=True, help="a .pt file for pytorch, otherwise a folder")
     parser.add_argument(
         "--transformers", type=int, choices=[4, 5], default=4,
-        help="pytorch: whose names the encoder's tensors get; default: 4, as in most checkpoints and hub files",
+        help="pytorch: version of transformers whose tensor names the encoder gets; default: 4, as in most files",
     )  # fmt: skip
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> list[storage.Path]:
+def export(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the files written."""
     output = storage.resolve_path(args.output)
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
-        raise ConfigError(f"--output={output}: a PyTorch checkpoint is a .pt or .pth file")
+        raise ConfigError("the suffix of a PyTorch checkpoint must be .pt or .pth", field="--output", value=args.output)
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
     if args.format == "safetensors":
         tokenizer.save_pretrained(output)
-        return [output / folder.CONFIG, output / folder.WEIGHTS]
-    if args.format == "stablehlo":
-        with storage.stage_output(output) as place:
-            written = stablehlo.write_programs(tokenizer.module, jax.device_get(tokenizer.variables), place)
-        return [output / file.name for file in written]
-    variables = jax.device_get(tokenizer.trained)
-    states = {output: pytorch_checkpoint.build_checkpoint(tokenizer.config, variables, args.transformers)}
-    if statistics := pytorch_vqrae.build_statistics(variables):
-        states[output.with_name(f"{output.stem}_stat.pt")] = statistics
-    for file, state in states.items():
-        with storage.stage_output(file) as place:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            writers.write_torch(state, place)
-    return list(states)
+        written = [output / saving.CONFIG, output / saving.WEIGHTS]
+    elif args.format == "stablehlo":
+        with storage.stage_output(output) as folder:
+            files = stablehlo.write_programs(tokenizer.module, jax.device_get(tokenizer.variables), folder)
+        written = [output / file.name for file in files]
+    else:
+        variables = jax.device_get(tokenizer.trained)
+        states = {output: pytorch_checkpoint.build_checkpoint(tokenizer.config, variables, args.transformers)}
+        if statistics := pytorch_vqrae.build_statistics(variables):
+            states[output.with_name(f"{output.stem}_stat.pt")] = statistics
+        for path, state in states.items():
+            with storage.stage_output(path) as file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                writers.write_torch(state, file)
+        written = list(states)
+    print("wrote " + ", ".join(map(str, written)))
+    return written
 
 
-def main() -> None:
-    command.run(lambda: print("wrote " + ", ".join(str(path) for path in run(parse()))))
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.run(lambda: export(parse(argv)))
 
 
 if __name__ == "__main__":

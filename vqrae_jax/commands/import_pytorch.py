@@ -1,6 +1,6 @@
-"""A trained RAE or VQRAE of the PyTorch origin -> a folder that `Tokenizer.load` reads.
+"""Converts a checkpoint of the PyTorch RAE or VQRAE to a folder for `Tokenizer.load`.
 
-python -m vqrae_jax.commands.import_pytorch --checkpoint=0100000.pt --config=configs/dinov2_b.py --output=imported
+vqrae import-pytorch --checkpoint=0100000.pt --config=configs/dinov2_b.py --output=imported
 """
 
 import argparse
@@ -10,59 +10,58 @@ from collections.abc import Sequence
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
-from vqrae_jax.commands import command_line as command
-from vqrae_jax.config import ModelConfig
+from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.inference import pytorch_checkpoint
-from vqrae_jax.inference import saving as folder
+from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.import_pytorch",
-        description="Turns a checkpoint of the PyTorch RAE or VQRAE into a folder for Tokenizer.load.",
+    """Parses the command line."""
+    parser = command_line.build_parser(
+        "import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder for Tokenizer.load."
     )
-    parser.add_argument("--checkpoint", required=True, help="a file, or owner/name/path/to/file of a hub repository")
-    parser.add_argument("--config", required=True, help="configs/NAME.py[:argument], or .json: the model it is of")
+    parser.add_argument("--checkpoint", required=True, help="local file, or owner/name/path/to/file on the hub")
+    parser.add_argument("--config", required=True, help="config of the model: configs/NAME.py[:argument], or .json")
     parser.add_argument(
-        "--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint; default: %(default)s"
-    )
+        "--weights", choices=["ema", "model"], default="ema",
+        help="which weights of a training checkpoint; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, help="folder to write")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> storage.Path:
-    """Runs the command; returns the folder written. The encoder goes into it, as the checkpoint has it."""
+def import_pytorch(args: argparse.Namespace) -> storage.Path:
+    """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
     config = read_config(args.config)
     _, variables = pytorch_checkpoint.read_checkpoint(config, args.checkpoint, args.weights)
-    with storage.stage_output(args.output) as place:
-        folder.write(place, config, variables, frozen=False)
+    with storage.stage_output(args.output) as folder:
+        saving.write(folder, config, variables, frozen=False)
+    print(f"wrote {args.output}")
     return storage.resolve_path(args.output)
 
 
-def read_config(name: str) -> ModelConfig:
-    """The model section of a config file: Python as in configs/ (an argument after a colon), or JSON.
+def read_config(name: str) -> config_lib.ModelConfig:
+    """Reads the model section of a config file.
+
+    Args:
+      name: a Python file as in configs/, with an optional argument after a colon, or a JSON file.
 
     Raises:
-      ConfigError: the file is not there, is none, or a field of it is not accepted.
+      ConfigError: the file is missing, is not a config, or has a field that is not accepted.
     """
-    path = name.partition(":")[0]
-    file = pathlib.Path(path)
+    file = pathlib.Path(name.partition(":")[0])
     if not file.is_file() or file.suffix not in (".py", ".json"):
-        raise ConfigError(f"--config={name}: {path} is no .py or .json file on this machine")
+        raise ConfigError("expected an existing .py or .json file", field="--config", value=name)
     if file.suffix == ".json":
-        return config_lib.from_dict(config_lib.Config, readers.read_json(file, "--config")).model
-    try:
-        values = config_lib.load_config_file(name)
-    except ConfigError as error:
-        raise ConfigError(f"--config: {error}") from None
-    return config_lib.from_dict(config_lib.Config, values.to_dict()).model
+        values = readers.read_json(file, "--config")
+    else:
+        values = config_lib.load_config_file(name).to_dict()
+    return config_lib.from_dict(config_lib.Config, values).model
 
 
-def main() -> None:
-    command.run(lambda: print(f"wrote {run(parse())}"), logging.INFO)
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.run(lambda: import_pytorch(parse(argv)), logging.INFO)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""python -m vqrae_jax.commands.plot --workdir=runs/quickstart --output=curves.png
+"""Plots the training curves of one run or several from their metrics.jsonl, without TensorBoard.
 
-The curves of one run or several, drawn from their metrics.jsonl; TensorBoard is not needed.
+vqrae plot --workdir=runs/quickstart --output=curves.png
 """
 
 import argparse
@@ -12,14 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from vqrae_jax import storage
-from vqrae_jax.commands import command_line as command
-from vqrae_jax.data import images
+from vqrae_jax.commands import command_line
 from vqrae_jax.errors import DataError
-from vqrae_jax.evaluation import visualize as pictures
+from vqrae_jax.evaluation import visualize
 from vqrae_jax.evaluation.report import METRICS_FILE
 
-# Title of a chart -> what it shows; a panel without values is left out.
-PANELS = {
+CHARTS = {  # title: patterns of metric names; charts without values are left out
     "loss": ("loss/*",),
     "validation PSNR (dB)": ("eval/psnr",),
     "share of the codes in use": ("codebook/usage", "eval/codebook_usage"),
@@ -30,61 +28,55 @@ PANELS = {
     "learning rate": ("learning_rate",),
     "images per second": ("images_per_second",),
 }
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
-VECTORS = (".pdf", ".svg")
-
-Series = dict[str, tuple[list[float], list[float]]]
+Curves = dict[str, tuple[list[float], list[float]]]  # {metric or label: (steps, values)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.plot", description=f"Draws the curves in the {METRICS_FILE} of runs."
-    )
-    parser.add_argument("--workdir", required=True, nargs="+", help="workdir of a run; several are drawn together")
-    parser.add_argument("--output", required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg")
+    """Parses the command line."""
+    parser = command_line.build_parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
+    parser.add_argument("--workdir", required=True, nargs="+", help="workdirs of runs; several share the charts")
+    parser.add_argument("--output", required=True, help=f"file to write: {', '.join(SUFFIXES)}")
     parser.add_argument(
-        "--show", nargs="+", help="one chart for each pattern of names, as 'eval/*'; the usual charts by default"
+        "--show", nargs="+", help="one chart per pattern of metric names, as 'eval/*'; a selection by default"
     )
     return parser.parse_args(argv)
 
 
 def plot(args: argparse.Namespace) -> list[str]:
-    """Runs the command; returns the titles of the charts drawn."""
+    """Runs the command; returns the titles of the charts."""
     suffix = pathlib.Path(args.output).suffix.lower()
-    if suffix not in (accepted := (*images.SAVE_OPTIONS, *VECTORS)):
-        raise DataError(f"--output={args.output}: its suffix must be one of {', '.join(accepted)}")
-    runs = {name: read(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
-    chosen = {pattern: (pattern,) for pattern in args.show} if args.show else PANELS
-    panels = {title: _lines(runs, patterns) for title, patterns in chosen.items()}
-    empty = [title for title, lines in panels.items() if not lines]
-    panels = {title: lines for title, lines in panels.items() if lines}
-    known = ", ".join(sorted({name for series in runs.values() for name in series})) or "nothing"
-    if not panels:
-        raise DataError(f"{METRICS_FILE} has nothing to draw of {list(chosen)}; it has: {known}")
+    if suffix not in SUFFIXES:
+        raise DataError(f"its suffix must be one of {', '.join(SUFFIXES)}", field="--output", value=args.output)
+    runs = {name: read_metrics(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
+    selection = {pattern: (pattern,) for pattern in args.show} if args.show else CHARTS
+    charts = {title: select_curves(runs, patterns) for title, patterns in selection.items()}
+    empty = [title for title, curves in charts.items() if not curves]
+    charts = {title: curves for title, curves in charts.items() if curves}
+    metrics = ", ".join(sorted({name for curves in runs.values() for name in curves})) or "none"
+    if not charts:
+        raise DataError(f"no metric matches {', '.join(selection)}; {METRICS_FILE} has: {metrics}", field="--show")
     if args.show and empty:
-        print(f"--show: nothing in {METRICS_FILE} is called {', '.join(empty)}; it has: {known}", file=sys.stderr)
-    if suffix in VECTORS:
-        storage.write_bytes(storage.resolve_path(args.output), pictures.curves_file(panels, suffix[1:]))
-    else:
-        images.write_image(args.output, pictures.curves(panels))
-    print(f"wrote {args.output}: {', '.join(panels)}")
-    return list(panels)
+        print(f"--show: no metric matches {', '.join(empty)}; {METRICS_FILE} has: {metrics}", file=sys.stderr)
+    storage.write_bytes(storage.resolve_path(args.output), visualize.curves(charts, suffix[1:]))
+    print(f"wrote {args.output}: {', '.join(charts)}")
+    return list(charts)
 
 
-def read(workdir: str | os.PathLike) -> Series:
-    """{name: (steps, values)} of a run's log, by rising steps.
+def read_metrics(workdir: str | os.PathLike) -> Curves:
+    """Reads the metrics of a run, by rising steps.
 
-    A run that was resumed from an earlier checkpoint logged some steps twice: the later line counts. A line that a kill
-    cut short is left out.
+    A run that was resumed from an earlier checkpoint logs some steps twice: the later line counts. Lines that are not
+    complete are ignored.
 
     Raises:
-      DataError: there is no log.
+      DataError: the workdir has no metrics.
     """
     file = storage.resolve_path(workdir) / METRICS_FILE
     if not file.is_file():
-        raise DataError(f"--workdir={os.fspath(workdir)!r}: it has no {METRICS_FILE}, so no run has logged there")
-    found: dict[str, dict[int, float]] = {}
+        raise DataError(f"has no {METRICS_FILE}: no run has logged to it", field="--workdir", value=os.fspath(workdir))
+    by_name: dict[str, dict[int, float]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
@@ -93,28 +85,28 @@ def read(workdir: str | os.PathLike) -> Series:
             continue
         for name, value in values.items():
             if isinstance(value, int | float) and name != "time":
-                found.setdefault(name, {})[step] = value
-    return {name: tuple(map(list, zip(*sorted(by_step.items()), strict=True))) for name, by_step in found.items()}
+                by_name.setdefault(name, {})[step] = value
+    return {name: tuple(map(list, zip(*sorted(by_step.items()), strict=True))) for name, by_step in by_name.items()}
 
 
-def _lines(runs: dict[str, Series], patterns: Sequence[str]) -> Series:
-    """Lines of one chart, called by their metric, and by their run where there are several."""
-    lines = {}
-    for run, series in runs.items():
-        for name in sorted(series):
+def select_curves(runs: dict[str, Curves], patterns: Sequence[str]) -> Curves:
+    """Returns the curves of one chart, labeled by metric, and by run if there are several."""
+    selected = {}
+    for run, curves in runs.items():
+        for name in sorted(curves):
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                lines[name if len(runs) == 1 else f"{run}: {name}"] = series[name]
-    return lines
+                selected[name if len(runs) == 1 else f"{run}: {name}"] = curves[name]
+    return selected
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:
-    """Last parts of paths, or whole paths where those are alike."""
+    """Returns the last parts of paths, or whole paths if two of those are equal."""
     last = [pathlib.Path(path).absolute().name for path in workdirs]
     return last if len(set(last)) == len(last) else list(map(str, workdirs))
 
 
-def main() -> None:
-    command.run(lambda: plot(parse()))
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.run(lambda: plot(parse(argv)))
 
 
 if __name__ == "__main__":

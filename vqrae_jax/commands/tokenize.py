@@ -1,8 +1,10 @@
-"""python -m vqrae_jax.commands.tokenize --checkpoint=runs/quickstart --data=/data/train --output=/data/codes
+"""Encodes a dataset to shards of codes with labels and ids.
 
-A dataset -> shards of codes with labels and ids, and manifest.json with the tokenizer's hash, counts and checksums.
-`vqrae_jax.data.codes.Codes` reads them, and what reads the format elsewhere. Interrupted in any way, the same command
-goes on where it stopped. Which process writes a shard changes nothing in it.
+vqrae tokenize --checkpoint=runs/quickstart --data=/data/train --output=/data/codes
+
+manifest.json holds the hash of the tokenizer, counts and checksums. `vqrae_jax.data.codes.Codes` reads the shards, and
+so do the usual readers of their format. After any interruption the same command continues. The content of a shard does
+not depend on the process that writes it.
 """
 
 import argparse
@@ -17,127 +19,101 @@ import jax
 import numpy as np
 
 from vqrae_jax import distributed, sharding
-from vqrae_jax.commands import command_line as command
-from vqrae_jax.commands import data_arguments as data_flags
-from vqrae_jax.data import code_shards, codes, pipeline
-from vqrae_jax.data.images import VIEWS
+from vqrae_jax.commands import command_line
+from vqrae_jax.data import code_shards, codes, images, pipeline
 from vqrae_jax.data.readable import Skipped
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference.tokenizer import Tokenizer
 
-ROWS = 32  # pictures of a batch per device
+VIEWS = 32  # views per batch and device
 SHARD = 4096  # images
-NAMED = 5  # skipped images that are named
+LISTED = 5  # skipped images whose ids are printed
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.commands.tokenize",
-        description="Turns a dataset into shards of codes with labels and ids. Run it again to go on after a stop.",
+    """Parses the command line."""
+    parser = command_line.build_parser(
+        "tokenize", "Encodes a dataset to shards of codes with labels and ids. Run it again to continue after a stop."
     )
-    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument("--step", type=int, help="checkpoint step; the newest by default")
-    data_flags.add(parser)
+    command_line.add_checkpoint(parser)
+    command_line.add_data(parser)
     parser.add_argument("--output", required=True, help="folder for the codes")
     parser.add_argument("--format", default="npz", choices=list(code_shards.SUFFIXES), help="default: npz")
     parser.add_argument(
-        "--views",
-        default="one",
-        choices=list(VIEWS),
-        help="codes per image: central crop, also mirrored, ten; default: %(default)s",
-    )
-    parser.add_argument("--limit", type=command.at_least_1, help="the first so many images only")
+        "--views", default="one", choices=list(images.VIEWS),
+        help="views of each image: central crop, that and its mirror image, ten crops; default: %(default)s",
+    )  # fmt: skip
+    command_line.add_limit(parser)
     parser.add_argument(
-        "--shard-size", type=command.at_least_1, default=SHARD, help=f"images per shard; default: {SHARD}"
+        "--shard-size", type=command_line.positive, default=SHARD, help="images per shard; default: %(default)s"
     )
-    parser.add_argument("--batch", type=command.at_least_1, help=f"images per batch; default: {ROWS} views per device")
-    parser.add_argument("--threads", type=command.at_least_1, default=4, help="that read and crop; default: 4")
     parser.add_argument(
-        "--processes", type=int, help="how many share the work; default: those of the TPU pod, SLURM or Open MPI job"
+        "--batch", type=command_line.positive, help=f"images per batch; default: {VIEWS} views per device"
     )
-    parser.add_argument("--process", type=int, help="the number of this one, from 0")
+    parser.add_argument("--threads", type=command_line.positive, default=4, help="threads that read; default: 4")
+    parser.add_argument(
+        "--processes", type=int,
+        help="number of processes that share the work; default: those of the TPU pod, SLURM or Open MPI job",
+    )  # fmt: skip
+    parser.add_argument("--process", type=int, help="index of this process, from 0")
     return parser.parse_args(argv)
 
 
-@data_flags.told()
+@command_line.names_arguments()
 def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Runs the command; returns the manifest, or None where other processes are not done yet.
+    """Runs the command; returns the manifest, or None while other processes are not done.
 
     Raises:
-      DataError, ConfigError, CheckpointError, WeightsError, DataError: before any image is encoded.
+      UserError: an argument, the data or the checkpoint cannot be used; nothing is written then.
     """
-    _check(args)
+    if (args.process is None) != (args.processes is None):
+        raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
+    if args.processes is not None and not 0 <= args.process < args.processes:
+        raise ConfigError(
+            f"expected 0 to {args.processes - 1}, below --processes", field="--process", value=args.process
+        )
     process, processes = args.process, args.processes
     if processes is None:
         process, processes = distributed.process_index(), distributed.process_count()
-    source = find_source(args)
+    source = pipeline.evaluation_source(command_line.data_config(args))
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
-    plan = make_plan(args, tokenizer, len(source))
+    plan = build_plan(args, tokenizer, len(source))
     plan = dataclasses.replace(plan, listing=source.hash_listing(plan.images))
-    batch = args.batch or _batch(plan.views, len(devices))
-    # Of what nobody has chosen, the last batch of a shard is filled up by images that are not counted: the shards of
-    # three devices are those of four.
-    chosen = args.batch is not None or args.shard_size != SHARD
-    if chosen and args.shard_size % batch:
+    batch = args.batch or batch_size(plan.views, len(devices))
+    # By default the last batch of a shard is padded, so that shards do not depend on the number of devices.
+    if (args.batch or args.shard_size != SHARD) and args.shard_size % batch:
+        nearest = -(-args.shard_size // batch) * batch
         raise ConfigError(
-            f"--shard-size={args.shard_size} is no multiple of the batch of {batch} images: "
-            f"give {-(-args.shard_size // batch) * batch}, or another --batch"
-        )
-    missing = codes.start_dataset(args.output, plan)
-    mine = [shard for shard in missing if shard % processes == process]
-    if mine:
-        write_shards(tokenizer, source, plan, mine, args.output, batch, args.threads)
+            f"must be a multiple of the batch of {batch} images, for example {nearest}; or change --batch",
+            field="--shard-size", value=args.shard_size,
+        )  # fmt: skip
+    shards = [shard for shard in codes.start_dataset(args.output, plan) if shard % processes == process]
+    if shards:
+        write_shards(tokenizer, source, plan, shards, args.output, batch, args.threads)
     manifest = codes.finish_dataset(args.output, plan, source.key)
-    _report(args, plan, manifest, len(mine), source)
+    print(f"wrote {len(shards)} of {plan.shards} shards to {args.output}")
+    if manifest is None:
+        print("other processes are not done: the last one completes the manifest")
+        return None
+    print(f"{manifest['count']} images of {plan.images}, codes {list(plan.code_shape)} {plan.code_dtype}")
+    if skipped := manifest["skipped"]:
+        ids = ", ".join(source.key(index) for index in skipped[:LISTED])
+        rest = f" and more, listed in {codes.MANIFEST}" if len(skipped) > LISTED else ""
+        print(f"skipped {len(skipped)} unreadable images: {ids}{rest}", file=sys.stderr)
     return manifest
 
 
-def write_shards(
-    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
-) -> None:
-    """Encodes and writes `shards`. Reading, the device and the disk work at the same time.
-
-    Args:
-      source: of `pipeline.evaluation_source`.
-      output: folder, for which `codes.start_dataset` was called.
-      batch: images per batch; one ends with its shard, so that a divisor of the plan's shard size wastes nothing.
-      threads: that read and crop.
-    """
-    total = sum(_length(plan, shard) for shard in shards)
-    encoded = _encode(tokenizer, source, plan, shards, batch, threads)
-    with concurrent.futures.ThreadPoolExecutor(1) as disk:
-        writing = None
-        for shard, columns in command.progress(encoded, total, "images", lambda item: _length(plan, item[0])):
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(codes.write_shard, output, plan, shard, columns)
-        if writing is not None:
-            writing.result()
-
-
-def find_source(args: argparse.Namespace) -> Any:
-    return pipeline.evaluation_source(data_flags.data_config(args))
-
-
-def _check(args: argparse.Namespace) -> None:
-    if (args.process is None) != (args.processes is None):
-        raise ConfigError(f"--process={args.process} --processes={args.processes}: give both or none")
-    if args.processes is not None and not 0 <= args.process < args.processes:
-        raise ConfigError(f"--process={args.process} of --processes={args.processes}: they count from 0")
-
-
-def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
-    """What the command will write, for a source of so many images."""
-    views = len(VIEWS[args.views](np.zeros((1, 1, 3), np.uint8), 1))
-    described = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
+def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
+    """Returns the description of the shards for a source of `images` images."""
+    views = count_views(args.views)
+    source = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
     if args.source == "folder":
-        del described["split"]
+        del source["split"]
     return codes.Plan(
         tokenizer=tokenizer.hash,
-        source=" ".join(f"{name}={value}" for name, value in described.items() if value),
+        source=" ".join(f"{name}={value}" for name, value in source.items() if value),
         images=min(images, args.limit or images),
         views=args.views,
         code_shape=(*((views,) if views > 1 else ()), *tokenizer.code_shape),
@@ -149,67 +125,81 @@ def make_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> co
     )
 
 
-def _batch(views: str, devices: int) -> int:
-    """Images per batch: a power of two, of about ROWS pictures per device."""
-    pictures = len(VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
-    return devices << max((ROWS // pictures).bit_length() - 1, 0)
+def count_views(views: str) -> int:
+    """Returns the number of views per image."""
+    return len(images.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
 
 
-def _length(plan: codes.Plan, shard: int) -> int:
-    start, stop = plan.image_range(shard)
-    return stop - start
+def batch_size(views: str, devices: int) -> int:
+    """Returns images per batch: per device a power of two of images with at most VIEWS views in all."""
+    return devices << max((VIEWS // count_views(views)).bit_length() - 1, 0)
 
 
-def _encode(
+def write_shards(
+    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
+) -> None:
+    """Encodes and writes shards; reading, the device and the disk work at the same time.
+
+    Args:
+      tokenizer: the tokenizer.
+      source: see `pipeline.evaluation_source`.
+      plan: description of all shards.
+      shards: numbers of the shards to write.
+      output: folder that `codes.start_dataset` has prepared.
+      batch: images per batch; the last batch of a shard is padded.
+      threads: that read and crop images.
+    """
+
+    def count(shard: int) -> int:
+        return len(range(*plan.image_range(shard)))
+
+    encoded = _encode_shards(tokenizer, source, plan, shards, batch, threads)
+    with concurrent.futures.ThreadPoolExecutor(1) as disk:
+        writing = None
+        for shard, columns in command_line.progress(encoded, sum(map(count, shards)), "images", lambda x: count(x[0])):
+            if writing is not None:
+                writing.result()
+            writing = disk.submit(codes.write_shard, output, plan, shard, columns)
+        if writing is not None:
+            writing.result()
+
+
+def _encode_shards(
     tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], batch: int, threads: int
 ) -> Iterator[tuple[int, code_shards.Columns]]:
-    """The content of each shard."""
+    """Yields the number and content of each shard."""
     starts = [start for shard in shards for start in range(*plan.image_range(shard), batch)]
     batches = pipeline.ordered_batches(source, starts, batch, plan.image_size, plan.views, threads, Skipped())
-    known = collections.deque()
+    pending = collections.deque()  # the other columns of batches that are being encoded
 
-    def pictures() -> Iterator[np.ndarray]:
-        for read in batches:
-            image = read.pop("image")
-            known.append(read)
+    def views() -> Iterator[np.ndarray]:
+        for columns in batches:
+            image = columns.pop("image")
+            pending.append(columns)
             yield image.reshape(-1, *image.shape[2:])
 
     parts: list[code_shards.Columns] = []
-    for indices in tokenizer.stream("encode_to_indices", pictures()):
-        read = known.popleft()
-        first, shard = read["first"], read["first"] // plan.shard_size
+    for indices in tokenizer.stream("encode_to_indices", views()):
+        columns = pending.popleft()
+        first, shard = columns["first"], columns["first"] // plan.shard_size
         stop = plan.image_range(shard)[1]
-        kept = np.flatnonzero(read["mask"] & (first + np.arange(batch) < stop))
-        grids = indices.reshape(batch, *plan.code_shape)[kept].astype(plan.code_dtype)
-        ids = [source.key(first + int(i)) for i in kept]
-        parts.append(code_shards.Columns(first + kept, ids, read["label"][kept], grids))
+        valid = np.flatnonzero(columns["mask"] & (first + np.arange(batch) < stop))
+        grids = indices.reshape(batch, *plan.code_shape)[valid].astype(plan.code_dtype)
+        ids = [source.key(first + int(i)) for i in valid]
+        parts.append(code_shards.Columns(first + valid, ids, columns["label"][valid], grids))
         if first + batch >= stop:
             yield shard, code_shards.concatenate(parts)
             parts = []
 
 
-def _report(
-    args: argparse.Namespace, plan: codes.Plan, manifest: dict[str, Any] | None, written: int, source: Any
-) -> None:
-    print(f"wrote {written} of {plan.shards} shards to {args.output}")
-    if manifest is None:
-        print("other processes are not done: the last one completes the manifest")
-        return
-    print(f"{manifest['count']} images of {plan.images}, codes {list(plan.code_shape)} {plan.code_dtype}")
-    if skipped := manifest["skipped"]:
-        shown = ", ".join(source.key(index) for index in skipped[:NAMED])
-        rest = f" and more: all of them are in {codes.MANIFEST}" if len(skipped) > NAMED else ""
-        print(f"skipped {len(skipped)} unreadable images: {shown}{rest}", file=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> None:
+    def connect_and_tokenize() -> None:
+        args = parse(argv)
+        if args.processes is None:
+            distributed.connect()  # must precede the first use of a device
+        tokenize(args)
 
-
-def main() -> None:
-    command.run(lambda: _main(parse()))
-
-
-def _main(args: argparse.Namespace) -> None:
-    if args.processes is None:
-        distributed.connect()  # before any device is touched; on a pod none can be without it
-    tokenize(args)
+    command_line.run(connect_and_tokenize)
 
 
 if __name__ == "__main__":

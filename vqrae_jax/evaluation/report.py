@@ -90,9 +90,7 @@ def _row(name: str, value: float) -> str:
 
 def _strip(example: Example) -> np.ndarray:
     image, painted = example.image[None], pictures.to_uint8(example.reconstruction)[None]
-    return pictures.reconstruction_grid(
-        image, painted, None, columns=1, shown=("input", "reconstruction", "difference")
-    )
+    return pictures.reconstruction_grid(image, painted, None, columns=1, show=("input", "reconstruction", "difference"))
 
 
 def _section(kind: str, found: list[Example]) -> str:
