@@ -86,7 +86,7 @@ def main() -> None:
     tokenizer, codes = Tokenizer.load(given.checkpoint), Codes(given.codes)
     grid = codes[0]["codes"].shape
     classes = 1 + max(int(columns.label.max()) for columns in codes.shards())
-    blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024, scan=True)
+    blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
     model = Generator(blocks, tokenizer.codebook_size, int(np.prod(grid)), classes)
     variables, _ = train(model, batches(codes, given.batch), given.steps)
     labels = jnp.repeat(jnp.arange(max(1, min(classes, 8))), 8)  # without classes 0 stands for any

@@ -6,7 +6,6 @@ split over it as well, parameters are not.
 
 import logging
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -192,22 +191,6 @@ def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
     if x.shape[0] % data_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, over_data(mesh))
-
-
-def per_device(function: Callable[..., Any], width: int, mesh: Mesh) -> Callable[..., Any]:
-    """Inside `jit`: `function` of arrays [B, N, D] run on every device, on its part of the batch and of the channels.
-
-    Channels are cut between heads of `width`. What the mesh does not divide every device has whole. The results have
-    the form of the arguments.
-    """
-
-    def run(*arrays: jax.Array) -> Any:
-        batch, _, channels = arrays[0].shape
-        rows = None if batch % data_ways(mesh) else data_axes(mesh)
-        where = P(rows, None, None if channels // width % mesh.shape["model"] else "model")
-        return jax.shard_map(function, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(*arrays)
-
-    return run
 
 
 def own_rows(x: jax.Array) -> np.ndarray:

@@ -1,4 +1,7 @@
+"""What a config builds, and the settings that it refuses."""
+
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +16,14 @@ ARCHITECTURE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads"
 
 
 def random_encoder(**changes):
-    given = {
+    fields = {
         "encoder_config_path": None,
         "encoder_params": {"architecture": ARCHITECTURE},
         "encoder_input_size": 32,
         "decoder_config_path": "ViT-Nano",
         "decoder_patch_size": 8,
     }
-    return ModelConfig(**given | changes)
+    return ModelConfig(**fields | changes)
 
 
 def pretrained_encoder(golden, **changes):
@@ -28,7 +31,7 @@ def pretrained_encoder(golden, **changes):
     return random_encoder(**{"encoder_config_path": folder, "encoder_params": {}, "encoder_input_size": 56} | changes)
 
 
-def test_pretrained_parts_are_read_and_the_rest_is_drawn(golden):
+def test_pretrained_parts_are_read_and_the_others_are_random(golden):
     built = build_tokenizer(pretrained_encoder(golden))
     params = initial_params(built, jax.random.key(0), ["encoder", "decoder"])
     assert set(params) == {"encoder", "decoder"}
@@ -38,39 +41,42 @@ def test_pretrained_parts_are_read_and_the_rest_is_drawn(golden):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field", "message"),
     [
-        ({"encoder_input_size": 30}, r"encoder_input_size=30 .* patch size 8; the nearest sizes are 24 and 32"),
-        ({"encoder_params": {}}, "encoder_params.architecture"),
-        ({"encoder_params": {"architecture": ARCHITECTURE, "layers": (2,)}}, r"layers=\(2,\): .*blocks 0 to 1"),
-        ({"encoder_params": {"architecture": ARCHITECTURE, "layers": ()}}, r"layers=\(\)"),
-        (
-            {"encoder_params": {"architecture": ARCHITECTURE | {"num_attention_heads": 7}}},
-            r"hidden_size=\d+ is not divisible by num_attention_heads=7",
-        ),
-        (
-            {"encoder_params": {"architecture": ARCHITECTURE | {"num_hidden_layers": 0}}},
-            "num_hidden_layers is 0, expected a whole number from 1",
-        ),
-        ({"decoder_config_path": "ViT-Q"}, r"decoder_config_path='ViT-Q' is neither a size \(.*ViT-XL"),
-        ({"normalization_stat_path": "/absent.npz"}, "normalization_stat_path='/absent.npz' is neither a file"),
-        ({"encoder_config_path": "/absent"}, "encoder_params.architecture is only for an encoder without"),
-        ({"encoder_config_path": "/absent", "encoder_params": {}}, "encoder_config_path='/absent' is neither a folder"),
-        (
-            {"encoder_config_path": "a/b", "encoder_params": {}},
-            "encoder_config_path='a/b' could not be had from the model",
-        ),
+        ({"encoder_input_size": 30}, "encoder_input_size", "24 and 32"),
+        ({"encoder_params": {}}, "encoder_params.architecture", "hidden_size"),
+        ({"encoder_params": {"architecture": ARCHITECTURE, "layers": (2,)}}, "encoder_params.layers", "0 to 1"),
+        ({"encoder_params": {"architecture": ARCHITECTURE, "layers": ()}}, "encoder_params.layers", "-1"),
+        ({"decoder_config_path": "ViT-Q"}, "decoder_config_path", "ViT-XL"),
+        ({"encoder_config_path": "/absent"}, "encoder_params.architecture", "model.encoder_config_path=None"),
+        ({"decoder_features": (0, 5)}, "decoder_features", "0 to 1"),
     ],
 )
-def test_what_cannot_be_built_names_the_field(changes, message):
-    with pytest.raises((ConfigError, WeightsError), match=message):
+def test_a_setting_that_does_not_fit_is_named(changes, field, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        build_tokenizer(random_encoder(**changes))
+    assert error.value.field == f"model.{field}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_params": {"architecture": ARCHITECTURE | {"num_attention_heads": 7}}}, "num_attention_heads=7"),
+        ({"encoder_params": {"architecture": ARCHITECTURE | {"num_hidden_layers": 0}}}, "num_hidden_layers"),
+        ({"normalization_stat_path": "/absent.npz"}, "model.normalization_stat_path='/absent.npz'"),
+        ({"encoder_config_path": "/absent", "encoder_params": {}}, "model.encoder_config_path='/absent'"),
+        ({"encoder_config_path": "a/b", "encoder_params": {}}, "model.encoder_config_path='a/b'"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_named(changes, message):
+    with pytest.raises(WeightsError, match=re.escape(message)):
         build_tokenizer(random_encoder(**changes))
 
 
 def test_latent_statistics_must_fit_the_latent(tmp_path):
     path = tmp_path / "stat.npz"
     np.savez(path, var=np.ones((4, 4, 15), np.float32))
-    with pytest.raises(ConfigError, match=r"var has shape \(4, 4, 15\) .* needs \(16,\) or \(4, 4, 16\)"):
+    with pytest.raises(ConfigError, match=r"\(4, 4, 15\).*\(16,\) or \(4, 4, 16\)"):
         build_tokenizer(random_encoder(normalization_stat_path=str(path)))
     for shape in ((16,), (4, 4, 16)):
         np.savez(path, var=np.full(shape, 4.0, np.float32))
@@ -79,15 +85,15 @@ def test_latent_statistics_must_fit_the_latent(tmp_path):
         np.testing.assert_array_equal(stats["var"], np.full(shape, 4.0))
 
 
-def test_whitening_takes_the_principal_axes_of_the_file(tmp_path):
+def test_whitening_uses_the_principal_axes_of_the_file(tmp_path):
     path, rng = tmp_path / "stat.npz", np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(16, 6)))[0].astype(np.float32)
     moments = {"mean": np.zeros(16, np.float32)}
     axes = {"pca_mean": np.full(16, 2, np.float32), "pca_basis": basis, "pca_var": np.float32([9, 4, 1, 1, 1, 1])}
     params = {"whitening_dim": 2, "codebook_dim": 3}
 
-    def quantizer(saved, **params):
-        np.savez(path, **saved)
+    def quantizer(arrays, **params):
+        np.savez(path, **arrays)
         built = build_tokenizer(random_encoder(normalization_stat_path=str(path), quantizer_params=params))
         return initial_variables(built, jax.random.key(0), [])["batch_stats"]["quantizer"]
 
@@ -97,30 +103,31 @@ def test_whitening_takes_the_principal_axes_of_the_file(tmp_path):
     np.testing.assert_allclose(state["deviation"], [3, 2])
     assert state["fitted"] == 1
     assert "codebook" in state["quantizer"]["quantizer"]
-    assert quantizer(moments, **params)["fitted"] == 0  # the first batch's
+    assert quantizer(moments, **params)["fitted"] == 0  # fitted to the first batch
     assert "basis" not in quantizer(moments | axes)
-    with pytest.raises(ConfigError, match=r"6 principal axes of 16 channels.*whitening_dim=7.*--components=7"):
+    with pytest.raises(ConfigError, match="--components=7"):
         quantizer(moments | axes, whitening_dim=7)
-    with pytest.raises(WeightsError, match=r"pca_var.*expected pca_mean \[C\]"):
+    with pytest.raises(WeightsError, match="pca_var"):
         quantizer(moments | axes | {"pca_var": np.ones(5, np.float32)}, **params)
 
 
-def test_a_decoder_whose_heads_do_not_fit(tmp_path):
-    given = {"decoder_hidden_size": 30, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
-    (tmp_path / "config.json").write_text(json.dumps({**given, "decoder_intermediate_size": 8}))
-    with pytest.raises(ConfigError, match=r"decoder_hidden_size=30 must be divisible by decoder_num_attention_heads=4"):
+def test_a_decoder_config_that_does_not_fit(tmp_path):
+    fields = {"decoder_hidden_size": 30, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "decoder_intermediate_size": 8}))
+    with pytest.raises(ConfigError, match=r"decoder_hidden_size=30 .* decoder_num_attention_heads=4"):
         build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
-    (tmp_path / "config.json").write_text(json.dumps(given))
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="lacks decoder_intermediate_size"):
         build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
 
 
 def test_another_family_is_refused(golden):
-    with pytest.raises(ConfigError, match=r"is a 'dinov2_with_registers': set model\.encoder_cls='Dinov2withNorm'$"):
+    with pytest.raises(ConfigError, match=r"model\.encoder_cls='Dinov2withNorm'$") as error:
         build_tokenizer(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
+    assert (error.value.field, error.value.value) == ("model.encoder_cls", "SigLIP2wNorm")
 
 
-def test_bfloat16_computes_low_and_keeps_float32():
+def test_bfloat16_keeps_parameters_losses_and_gradients_in_float32():
     built = build_tokenizer(random_encoder(dtype="bfloat16", num_embeddings=32))
     names = ("encoder", "quantizer", "decoder")
     variables = initial_variables(built, jax.random.key(0), names)
@@ -131,13 +138,9 @@ def test_bfloat16_computes_low_and_keeps_float32():
     def step(variables):
         def loss(params):
             out, updated = built.module.apply(
-                {**variables, "params": params},
-                image,
-                train=True,
-                method="forward",
-                mutable=["batch_stats"],
+                {**variables, "params": params}, image, train=True, method="forward", mutable=["batch_stats"],
                 rngs={"codes": jax.random.key(2)},
-            )
+            )  # fmt: skip
             return jnp.mean((out.reconstruction - image) ** 2) + out.quantized.loss, (out, updated)
 
         return jax.grad(loss, has_aux=True)(variables["params"])

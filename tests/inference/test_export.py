@@ -106,7 +106,7 @@ def test_damaged_folders(golden, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"scan_layers": True}, {"quantizer": "none"}, {"quantizer": "fsq"},
+    {}, {"quantizer": "none"}, {"quantizer": "fsq"},
     {"quantizer": "simvq", "quantizer_params": {"input_projection": True}},
 ])  # fmt: skip
 def test_the_origins_form_comes_back_bit_for_bit(golden, changes):

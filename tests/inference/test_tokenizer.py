@@ -168,7 +168,6 @@ def test_results_may_stay_on_the_device(trained, images):
         ({"fit": "Crop"}, "fit='Crop': give one of 'crop', 'pad', 'stretch', 'model'"),
         ({"fit": "center"}, "fit='center': give one of 'crop'"),
         ({"output": "torch"}, "output='torch': give one of 'numpy', 'jax'"),
-        ({"encoder_matmul": "int4"}, "encoder_matmul='int4': give one of 'dtype', 'int8', 'fp8'"),
         ({"batch_size": 0}, "batch_size=0: give a positive multiple of 1"),
         ({"batch_size": 1.5}, "batch_size=1.5: give a positive multiple of 1"),
         ({"memory_limit": "8GB"}, "memory_limit='8GB': give a number of bytes"),

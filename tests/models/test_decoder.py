@@ -1,3 +1,6 @@
+"""The decoder equals PyTorch's, whatever is recomputed or trained."""
+
+import dataclasses
 import json
 
 import jax
@@ -6,13 +9,13 @@ import numpy as np
 import pytest
 
 from vqrae_jax.models.decoder import Decoder, sincos_table
-from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.pretrained import convert, tables
 
 
 @pytest.fixture(scope="module")
 def decoder(golden):
+    """The golden decoder and the width of its latents."""
     config = json.loads((golden / "decoder" / "config.json").read_text())
     params = json.loads((golden / "decoder" / "params.json").read_text())
     width, depth, heads, mlp = (
@@ -30,6 +33,19 @@ def variables(golden, decoder):
     return {"params": convert.convert(np.load(golden / "decoder" / "model.npz"), tables.DECODER_TABLE, target)}
 
 
+@pytest.fixture(scope="module")
+def gradients(decoder, variables):
+    """Gradients with respect to the parameters, by fields that change the decoder or its blocks."""
+
+    def compute(remat=False, **changes):
+        module, channels = decoder
+        module = module.clone(blocks=dataclasses.replace(module.blocks, remat=remat), **changes)
+        latent = jax.random.normal(jax.random.key(1), (2, 6, 6, channels))
+        return jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, latent) ** 2)))(variables)["params"]
+
+    return compute
+
+
 @pytest.mark.parametrize("tokens", [36, 16, 64])
 def test_images_equal_pytorch(golden, assert_close, decoder, variables, tokens):
     io = np.load(golden / "decoder" / "io.npz")
@@ -43,32 +59,10 @@ def test_position_table_equals_pytorch(golden, assert_close):
     assert_close(sincos_table(6, 64), expected, 1e-6)
 
 
-def test_scanned_equals_unrolled(decoder, variables, assert_close):
-    module, channels = decoder
-    latent = jax.random.normal(jax.random.key(1), (2, 6, 6, channels))
-    scanned = module.clone(blocks=module.blocks.__class__(**{**vars(module.blocks), "scan": True, "remat": True}))
-    stacked = {"params": stack_blocks(variables["params"])}
-    assert_close(jax.jit(scanned.apply)(stacked, latent), jax.jit(module.apply)(variables, latent), 1e-6)
-    shapes = jax.eval_shape(scanned.init, jax.random.key(0), latent)
-    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, dict(shapes))
-    back = unstack_blocks(stacked["params"])
-    jax.tree.map(np.testing.assert_array_equal, back, dict(variables["params"]))
-
-    def loss(module, variables):
-        return jnp.sum(module.apply(variables, latent) ** 2)
-
-    grads = jax.jit(jax.grad(loss, 1), static_argnums=0)(module, variables)["params"]
-    scanned_grads = jax.jit(jax.grad(loss, 1), static_argnums=0)(scanned, stacked)["params"]
-    assert_close(
-        unstack_blocks(scanned_grads)["block01"]["mlp"]["up"]["kernel"], grads["block01"]["mlp"]["up"]["kernel"], 1e-5
-    )
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_position_table_gets_gradients_only_when_asked(decoder, variables, trained):
-    module, channels = decoder
-    module = module.clone(train_pos_embed=trained)
-    latent = jnp.ones((1, 6, 6, channels))
-    grads = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, latent) ** 2)))(variables)["params"]
-    assert bool(np.any(grads["pos_embed"])) == trained
-    assert np.any(grads["cls"])
+def test_gradients_with_recomputed_blocks_and_with_a_trained_position_table(gradients, assert_close):
+    plain, recomputed, trained = gradients(), gradients(remat=True), gradients(train_pos_embed=True)
+    a, b = (tree["blocks"]["mlp"]["up"]["kernel"] for tree in (plain, recomputed))
+    assert_close(a, b, 1e-5)
+    assert not np.any(plain["pos_embed"])
+    assert np.any(trained["pos_embed"])
+    assert np.any(plain["cls"])

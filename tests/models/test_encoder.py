@@ -1,3 +1,5 @@
+"""Encoders equal PyTorch's, for every family."""
+
 import json
 
 import jax
@@ -6,7 +8,7 @@ import pytest
 
 from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
+from vqrae_jax.models.encoder import Encoder, resample_to_input_size
 from vqrae_jax.models.vit import ViT
 
 CASES = [
@@ -16,7 +18,7 @@ CASES = [
 
 
 def load(folder, **encoder_params):
-    """The encoder of a hub folder, at whatever size images have."""
+    """Builds the encoder of a hub folder for images of any size; returns it, its weights and the recorded settings."""
     params = json.loads((folder / "params.json").read_text())
     config = ModelConfig(
         encoder_cls=params["encoder_cls"] or "Dinov2withNorm",
@@ -36,7 +38,7 @@ def test_features_equal_pytorch(golden, assert_close, case, normalize):
     for height, width in params["input_sizes"]:
         size = f"{height}" if height == width else f"{height}x{width}"
         features = jax.jit(encoder.apply)({"params": weights}, io[f"images_{size}"])
-        # The origin's DINOv3 wrapper leaves the affine norm in place: its `features` are the affine ones.
+        # DINOv3 in the PyTorch VQRAE keeps the affine norm: its `features` are the affine ones.
         plain = "features_noaffine" if case.startswith("dinov3") else "features"
         expected = io[f"{plain if normalize else 'features_affine'}_{size}"]
         assert_close(features.reshape(expected.shape), expected, 1e-5, f"{case} {size}")
@@ -98,7 +100,7 @@ def test_position_grid_is_resampled_once(golden, assert_close, case):
     encoder, weights, params = load(golden / "encoders" / case)
     side = params["input_sizes"][0][0]
     encoder = encoder.clone(input_size=side)
-    frozen, resampled = at_input_size(encoder, weights)
+    frozen, resampled = resample_to_input_size(encoder, weights)
     assert frozen.vit.grid in (0, side // encoder.vit.patch)
     assert ("pos_embed" in resampled["vit"]) == (frozen.vit.grid > 0)
     io = np.load(golden / "encoders" / case / "io.npz")
@@ -108,15 +110,3 @@ def test_position_grid_is_resampled_once(golden, assert_close, case):
         table = resampled["vit"]["pos_embed"]
         assert table.dtype == np.float32
         assert table.shape[1] == frozen.vit.grid**2 + int(frozen.vit.cls)
-
-
-@pytest.mark.parametrize("case", ["dinov2_with_registers", "dinov3"])
-@pytest.mark.parametrize("layers", [(-1,), (0, -1)])
-def test_frozen_blocks_may_be_scanned(golden, assert_close, case, layers):
-    encoder, weights, params = load(golden / "encoders" / case)
-    encoder = encoder.clone(layers=layers, fusion="concat")
-    stacked, tree = scanned(encoder, weights)
-    assert set(tree["vit"]) & {"blocks", "block00"} == {"blocks"}
-    images = np.load(golden / "encoders" / case / "io.npz")[f"images_{params['input_sizes'][0][0]}"]
-    features = jax.jit(stacked.apply)({"params": tree}, images)
-    assert_close(features, jax.jit(encoder.apply)({"params": weights}, images), 1e-6)

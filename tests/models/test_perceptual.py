@@ -1,4 +1,6 @@
-"""ConvNeXt equals PyTorch's; distances of pictures keep their laws."""
+"""LPIPS equals PyTorch's on random weights, regenerated from a recorded recipe; distances follow their laws."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,54 +9,87 @@ import pytest
 
 from vqrae_jax.build import judges
 from vqrae_jax.config import PerceptualConfig
-from vqrae_jax.errors import ConfigError, WeightsError
-from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from vqrae_jax.pretrained.judge_weights import convert_convnext, read_convnext
+from vqrae_jax.errors import WeightsError
+from vqrae_jax.models.perceptual import LPIPS, unit_length
+from vqrae_jax.pretrained.judge_weights import read_lpips
 
-ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
-
-
-def test_convnext_equals_pytorch(golden, assert_close):
-    """Random weights, recorded from transformers 5."""
-    file, io = str(golden / "convnext" / "model.npz"), np.load(golden / "convnext" / "io.npz")
-    fields, tensors = read_convnext(file, "loss.perceptual.path")
-    assert fields == {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 20), "classes": 7}
-    network = ConvNeXt(ConvNeXtConfig(**fields))
-    target = jax.eval_shape(network.init, jax.random.key(0), io["pixels"])["params"]
-    params = convert_convnext(tensors, target, file)
-    assert_close(jax.jit(network.apply)({"params": params}, io["pixels"]), io["logits"], 1e-5)
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+SHAPES = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2)["params"]
 
 
-@pytest.mark.parametrize("network", ["convnext", "encoder"])
-def test_distances(golden, network):
-    given = {"path": str(golden / "convnext" / "model.npz")} if network == "convnext" else {"architecture": ENCODER}
-    config = PerceptualConfig(network=network, weight=1.0, input_size=32, layers=(0, -1), **given)
-    critic = judges.build_perceptual(config)
+@pytest.fixture(scope="module")
+def files(golden, tmp_path_factory):
+    """The trunk and the heads, as files under the names of torchvision and LPIPS."""
+    recipe = json.loads((golden / "lpips" / "weights_recipe.json").read_text())
+    rng = np.random.default_rng(recipe["seed"])
+    tensors = {}
+    for entry in recipe["draws"]:
+        normal = rng.standard_normal(entry["shape"])
+        value = ((np.abs(normal) if entry["name"].startswith("lin") else normal) * entry["scale"]).astype(np.float32)
+        assert value.flat[0] == pytest.approx(recipe["check_first_value"][entry["name"]], rel=1e-6)
+        tensors[entry["name"]] = value
+    folder = tmp_path_factory.mktemp("lpips")
+    trunk, heads = folder / "trunk.npz", folder / "heads.npz"
+    np.savez(trunk, **{n: t for n, t in tensors.items() if n.startswith("features")}, **{"head.fc.bias": np.zeros(9)})
+    named = {f"{n}.model.1.weight": t.reshape(1, -1, 1, 1) for n, t in tensors.items() if n.startswith("lin")}
+    np.savez(heads, **named)
+    return str(trunk), str(heads)
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return dict(np.load(golden / "lpips" / "io.npz"))
+
+
+def test_lpips_equals_pytorch(recorded, files, assert_close):
+    params = read_lpips(SHAPES, *files)
+    x0, x1 = ((recorded[n] + 1) / 2 for n in ("x0", "x1"))
+
+    def mean(x, params):
+        distance = LPIPS().apply({"params": params}, x, x1)
+        return distance.mean(), distance
+
+    (_, distance), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(x0, params)
+    assert_close(distance, recorded["per_image"], 2e-5)
+    assert_close(gradient / 2, recorded["grad_x0_of_mean"], 2e-5)  # recorded for images in [-1, 1]
+
+
+def test_lpips_in_half_precision_is_near_pytorch(recorded, files):
+    x0, x1 = ((recorded[n] + 1) / 2 for n in ("x0", "x1"))
+    distance = jax.jit(LPIPS("bfloat16").apply)({"params": read_lpips(SHAPES, *files)}, x0, x1)
+    assert distance.dtype == jnp.float32
+    np.testing.assert_allclose(distance, recorded["per_image"], rtol=0.01)
+
+
+def test_zero_features_have_a_zero_gradient():
+    gradient = jax.grad(lambda x: (unit_length(x) ** 2).sum())(jnp.zeros((2, 4)))
+    np.testing.assert_array_equal(gradient, np.zeros((2, 4)))
+
+
+def test_encoder_distance_is_a_distance_with_a_gradient():
+    config = PerceptualConfig(network="encoder", weight=1.0, input_size=32, layers=(0, -1), architecture=ENCODER)
+    network = judges.build_perceptual(config)
     a, b = jax.random.uniform(jax.random.key(0), (2, 3, 32, 32, 3))
 
     @jax.jit
     def distance(params, x, y):
-        return critic.module.apply({"params": params}, x, y)
+        return network.module.apply({"params": params}, x, y)
 
-    apart = distance(critic.params, a, b)
+    apart = distance(network.params, a, b)
     assert apart.shape == (3,)
     assert np.all(apart > 0)
-    np.testing.assert_allclose(distance(critic.params, a, a), 0, atol=1e-6)
-    np.testing.assert_allclose(distance(critic.params, b, a), apart, rtol=1e-5)
-    gradient = jax.jit(jax.grad(lambda x: distance(critic.params, x, b).sum()))(a)
+    np.testing.assert_allclose(distance(network.params, a, a), 0, atol=1e-6)
+    np.testing.assert_allclose(distance(network.params, b, a), apart, rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: distance(network.params, x, b).sum()))(a)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0
 
 
-def test_missing_weights_say_how_to_do_without(tmp_path):
-    """Which file or id, which field named it, which line switches the term off."""
-    off = "without this term: --config.loss.perceptual.weight=0"
-    with pytest.raises(WeightsError, match=rf"loss\.perceptual\.trunk='{tmp_path}/vgg\.npz'.*\n{off}"):
-        judges.build_perceptual(PerceptualConfig(weight=1.0, trunk=f"{tmp_path}/vgg.npz"))
-    with pytest.raises(WeightsError, match=rf"'timm/vgg16\.tv_in1k'.*\n{off}"):
-        judges.build_perceptual(PerceptualConfig(weight=1.0))
-    with pytest.raises(ConfigError, match=rf"name a ConvNeXt classifier.*\n{off}"):
-        judges.build_perceptual(PerceptualConfig(weight=1.0, network="convnext"))
-    np.savez(tmp_path / "other.npz", weight=jnp.zeros(2))
-    with pytest.raises(WeightsError, match=rf"other\.npz'.*\n{off}"):
-        judges.build_perceptual(PerceptualConfig(weight=1.0, network="convnext", path=f"{tmp_path}/other.npz"))
+def test_missing_lpips_weights_name_the_field_and_the_way_to_switch_the_loss_off(files, tmp_path):
+    for trunk in (f"{tmp_path}/vgg.npz", PerceptualConfig().trunk):
+        with pytest.raises(WeightsError, match=rf"{trunk}(.|\n)*loss\.perceptual\.weight=0"):
+            judges.build_perceptual(PerceptualConfig(weight=1.0, trunk=trunk))
+    with pytest.raises(WeightsError, match=r"loss\.perceptual\.heads='/nowhere/heads\.pth'"):
+        read_lpips(SHAPES, files[0], "/nowhere/heads.pth")
+    with pytest.raises(WeightsError, match="conv1_1/kernel"):
+        read_lpips(SHAPES, files[1], files[1])

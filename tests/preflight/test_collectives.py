@@ -20,7 +20,7 @@ def plan(tiny, **mesh):
     config = tiny(
         mesh=mesh,
         data={"batch_size": IMAGES},
-        model={"scan_layers": True, "remat": True},
+        model={"remat": True},
         train={"trainable": ("quantizer", "decoder")},
     )
     return Plan.make(config, parse("cpu:8"), jax.devices()[:8])

@@ -121,15 +121,14 @@ def test_configs_of_released_encoders_need_no_hub(name):
 
 def test_alternatives_save_memory_where_it_is_short(tiny):
     base = tiny(mesh={"model": 1})
-    short = [way(config, 8) for config in alternatives(base, False, "cpu")]
+    short = [way(config, 8) for config in alternatives(base, False)]
     assert all(w.remat for w in short)
     assert {w.accumulate for w in short} == {1, 2}
     assert any(w.model == 2 and w.data == 4 for w in short)
-    room = [way(config, 8) for config in alternatives(base, True, "cpu")]
+    room = [way(config, 8) for config in alternatives(base, True)]
     assert {w.batch for w in room} == {8, 16}
     assert way(base, 8) not in short + room
     assert {w.attention for w in room} == {"xla"}
-    assert way(next(alternatives(base, True, "tpu")), 8).attention == "pallas"
 
 
 def test_a_way_counts_the_devices_of_its_mesh(tiny):

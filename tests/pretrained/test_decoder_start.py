@@ -11,7 +11,6 @@ from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.inference import saving as folder
-from vqrae_jax.models.stacking import unstack_blocks
 from vqrae_jax.pretrained import convert
 from vqrae_jax.pretrained.tables import DECODER_TABLE
 
@@ -20,7 +19,7 @@ def config(golden, path, **changes):
     return ModelConfig(**{
         "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "decoder_patch_size": 16,
-        "pretrained_decoder_path": str(path), "scan_layers": False, **changes,
+        "pretrained_decoder_path": str(path), **changes,
     })  # fmt: skip
 
 
@@ -43,28 +42,23 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
-def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare, scan):
+def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare):
     path = tmp_path / "decoder.npz" if bare else model_file
     if bare:
         np.savez(path, **decoder)
-    read = build_tokenizer(config(golden, path, scan_layers=scan)).pretrained["decoder"]
-    read = unstack_blocks(read) if scan else read
+    read = build_tokenizer(config(golden, path)).pretrained["decoder"]
     assert_same(read, convert.convert(decoder, DECODER_TABLE, read))
     np.testing.assert_array_equal(read["embed"]["kernel"], decoder["decoder_embed.weight"].T)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_exported_folder(golden, tmp_path, model_file, scanned):
-    """A VQRAE starts from a continuous autoencoder of ours, with blocks stacked or not in either."""
-    continuous = config(golden, model_file, quantizer="none", scan_layers=scanned)
+def test_exported_folder(golden, tmp_path, model_file):
+    """A VQRAE starts from a continuous autoencoder of ours."""
+    continuous = config(golden, model_file, quantizer="none")
     decoder = build_tokenizer(continuous).pretrained["decoder"]
     folder.write(tmp_path, continuous, {"params": {"decoder": decoder}, "batch_stats": {}}, frozen=False)
-    expected = unstack_blocks(decoder) if scanned else decoder
-    assert_same(build_tokenizer(config(golden, tmp_path)).pretrained["decoder"], expected)
-    scanning = build_tokenizer(config(golden, tmp_path / "model.safetensors", scan_layers=True)).pretrained["decoder"]
-    assert_same(unstack_blocks(scanning), expected)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert_same(build_tokenizer(config(golden, path)).pretrained["decoder"], decoder)
 
 
 def test_pytorch_training_checkpoint(golden, tmp_path, model_file):

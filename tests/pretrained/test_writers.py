@@ -29,7 +29,6 @@ def model(golden, case, quantizer="ema", **encoder_params):
         encoder_params=encoder_params, encoder_input_size=112 if case.startswith("dinov2") else 64,
         decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=4,
         quantizer=quantizer, num_embeddings=12, quantizer_params={"input_projection": True},
-        scan_layers=False,
     )  # fmt: skip
 
 

@@ -244,22 +244,6 @@ def test_terms_ask_for_what_they_need(tiny, change, message):
         tiny(**change)
 
 
-def test_a_trunk_may_be_scanned(golden, assert_close):
-    config = AdversaryConfig(
-        discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
-    )
-    image, logits = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3)), []
-    for scan in (False, True):
-        critic = judges.build_discriminator(config, scan=scan)
-        variables = critic.module.init(jax.random.key(1), image)
-        logits.append(critic.module.apply({**variables, "params": {**variables["params"], **critic.params}}, image))
-        shapes = judges.build_discriminator(
-            config.model_copy(update={"path": "facebook/dino-vits8"}), None, False, scan
-        ).params
-        assert ("blocks" in shapes["trunk"]) == scan
-    assert_close(*logits, 1e-6)
-
-
 def test_a_trunk_split_by_fsdp_keeps_tokens_where_their_pictures_are(golden):
     config = AdversaryConfig(
         discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
@@ -268,7 +252,7 @@ def test_a_trunk_split_by_fsdp_keeps_tokens_where_their_pictures_are(golden):
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding.over_data(mesh))
 
     def gathered(mesh_told):
-        critic = judges.build_discriminator(config, mesh_told, scan=True)
+        critic = judges.build_discriminator(config, mesh_told)
         variables = jax.eval_shape(critic.module.init, jax.random.key(1), image)
         where = sharding.shardings(variables, mesh, fsdp=True, fsdp_min_size=1)
         variables = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, where)

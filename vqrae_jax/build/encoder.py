@@ -1,7 +1,8 @@
-"""Builds the pretrained encoder that a config names, and reads its weights."""
+"""Builds the encoder that a model config names, and reads its pretrained weights."""
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,75 +13,94 @@ from vqrae_jax import sharding
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from vqrae_jax.models.vit import BlocksConfig, Spread, ViTConfig
+from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained import convert, families, sources
 
 
-def activation_spread(mesh: Mesh | None) -> Spread:
-    """Batches are split over the mesh's data axes, heads over "model"."""
-    if mesh is None:
-        return Spread()
-    return Spread(functools.partial(sharding.pin_batch, mesh=mesh), functools.partial(sharding.per_device, mesh=mesh))
-
-
 def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, dict[str, Any] | None]:
-    """The encoder that the config names, and its pretrained parameters; None where they start random."""
+    """Builds the encoder and reads its pretrained parameters, which are None for an encoder that starts random."""
     encoder, folder = describe_encoder(config, mesh)
-    image = jax.ShapeDtypeStruct((1, config.encoder_input_size, config.encoder_input_size, 3), jnp.float32)
-    want = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    return encoder, None if folder is None else read_encoder(config, want, folder)
+    return encoder, None if folder is None else read_encoder(config, encoder, folder)
 
 
-def describe_encoder(config: ModelConfig, mesh: Mesh | None) -> tuple[Encoder, pathlib.Path | None]:
-    """The encoder and the folder of its weights, None where they start random."""
-    params = config.encoder_params
-    family = families.FAMILIES[config.encoder_cls]
+def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, pathlib.Path | None]:
+    """Builds the encoder without reading weights.
+
+    Args:
+      config: the model section.
+      mesh: mesh that the encoder will run on.
+
+    Returns:
+      The encoder, and the folder of its weights; None for an encoder that starts random.
+
+    Raises:
+      ConfigError, WeightsError: a setting does not fit the encoder, or its description cannot be read.
+    """
+    params, family = config.encoder_params, families.FAMILIES[config.encoder_cls]
     if config.encoder_config_path is None:
+        field = "model.encoder_params.architecture"
         if "hidden_size" not in params.architecture:
             raise ConfigError(
-                "model.encoder_config_path is None, so the encoder starts from random weights and its architecture "
-                "must be in model.encoder_params.architecture (hidden_size, num_hidden_layers, ... as in config.json)"
-            )
-        description = sources.complete_config(
-            {"model_type": family.model_types[0], **params.architecture}, "model.encoder_params.architecture"
-        )
-        folder, (mean, std) = None, (IMAGENET_MEAN, IMAGENET_STD)
+                "must describe the encoder (hidden_size, num_hidden_layers, ... as in config.json), because "
+                "model.encoder_config_path=None starts it from random weights",
+                field=field, value=params.architecture,
+            )  # fmt: skip
+        description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, field)
+        folder, mean, std = None, IMAGENET_MEAN, IMAGENET_STD
     else:
         if params.architecture:
             raise ConfigError(
-                "model.encoder_params.architecture is only for an encoder without pretrained weights: "
-                "set model.encoder_config_path=None or leave architecture empty"
-            )
+                "is only for an encoder without pretrained weights: set model.encoder_config_path=None, or leave it "
+                "empty",
+                field="model.encoder_params.architecture", value=params.architecture,
+            )  # fmt: skip
         path, field = _weights_source(config)
         folder = sources.fetch_folder(path, field)
         description = sources.read_config(folder, field)
         mean, std = sources.read_image_statistics(folder, field)
-    if description["model_type"] not in family.model_types:
-        fitting = [name for name, other in families.FAMILIES.items() if description["model_type"] in other.model_types]
-        remedy = f": set model.encoder_cls={fitting[0]!r}" if fitting else ", which no model.encoder_cls reads"
+    model_type = description["model_type"]
+    if model_type not in family.model_types:
+        fitting = [name for name, other in families.FAMILIES.items() if model_type in other.model_types]
+        remedy = f"set model.encoder_cls={fitting[0]!r}" if fitting else "no model.encoder_cls reads it"
         raise ConfigError(
-            f"model.encoder_cls={config.encoder_cls!r} reads {' or '.join(family.model_types)}, but "
-            f"{config.encoder_config_path or 'architecture'} is a {description['model_type']!r}{remedy}"
-        )
+            f"reads {' or '.join(family.model_types)}, but {config.encoder_config_path or 'the architecture'} is a "
+            f"{model_type!r}: {remedy}",
+            field="model.encoder_cls", value=config.encoder_cls,
+        )  # fmt: skip
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(
-        **fields.pop("blocks"), dtype=config.dtype, attention=config.attention, spread=activation_spread(mesh)
-    )
+        **fields.pop("blocks"), dtype=config.dtype, attention=config.attention,
+        shard_activations=activation_sharding(mesh),
+    )  # fmt: skip
+    vit, size = ViTConfig(blocks=blocks, **fields), config.encoder_input_size
     if not params.layers:
-        raise ConfigError("model.encoder_params.layers=(): name at least one block, -1 is the last")
+        raise ConfigError("must name at least one block; -1 is the last", field="model.encoder_params.layers", value=())
     check_layers("model.encoder_params.layers", params.layers, blocks)
-    vit = ViTConfig(blocks=blocks, **fields)
-    if config.encoder_input_size % vit.patch:
-        patch, size = vit.patch, config.encoder_input_size
+    if size % vit.patch:
         raise ConfigError(
-            f"model.encoder_input_size={size} is not divisible by the encoder's patch size {patch}; "
-            f"the nearest sizes are {size // patch * patch} and {(size // patch + 1) * patch}"
-        )
-    return Encoder(vit, config.encoder_input_size, mean, std, params.normalize, params.layers, params.fusion), folder
+            f"must be a multiple of {vit.patch} (the encoder's patch size); the nearest sizes are "
+            f"{size // vit.patch * vit.patch} and {(size // vit.patch + 1) * vit.patch}",
+            field="model.encoder_input_size", value=size,
+        )  # fmt: skip
+    return Encoder(vit, size, mean, std, params.normalize, params.layers, params.fusion), folder
+
+
+def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) -> dict[str, Any]:
+    """Reads the pretrained parameters of an encoder, float32 numpy arrays, from the folder of `describe_encoder`."""
+    image = jax.ShapeDtypeStruct((1, encoder.input_size, encoder.input_size, 3), jnp.float32)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
+    family, (_, field) = families.FAMILIES[config.encoder_cls], _weights_source(config)
+    return convert.convert(
+        sources.read_weights(folder, field), family.table, shapes,
+        optional=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
+    )  # fmt: skip
 
 
 def _weights_source(config: ModelConfig) -> tuple[str, str]:
-    """The origin names the weights in encoder_params and the image processor in encoder_config_path; often the same."""
+    """Returns the path of the weights and its field.
+
+    As in the PyTorch VQRAE, encoder_params may name the weights and encoder_config_path the image processor.
+    """
     for name in ("dinov2_path", "dinov3_path", "model_name"):
         if path := getattr(config.encoder_params, name):
             return path, f"model.encoder_params.{name}"
@@ -90,13 +110,9 @@ def _weights_source(config: ModelConfig) -> tuple[str, str]:
 def check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:
     """Raises ConfigError if the encoder lacks one of the layers."""
     if any(not -blocks.depth <= layer < blocks.depth for layer in layers):
-        raise ConfigError(f"{field}={layers}: the encoder has blocks 0 to {blocks.depth - 1}")
+        raise ConfigError(f"the encoder has blocks 0 to {blocks.depth - 1}", field=field, value=layers)
 
 
-def read_encoder(config: ModelConfig, want: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-    """Reads the encoder's weights onto the tree of shapes `want`."""
-    field, family = _weights_source(config)[1], families.FAMILIES[config.encoder_cls]
-    return convert.convert(
-        sources.read_weights(folder, field), family.table, want,
-        optional=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
-    )  # fmt: skip
+def activation_sharding(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns the function that keeps tokens split over the data axes of the mesh, for `BlocksConfig`."""
+    return None if mesh is None else functools.partial(sharding.pin_batch, mesh=mesh)

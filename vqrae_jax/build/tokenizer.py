@@ -1,4 +1,4 @@
-"""One way to build a model: config -> (module, parameters that are known before training)."""
+"""Builds a tokenizer from its config: the module, its pretrained parameters, and its initial variables."""
 
 import dataclasses
 import functools
@@ -10,17 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from vqrae_jax import sharding
-from vqrae_jax.build.encoder import activation_spread, check_layers, describe_encoder, read_encoder
+from vqrae_jax.build.encoder import activation_sharding, check_layers, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.decoder import SIZES, Decoder
-from vqrae_jax.models.encoder import Encoder, at_input_size, scanned
-from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
-from vqrae_jax.models.vit import BlocksConfig, Spread
+from vqrae_jax.models.encoder import Encoder, resample_to_input_size
+from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
@@ -29,16 +28,25 @@ from vqrae_jax.quantizers.whitened import fitted_state
 
 log = logging.getLogger(__name__)
 
+Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
+
 
 @dataclasses.dataclass(frozen=True)
 class BuiltTokenizer:
-    """A model that is ready to be given its variables."""
+    """A tokenizer's module, and the variables that are known before training.
+
+    Attributes:
+      image_size: side of the reconstructions in pixels.
+      pretrained: subtrees of params read from files ("encoder", "decoder"), float32 numpy arrays.
+      latent_stats: mean and/or variance of the latents.
+      whitening: state of a whitened quantizer from known principal axes; empty: fitted to the first batch.
+    """
 
     module: VQRAE
-    image_size: int  # of the pictures it paints
-    pretrained: dict[str, Any]  # subtrees of params read from files: encoder, decoder (numpy, float32)
-    latent_stats: dict[str, np.ndarray]  # mean and/or var
-    whitening: dict[str, np.ndarray]  # state of a whitened quantizer from known axes; empty: the first batch's
+    image_size: int
+    pretrained: dict[str, Any]
+    latent_stats: dict[str, np.ndarray]
+    whitening: dict[str, np.ndarray]
 
 
 def build_tokenizer(
@@ -51,24 +59,31 @@ def build_tokenizer(
 
     Args:
       config: the model section.
-      latent_stats: statistics that are already at hand (from a checkpoint) instead of normalization_stat_path.
-      weights: False reads the descriptions only, for shapes.
-      mesh: that the model will run on; tokens are split over it as batches are. None: left to the compiler.
+      latent_stats: statistics from a checkpoint, instead of those in normalization_stat_path.
+      weights: False reads descriptions only, enough for shapes.
+      mesh: mesh that the model will run on; tokens are split over it as batches are. None leaves it to the compiler.
 
     Raises:
-      ConfigError, WeightsError: naming the field, before anything is compiled.
+      ConfigError, WeightsError: with the field; before anything is compiled.
     """
     encoder, folder = describe_encoder(config, mesh)
-    decoder = _decoder(config, encoder, activation_spread(mesh))
-    whitening = {}
-    if latent_stats is None and config.normalization_stat_path:
-        whitening = _whitening(config, encoder)
-        latent_stats = sources.read_latent_statistics(config.normalization_stat_path, "model.normalization_stat_path")
+    decoder = _build_decoder(config, encoder, mesh)
+    path, field, whitening = config.normalization_stat_path, "model.normalization_stat_path", {}
+    if latent_stats is None and path:
+        whitening = _read_whitening(config, encoder)
+        latent_stats = sources.read_latent_statistics(path, field)
     latent_stats = latent_stats or {}
-    _check_latent_stats(config, encoder, latent_stats)
+    accepted = [(encoder.channels,), (encoder.grid, encoder.grid, encoder.channels)]
+    for name, value in latent_stats.items():
+        if value.shape not in accepted:
+            raise ConfigError(
+                f"{name} has shape {value.shape} (channel last); the latent of this encoder at "
+                f"{config.encoder_input_size} pixels needs {accepted[0]} or {accepted[1]}",
+                field=field, value=path,
+            )  # fmt: skip
     module = VQRAE(
         encoder=encoder,
-        quantizer=_quantizer(config, encoder),
+        quantizer=_build_quantizer(config, encoder),
         decoder=decoder,
         noise_tau=config.noise_tau,
         quantize_before_reshape=config.quantize_before_reshape,
@@ -76,37 +91,31 @@ def build_tokenizer(
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
     )
     built = BuiltTokenizer(module, decoder.image_size, {}, latent_stats, whitening)
-    if weights:
-        built.pretrained.update(_read_weights(config, built, folder))
+    if weights and folder is not None:
+        built.pretrained["encoder"] = read_encoder(config, encoder, folder)
+    if weights and config.pretrained_decoder_path:
+        built.pretrained["decoder"] = _read_decoder(config, variable_shapes(built)["params"]["decoder"])
     return built
 
 
+def freeze_encoder(built: BuiltTokenizer) -> BuiltTokenizer:
+    """Prepares a tokenizer whose pretrained encoder does not train, see `resample_to_input_size`."""
+    if "encoder" not in built.pretrained:
+        return built
+    encoder, params = resample_to_input_size(built.module.encoder, built.pretrained["encoder"])
+    module = built.module.clone(encoder=encoder)
+    return dataclasses.replace(built, module=module, pretrained=built.pretrained | {"encoder": params})
+
+
 def variable_shapes(built: BuiltTokenizer) -> dict[str, Any]:
-    """All variables as jax.ShapeDtypeStruct, nothing computed."""
-    return {"batch_stats": {}, **jax.eval_shape(_initialize(built.module), jax.random.key(0))}
-
-
-def freeze_encoder(built: BuiltTokenizer, scan: bool = False) -> BuiltTokenizer:
-    """The built to run when nothing changes the pretrained encoder.
-
-    Its position grid is that of the input size; with `scan` its blocks are stacked.
-    """
-    encoder, params = built.module.encoder, built.pretrained.get("encoder")
-    if params is not None:
-        encoder, params = at_input_size(encoder, params)
-    if scan:
-        encoder, params = scanned(encoder, params)
-    read = {} if params is None else {"encoder": params}
-    return dataclasses.replace(built, module=built.module.clone(encoder=encoder), pretrained=built.pretrained | read)
-
-
-Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
+    """Returns all variables as jax.ShapeDtypeStruct, without computing them."""
+    return {"batch_stats": {}, **jax.eval_shape(_initializer(built.module), jax.random.key(0))}
 
 
 def initial_params(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
-    """The chosen subtrees of params (encoder, quantizer, decoder): pretrained where files gave them, else random.
+    """Creates subtrees of params ("encoder", "quantizer", "decoder"): pretrained if files had them, otherwise random.
 
-    With `place`, every leaf is created where it will live; no device ever holds a whole copy.
+    With `place`, every leaf is created on its own devices; no device ever holds a whole copy.
     """
     return _create(built, key, names, place, batch_stats=False)["params"]
 
@@ -114,20 +123,20 @@ def initial_params(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], 
 def initial_variables(
     built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None
 ) -> Any:
-    """`initial_params`, and with them the mutable state before training (codebook, fixed latent statistics)."""
+    """Creates `initial_params` and the mutable state before training (codebook, latent statistics)."""
     return _create(built, key, names, place, batch_stats=True)
 
 
 def _create(
     built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None, batch_stats: bool
 ) -> dict[str, Any]:
-    want = variable_shapes(built)
-    params = {n: want["params"][n] for n in names if n in want["params"]}
-    read = {n: built.pretrained[n] for n in params if n in built.pretrained}
-    draw = {"params": {n: tree for n, tree in params.items() if n not in read}}
+    shapes = variable_shapes(built)
+    names = [n for n in names if n in shapes["params"]]
+    pretrained = {n: built.pretrained[n] for n in names if n in built.pretrained}
+    random = {"params": {n: shapes["params"][n] for n in names if n not in pretrained}}
     if batch_stats:
-        draw["batch_stats"] = want["batch_stats"]
-    init = _initialize(built.module)
+        random["batch_stats"] = shapes["batch_stats"]
+    init = _initializer(built.module)
 
     def create(key: jax.Array) -> dict[str, Any]:
         variables = {"batch_stats": {}, **init(key)}
@@ -135,34 +144,44 @@ def _create(
             variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in built.latent_stats.items()}
         if built.whitening:
             variables["batch_stats"]["quantizer"] |= built.whitening
-        return {kind: {n: variables[kind][n] for n in trees} for kind, trees in draw.items()}
+        return {kind: {n: variables[kind][n] for n in trees} for kind, trees in random.items()}
 
-    drawn = jax.jit(create, out_shardings=place(draw) if place else None)(key) if any(draw.values()) else draw
-    return {
-        **drawn,
-        "params": drawn["params"] | (jax.tree.map(sharding.place_array, read, place(read)) if place else read),
-    }
+    created = random  # empty trees
+    if any(random.values()):
+        created = jax.jit(create, out_shardings=place(random) if place else None)(key)
+    if place:
+        pretrained = jax.tree.map(sharding.place_array, pretrained, place(pretrained))
+    return {**created, "params": created["params"] | pretrained}
 
 
-def _initialize(module: VQRAE):
+def _initializer(module: VQRAE) -> Callable[[jax.Array], Any]:
     size = module.decoder.image_size
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
 
 
-def _decoder(config: ModelConfig, encoder: Encoder, where: Spread) -> Decoder:
-    if config.decoder_config_path in SIZES:
-        width, depth, heads, mlp = SIZES[config.decoder_config_path]
-        act, eps = "gelu", 1e-12
+def _build_quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
+    try:
+        return factory.create(config, encoder.channels, encoder.grid)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> Decoder:
+    path, field = config.decoder_config_path, "model.decoder_config_path"
+    if path in SIZES:
+        fields = dict(zip(("width", "depth", "heads", "mlp"), SIZES[path], strict=True), act="gelu", norm_eps=1e-12)
     else:
-        width, depth, heads, mlp, act, eps = _read_decoder_config(config.decoder_config_path)
+        fields = _read_decoder_config(path, field)
+    width, heads = fields["width"], fields["heads"]
     if width % heads or width % 4:
         raise ConfigError(
-            f"model.decoder_config_path={config.decoder_config_path!r}: decoder_hidden_size={width} must be divisible "
-            f"by decoder_num_attention_heads={heads}, and by 4 for its position table"
-        )
+            f"decoder_hidden_size={width} must be a multiple of decoder_num_attention_heads={heads}, and of 4 for the "
+            "position table",
+            field=field, value=path,
+        )  # fmt: skip
     blocks = BlocksConfig(
-        width=width, depth=depth, heads=heads, mlp=mlp, act=act, norm_eps=eps,
-        scan=config.scan_layers, remat=config.remat, dtype=config.dtype, attention=config.attention, spread=where,
+        **fields, remat=config.remat, dtype=config.dtype, attention=config.attention,
+        shard_activations=activation_sharding(mesh),
     )  # fmt: skip
     check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
@@ -171,94 +190,59 @@ def _decoder(config: ModelConfig, encoder: Encoder, where: Spread) -> Decoder:
     )  # fmt: skip
 
 
-def _read_decoder_config(path: str) -> tuple[int, int, int, int, str, float]:
-    """The decoder fields of a ViT-MAE config.json; its other fields are placeholders."""
-    field = "model.decoder_config_path"
+def _read_decoder_config(path: str, field: str) -> dict[str, Any]:
+    """Reads fields of BlocksConfig from the config.json of a ViT-MAE, of which only the decoder's fields count."""
     if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
-        raise ConfigError(f"{field}={path!r} is neither a size ({', '.join(SIZES)}), a folder nor a hub id")
-    given = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
+        raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
+    config = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
+    names = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
+    names["mlp"] = "intermediate_size"
     try:
-        numbers = [
-            int(given[f"decoder_{n}"])
-            for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        ]
-        return *numbers, families.activation({"hidden_act": "gelu", **given}), float(given.get("layer_norm_eps", 1e-12))
+        fields: dict[str, Any] = {name: int(config[f"decoder_{theirs}"]) for name, theirs in names.items()}
     except KeyError as error:
-        raise ConfigError(f"{field}={path!r}: its config.json lacks {error.args[0]}") from None
+        raise ConfigError(f"its config.json lacks {error.args[0]}", field=field, value=path) from None
+    act = families.activation({"hidden_act": "gelu", **config})
+    return fields | {"act": act, "norm_eps": float(config.get("layer_norm_eps", 1e-12))}
 
 
-def _quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
-    try:
-        return factory.create(config, encoder.channels, encoder.grid)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
-
-
-def _check_latent_stats(config: ModelConfig, encoder: Encoder, stats: dict[str, np.ndarray]) -> None:
-    accepted = [(encoder.channels,), (encoder.grid, encoder.grid, encoder.channels)]
-    for name, value in stats.items():
-        if value.shape not in accepted:
-            raise ConfigError(
-                f"model.normalization_stat_path={config.normalization_stat_path!r}: {name} has shape "
-                f"{value.shape} (channel last), the latent of this encoder at {config.encoder_input_size} pixels needs "
-                f"{accepted[0]} or {accepted[1]}"
-            )
-
-
-def _whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
-    """The principal axes of the latents, if the quantizer wants them and the file of the statistics has them."""
+def _read_whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
+    """Reads the principal axes of the latents for a whitened quantizer; empty if it or the file has none."""
     path, dim = config.normalization_stat_path, config.quantizer_params.whitening_dim
     if dim is None or config.quantizer == "none":
         return {}
     axes = sources.read_principal_axes(path, "model.normalization_stat_path")
     if axes is None:
-        log.info("%s has no principal axes: quantizer_params.whitening_dim takes those of the first batch", path)
+        log.info("%s has no principal axes: model.quantizer_params.whitening_dim uses those of the first batch", path)
         return {}
     channels, count = axes["pca_basis"].shape
     if channels != encoder.channels or count < dim:
         raise ConfigError(
-            f"model.normalization_stat_path={path!r} has {count} principal axes of {channels} channels, but "
-            f"quantizer_params.whitening_dim={dim} asks for {dim} of {encoder.channels}: write the file with this "
-            f"encoder and --components={dim} or more (python -m vqrae_jax.commands.latent_statistics)"
-        )
+            f"has {count} principal axes of {channels} channels, but model.quantizer_params.whitening_dim={dim} needs "
+            f"{dim} of {encoder.channels}: write the file with this encoder and --components={dim} or more "
+            "(python -m vqrae_jax.commands.latent_statistics)",
+            field="model.normalization_stat_path", value=path,
+        )  # fmt: skip
     return jax.device_get(fitted_state(axes["pca_mean"], axes["pca_basis"], axes["pca_var"], dim))
 
 
-def _read_weights(config: ModelConfig, built: BuiltTokenizer, folder: pathlib.Path | None) -> dict[str, Any]:
-    want = variable_shapes(built)["params"]
-    read = {}
-    if folder is not None:
-        read["encoder"] = read_encoder(config, want["encoder"], folder)
-    if config.pretrained_decoder_path:
-        read["decoder"] = _read_decoder(config, want["decoder"])
-    return read
+def _read_decoder(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+    path = config.pretrained_decoder_path
+    state = _select_decoder(sources.read_state_dict(path, "model.pretrained_decoder_path"), path)
+    target = {n: tree for n, tree in shapes.items() if n != "features"}  # a head that only our own decoders have
+    params = convert.convert(state, tables.DECODER_TABLE, target, source=path)
+    log.info("read %d decoder tensors from %s", len(state), path)
+    if head := shapes.get("features"):
+        kernel = np.random.default_rng(0).normal(0, 0.02, head["kernel"].shape)
+        params["features"] = {"kernel": kernel.astype(np.float32), "bias": np.zeros(head["bias"].shape, np.float32)}
+    return params
 
 
-def _read_decoder(config: ModelConfig, want: dict[str, Any]) -> dict[str, Any]:
-    path, field = config.pretrained_decoder_path, "model.pretrained_decoder_path"
-    state = _decoder_state(sources.read_state_dict(path, field), path)
-    if config.scan_layers:
-        single = build_tokenizer(config.model_copy(update={"scan_layers": False}), weights=False)
-        want = variable_shapes(single)["params"]["decoder"]
-    head = want.get("features")  # files of others have none
-    tree = convert.convert(state, tables.DECODER_TABLE, {n: p for n, p in want.items() if n != "features"}, source=path)
-    if head is not None:
-        rng = np.random.default_rng(0)
-        tree["features"] = {
-            "kernel": rng.normal(0, 0.02, head["kernel"].shape).astype(np.float32),
-            "bias": np.zeros(head["bias"].shape, np.float32),
-        }
-    log.info("decoder weights from %s: %d tensors", path, len(flatten_dict(tree)))
-    return stack_blocks(tree) if config.scan_layers else tree
-
-
-def _decoder_state(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """The decoder's state dict out of a release, a training checkpoint of the origin, or an exported folder of ours."""
-    ours = {n.removeprefix("params/decoder/"): state[n] for n in state if n.startswith("params/decoder/")}
-    if ours:
-        tree = unflatten_dict(ours, sep="/")
-        tree.pop("features", None)
-        return writers.to_state_dict(unstack_blocks(tree) if "blocks" in tree else tree, tables.DECODER_TABLE)
+def _select_decoder(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Selects the decoder's state dict from a release or checkpoint of the PyTorch VQRAE, or from our own folder."""
+    exported = {n.removeprefix("params/decoder/"): state[n] for n in state if n.startswith("params/decoder/")}
+    if exported:
+        tree = unflatten_dict({n: x for n, x in exported.items() if not n.startswith("features/")}, sep="/")
+        return writers.to_state_dict(tree, tables.DECODER_TABLE)
     state = pytorch_vqrae.select_state_dict(state, "ema", path)
     whole = any(name.startswith("decoder.") for name in state)
     return {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.") or not whole}

@@ -110,12 +110,8 @@ class ModelConfig(Section):
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
     revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
-    # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; pallas: ours on TPUs; elsewhere both are as xla. Not
-    # measured.
-    attention: Literal["xla", "cudnn", "pallas"] = "xla"
-    # Blocks of the decoder and of frozen ViTs stacked and scanned: fast to compile, and fast on a CPU, where XLA else
-    # computes the gradient of the residual stream anew in every block.
-    scan_layers: bool = True
+    # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; the same as xla elsewhere
+    attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
     @pydantic.model_validator(mode="after")
@@ -161,18 +157,18 @@ class DataConfig(Section):
 class PerceptualConfig(Section):
     """A distance between two images in the features of a frozen network."""
 
-    # convnext: logits of a classifier; encoder: patch tokens of any encoder of the model section
-    network: Literal["lpips", "convnext", "encoder"] = "lpips"
+    # encoder: patch tokens of any encoder of the model section
+    network: Literal["lpips", "encoder"] = "lpips"
     weight: NonNegative = 0.0  # 0: switched off, no weights are read
     start_steps: Count = 0  # steps before the term starts
     start_epochs: Epochs = None
     trunk: str = "timm/vgg16.tv_in1k"  # lpips: hub id or file of VGG16
     heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: hub id or file of version 0.1
-    path: str | None = None  # convnext, encoder: hub id or folder; None: random weights of `architecture`
+    path: str | None = None  # encoder: hub id or folder; None: random weights of `architecture`
     encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
     architecture: dict[str, Any] = {}  # encoder without pretrained weights, as in encoder_params
     layers: tuple[int, ...] = (-1,)  # encoder: blocks that are compared
-    input_size: Positive = 224  # convnext, encoder: pixels
+    input_size: Positive = 224  # encoder: pixels
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 
 from vqrae_jax import sharding
 from vqrae_jax.inference.inputs import bucket, padded
-from vqrae_jax.models.encoder import at_input_size
+from vqrae_jax.models.encoder import resample_to_input_size
 from vqrae_jax.models.vqrae import VQRAE
 
 LARGEST_BATCH = 64
@@ -133,7 +133,7 @@ def running(module: VQRAE, trained: Any) -> tuple[VQRAE, Any]:
     params = trained["params"]
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
         return module, trained
-    encoder, resampled = at_input_size(module.encoder, params["encoder"])
+    encoder, resampled = resample_to_input_size(module.encoder, params["encoder"])
     if encoder is module.encoder:
         return module, trained
     resampled = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), resampled, params["encoder"])

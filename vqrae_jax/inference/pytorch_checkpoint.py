@@ -9,7 +9,6 @@ import numpy as np
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, variable_shapes
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.models.stacking import stack_blocks, unstack_blocks
 from vqrae_jax.pretrained import pytorch_vqrae, sources, writers
 
 # What the quantizers of the PyTorch VQRAE always do, by quantizer: the field and the values that mean the same here,
@@ -46,15 +45,10 @@ def convert_checkpoint(
     Args and results are those of `read_checkpoint`; `source` names the checkpoint in messages.
     """
     built = build_tokenizer(config, weights=False)
-    single = built
-    if config.scan_layers:
-        single = build_tokenizer(config.model_copy(update={"scan_layers": False}), built.latent_stats, weights=False)
     tensors = pytorch_vqrae.select_state_dict(checkpoint, weights, source)
     variables = pytorch_vqrae.convert_state_dict(
-        tensors, config.encoder_cls, config.quantizer, variable_shapes(single), source
+        tensors, config.encoder_cls, config.quantizer, variable_shapes(built), source
     )
-    if config.scan_layers:
-        variables["params"]["decoder"] = stack_blocks(variables["params"]["decoder"])
     if built.latent_stats:
         variables["batch_stats"]["latent"] = built.latent_stats
     return built, variables
@@ -69,8 +63,6 @@ def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.
     _check_representable(config)
     variables = jax.tree.map(np.asarray, variables)
     params = dict(variables["params"])
-    if config.scan_layers:
-        params["decoder"] = unstack_blocks(params["decoder"])
     # The head that predicts encoder features serves training only; the PyTorch VQRAE has none.
     params["decoder"] = {n: tree for n, tree in params["decoder"].items() if n != "features"}
     state = pytorch_vqrae.build_state_dict(

@@ -21,7 +21,6 @@ from vqrae_jax.inference import card
 from vqrae_jax.inference import saving as exported
 from vqrae_jax.inference.inputs import Fit, Pictures, as_numpy
 from vqrae_jax.inference.location import locate, read_model
-from vqrae_jax.models.encoder import with_matmul
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
 from vqrae_jax.quantizers.none import NO_CODES
@@ -29,7 +28,6 @@ from vqrae_jax.quantizers.none import NO_CODES
 __all__ = ["DataError", "Tokenizer"]
 
 Output = Literal["numpy", "jax"]
-Matmul = Literal["dtype", "int8", "fp8"]
 
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
 # Fields of the model section that decide what a code means, beside the weights.
@@ -67,7 +65,6 @@ class Tokenizer:
         memory_limit: int | None = None,
         fit: Fit = "crop",
         output: Output = "numpy",
-        encoder_matmul: Matmul = "dtype",
     ):
         """
         Args:
@@ -85,20 +82,17 @@ class Tokenizer:
             colour, "stretch" changes proportions. All resample bicubically with antialias, to `image_size`. "model"
             leaves images of one size to the encoder's own resizing, as PyTorch VQRAE does (bicubic without antialias).
           output: "jax" leaves results on the device.
-          encoder_matmul: "int8" and "fp8" multiply the encoder's dense layers in eight bits: faster where the device
-            has such units, and some codes become others.
 
         Raises:
           DataError: an option is none of these.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_matmul)
+        _check_options(mesh, batch_size, memory_limit, fit, output)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = programs.placed(variables, mesh)
-        module = module.clone(encoder=with_matmul(module.encoder, encoder_matmul))
         self.module, self.variables = programs.running(module, self.trained)
         self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
-        quantize = functools.partial(self.module.apply, method="quantize")
-        self._quantized = jax.eval_shape(quantize, self.variables, self._image_shape(1))
+        forward = functools.partial(self.module.apply, method="forward")
+        self._quantized = jax.eval_shape(forward, self.variables, self._image_shape(1)).quantized
 
     @classmethod
     def load(cls, path: str | os.PathLike, step: int | None = None, **options: Any) -> "Tokenizer":
@@ -106,7 +100,7 @@ class Tokenizer:
         hub id of one.
 
         The frozen encoder is not in a checkpoint: it is read from where the config says. `options` are those of the
-        constructor: mesh, batch_size, memory_limit, fit, output, encoder_matmul.
+        constructor: mesh, batch_size, memory_limit, fit, output.
 
         Raises:
           DataError: an option that is none; nothing is read then.
@@ -316,10 +310,9 @@ def _check_options(
     memory_limit: Any = None,
     fit: Any = "crop",
     output: Any = "numpy",
-    encoder_matmul: Any = "dtype",
 ) -> None:
     """A word that is none of its kind would else do what another one does, and a number fail at the first picture."""
-    words = {"fit": (fit, Fit), "output": (output, Output), "encoder_matmul": (encoder_matmul, Matmul)}
+    words = {"fit": (fit, Fit), "output": (output, Output)}
     for name, (word, kind) in words.items():
         if word not in get_args(kind):
             raise DataError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")

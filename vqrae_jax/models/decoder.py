@@ -1,4 +1,4 @@
-"""Latent grid -> pixels: the ViT decoder of RAE (Zheng et al. 2025, arXiv:2510.11690), itself the decoder of MAE."""
+"""Latent grid to pixels: the ViT decoder of RAE (Zheng et al. 2025, arXiv:2510.11690), which is the decoder of MAE."""
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,11 @@ SIZES = {
 }
 
 
-def sincos_table(grid: int, width: int) -> Float[np.ndarray, "1 N+1 D"]:
-    """Fixed 2-D sine-cosine positions, cls (zeros) first; the first half of the channels encodes the column."""
+def sincos_table(grid: int, width: int) -> Float[np.ndarray, "1 n D"]:
+    """Returns fixed 2-D sine-cosine positions, n = 1 + grid^2: zeros for cls first, then the grid by rows.
+
+    The first half of the channels encodes the column.
+    """
     frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
     row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
@@ -31,15 +34,15 @@ def sincos_table(grid: int, width: int) -> Float[np.ndarray, "1 N+1 D"]:
 
 
 class Decoder(nn.Module):
-    """Linear embed, cls token, positions, pre-norm blocks, final norm, linear to pixels.
+    """Linear embedding, cls token, positions, pre-norm blocks, final norm, linear projection to pixels.
 
     Attributes:
       blocks: the transformer.
-      grid: side of the native latent grid; the picture is grid * patch pixels wide, always.
-      patch: pixels per latent, one side.
-      mean, std: per channel; the network paints normalized pixels, as its encoder sees them.
-      train_pos_embed: lets gradients into the position table (the origin's behaviour).
-      features: channels of a linear head that predicts encoder features from the last tokens; 0: no such head.
+      grid: side of the native latent grid; images are always grid * patch pixels wide.
+      patch: side in pixels of the patch that a latent becomes.
+      mean, std: per channel; the network predicts pixels normalized like the encoder's input.
+      train_pos_embed: trains the position table, as the PyTorch VQRAE does.
+      features: channels of a linear head that predicts encoder features from the last tokens; 0 omits the head.
     """
 
     blocks: BlocksConfig
@@ -52,15 +55,18 @@ class Decoder(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Side of the decoded images in pixels."""
         return self.grid * self.patch
 
     @nn.compact
     def __call__(
         self, latent: Float[Array, "B h w C"], with_features: bool = False
     ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], Float[Array, "B g g F"] | None]:
-        """Returns pictures in [0, 1], not clipped, float32; a latent of another grid is resampled bilinearly.
+        """Decodes latents; those of another grid are resampled bilinearly.
 
-        With `with_features` also the predicted features, None without that head.
+        Returns:
+          Float32 images, in [0, 1] but not clipped. With `with_features` also the predicted encoder features, None
+          without that head.
         """
         c, n = self.blocks, self.grid
         dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
@@ -73,11 +79,11 @@ class Decoder(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)).astype(x.dtype), x], axis=1)
         x, _ = run_blocks(c, x + pos.astype(x.dtype))
         x = layer_norm(c, "norm")(x)[:, 1:]
-        pixels = nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32)
-        pixels = c.spread.pin(pixels)
+        pixels = c.shard(nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32))
         image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
         image = image * jnp.asarray(self.std) + jnp.asarray(self.mean)
-        features = nn.Dense(self.features, **dense, name="features")(x) if self.features else None
         if not with_features:
             return image
-        return image, None if features is None else features.reshape(len(x), n, n, -1)
+        if not self.features:
+            return image, None
+        return image, nn.Dense(self.features, **dense, name="features")(x).reshape(len(x), n, n, -1)

@@ -1,21 +1,21 @@
-"""Codes in, logits of codes out: the bidirectional transformer of MaskGIT (Chang et al. 2022, arXiv:2202.04200)."""
+"""The bidirectional transformer of MaskGIT (Chang et al. 2022, arXiv:2202.04200): indices in, logits of indices out."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.models.activations import ACTIVATIONS
+from vqrae_jax.models.layers import ACTIVATIONS
 from vqrae_jax.models.vit import BlocksConfig, layer_norm, matmul_precision, run_blocks
 
 
 class Generator(nn.Module):
-    """Embedded codes, positions and a token for the class, pre-norm blocks, and a head that is tied to the embedding.
+    """Embedded indices and positions, a class token, pre-norm blocks, and a head tied to the embedding.
 
     Attributes:
       blocks: the transformer.
       num_embeddings: size K of the codebook.
-      positions: N codes per picture.
-      classes: how many there are; 0: codes have no class.
+      positions: number N of indices per image.
+      classes: number of classes; 0: unconditional.
     """
 
     blocks: BlocksConfig
@@ -24,24 +24,24 @@ class Generator(nn.Module):
     classes: int = 0
 
     @nn.compact
-    def __call__(self, codes: Int[Array, "B N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B N K"]:
-        """Logits, float32.
+    def __call__(self, indices: Int[Array, "B N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B N K"]:
+        """Returns float32 logits of every index.
 
         Args:
-          codes: in [0, K); K where one is hidden.
-          label: in [0, classes); `classes` for a picture of any class, as None is for all of them. In training, give
-            one picture in ten or so to any class, for `generation.sampling.guided`.
+          indices: in [0, K); K where one is hidden.
+          label: in [0, classes); `classes` is the unconditional label, which None gives to all images. Train with
+            about one image in ten unconditional for `generation.sampling.guided`.
         """
         c, size = self.blocks, self.num_embeddings
-        if codes.shape[1:] != (self.positions,):
-            raise ValueError(f"codes {codes.shape}: [B, {self.positions}] is expected; flatten the grids")
+        if indices.shape[1:] != (self.positions,):
+            raise ValueError(f"indices have shape {indices.shape}, expected [B, {self.positions}]: flatten the grids")
         normal = nn.initializers.normal(0.02)
         table = self.param("code_embed", normal, (size, c.width))
-        nothing = self.param("hidden_embed", normal, (c.width,))
-        x = jnp.where((codes < size)[..., None], table[jnp.minimum(codes, size - 1)], nothing)
+        hidden = self.param("hidden_embed", normal, (c.width,))
+        x = jnp.where((indices < size)[..., None], table[jnp.minimum(indices, size - 1)], hidden)
         x = (x + self.param("pos_embed", normal, (1, self.positions, c.width))).astype(c.dtype)
         if self.classes:
-            label = jnp.full(len(codes), self.classes) if label is None else label
+            label = jnp.full(len(indices), self.classes) if label is None else label
             token = self.param("class_embed", normal, (self.classes + 1, c.width))[label]
             x = jnp.concatenate([token[:, None].astype(c.dtype), x], axis=1)
         x = layer_norm(c, "norm_embed")(x)

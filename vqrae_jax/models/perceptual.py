@@ -1,50 +1,86 @@
-"""Perceptual distances beside LPIPS: by the tokens of any encoder, and by a ConvNeXt classifier."""
+"""Perceptual distances of images: LPIPS (Zhang et al. 2018, arXiv:1801.03924), and by the tokens of any encoder."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from vqrae_jax.models.lpips import unit_length
-from vqrae_jax.resize import resize
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.vit import matmul_precision
+
+Images = Float[Array, "B H W 3"]
+
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
+# Mean and standard deviation of ImageNet as LPIPS defines them, for images in [-1, 1].
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan & Zisserman 2015); returns the feature maps after each of its five stages."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Images) -> list[Float[Array, "B _ _ _"]]:
+        features = []
+        for stage, (channels, convolutions) in enumerate(STAGES):
+            if stage:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            for i in range(convolutions):
+                conv = nn.Conv(
+                    channels, (3, 3), padding=1, dtype=self.dtype, precision=matmul_precision(self.dtype),
+                    name=f"conv{stage + 1}_{i + 1}",
+                )  # fmt: skip
+                x = nn.relu(conv(x))
+            features.append(x)
+        return features
+
+
+class LPIPS(nn.Module):
+    """LPIPS 0.1 with the VGG16 trunk, for images in [0, 1] with sides of at least 16 pixels.
+
+    The features of each stage are scaled to unit length per position, subtracted and squared; a linear head of
+    non-negative weights sums the channels. The distance is the mean over positions, summed over stages.
+
+    Attributes:
+      dtype: type of the trunk; lengths and heads are always float32.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:
+        trunk = VGG16(self.dtype, name="trunk")
+        # Two passes: the features of the image need no gradient and are not stored for one.
+        pair = (trunk((2 * x - 1 - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (reconstruction, image))
+        distance = jnp.zeros(len(image))
+        for stage, (a, b) in enumerate(zip(*pair, strict=True)):
+            head = self.param(f"head{stage}", nn.initializers.constant(1 / a.shape[-1]), (a.shape[-1],))
+            difference = (unit_length(a) - unit_length(b)) ** 2
+            weighted = jnp.einsum("bhwc,c->bhw", difference, head, precision=jax.lax.Precision.HIGHEST)
+            distance += weighted.mean((1, 2))
+        return distance
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS without its learned heads, on patch tokens: unit length, difference, square, sum over channels.
+    """LPIPS without learned heads, on the patch tokens of an encoder; in [0, 4].
 
     Attributes:
-      encoder: with fusion "concat"; the mean over its layers and tokens is the distance, in [0, 4].
+      encoder: with fusion "concat"; the distance is the mean over its layers and tokens.
     """
 
     encoder: Encoder
 
     @nn.compact
-    def __call__(self, reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+    def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:
         layers = len(self.encoder.layers)
-        ours, theirs = (
-            unit_length(latent.reshape(*latent.shape[:3], layers, -1))
-            for latent in (self.encoder(reconstruction), self.encoder(image))
-        )
-        return ((ours - theirs) ** 2).sum(-1).mean((1, 2, 3)).astype(jnp.float32)
+        latents = (self.encoder(x) for x in (reconstruction, image))
+        a, b = (unit_length(latent.reshape(*latent.shape[:3], layers, -1)) for latent in latents)
+        return ((a - b) ** 2).sum(-1).mean((1, 2, 3)).astype(jnp.float32)
 
 
-class LogitDistance(nn.Module):
-    """Mean squared difference of a classifier's logits, as one-dimensional tokenizers use it (arXiv:2406.07550).
-
-    Attributes:
-      input_size: side in pixels to which pictures are resized bilinearly.
-    """
-
-    classifier: ConvNeXtConfig
-    input_size: int = 224
-
-    @nn.compact
-    def __call__(self, reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
-        network = ConvNeXt(self.classifier, name="classifier")
-        ours, theirs = (network(self._seen(x)) for x in (reconstruction, image))
-        return ((ours - theirs) ** 2).mean(-1)
-
-    def _seen(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B S S 3"]:
-        image = resize(image, self.input_size, self.input_size, "bilinear")
-        return (image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+def unit_length(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+    """Scales vectors to unit length, in float32; zero stays zero and has a finite gradient."""
+    x = x.astype(jnp.float32)
+    length = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-20))
+    return x / (length + 1e-10)

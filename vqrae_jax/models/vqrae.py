@@ -1,4 +1,4 @@
-"""VQRAE: image -> frozen encoder -> latent -> quantizer -> codes -> quantized latent -> decoder -> image."""
+"""VQRAE, the tokenizer: image -> frozen encoder -> latent -> quantizer -> quantized latent -> decoder -> image."""
 
 from typing import Any
 
@@ -13,23 +13,27 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.quantizers.base import Quantized, Quantizer
 from vqrae_jax.quantizers.none import NO_CODES
 
+Images = Float[Array, "B H W 3"]
+Reconstructions = Float[Array, "B S S 3"]
+Latents = Float[Array, "B *n C"]  # n is h, w, or N tokens
+
 
 @flax.struct.dataclass
 class Output:
-    """Everything one pass produces."""
+    """Everything that one forward pass computes."""
 
-    reconstruction: Any  # Float [B, H, W, 3], not clipped
-    latent: Any  # Float [B, h, w, C] (or [B, N, C]): quantized and normalized, what `decode` takes
+    reconstruction: Any  # Float [B, S, S, 3], not clipped
+    latent: Any  # Float [B, h, w, C] or [B, N, C]: quantized and normalized, the input of `decode`
     quantized: Quantized
-    encoded: Any = None  # Float [B, h, w, C]: what the encoder saw, before noise and quantization
-    features: Any = None  # Float [B, g, g, F]: the decoder's guess at encoder features, where it has that head
+    encoded: Any = None  # Float [B, h, w, C]: the encoder's output, before noise and quantization
+    features: Any = None  # Float [B, g, g, F]: the decoder's prediction of encoder features, if it has that head
 
 
 class VQRAE(nn.Module):
     """The tokenizer.
 
-    Images are [B, H, W, 3] floats in [0, 1]. Training mode (train=True) needs the rng streams "noise" (if noise_tau)
-    and "codes" (for quantizers that draw), and `mutable=["batch_stats"]`.
+    Images are [B, H, W, 3] floats in [0, 1]. Training mode (train=True) needs the rng streams "noise" (with noise_tau)
+    and "codes" (for stochastic quantizers), and `mutable=["batch_stats"]`.
 
     Attributes:
       encoder, quantizer, decoder: the three parts.
@@ -37,7 +41,7 @@ class VQRAE(nn.Module):
       quantize_before_reshape: True: indices are [B, N]; False: [B, h, w].
       reshape_to_2d: True: latents are [B, h, w, C]; False: [B, N, C].
       latent_stats: shapes of the latent mean and variance in `batch_stats/latent`, for example {"var": (16, 16, 768)};
-        their values are set by whoever builds the variables. Empty: latents are not normalized.
+        `build.tokenizer.initial_variables` sets their values. Empty: latents are not normalized.
       stat_eps: added to the variance.
     """
 
@@ -54,87 +58,86 @@ class VQRAE(nn.Module):
         self.latent = LatentNormalization(dict(self.latent_stats), self.stat_eps)
 
     def __call__(
-        self, image: Float[Array, "B H W 3"], train: bool = False, return_loss: bool = False
-    ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], dict[str, Float[Array, ""]]]:
-        """Reconstructs; with return_loss also {recon_loss (mean squared error), vq_loss, total_loss}."""
+        self, image: Images, train: bool = False, return_loss: bool = False
+    ) -> Reconstructions | tuple[Reconstructions, dict[str, Float[Array, ""]]]:
+        """Reconstructs images; return_loss adds recon_loss (mean squared error), vq_loss and total_loss."""
         out = self.forward(image, train)
         if not return_loss:
             return out.reconstruction
         if out.reconstruction.shape != image.shape:
+            size = self.decoder.image_size
             raise ValueError(
-                f"return_loss compares a reconstruction of {out.reconstruction.shape[1:3]} pixels with an image of "
-                f"{image.shape[1:3]}: give images of {self.decoder.image_size}x{self.decoder.image_size}"
+                f"return_loss needs images of {size}x{size} pixels, the size of the reconstruction; "
+                f"got {image.shape[1]}x{image.shape[2]}"
             )
-        recon_loss = jnp.mean((out.reconstruction - image) ** 2)
-        vq_loss = out.quantized.loss
-        return out.reconstruction, {
-            "recon_loss": recon_loss,
-            "vq_loss": vq_loss,
-            "total_loss": recon_loss + vq_loss,
-        }
+        recon_loss, vq_loss = jnp.mean((out.reconstruction - image) ** 2), out.quantized.loss
+        losses = {"recon_loss": recon_loss, "vq_loss": vq_loss, "total_loss": recon_loss + vq_loss}
+        return out.reconstruction, losses
 
-    def forward(self, image: Float[Array, "B H W 3"], train: bool = False) -> Output:
-        """One pass with everything that it produces."""
+    def forward(self, image: Images, train: bool = False) -> Output:
+        """Runs all parts and returns everything that they compute."""
         encoded = self.encoder(image)
-        quantized = self._quantize(encoded, train)
-        latent = self._normalize(quantized.z)
-        reconstruction, features = self._paint(latent)
+        quantized = self.quantize(encoded, train)
+        latent = self.normalize(quantized.z)
+        reconstruction, features = self.decode(latent, with_features=True)
         return Output(reconstruction, latent, quantized, encoded, features)
 
-    def encode(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B h w C"]:
-        """The quantized, normalized latent."""
-        return self._normalize(self.quantize(image, train).z)
+    def encode(self, image: Images) -> Latents:
+        """Returns quantized, normalized latents."""
+        return self.normalize(self.quantize(self.encoder(image)).z)
 
-    def decode(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Paints a latent, as `encode` returns it."""
-        return self._paint(latent)[0]
+    def encode_to_indices(self, image: Images) -> Int[Array, "B ..."]:
+        """Returns indices [B, h, w], or [B, N] with quantize_before_reshape; residual quantizers add an axis.
 
-    def encode_to_indices(self, image: Float[Array, "B H W 3"]) -> Int[Array, "B h w"]:
-        """The codes: [B, h, w], or [B, N] with quantize_before_reshape. ValueError if the model has none."""
-        indices = self.quantize(image).indices
+        Raises:
+          ValueError: the model has no quantizer.
+        """
+        indices = self.quantize(self.encoder(image)).indices
         if indices is None:
             raise ValueError(NO_CODES)
         return indices
 
-    def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W 3"]:
-        """Paints codes: `decode_from_indices(encode_to_indices(x)) == __call__(x)`."""
+    def decode_from_indices(self, indices: Int[Array, "B ..."]) -> Reconstructions:
+        """Decodes indices: `decode_from_indices(encode_to_indices(x)) == __call__(x)`."""
         return self.decode(self.lookup(indices))
 
-    def lookup(self, indices: Int[Array, "B h w"]) -> Float[Array, "B h w C"]:
-        """The latent of codes: `lookup(encode_to_indices(x)) == encode(x)`."""
-        return self._normalize(self.quantizer.lookup(indices))
+    def lookup(self, indices: Int[Array, "B ..."]) -> Latents:
+        """Returns the latents of indices: `lookup(encode_to_indices(x)) == encode(x)`."""
+        return self.normalize(self.quantizer.lookup(indices))
 
-    def quantize(self, image: Float[Array, "B H W 3"], train: bool = False) -> Quantized:
-        """Encodes and quantizes; z is [B, h, w, C], or [B, N, C] with quantize_before_reshape."""
-        return self._quantize(self.encoder(image), train)
-
-    def _paint(self, latent: Float[Array, "B h w C"]) -> tuple[Float[Array, "B H W 3"], Float[Array, "B g g F"] | None]:
-        return self.decoder(self.latent.undo(self._to_grid(latent)), with_features=True)
-
-    def _quantize(self, z: Float[Array, "B h w C"], train: bool) -> Quantized:
+    def quantize(self, z: Float[Array, "B h w C"], train: bool = False) -> Quantized:
+        """Quantizes encoded images; `z` of the result is [B, h, w, C], or [B, N, C] with quantize_before_reshape."""
         if train and self.noise_tau:
-            z = self._noised(z)
+            z = self._add_noise(z)
         if self.quantize_before_reshape:
             z = z.reshape(len(z), -1, z.shape[-1])
         return self.quantizer(z, train)
 
-    def _noised(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def normalize(self, z: Latents) -> Latents:
+        """Normalizes quantized latents by the latent statistics, in the shape that `decode` takes."""
+        latent = self.latent(_to_grid(z))
+        return latent if self.reshape_to_2d else latent.reshape(len(latent), -1, latent.shape[-1])
+
+    def decode(
+        self, latent: Latents, with_features: bool = False
+    ) -> Reconstructions | tuple[Reconstructions, Float[Array, "B g g F"] | None]:
+        """Decodes latents, as `encode` returns them, to images; see `Decoder`."""
+        return self.decoder(self.latent.undo(_to_grid(latent)), with_features)
+
+    def _add_noise(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         sigma_key, noise_key = jax.random.split(self.make_rng("noise"))
         sigma = self.noise_tau * jax.random.uniform(sigma_key, (len(z), 1, 1, 1))
         return z + (sigma * jax.random.normal(noise_key, z.shape)).astype(z.dtype)
 
-    def _normalize(self, z: Float[Array, "B *n C"]) -> Float[Array, "B h w C"]:
-        latent = self.latent(self._to_grid(z))
-        return latent if self.reshape_to_2d else latent.reshape(len(latent), -1, latent.shape[-1])
 
-    def _to_grid(self, z: Float[Array, "B *n C"]) -> Float[Array, "B h w C"]:
-        if z.ndim == 4:
-            return z
-        B, N, C = z.shape
-        side = round(N**0.5)
-        if side * side != N:
-            raise ValueError(f"{N} tokens are no square grid: give the latent as [B, h, w, C]")
-        return z.reshape(B, side, side, C)
+def _to_grid(z: Latents) -> Float[Array, "B h w C"]:
+    if z.ndim == 4:
+        return z
+    B, N, C = z.shape
+    side = round(N**0.5)
+    if side * side != N:
+        raise ValueError(f"{N} tokens are not a square grid: pass the latent as [B, h, w, C]")
+    return z.reshape(B, side, side, C)
 
 
 class LatentNormalization(nn.Module):
@@ -152,6 +155,7 @@ class LatentNormalization(nn.Module):
         return (z - mean) / deviation
 
     def undo(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        """Inverts the normalization."""
         mean, deviation = self._moments()
         return z * deviation + mean
 

@@ -1,4 +1,4 @@
-"""Other ways to run the same config on the same chips: mesh shapes, remat, batch, a TPU's own attention."""
+"""Other ways to run the same config on the same chips: mesh shapes, remat, batch."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def way(config: Config, chips: int) -> Way:
     )  # fmt: skip
 
 
-def alternatives(config: Config, fits: bool, platform: str) -> Iterator[Config]:
+def alternatives(config: Config, fits: bool) -> Iterator[Config]:
     """Configs to try, the most promising first: what saves memory, or where there is enough, what may save time."""
     parallel, micro = {"model": 2 * config.mesh.model, "data": -1}, 2 * config.optimizer.accumulate
     remat: Changes = {"model": {"remat": not config.model.remat}}
@@ -41,8 +41,6 @@ def alternatives(config: Config, fits: bool, platform: str) -> Iterator[Config]:
     model: Changes = {"mesh": parallel}
     if fits:
         tried = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, model]
-        if platform == "tpu" and config.model.attention == "xla":
-            tried.insert(0, {"model": {"attention": "pallas"}})
     else:
         saving = {} if config.model.remat else {**remat}
         tried = [saving] if saving else []

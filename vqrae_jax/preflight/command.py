@@ -60,7 +60,7 @@ def preflight(
 
 def _plans(plan: Plan, fits: bool, devices: list[Any]) -> list[Plan]:
     found = []
-    for config in alternatives(plan.config, fits, plan.topology.platform):
+    for config in alternatives(plan.config, fits):
         try:
             found.append(Plan.make(config, plan.topology, devices))
         except ConfigError:  # that many devices or images cannot be split so

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import families, tables
-from vqrae_jax.pretrained.layout import from_file
+from vqrae_jax.pretrained.layout import from_file, unstack_blocks
 from vqrae_jax.pretrained.tables import Table
 
 MAX_LISTED = 64  # groups of names that an error lists per kind
@@ -28,7 +28,7 @@ def convert(
     Args:
       tensors: name -> array, as in the file; read one at a time.
       table: rows of names and paths, see `tables`.
-      target: tree of arrays or shapes to fill.
+      target: tree of arrays or shapes to fill, with stacked blocks.
       optional: paths in the table that the target may lack; their tensors are skipped.
       source: file or folder of the tensors, for messages.
       prefix: prefix of the names in the file; names without it are accepted too.
@@ -39,28 +39,30 @@ def convert(
     Raises:
       WeightsError: lists all tensors that are missing, unexpected or of another shape.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(target, sep="/").items()}
-    converted: dict[str, np.ndarray] = {}
+    filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in flatten_dict(target, sep="/").items()}
+    arrays, converted = unstack_blocks(filled), set()  # views, one per block
     unexpected, mismatched = [], {}
     for name in tensors:
         match = tables.find_row(table, name.removeprefix(prefix))
         paths = match[1] if match else []
-        if match is None or any(p not in shapes and p not in optional for p in paths):
+        if match is None or any(p not in arrays and p not in optional for p in paths):
             unexpected.append(name)
-        elif all(p in shapes for p in paths) and paths:
+        elif all(p in arrays for p in paths) and paths:
             tensor = np.asarray(tensors[name])
             try:
                 parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
-                converted |= {p: from_file(p, part, shapes[p]) for p, part in zip(paths, parts, strict=True)}
+                for p, part in zip(paths, parts, strict=True):
+                    arrays[p][...] = from_file(p, part, arrays[p].shape)
+                converted.update(paths)
             except ValueError as error:
                 mismatched |= dict.fromkeys(paths, f"{name} ({error})")
-    missing = [p for p in shapes if p not in converted and p not in mismatched]
+    missing = [p for p in arrays if p not in converted and p not in mismatched]
     if unexpected or missing or mismatched:
         lines = [f"the weights{f' of {source}' if source else ''} do not fit this architecture:"]
         kinds = {"shape mismatch": list(mismatched.values()), "missing": missing, "unexpected": unexpected}
         lines += [f"  {kind} ({len(names)}): {_summarize(names)}" for kind, names in kinds.items() if names]
         raise WeightsError("\n".join(lines + _hint(tensors, table)))
-    return unflatten_dict(converted, sep="/")
+    return unflatten_dict(filled, sep="/")
 
 
 def _summarize(names: Iterable[str]) -> str:

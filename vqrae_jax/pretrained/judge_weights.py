@@ -1,4 +1,4 @@
-"""Weights of the networks that judge images: Inception-v3, LPIPS, ConvNeXt classifiers and DINO v1.
+"""Weights of the networks that judge images: Inception-v3, LPIPS and DINO v1.
 
 `field` is the config field that names a file or model, for messages. All readers raise WeightsError for a file that is
 missing, damaged or of another network.
@@ -105,48 +105,6 @@ def read_lpips(
         "trunk": convert(trunk_tensors, TRUNK_TABLE, target["trunk"], source=trunk),
         **convert(heads_tensors, HEADS_TABLE, heads_target, source=heads),
     }
-
-
-STAGES = 4  # of ConvNeXt
-
-
-def _convnext_rows(i: int) -> Table:
-    name, path = f"encoder.stages.{i}.layers.#.", f"stage{i}_block#/"
-    down = f"encoder.stages.{i}.downsampling_layer."
-    return [
-        *(norm_rows(down + "0", f"norm{i}") + dense_rows(down + "1", f"conv{i}") if i else []),
-        *dense_rows(name + "dwconv", path + "conv"),
-        *norm_rows(name + "layernorm", path + "norm"),
-        *dense_rows(name + "pwconv1", path + "up"),
-        *dense_rows(name + "pwconv2", path + "down"),
-        Row(name + "layer_scale_parameter", path + "scale/scale"),
-    ]
-
-
-CONVNEXT_TABLE: Table = [
-    *dense_rows("embeddings.patch_embeddings", "conv0"),
-    *norm_rows("embeddings.layernorm", "norm0"),
-    *(row for i in range(STAGES) for row in _convnext_rows(i)),
-    *norm_rows("layernorm", "norm"),
-    *dense_rows("classifier", "logits"),
-]
-
-
-def read_convnext(name: str, field: str) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-    """Returns the fields of models.convnext.ConvNeXtConfig that describe the network of a file, and its tensors."""
-    file = sources.read_state_dict(name, field)
-    tensors = {n.removeprefix("convnext."): file[n] for n in file}
-    blocks = [re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.", n) for n in tensors]
-    depths = [1 + max((int(m[2]) for m in blocks if m and int(m[1]) == i), default=-1) for i in range(STAGES)]
-    if 0 in depths or "classifier.bias" not in tensors:
-        raise WeightsError("expected a ConvNeXt classifier with the names of transformers", field=field, value=name)
-    widths = [len(tensors[f"encoder.stages.{i}.layers.0.dwconv.bias"]) for i in range(STAGES)]
-    return {"depths": tuple(depths), "widths": tuple(widths), "classes": len(tensors["classifier.bias"])}, tensors
-
-
-def convert_convnext(tensors: Mapping[str, np.ndarray], target: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Converts tensors to the parameters of models.convnext.ConvNeXt, whose tree `target` is."""
-    return convert(tensors, CONVNEXT_TABLE, target, source=source)
 
 
 HEAD_WIDTH = 64  # of all released DINO networks (Caron et al. 2021)

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -61,3 +63,17 @@ def _is_convolution(path: str) -> bool:
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
+
+
+def unstack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Splits arrays stacked over blocks, given by path: `blocks/a` [L, ...] becomes `block00/a`, `block01/a`, ...
+
+    Numpy arrays become views.
+    """
+    single = {}
+    for path, array in flat.items():
+        if match := re.match(r"(.*/)?blocks/(.*)", path):
+            single |= {f"{match[1] or ''}block{i:02d}/{match[2]}": array[i] for i in range(len(array))}
+        else:
+            single[path] = array
+    return single

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError, first_line
-from vqrae_jax.pretrained.layout import to_file
+from vqrae_jax.pretrained.layout import to_file, unstack_blocks
 from vqrae_jax.pretrained.tables import Row, Table, row_name, row_paths
 
 Transformers = Literal[4, 5]
@@ -22,14 +22,14 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
     """Converts a tree to a state dict; `convert.convert` restores the tree, bit for bit.
 
     Args:
-      tree: parameters or variables, blocks not stacked.
+      tree: parameters or variables, with stacked blocks.
       table: rows of names and paths.
       transformers: version whose in-memory names to write. Hub files and most checkpoints have the names of 4.
 
     Raises:
       WeightsError: the table has no name for some of the tree.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+    flat = unstack_blocks({path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()})
     depths: dict[str, int] = {}  # number of blocks by the path in front of them
     for match in filter(None, (re.match(r"(.*?)block(\d+)/", path) for path in flat)):
         depths[match[1]] = max(depths.get(match[1], 0), 1 + int(match[2]))
@@ -80,9 +80,9 @@ def write_safetensors(tree: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def content_hash(tree: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of the names, shapes and values of a tree, whatever file or layout it came from."""
+    """Returns the SHA-256 of the names, shapes and values of a tree, its stacked blocks one by one."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(flatten_dict(tree, sep="/").items()):
+    for name, leaf in sorted(unstack_blocks(flatten_dict(tree, sep="/")).items()):
         array = np.asarray(leaf, order="C")
         digest.update(f"{name} {array.shape} {array.dtype.name};".encode())
         digest.update(array.data)

@@ -13,7 +13,6 @@ from vqrae_jax.build.tokenizer import Placement
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import TrainConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
-from vqrae_jax.models.stacking import restack_blocks, stacked_blocks
 from vqrae_jax.train.optim import as_clipped
 from vqrae_jax.train.state import TrainState
 
@@ -26,8 +25,8 @@ Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
 def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, only: int | None = None) -> Resumed | None:
     """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
 
-    A checkpoint that is damaged is told and set aside, so that its step can be saved again. Layers may have been
-    stacked for scanning or not, gradients clipped or not.
+    A checkpoint that is damaged is told and set aside, so that its step can be saved again. Gradients may have been
+    clipped or not.
 
     With `only`, the model of that step: the state has what inference needs, and neither parameters to train nor an
     optimizer, which are not read. Nothing takes its place: figures and codes are of the step that was asked for.
@@ -63,17 +62,10 @@ def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) 
     """What is in the checkpoint, or else what is wrong with it."""
     try:
         checkpoint.read_meta(path)
-        stacked = stacked_blocks(checkpoint.saved_shapes(path)["params"])
-        ours = stacked_blocks(target.ema_params)
         model, rest = target.inference(), None if model_only else target.rest()
         if not model_only:
             rest = _clipped_as(rest, checkpoint.saved_shapes(path, "train"))
-        trees = wanted = (model, rest)
-        if convert := _differs(stacked, ours):
-            wanted = _placed(_restacked_shapes(trees, stacked), place)
-        model, rest, data = checkpoint.read_checkpoint(path, *wanted)
-        if convert:
-            model, rest = _restacked((model, rest), ours, jax.tree.map(lambda x: x.sharding, trees))
+        model, rest, data = checkpoint.read_checkpoint(path, model, rest)
         if model_only:
             rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
         else:
@@ -98,7 +90,7 @@ def own_model(folder: storage.Path, only: int | None = None) -> dict[str, Any] |
 def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `config.start_from` gives of the model whose variables are `shapes`: the same tree, or parts of it.
 
-    Names are ours (`start_renames`), layers stacked as ours are. `own`, the model in a checkpoint of this run, has all
+    Names are ours (`start_renames`). `own`, the model in a checkpoint of this run, has all
     that it began with, so that the run it began from may be gone.
 
     Raises:
@@ -117,7 +109,7 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
         "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
         "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not config.start_parts or n in parts},
     }
-    checkpoint.check_shapes(theirs, _restacked_shapes(kinds, stacked_blocks(theirs["params"])), path)
+    checkpoint.check_shapes(theirs, kinds, path)
     return kinds
 
 
@@ -125,15 +117,11 @@ def read_start(config: TrainConfig, target: dict[str, Any], place: Placement) ->
     """The arrays of `start_shapes`, onto the shapes and shardings of `target`."""
     path = checkpoint.find_checkpoint(config.start_from)
     taken = _taken(config, path)
-    stacked = stacked_blocks(unflatten_dict({name: shape for name, (_, shape) in taken.items()}, sep="/"))
-    wanted = flatten_dict(_placed(_restacked_shapes(target, stacked), place), sep="/")
+    wanted = flatten_dict(_placed(target, place), sep="/")
     theirs = unflatten_dict({name: wanted[ours] for ours, (name, _) in taken.items()}, sep="/")
     read = flatten_dict(checkpoint.read_model(path, theirs, partial=True), sep="/")
     read = unflatten_dict({ours: read[name] for ours, (name, _) in taken.items()}, sep="/")
     read = {"params": {}, "batch_stats": {}, **read}
-    ours = stacked_blocks(target)
-    if _differs(stacked, ours):
-        read = _restacked(read, ours, jax.tree.map(lambda x: x.sharding, target))
     log.info("%d arrays from %s", len(taken), path)
     return read
 
@@ -162,18 +150,6 @@ def _clipped_as(rest: dict[str, Any], other: Any) -> dict[str, Any]:
 
     adversary = {"adversary": fit(rest["adversary"], "adversary/")} if "adversary" in rest else {}
     return fit(rest, "") | adversary
-
-
-def _differs(stacked: dict[str, bool], ours: dict[str, bool]) -> bool:
-    return any(ours.get(name, form) != form for name, form in stacked.items())
-
-
-def _restacked_shapes(tree: Any, stacked: dict[str, bool]) -> Any:
-    return jax.eval_shape(functools.partial(restack_blocks, stacked=stacked), tree)
-
-
-def _restacked(tree: Any, stacked: dict[str, bool], where: Any) -> Any:
-    return jax.jit(functools.partial(restack_blocks, stacked=stacked), out_shardings=where)(tree)
 
 
 def _placed(shapes: Any, place: Placement) -> Any:

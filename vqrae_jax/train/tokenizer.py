@@ -65,9 +65,7 @@ class TokenizerTask:
         _tell_unread(config.model, built.module.encoder)
         start = restore.start_shapes(config.train, variable_shapes(built), own) if config.train.start_from else None
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
-            # Weights that are drawn depend on how blocks are held, and the tokenizer draws them again.
-            read = "encoder" in built.pretrained or not weights
-            built = freeze_encoder(built, scan=config.model.scan_layers and read)
+            built = freeze_encoder(built)
         painted, given = built.image_size, config.data.image_size
         if painted != given:
             grid = built.module.decoder.grid
@@ -79,8 +77,7 @@ class TokenizerTask:
         objective = Objective.build(config, built.module, mesh, weights)
         adversary = None
         if config.adversary.discriminator != "none":
-            model = config.model
-            critic = judges.build_discriminator(config.adversary, mesh, weights, model.scan_layers, model.attention)
+            critic = judges.build_discriminator(config.adversary, mesh, weights, config.model.attention)
             adversary = Adversary(config.adversary, critic, config.train.steps)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)
