@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "", "build", "models", "quantizers", "losses", "pretrained", "generation", "data", "evaluation", "sharding",
         "checkpoint", "config", "distributed", "storage", "runtime", "errors",
     },
-    "preflight": {"train", "pretrained", "sharding", "config", "storage", "errors"},
+    "preflight": {"train", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
     "benchmark": {
         "train", "commands", "inference", "build", "models", "quantizers", "losses", "pretrained", "data",
         "evaluation", "config",

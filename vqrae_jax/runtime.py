@@ -41,6 +41,16 @@ PROCESS_VARIABLES = (
     "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID", "JOB_COMPLETION_INDEX",
 )  # fmt: skip
 
+# libtpu otherwise looks for a metadata server, other processes and a place for its log; compiling needs none of them.
+LIBTPU_VARIABLES = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
 # Variables that TPU machines and GKE set.
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
 
@@ -180,6 +190,28 @@ def silence_closed_event_loops() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
+
+
+def has_libtpu() -> bool:
+    """Returns whether libtpu is installed, or TPU_LIBRARY_PATH names its file."""
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    return pathlib.Path(path).is_file() if path else importlib.util.find_spec("libtpu") is not None
+
+
+def describe_absent_tpu(accelerator_type: str) -> None:
+    """Sets the variables with which libtpu compiles for a TPU that this machine does not have."""
+    for name, value in {**LIBTPU_VARIABLES, "TPU_ACCELERATOR_TYPE": accelerator_type}.items():
+        os.environ.setdefault(name, value)
+
+
+def use_cpus(count: int | None = None) -> None:
+    """Restricts JAX to the CPU, and to `count` devices if it has not started yet."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if count is not None:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def _cpu() -> str:

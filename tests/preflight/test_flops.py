@@ -1,4 +1,4 @@
-"""Counted FLOPs equal closed forms, whatever wraps the products."""
+"""Counted FLOPs equal closed forms."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from vqrae_jax.models.vit import BlocksConfig, run_blocks
-from vqrae_jax.preflight import flops
+from vqrae_jax.preflight.chips import Chip
+from vqrae_jax.preflight.flops import count_products
+from vqrae_jax.preflight.roofline import compute_seconds
 from vqrae_jax.quantizers.ema import EMAQuantizer
 
 B, N, D, HEADS, MLP, L = 2, 10, 16, 2, 48, 3
@@ -15,7 +17,7 @@ BLOCK = 2 * B * N * (4 * D * D + 2 * N * D + 2 * D * MLP)
 
 
 class Decoder(nn.Module):
-    """Blocks alone; the name puts its work under "decoder"."""
+    """Transformer blocks whose name counts as the decoder's."""
 
     cfg: BlocksConfig
 
@@ -25,7 +27,7 @@ class Decoder(nn.Module):
 
 
 def traced(function, *arguments, platform="cpu"):
-    return flops.count(jax.jit(function).trace(*arguments).jaxpr, platform)
+    return count_products(jax.jit(function).trace(*arguments).jaxpr, platform)
 
 
 def total(products, backward=None):
@@ -46,12 +48,12 @@ def test_transformer_blocks(remat):
 
     step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x)
     assert total(step, backward=False) == L * BLOCK
-    # Twice the forward pass; recomputing leaves out what no gradient needs, the mlp's last product.
+    # Twice the forward pass; recomputation skips the last product of the mlp, which no gradient needs.
     recomputed = BLOCK - 2 * B * N * D * MLP if remat else 0
     assert total(step, backward=True) == L * (2 * BLOCK + recomputed)
 
 
-def test_precision_decides_the_time():
+def test_time_depends_on_precision():
     def program(x, y):
         half = x.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)
         return half, x @ y, jnp.dot(x, y, precision="highest")
@@ -59,10 +61,11 @@ def test_precision_decides_the_time():
     x = jnp.zeros((8, 8))
     products = traced(program, x, x)
     assert {p.kind: p.flops for p in products} == {"bfloat16": 1024, "default": 1024, "highest": 1024}
-    assert flops.seconds(products, 2, 512.0, {"default": 1, "highest": 6}) == (1 + 1 + 6) * 1024 / (2 * 512)
+    chip = Chip(0, 512.0, {"default": 1, "highest": 6}, 0, 0, 0)
+    assert compute_seconds(products, 2, chip) == (1 + 1 + 6) * 1024 / (2 * 512)
 
 
-def test_convolutions_plain_grouped_strided_and_their_gradients():
+def test_convolutions_and_their_gradients():
     x, kernel = jnp.zeros((2, 12, 12, 8)), jnp.zeros((3, 3, 8, 16))
     convolve = nn.Conv(16, (3, 3), use_bias=False)
     macs = 2 * 12 * 12 * 16 * 3 * 3 * 8
@@ -75,7 +78,7 @@ def test_convolutions_plain_grouped_strided_and_their_gradients():
     assert total(traced(gradient, x)) == 2 * 2 * macs / 4
 
 
-def test_loops_of_known_length_count_and_others_do_not():
+def test_only_loops_of_known_length_count():
     x = jnp.zeros((4, 4))
 
     def loops(x, n):
@@ -87,8 +90,8 @@ def test_loops_of_known_length_count_and_others_do_not():
     assert total(chosen) == 2 * 128
 
 
-def test_what_no_result_needs_is_not_counted():
-    """The gradient at the last layer alone is one product, though it is pulled back through both."""
+def test_unused_operations_do_not_count():
+    """The gradient of the last layer alone is one product, although autodiff goes through both layers."""
     first, last, x = jnp.zeros((16, 8)), jnp.zeros((8, 4)), jnp.zeros((10, 16))
 
     def at_last(first, last):
@@ -100,7 +103,7 @@ def test_what_no_result_needs_is_not_counted():
 
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("gpu", 3), ("tpu", 2)])
-def test_of_a_switch_between_platforms_one_branch_counts(platform, products):
+def test_one_branch_of_a_platform_switch_counts(platform, products):
     def program(x):
         return jax.lax.platform_dependent(
             x, cpu=lambda x: x @ x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x @ x @ x
@@ -109,7 +112,7 @@ def test_of_a_switch_between_platforms_one_branch_counts(platform, products):
     assert total(traced(program, jnp.zeros((4, 4)), platform=platform)) == products * 128
 
 
-def test_the_search_on_a_cpu_is_one_product_and_the_sums_are_none():
+def test_quantizer_step_on_a_cpu_is_one_product():
     layer = EMAQuantizer(num_embeddings=2048, channels=16, start="normal")
     z, keys = jnp.zeros((1024, 16)), {"codes": jax.random.key(0)}
     variables = jax.eval_shape(layer.init, jax.random.key(0), z)

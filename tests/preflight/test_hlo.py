@@ -1,4 +1,4 @@
-"""What is read from compiled programs, against programs whose traffic is known."""
+"""Communication and memory traffic of programs for which both are known."""
 
 import functools
 
@@ -29,30 +29,29 @@ LINE = "  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={}, use_
         ("mesh['a'=8] {'a':(1)2}", ((0, 4), (1, 5), (2, 6), (3, 7))),
     ],
 )
-def test_replica_groups(text, groups):
+def test_groups_are_read_in_every_format(text, groups):
     line = LINE.replace("{}", text).replace("{{0}}", "{0}")
     program = hlo.Program(f"ENTRY %main (y: f32[8]) -> f32[8] {{\n  %y = f32[8]{{0}} parameter(0)\n{line}\n}}\n", 8)
-    (found,) = program.collectives()
-    assert found.groups == groups
-    assert (found.kind, found.size, found.trips) == ("all-reduce", 32, 1)
+    (collective,) = program.collectives()
+    assert collective == hlo.Collective("all-reduce", groups, 32, 1)
 
 
 def compiled(function, mesh, *arguments):
-    """The program of a function at (shape, spec) arguments."""
+    """Compiles a function for arguments given as (shape, spec)."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]
     return hlo.Program(jax.jit(function).lower(*shapes).compile().as_text(), mesh.size)
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])
-def test_a_sum_over_one_axis_of_the_mesh(axis):
+def test_sum_over_one_axis_of_the_mesh_is_an_all_reduce(axis):
     mesh = sharding.make_mesh(4, 2)
-    found = compiled(lambda x: x.sum(0), mesh, ((mesh.shape[axis], 64), P(axis))).collectives()
-    (reduced,) = [c for c in found if c.kind == "all-reduce"]
-    assert hlo.axes(reduced, dict(mesh.shape)) == (axis,)
+    program = compiled(lambda x: x.sum(0), mesh, ((mesh.shape[axis], 64), P(axis)))
+    (reduced,) = [c for c in program.collectives() if c.kind == "all-reduce"]
+    assert hlo.mesh_axes(reduced, dict(mesh.shape)) == (axis,)
     assert reduced.size == 64 * 4
 
 
-def test_collectives_of_a_loop_count_its_trips():
+def test_collectives_in_a_loop_count_its_trips():
     mesh = sharding.make_mesh(8, 1)
 
     def body(x, weights):
@@ -70,7 +69,7 @@ def test_one_device_sends_nothing():
 
 @functools.cache
 def scanned(length):
-    """A loop that reads one slice of its weights and writes one slice of its results per turn."""
+    """Returns the traffic of a loop that reads a slice of its weights and writes a slice of its results per step."""
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
 
     def body(x, weights):
@@ -80,8 +79,8 @@ def scanned(length):
     return program.memory_traffic()
 
 
-def test_traffic_of_a_loop_grows_with_its_length_not_its_square():
-    """Slices count, not the arrays they are cut from or written into."""
+def test_traffic_of_a_loop_is_linear_in_its_length():
+    """The slices count, not the whole arrays."""
     assert scanned(64) == pytest.approx(4 * scanned(16), rel=0.1)
     assert scanned(64) >= 64 * 3 * 64 * 64 * 4  # a weight read, a result read and written
     assert scanned(64) <= 64 * 16 * 64 * 64 * 4

@@ -1,16 +1,16 @@
 import pytest
 
-from vqrae_jax.preflight.chips import CHIPS, parse, positions
+from vqrae_jax.preflight.chips import CHIPS, parse_topology, positions
 from vqrae_jax.preflight.hlo import Collective
-from vqrae_jax.preflight.roofline import Roofline, network_seconds
+from vqrae_jax.preflight.roofline import Roofline, network_seconds, scaling_efficiency, weak_scaling
 
 
-def seconds(kind, text, group):
-    topology = parse(text)
-    return network_seconds(Collective(kind, (tuple(group),), 1e9, 1, ""), topology, positions(topology))
+def seconds(kind, topology, group):
+    topology = parse_topology(topology)
+    return network_seconds(Collective(kind, (tuple(group),), 1e9, 1), topology, positions(topology))
 
 
-def test_a_torus_uses_every_link_and_an_open_line_half():
+def test_rings_use_the_whole_link_and_open_lines_half():
     link = CHIPS["v5e"].link
     assert seconds("all-reduce", "v5e:16x16", range(256)) == pytest.approx(2 * 255 / 256 * 1e9 / (2 * link))
     assert seconds("all-gather", "v5e:16x16", range(16)) == pytest.approx(15 / 16 * 1e9 / link)  # one row
@@ -25,6 +25,26 @@ def test_gpus_of_several_hosts_use_the_network():
     assert seconds("all-gather", "gpu:16xh200", range(16)) == pytest.approx(15 / 16 * 1e9 / chip.network)
 
 
-def test_what_binds():
-    line = Roofline(compute=2.0, memory=3.0, network=1.0)
-    assert (line.bound, line.fastest, line.slowest) == ("memory", 3.0, 4.0)
+def test_slowest_resource_is_the_bound():
+    bounds = Roofline(compute=2.0, memory=3.0, network=1.0)
+    assert (bounds.bound, bounds.fastest, bounds.slowest) == ("memory", 3.0, 4.0)
+
+
+def test_weak_scaling_covers_8_to_256_chips():
+    """One all-reduce of a gigabyte, by hand."""
+    collectives = [Collective("all-reduce", (tuple(range(256)),), 1e9, 1.0)]
+    slices = {size.topology: size for size in weak_scaling(collectives, parse_topology("v5e:16x16"))}
+    assert list(slices) == ["v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
+    assert [size.rate for size in slices.values()] == [9e10, 9e10, 9e10, 9e10, 1.35e11, 1.8e11]
+    for size in slices.values():
+        assert size.network == pytest.approx(2 * 1e9 * (size.chips - 1) / size.chips / size.rate)
+    cubes = weak_scaling(collectives, parse_topology("v5p:4x4x4"))
+    assert [size.chips for size in cubes] == [8, 16, 32, 64, 128, 256]
+    assert [size.rate for size in weak_scaling(collectives, parse_topology("gpu:8xh100"))][:2] == [4.5e11, 5e10]
+    assert weak_scaling(collectives, parse_topology("cpu:8")) == []
+
+
+def test_scaling_efficiency():
+    assert scaling_efficiency(0.2, 0.1, 0.1) == (1, 1)
+    assert scaling_efficiency(0.2, 0.3, 0.1) == pytest.approx((0.3 / 0.5, 0.2 / 0.3))
+    assert scaling_efficiency(0.2, 0.1) == pytest.approx((0.2 / 0.3, 1))

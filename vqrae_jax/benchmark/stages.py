@@ -14,7 +14,7 @@ import numpy as np
 from vqrae_jax import sharding
 from vqrae_jax.build.tokenizer import initial_params
 from vqrae_jax.config import Config, from_dict
-from vqrae_jax.preflight import flops
+from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.pretrained import families, tables, writers
 from vqrae_jax.quantizers.nearest import nearest
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
@@ -223,7 +223,7 @@ def _compile(
     run = _Stateful(program, arguments[0], arguments[1:]) if stateful else functools.partial(program, *arguments)
     return Stage(
         run,
-        sum(product.flops for product in flops.count(traced.jaxpr, jax.default_backend())),
+        sum(product.flops for product in count_products(traced.jaxpr, jax.default_backend())),
         (program.cost_analysis() or {}).get("bytes accessed", 0.0),
         program.memory_analysis().temp_size_in_bytes,
         seconds,

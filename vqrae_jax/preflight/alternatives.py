@@ -1,4 +1,4 @@
-"""Other ways to run the same config on the same chips: mesh shapes, remat, batch."""
+"""Other setups of the same config on the same chips: mesh shape, recomputation, batch size."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,12 +6,10 @@ from typing import Any
 
 from vqrae_jax.config import Config
 
-Changes = dict[str, dict[str, Any]]  # section -> field -> value
-
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """What a run's speed and memory depend on."""
+class Setup:
+    """The settings that decide speed and memory of a run."""
 
     slices: int
     data: int
@@ -20,38 +18,36 @@ class Way:
     remat: bool
     batch: int
     accumulate: int
-    attention: str
 
 
-def way(config: Config, chips: int) -> Way:
-    """How `config` runs on `chips` chips."""
+def describe_setup(config: Config, chips: int) -> Setup:
+    """Returns the setup of `config` on a number of chips."""
     mesh = config.mesh
     data = chips // (mesh.slices * mesh.model) if mesh.data == -1 else mesh.data
-    return Way(
+    return Setup(
         mesh.slices, data, mesh.model, mesh.fsdp, config.model.remat, config.data.batch_size,
-        config.optimizer.accumulate, config.model.attention,
+        config.optimizer.accumulate,
     )  # fmt: skip
 
 
 def alternatives(config: Config, fits: bool) -> Iterator[Config]:
-    """Configs to try, the most promising first: what saves memory, or where there is enough, what may save time."""
-    parallel, micro = {"model": 2 * config.mesh.model, "data": -1}, 2 * config.optimizer.accumulate
-    remat: Changes = {"model": {"remat": not config.model.remat}}
-    fsdp: Changes = {"mesh": {"fsdp": not config.mesh.fsdp}}
-    model: Changes = {"mesh": parallel}
+    """Yields configs to try, the most promising first: faster ones if `config` fits, otherwise smaller ones."""
+    remat: dict[str, Any] = {"model": {"remat": not config.model.remat}}
+    fsdp: dict[str, Any] = {"mesh": {"fsdp": not config.mesh.fsdp}}
+    wider: dict[str, Any] = {"model": 2 * config.mesh.model, "data": -1}
     if fits:
-        tried = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, model]
+        changes = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, {"mesh": wider}]
     else:
-        saving = {} if config.model.remat else {**remat}
-        tried = [saving] if saving else []
-        tried += [{**saving, **fsdp}] if not config.mesh.fsdp else []
-        whole = {**saving, "mesh": {"fsdp": True}}
-        tried += [
-            {**whole, "optimizer": {"accumulate": micro}},
-            {**saving, "mesh": {"fsdp": True, **parallel}},
-            {**whole, "data": {"batch_size": config.data.batch_size // 2}},
+        saving = {} if config.model.remat else remat
+        sharded = {**saving, "mesh": {"fsdp": True}}
+        changes = [
+            *([saving] if saving else []),
+            *([{**saving, **fsdp}] if not config.mesh.fsdp else []),
+            {**sharded, "optimizer": {"accumulate": 2 * config.optimizer.accumulate}},
+            {**saving, "mesh": {"fsdp": True, **wider}},
+            {**sharded, "data": {"batch_size": config.data.batch_size // 2}},
         ]
-    for changes in tried:
+    for sections in changes:
         yield config.model_copy(
-            update={name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
+            update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
         )

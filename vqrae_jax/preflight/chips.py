@@ -1,7 +1,7 @@
-"""What chips can do, and which groups of them exist; plain numbers, no jax.
+"""Rates and memory of chips, and the topologies that exist, as plain numbers without JAX.
 
-TPU figures: Google Cloud's system architecture pages and "How to Scale Your Model" (Austin et al. 2025), chapter 2;
-usable memory is what libtpu's compiler grants a program. GPU figures: NVIDIA's data sheets, dense rates, SXM boards.
+Sources for TPUs: Google Cloud's system architecture pages and "How to Scale Your Model" (Austin et al. 2025), chapter
+2; their memory is what libtpu's compiler lets a program use. For GPUs: NVIDIA's data sheets, dense rates, SXM boards.
 """
 
 import dataclasses
@@ -17,16 +17,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as a program sees it; rates per second.
+    """Memory and rates of one device.
 
     Attributes:
       memory: bytes that a program may use.
-      flops: multiply-adds x 2 in bfloat16.
+      flops: bfloat16 FLOPs per second.
       passes: time of a float32 product relative to bfloat16, by precision ("default", "highest").
-      bandwidth: bytes from and to the device's memory.
-      link: bytes that a device sends, and at the same time receives, over one ICI axis (both directions) or NVLink.
-      network: the same over the data centre's network.
-      side: of a TPU's matrix unit, which multiplies square tiles; 0 where tiles are small.
+      bandwidth: bytes per second from and to the device's memory.
+      link: bytes per second that a device receives over one ICI axis (both directions) or over NVLink.
+      network: bytes per second that a device receives over the network of the data centre.
     """
 
     memory: float
@@ -35,15 +34,14 @@ class Chip:
     bandwidth: float
     link: float
     network: float
-    side: int = 0
 
 
 TPU_PASSES = {"default": 1, "highest": 6}
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 2.75e14, TPU_PASSES, 1.2e12, 9e10, 3.1e9, 128),
-    "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9, 128),
-    "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9, 128),
-    "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10, 256),
+    "v4": Chip(30.75 * GIB, 2.75e14, TPU_PASSES, 1.2e12, 9e10, 3.1e9),
+    "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9),
+    "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9),
+    "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10),
     "a100": Chip(80e9, 3.12e14, {"default": 2, "highest": 16}, 2.0e12, 3e11, 2.5e10),
     "h100": Chip(80e9, 9.89e14, {"default": 2, "highest": 14.8}, 3.35e12, 4.5e11, 5e10),
     "h200": Chip(141e9, 9.89e14, {"default": 2, "highest": 14.8}, 4.8e12, 4.5e11, 5e10),
@@ -63,16 +61,16 @@ SHAPES = {"v4": CUBES, "v5e": FLAT, "v5p": (*CUBES, "16x16x24"), "v6e": FLAT}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips and how they are wired.
+    """Devices of one kind and their connections.
 
     Attributes:
-      text: as it was asked for, "v5e:16x16".
+      name: as the user writes it, for example "v5e:16x16".
       platform: "tpu", "gpu" or "cpu".
       kind: a name in CHIPS, or "cpu".
-      shape: chips along each physical axis of a TPU slice; the number of devices elsewhere.
+      shape: chips along each physical axis of a TPU slice; otherwise the number of devices.
     """
 
-    text: str
+    name: str
     platform: str
     kind: str
     shape: tuple[int, ...]
@@ -83,48 +81,44 @@ class Topology:
 
     @property
     def chip(self) -> Chip | None:
-        """None for a CPU: its rates are not known, its memory is this machine's."""
+        """Rates of one device; None for a CPU, whose rates are unknown."""
         return CHIPS.get(self.kind)
 
     @property
     def memory(self) -> float:
-        """Bytes per device."""
+        """Bytes per device; CPU devices share the memory of this machine."""
         if self.chip:
             return self.chip.memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.size
 
     def is_ring(self, axis: int) -> bool:
-        """Whether a physical axis is closed by a wrap-around link."""
+        """Returns whether a wrap-around link closes a physical axis."""
         length = self.shape[axis]
         return length == 16 if self.kind in ("v5e", "v6e") else length % 4 == 0
 
 
-def parse(text: str) -> Topology:
-    """ "v5e:16x16", "gpu:8xh200" or "cpu:8".
+def parse_topology(name: str) -> Topology:
+    """Parses "v5e:16x16", "gpu:8xh200" or "cpu:8".
 
     Raises:
-      ConfigError: lists what exists.
+      ConfigError: the topology does not exist; the message lists all that do.
     """
-    kind, _, rest = text.partition(":")
+    kind, _, rest = name.partition(":")
     if kind in SHAPES and rest in SHAPES[kind]:
-        return Topology(text, "tpu", kind, tuple(map(int, rest.split("x"))))
+        return Topology(name, "tpu", kind, tuple(map(int, rest.split("x"))))
     gpus = re.fullmatch(r"(\d+)x(\w+)", rest) if kind == "gpu" else None
     if gpus and gpus[2] in GPUS and int(gpus[1]) in GPU_COUNTS:
-        return Topology(text, "gpu", gpus[2], (int(gpus[1]),))
+        return Topology(name, "gpu", gpus[2], (int(gpus[1]),))
     if kind == "cpu" and rest.isdigit() and 1 <= int(rest) <= 64:
-        return Topology(text, "cpu", "cpu", (int(rest),))
-    raise ConfigError(f"--topology={text!r} does not exist; these do:\n{known()}")
-
-
-def known() -> str:
-    """Every topology, a line per kind."""
-    tpus = [f"  {kind}: {', '.join(f'{kind}:{shape}' for shape in shapes)}" for kind, shapes in SHAPES.items()]
-    counts = ", ".join(map(str, GPU_COUNTS))
-    return "\n".join([*tpus, f"  gpu: gpu:Nx{{{','.join(GPUS)}}} with N in {counts}", "  cpu: cpu:1 to cpu:64"])
+        return Topology(name, "cpu", "cpu", (int(rest),))
+    lines = [f"  {kind}: {', '.join(f'{kind}:{shape}' for shape in shapes)}" for kind, shapes in SHAPES.items()]
+    lines.append(f"  gpu: gpu:NxKIND with N in {', '.join(map(str, GPU_COUNTS))} and KIND in {', '.join(GPUS)}")
+    lines.append("  cpu: cpu:1 to cpu:64")
+    raise ConfigError("unknown topology; choose one of\n" + "\n".join(lines), field="--topology", value=name)
 
 
 def positions(topology: Topology) -> list[tuple[int, ...]]:
-    """Coordinates: of TPU chips in the slice, of GPUs (host, place), of CPUs (place,)."""
+    """Returns the coordinates of each device: in the slice for TPUs, (host, index) for GPUs, (index,) for CPUs."""
     if topology.platform == "gpu":
-        return [(i // GPUS_PER_HOST, i % GPUS_PER_HOST) for i in range(topology.size)]
+        return [divmod(i, GPUS_PER_HOST) for i in range(topology.size)]
     return list(itertools.product(*map(range, topology.shape)))

@@ -1,56 +1,57 @@
-"""`--mode=preflight`: does a config fit a pod, how fast can it be, what would be better; on a machine without any."""
+"""`--mode=preflight`: memory, speed and communication of a config on hardware that this machine does not have."""
 
 import concurrent.futures
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+
+import jax
 
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.preflight.alternatives import alternatives, way
-from vqrae_jax.preflight.chips import parse
+from vqrae_jax.preflight.alternatives import alternatives, describe_setup
+from vqrae_jax.preflight.chips import parse_topology
 from vqrae_jax.preflight.devices import abstract_devices
-from vqrae_jax.preflight.programs import Cost, Plan
+from vqrae_jax.preflight.programs import Cost, Plan, build_mesh
 from vqrae_jax.preflight.report import Report
 
 log = logging.getLogger(__name__)
 
-WORKERS = 2  # programs compiled at the same time; each takes some GB
+THREADS = 2  # programs compiled at the same time; each needs some GB
 
 
 def preflight(
-    config: Config, topology: str, others: int | None = None, json_path: str | os.PathLike | None = None
+    config: Config, topology: str, count: int | None = None, json_path: str | os.PathLike | None = None
 ) -> Report:
-    """Compiles what a run of `config` would run on `topology`, prints what it costs, and returns it.
+    """Compiles the programs of a run for `topology`, prints their cost and returns it.
 
     Args:
-      config: of the run; neither data nor weights are read, and encoders of our configs need no hub.
-      topology: "v5e:16x16", "gpu:8xh200", "cpu:8".
-      others: how many alternatives to compile, each of which takes as long again; None: none where the config fits,
-        else two.
-      json_path: also written there.
+      config: the run; no data and no weights are read, and the encoders of configs/ need no model hub.
+      topology: "v5e:16x16", "gpu:8xh200" or "cpu:8".
+      count: number of alternatives to compile, each of which takes as long as the training step; None: 2 if the config
+        does not fit, otherwise 0.
+      json_path: file for the report as JSON.
 
     Raises:
-      ConfigError, ConfigError: before anything is compiled.
+      ConfigError: the config or the topology is invalid; raised before anything is compiled.
     """
-    target = parse(topology)
+    target = parse_topology(topology)
     devices = abstract_devices(target)
-    plan = Plan.make(config, target, devices)
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        started = [pool.submit(_compiled, program) for program in plan.programs()]
-        train = started[0].result()
-        others = (0 if train.fits else 2) if others is None else others
-        rest = []
-        for other in _plans(plan, train.fits, devices):
-            if other.arguments() > target.memory:
-                rest.append((other, None))
-            elif others:
-                others -= 1
-                rest.append((other, pool.submit(_compiled, other.train)))
+    plan = Plan.build(config, target, build_mesh(config, devices))
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(_compile, program) for program in plan.programs()]
+        fits = futures[0].result().fits
+        remaining = (0 if fits else 2) if count is None else count
+        others = []
+        for other in _alternative_plans(plan, fits, devices):
+            if other.argument_bytes() > target.memory:
+                others.append((other, None))
+            elif remaining:
+                remaining -= 1
+                others.append((other, pool.submit(_compile, other.train)))
         report = Report(
-            topology, target.size, target.memory, target.platform == "gpu", way(config, target.size),
-            config.train.steps, [s.result() for s in started],
-            [(way(p.config, target.size), done and done.result()) for p, done in rest],
+            target, describe_setup(config, target.size), config.train.steps, [future.result() for future in futures],
+            [(describe_setup(p.config, target.size), future and future.result()) for p, future in others],
         )  # fmt: skip
     if json_path:
         report.save(json_path)
@@ -58,16 +59,15 @@ def preflight(
     return report
 
 
-def _plans(plan: Plan, fits: bool, devices: list[Any]) -> list[Plan]:
-    found = []
+def _alternative_plans(plan: Plan, fits: bool, devices: list[jax.Device]) -> Iterator[Plan]:
     for config in alternatives(plan.config, fits):
         try:
-            found.append(Plan.make(config, plan.topology, devices))
-        except ConfigError:  # that many devices or images cannot be split so
+            mesh = build_mesh(config, devices)
+        except ConfigError:  # the devices cannot be divided like this
             continue
-    return found
+        yield Plan.build(config, plan.topology, mesh)
 
 
-def _compiled(program: Any) -> Cost:
+def _compile(program: Callable[[], Cost]) -> Cost:
     log.info("compiling %s", program.__name__)
     return program()

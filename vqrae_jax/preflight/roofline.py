@@ -1,12 +1,20 @@
-"""How long a step takes at the least: by its arithmetic, by its memory traffic, by what it sends."""
+"""Lower bounds of the time of a step: from its arithmetic, its memory traffic and its communication.
+
+Weak scaling: on a slice of another size a chip computes and reads the same for the same number of images per chip. Its
+gradients, statistics and weights also have the same size; what changes is the share of them that a chip receives, and
+the number of links it receives them over.
+"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-from vqrae_jax.preflight.chips import Topology
+from vqrae_jax.preflight.chips import GPU_COUNTS, SHAPES, Chip, Topology, parse_topology, positions
+from vqrae_jax.preflight.flops import Product
 from vqrae_jax.preflight.hlo import Collective
 
-Position = tuple[int, ...]  # of a device: coordinates of a TPU chip, (host, place) of a GPU, a slice in front if many
+MIN_CHIPS, MAX_CHIPS = 8, 256  # sizes of slices for weak scaling
+Position = tuple[int, ...]  # coordinates of a TPU chip, or (host, index) of a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,47 +27,100 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """Which one binds."""
+        """Name of the resource that takes the longest."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
     @property
     def alone(self) -> float:
-        """What a chip needs where it sends nothing; arithmetic and memory overlap, as they do within a kernel."""
+        """Seconds of a chip that sends nothing; arithmetic and memory traffic overlap, as they do within a kernel."""
         return max(self.compute, self.memory)
 
     @property
     def fastest(self) -> float:
-        """All three at the same time."""
+        """Seconds if communication overlaps completely with the rest."""
         return max(self.alone, self.network)
 
     @property
     def slowest(self) -> float:
-        """Nothing sent while anything is computed."""
+        """Seconds if communication overlaps with nothing."""
         return self.alone + self.network
 
 
-def network_seconds(collective: Collective, topology: Topology, positions: Sequence[Position]) -> float:
-    """Time of one run of a collective by rings over every link that its group has.
+@dataclasses.dataclass(frozen=True)
+class ScaledSlice:
+    """A slice of another size that runs the same step with the same number of images per chip.
 
-    An all-gather or a reduce-scatter of `size` bytes over n devices receives size * (n - 1) / n on each; an all-reduce
-    is one after the other; a permutation sends its array once.
+    Attributes:
+      rate: bytes per second into each chip, over all its links.
+      network: seconds of communication per step.
+    """
+
+    topology: str
+    chips: int
+    rate: float
+    network: float
+
+
+def compute_seconds(products: list[Product], chips: int, chip: Chip) -> float:
+    """Returns the time of the products, spread evenly over a number of chips."""
+    return sum(p.flops * chip.passes.get(p.kind, 1) for p in products) / (chips * chip.flops)
+
+
+def network_seconds(collective: Collective, topology: Topology, positions: Sequence[Position]) -> float:
+    """Returns the time of one run of a collective, by rings over all links of its group.
+
+    In an all-gather or reduce-scatter of `size` bytes over n devices each receives size * (n - 1) / n; an all-reduce is
+    one after the other; a permutation sends its array once.
     """
     n = len(collective.groups[0])
     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
-    places = [positions[i] for i in collective.groups[0]]
-    return share * collective.size / rate(places, topology)
+    return share * collective.size / receive_rate([positions[i] for i in collective.groups[0]], topology)
 
 
-def rate(places: list[Position], topology: Topology) -> float:
-    """Bytes per second into each device of a group."""
+def receive_rate(group: list[Position], topology: Topology) -> float:
+    """Returns the bytes per second into each device of a group."""
     chip = topology.chip
-    spans = [len({place[axis] for place in places}) for axis in range(len(places[0]))]
+    spans = [len({position[axis] for position in group}) for axis in range(len(group[0]))]
     if topology.platform == "gpu":
         return chip.network if spans[0] > 1 else chip.link
-    if len(spans) > len(topology.shape) and spans[0] > 1:  # several slices
-        return chip.network
-    spans = spans[-len(topology.shape) :]
-    # Without the wrap-around link traffic turns back at the ends, so an axis carries half.
-    whole = [span == topology.shape[axis] and topology.is_ring(axis) for axis, span in enumerate(spans)]
-    links = [1.0 if ring else 0.5 for span, ring in zip(spans, whole, strict=True) if span > 1]
+    # Without the wrap-around link, traffic turns back at the ends, so an axis carries half.
+    rings = [span == topology.shape[axis] and topology.is_ring(axis) for axis, span in enumerate(spans)]
+    links = [1.0 if ring else 0.5 for span, ring in zip(spans, rings, strict=True) if span > 1]
     return chip.link * (sum(links) or 1.0)
+
+
+def weak_scaling(collectives: list[Collective], topology: Topology) -> list[ScaledSlice]:
+    """Returns the communication of a step on every slice of MIN_CHIPS to MAX_CHIPS chips of the same kind.
+
+    Args:
+      collectives: those of a program that splits only batches and weights, so all over the same axis of all chips.
+      topology: the topology that it was compiled for; a CPU has no other slices.
+    """
+    if topology.platform == "cpu":
+        return []
+    if topology.platform == "gpu":
+        names = [f"gpu:{count}x{topology.kind}" for count in GPU_COUNTS]
+    else:
+        names = [f"{topology.kind}:{shape}" for shape in SHAPES[topology.kind]]
+    slices = []
+    for other in sorted(map(parse_topology, names), key=lambda other: other.size):
+        if MIN_CHIPS <= other.size <= MAX_CHIPS:
+            chips, group = positions(other), (tuple(range(other.size)),)
+            scaled = [dataclasses.replace(c, groups=group) for c in collectives]
+            network = math.fsum(c.trips * network_seconds(c, other, chips) for c in scaled)
+            slices.append(ScaledSlice(other.name, other.size, receive_rate(chips, other), network))
+    return slices
+
+
+def scaling_efficiency(alone: float, network: float, reference: float = 0.0) -> tuple[float, float]:
+    """Returns the time of a step with `reference` seconds of communication, relative to one with `network` seconds.
+
+    Args:
+      alone: seconds that a chip computes and reads, the same in both.
+      network: seconds of communication.
+      reference: seconds of communication of the step to compare with; 0 for a single chip.
+
+    Returns:
+      The ratio if communication overlaps with nothing, and if it overlaps completely.
+    """
+    return (alone + reference) / (alone + network), max(alone, reference) / max(alone, network)
