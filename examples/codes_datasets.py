@@ -1,4 +1,4 @@
-"""A tokenized dataset in Hugging Face `datasets`, from shards written with --format=parquet.
+"""Reads a tokenized dataset of parquet shards with Hugging Face `datasets`.
 
 python examples/codes_datasets.py /data/codes
 """
@@ -11,7 +11,7 @@ import datasets
 
 
 def load(path: str) -> datasets.Dataset:
-    """Columns index, id, label and codes, the codes in their shape."""
+    """Loads the columns index, id, label and codes, the codes in their shape."""
     shape = tuple(json.loads((pathlib.Path(path) / "manifest.json").read_text())["code_shape"])
     flat = datasets.load_dataset("parquet", data_files=str(pathlib.Path(path) / "*.parquet"), split="train")
     flat = flat.with_format("numpy")

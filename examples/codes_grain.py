@@ -1,4 +1,4 @@
-"""A tokenized dataset in grain: shuffled batches of codes and labels, without end.
+"""Reads a tokenized dataset with grain: shuffled batches of codes and labels, forever.
 
 python examples/codes_grain.py /data/codes
 """
@@ -11,10 +11,10 @@ from vqrae_jax.data.codes import Codes
 
 
 def batches(path: str, batch_size: int, seed: int = 0) -> grain.DatasetIterator:
-    """Iterates over {"codes": [batch, ...], "label": int32 [batch]}; `get_state` and `set_state` resume it exactly."""
+    """Yields {"codes": [batch, ...], "label": int32 [batch]}; `get_state` and `set_state` resume it exactly."""
     records = grain.MapDataset.source(Codes(path)).seed(seed).shuffle().repeat()
-    wanted = records.map(lambda record: {name: record[name] for name in ("codes", "label")})
-    return iter(wanted.batch(batch_size, drop_remainder=True).to_iter_dataset())
+    columns = records.map(lambda record: {name: record[name] for name in ("codes", "label")})
+    return iter(columns.batch(batch_size, drop_remainder=True).to_iter_dataset())
 
 
 if __name__ == "__main__":

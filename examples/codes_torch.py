@@ -1,4 +1,4 @@
-"""A tokenized dataset in PyTorch; JAX is not imported.
+"""Reads a tokenized dataset with PyTorch, without importing JAX.
 
 python examples/codes_torch.py /data/codes
 """
@@ -12,7 +12,7 @@ from vqrae_jax.data.codes import Codes
 
 
 class CodeDataset(torch.utils.data.Dataset):
-    """(codes int64 [...], label) of each image."""
+    """Pairs of codes, int64 [...], and label."""
 
     def __init__(self, path: str):
         self.records = Codes(path)

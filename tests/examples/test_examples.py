@@ -1,5 +1,3 @@
-"""The examples do what they say."""
-
 import importlib.util
 import pathlib
 import subprocess
@@ -21,15 +19,9 @@ def example(name):
     return module
 
 
-@pytest.fixture(scope="module")
-def tokenized(tmp_path_factory):
-    """Ten images of 2 x 2 codes, in parquet."""
-    return written(tmp_path_factory.mktemp("codes"), 100, 2, lambda i, n: i * 10 + n)
-
-
-def written(folder, size, side, code):
-    """`code` of the numbers of image and position."""
-    plan = codes.Plan("0" * 64, "made up", 10, "one", (side, side), "uint16", size, 32, "parquet", 4)
+def write_codes(folder, codebook_size, side, code):
+    """Writes ten images whose codes are a function of the indices of image and position, in parquet shards."""
+    plan = codes.Plan("0" * 64, "invented", 10, "one", (side, side), "uint16", codebook_size, 32, "parquet", 4)
     for shard in codes.start_dataset(folder, plan):
         index = np.arange(*plan.image_range(shard))
         grids = code(index[:, None, None], np.arange(side**2).reshape(side, side)).astype(np.uint16)
@@ -39,7 +31,13 @@ def written(folder, size, side, code):
     return folder
 
 
-def test_grain_sees_every_record_once_an_epoch_and_resumes(tokenized):
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """The tens of a code are the image, the ones the position."""
+    return write_codes(tmp_path_factory.mktemp("codes"), 100, 2, lambda i, n: i * 10 + n)
+
+
+def test_grain_reads_every_record_once_per_epoch_and_resumes(tokenized):
     module = example("codes_grain")
     batches = module.batches(str(tokenized), 5)
     first = next(batches)
@@ -47,15 +45,15 @@ def test_grain_sees_every_record_once_an_epoch_and_resumes(tokenized):
     second = next(batches)
     assert sorted([*first["codes"][:, 0, 0], *second["codes"][:, 0, 0]]) == [10 * i for i in range(10)]
     np.testing.assert_array_equal(first["label"], first["codes"][:, 0, 0] // 10 % 3)
-    again = module.batches(str(tokenized), 5)
-    again.set_state(state)
-    np.testing.assert_array_equal(next(again)["codes"], second["codes"])
+    resumed = module.batches(str(tokenized), 5)
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed)["codes"], second["codes"])
 
 
 def test_reading_needs_no_jax(tokenized):
     script = (
         "import sys\nfrom vqrae_jax.data.codes import Codes\n"
-        f"read = Codes({str(tokenized)!r})\nassert len(read) == 10 and read[3]['codes'][0, 1] == 31\n"
+        f"dataset = Codes({str(tokenized)!r})\nassert len(dataset) == 10 and dataset[3]['codes'][0, 1] == 31\n"
         "assert not {'jax', 'flax', 'grain', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=FOLDER.parent)
@@ -63,30 +61,20 @@ def test_reading_needs_no_jax(tokenized):
 
 def test_pytorch(tokenized):
     pytest.importorskip("torch")
-    grids, label = example("codes_torch").CodeDataset(str(tokenized))[7]
-    assert grids.tolist() == [[70, 71], [72, 73]]
-    assert label == 1
+    grid, label = example("codes_torch").CodeDataset(str(tokenized))[7]
+    assert (grid.tolist(), label) == ([[70, 71], [72, 73]], 1)
 
 
 def test_hugging_face_datasets(tokenized, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     pytest.importorskip("datasets")
-    records = example("codes_datasets").load(str(tokenized))
-    assert records[7]["codes"].tolist() == [[70, 71], [72, 73]]
-    assert records[7]["id"] == "7.png"
+    record = example("codes_datasets").load(str(tokenized))[7]
+    assert (record["codes"].tolist(), record["id"]) == ([[70, 71], [72, 73]], "7.png")
 
 
-def test_the_decoder_is_differentiable(tiny):
-    import jax
-
-    from vqrae_jax import Tokenizer
-    from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
-
-    config = tiny().model
-    built = build_tokenizer(config)
-    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
-    picture = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
-    _, errors = example("invert_a_picture").invert(Tokenizer(built.module, variables, config), picture, steps=20)
+def test_the_decoder_is_differentiable(untrained):
+    image = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
+    _, errors = example("invert_an_image").invert(untrained(), image, steps=20)
     assert errors[-1] < 0.9 * errors[0]
 
 
@@ -96,15 +84,16 @@ def test_a_generator_learns_codes(tokenized):
 
     module = example("generate")
     model = Generator(BlocksConfig(32, 1, 2, 64), 100, 4, 3)
-    variables, losses = module.train(model, module.batches(codes.Codes(str(tokenized)), 10), 120, rate=1e-2)
+    batches = module.batches(codes.Codes(str(tokenized)), 10)
+    variables, losses = module.train(model, batches, 120, learning_rate=1e-2)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
-    made_up = np.asarray(module.make_up(model, variables, np.arange(3).repeat(20)))
-    assert np.mean(made_up % 10 == np.arange(4)) > 0.9  # the last digit of a code is its position
+    samples = np.asarray(module.sample_codes(model, variables, np.arange(3).repeat(20)))
+    assert np.mean(samples % 10 == np.arange(4)) > 0.9
 
 
-def test_a_generator_paints(trained, tmp_path, monkeypatch):
-    folder, picture = tmp_path / "codes", tmp_path / "made_up.png"
-    written(folder, 32, 4, lambda i, n: (i + n) % 32)
-    monkeypatch.setattr(sys, "argv", ["generate.py", str(trained), str(folder), str(picture), "--steps=2", "--batch=2"])
+def test_the_generator_writes_decoded_samples(trained, tmp_path, monkeypatch):
+    folder = write_codes(tmp_path / "codes", 32, 4, lambda i, n: (i + n) % 32)
+    output = tmp_path / "samples.png"
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(trained), str(folder), str(output), "--steps=2", "--batch=2"])
     example("generate").main()
-    assert images.read_image(picture).shape == (3 * 32, 8 * 32, 3)
+    assert images.read_image(output).shape == (3 * 32, 8 * 32, 3)

@@ -8,59 +8,49 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-NOTEBOOK = ROOT / "launch" / "colab.ipynb"
-CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+NOTEBOOK = pathlib.Path(__file__).parents[2] / "launch" / "colab.ipynb"
+CODE = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
-def parameters():
-    (cell,) = [c for c in CODE if "parameters" in c["metadata"].get("tags", ())]
-    return cell
-
-
-def test_git_has_no_outputs():
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
-
-
-def test_every_cell_is_python():
+def test_cells_are_python_without_outputs():
     for cell in CODE:
         ast.parse("".join(cell["source"]))
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
 
 
-def test_what_it_asks_of_the_user_has_defaults():
-    names = re.findall(r"^(\w+) = ", "".join(parameters()["source"]), re.M)
+def test_parameters_have_defaults():
+    (cell,) = [cell for cell in CODE if "parameters" in cell["metadata"].get("tags", ())]
+    names = re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M)
     assert names == ["REPOSITORY", "TOKENIZER", "STEPS", "WORKDIR"]
 
 
-def run(values, folder):
-    """Runs it in a kernel of its own with other parameters; returns its notebook with outputs."""
+def run(parameters, folder):
+    """Runs the notebook in its own kernel; returns it with outputs."""
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
     pytest.importorskip("ipykernel", reason="the notebook extra is not installed")
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
-    return client.execute(env=os.environ | {"XLA_FLAGS": ""})  # one device, as most notebooks have
+    return client.execute(env=os.environ | {"XLA_FLAGS": ""})  # one device, as in most notebooks
 
 
-@pytest.mark.parametrize("start", ["of a tokenizer", pytest.param("of its own training", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["tokenizer", pytest.param("training", marks=pytest.mark.slow)])
 def test_it_runs_from_top_to_bottom(trained, tmp_path, start):
-    given = {"TOKENIZER": str(trained)} if start == "of a tokenizer" else {"STEPS": 8, "WORKDIR": str(tmp_path / "run")}
-    done = run(given, NOTEBOOK.parent)
-    kinds = [
-        kind for cell in done.cells if cell.cell_type == "code" for o in cell.outputs for kind in o.get("data", {})
-    ]
-    assert kinds.count("image/png") == 5
-    printed = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
-    assert "bits per picture" in printed
-    assert len(re.findall(r"pictures per second", printed)) == 4
+    trained_here = {"STEPS": 8, "WORKDIR": str(tmp_path / "run")}
+    notebook = run({"TOKENIZER": str(trained)} if start == "tokenizer" else trained_here, NOTEBOOK.parent)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "bits per image" in printed
+    assert len(re.findall(r"images per second", printed)) == 4
 
 
-def test_outside_a_checkout_it_asks_for_the_repository(tmp_path):
+def test_outside_a_checkout_it_needs_the_repository(tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="set REPOSITORY"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="REPOSITORY"):
         run({}, tmp_path)

@@ -1,0 +1,48 @@
+"""Finds the latents that the decoder turns into a given image, by gradient descent through a jitted decoder.
+
+python examples/invert_an_image.py runs/quickstart cat.png inverted.png
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax import Tokenizer
+from vqrae_jax.data import images
+
+
+def invert(
+    tokenizer: Tokenizer, image: np.ndarray, steps: int = 100, learning_rate: float = 0.05
+) -> tuple[jax.Array, list[float]]:
+    """Optimizes latents for `image` [1, S, S, 3] in [0, 1], starting from its codes.
+
+    Returns:
+      The latents, and the mean squared error before each step.
+    """
+    encode, decode = tokenizer.function("encode"), tokenizer.function("decode")
+    variables = tokenizer.variables
+
+    def loss(latents):
+        return jnp.mean((decode(variables, latents) - image) ** 2)
+
+    @jax.jit
+    def step(latents):
+        value, gradient = jax.value_and_grad(loss)(latents)
+        return latents - learning_rate * gradient / (jnp.sqrt(jnp.mean(gradient**2)) + 1e-12), value
+
+    latents, errors = jax.jit(encode)(variables, image), []
+    for _ in range(steps):
+        latents, value = step(latents)
+        errors.append(float(value))
+    return latents, errors
+
+
+if __name__ == "__main__":
+    checkpoint, source, target = sys.argv[1:]
+    tokenizer = Tokenizer.load(checkpoint)
+    square = images.center_crop(images.read_image(source), tokenizer.image_size)
+    latents, errors = invert(tokenizer, square[None] / np.float32(255))
+    images.write_image(target, (tokenizer.decode(latents)[0] * 255 + 0.5).astype(np.uint8))
+    print(f"mean squared error {errors[0]:.4f} -> {errors[-1]:.4f}, wrote {target}")
