@@ -7,8 +7,8 @@ Requires --config.data.path and access to the model hub.
 from vqrae_jax import config
 
 
-def get_config(parse_decoder_and_size="ViT-XL,256"):
-    decoder, pixels = config.parse_decoder_and_size(parse_decoder_and_size)
+def get_config(decoder_and_size="ViT-XL,256"):
+    decoder, pixels = config.parse_decoder_and_size(decoder_and_size)
     c = config.defaults()
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-small"

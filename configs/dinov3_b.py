@@ -7,8 +7,8 @@ Requires --config.data.path and a login to the model hub, which gates these weig
 from vqrae_jax import config
 
 
-def get_config(parse_decoder_and_size="ViT-XL,256"):
-    decoder, pixels = config.parse_decoder_and_size(parse_decoder_and_size)
+def get_config(decoder_and_size="ViT-XL,256"):
+    decoder, pixels = config.parse_decoder_and_size(decoder_and_size)
     c = config.defaults()
     c.model.encoder_cls = "Dinov3withNorm"
     c.model.encoder_config_path = "facebook/dinov3-vitb16-pretrain-lvd1689m"

@@ -7,8 +7,8 @@ Requires --config.data.path and access to the model hub.
 from vqrae_jax import config
 
 
-def get_config(parse_decoder_and_size="ViT-XL,256"):
-    decoder, pixels = config.parse_decoder_and_size(parse_decoder_and_size)
+def get_config(decoder_and_size="ViT-XL,256"):
+    decoder, pixels = config.parse_decoder_and_size(decoder_and_size)
     c = config.defaults()
     c.model.encoder_cls = "SigLIP2wNorm"
     c.model.encoder_config_path = f"google/siglip2-large-patch16-{pixels}"

@@ -9,7 +9,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-INDIRECT = {"google", "ml_dtypes"}  # installed by tensorflow-datasets (protobuf) and by jax
+INDIRECT = {"google", "ml_dtypes", "pydantic_core"}  # installed by tensorflow-datasets (protobuf), jax and pydantic
 
 
 def requirement_lines(text):
