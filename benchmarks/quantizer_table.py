@@ -28,7 +28,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import codebook_health
 from vqrae_jax.evaluation.psnr import psnr
-from vqrae_jax.losses.pixel import l2
+from vqrae_jax.losses.reconstruction import l2
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.vit import patchify
 from vqrae_jax.quantizers.base import Quantizer

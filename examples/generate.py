@@ -44,7 +44,7 @@ def train(
         masked = masking.mask(mask_key, batch["codes"], model.num_embeddings)
         dropped = jax.random.uniform(label_key, batch["label"].shape) < LABEL_DROPOUT
         labels = jnp.where((batch["label"] < 0) | dropped, model.classes, batch["label"])
-        logits = model.apply(variables, masked.codes, labels)
+        logits = model.apply(variables, masked.indices, labels)
         return masking.masked_mean(masking.cross_entropy(logits, batch["codes"]), masked)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

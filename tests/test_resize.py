@@ -1,3 +1,5 @@
+"""Resampling equals PyTorch's."""
+
 import numpy as np
 import pytest
 

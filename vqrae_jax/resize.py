@@ -1,7 +1,6 @@
 """PyTorch's image resampling as one small matrix per axis, for pixels, position grids and latents.
 
-`jax.image.resize` uses another cubic constant and antialiases by default, which moves encoder features by several
-percent; the kernels here are those that the pretrained weights were trained and are evaluated with.
+`jax.image.resize` has another cubic constant and antialiases, which changes encoder features by several percent.
 """
 
 from typing import Literal
@@ -15,11 +14,11 @@ Method = Literal["bilinear", "bilinear_tf1", "bicubic", "bicubic_antialias"]
 
 
 def resize(x: Float[Array, "*b H W C"], height: int, width: int, method: Method) -> Float[Array, "*b h w C"]:
-    """Resamples the two axes before the last to (height, width), in float32; half-pixel centres but for bilinear_tf1.
+    """Resamples the axes H and W to (height, width), in float32.
 
-    bilinear and bicubic (a = -0.75) equal torch's interpolate(align_corners=False); bicubic_antialias (a = -0.5, kernel
-    stretched when shrinking) equals the same call with antialias=True; bilinear_tf1 is TensorFlow 1's
-    resize_bilinear(align_corners=False), by which Inception's features are defined: sample i lies at i * n_in / n_out.
+    "bilinear" and "bicubic" (a = -0.75) equal torch's interpolate(align_corners=False); "bicubic_antialias" (a = -0.5,
+    kernel widened when shrinking) equals it with antialias=True. "bilinear_tf1" is TensorFlow 1's
+    resize_bilinear(align_corners=False), which Inception's features are defined by: sample i lies at i * n_in / n_out.
     """
     if x.shape[-3:-1] == (height, width):
         return x
@@ -30,9 +29,9 @@ def resize(x: Float[Array, "*b H W C"], height: int, width: int, method: Method)
 
 
 def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]:
-    """The weights by which one axis of n_in samples becomes n_out samples; every row sums to one."""
+    """Returns the weights that resample n_in samples to n_out; every row sums to one."""
     if method == "bicubic_antialias":
-        return _stretched(n_in, n_out)
+        return _antialiased_matrix(n_in, n_out)
     kernel, taps = (_cubic, range(-1, 3)) if method == "bicubic" else (_triangle, range(2))
     shift = 0.0 if method == "bilinear_tf1" else 0.5
     centre = (np.arange(n_out) + shift) * (n_in / n_out) - shift
@@ -41,21 +40,21 @@ def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]
     first = np.floor(centre).astype(int)
     weights = np.zeros((n_out, n_in))
     for tap in taps:
-        at = first + tap
-        np.add.at(weights, (np.arange(n_out), np.clip(at, 0, n_in - 1)), kernel(centre - at))
+        source = first + tap
+        np.add.at(weights, (np.arange(n_out), np.clip(source, 0, n_in - 1)), kernel(centre - source))
     return weights.astype(np.float32)
 
 
-def _stretched(n_in: int, n_out: int) -> Float[np.ndarray, "out in"]:
-    """Taps outside the image are dropped and the rest renormalised."""
+def _antialiased_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "out in"]:
+    """Drops taps outside the image and renormalizes the others."""
     step = n_in / n_out
     stretch = max(step, 1.0)
     centre = (np.arange(n_out) + 0.5) * step
     first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)
     last = np.minimum((centre + 2 * stretch + 0.5).astype(int), n_in)
-    at = np.arange(n_in)
-    weights = _cubic((at + 0.5 - centre[:, None]) / stretch, a=-0.5)
-    weights *= (at >= first[:, None]) & (at < last[:, None])
+    source = np.arange(n_in)
+    weights = _cubic((source + 0.5 - centre[:, None]) / stretch, a=-0.5)
+    weights *= (source >= first[:, None]) & (source < last[:, None])
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -64,7 +63,7 @@ def _triangle(distance: np.ndarray) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys' cubic convolution kernel (IEEE ASSP 29(6), 1981)."""
+    """Returns Keys' cubic convolution kernel (IEEE ASSP 29(6), 1981)."""
     d = np.abs(distance)
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a

@@ -1,4 +1,4 @@
-"""What is hidden, and that the bound is one: tight for a predictor that knows the distribution."""
+"""Masking follows its schedule; the bound is tight for a predictor that knows the distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ def test_nothing_is_hidden_at_the_start_and_everything_at_the_end(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_masked_rows(schedule):
-    codes = jax.random.randint(jax.random.key(0), (256, 400), 0, K)
-    masked = masking.mask(jax.random.key(1), codes, K, schedule)
-    assert np.array_equal(masked.hidden, masked.codes == K)
-    assert np.array_equal(np.where(masked.hidden, codes, masked.codes), codes)
+def test_masked_rows_follow_the_schedule(schedule):
+    indices = jax.random.randint(jax.random.key(0), (256, 400), 0, K)
+    masked = masking.mask(jax.random.key(1), indices, K, schedule)
+    assert np.array_equal(masked.hidden, masked.indices == K)
+    assert np.array_equal(np.where(masked.hidden, indices, masked.indices), indices)
     # Times are spread evenly: sorted shares follow the schedule.
     expected = masking.hidden_share((jnp.arange(256) + 0.5) / 256, schedule)
     assert np.abs(np.sort(masked.hidden.mean(1)) - expected).max() < 0.1
@@ -32,40 +32,40 @@ def test_masked_rows(schedule):
     np.testing.assert_allclose(np.median(masked.weight), np.median(slope / expected), rtol=0.05)
 
 
-def test_cross_entropy_in_nats():
+def test_cross_entropy_is_in_nats():
     logits = jnp.asarray([[[0.0, jnp.log(3.0)], [5.0, 5.0]]], jnp.bfloat16)
-    found = masking.cross_entropy(logits, jnp.asarray([[1, 0]]))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, [[np.log(4 / 3), np.log(2)]], rtol=5e-3)
+    nats = masking.cross_entropy(logits, jnp.asarray([[1, 0]]))
+    assert nats.dtype == jnp.float32
+    np.testing.assert_allclose(nats, [[np.log(4 / 3), np.log(2)]], rtol=5e-3)
 
 
-def test_mean_over_what_is_hidden():
+def test_mean_over_hidden_indices():
     nats = jnp.asarray([[1.0, jnp.inf], [3.0, 5.0]])
     masked = masking.Masked(None, jnp.asarray([[True, False], [True, True]]), None)
     assert masking.masked_mean(nats, masked) == 3
     assert masking.masked_mean(nats, masked._replace(hidden=jnp.zeros((2, 2), bool))) == 0
 
 
-def independent(codes):
-    """Logits where every code is uniform."""
-    return jnp.zeros((*codes.shape, K))
+def independent(indices):
+    """Logits of independent, uniform indices."""
+    return jnp.zeros((*indices.shape, K))
 
 
-def twins(codes):
-    """Logits where both codes of a picture are the same, any of K alike."""
-    other = codes[:, ::-1]
+def twins(indices):
+    """Logits of two equal indices, uniform over K."""
+    other = indices[:, ::-1]
     return jnp.where((other < K)[..., None], 1e4 * jax.nn.one_hot(other, K), 0.0)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize(("predict", "share"), [(independent, 1.0), (twins, 0.5)])
-def test_the_bound_is_the_entropy_where_the_predictor_is_exact(predict, share, schedule):
+def test_the_bound_is_the_entropy_for_an_exact_predictor(predict, share, schedule):
     first = jax.random.randint(jax.random.key(0), (4096, 1), 0, K)
-    codes = jnp.concatenate([first, first], axis=1)
+    indices = jnp.concatenate([first, first], axis=1)
 
     def once(key):
-        masked = masking.mask(key, codes, K, schedule)
-        return masking.bound(masking.cross_entropy(predict(masked.codes), codes), masked)
+        masked = masking.mask(key, indices, K, schedule)
+        return masking.bound(masking.cross_entropy(predict(masked.indices), indices), masked)
 
-    found = jax.lax.map(once, jax.random.split(jax.random.key(1), 50))
-    np.testing.assert_allclose(found.mean(), share * np.log(K), rtol=0.02)
+    nats = jax.lax.map(once, jax.random.split(jax.random.key(1), 50))
+    np.testing.assert_allclose(nats.mean(), share * np.log(K), rtol=0.02)

@@ -1,4 +1,4 @@
-"""Samples of known distributions, for predictors that know them."""
+"""Samples follow known distributions when the predictor is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ K = 5
 ROWS = 4096
 
 
-def twins(codes):
-    """Logits where both codes of a picture are the same, any of K alike."""
-    other = codes[:, ::-1]
+def twins(indices):
+    """Logits of two equal indices, uniform over K."""
+    other = indices[:, ::-1]
     return jnp.where((other < K)[..., None], 1e4 * jax.nn.one_hot(other, K), 0.0)
 
 
@@ -23,60 +23,60 @@ def hidden(rows, positions):
 
 @pytest.mark.parametrize(("order", "steps", "equal"), [("confidence", 8, 1.0), ("chance", 64, 0.97), ("chance", 1, 0)])
 def test_a_joint_distribution(order, steps, equal):
-    """Both codes in one step are drawn independently, which more steps make rare."""
-    codes = np.asarray(sample(twins, jax.random.key(0), hidden(ROWS, 2), K, steps, order=order))
-    counts = np.bincount(codes[:, 0], minlength=K)
+    """Two indices sampled in one step are independent, which becomes rare with more steps."""
+    indices = np.asarray(sample(twins, jax.random.key(0), hidden(ROWS, 2), K, steps, order=order))
+    counts = np.bincount(indices[:, 0], minlength=K)
     assert counts.sum() == ROWS
     assert np.abs(counts - ROWS / K).max() < 5 * np.sqrt(ROWS / K)
-    same = np.mean(codes[:, 0] == codes[:, 1])
+    same = np.mean(indices[:, 0] == indices[:, 1])
     assert same >= equal if equal else abs(same - 1 / K) < 0.05
 
 
 @pytest.mark.parametrize("order", ["confidence", "chance"])
-def test_what_is_given_stays_and_the_rest_is_drawn(order):
-    given = jax.random.randint(jax.random.key(0), (64, 9), 0, K)
-    holes = jax.random.uniform(jax.random.key(1), given.shape) < jnp.linspace(0, 1, 64)[:, None]
-    found = sample(
-        lambda codes: jnp.zeros((*codes.shape, K)), jax.random.key(2), jnp.where(holes, K, given), K, 4, order=order
+def test_hidden_indices_are_sampled_and_the_others_stay(order):
+    start = jax.random.randint(jax.random.key(0), (64, 9), 0, K)
+    holes = jax.random.uniform(jax.random.key(1), start.shape) < jnp.linspace(0, 1, 64)[:, None]
+    samples = sample(
+        lambda indices: jnp.zeros((*indices.shape, K)), jax.random.key(2), jnp.where(holes, K, start), K, 4, order=order
     )
-    assert np.array_equal(found[~holes], given[~holes])
-    assert found.min() >= 0
-    assert found.max() < K
-    assert np.mean(found[holes] == given[holes]) < 0.5
+    assert np.array_equal(samples[~holes], start[~holes])
+    assert samples.min() >= 0
+    assert samples.max() < K
+    assert np.mean(samples[holes] == start[holes]) < 0.5
 
 
-def test_the_surest_come_first():
-    """Two linear steps: the first draws 0 or 1, the second 2 or 3; half of the positions are sure of the even one."""
+def test_confident_indices_come_first():
+    """Of two linear steps, the first samples 0 or 1, the second 2 or 3; half of the positions are certain."""
     sure = jnp.asarray([0.0, 1.0, 0.0, 1.0])
 
-    def predict(codes):
-        second = jnp.any(codes < K, axis=1)[:, None, None]
+    def predict(indices):
+        second = jnp.any(indices < K, axis=1)[:, None, None]
         first = jnp.stack([jnp.zeros(4), -1e4 * sure, *[jnp.full(4, -1e4)] * 3], axis=-1)
         return jnp.where(second, jnp.roll(first, 2, axis=-1), first)
 
-    found = sample(predict, jax.random.key(0), hidden(64, 4), K, 2, schedule="linear", choice_temperature=0.0)
-    assert np.array_equal(found[:, 1::2], np.zeros((64, 2)))
-    assert set(np.asarray(found[:, ::2]).ravel()) == {2, 3}
+    samples = sample(predict, jax.random.key(0), hidden(64, 4), K, 2, schedule="linear", choice_temperature=0.0)
+    assert np.array_equal(samples[:, 1::2], np.zeros((64, 2)))
+    assert set(np.asarray(samples[:, ::2]).ravel()) == {2, 3}
 
 
-def test_temperature_sharpens():
+def test_temperature_scales_logits():
     logits = jnp.arange(K, dtype=jnp.float32)
 
-    def predict(codes):
-        return jnp.broadcast_to(logits, (*codes.shape, K))
+    def predict(indices):
+        return jnp.broadcast_to(logits, (*indices.shape, K))
 
     for temperature in (0.5, 1.0, 2.0):
-        found = sample(predict, jax.random.key(0), hidden(ROWS, 1), K, 1, temperature=temperature)
-        shares = np.bincount(np.asarray(found)[:, 0], minlength=K) / ROWS
+        samples = sample(predict, jax.random.key(0), hidden(ROWS, 1), K, 1, temperature=temperature)
+        shares = np.bincount(np.asarray(samples)[:, 0], minlength=K) / ROWS
         np.testing.assert_allclose(shares, jax.nn.softmax(logits / temperature), atol=0.03)
 
 
-def test_guidance():
-    one, other = (lambda codes, x=x: jnp.full((*codes.shape, K), x) for x in (3.0, 1.0))
+def test_guidance_extrapolates():
+    one, other = (lambda indices, x=x: jnp.full((*indices.shape, K), x) for x in (3.0, 1.0))
     assert np.all(guided(one, other, 0.0)(hidden(1, 1)) == 3)
     assert np.all(guided(one, other, 2.0)(hidden(1, 1)) == 7)
 
 
-def test_no_steps():
-    with pytest.raises(ValueError, match="steps=0: at least one"):
+def test_zero_steps_are_refused():
+    with pytest.raises(ValueError, match="steps=0"):
         sample(twins, jax.random.key(0), hidden(1, 2), K, 0)

@@ -1,4 +1,4 @@
-"""GAN losses, DiffAug and the adaptive weight equal the PyTorch origin's."""
+"""GAN losses, DiffAug and the adaptive weight equal those of the PyTorch VQRAE."""
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ def test_non_saturating_loss():
     logits = jnp.array([[0.0, 3.0, -200.0]])
     np.testing.assert_allclose(adversarial.non_saturating_generator(logits) * 3, np.log(2) + np.log1p(np.exp(-3)) + 200)
     gradient = jax.grad(adversarial.non_saturating_generator)(logits)
-    np.testing.assert_allclose(gradient[0, 2], -1 / 3, rtol=1e-6)  # where vanilla's own loss is flat
+    np.testing.assert_allclose(gradient[0, 2], -1 / 3, rtol=1e-6)  # where the loss -softplus is flat
 
 
 def test_lecam():
-    """Zero while logits stay on their side of the other's mean; quadratic beyond."""
+    """LeCam is zero while logits do not pass the mean of the other class, and quadratic beyond it."""
     real, fake = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, -3.0]])
     assert adversarial.lecam(real, fake, jnp.asarray(-3.0), jnp.asarray(2.0)) == 0
     assert adversarial.lecam(real, fake, jnp.asarray(0.0), jnp.asarray(0.5)) == pytest.approx((0.25 + 2.25) / 2 + 5)
@@ -48,8 +48,8 @@ def test_adaptive_weight_equals_pytorch(golden, case):
 ])  # fmt: skip
 def test_augmentation_equals_pytorch(golden, assert_close, case, probability, cutout):
     z = np.load(golden / "discriminator" / "diffaug.npz")
-    gates, draws = jnp.asarray(z[f"{case}_gate"]) <= probability, z[f"{case}_rand01"][..., 0, 0]
-    assert_close(apply_augmentations(jnp.asarray(z["images"]), gates, draws, cutout), z[f"{case}_out"], 1e-5)
+    gates, uniform = jnp.asarray(z[f"{case}_gate"]) <= probability, z[f"{case}_rand01"][..., 0, 0]
+    assert_close(apply_augmentations(jnp.asarray(z["images"]), gates, uniform, cutout), z[f"{case}_out"], 1e-5)
 
 
 def test_augmentation_is_a_function_of_its_key():

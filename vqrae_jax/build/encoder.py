@@ -24,11 +24,7 @@ def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encode
 
 
 def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, pathlib.Path | None]:
-    """Builds the encoder without reading weights.
-
-    Args:
-      config: the model section.
-      mesh: mesh that the encoder will run on.
+    """Builds the encoder, to run on `mesh`, without reading weights.
 
     Returns:
       The encoder, and the folder of its weights; None for an encoder that starts random.
@@ -49,11 +45,8 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         folder, mean, std = None, IMAGENET_MEAN, IMAGENET_STD
     else:
         if params.architecture:
-            raise ConfigError(
-                "is only for an encoder without pretrained weights: set model.encoder_config_path=None, or leave it "
-                "empty",
-                field="model.encoder_params.architecture", value=params.architecture,
-            )  # fmt: skip
+            message = "is only for an encoder without pretrained weights (model.encoder_config_path=None)"
+            raise ConfigError(message, field="model.encoder_params.architecture", value=params.architecture)
         path, field = _weights_source(config)
         folder = sources.fetch_folder(path, field)
         description = sources.read_config(folder, field)
@@ -108,9 +101,9 @@ def _weights_source(config: ModelConfig) -> tuple[str, str]:
 
 
 def check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:
-    """Raises ConfigError if the encoder lacks one of the layers."""
+    """Raises ConfigError if the network lacks one of the blocks."""
     if any(not -blocks.depth <= layer < blocks.depth for layer in layers):
-        raise ConfigError(f"the encoder has blocks 0 to {blocks.depth - 1}", field=field, value=layers)
+        raise ConfigError(f"the network has blocks 0 to {blocks.depth - 1}", field=field, value=layers)
 
 
 def activation_sharding(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:

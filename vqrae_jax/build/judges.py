@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vqrae_jax.build.encoder import activation_sharding, build_encoder, describe_encoder
+from vqrae_jax.build.encoder import activation_sharding, build_encoder, check_layers, describe_encoder
 from vqrae_jax.config import AdversaryConfig, EvaluationConfig, Metric, ModelConfig, PerceptualConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.models.discriminator import DinoDiscriminator, PatchDiscriminator
@@ -30,35 +30,33 @@ Images = Float[Array, "B H W 3"]
 
 @dataclasses.dataclass(frozen=True)
 class FrozenNetwork:
-    """A module and the part of its parameters that never trains, float32 numpy arrays."""
+    """A module, the part of its parameters that never trains, and a description for reports."""
 
     module: nn.Module
-    params: dict[str, Any]
+    params: dict[str, Any]  # float32 numpy arrays
+    description: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build_perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights: bool = True) -> FrozenNetwork:
     """Builds the distance between two batches of images in [0, 1], which returns [B].
 
     Args:
-      config: the section loss.perceptual.
       mesh: mesh that the network will run on.
       weights: False returns shapes as params.
 
     Raises:
-      WeightsError, ConfigError: the weights cannot be read; with the field that names them.
+      WeightsError, ConfigError: the weights cannot be read.
     """
-    with _hint("without this loss: --config.loss.perceptual.weight=0"):
+    remedy, names = "without this loss: --config.loss.perceptual.weight=0", {"encoder_config_path": "path"}
+    with _in_section("loss.perceptual", remedy, encoder_input_size="input_size", **names):
         if config.network == "lpips":
             return _build_lpips(config, config.dtype, weights)
         model = ModelConfig(
-            encoder_cls=config.encoder_cls,
-            encoder_config_path=config.path,
-            encoder_input_size=config.input_size,
+            encoder_cls=config.encoder_cls, encoder_config_path=config.path, encoder_input_size=config.input_size,
             encoder_params={"layers": config.layers, "fusion": "concat", "architecture": config.architecture},
             dtype=config.dtype,
-        )
-        with _rename_fields("loss.perceptual", encoder_config_path="path", encoder_input_size="input_size"):
-            encoder, params = build_encoder(model, mesh) if weights else (describe_encoder(model, mesh)[0], None)
+        )  # fmt: skip
+        encoder, params = build_encoder(model, mesh) if weights else (describe_encoder(model, mesh)[0], None)
         module = EncoderDistance(encoder)
         if params is not None:
             return FrozenNetwork(module, {"encoder": params})
@@ -74,20 +72,17 @@ def build_discriminator(
     """Builds the network from images in [0, 1] to logits; `params` is {"trunk": ...}, or empty for PatchGAN.
 
     Args:
-      config: the section adversary.
       mesh: mesh that the network will run on.
       weights: False returns shapes as params, without reading the files of a released trunk.
       attention: that of the model; NVIDIA's kernel needs bfloat16 here as well.
 
     Raises:
-      WeightsError, ConfigError: the trunk cannot be read; with the field that names it.
+      WeightsError, ConfigError: the trunk cannot be read.
     """
     if config.discriminator == "patch":
-        module = PatchDiscriminator(
-            config.width, config.layers, config.norm, spectral=config.spectral, dtype=config.dtype
-        )
-        return FrozenNetwork(module, {})
-    with _hint("without a discriminator: --config.adversary.discriminator=none"):
+        c = config
+        return FrozenNetwork(PatchDiscriminator(c.width, c.layers, c.norm, spectral=c.spectral, dtype=c.dtype), {})
+    with _in_section("adversary", "without a discriminator: --config.adversary.discriminator=none"):
         if not weights and config.path in DINO:
             fields, tensors = DINO[config.path], {}
         else:
@@ -96,10 +91,7 @@ def build_discriminator(
             **fields["blocks"], dtype=config.dtype, attention=attention if config.dtype == "bfloat16" else "xla",
             shard_activations=activation_sharding(mesh),
         )  # fmt: skip
-        if any(tap >= blocks.depth for tap in config.taps):
-            raise ConfigError(
-                f"the trunk has blocks 0 to {blocks.depth - 1}", field="adversary.taps", value=config.taps
-            )
+        check_layers("adversary.taps", config.taps, blocks)
         trunk = ViTConfig(**{**fields, "blocks": blocks})
         module = DinoDiscriminator(trunk, config.taps, config.window, config.norm, spectral=config.spectral)
         shapes = _param_shapes(module)["trunk"]
@@ -108,17 +100,11 @@ def build_discriminator(
 
 @dataclasses.dataclass(frozen=True)
 class MetricNetworks:
-    """The networks of the metrics.
-
-    Attributes:
-      modules: modules without state, by name ("lpips", "inception", "encoder").
-      params: their parameters by the same names, float32 numpy arrays.
-      protocol: what each network is and how it resizes images, for the report.
-    """
+    """The networks of the metrics, by name ("lpips", "inception", "encoder")."""
 
     modules: dict[str, nn.Module]
-    params: dict[str, Any]
-    protocol: dict[str, dict[str, Any]]
+    params: dict[str, Any]  # float32 numpy arrays
+    protocol: dict[str, dict[str, Any]]  # what each network is and how it resizes images, for reports
 
     def compare(self, params: Any, reconstruction: Images, image: Images) -> dict[str, jax.Array]:
         """Returns LPIPS [B], features [B, D] and Inception's class scores [B, 1008] by name.
@@ -160,18 +146,20 @@ def load_metric_networks(
       ConfigError, WeightsError: a file is missing or damaged.
     """
     builders = {
-        "lpips": lambda: _build_lpips_metric(perceptual),
+        "lpips": lambda: _build_lpips(perceptual),
         "inception": lambda: _build_inception(config),
         "encoder": lambda: _build_pooled_encoder(config),
     }
-    modules, params, protocol = {}, {}, {}
-    for name, build in builders.items():
-        if name in metrics:
-            with _hint(f"without this metric: leave {name!r} out of evaluation.metrics"):
-                network, description = build()
-            modules[name], params[name] = network.module, network.params
-            protocol[name] = description | {"sha256": writers.content_hash(network.params)}
-    return MetricNetworks(modules, params, protocol)
+    networks = {}
+    for name in (name for name in builders if name in metrics):
+        remedy = f"without this metric: leave {name!r} out of evaluation.metrics"
+        with _in_section("evaluation", remedy, encoder_config_path="encoder_path"):
+            networks[name] = builders[name]()
+    return MetricNetworks(
+        {name: network.module for name, network in networks.items()},
+        {name: network.params for name, network in networks.items()},
+        {name: n.description | {"sha256": writers.content_hash(n.params)} for name, n in networks.items()},
+    )
 
 
 def feature_width(networks: MetricNetworks, name: str) -> int:
@@ -180,47 +168,34 @@ def feature_width(networks: MetricNetworks, name: str) -> int:
     return jax.eval_shape(networks.features, networks.params, image)[name].shape[-1]
 
 
-def _build_lpips(config: PerceptualConfig, dtype: str, weights: bool) -> FrozenNetwork:
+def _build_lpips(config: PerceptualConfig, dtype: str = "float32", weights: bool = True) -> FrozenNetwork:
     module = LPIPS(dtype)
     shapes = _param_shapes(module, 2)
-    return FrozenNetwork(module, read_lpips(shapes, config.trunk, config.heads) if weights else shapes)
+    params = read_lpips(shapes, config.trunk, config.heads) if weights else shapes
+    return FrozenNetwork(module, params, {"network": "VGG16, LPIPS v0.1", "trunk": config.trunk, "heads": config.heads})
 
 
-def _build_lpips_metric(config: PerceptualConfig) -> tuple[FrozenNetwork, dict[str, Any]]:
-    description = {"network": "VGG16, LPIPS v0.1", "trunk": config.trunk, "heads": config.heads}
-    return _build_lpips(config, "float32", weights=True), description
-
-
-def _build_inception(config: EvaluationConfig) -> tuple[FrozenNetwork, dict[str, Any]]:
-    path, field = config.inception_path, "evaluation.inception_path"
+def _build_inception(config: EvaluationConfig) -> FrozenNetwork:
+    module, path, field = Inception(), config.inception_path, "evaluation.inception_path"
     if path is None:
         raise ConfigError(f"must be the path of {INCEPTION_URL}", field=field, value=None)
-    module = Inception()
-    description = {
-        "network": "Inception-v3 of 2015-12-05", "path": path,
-        "resize": f"TensorFlow 1 bilinear to {SIDE}, no antialias",
-    }  # fmt: skip
-    return FrozenNetwork(module, read_inception(_param_shapes(module), path, field)), description
+    resized = f"TensorFlow 1 bilinear to {SIDE}, no antialias"
+    description = {"network": "Inception-v3 of 2015-12-05", "path": path, "resize": resized}
+    return FrozenNetwork(module, read_inception(_param_shapes(module), path, field), description)
 
 
-def _build_pooled_encoder(config: EvaluationConfig) -> tuple[FrozenNetwork, dict[str, Any]]:
-    size = config.encoder_input_size
+def _build_pooled_encoder(config: EvaluationConfig) -> FrozenNetwork:
+    path, size, pool = config.encoder_path, config.encoder_input_size, config.encoder_pool
     model = ModelConfig(
-        encoder_cls=config.encoder_cls, encoder_config_path=config.encoder_path, encoder_input_size=size,
+        encoder_cls=config.encoder_cls, encoder_config_path=path, encoder_input_size=size,
         encoder_params={"normalize": False},
     )  # fmt: skip
-    with _rename_fields("evaluation", encoder_config_path="encoder_path"):
-        encoder, params = build_encoder(model)
-    if config.encoder_pool == "cls" and not encoder.vit.cls:
-        raise ConfigError(
-            f"{config.encoder_path} has no class token; use 'mean'", field="evaluation.encoder_pool", value="cls"
-        )
-    module = PooledEncoder(encoder.vit, size, encoder.mean, encoder.std, config.encoder_pool)
-    description = {
-        "network": config.encoder_cls, "path": config.encoder_path,
-        "resize": f"bicubic with antialias to {size}", "pool": config.encoder_pool,
-    }  # fmt: skip
-    return FrozenNetwork(module, params), description
+    encoder, params = build_encoder(model)
+    if pool == "cls" and not encoder.vit.cls:
+        raise ConfigError(f"{path} has no class token; use 'mean'", field="evaluation.encoder_pool", value=pool)
+    module = PooledEncoder(encoder.vit, size, encoder.mean, encoder.std, pool)
+    resized = f"bicubic with antialias to {size}"
+    return FrozenNetwork(module, params, {"network": config.encoder_cls, "path": path, "resize": resized, "pool": pool})
 
 
 def _param_shapes(module: nn.Module, images: int = 1) -> Any:
@@ -229,21 +204,13 @@ def _param_shapes(module: nn.Module, images: int = 1) -> Any:
 
 
 @contextlib.contextmanager
-def _hint(remedy: str) -> Iterator[None]:
-    """Adds to an error how to do without the network."""
+def _in_section(section: str, remedy: str, **names: str) -> Iterator[None]:
+    """Adds a remedy to errors, and replaces fields of the model section by those of `section`, renamed by `names`."""
     try:
         yield
     except (WeightsError, ConfigError) as error:
-        raise type(error)(f"{error.message}\n  {remedy}", field=error.field, value=error.value) from error
-
-
-@contextlib.contextmanager
-def _rename_fields(section: str, **names: str) -> Iterator[None]:
-    """Replaces the fields of the model section in an error by those of `section`; `names` are those that differ."""
-    try:
-        yield
-    except (WeightsError, ConfigError) as error:
-        if error.field is None:
-            raise
-        name = error.field.removeprefix("model.").removeprefix("encoder_params.")
-        raise error.renamed({error.field: f"{section}.{names.get(name, name)}"}) from error
+        field = error.field
+        if field and field.startswith("model."):
+            name = field.removeprefix("model.").removeprefix("encoder_params.")
+            field = f"{section}.{names.get(name, name)}"
+        raise type(error)(f"{error.message}\n  {remedy}", field=field, value=error.value) from error

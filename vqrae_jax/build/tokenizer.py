@@ -23,7 +23,6 @@ from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
-from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.whitened import fitted_state
 
 log = logging.getLogger(__name__)
@@ -33,20 +32,13 @@ Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
 
 @dataclasses.dataclass(frozen=True)
 class BuiltTokenizer:
-    """A tokenizer's module, and the variables that are known before training.
-
-    Attributes:
-      image_size: side of the reconstructions in pixels.
-      pretrained: subtrees of params read from files ("encoder", "decoder"), float32 numpy arrays.
-      latent_stats: mean and/or variance of the latents.
-      whitening: state of a whitened quantizer from known principal axes; empty: fitted to the first batch.
-    """
+    """A tokenizer's module, and the variables that are known before training."""
 
     module: VQRAE
-    image_size: int
-    pretrained: dict[str, Any]
-    latent_stats: dict[str, np.ndarray]
-    whitening: dict[str, np.ndarray]
+    image_size: int  # of reconstructions, pixels
+    pretrained: dict[str, Any]  # subtrees of params read from files ("encoder", "decoder"), float32 numpy arrays
+    latent_stats: dict[str, np.ndarray]  # mean and/or variance
+    whitening: dict[str, np.ndarray]  # state of a whitened quantizer; empty: fitted to the first batch
 
 
 def build_tokenizer(
@@ -76,20 +68,16 @@ def build_tokenizer(
     accepted = [(encoder.channels,), (encoder.grid, encoder.grid, encoder.channels)]
     for name, value in latent_stats.items():
         if value.shape not in accepted:
-            raise ConfigError(
-                f"{name} has shape {value.shape} (channel last); the latent of this encoder at "
-                f"{config.encoder_input_size} pixels needs {accepted[0]} or {accepted[1]}",
-                field=field, value=path,
-            )  # fmt: skip
+            message = f"{name} has shape {value.shape} (channel last), expected {accepted[0]} or {accepted[1]}"
+            raise ConfigError(message, field=field, value=path)
+    try:
+        quantizer = factory.create(config, encoder.channels, encoder.grid)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
     module = VQRAE(
-        encoder=encoder,
-        quantizer=_build_quantizer(config, encoder),
-        decoder=decoder,
-        noise_tau=config.noise_tau,
-        quantize_before_reshape=config.quantize_before_reshape,
-        reshape_to_2d=config.reshape_to_2d,
+        encoder, quantizer, decoder, config.noise_tau, config.quantize_before_reshape, config.reshape_to_2d,
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
-    )
+    )  # fmt: skip
     built = BuiltTokenizer(module, decoder.image_size, {}, latent_stats, whitening)
     if weights and folder is not None:
         built.pretrained["encoder"] = read_encoder(config, encoder, folder)
@@ -112,24 +100,23 @@ def variable_shapes(built: BuiltTokenizer) -> dict[str, Any]:
     return {"batch_stats": {}, **jax.eval_shape(_initializer(built.module), jax.random.key(0))}
 
 
-def initial_params(built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None) -> Any:
-    """Creates subtrees of params ("encoder", "quantizer", "decoder"): pretrained if files had them, otherwise random.
-
-    With `place`, every leaf is created on its own devices; no device ever holds a whole copy.
-    """
-    return _create(built, key, names, place, batch_stats=False)["params"]
+def initial_params(
+    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], placement: Placement | None = None
+) -> dict[str, Any]:
+    """Creates the params of `initial_variables`."""
+    return initial_variables(built, key, names, placement, batch_stats=False)["params"]
 
 
 def initial_variables(
-    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None = None
-) -> Any:
-    """Creates `initial_params` and the mutable state before training (codebook, latent statistics)."""
-    return _create(built, key, names, place, batch_stats=True)
-
-
-def _create(
-    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], place: Placement | None, batch_stats: bool
+    built: BuiltTokenizer, key: jax.Array, names: Iterable[str], placement: Placement | None = None, batch_stats=True
 ) -> dict[str, Any]:
+    """Creates the variables before training.
+
+    Args:
+      names: subtrees of params ("encoder", "quantizer", "decoder"): pretrained if files had them, otherwise random.
+      placement: creates every leaf on its own devices, so that no device ever holds a whole copy.
+      batch_stats: creates the mutable state as well (codebook, latent statistics).
+    """
     shapes = variable_shapes(built)
     names = [n for n in names if n in shapes["params"]]
     pretrained = {n: built.pretrained[n] for n in names if n in built.pretrained}
@@ -148,22 +135,15 @@ def _create(
 
     created = random  # empty trees
     if any(random.values()):
-        created = jax.jit(create, out_shardings=place(random) if place else None)(key)
-    if place:
-        pretrained = jax.tree.map(sharding.place_array, pretrained, place(pretrained))
+        created = jax.jit(create, out_shardings=placement(random) if placement else None)(key)
+    if placement:
+        pretrained = jax.tree.map(sharding.place_array, pretrained, placement(pretrained))
     return {**created, "params": created["params"] | pretrained}
 
 
 def _initializer(module: VQRAE) -> Callable[[jax.Array], Any]:
     size = module.decoder.image_size
     return functools.partial(module.init, image=jnp.zeros((1, size, size, 3)))
-
-
-def _build_quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
-    try:
-        return factory.create(config, encoder.channels, encoder.grid)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
 
 
 def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> Decoder:
@@ -174,11 +154,8 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
         fields = _read_decoder_config(path, field)
     width, heads = fields["width"], fields["heads"]
     if width % heads or width % 4:
-        raise ConfigError(
-            f"decoder_hidden_size={width} must be a multiple of decoder_num_attention_heads={heads}, and of 4 for the "
-            "position table",
-            field=field, value=path,
-        )  # fmt: skip
+        message = f"decoder_hidden_size={width} must be a multiple of decoder_num_attention_heads={heads} and of 4"
+        raise ConfigError(message, field=field, value=path)
     blocks = BlocksConfig(
         **fields, remat=config.remat, dtype=config.dtype, attention=config.attention,
         shard_activations=activation_sharding(mesh),
@@ -195,14 +172,14 @@ def _read_decoder_config(path: str, field: str) -> dict[str, Any]:
     if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
         raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
     config = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
-    names = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
-    names["mlp"] = "intermediate_size"
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     try:
-        fields: dict[str, Any] = {name: int(config[f"decoder_{theirs}"]) for name, theirs in names.items()}
+        width, depth, heads, mlp = (int(config[f"decoder_{name}"]) for name in names)
     except KeyError as error:
         raise ConfigError(f"its config.json lacks {error.args[0]}", field=field, value=path) from None
     act = families.activation({"hidden_act": "gelu", **config})
-    return fields | {"act": act, "norm_eps": float(config.get("layer_norm_eps", 1e-12))}
+    eps = float(config.get("layer_norm_eps", 1e-12))
+    return {"width": width, "depth": depth, "heads": heads, "mlp": mlp, "act": act, "norm_eps": eps}
 
 
 def _read_whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
@@ -218,8 +195,7 @@ def _read_whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarr
     if channels != encoder.channels or count < dim:
         raise ConfigError(
             f"has {count} principal axes of {channels} channels, but model.quantizer_params.whitening_dim={dim} needs "
-            f"{dim} of {encoder.channels}: write the file with this encoder and --components={dim} or more "
-            "(python -m vqrae_jax.commands.latent_statistics)",
+            f"{dim} of {encoder.channels}: run `vqrae latent-statistics --components={dim}` with this encoder",
             field="model.normalization_stat_path", value=path,
         )  # fmt: skip
     return jax.device_get(fitted_state(axes["pca_mean"], axes["pca_basis"], axes["pca_var"], dim))

@@ -1,6 +1,6 @@
-"""Losses of generator and discriminator, LeCam regularization, and the weight that balances the generator's term.
+"""Losses of generator and discriminator, LeCam regularization, and the weight that balances the generator's loss.
 
-Logits are [B, M], positive where a picture is taken for a real one.
+Logits are [B, M]; positive ones classify an image as real.
 """
 
 import jax
@@ -12,21 +12,22 @@ Scalar = Float[Array, ""]
 
 
 def hinge_discriminator(real: Logits, fake: Logits) -> Scalar:
-    """Half the margin violations (Lim & Ye 2017, arXiv:1705.02894)."""
+    """Returns half of the margin violations (Lim & Ye 2017, arXiv:1705.02894)."""
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
 
 def vanilla_discriminator(real: Logits, fake: Logits) -> Scalar:
-    """Half the cross entropies (Goodfellow et al. 2014, arXiv:1406.2661)."""
+    """Returns half of the cross-entropies (Goodfellow et al. 2014, arXiv:1406.2661)."""
     return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
 
 
 def linear_generator(fake: Logits) -> Scalar:
+    """Returns the negative mean of the logits."""
     return -fake.mean()
 
 
 def non_saturating_generator(fake: Logits) -> Scalar:
-    """-log sigmoid of the logits (Goodfellow et al. 2014)."""
+    """Returns -log sigmoid of the logits (Goodfellow et al. 2014)."""
     return jax.nn.softplus(-fake).mean()
 
 
@@ -35,12 +36,12 @@ GENERATOR = {"vanilla": linear_generator, "non_saturating": non_saturating_gener
 
 
 def lecam(real: Logits, fake: Logits, mean_real: Scalar, mean_fake: Scalar) -> Scalar:
-    """How far logits are beyond the running means of the other side (Tseng et al. 2021, arXiv:2104.03310, eq. 4)."""
+    """Penalizes logits beyond the running mean of the other class (Tseng et al. 2021, arXiv:2104.03310, eq. 4)."""
     return (jax.nn.relu(real - mean_fake) ** 2).mean() + (jax.nn.relu(mean_real - fake) ** 2).mean()
 
 
 def adaptive_weight(reconstruction: Float[Array, "*n"], adversarial: Float[Array, "*n"], largest: float) -> Scalar:
-    """|reconstruction| / |adversarial|, at most `largest` (Esser et al. 2021, arXiv:2012.09841, eq. 7).
+    """Returns |reconstruction| / |adversarial|, at most `largest` (Esser et al. 2021, arXiv:2012.09841, eq. 7).
 
     Both are gradients with respect to the kernel of the decoder's last layer.
     """

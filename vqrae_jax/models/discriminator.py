@@ -1,5 +1,6 @@
-"""Networks that tell pictures from reconstructions: heads on a frozen DINO ViT, or a PatchGAN without weights."""
+"""Discriminators between images and reconstructions: heads on a frozen DINO ViT, or a PatchGAN."""
 
+import functools
 import math
 from typing import Literal
 
@@ -13,19 +14,19 @@ from vqrae_jax.models.vit import ViT, ViTConfig, matmul_precision
 from vqrae_jax.resize import resize
 
 Norm = Literal["batch", "group"]
-SPECTRAL = "spectral"  # the collection of the power iteration's vectors
+SPECTRAL = "spectral"  # collection of the vectors of the power iteration
 
 
 class SpectralConv(nn.Module):
     """A convolution whose kernel is divided by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
 
-    Each call with train=True takes one step of the power iteration, for which the collection "spectral" is mutable: `u`
-    [features] and `v` [inputs of one output]. Otherwise the stored vectors serve as they are.
+    Each call with train=True makes one step of the power iteration, which needs the collection "spectral" to be
+    mutable: `u` [features] and `v` [inputs of one output]. Other calls use the stored vectors.
 
     Attributes:
-      window: its sides, one (over [B, N, C]) or two (over [B, H, W, C]).
-      circular: pads by wrapping around; otherwise with zeros. Sides stay, but for the stride.
-      spectral: False leaves the kernel as it is.
+      window: sides of the kernel, one (over [B, N, C]) or two (over [B, H, W, C]).
+      circular: pads by wrapping around; otherwise with zeros. Only the stride changes the sides.
+      spectral: False does not normalize the kernel.
     """
 
     features: int
@@ -51,28 +52,30 @@ class SpectralConv(nn.Module):
         return y + bias.astype(self.dtype)
 
     def _largest_singular_value(self, matrix: Float[Array, "M F"], train: bool) -> Float[Array, ""]:
-        def start(rows: int) -> jax.Array:
-            return unit(jax.random.normal(self.make_rng("params"), (rows,)))
+        def initialize(length: int) -> jax.Array:
+            return unit(jax.random.normal(self.make_rng("params"), (length,)))
 
-        u = self.variable(SPECTRAL, "u", start, matrix.shape[1])
-        v = self.variable(SPECTRAL, "v", start, matrix.shape[0])
-        product = jax.lax.Precision.HIGHEST
+        u = self.variable(SPECTRAL, "u", initialize, matrix.shape[1])
+        v = self.variable(SPECTRAL, "v", initialize, matrix.shape[0])
+        dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
         if train and not self.is_initializing():
             fixed = jax.lax.stop_gradient(matrix)
-            v.value = unit(jnp.dot(fixed, u.value, precision=product))
-            u.value = unit(jnp.dot(v.value, fixed, precision=product))
-        return jnp.dot(jnp.dot(v.value, matrix, precision=product), u.value, precision=product)
+            v.value = unit(dot(fixed, u.value))
+            u.value = unit(dot(v.value, fixed))
+        return dot(dot(v.value, matrix), u.value)
 
 
 def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Scales a vector to unit length."""
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, normalization over each picture by itself, leaky ReLU.
+    """Convolution, normalization, leaky ReLU.
 
-    norm: "batch" takes statistics per channel, "group" per 32 groups of channels. Neither mixes pictures, so that the
-    logits of one do not depend on the batch or on how it is spread over devices.
+    Attributes:
+      norm: "batch" normalizes per channel, "group" per 32 groups of channels. Both normalize every image by itself, so
+        that its logits do not depend on the batch or its sharding.
     """
 
     features: int
@@ -95,7 +98,7 @@ class ConvNormAct(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens of one block -> one logit per token (Sauer et al. 2023, arXiv:2301.09515)."""
+    """Head from the tokens of one block to one logit per token (Sauer et al. 2023, arXiv:2301.09515)."""
 
     window: int
     spectral: bool
@@ -112,12 +115,12 @@ class Head(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Heads on several blocks of a frozen DINO ViT. Only the heads are to be trained; the trunk is `params/trunk`.
+    """Heads on several blocks of a frozen DINO ViT; only the heads train, the trunk is `params/trunk`.
 
     Attributes:
-      trunk: the ViT; pictures are resized bilinearly to the side it was trained on.
-      taps: blocks that get a head each, beside the last, which is the first head's.
-      window: of the middle convolution of the heads, in tokens.
+      trunk: the ViT; images are resized bilinearly to its training resolution.
+      taps: numbers of the blocks that have a head, in addition to the last block, which has the first head.
+      window: width of the heads' middle convolution, in tokens.
     """
 
     trunk: ViTConfig
@@ -129,25 +132,25 @@ class DinoDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B M"]:
-        """Logits of pictures in [0, 1], float32; positive means real."""
+        """Returns float32 logits of images in [0, 1]; positive means real."""
         blocks = self.trunk.blocks
         side = self.trunk.grid * self.trunk.patch
         image = resize(image, side, side, "bilinear")
         image = (image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
-        taken, _ = ViT(self.trunk, name="trunk")(image, (blocks.depth - 1, *self.taps))
+        outputs, _ = ViT(self.trunk, name="trunk")(image, (blocks.depth - 1, *self.taps))
         logits = [
             Head(self.window, self.spectral, self.norm, self.norm_eps, blocks.dtype, name=f"head{i}")(tokens, train)
-            for i, tokens in enumerate(taken)
+            for i, tokens in enumerate(outputs)
         ]
         return jnp.concatenate(logits, axis=1).astype(jnp.float32)
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): a logit per overlapping patch, from a small plain network.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): a small convolutional network, one logit per overlapping patch.
 
     Attributes:
-      width: channels after the first convolution; doubled by each further one, up to eightfold.
-      layers: convolutions of stride two.
+      width: channels after the first convolution; each further one doubles them, up to eightfold.
+      layers: number of convolutions of stride two.
     """
 
     width: int = 64
@@ -159,7 +162,7 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B M"]:
-        """Logits of pictures in [0, 1], float32; positive means real."""
+        """Returns float32 logits of images in [0, 1]; positive means real."""
         rest = {"spectral": self.spectral, "dtype": self.dtype}
         x = SpectralConv(self.width, (4, 4), 2, **rest, name="conv_in")(2 * image - 1, train)
         x = nn.leaky_relu(x, 0.2)

@@ -1,7 +1,7 @@
-"""Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567) as the Frechet inception distance knows it: of 2015-12-05.
+"""Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567) of 2015-12-05, as the Frechet inception distance uses it.
 
-It differs from the Inception-v3 of classifier libraries: 1,008 classes, averages over the pixels inside the picture
-only, and a maximum where the last block has an average.
+It differs from the Inception-v3 of classifier libraries: 1,008 classes, average pooling without the padding, and max
+pooling in the last block.
 """
 
 import functools
@@ -20,7 +20,7 @@ Map = Float[Array, "B h w C"]
 
 
 class ConvNorm(nn.Module):
-    """Convolution, normalization by fixed statistics, ReLU. `window` is the number of pixels, or (rows, columns)."""
+    """Convolution, normalization by fixed statistics, ReLU; `window` is one side, or (rows, columns)."""
 
     features: int
     window: int | tuple[int, int] = 1
@@ -38,26 +38,26 @@ class ConvNorm(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """Batch normalization that never changes: its statistics are parameters like the others."""
+    """Batch normalization with fixed statistics, which are parameters."""
 
     eps: float = 1e-3
 
     @nn.compact
     def __call__(self, x: Map) -> Map:
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        start = {"mean": zeros, "var": ones, "scale": ones, "bias": zeros}
-        value = {name: self.param(name, init, x.shape[-1:]) for name, init in start.items()}
+        initial = {"mean": zeros, "var": ones, "scale": ones, "bias": zeros}
+        value = {name: self.param(name, init, x.shape[-1:]) for name, init in initial.items()}
         return (x - value["mean"]) * (value["scale"] / jnp.sqrt(value["var"] + self.eps)) + value["bias"]
 
 
 class BlockA(nn.Module):
-    """35 x 35: 1 x 1, 5 x 5, twice 3 x 3, average."""
+    """Branches at 35 x 35: 1 x 1, 5 x 5, two 3 x 3, average pooling."""
 
     pooled: int
 
     @nn.compact
     def __call__(self, x: Map) -> Map:
-        return _beside(
+        return _concatenate(
             ConvNorm(64, name="branch1x1")(x),
             _chain(x, branch5x5_1=(48, 1), branch5x5_2=(64, 5)),
             _chain(x, branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3), branch3x3dbl_3=(96, 3)),
@@ -66,16 +66,16 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 -> 17 x 17."""
+    """Reduction from 35 x 35 to 17 x 17."""
 
     @nn.compact
     def __call__(self, x: Map) -> Map:
         twice = _chain(x, branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3))
-        return _beside(_halve(384, "branch3x3")(x), _halve(96, "branch3x3dbl_3")(twice), _halve_maximum(x))
+        return _concatenate(_halve(384, "branch3x3")(x), _halve(96, "branch3x3dbl_3")(twice), _halve_max(x))
 
 
 class BlockC(nn.Module):
-    """17 x 17: 7 x 7 as rows and columns, once and twice."""
+    """Branches at 17 x 17: 1 x 1, one and two factorized 7 x 7, average pooling."""
 
     inner: int
 
@@ -88,21 +88,21 @@ class BlockC(nn.Module):
             branch7x7dbl_4=(c, (7, 1)), branch7x7dbl_5=(192, (1, 7)),
         )  # fmt: skip
         pooled = ConvNorm(192, name="branch_pool")(_average(x))
-        return _beside(ConvNorm(192, name="branch1x1")(x), once, twice, pooled)
+        return _concatenate(ConvNorm(192, name="branch1x1")(x), once, twice, pooled)
 
 
 class BlockD(nn.Module):
-    """17 x 17 -> 8 x 8."""
+    """Reduction from 17 x 17 to 8 x 8."""
 
     @nn.compact
     def __call__(self, x: Map) -> Map:
         small = _halve(320, "branch3x3_2")(ConvNorm(192, name="branch3x3_1")(x))
         large = _chain(x, branch7x7x3_1=(192, 1), branch7x7x3_2=(192, (1, 7)), branch7x7x3_3=(192, (7, 1)))
-        return _beside(small, _halve(192, "branch7x7x3_4")(large), _halve_maximum(x))
+        return _concatenate(small, _halve(192, "branch7x7x3_4")(large), _halve_max(x))
 
 
 class BlockE(nn.Module):
-    """8 x 8: rows beside columns. The last block of the network pools by maximum."""
+    """Branches at 8 x 8 with parallel rows and columns; the last block of the network uses max pooling."""
 
     last: bool
 
@@ -111,7 +111,7 @@ class BlockE(nn.Module):
         once = ConvNorm(384, name="branch3x3_1")(x)
         twice = _chain(x, branch3x3dbl_1=(448, 1), branch3x3dbl_2=(384, 3))
         pooled = nn.max_pool(x, (3, 3), padding="SAME") if self.last else _average(x)
-        return _beside(
+        return _concatenate(
             ConvNorm(320, name="branch1x1")(x),
             ConvNorm(384, (1, 3), name="branch3x3_2a")(once),
             ConvNorm(384, (3, 1), name="branch3x3_2b")(once),
@@ -122,23 +122,23 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Pictures -> features and class scores."""
+    """The network from images to features and class scores."""
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-        """Features before the last layer, and its scores without bias, from which the Inception score is made.
+        """Returns the features before the last layer, and its scores without bias, for the Inception score.
 
         Args:
-          image: in [0, 1], of any size: resized to 299 as TensorFlow 1 did it (no half-pixel centres, no antialias).
+          image: in [0, 1], of any size; resized to 299 as in TensorFlow 1 (no half-pixel centres, no antialiasing).
         """
         x = 2 * resize(255 * image, SIDE, SIDE, "bilinear_tf1") / 256 - 1  # (bytes - 128) / 128
         x = ConvNorm(32, 3, 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = ConvNorm(32, 3, 1, "VALID", name="Conv2d_2a_3x3")(x)
         x = ConvNorm(64, 3, name="Conv2d_2b_3x3")(x)
-        x = _halve_maximum(x)
+        x = _halve_max(x)
         x = ConvNorm(80, name="Conv2d_3b_1x1")(x)
         x = ConvNorm(192, 3, 1, "VALID", name="Conv2d_4a_3x3")(x)
-        x = _halve_maximum(x)
+        x = _halve_max(x)
         for name, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = BlockA(pooled, name=name)(x)
         x = BlockB(name="Mixed_6a")(x)
@@ -152,7 +152,7 @@ class Inception(nn.Module):
 
 
 def _chain(x: Map, **layers: tuple[int, int | tuple[int, int]]) -> Map:
-    """One convolution after the other: name = (features, window)."""
+    """Applies convolutions in sequence: name = (features, window)."""
     for name, (features, window) in layers.items():
         x = ConvNorm(features, window, name=name)(x)
     return x
@@ -162,12 +162,12 @@ def _halve(features: int, name: str) -> ConvNorm:
     return ConvNorm(features, 3, 2, "VALID", name=name)
 
 
-def _halve_maximum(x: Map) -> Map:
+def _halve_max(x: Map) -> Map:
     return nn.max_pool(x, (3, 3), strides=(2, 2))
 
 
 _average = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
 
 
-def _beside(*branches: Map) -> Map:
+def _concatenate(*branches: Map) -> Map:
     return jnp.concatenate(branches, axis=-1)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from vqrae_jax.build import judges
 from vqrae_jax.config import Config
-from vqrae_jax.losses import features, pixel
+from vqrae_jax.losses.reconstruction import PIXEL, feature_distance
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vqrae import VQRAE
 
@@ -65,7 +65,7 @@ class Objective:
         """
         given = self.config.loss
         weights = {"pixel": given.pixel_weight, "vq": given.vq_weight}
-        values = {"pixel": pixel.LOSSES[given.pixel](painted.reconstruction, image), "vq": painted.vq_loss}
+        values = {"pixel": PIXEL[given.pixel](painted.reconstruction, image), "vq": painted.vq_loss}
         if self.perceptual:
             weights["perceptual"] = given.perceptual.weight
             values["perceptual"] = after(
@@ -76,11 +76,11 @@ class Objective:
             layers = self.config.model.decoder_features
             target = self._teach(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
             weights["features"] = given.feature_weight
-            values["features"] = features.layered(given.feature_distance, painted.features, target, len(layers))
+            values["features"] = feature_distance(given.feature_distance, painted.features, target, len(layers))
         if given.distill_weight:
             weights["distill"] = given.distill_weight
             target = self._teach(frozen, image, self.encoder)
-            values["distill"] = features.layered(given.distill_distance, painted.encoded, target, 1)
+            values["distill"] = feature_distance(given.distill_distance, painted.encoded, target, 1)
         return sum(weights[n] * values[n] for n in weights), values
 
     def _perceptual(self, params: Any, reconstruction: jax.Array, image: jax.Array) -> jax.Array:

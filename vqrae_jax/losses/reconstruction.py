@@ -1,0 +1,30 @@
+"""Distances between images, and between feature maps."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def l1(a: Float[Array, "*b C"], b: Float[Array, "*b C"]) -> Float[Array, ""]:
+    """Returns the mean absolute difference."""
+    return jnp.mean(jnp.abs(a - b))
+
+
+def l2(a: Float[Array, "*b C"], b: Float[Array, "*b C"]) -> Float[Array, ""]:
+    """Returns the mean squared difference."""
+    return jnp.mean((a - b) ** 2)
+
+
+def cosine(a: Float[Array, "*b C"], b: Float[Array, "*b C"]) -> Float[Array, ""]:
+    """Returns the mean of 1 - cosine; the product of the lengths is at least 1e-4, which bounds the gradient."""
+    squares = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
+    return jnp.mean(1 - jnp.sum(a * b, -1) / jnp.sqrt(jnp.maximum(squares, 1e-8)))
+
+
+PIXEL = {"l1": l1, "l2": l2}
+FEATURES = {"cosine": cosine, "l2": l2}
+
+
+def feature_distance(name: str, a: Float[Array, "*b F"], b: Float[Array, "*b F"], layers: int) -> Float[Array, ""]:
+    """Returns the mean over layers, concatenated in the last axis, of the distance `name` in FEATURES; float32."""
+    a, b = (x.astype(jnp.float32).reshape(*x.shape[:-1], layers, -1) for x in (a, b))
+    return FEATURES[name](a, b)
