@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Trains on this machine, and again where it stopped if it is run again.
+# Trains on this machine. Run again, it resumes from the newest checkpoint.
 #
 #   launch/local.sh --config=configs/dinov2_b.py --workdir=runs/one --config.data.path=/data/train
 #
-# Paths are those of the folder it is called from.
+# Relative paths start at the current folder.
 #
-# PROCESSES  how many processes share the work over loopback (default 1: one process drives every device it finds)
-# PORT       of process 0, for several processes (default 12345)
-# PYTHON     the interpreter (default python)
-# DRY_RUN=1  only prints what it would run
+# PROCESSES  number of processes on this machine (default: 1, which uses all devices)
+# PORT       port of process 0, for several processes (default: 12345)
+# PYTHON     Python interpreter (default: python)
+# DRY_RUN=1  print the commands without running them
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
-[[ -n "$(value config "$@")" && -n "$(value workdir "$@")" ]] || {
-  echo "error: --config=FILE and --workdir=FOLDER are needed" >&2
+[[ -n "$(flag_value config "$@")" && -n "$(flag_value workdir "$@")" ]] || {
+  echo "error: --config=FILE and --workdir=FOLDER are required" >&2
   exit 2
 }
 PROCESSES=${PROCESSES:-1}
 PORT=${PORT:-12345}
-[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || { echo "error: PROCESSES=$PROCESSES is no number above 0" >&2; exit 2; }
+[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || { echo "error: PROCESSES=$PROCESSES: must be a positive integer" >&2; exit 2; }
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} # where python -m finds the package
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: a step on CPUs is 7 % shorter
+export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} # python -m imports the package from the checkout
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages make a step on CPUs 7 % faster
 
 train=("${PYTHON:-python}" -m vqrae_jax.main "$@")
 if [[ "$PROCESSES" == 1 ]]; then
-  run exec "${train[@]}" # so that a signal to this script is one to the training
+  run exec "${train[@]}" # the training receives signals to this script
   exit
 fi
 
 children=()
-# One that fails takes the others with it, as does a signal to this script; who waits for it waits until they have saved.
+# If one process fails or this script gets a signal, all processes end; the script waits until they have saved.
 trap 'kill "${children[@]}" 2>/dev/null || true; wait' EXIT
 for ((i = 0; i < PROCESSES; i++)); do
   run exec "${train[@]}" --coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i" &

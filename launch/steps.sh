@@ -1,29 +1,29 @@
-# Sourced by the scripts of this folder.
+# Functions for the scripts of this folder.
 
-# need NAME...: stops if a variable is not set.
-need() {
+# require NAME...: exits with 2 unless all variables are set.
+require() {
   local variable
   for variable in "$@"; do
-    [[ -n "${!variable:-}" ]] || { echo "error: $variable is not set; see the head of $0" >&2; exit 2; }
+    [[ -n "${!variable:-}" ]] || { echo "error: $variable is not set; see the comments at the top of $0" >&2; exit 2; }
   done
 }
 
-# value FLAG ARGUMENT...: what the arguments give as --FLAG=VALUE or --FLAG VALUE; nothing if they do not.
-value() {
-  local flag=$1 found=
+# flag_value FLAG ARGUMENT...: prints VALUE of --FLAG=VALUE or --FLAG VALUE in the arguments; nothing without it.
+flag_value() {
+  local flag=$1 value=
   shift
   while (($#)); do
     case "$1" in
-      "--$flag="* | "-$flag="*) found=${1#*=} ;;
-      "--$flag" | "-$flag") found=${2:-} ;;
+      "--$flag="* | "-$flag="*) value=${1#*=} ;;
+      "--$flag" | "-$flag") value=${2:-} ;;
     esac
     shift
   done
-  echo "$found"
+  echo "$value"
 }
 
-# run COMMAND...: prints a command and runs it; with DRY_RUN=1 prints only.
+# run COMMAND...: prints a command and runs it; DRY_RUN=1 only prints it.
 run() {
-  printf '%s\n' "+$(printf ' %q' "$@")" >&2 # in one piece: others may be printing
+  printf '%s\n' "+$(printf ' %q' "$@")" >&2 # one write, because other processes may print too
   [[ "${DRY_RUN:-0}" == 1 ]] || "$@"
 }

