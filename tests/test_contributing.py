@@ -17,7 +17,7 @@ from vqrae_jax import commands, config
 from vqrae_jax.build.encoder import build_encoder
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.source import Source
-from vqrae_jax.losses import features
+from vqrae_jax.losses import reconstruction
 from vqrae_jax.pretrained import families
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.base import Quantized, Quantizer, batch_metrics, flatten
@@ -31,7 +31,7 @@ RECIPES = {
     title: [" ".join(step.split()) for step in re.split(r"^\d+\. ", body, flags=re.M)[1:]]
     for title, body in re.findall(r"^### (Add .*?)\n(.*?)(?=^### |\Z)", TEXT, re.M | re.S)
 }
-STEPS = [pytest.param(step, id=f"{title}-{i}") for title, steps in RECIPES.items() for i, step in enumerate(steps, 1)]
+STEPS = [pytest.param(title, step, id=f"{title}-{i}") for title in RECIPES for i, step in enumerate(RECIPES[title], 1)]
 
 
 def test_recipes_have_at_most_eight_steps():
@@ -51,15 +51,17 @@ def resolve(name):
     return value
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_named_things_exist(step):
-    """Paths exist (of new files, their folders), dotted names resolve, other names occur in a file of the step."""
-    names = re.findall(r"`([^`]+)`", step)
-    paths = [name for name in names if re.fullmatch(r"[\w./]+(/|\.(py|md|json))", name)]
-    files = [ROOT / path for path in paths if (ROOT / path).is_file()]
-    for path in paths:
+def find_paths(text):
+    return re.findall(r"`([\w./]+(?:/|\.py|\.md|\.json))`", text)
+
+
+@pytest.mark.parametrize(("title", "step"), STEPS)
+def test_named_things_exist(title, step):
+    """Paths exist (of new files, their folders), dotted names resolve, other names occur in a file of the recipe."""
+    for path in find_paths(step):
         assert (ROOT / path).exists() or ("NAME" in path and (ROOT / path).parent.is_dir()), path
-    for name in set(names) - set(paths):
+    files = [ROOT / path for path in find_paths(" ".join(RECIPES[title])) if (ROOT / path).is_file()]
+    for name in set(re.findall(r"`([^`]+)`", step)) - set(find_paths(step)):
         if name.startswith("python -m pytest"):
             assert all((ROOT / path).exists() for path in shlex.split(name)[3:]), name
         elif name.startswith("vqrae_jax."):
@@ -127,8 +129,8 @@ def test_an_encoder_family_can_be_added(monkeypatch, golden):
 
 
 def test_a_loss_can_be_added(monkeypatch):
-    monkeypatch.setitem(features.DISTANCES, "zero", lambda ours, theirs: jnp.mean(0 * (ours - theirs)))
-    assert features.layered("zero", jnp.ones((2, 4)), jnp.zeros((2, 4)), 2) == 0
+    monkeypatch.setitem(reconstruction.FEATURES, "largest", lambda a, b: jnp.max(jnp.abs(a - b)))
+    assert reconstruction.feature_distance("largest", jnp.ones((2, 4)), jnp.zeros((2, 4)), 2) == 1
 
 
 def test_a_command_can_be_added(monkeypatch):
