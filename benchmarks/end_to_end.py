@@ -13,12 +13,14 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
 
-from vqrae_jax import runtime
+from vqrae_jax import runtime, sharding
 from vqrae_jax.benchmark.ceilings import time_call
 from vqrae_jax.config import Config, from_dict
+from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import Run, open_run
 from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.writers import METRICS_FILE
+from vqrae_jax.train.task import jit_step, place_horizon
 
 LOG_EVERY = 20
 
@@ -28,12 +30,11 @@ def main(arguments: list[str]) -> None:
     args = parse(arguments)
     config = build_config(args.steps, args.batch, args.size)
     with tempfile.TemporaryDirectory() as folder:
-        run = loop.Run(config, pathlib.Path(folder) / "bare")
-        batch = run.next_batch()
-        before = time_bare_step(run, batch, args.steps // 2)
-        loop.train(config, pathlib.Path(folder) / "loop")
-        after = time_bare_step(run, batch, args.steps // 2)
-        run.close()
+        with open_run(config, pathlib.Path(folder) / "bare") as (run, state):
+            batch = sharding.place_batch({"image": next(run.batches)["image"]}, run.mesh)
+            before, state = time_bare_step(run, state, batch, args.steps // 2)
+            loop.train(config, pathlib.Path(folder) / "loop")
+            after, state = time_bare_step(run, state, batch, args.steps // 2)
         lines = [json.loads(line) for line in (pathlib.Path(folder) / "loop" / METRICS_FILE).read_text().splitlines()]
     logs = [line for line in lines if "loss/total" in line]
     in_loop = (logs[-1]["time"] - logs[0]["time"]) / (logs[-1]["step"] - logs[0]["step"])
@@ -72,16 +73,18 @@ def build_config(steps: int, batch: int, size: int) -> Config:
     })  # fmt: skip
 
 
-def time_bare_step(run: loop.Run, batch: dict, steps: int) -> float:
-    """Returns the mean seconds of a step on one batch, after a few steps that do not count."""
+def time_bare_step(run: Run, state: TrainState, batch: dict, steps: int) -> tuple[float, TrainState]:
+    """Returns the mean seconds of a step on a batch that is on the device, after a few that are not timed."""
+    step, horizon = jit_step(run.task, run.mesh), place_horizon(run.config.train.steps, run.mesh)
 
-    def repeat(count: int) -> TrainState:
+    def run_steps(count: int) -> TrainState:
+        nonlocal state
         for _ in range(count):
-            run.state, _ = run.step(run.state, run.frozen, batch)
-        return run.state
+            state, _ = step(state, run.frozen, batch, horizon)
+        return state
 
-    repeat(5)
-    return time_call(lambda: repeat(steps)) / steps
+    run_steps(5)
+    return time_call(lambda: run_steps(steps)) / steps, state
 
 
 if __name__ == "__main__":

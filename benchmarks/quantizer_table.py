@@ -27,7 +27,7 @@ from vqrae_jax.config import DataConfig, ModelConfig, OptimizerConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import codebook_health
-from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.metrics import psnr
 from vqrae_jax.losses.reconstruction import l2
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.vit import patchify
@@ -207,9 +207,12 @@ def _train(
         }  # no k-means start
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
-    rate = learning_rate(OPTIMIZER, steps)
     # A quantizer trained by gradients diverges at the learning rate that is best for a new decoder.
-    optimizer = make_optimizer(OPTIMIZER, {"quantizer": lambda step: QUANTIZER_RATE * rate(step), "decoder": rate})
+    def rates(step: Array, horizon: Array) -> dict[str, Array]:
+        rate = learning_rate(OPTIMIZER, step, horizon)
+        return {"quantizer": QUANTIZER_RATE * rate, "decoder": rate}
+
+    optimizer = make_optimizer(OPTIMIZER, rates)
 
     def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
         quantized, updated = quantizer.apply(
@@ -220,7 +223,7 @@ def _train(
 
     def step(params: Any, state: Any, moments: Any, z: Array, image: Array, key: Array) -> tuple[Any, Any, Any]:
         grads, state = jax.grad(loss, has_aux=True)(params, state, z, image, key)
-        updates, moments = optimizer.update(grads, moments, params)
+        updates, moments = optimizer.update(grads, moments, params, horizon=steps)
         return jax.tree.map(jnp.add, params, updates), state, moments
 
     step = jax.jit(step, donate_argnums=(0, 1, 2))

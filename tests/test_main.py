@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.train.loop import METRICS_FILE, PICTURE_FILE
+from vqrae_jax.train.summary import IMAGE_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -119,7 +120,7 @@ def test_the_quickstart_shortened(tmp_path):
     command = ["--config=configs/quickstart.py", f"--workdir={tmp_path}", *short]
     first = run(*command)
     assert first.returncode == 0, first.stderr
-    for row in ("validation PSNR", "codebook use", "perplexity", PICTURE_FILE, METRICS_FILE):
+    for row in ("validation PSNR", "codebook usage", "perplexity", IMAGE_FILE, METRICS_FILE):
         assert row in first.stdout.replace("\n", "")
     again = run(*command, "--config.train.steps=3", "--profile_steps=3:4")
     assert again.returncode == 0, again.stderr

@@ -17,6 +17,7 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained import sources
 from vqrae_jax.storage import Mirror
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
         assert f"runs/one/{name}" in names.replace("checkpoints/", "")
     assert plot.read_metrics(workdir)["loss/total"][0] == [1, 2, 3, 4]
     figures = loop.evaluate(until(4), workdir, one_device)
-    assert json.loads((workdir / "evaluation.json").read_text())["figures"]["eval/psnr"] == figures["eval/psnr"]
+    assert json.loads((workdir / "evaluation.json").read_text())["metrics"]["eval/psnr"] == figures["eval/psnr"]
     assert (workdir / "evaluation" / "index.html").is_file()
 
     # The tokenizer, and what it is saved as.
@@ -183,11 +184,10 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     for name in buckets.names("bucket"):
         if name.startswith("runs/one/checkpoints/4/model/"):
             storage.resolve_path(f"gs://bucket/{name}").unlink()
-    run = loop.Run(until(5), workdir, one_device)
-    assert int(run.state.step) == 3
-    assert checkpoint.completed_steps(run.checkpoints.folder) == [3]
-    assert any(".damaged-" in name for name in buckets.names("bucket"))
-    run.close()
+    with open_run(until(5), workdir, one_device) as (run, state):
+        assert int(state.step) == 3
+        assert checkpoint.completed_steps(run.checkpoints.folder) == [3]
+        assert any(".damaged-" in name for name in buckets.names("bucket"))
 
 
 @pytest.mark.slow

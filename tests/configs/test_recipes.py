@@ -44,7 +44,7 @@ def test_step_has_consistent_shapes(name, arguments, one_mesh):
         {"teacher"} if "encoder" in config.train.trainable else {"encoder"}
     )
     image = jax.ShapeDtypeStruct((2, size, size, 3), np.uint8)
-    new_state, metrics = jax.eval_shape(task.step, state, frozen, {"image": image})
+    new_state, metrics = jax.eval_shape(task.step, state, frozen, {"image": image}, 100)
     assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
     assert {"loss/perceptual", "loss/adversarial", "gan/discriminator"} <= metrics.keys()
     adversary = config.adversary
@@ -63,7 +63,7 @@ def test_cpu_recipe_needs_no_network(one_mesh):
     """Builds the recipe with its randomly initialized networks."""
     task = TokenizerTask.build(load("cpu_recipe"), one_mesh)
     state, image = task.shapes(), jax.ShapeDtypeStruct((16, 64, 64, 3), np.uint8)
-    new_state, metrics = jax.eval_shape(task.step, state, task.frozen_shapes(), {"image": image})
+    new_state, metrics = jax.eval_shape(task.step, state, task.frozen_shapes(), {"image": image}, 100)
     assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
     assert {"loss/perceptual", "loss/features", "loss/adversarial"} <= metrics.keys()
 

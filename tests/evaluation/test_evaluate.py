@@ -1,4 +1,4 @@
-"""The pass of --mode=evaluate: figures against a plain computation, meshes, files, references."""
+"""The evaluation of a run: metrics against a plain computation, meshes, files, references."""
 
 import json
 import shutil
@@ -15,15 +15,17 @@ from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
+from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.evaluation.probe import linear_probe
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run, save_checkpoint
 from vqrae_jax.train.tokenizer import to_float
 
 
 @pytest.fixture(scope="module")
 def config(tiny, golden):
-    """Compares by a DINOv2 of two blocks."""
+    """Returns a config whose metrics use a DINOv2 of two blocks."""
 
     def make(batch=64, **settings):
         encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
@@ -35,11 +37,11 @@ def config(tiny, golden):
 
 @pytest.fixture(scope="module")
 def workdir(tiny, tmp_path_factory):
-    """A run that has saved its start, with a discriminator."""
+    """A run with a discriminator that has saved step 0."""
     workdir = tmp_path_factory.mktemp("run")
-    run = loop.Run(tiny(adversary={"discriminator": "patch", "width": 4, "layers": 1}), workdir, jax.devices()[:1])
-    run.save()
-    run.close()
+    adversary = {"discriminator": "patch", "width": 4, "layers": 1}
+    with open_run(tiny(adversary=adversary), workdir, jax.devices()[:1]) as (run, state):
+        save_checkpoint(run, state, {})
     return workdir
 
 
@@ -49,47 +51,50 @@ def evaluated(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def pictures(config, workdir):
-    """All validation images, their reconstructions and codes, one call each."""
-    run = loop.Run(config(), workdir, jax.devices()[:1], evaluate_step=0)
-    (batch,) = run.evaluation
-    images = {name: batch[name] for name in ("image", "mask")}
-    seen = jax.device_get(jax.jit(run.task.evaluate_batch)(run.state.inference(), run.frozen, images))
-    nets = judges.load_metric_networks(run.config.evaluation, ("encoder",))
-    features = [np.asarray(nets.features(nets.params, judges.to_bytes(x))["encoder"], np.float64)
-                for x in (to_float(batch["image"]), seen["reconstruction"])]  # fmt: skip
-    run.close()
-    return batch, seen, features
+def validation(config, workdir):
+    """All validation images, what the model makes of them, and their features."""
+    with open_run(config(), workdir, jax.devices()[:1], evaluate_step=0) as (run, state):
+        (batch,) = run.evaluator._batches
+        rows = jax.jit(run.task.evaluate)(state.inference(), run.frozen, {n: batch[n] for n in ("image", "mask")})
+        networks = judges.load_metric_networks(run.config.evaluation, ("encoder",))
+        features = [
+            np.asarray(networks.features(networks.params, judges.to_bytes(x))["encoder"], np.float64)
+            for x in (to_float(batch["image"]), rows["reconstruction"])
+        ]
+        return batch, jax.device_get(rows), features
 
 
-def test_figures_are_those_of_a_plain_computation(evaluated, pictures):
-    batch, seen, (a, b) = pictures
-    painted = np.clip(seen["reconstruction"], 0, 1).astype(np.float64)
+def test_metrics_equal_a_plain_computation(evaluated, validation):
+    batch, rows, (a, b) = validation
+    reconstructions = np.clip(rows["reconstruction"], 0, 1).astype(np.float64)
     images = batch["image"] / 255
     assert evaluated["eval/images"] == 64
-    assert evaluated["eval/psnr"] == pytest.approx(
-        -10 * np.log10(((painted - images) ** 2).mean((1, 2, 3))).mean(), rel=1e-5
-    )
-    similar = [structural_similarity(x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                     data_range=1, channel_axis=-1, win_size=11)
-               for x, y in zip(images, painted, strict=True)]  # fmt: skip
-    assert evaluated["eval/ssim"] == pytest.approx(np.mean(similar), abs=1e-6)
+    psnr = -10 * np.log10(((reconstructions - images) ** 2).mean((1, 2, 3))).mean()
+    assert evaluated["eval/psnr"] == pytest.approx(psnr, rel=1e-5)
+    similarities = [
+        structural_similarity(
+            x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1,
+            win_size=11,
+        )
+        for x, y in zip(images, reconstructions, strict=True)
+    ]  # fmt: skip
+    assert evaluated["eval/ssim"] == pytest.approx(np.mean(similarities), abs=1e-5)
     s, t = (np.cov(x, rowvar=False) for x in (a, b))
-    apart = a.mean(0) - b.mean(0)
-    distance = apart @ apart + np.trace(s) + np.trace(t) - 2 * np.trace(scipy.linalg.sqrtm(s @ t).real)
+    difference = a.mean(0) - b.mean(0)
+    distance = difference @ difference + np.trace(s) + np.trace(t) - 2 * np.trace(scipy.linalg.sqrtm(s @ t).real)
     assert evaluated["eval/encoder_rfd"] == pytest.approx(distance, rel=1e-4)
-    probe = linear_probe(seen["code"], batch["label"])
+    probe = linear_probe(rows["code"], batch["label"])
     assert evaluated["eval/probe_accuracy"] == pytest.approx(probe["accuracy"])
     assert evaluated["eval/bits_per_image"] == 16 * 5
 
 
-def test_meshes_and_batches_change_nothing(config, workdir, evaluated):
+def test_metrics_do_not_depend_on_mesh_and_batch(config, workdir, evaluated):
     assert loop.evaluate(config(batch=24), workdir) == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
 
 
-def test_figures_and_protocol_are_written(config, workdir, evaluated):
+def test_metrics_and_protocol_are_written(config, workdir, evaluated):
     written = json.loads((workdir / EVALUATION_FILE).read_text())
-    assert {"step": written["step"], **written["figures"]} == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
+    assert {"step": written["step"], **written["metrics"]} == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
     protocol = written["protocol"]
     assert protocol["networks"]["encoder"]["features"] == 20
     assert len(protocol["networks"]["encoder"]["sha256"]) == 64
@@ -98,78 +103,79 @@ def test_figures_and_protocol_are_written(config, workdir, evaluated):
     assert "ValidationPhotographs(crops=64" in protocol["data"]
     assert protocol["checkpoint"].endswith("checkpoints/0")
     page = (workdir / report.FOLDER / "index.html").read_text()
-    for kind in ("best", "median", "worst"):
-        for file in (f"{kind}0.png", f"{kind}1.png"):
-            assert file in page
-            assert (workdir / report.FOLDER / file).stat().st_size > 1000
+    for file in (f"{group}{number}.png" for group in ("best", "median", "worst") for number in (0, 1)):
+        assert file in page
+        assert (workdir / report.FOLDER / file).stat().st_size > 1000
 
 
-def test_a_checkpoint_that_goes_meanwhile_is_not_missed(config, workdir, tmp_path, monkeypatch):
-    """A run that trains beside the evaluation keeps its last few."""
-    copy, measure = tmp_path / "run", loop.Run.measure
+def test_the_checkpoint_may_be_deleted_during_the_evaluation(config, workdir, tmp_path, monkeypatch):
+    """A run that trains at the same time keeps only its last checkpoints."""
+    copy, evaluate = tmp_path / "run", Evaluator.evaluate
     shutil.copytree(workdir, copy)
 
-    def measured(run):
-        found = measure(run)
+    def evaluate_and_delete(*args):
+        result = evaluate(*args)
         shutil.rmtree(copy / "checkpoints" / "0")
-        return found
+        return result
 
-    monkeypatch.setattr(loop.Run, "measure", measured)
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate_and_delete)
     loop.evaluate(config(images=10, metrics=()), copy, jax.devices()[:1])
     protocol = json.loads((copy / EVALUATION_FILE).read_text())["protocol"]
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
 
-def test_every_figure_has_a_meaning(evaluated):
-    """The names that this run has; a longer end of a name goes before a shorter."""
-    assert [name for name in evaluated if name != "step" and not report._meaning(name)] == []
-    assert "Inception" in report._meaning("eval/rfid")
-    assert "Inception" not in report._meaning("eval/encoder_rfd")
-    assert report._meaning("eval/bits_per_image") != report._meaning("eval/entropy_bits_per_image")
+def test_every_metric_has_a_description(evaluated):
+    """The longest matching end of a name counts."""
+    assert [name for name in evaluated if name != "step" and not report._description(name)] == []
+    assert "Inception" in report._description("eval/rfid")
+    assert "Inception" not in report._description("eval/encoder_rfd")
+    assert report._description("eval/bits_per_image") != report._description("eval/entropy_bits_per_image")
 
 
-def test_the_first_images_alone(config, workdir):
-    figures = loop.evaluate(config(images=10, metrics=()), workdir, jax.devices()[:1])
-    assert figures["eval/images"] == 10
-    assert not [name for name in figures if "encoder" in name or "probe" in name]
+def test_a_number_of_images_is_evaluated(config, workdir):
+    metrics = loop.evaluate(config(images=10, metrics=()), workdir, jax.devices()[:1])
+    assert metrics["eval/images"] == 10
+    assert not [name for name in metrics if "encoder" in name or "probe" in name]
 
 
-def test_what_only_training_asks_is_not_read(config, workdir, evaluated):
-    """Neither the networks of the losses nor the state of optimizer and discriminator."""
+def test_what_only_training_needs_is_not_read(config, workdir, evaluated):
+    """Neither the networks of the loss nor the state of optimizer and discriminator."""
+    settings = config()
     loss = {"perceptual": PerceptualConfig(weight=1.0, trunk="none/such")}
     adversary = {"discriminator": "dino", "path": "none/such"}
-    given = config()
-    given = given.model_copy(update={"loss": given.loss.model_copy(update=loss),
-                                     "adversary": given.adversary.model_copy(update=adversary)})  # fmt: skip
-    run = loop.Run(given, workdir, jax.devices()[:1], evaluate_step=0)
-    assert run.state.params == run.state.adversary == {}
-    assert {"step": 0, **run.evaluate()} == pytest.approx(evaluated, rel=1e-6)
-    run.close()
+    update = {"loss": loss, "adversary": adversary}
+    settings = settings.model_copy(
+        update={name: getattr(settings, name).model_copy(update=fields) for name, fields in update.items()}
+    )
+    with open_run(settings, workdir, jax.devices()[:1], evaluate_step=0) as (run, state):
+        assert state.params == state.adversary == {}
+        metrics = run.evaluator.evaluate(state.inference(), run.frozen).metrics
+    assert {"step": 0, **metrics} == pytest.approx(evaluated, rel=1e-6)
 
 
-def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path, pictures, evaluated):
-    """The validation images themselves as the reference: `fd` is then `rfd`."""
+def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path, validation, evaluated):
+    """With the validation images as the reference, `fd` equals `rfd`."""
     folder, file = tmp_path / "images", tmp_path / "reference.npz"
-    for number, image in enumerate(pictures[0]["image"]):
+    for number, image in enumerate(validation[0]["image"]):
         write_image(folder / f"{number:02d}.png", image)
-    settings = config().evaluation
-    arguments = {"data": folder, "size": 32, "encoder": settings.encoder_path, "encoder-size": 28, "output": file}
+    encoder = config().evaluation.encoder_path
+    arguments = {"data": folder, "size": 32, "encoder": encoder, "encoder-size": 28, "output": file}
     command = reference_statistics.parse([f"--{name}={value}" for name, value in arguments.items()])
     assert reference_statistics.reference_statistics(command).count == 64
     for source in (folder, file):
-        figures = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
-        assert figures["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
-        told = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]["networks"]["encoder"]["reference"]
-        assert told["source"] == str(source)
-        assert told["images"] == 64
+        metrics = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
+        assert metrics["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
+        protocol = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]
+        reference = protocol["networks"]["encoder"]["reference"]
+        assert (reference["source"], reference["images"]) == (str(source), 64)
     np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(WeightsError, match=r"encoder_reference=.* \(2048,\) .* have 20 channels"):
+    with pytest.raises(WeightsError, match=r"2048.* 20 ") as error:
         loop.evaluate(config(encoder_reference=str(file)), workdir, jax.devices()[:1])
+    assert error.value.field == "evaluation.encoder_reference"
 
 
-def test_training_measures_what_it_is_asked_to(config, tmp_path):
-    run = loop.Run(config(training_metrics=("encoder",)), tmp_path, jax.devices()[:1])
-    figures = run.evaluate()
-    run.close()
-    assert "eval/encoder_rfd" in figures
-    assert "eval/probe_accuracy" not in figures
+def test_training_has_metrics_of_its_own(config, tmp_path):
+    with open_run(config(training_metrics=("encoder",)), tmp_path, jax.devices()[:1]) as (run, state):
+        metrics = run.evaluator.evaluate(state.inference(), run.frozen).metrics
+    assert "eval/encoder_rfd" in metrics
+    assert "eval/probe_accuracy" not in metrics

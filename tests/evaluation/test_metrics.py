@@ -1,22 +1,53 @@
+"""PSNR, SSIM and codebook health against scikit-image and closed forms."""
+
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqrae_jax.evaluation.codebook_health import alarm, health
-from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.metrics import psnr, ssim
 
 
-def test_psnr_equals_scikit_image():
+@pytest.fixture(scope="module")
+def images():
+    """Noise, a photograph, and a flat bright image, where variances are small against SSIM's constants; and noisy
+    copies, partly outside [0, 1]."""
     rng = np.random.default_rng(0)
-    image = rng.uniform(size=(3, 8, 8, 3)).astype(np.float32)
-    noisy = np.clip(image + rng.normal(scale=0.1, size=image.shape), 0, 1).astype(np.float32)
-    expected = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(image, noisy, strict=True)]
-    np.testing.assert_allclose(psnr(noisy, image), expected, rtol=1e-5)
+    cat = data.chelsea()[60:124, 100:164] / 255
+    flat = np.full((64, 64, 3), 0.9)
+    flat[:, 32:] += 0.05
+    originals = np.stack([rng.uniform(size=(64, 64, 3)), cat, flat]).astype(np.float32)
+    noise = rng.normal(size=originals.shape) * np.array([0.1, 0.05, 0.01])[:, None, None, None]
+    return originals, (originals + noise).astype(np.float32)
 
 
-def test_psnr_of_equal_pictures_is_finite_and_clips():
-    image = np.ones((1, 4, 4, 3), np.float32)
-    assert psnr(image + 0.5, image)[0] == pytest.approx(100)
+def test_psnr_equals_scikit_image(images):
+    originals, noisy = images
+    pairs = zip(originals, np.clip(noisy, 0, 1), strict=True)
+    expected = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
+    np.testing.assert_allclose(psnr(noisy, originals), expected, rtol=1e-5)
+    white = np.ones((1, 4, 4, 3), np.float32)
+    assert psnr(white + 0.5, white)[0] == pytest.approx(100)  # clipped, and finite
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 23)])
+def test_ssim_equals_scikit_image(images, size):
+    originals, noisy = (x[:, : size[0], : size[1]] for x in images)
+    expected = [
+        structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1,
+            win_size=11,
+        )
+        for a, b in zip(originals.astype(np.float64), np.clip(noisy, 0, 1).astype(np.float64), strict=True)
+    ]  # fmt: skip
+    np.testing.assert_allclose(ssim(noisy, originals), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(ssim(originals, originals), 1, atol=1e-6)
+
+
+def test_images_smaller_than_the_window_have_no_ssim():
+    with pytest.raises(ValueError, match="11"):
+        ssim(np.zeros((1, 10, 32, 3), np.float32), np.zeros((1, 10, 32, 3), np.float32))
 
 
 def test_health():
@@ -26,14 +57,20 @@ def test_health():
     assert one == {"usage": 0.25, "perplexity": pytest.approx(1), "entropy_bits": 0, "dead": 3}
     assert health(np.zeros(4, int))["usage"] == 0
     levels = health(np.array([[5, 5], [9, 0]]))
-    assert levels["usage"] == 0.75
-    assert levels["dead"] == 1
+    assert (levels["usage"], levels["dead"]) == (0.75, 1)
 
 
-def test_the_alarm_asks_for_no_more_codes_than_there_were_latents():
-    assert alarm(np.array([3, 1, 0, 0]), 0.5) is None
-    assert "1 of 4 codes are in use" in alarm(np.array([4, 0, 0, 0]), 0.5)
-    assert alarm(np.array([4, 0, 0, 0]), 0.0) is None
-    assert alarm(np.bincount([7], minlength=1000), 0.5) is None
-    assert alarm(np.zeros(4, int), 0.5) is None
-    assert "codes of level 1" in alarm(np.array([[2, 2], [4, 0]]), 0.6)
+@pytest.mark.parametrize(
+    ("counts", "share", "message"),
+    [
+        ([3, 1, 0, 0], 0.5, None),
+        ([4, 0, 0, 0], 0.5, "1 of 4 codes"),
+        ([4, 0, 0, 0], 0.0, None),
+        ([0] * 7 + [1] + [0] * 992, 0.5, None),  # one latent cannot use more than one code
+        ([0, 0, 0, 0], 0.5, None),
+        ([[2, 2], [4, 0]], 0.6, "level 1"),
+    ],
+)
+def test_alarm(counts, share, message):
+    result = alarm(np.array(counts), share)
+    assert result is None if message is None else message in result

@@ -10,7 +10,7 @@ from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.preflight import hlo
 from vqrae_jax.preflight.chips import parse_topology
 from vqrae_jax.preflight.programs import Plan, build_mesh
-from vqrae_jax.train.task import step_program
+from vqrae_jax.train.task import jit_step
 
 IMAGES, TOKENS = 64, 16
 SLACK = 1024  # bytes of scalars: metrics, norms, counters
@@ -28,7 +28,7 @@ def build_plan(tiny, **mesh):
 
 def communicated_bytes(plan):
     """Returns the bytes by kind of collective; every collective must be along "data"."""
-    program = step_program(plan.task, plan.mesh).trace(*plan.train_arguments()).lower().compile()
+    program = jit_step(plan.task, plan.mesh).trace(*plan.train_arguments()).lower().compile()
     assert program.memory_analysis().argument_size_in_bytes == plan.argument_bytes()
     total = dict.fromkeys(hlo.COLLECTIVES, 0.0)
     for c in hlo.Program(program.as_text(), plan.mesh.size).collectives():

@@ -1,25 +1,35 @@
-"""The command, noting which images every step of every process is given: workdir/seen/<process>-<step>.
+"""The command, which writes the images of every step of every process to workdir/seen/<process>-<step>.
 
-The images are of one gray level each, ten times their number. A step that runs again after a restart must be given the
-same ones.
+Each image has one gray level, ten times its number. A step that runs again after a restart must get the same images.
 """
+
+import os
+import pathlib
+import sys
 
 import jax
 
-from vqrae_jax import main
+from vqrae_jax import main, sharding
 from vqrae_jax.train import loop
 
-
-def next_batch(run):
-    batch = next(run.batches)
-    numbers = " ".join(str(n) for n in batch["image"][:, 0, 0, 0] // 10)
-    note = run.workdir / "seen" / f"{jax.process_index()}-{int(run.state.step) + 1}"
-    note.parent.mkdir(exist_ok=True)
-    if note.exists() and note.read_text() not in ("", numbers):
-        raise AssertionError(f"{note.name}: {note.read_text()} became {numbers}")
-    note.write_text(numbers)
-    return run._placed(batch, "image")
+workdir = next(argument.removeprefix("--workdir=") for argument in sys.argv if argument.startswith("--workdir="))
+jit_step = loop.jit_step
 
 
-loop.Run.next_batch = next_batch
+def noting_step(task, mesh):
+    compiled = jit_step(task, mesh)
+
+    def step(state, frozen, batch, horizon):
+        numbers = " ".join(str(n) for n in sharding.own_rows(batch["image"])[:, 0, 0, 0] // 10)
+        note = pathlib.Path(workdir) / "seen" / f"{jax.process_index()}-{int(state.step) + 1}"
+        os.makedirs(note.parent, exist_ok=True)
+        if note.exists() and note.read_text() not in ("", numbers):
+            raise AssertionError(f"{note.name}: {note.read_text()} became {numbers}")
+        note.write_text(numbers)
+        return compiled(state, frozen, batch, horizon)
+
+    return step
+
+
+loop.jit_step = noting_step
 main.run()

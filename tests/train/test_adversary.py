@@ -1,4 +1,4 @@
-"""Laws of the recipe: which term moves what, one pass back, starts, frozen networks, restarts, meshes."""
+"""Laws of the adversarial recipe: what each term trains, one backward pass, starts, frozen networks, meshes."""
 
 import dataclasses
 import itertools
@@ -14,6 +14,7 @@ from vqrae_jax.build import judges
 from vqrae_jax.config import AdversaryConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.losses.adversarial import adaptive_weight
+from vqrae_jax.train.task import place_horizon
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
@@ -32,17 +33,17 @@ def images(steps=3, size=8):
 
 
 def run(task, state=None):
-    """States, metrics and frozen networks after each step, without end; the step is compiled once."""
+    """Yields state, metrics and frozen networks after each step, without end; the step is compiled once."""
     state, frozen = task.init() if state is None else state, task.frozen()
-    where = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(task.step, out_shardings=(where, sharding.replicated(task.mesh)))
+    placements = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(task.mesh))
+    step, horizon = jax.jit(task.step, out_shardings=placements), place_horizon(task.config.train.steps, task.mesh)
     for batch in itertools.cycle(images()):
-        state, told = step(state, frozen, sharding.place_batch({"image": batch}, task.mesh))
-        yield state, jax.device_get(told), frozen
+        state, metrics = step(state, frozen, sharding.place_batch({"image": batch}, task.mesh), horizon)
+        yield state, jax.device_get(metrics), frozen
 
 
 def take(steps, running):
-    """The last state of some steps, the metrics of all, and the frozen networks."""
+    """Returns the last state of some steps, the metrics of all, and the frozen networks."""
     states, metrics, frozen = zip(*itertools.islice(running, steps), strict=True)
     return states[-1], list(metrics), frozen[-1]
 
@@ -54,18 +55,18 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tiny, one_mesh):
-    """Three steps with every term on."""
+    """Three steps with every term."""
     task = TokenizerTask.build(tiny(**RECIPE), one_mesh)
     before, running = jax.device_get(task.frozen()), run(task)
     return task, (before, running), *take(3, running)
 
 
-def moved(tree):
+def nonzero(tree):
     return {n for n, part in tree.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
 
 
 ALL = {"encoder", "quantizer", "decoder"}
-TERMS = {  # what is switched on -> the parts, and the heads of the decoder, that get gradients
+TERMS = {  # term -> its config, and the parts and heads of the decoder that it has gradients for
     "pixel": ({"pixel_weight": 1.0}, {}, ALL, {"pred"}),
     "vq": ({"vq_weight": 1.0}, {}, {"encoder", "quantizer"}, set()),
     "perceptual": ({"perceptual": PERCEPTUAL}, {}, ALL, {"pred"}),
@@ -78,7 +79,7 @@ TERMS = {  # what is switched on -> the parts, and the heads of the decoder, tha
 @pytest.mark.parametrize(
     "term", [pytest.param(n, marks=pytest.mark.slow) if n in ("vq", "perceptual", "pixel") else n for n in TERMS]
 )
-def test_each_term_alone_moves_what_it_should(tiny, one_mesh, term):
+def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     loss, adversary, parts, heads = TERMS[term]
     config = tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary)
     task = TokenizerTask.build(config, one_mesh)
@@ -86,97 +87,93 @@ def test_each_term_alone_moves_what_it_should(tiny, one_mesh, term):
     if term == "distill":  # student and teacher are the same at the start
         state.params["encoder"] = jax.tree.map(lambda x: 1.1 * x, state.params["encoder"])
     grads, *_ = jax.jit(task.gradients)(state, frozen, images()[0] / 255, jax.random.key(1), state.batch_stats)
-    assert moved(grads) == parts
-    assert moved(grads["decoder"]) & {"pred", "features"} == heads
+    assert nonzero(grads) == parts
+    assert nonzero(grads["decoder"]) & {"pred", "features"} == heads
     assert set(frozen) <= {"teacher", "perceptual", "discriminator"}
 
 
-def test_the_discriminator_moves_itself_only(whole):
-    """Its loss has no gradient in what was painted, and its parameters are not the tokenizer's."""
+def test_the_discriminator_trains_only_itself(whole):
+    """Its loss has no gradient for the reconstructions, and its parameters are not the tokenizer's."""
     task, _, state, _, frozen = whole
     fake, real = jax.random.uniform(jax.random.key(0), (2, 4, 32, 32, 3))
 
     @jax.jit
-    def loss(params, pictures):
-        return task.adversary.loss(params, state.adversary, frozen["discriminator"], pictures, real, jax.random.key(1))[
-            0
-        ]
+    def loss(params, images):
+        key = jax.random.key(1)
+        return task.adversary.loss(params, state.adversary, frozen["discriminator"], images, real, key)[0]
 
-    own, of_pictures = jax.grad(loss, (0, 1))(state.adversary["params"], fake)
-    assert moved(own) == set(state.adversary["params"])
-    assert not np.any(of_pictures)
+    own, of_images = jax.grad(loss, (0, 1))(state.adversary["params"], fake)
+    assert nonzero(own) == set(state.adversary["params"])
+    assert not np.any(of_images)
     assert not set(state.adversary["params"]) & set(state.params)
 
 
-def test_one_pass_back_equals_two(whole, assert_close):
-    """The gradient of pixel + weight * adversarial loss, the weight from two separate passes back."""
+def test_one_backward_pass_equals_two(whole, assert_close):
+    """Compares with the gradient of pixel + weight * adversarial loss, the weight from two separate passes."""
     task, _, state, _, frozen = whole
-    given = task.config
-    config = given.model_copy(update={
-        "loss": given.loss.model_copy(update={"feature_weight": 0.0, "distill_weight": 0.0, "vq_weight": 0.0}),
-    })  # fmt: skip
+    loss = task.config.loss.model_copy(update={"feature_weight": 0.0, "distill_weight": 0.0, "vq_weight": 0.0})
+    config = task.config.model_copy(update={"loss": loss})
     objective = dataclasses.replace(task.objective, config=config, perceptual=None)
     task = dataclasses.replace(task, config=config, objective=objective)
-    picture, key = images()[0] / 255, jax.random.key(1)
-    ours, _, _, told = jax.jit(task.gradients)(state, frozen, picture, key, state.batch_stats)
+    image, key = images()[0] / 255, jax.random.key(1)
+    ours, _, _, metrics = jax.jit(task.gradients)(state, frozen, image, key, state.batch_stats)
 
     noise, codes = jax.random.split(key)
 
-    def painted(params):
+    def reconstruct(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         out, _ = task.built.module.apply(
-            variables, picture, train=True, method="forward", mutable=["batch_stats"],
+            variables, image, train=True, method="forward", mutable=["batch_stats"],
             rngs={"noise": noise, "codes": codes},
         )  # fmt: skip
         return out.reconstruction
 
     def pixel(params):
-        return jnp.abs(painted(params) - picture).mean()
+        return jnp.abs(reconstruct(params) - image).mean()
 
     def gan(params):
-        return task.adversary.generator_loss(
-            state.adversary, frozen["discriminator"], painted(params), jax.random.fold_in(key, 2)
-        )
+        fake = reconstruct(params)
+        return task.adversary.generator_loss(state.adversary, frozen["discriminator"], fake, jax.random.fold_in(key, 2))
 
     g, h = (jax.jit(jax.grad(f))(state.params) for f in (pixel, gan))
     weight = 0.75 * adaptive_weight(*(x["decoder"]["pred"]["kernel"] for x in (g, h)), 1e4)
-    assert_close(told["gan/weight"], weight, 1e-5)
+    assert_close(metrics["gan/weight"], weight, 1e-5)
     for name in ("pred", "embed"):
         expected = g["decoder"][name]["kernel"] + weight * h["decoder"][name]["kernel"]
         assert_close(ours["decoder"][name]["kernel"], expected, 1e-5, name)
 
 
-def test_frozen_networks_do_not_move(whole):
-    """Over 100 steps, those that only judge and the parts of the model that do not train."""
+def test_frozen_networks_do_not_change(whole):
+    """Over 100 steps: the networks of the loss and the parts of the model that do not train."""
     task, (before, running), *_ = whole
     _, _, frozen = take(97, running)
     assert_same(frozen, before)
     assert_same(task.frozen(), before)
 
 
-def test_everything_is_told(whole):
+def test_all_metrics_are_returned(whole):
     _, _, state, metrics, _ = whole
-    told = metrics[-1]
+    last = metrics[-1]
     losses = {"pixel", "vq", "perceptual", "features", "distill", "adversarial", "total"}
-    assert {n.removeprefix("loss/") for n in told if n.startswith("loss/")} == losses
-    assert {"gan/weight", "gan/logits_real", "gan/logits_fake", "gan/discriminator", "gan/lecam"} <= told.keys()
-    parts = np.array([told[f"grad_norm/{part}"] for part in ALL])
-    assert told["grad_norm"] == pytest.approx(np.sqrt((parts**2).sum()), rel=1e-5)
+    assert {n.removeprefix("loss/") for n in last if n.startswith("loss/")} == losses
+    assert {"gan/weight", "gan/logits_real", "gan/logits_fake", "gan/discriminator", "gan/lecam"} <= last.keys()
+    parts = np.array([last[f"grad_norm/{part}"] for part in ALL])
+    assert last["grad_norm"] == pytest.approx(np.sqrt((parts**2).sum()), rel=1e-5)
     assert int(state.step) == 3
     assert state.adversary["lecam"]["real"] != 0
 
 
 def test_terms_wait_for_their_start(tiny, one_mesh, whole):
-    """Before: as if they were not there, bit for bit. From then on: there."""
+    """Before, nothing changes, bit for bit."""
     late = {"start_steps": 1, "generator_start_steps": 2, "disc_updates": 2}
     loss = {**RECIPE["loss"], "perceptual": {**PERCEPTUAL, "start_steps": 2}}
     task = TokenizerTask.build(tiny(model=MODEL, loss=loss, adversary={**PATCH, **late}), one_mesh)
     start = jax.device_get(task.init().adversary)
     running = run(task)
-    first, told, _ = next(running)
+    first, first_metrics, _ = next(running)
     assert_same(first.adversary, start)
     state, metrics, _ = take(2, running)
-    metrics = [told, *metrics]
+    metrics = [first_metrics, *metrics]
     perceptual, fooling, turns = (
         [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")
     )
@@ -187,19 +184,18 @@ def test_terms_wait_for_their_start(tiny, one_mesh, whole):
 
 
 def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
-    """PatchGAN's norms see one picture at a time, so two halves are the whole, but for chance and power iteration."""
+    """PatchGAN's norms see one image at a time, so two halves equal the whole without chance and power steps."""
     plain = {**PATCH, "augment": 0.0, "spectral": False, "lecam_weight": 0.0}
-    adversary, fake = None, jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
+    fake = jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
     task = TokenizerTask.build(tiny(adversary=plain), one_mesh)
     state, real = task.init().adversary, images()[0] / 255
-    turn = jax.jit(task.adversary.turn)
-    after = []
+    update = jax.jit(task.adversary.update)
+    results = []
     for parts in (1, 2):
         halves = [x.reshape(parts, 8 // parts, 32, 32, 3) for x in (fake, real)]
-        adversary, told = turn(state, {}, *halves, 0, jax.random.key(1))
-        after.append((adversary, told))
-    assert_close(after[1][1]["gan/discriminator"], after[0][1]["gan/discriminator"], 1e-5)
-    assert_close(after[1][1]["gan/grad_norm"], after[0][1]["gan/grad_norm"], 1e-4)
+        results.append(update(state, {}, *halves, 0, 6, jax.random.key(1))[1])
+    assert_close(results[1]["gan/discriminator"], results[0]["gan/discriminator"], 1e-5)
+    assert_close(results[1]["gan/grad_norm"], results[0]["gan/grad_norm"], 1e-4)
 
 
 @pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -213,7 +209,7 @@ def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
     assert sharding.unmatched(task.shapes().rest(), min_size=1024) == []
 
 
-def test_missing_trunks_say_how_to_do_without(tiny, one_mesh, golden):
+def test_errors_of_the_trunk_name_the_field(tiny, one_mesh, golden):
     with pytest.raises(WeightsError, match=r"adversary\.path='facebook/dino-vits8' could not be had.*\n.*none"):
         TokenizerTask.build(tiny(adversary={"discriminator": "dino"}), one_mesh)
     file = str(golden / "discriminator" / "dino_bn.npz")
@@ -222,7 +218,7 @@ def test_missing_trunks_say_how_to_do_without(tiny, one_mesh, golden):
 
 
 def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
-    """In shapes only; what it computes is tested beside it."""
+    """In shapes only; its arithmetic has its own tests."""
     file = str(golden / "discriminator" / "dino_bn.npz")
     dino = {"discriminator": "dino", "path": file, "trunk_heads": 2, "taps": (1, 2), "dtype": "bfloat16"}
     task = TokenizerTask.build(tiny(adversary=dino, optimizer={"accumulate": 2}), one_mesh)
@@ -230,7 +226,8 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
     assert set(state.adversary["params"]) == {"head0", "head1", "head2"}
     frozen = jax.eval_shape(task.frozen)
     assert set(frozen) == {"discriminator"}
-    after, _ = jax.eval_shape(task.step, state, frozen, {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)})
+    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)}
+    after, _ = jax.eval_shape(task.step, state, frozen, batch, jnp.asarray(6))
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
 
 
@@ -239,28 +236,28 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
     ({"loss": {"distill_weight": 1.0}, "train": {"trainable": ("quantizer", "decoder")}}, r"distill_weight=1\.0"),
     ({"adversary": {"discriminator": "patch"}, "train": {"trainable": ("encoder",)}}, r"adversary\.adaptive=False"),
 ])  # fmt: skip
-def test_terms_ask_for_what_they_need(tiny, change, message):
+def test_terms_check_what_they_need(tiny, change, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**change)
 
 
-def test_a_trunk_split_by_fsdp_keeps_tokens_where_their_pictures_are(golden):
+def test_a_trunk_split_by_fsdp_keeps_tokens_with_their_images(golden):
     config = AdversaryConfig(
         discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
     )
     mesh = sharding.make_mesh(8, 1)
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding.over_data(mesh))
 
-    def gathered(mesh_told):
-        critic = judges.build_discriminator(config, mesh_told)
-        variables = jax.eval_shape(critic.module.init, jax.random.key(1), image)
+    def gathered(network_mesh):
+        network = judges.build_discriminator(config, network_mesh)
+        variables = jax.eval_shape(network.module.init, jax.random.key(1), image)
         where = sharding.shardings(variables, mesh, fsdp=True, fsdp_min_size=1)
         variables = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, where)
-        slope = jax.jit(jax.grad(lambda x, v: critic.module.apply(v, x).sum()), out_shardings=sharding.over_data(mesh))
+        slope = jax.jit(jax.grad(lambda x, v: network.module.apply(v, x).sum()), out_shardings=sharding.over_data(mesh))
         program = slope.lower(image, variables).compile().as_text()
         return re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
 
     split = gathered(mesh)
-    assert split  # weights are
+    assert split  # weights are gathered, tokens are not
     assert not [shape for shape in split if shape.startswith("8,") and shape.count(",") == 2]
     assert [shape for shape in gathered(None) if shape.startswith("8,") and shape.count(",") == 2]

@@ -1,4 +1,4 @@
-"""Three optimizer steps equal those of the PyTorch origin."""
+"""Three optimizer steps equal those of the PyTorch VQRAE."""
 
 import json
 
@@ -13,22 +13,22 @@ from vqrae_jax.pretrained import convert, tables
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 CASES = ["origin_start", "warm_clip_sched"]
-LEAVES = {  # the origin's name -> our path, and how ours is laid out there
+LEAVES = {  # name in the PyTorch VQRAE -> our path, and the function that maps ours to its layout
     "decoder_pred.weight": (("pred", "kernel"), np.transpose),
     "decoder_embed.weight": (("embed", "kernel"), np.transpose),
     "decoder_pos_embed": (("pos_embed",), np.asarray),
     "trainable_cls_token": (("cls",), np.asarray),
 }
-TOLERANCE = {"final__": 4e-6, "ema_final__": 1e-6}  # absolute: 2 % of a step, three times the noise
+TOLERANCE = {"final__": 4e-6, "ema_final__": 1e-6}  # absolute: 2 % of a step, three times the numerical noise
 STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
 
 
 def build(golden, case, mesh):
-    """The task with the origin's settings, its start, and the recorded arrays."""
+    """Returns the task with the settings of the PyTorch VQRAE, its initial state, and the recorded arrays."""
     folder = golden / "train_steps"
     params = json.loads((folder / "params.json").read_text())["params"]
-    given = json.loads((folder / f"{case}_summary.json").read_text())["config"]
-    scheduler = given["training"].get("scheduler", {})
+    settings = json.loads((folder / f"{case}_summary.json").read_text())["config"]
+    scheduler = settings["training"].get("scheduler", {})
     sections = {
         "model": {
             "encoder_config_path": str(golden / params["encoder_config_path"]),
@@ -43,13 +43,13 @@ def build(golden, case, mesh):
         },
         "data": {"image_size": 32, "batch_size": 4},
         "optimizer": {
-            "learning_rate": given["training"]["optimizer"]["lr"],
+            "learning_rate": settings["training"]["optimizer"]["lr"],
             "schedule": scheduler.get("type", "constant"),
             "warmup_steps": scheduler.get("warmup_steps", 0),
             "decay_end_steps": scheduler.get("decay_end_steps"),
             "final_learning_rate": scheduler.get("final_lr", 0.0),
-            "clip_norm": given["training"]["clip_grad"] or 0.0,
-            "ema_decay": given["ema_decay"],
+            "clip_norm": settings["training"]["clip_grad"] or 0.0,
+            "ema_decay": settings["ema_decay"],
             "ema_warmup": False,
         },
     }
@@ -82,7 +82,7 @@ def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
     grads, *_ = gradient(state, frozen, images[0], jax.random.key(0), state.batch_stats)
     step = jax.jit(task.step)
     for i, batch in enumerate(np.round(images * 255).astype(np.uint8)):
-        state, metrics = step(state, frozen, {"image": batch})
+        state, metrics = step(state, frozen, {"image": batch}, 100)
         for ours, theirs in (
             ("loss/pixel", "rec_loss"),
             ("loss/vq", "vq_loss"),
@@ -94,14 +94,14 @@ def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
         np.testing.assert_array_equal(
             metrics["counts"], np.bincount(recorded["indices"][i].ravel(), minlength=len(metrics["counts"]))
         )
-    for name, (path, lay_out) in LEAVES.items():
+    for name, (path, convert_layout) in LEAVES.items():
         assert_close(
-            lay_out(leaf(grads["decoder"], path)), recorded[f"grad_step0__{name}"], 1e-5, f"gradient of {name}"
+            convert_layout(leaf(grads["decoder"], path)), recorded[f"grad_step0__{name}"], 1e-5, f"gradient of {name}"
         )
-        # The change, not the weights: three steps move them by little.
+        # Compares changes, not weights: three steps change them little.
         for ours, theirs in ((state.params, "final__"), (state.ema_params, "ema_final__")):
-            before = lay_out(leaf(start.params["decoder"], path))
-            moved = lay_out(leaf(ours["decoder"], path)) - before
+            before = convert_layout(leaf(start.params["decoder"], path))
+            moved = convert_layout(leaf(ours["decoder"], path)) - before
             error = np.abs(moved - (recorded[theirs + name] - before)).max()
             assert error <= TOLERANCE[theirs], f"{theirs}{name}: {error:.1e}"
     for ours, theirs in STATE.items():

@@ -1,6 +1,9 @@
+"""The training loop: exact resuming, files, meshes, waits, compilations, signals."""
+
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -9,19 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint
+from vqrae_jax import checkpoint, sharding
 from vqrae_jax.errors import CheckpointError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
+from vqrae_jax.train.task import jit_step, place_horizon
 
 ROOT = pathlib.Path(__file__).parents[2]
+END = {"decay_end_steps": 6}
 
 
 def state_of(workdir, config, devices):
-    run = loop.Run(config, workdir, devices)
-    state = jax.device_get(run.state)
-    run.close()
-    return state
+    with open_run(config, workdir, devices) as (_, state):
+        return jax.device_get(state)
 
 
 def assert_equal(a, b):
@@ -33,26 +37,44 @@ def assert_equal(a, b):
 def straight(tiny, tmp_path_factory):
     """Six steps without a stop, on one device."""
     workdir = tmp_path_factory.mktemp("straight")
-    figures = loop.train(tiny(), workdir, jax.devices()[:1])
-    return workdir, figures
+    metrics = loop.train(tiny(optimizer=END), workdir, jax.devices()[:1])
+    return workdir, metrics
 
 
-def test_resuming_equals_going_on(tiny, straight, tmp_path, one_device):
-    workdir, figures = straight
-    loop.train(tiny(train={"steps": 3, "evaluate_every": 3}, optimizer={"decay_end_steps": 6}), tmp_path, one_device)
-    resumed = loop.train(tiny(), tmp_path, one_device)
-    assert resumed == figures
-    assert_equal(state_of(tmp_path, tiny(), one_device), state_of(workdir, tiny(), one_device))
+@pytest.fixture
+def step_keys(caplog):
+    """Returns the keys under which the compilation cache was asked for the training step since the last call."""
+
+    def keys():
+        messages = [r.getMessage() for r in caplog.records if r.name == "jax._src.compiler"]
+        caplog.clear()
+        return {match[1] for text in messages if (match := re.search(r"'jit_step' with key '([^']*)'", text))}
+
+    with caplog.at_level("DEBUG", "jax._src.compiler"):
+        yield keys
 
 
-def test_everything_is_written(straight):
-    workdir, figures = straight
+def test_a_longer_run_resumes_exactly_and_compiles_no_other_step(tiny, straight, tmp_path, one_device, step_keys):
+    workdir, metrics = straight
+    loop.train(tiny(train={"steps": 3, "evaluate_every": 3}, optimizer=END), tmp_path / "exact", one_device)
+    assert loop.train(tiny(optimizer=END), tmp_path / "exact", one_device) == metrics
+    assert_equal(state_of(tmp_path / "exact", tiny(), one_device), state_of(workdir, tiny(), one_device))
+    step_keys()
+    for steps in (1, 2):
+        loop.train(tiny(train={"steps": steps, "evaluate_every": 9}), tmp_path / "longer", one_device)
+        if steps == 1:
+            (key,) = step_keys()
+    assert step_keys() == {key}
+
+
+def test_all_files_are_written(straight):
+    workdir, metrics = straight
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6]
     assert {"loss/pixel", "loss/vq", "grad_norm"} <= lines[0].keys()
     health = ("usage", "perplexity", "entropy_bits", "dead", "starved", "revived", "quantization_error", "distance")
     assert {f"codebook/{name}" for name in health} <= lines[0].keys()
-    assert figures["eval/images"] == 64
+    assert metrics["eval/images"] == 64
     assert (workdir / "reconstructions.png").stat().st_size > 1000
     assert any((workdir / "tensorboard").iterdir())
     path = checkpoint.find_checkpoint(workdir)
@@ -62,34 +84,32 @@ def test_everything_is_written(straight):
     assert {"revision", "version", "step"} <= meta.keys()
 
 
-def test_a_finished_run_only_reports(tiny, straight, one_device, caplog):
-    workdir, figures = straight
+def test_a_finished_run_only_evaluates(tiny, straight, one_device, caplog):
+    workdir, metrics = straight
     before = (workdir / "metrics.jsonl").read_text()
     with caplog.at_level("INFO", "vqrae_jax"):
-        assert loop.train(tiny(), workdir, one_device) == pytest.approx(figures)
-    assert "nothing to train: train.steps=6 are done; give more to go on" in caplog.text
+        assert loop.train(tiny(), workdir, one_device) == pytest.approx(metrics)
+    assert "train.steps=6" in caplog.text
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_evaluate_mode_gives_the_figures_of_training(tiny, straight, caplog):
-    workdir, figures = straight
+def test_evaluate_returns_the_metrics_of_training(tiny, straight, caplog):
+    workdir, metrics = straight
     with caplog.at_level("INFO", "vqrae_jax"):
         evaluated = loop.evaluate(tiny(), workdir)  # on eight devices
-    assert f"wrote {workdir / 'evaluation.json'} and {workdir / 'evaluation' / 'index.html'}" in caplog.text
+    assert f"{workdir / 'evaluation.json'} and {workdir / 'evaluation' / 'index.html'}" in caplog.text
     assert evaluated["step"] == 6
-    assert {name: evaluated[name] for name in figures} == pytest.approx(figures, rel=1e-4)
+    assert {name: evaluated[name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
 
 
 def test_inference_gets_the_live_codebook(tiny, straight, one_device):
-    """The origin ships the codebook that it started with."""
+    """The PyTorch VQRAE saves the codebook that it started with."""
     workdir, _ = straight
-    state = state_of(workdir, tiny(), one_device)
-    start = loop.Run(tiny(), workdir / "other", one_device)
-    first = jax.device_get(start.state.batch_stats["quantizer"]["codebook"])
-    start.close()
-    held = Tokenizer.load(workdir).variables["batch_stats"]["quantizer"]["codebook"]
-    np.testing.assert_array_equal(held, state.batch_stats["quantizer"]["codebook"])
-    assert np.abs(np.asarray(held) - first).max() > 0.1
+    trained = state_of(workdir, tiny(), one_device).batch_stats["quantizer"]["codebook"]
+    initial = state_of(workdir / "other", tiny(), one_device).batch_stats["quantizer"]["codebook"]
+    loaded = Tokenizer.load(workdir).variables["batch_stats"]["quantizer"]["codebook"]
+    np.testing.assert_array_equal(loaded, trained)
+    assert np.abs(np.asarray(loaded) - initial).max() > 0.1
 
 
 def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device):
@@ -97,65 +117,67 @@ def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device):
     loop.train(fsdp, tmp_path)
     saved = state_of(tmp_path, fsdp, None)
     for mesh, devices in (({}, one_device), ({"data": 4, "model": 2}, None)):
-        run = loop.Run(tiny(mesh=mesh), tmp_path, devices)
-        assert int(run.state.step) == 1
-        assert_equal(jax.device_get(run.state), saved)
-        kernel = run.state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
-        assert kernel.sharding.num_devices == (1 if devices else 8)
-        run.close()
+        with open_run(tiny(mesh=mesh), tmp_path, devices) as (_, state):
+            assert int(state.step) == 1
+            assert_equal(jax.device_get(state), saved)
+            kernel = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+            assert kernel.sharding.num_devices == (1 if devices else 8)
 
 
 def test_one_compilation_per_run_and_one_state(tiny, tmp_path, one_device):
-    run = loop.Run(tiny(), tmp_path, one_device)
-    for _ in range(3):
-        before = run.state
-        run.state, _ = run.step(run.state, run.frozen, run.next_batch())
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # the new state took its place
-    assert run.step._cache_size() == 1
-    run.close()
+    with open_run(tiny(), tmp_path, one_device) as (run, state):
+        step, horizon = jit_step(run.task, run.mesh), place_horizon(6, run.mesh)
+        for _ in range(3):
+            before = state
+            batch = sharding.place_batch({"image": next(run.batches)["image"]}, run.mesh)
+            state, _ = step(state, run.frozen, batch, horizon)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # the new state replaced it
+        assert step._cache_size() == 1
 
 
 @pytest.fixture
-def fetched(monkeypatch):
-    """Counts arrays whose values are brought to the host: each is a wait for the device."""
+def fetches(monkeypatch):
+    """Lists the shapes of arrays whose values are copied to the host: each is a wait for the device."""
     from jax._src.array import ArrayImpl
 
-    count, value = [], ArrayImpl._value.fget
-    monkeypatch.setattr(ArrayImpl, "_value", property(lambda self: count.append(self.shape) or value(self)))
-    return count
+    shapes, value = [], ArrayImpl._value.fget
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda self: shapes.append(self.shape) or value(self)))
+    return shapes
 
 
-def test_between_two_lines_of_the_log_nothing_waits_for_the_device(tiny, tmp_path, one_device, fetched):
-    found = []
+def test_nothing_waits_for_the_device_between_two_log_lines(tiny, tmp_path, one_device, fetches):
+    numbers = []
     for steps in (4, 12):
-        seldom = {"steps": steps, "log_every": steps, "evaluate_every": steps, "checkpoint_every": steps}
-        start = len(fetched)
-        loop.train(tiny(train=seldom), tmp_path / str(steps), one_device)
-        found.append(len(fetched) - start)
-    assert found[0] == found[1] > 0
+        rarely = {"steps": steps, "log_every": steps, "evaluate_every": steps, "checkpoint_every": steps}
+        start = len(fetches)
+        loop.train(tiny(train=rarely), tmp_path / str(steps), one_device)
+        numbers.append(len(fetches) - start)
+    assert numbers[0] == numbers[1] > 0
 
 
-def test_another_architecture_is_refused(tiny, straight, one_device):
+def test_another_architecture_is_an_error(tiny, straight, one_device):
     workdir, _ = straight
-    with pytest.raises(CheckpointError, match=r"codebook \(32, 16\) instead of \(16, 16\)"):
-        loop.Run(tiny(model={"num_embeddings": 16}), workdir, one_device)
+    with (
+        pytest.raises(CheckpointError, match=r"codebook \(32, 16\).*\(16, 16\)"),
+        open_run(tiny(model={"num_embeddings": 16}), workdir, one_device),
+    ):
+        pass
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
-    """Files may grow to a few kilobytes only from step 4 on; the checkpoint of step 3 stays and is named."""
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path):
+    """From step 4 on files may grow to a few kilobytes only; the checkpoint of step 3 stays."""
     script = """
 import resource, sys, jax
 sys.path.insert(0, "tests")
 from conftest import tiny_config
 from vqrae_jax.train import loop
-config = tiny_config()
-write = loop.Run.save
-def save(run, metrics=None):
-    if int(run.state.step) > 3:
+save = loop.save_checkpoint
+def save_checkpoint(run, state, metrics):
+    if int(state.step) > 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    write(run, metrics)
-loop.Run.save = save
-loop.train(config, sys.argv[1])
+    save(run, state, metrics)
+loop.save_checkpoint = save_checkpoint
+loop.train(tiny_config(), sys.argv[1])
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -163,22 +185,28 @@ loop.train(config, sys.argv[1])
     )
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
-    assert "last complete checkpoint is" in done.stderr
+    assert f"{tmp_path / 'checkpoints' / '3'}" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path).name == "3"
     assert Tokenizer.load(tmp_path).codebook_size == 32
 
 
 def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
-    """SIGTERM, or Ctrl-C once, during step 2."""
-    fetch, before = loop.Run.next_batch, signal.getsignal(signal.SIGINT)
+    """SIGTERM during step 2."""
+    handler = signal.getsignal(signal.SIGINT)
 
-    def next_batch(run):
-        if int(run.state.step) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(run)
+    def interrupted_step(task, mesh):
+        compiled = jit_step(task, mesh)
 
-    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
-    with pytest.raises(loop.Stopped, match="stopped at step 2, which is saved"):
+        def step(state, *args):
+            if int(state.step) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compiled(state, *args)
+
+        return step
+
+    monkeypatch.setattr(loop, "jit_step", interrupted_step)
+    with pytest.raises(loop.Stopped) as stopped:
         loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
+    assert stopped.value.step == 2
     assert checkpoint.find_checkpoint(tmp_path).name == "2"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -17,36 +18,36 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_schedules_equal_the_origin(golden, case):
-    given = next(c for c in json.loads((golden / "schedules.json").read_text())["cases"] if c["name"] == case)
-    # Keys may stand beside the origin's section as well, and a decay without an end is over with the warm-up there.
-    s = {**given["training_config"], **given["training_config"]["scheduler"]}
+def test_schedules_equal_the_pytorch_vqrae(golden, case):
+    recorded = next(c for c in json.loads((golden / "schedules.json").read_text())["cases"] if c["name"] == case)
+    # The PyTorch VQRAE accepts keys outside the section too, and ends a decay without an end with the warm-up.
+    s = {**recorded["training_config"], **recorded["training_config"]["scheduler"]}
     del s["scheduler"]
     if not s.keys() & {"decay_end_steps", "decay_end_epoch"}:
         s["decay_end_steps"] = s["warmup_steps"]
     names = {"decay_start_epoch": "warmup_epochs", "decay_end_epoch": "decay_end_epochs", "base_lr": "learning_rate",
              "final_lr": "final_learning_rate", "type": "schedule"}  # fmt: skip
-    images = 4 * given["steps_per_epoch"] + 3  # the last batch of an epoch is dropped
+    images = 4 * recorded["steps_per_epoch"] + 3  # the last batch of an epoch is dropped
     whole = from_dict(
         Config, {"data": {"batch_size": 4}, "optimizer": {names.get(name, name): value for name, value in s.items()}}
     )
-    rate = jax.jit(learning_rate(epochs_to_steps(whole, lambda: images).optimizer, steps=10**6))
-    np.testing.assert_allclose([rate(i) for i in given["steps"]], given["lr"], rtol=1e-5)
+    rate = jax.jit(functools.partial(learning_rate, epochs_to_steps(whole, lambda: images).optimizer))
+    np.testing.assert_allclose([rate(i, 10**6) for i in recorded["steps"]], recorded["lr"], rtol=1e-5)
 
 
 def test_parts_have_their_own_rates():
     config = OptimizerConfig(encoder_rate=0.1, constant=("quantizer",), warmup_steps=2, learning_rate=1.0)
-    rates = part_rates(config, steps=100)
-    assert [float(rates[part](0)) for part in ("encoder", "quantizer", "decoder")] == pytest.approx([0.05, 0.5, 0.5])
-    assert rates["quantizer"](99) == 1.0
-    assert rates["decoder"](99) < 0.1
-    assert rates["encoder"](50) == pytest.approx(0.1 * float(rates["decoder"](50)))
-    params = {part: {"kernel": jnp.ones((2, 2))} for part in rates}
+    rates = functools.partial(part_rates, config)
+    assert rates(0, 100) == pytest.approx({"encoder": 0.05, "quantizer": 0.5, "decoder": 0.5})
+    assert rates(99, 100)["quantizer"] == 1.0
+    assert rates(99, 100)["decoder"] < 0.1
+    assert rates(50, 100)["encoder"] == pytest.approx(0.1 * float(rates(50, 100)["decoder"]))
+    params = {part: {"kernel": jnp.ones((2, 2))} for part in ("encoder", "quantizer", "decoder")}
     optimizer = make_optimizer(config, rates)
-    updates, state = optimizer.update(params, optimizer.init(params), params)
+    updates, state = optimizer.update(params, optimizer.init(params), params, horizon=100)
     np.testing.assert_allclose(updates["encoder"]["kernel"], 0.1 * updates["decoder"]["kernel"], rtol=1e-6)
-    updates, _ = optimizer.update(params, state, params)
-    np.testing.assert_allclose(updates["decoder"]["kernel"], -1, rtol=1e-5)  # Adam's step is one; the rate is warm
+    updates, _ = optimizer.update(params, state, params, horizon=100)
+    np.testing.assert_allclose(updates["decoder"]["kernel"], -1, rtol=1e-5)  # Adam's step is one; warm-up is over
 
 
 def test_rates_are_scaled_to_the_batch():
@@ -58,50 +59,47 @@ def test_rates_are_scaled_to_the_batch():
     assert scaled.optimizer.final_learning_rate == pytest.approx(2e-5 / 4)
     assert scaled.adversary.optimizer.learning_rate == pytest.approx(5e-4)
     assert scaled.train.steps == 25
-    assert epochs_to_steps(scaled, lambda: 1) == scaled  # once is enough: a checkpoint keeps what was resolved
+    assert epochs_to_steps(scaled, lambda: 1) == scaled  # a checkpoint keeps the result
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(12, 0.5), (12, 0.0), (7, 3.0)])
-def test_epochs_of_no_step_are_refused(images, epochs):
+def test_epochs_of_less_than_a_step_are_an_error(images, epochs):
     config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"epochs": epochs}})
-    batches = rf"{images} training images are {images // 8} batches of data\.batch_size=8"
-    with pytest.raises(ConfigError, match=rf"train\.epochs={epochs} is less than one step: {batches}; give more"):
+    with pytest.raises(ConfigError, match=f"{images} training images are {images // 8} batches") as error:
         epochs_to_steps(config, lambda: images)
+    assert (error.value.field, error.value.value) == ("train.epochs", epochs)
 
 
-def test_a_rate_that_rises_is_told(caplog):
-    """As where the learning rate alone was lowered, below the default of the final one."""
+def test_a_rising_rate_is_a_warning(caplog):
+    """Happens if only the learning rate is lowered, below the default of the final one."""
     adversary = {"optimizer": {"learning_rate": 1e-5, "schedule": "constant"}}
     epochs_to_steps(from_dict(Config, {"optimizer": {"learning_rate": 1e-5}, "adversary": adversary}), lambda: 1)
-    (told,) = caplog.messages
-    assert told.startswith("optimizer.learning_rate=1e-05 rises to final_learning_rate=2e-05: lower that")
+    (message,) = caplog.messages
+    assert message.startswith("optimizer.learning_rate=1e-05")
 
 
-@pytest.mark.parametrize(("kind", "generator", "told"), [("patch", 0, 1), ("patch", 3, 0), ("none", 0, 0)])
-def test_a_decoder_that_is_to_fool_an_untrained_discriminator_is_told(kind, generator, told, caplog):
+@pytest.mark.parametrize(("kind", "generator", "warnings"), [("patch", 0, 1), ("patch", 3, 0), ("none", 0, 0)])
+def test_a_generator_that_starts_before_the_discriminator_is_a_warning(kind, generator, warnings, caplog):
     adversary = {"discriminator": kind, "start_epochs": 3, "generator_start_epochs": generator}
     config = from_dict(Config, {"data": {"batch_size": 8}, "train": {"steps": 9}, "adversary": adversary})
     epochs_to_steps(config, lambda: 8)
-    assert [message[:43] for message in caplog.messages] == ["adversary.generator_start_steps=0 is before"] * told
+    assert [message.partition("=")[0] for message in caplog.messages] == ["adversary.generator_start_steps"] * warnings
 
 
-def test_a_config_in_steps_counts_no_images():
-    def refuse():
-        raise AssertionError
-
-    assert epochs_to_steps(Config(), refuse) == Config()
+def test_without_epochs_no_images_are_counted():
+    assert epochs_to_steps(Config(), lambda: pytest.fail("counted")) == Config()
 
 
 def test_decay_ends_with_training_by_default():
-    rate = learning_rate(OptimizerConfig(warmup_steps=10), steps=100)
-    assert rate(100) == pytest.approx(2e-5)
-    assert rate(99) > 2e-5
+    config = OptimizerConfig(warmup_steps=10)
+    assert learning_rate(config, 100, horizon=100) == pytest.approx(2e-5)
+    assert learning_rate(config, 99, horizon=100) > 2e-5
 
 
 def test_weight_decay_touches_kernels_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "pos_embed": jnp.ones(3)}
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), lambda _: 1.0)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), lambda step, horizon: 1.0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, horizon=1)
     assert np.all(updates["dense"]["kernel"] < 0)
     assert not np.any(updates["dense"]["bias"])
     assert not np.any(updates["pos_embed"])

@@ -1,4 +1,4 @@
-"""Several real processes make one run: the same losses, checkpoints for any number of them, errors in one voice."""
+"""Runs of several real processes: the same losses, checkpoints for any number of processes, one error message."""
 
 import itertools
 import json
@@ -21,6 +21,7 @@ from vqrae_jax.data import images, pipeline
 from vqrae_jax.errors import ConfigError, DistributedError
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -33,10 +34,12 @@ def get_config():
 
 
 def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, program=None, address=None):
-    """Starts the command as a user would, once per process, each with `devices` pretended devices.
+    """Starts the command once per process, each with `devices` simulated devices.
 
-    `configs`: another config for some processes, by number; `program`: another Python file that ends in the command;
-    `address`: a bucket for the run, in place of the folder that holds the configs.
+    Args:
+      configs: another config for some processes, by number.
+      program: a Python file to run instead; it ends with the command.
+      address: a bucket for the run, in place of the folder that holds the configs.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,8 +51,8 @@ def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, p
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(CONFIG)
         file.with_suffix(".json").write_text(json.dumps((configs or {}).get(i, config).model_dump(mode="json")))
-        started = [str(program)] if program else ["-m", "vqrae_jax.main"]
-        command = [sys.executable, *started, f"--config={file}", f"--workdir={address or workdir}", *arguments]
+        entry = [str(program)] if program else ["-m", "vqrae_jax.main"]
+        command = [sys.executable, *entry, f"--config={file}", f"--workdir={address or workdir}", *arguments]
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
         children.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
@@ -58,19 +61,19 @@ def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, p
 
 
 def finish(children, timeout=900):
-    """[(exit code, stdout, stderr)] of each process, once all have ended."""
+    """Waits for all processes, and returns [(exit code, stdout, stderr)]."""
     try:
-        said = [child.communicate(timeout=timeout) for child in children]
+        outputs = [child.communicate(timeout=timeout) for child in children]
     finally:
         for child in children:
             if child.poll() is None:
                 child.kill()
                 child.communicate()
-    return [(child.returncode, *text) for child, text in zip(children, said, strict=True)]
+    return [(child.returncode, *text) for child, text in zip(children, outputs, strict=True)]
 
 
 def losses(workdir):
-    """{step: loss}, of a step that ran twice the last."""
+    """Returns {step: loss}; of a step that ran twice, the last loss."""
     lines = [json.loads(line) for line in (storage.resolve_path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
@@ -93,30 +96,31 @@ def assert_same_losses(ours, theirs):
     np.testing.assert_allclose(list(ours.values()), [theirs[step] for step in ours], rtol=1e-5)
 
 
-def assert_all_well(ended):
-    assert [code for code, *_ in ended] == [0] * len(ended), ended
+def finish_without_errors(children):
+    results = finish(children)
+    assert [code for code, *_ in results] == [0] * len(results), results
+    return results
 
 
 def test_two_processes_equal_one(config, alone, tmp_path, one_device):
-    ended = finish(spawn(config, tmp_path))
-    assert_all_well(ended)
+    first, second = finish_without_errors(spawn(config, tmp_path))
     assert_same_losses(tmp_path, alone)
-    assert "validation PSNR" in ended[0][1]
-    assert "memory per device: params" in ended[0][2]
-    assert "2 processes: median step" in ended[0][2]
-    assert "validation PSNR" not in ended[1][1]
-    assert ended[1][2] == ""
+    assert "validation PSNR" in first[1]
+    assert "memory per device: params" in first[2]
+    assert "2 processes: median step" in first[2]
+    assert "validation PSNR" not in second[1]
+    assert second[2] == ""
     for i in range(2):
-        sign = json.loads((tmp_path / "heartbeat" / f"{i}.json").read_text())
-        assert (sign["step"], sign["process"], sign["processes"]) == (4, i, 2)
-    run = loop.Run(config, tmp_path, one_device)  # what two processes saved, one resumes
-    assert int(run.state.step) == 4
+        heartbeat = json.loads((tmp_path / "heartbeat" / f"{i}.json").read_text())
+        assert (heartbeat["step"], heartbeat["process"], heartbeat["processes"]) == (4, i, 2)
+    with open_run(config, tmp_path, one_device) as (run, state):  # one process resumes what two have saved
+        assert int(state.step) == 4
+        resumed = next(run.batches)["image"]
     fifth = next(itertools.islice(pipeline.train_batches(config.data, seed=config.train.seed), 4, None))
-    np.testing.assert_array_equal(next(run.batches)["image"], fifth["image"])
-    run.close()
+    np.testing.assert_array_equal(resumed, fifth["image"])
 
 
-def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
+def test_different_configs_are_an_error(config, tiny, tmp_path):
     other = tiny(train={"steps": 5, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2})
     first, second = finish(spawn(config, tmp_path, configs={1: other}))
     assert (first[0], second[0]) == (1, 1)
@@ -125,7 +129,7 @@ def test_processes_that_differ_are_told_apart(config, tiny, tmp_path):
     assert second[2] == ""
 
 
-def test_a_mistake_of_all_is_told_once_and_no_launcher_tries_again(tiny, tmp_path):
+def test_an_error_of_all_processes_is_printed_once_with_exit_code_2(tiny, tmp_path):
     first, second = finish(spawn(tiny(data={"source": "folder", "path": None}), tmp_path))
     assert (first[0], second[0]) == (2, 2)
     assert "error: data.path is not set" in first[2]
@@ -139,12 +143,12 @@ def test_another_version_of_a_package_is_named(monkeypatch):
         distributed.check_equal({})
 
 
-def test_a_coordinator_that_is_not_there(config, tmp_path):
+def test_a_missing_coordinator_is_an_error(config, tmp_path):
     child = spawn(config, tmp_path, arguments=["--start_timeout=2"])
     child[0].kill()
-    (code, _, said) = finish(child)[1]
+    (code, _, stderr) = finish(child)[1]
     assert code == 1
-    assert "process 1 is still alone after 2 s (coordinator 127.0.0.1:" in said
+    assert "process 1 is still alone after 2 s (coordinator 127.0.0.1:" in stderr
 
 
 @pytest.mark.parametrize(
@@ -194,14 +198,14 @@ def test_messages_of_several_processes():
 
 @pytest.mark.slow
 def test_four_processes_equal_one(config, alone, tmp_path):
-    assert_all_well(finish(spawn(config, tmp_path, processes=4)))
+    finish_without_errors(spawn(config, tmp_path, processes=4))
     assert_same_losses(tmp_path, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{}, {"data": 1, "model": 2}])
 def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, mesh):
-    """Each sees its own rows, and the last batch is padded; along "model" both hold the same rows."""
+    """Each process has its own rows, and the last batch is padded; along "model" both have the same rows."""
     for i in range(24):
         images.write_image(tmp_path / f"{i:02d}.png", np.full((40, 40, 3), 10 * i, np.uint8))
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
@@ -209,22 +213,22 @@ def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, me
     evaluation = {"metrics": ("encoder", "linear_probe"), "examples": 2, "kernel_images": 50, **encoder}
     config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
     arguments = ["--mode=evaluate"]
-    ended = finish(spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments))
-    assert_all_well(ended)
-    told = json.loads((alone / EVALUATION_FILE).read_text())
-    figures = loop.evaluate(tiny(**config), alone, one_device)
-    assert {"step": told["step"], **told["figures"]} == pytest.approx(figures, rel=1e-4)
-    assert told["protocol"]["devices"].startswith("2 x" if mesh else "4 x")
-    assert "eval/psnr" not in ended[1][1]
+    _, second = finish_without_errors(
+        spawn(tiny(**config, mesh=mesh), alone, devices=2 - bool(mesh), arguments=arguments)
+    )
+    evaluation = json.loads((alone / EVALUATION_FILE).read_text())
+    metrics = loop.evaluate(tiny(**config), alone, one_device)
+    assert {"step": evaluation["step"], **evaluation["metrics"]} == pytest.approx(metrics, rel=1e-4)
+    assert evaluation["protocol"]["devices"].startswith("2 x" if mesh else "4 x")
+    assert "eval/psnr" not in second[1]
 
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket(config, alone, buckets, tmp_path):
-    assert_all_well(finish(spawn(config, tmp_path, address="gs://bucket/two")))
+    finish_without_errors(spawn(config, tmp_path, address="gs://bucket/two"))
     assert_same_losses("gs://bucket/two", alone)
-    again = finish(spawn(config, tmp_path, address="gs://bucket/two"))
-    assert_all_well(again)
-    assert "resumed from step 4" in again[0][2]
+    resumed, _ = finish_without_errors(spawn(config, tmp_path, address="gs://bucket/two"))
+    assert "resumed from step 4" in resumed[2]
     first, second = finish(spawn(config, tmp_path, address="gs://forbidden/two"))
     assert (first[0], second[0]) == (1, 1)
     assert "error: gs://forbidden/two/checkpoints" in first[2]
@@ -235,17 +239,17 @@ def test_two_processes_in_a_bucket(config, alone, buckets, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_axis_across_processes(tiny, alone, tmp_path):
-    """Two processes hold halves of every weight and must be given the same images."""
+    """Two processes hold halves of every weight and must read the same images."""
     config = tiny(
         train={"steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2}, mesh={"data": 1, "model": 2}
     )
-    assert_all_well(finish(spawn(config, tmp_path, devices=1)))
+    finish_without_errors(spawn(config, tmp_path, devices=1))
     assert_same_losses(tmp_path, alone)
 
 
 @pytest.mark.slow
 def test_restarts_on_other_numbers_of_processes(tiny, tmp_path, one_device):
-    """4 -> 2 -> 1 -> 4 processes: the losses of a run that nothing disturbed."""
+    """4 -> 2 -> 1 -> 4 processes have the losses of an uninterrupted run."""
 
     def until(steps):
         train = {"steps": steps, "log_every": 1, "evaluate_every": 100, "checkpoint_every": 100}
@@ -253,15 +257,15 @@ def test_restarts_on_other_numbers_of_processes(tiny, tmp_path, one_device):
 
     loop.train(until(12), tmp_path / "straight", one_device)
     for steps, count in ((3, 4), (6, 2), (9, 1), (12, 4)):
-        assert_all_well(finish(spawn(until(steps), tmp_path / "moved", processes=count, devices=2 if count < 4 else 1)))
+        finish_without_errors(spawn(until(steps), tmp_path / "moved", processes=count, devices=2 if count < 4 else 1))
     assert_same_losses(tmp_path / "moved", tmp_path / "straight")
 
 
 def wait_for_step(workdir, step, children, seconds=900):
-    began = time.monotonic()
+    start = time.monotonic()
     while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < step:
         assert all(child.poll() is None for child in children), finish(children)
-        assert time.monotonic() - began < seconds
+        assert time.monotonic() - start < seconds
         time.sleep(0.02)
 
 
@@ -274,14 +278,12 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     children = run(10**6)
     wait_for_step(tmp_path, 2, children)
     children[1].send_signal(signal.SIGTERM)
-    ended = finish(children)
-    assert_all_well(ended)
+    first, _ = finish_without_errors(children)
     step = int(checkpoint.find_checkpoint(tmp_path).name)
-    assert f"stopped at step {step}, which is saved. To go on:\n" in ended[0][2]
-    assert f"--workdir={tmp_path}" in ended[0][2]
-    again = finish(run(step + 1))
-    assert_all_well(again)
-    assert f"resumed from step {step}" in again[0][2]
+    assert f"stopped at step {step}, which is saved. To go on:\n" in first[2]
+    assert f"--workdir={tmp_path}" in first[2]
+    resumed, _ = finish_without_errors(run(step + 1))
+    assert f"resumed from step {step}" in resumed[2]
 
 
 UNREADABLE = """
@@ -292,10 +294,10 @@ from vqrae_jax.build import judges
 
 load = judges.load_metric_networks
 
-def load_or_fail(*given):
+def load_or_fail(*args):
     if jax.process_index() == 1:
         raise DataError("the network's file is gone")
-    return load(*given)
+    return load(*args)
 
 judges.load_metric_networks = load_or_fail
 main.run()
@@ -303,8 +305,8 @@ main.run()
 
 
 @pytest.mark.slow
-def test_a_file_that_one_process_cannot_read_ends_them_all(tiny, golden, tmp_path):
-    """What the others read meanwhile waits for nobody: all say the same, at once."""
+def test_a_file_that_one_process_cannot_read_ends_all(tiny, golden, tmp_path):
+    """The others read their files without waiting, and all fail with the same message."""
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
     config = tiny(evaluation={"training_metrics": ("encoder",), **encoder})
     program = tmp_path / "unreadable.py"
@@ -328,8 +330,8 @@ main.run()
 
 
 @pytest.mark.slow
-def test_processes_that_find_other_images_are_told_apart(tiny, tmp_path):
-    """With fewer to evaluate one would be done while the others wait for it; training would double some unseen."""
+def test_different_images_are_an_error(tiny, tmp_path):
+    """Otherwise a process with fewer images ends its evaluation while the others wait for it."""
     for split in ("train", "val"):
         for i in range(9):
             images.write_image(tmp_path / split / f"{i}.png", np.full((32, 32, 3), i, np.uint8))
@@ -348,21 +350,27 @@ import jax
 from vqrae_jax import main
 from vqrae_jax.errors import DataError
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
 
-fetch = loop.Run.next_batch
+jit_step = loop.jit_step
 
-def next_batch(run):
-    if jax.process_index() == 1 and int(run.state.step) == 2:
-        raise DataError("the disk is gone")
-    return fetch(run)
+def failing_step(task, mesh):
+    compiled = jit_step(task, mesh)
 
-loop.Run.next_batch = next_batch
+    def step(state, *args):
+        if jax.process_index() == 1 and int(state.step) == 2:
+            raise DataError("the disk is gone")
+        return compiled(state, *args)
+
+    return step
+
+loop.jit_step = failing_step
 main.run()
 """
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_them_all(config, tmp_path):
+def test_an_error_in_one_process_ends_all(config, tmp_path):
     program = tmp_path / "failing.py"
     program.write_text(FAILING)
     first, second = finish(spawn(config, tmp_path, devices=1, program=program))
@@ -373,7 +381,7 @@ def test_an_error_in_one_process_ends_them_all(config, tmp_path):
 
 @pytest.mark.slow
 def test_kill_at_any_moment(tiny, tmp_path, one_device):
-    """20 times kill -9 on one of two processes, during training and saving: as if nothing had happened."""
+    """20 times kill -9 on one of two processes, during training and saving, change nothing."""
     images, pick = tmp_path / "images", random.Random(0)
     images.mkdir()
     for i in range(24):
@@ -391,29 +399,28 @@ def test_kill_at_any_moment(tiny, tmp_path, one_device):
     def run(workdir):
         return spawn(config, workdir, devices=1, program=program)
 
-    assert_all_well(finish(run(tmp_path / "straight")))
+    finish_without_errors(run(tmp_path / "straight"))
     for _ in range(20):
         children = run(tmp_path / "killed")
-        known = max(losses(tmp_path / "killed"), default=0) if (tmp_path / "killed" / "metrics.jsonl").exists() else 0
-        wait_for_step(tmp_path / "killed", known + pick.randint(1, 6), children)
+        last = max(losses(tmp_path / "killed"), default=0) if (tmp_path / "killed" / "metrics.jsonl").exists() else 0
+        wait_for_step(tmp_path / "killed", last + pick.randint(1, 6), children)
         time.sleep(pick.uniform(0, 0.3))
         pick.shuffle(children)
         children[0].kill()
         time.sleep(pick.uniform(0, 0.5))
         finish(children[:1])
-        children[1].kill()  # as the launcher does; by itself it ends when it misses the other
+        children[1].kill()  # as launchers do; otherwise it ends after a timeout
         finish(children[1:])
-    assert_all_well(finish(run(tmp_path / "killed")))
+    finish_without_errors(run(tmp_path / "killed"))
 
-    def seen(step):
+    def images_of(step):
         return [n for i in range(2) for n in (tmp_path / "killed" / "seen" / f"{i}-{step}").read_text().split()]
 
     for first in range(1, steps + 1, epoch):
-        assert sorted(int(n) for step in range(first, first + epoch) for n in seen(step)) == list(range(24))
+        assert sorted(int(n) for step in range(first, first + epoch) for n in images_of(step)) == list(range(24))
     states = []
     for workdir in ("killed", "straight"):
-        ended = loop.Run(config, tmp_path / workdir, one_device)
-        states.append(jax.device_get(ended.state))
-        ended.close()
+        with open_run(config, tmp_path / workdir, one_device) as (_, state):
+            states.append(jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert int(states[0].step) == steps

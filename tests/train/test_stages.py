@@ -1,4 +1,4 @@
-"""Training in stages: a run that starts from another's model, and what of it then stays as it was."""
+"""Training in stages: runs that start from the model of another run."""
 
 import shutil
 
@@ -10,6 +10,7 @@ from vqrae_jax import checkpoint
 from vqrae_jax.errors import CheckpointError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 SHORT = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2}
@@ -29,9 +30,9 @@ def first(tiny, tmp_path_factory):
     config = tiny(model=MODEL, train={**SHORT, "trainable": ("quantizer", "decoder")}, adversary=PATCH)
     loop.train(config, workdir, jax.devices()[:1])
     path = checkpoint.find_checkpoint(workdir)
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), checkpoint.saved_shapes(path)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), checkpoint.saved_shapes(path)
     )
     return workdir, jax.device_get(checkpoint.read_model(path, target))
 
@@ -59,15 +60,14 @@ def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
     long = {"steps": 100, "evaluate_every": 100, "checkpoint_every": 100}
     config = tiny(model=MODEL, train={**long, "trainable": ("decoder",), "start_from": str(workdir)})
     loop.train(config, tmp_path, one_device)
-    run = loop.Run(config, tmp_path, one_device)  # resumes
-    state = jax.device_get(run.state)
-    run.close()
+    with open_run(config, tmp_path, one_device) as (_, state):
+        state = jax.device_get(state)
     assert int(state.step) == 100
     assert set(state.params) == {"decoder"}
     assert_same(state.ema_params["quantizer"], model["params"]["quantizer"])
     assert_same(state.batch_stats["quantizer"], model["batch_stats"]["quantizer"])
-    moved = state.params["decoder"]["embed"]["kernel"] - model["params"]["decoder"]["embed"]["kernel"]
-    assert np.abs(moved).max() > 0
+    change = state.params["decoder"]["embed"]["kernel"] - model["params"]["decoder"]["embed"]["kernel"]
+    assert np.abs(change).max() > 0
     images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
     before, after = Tokenizer.load(workdir), Tokenizer.load(tmp_path)
     np.testing.assert_array_equal(before.encode_to_indices(images), after.encode_to_indices(images))
@@ -75,56 +75,54 @@ def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device):
 
 @pytest.mark.slow
 def test_frozen_codes_that_scales_share_do_not_move_within_a_step(tiny, tmp_path, one_mesh, one_device):
-    """A decoder in training sees the codes that it will be given."""
+    """A decoder trains on the codes that it will decode."""
     model = {"quantizer": "multiscale", "quantizer_params": {"grids": (1, 2, 4)}}
     loop.train(tiny(model=model, train=SHORT), tmp_path, one_device)
     config = tiny(model=model, train={"trainable": ("decoder",), "start_from": str(tmp_path)})
     task = TokenizerTask.build(config, one_mesh)
     state, frozen = task.init(), task.frozen()
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    _, seen = jax.jit(task.step)(state, frozen, {"image": images})
+    _, trained = jax.jit(task.step)(state, frozen, {"image": images}, 6)
     batch = {"image": images, "mask": np.ones(8, bool)}
-    given = jax.jit(task.evaluate_batch)(state.inference(), frozen, batch)
-    np.testing.assert_array_equal(seen["counts"], given["counts"])
+    evaluated = jax.jit(task.evaluate)(state.inference(), frozen, batch)
+    np.testing.assert_array_equal(trained["counts"], evaluated["counts"])
 
 
 def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
-    """Its parameters, moments, power iteration and running means; inference knows nothing of it."""
+    """Its parameters, moments, power iteration and moving averages; they are not part of the model."""
     workdir, model = first
     assert set(model["params"]) == {"quantizer", "decoder"}
     mesh = {"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}
     config = tiny(model=MODEL, adversary=PATCH, mesh=mesh, train={**SHORT, "trainable": ("quantizer", "decoder")})
-    run = loop.Run(config, workdir)
-    adversary = jax.device_get(run.state.adversary)
-    run.close()
+    with open_run(config, workdir) as (_, state):
+        adversary = jax.device_get(state.adversary)
     assert set(adversary) == {"params", "opt_state", "spectral", "lecam"}
     assert adversary["lecam"]["real"] != 0
     assert int(jax.tree.leaves(adversary["opt_state"])[0]) == 2
 
 
-def test_a_start_that_is_not_there(tiny, tmp_path, one_mesh):
-    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+def test_a_missing_start_is_an_error(tiny, tmp_path, one_mesh):
+    with pytest.raises(CheckpointError, match="nowhere"):
         TokenizerTask.build(tiny(train={"start_from": str(tmp_path / "nowhere")}), one_mesh)
 
 
-def test_the_first_stage_may_be_gone(tiny, first, tmp_path, one_device):
-    """What the second was given and does not train is in its own checkpoints."""
+def test_the_first_stage_may_be_deleted(tiny, first, tmp_path, one_device):
+    """The checkpoints of the second stage include what it started from and does not train."""
     shutil.copytree(first[0], tmp_path / "first")
     train = {**SHORT, "trainable": ("decoder",), "start_from": str(tmp_path / "first")}
     loop.train(tiny(model=MODEL, train=train), tmp_path / "second", one_device)
     shutil.rmtree(tmp_path / "first")
     longer = tiny(model=MODEL, train={**train, "steps": 3})
-    run = loop.Run(longer, tmp_path / "second", one_device)
-    assert int(run.state.step) == 2
-    assert set(run.state.params) == {"decoder"}
-    assert_same(run.state.ema_params["quantizer"], first[1]["params"]["quantizer"])
-    run.close()
-    figures = loop.evaluate(longer, tmp_path / "second", one_device)
-    assert figures["step"] == 2
-    assert figures == pytest.approx(loop.evaluate(longer, tmp_path / "second", one_device, step=2))
+    with open_run(longer, tmp_path / "second", one_device) as (_, state):
+        assert int(state.step) == 2
+        assert set(state.params) == {"decoder"}
+        assert_same(state.ema_params["quantizer"], first[1]["params"]["quantizer"])
+    metrics = loop.evaluate(longer, tmp_path / "second", one_device)
+    assert metrics["step"] == 2
+    assert metrics == pytest.approx(loop.evaluate(longer, tmp_path / "second", one_device, step=2))
 
 
-def test_a_start_of_another_model(tiny, first, one_mesh):
+def test_a_start_with_another_model_is_an_error(tiny, first, one_mesh):
     config = tiny(model={**MODEL, "num_embeddings": 64}, train={"start_from": str(first[0])})
-    with pytest.raises(CheckpointError, match="of another architecture"):
+    with pytest.raises(CheckpointError, match="codebook"):
         TokenizerTask.build(config, one_mesh)

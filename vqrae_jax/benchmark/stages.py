@@ -158,7 +158,7 @@ def _train_step(task: TokenizerTask) -> Stage:
 
 def _step_function(task: TokenizerTask) -> Callable[..., Any]:
     def step(state: Any, frozen: Any, batch: Any) -> Any:
-        state, metrics = task.step(state, frozen, batch)
+        state, metrics = task.step(state, frozen, batch, jnp.asarray(task.config.train.steps))
         return {"loss": metrics["loss/total"], "pixel": metrics["loss/pixel"]}, state
 
     return step

@@ -125,12 +125,9 @@ def progress(items: Iterable[T], total: int, unit: str, size: Callable[[T], int]
       unit: label of the bar.
       size: by how much an item advances the bar.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from vqrae_jax.progress import progress_bar
 
-    console = Console(stderr=True)
-    columns = (TextColumn(unit), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar(unit) as bar:
         task = bar.add_task(unit, total=total)
         for item in items:
             yield item

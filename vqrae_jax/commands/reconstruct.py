@@ -19,8 +19,7 @@ from vqrae_jax.data import images
 from vqrae_jax.data.folder import list_images
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.evaluation.psnr import psnr
-from vqrae_jax.evaluation.ssim import WINDOW, ssim
+from vqrae_jax.evaluation.metrics import WINDOW, psnr, ssim
 from vqrae_jax.inference import inputs
 from vqrae_jax.inference.tokenizer import Tokenizer
 

@@ -73,12 +73,12 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     batches = pipeline.evaluation_batches(from_dict(DataConfig, data), limit=args.limit)
     nets = judges.load_metric_networks(from_dict(EvaluationConfig, settings), (name,))
     params = jax.device_put(nets.params, sharding.replicated(mesh))
-    moments = reference.feature_moments(nets, params, batches, mesh)[name]
+    moments = reference.compute_feature_moments(nets, params, batches, mesh)[name]
     if moments.count < 2:
         raise DataError(f"has {moments.count} readable images; two are needed", field="--data", value=args.data)
     gaussian = moments.gaussian()
     with storage.stage_output(output) as file:
-        reference.write(file, gaussian)
+        reference.write_reference(file, gaussian)
     width = len(gaussian.mean)
     few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""
     print(f"{moments.count} images{few}; wrote {output}")

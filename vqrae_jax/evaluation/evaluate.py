@@ -1,7 +1,6 @@
-"""One pass over the validation images: what is measured, with which networks and by what protocol."""
+"""Evaluation of a model on the validation images: metrics, examples, and the protocol that they were measured by."""
 
 import dataclasses
-import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -17,20 +16,20 @@ from vqrae_jax.config import Config, Metric
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import reference
-from vqrae_jax.evaluation.evaluator import Evaluator
+from vqrae_jax.evaluation.accumulator import SCORES, Accumulator
+from vqrae_jax.evaluation.metrics import K1, K2, SIGMA, WINDOW
 from vqrae_jax.evaluation.moments import Gaussian
-from vqrae_jax.evaluation.ssim import K1, K2, SIGMA, WINDOW
 
-CROPS = {  # `data.eval_crop`, for the protocol
-    "center": "short side to {size} pixels by Pillow's bicubic with antialias, central square",
-    "adm": "guided-diffusion's: halved by a box filter while the short side has twice {size} pixels, then to {size} by "
-    "Pillow's bicubic with antialias, central square",
+CROPS = {  # what `data.eval_crop` does, for the protocol
+    "center": "short side resized to {size} pixels (Pillow's bicubic with antialias), central square",
+    "adm": "guided-diffusion: halved by a box filter while the short side has at least 2 x {size} pixels, then resized "
+    "to {size} (Pillow's bicubic with antialias), central square",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A validation picture and what became of it."""
+    """A validation image and its reconstruction."""
 
     index: int  # in the dataset
     image: UInt8[np.ndarray, "S S 3"]
@@ -38,158 +37,169 @@ class Example:
     scores: dict[str, float]
 
 
-class Measurement:
-    """Everything that evaluation needs beside the model; networks and references are read once, here.
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """The outcome of one pass over the validation images."""
 
-    Making one reads files, and waits for no other process; `begin`, once, comes before `run`.
+    metrics: dict[str, float]  # "eval/NAME": value, see `Accumulator.metrics`
+    accumulator: Accumulator  # with scores per image, and warnings
 
-    A batch is spread over the mesh, and pictures stay where they are. Each process reads numbers, features and codes of
-    its own rows and adds them up in float64; at the end every process is told the sums of all.
+
+class Evaluator:
+    """The networks, references and compiled programs of an evaluation; they are read and built once.
+
+    The constructor reads files and waits for no other process; call `prepare` once before `evaluate`. Batches are split
+    over the mesh and images stay on their devices. Each process accumulates its own rows in float64; at the end every
+    process receives the sums of all.
     """
 
     def __init__(
-        self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches, figures: Collection[Metric]
+        self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches, metrics: Collection[Metric]
     ):
-        self._config, self._mesh, self._batches, self._figures = config, mesh, batches, tuple(figures)
-        self._networks = judges.load_metric_networks(config.evaluation, figures, config.loss.perceptual)
-        self._widths = {n: judges.feature_width(self._networks, n) for n in judges.FEATURES if n in figures}
-        where = sharding.replicated(mesh)
-        self._params = jax.tree.map(lambda x: sharding.place_array(x, where), self._networks.params)
+        """Reads networks and references; of `task`, a `train.task.Task`, only `evaluate` is used."""
+        self._config, self._mesh, self._batches = config, mesh, batches
+        self._networks = judges.load_metric_networks(config.evaluation, metrics, config.loss.perceptual)
+        replicated = sharding.replicated(mesh)
+        self._params = jax.tree.map(lambda x: sharding.place_array(x, replicated), self._networks.params)
+        self._widths = {n: judges.feature_width(self._networks, n) for n in judges.FEATURES if n in metrics}
         self._references: dict[str, Gaussian] = {}
-        self._folders: dict[str, pipeline.EvaluationBatches] = {}  # of references still to be computed
+        self._folders: dict[str, pipeline.EvaluationBatches] = {}  # images of references that `prepare` computes
         for name in self._widths:
             self._read_reference(name)
-        self._step = jax.jit(functools.partial(self._measure, task), out_shardings=(sharding.over_data(mesh), where))
-        self._add = jax.jit(jnp.add, donate_argnums=0)
-        self._paint = jax.jit(lambda *args: task.evaluate_batch(*args)["reconstruction"], out_shardings=where)
 
-    def begin(self) -> None:
-        """Computes the references that are folders of images; all processes together, each its share of the images.
+        def evaluate(variables: Any, frozen: Any, params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+            rows = dict(task.evaluate(variables, frozen, batch))
+            counts, reconstruction = rows.pop("counts", None), rows.pop("reconstruction")
+            rows |= self._networks.compare(params, reconstruction, batch["image"].astype(jnp.float32) / 255)
+            if "linear_probe" not in metrics:
+                rows.pop("code", None)
+            return rows | {name: batch[name] for name in ("mask", "index", "label")}, counts
+
+        self._evaluate = jax.jit(evaluate, out_shardings=(sharding.over_data(mesh), replicated))
+        self._add = jax.jit(jnp.add, donate_argnums=0)
+        self._reconstruct = jax.jit(lambda *args: task.evaluate(*args)["reconstruction"], out_shardings=replicated)
+
+    def prepare(self) -> None:
+        """Computes the references that are folders of images; every process calls it and reads its share of the images.
 
         Raises:
           DataError: fewer than two images can be read.
         """
         for name, batches in self._folders.items():
             field, path = self._reference(name)
-            moments = reference.feature_moments(self._networks, self._params, batches, self._mesh)[name]
+            moments = reference.compute_feature_moments(self._networks, self._params, batches, self._mesh)[name]
             if moments.count < 2:
-                raise DataError(f"{field}={path!r}: {moments.count} of its images can be read; two are needed")
+                raise DataError(
+                    f"only {moments.count} of its images can be read; at least two are needed", field=field, value=path
+                )
             self._references[name] = moments.gaussian()
 
     def listings(self) -> dict[str, Any]:
-        """Of the validation images and of those references that are folders, by field, see `TrainBatches.listing`."""
+        """Returns, by config field, which images this process has found; processes of one run compare them."""
         references = {self._reference(name)[0]: batches.listing() for name, batches in self._folders.items()}
         return {"data.eval_path": self._batches.listing()} | references
 
-    def run(self, variables: Any, frozen: Any) -> tuple[Evaluator, dict[str, float]]:
-        """The pass; figures are those of `Evaluator.figures`.
+    def first_images(self) -> dict[str, jax.Array]:
+        """Returns the images of the first batch, placed on the mesh."""
+        return sharding.place_batch({"image": next(iter(self._batches))["image"]}, self._mesh)
+
+    def evaluate(self, variables: Any, frozen: Any) -> EvaluationResult:
+        """Evaluates a model on all validation images.
 
         Raises:
-          DataError: no image can be read.
+          DataError: none of the images can be read.
         """
-        evaluator = self._evaluator()
-        counts = waiting = None
+        settings = self._batches.count, self._references, self._config.evaluation.kernel_images
+        local, accumulator, counts, pending = Accumulator(*settings), Accumulator(*settings), None, None
         for number, batch in enumerate(self._batches):
-            rows, chosen = self._step(variables, frozen, self._params, self._placed(number, batch))
-            if chosen is not None:
-                counts = chosen if counts is None else self._add(counts, chosen)
-            if waiting is not None:  # read while the next batch is under way
-                evaluator.add(_own(waiting))
-            waiting = rows
-        evaluator.add(_own(waiting))
-        own, evaluator = evaluator, self._evaluator()
-        for arrays in distributed.iterate_arrays(own.arrays()):
-            evaluator.merge(arrays)
-        if not evaluator.images:
-            raise DataError("data.eval_path: none of its images can be read")
-        return evaluator, evaluator.figures(None if counts is None else jax.device_get(counts))
+            rows, batch_counts = self._evaluate(variables, frozen, self._params, self._place(number, batch))
+            if batch_counts is not None:
+                counts = batch_counts if counts is None else self._add(counts, batch_counts)
+            if pending is not None:  # fetched while the device works on the next batch
+                local.add(_local_rows(pending))
+            pending = rows
+        local.add(_local_rows(pending))
+        for arrays in distributed.iterate_arrays(local.arrays()):
+            accumulator.merge_arrays(arrays)
+        if not accumulator.images:
+            raise DataError("none of the validation images can be read", field="data.eval_path")
+        metrics = accumulator.metrics(None if counts is None else jax.device_get(counts))
+        return EvaluationResult({f"eval/{name}": value for name, value in metrics.items()}, accumulator)
 
-    def _evaluator(self) -> Evaluator:
-        return Evaluator(self._batches.count, self._references, self._config.evaluation.kernel_images)
-
-    def examples(self, evaluator: Evaluator, variables: Any, frozen: Any) -> dict[str, list[Example]]:
-        """Best, median and worst pictures of a pass, painted again."""
-        chosen = evaluator.pick(self._config.evaluation.examples)
-        places = np.concatenate(list(chosen.values()))
-        indices = evaluator.scores("index")[places]
-        # A few pictures: every process reads them all and shows each device its part.
+    def examples(self, result: EvaluationResult, variables: Any, frozen: Any) -> dict[str, list[Example]]:
+        """Reconstructs the best, median and worst images of an evaluation again."""
+        accumulator = result.accumulator
+        positions = accumulator.select_examples(self._config.evaluation.examples)
+        unique = np.unique(np.concatenate(list(positions.values())))
+        indices = accumulator.scores("index")[unique]
+        # These are few images: every process reads all of them and gives each device its part.
         images = np.stack([self._batches.image(int(i)) for i in indices])
         padded = np.pad(images, ((0, -len(images) % sharding.data_ways(self._mesh)), (0, 0), (0, 0), (0, 0)))
         batch = {"image": padded, "mask": np.ones(len(padded), bool)}
-        where = sharding.over_data(self._mesh)
-        placed = {n: jax.make_array_from_callback(x.shape, where, x.__getitem__) for n, x in batch.items()}
-        painted = jax.device_get(self._paint(variables, frozen, placed))[: len(images)]
-        names = [n for n in ("psnr", "ssim", "lpips") if evaluator.has(n)]
-        found = [
-            Example(int(i), image, reconstruction, {n: float(evaluator.scores(n)[place]) for n in names})
-            for i, image, reconstruction, place in zip(indices, images, painted, places, strict=True)
-        ]
-        return {kind: [found[np.flatnonzero(places == place)[0]] for place in which] for kind, which in chosen.items()}
+        batch = jax.tree.map(lambda x: sharding.place_array(x, sharding.over_data(self._mesh)), batch)
+        reconstructions = jax.device_get(self._reconstruct(variables, frozen, batch))[: len(images)]
+        scores = {name: accumulator.scores(name) for name in SCORES if accumulator.has_scores(name)}
+        examples = {}
+        for index, image, reconstruction, i in zip(indices, images, reconstructions, unique, strict=True):
+            values = {name: float(score[i]) for name, score in scores.items()}
+            examples[i] = Example(int(index), image, reconstruction, values)
+        return {group: [examples[position] for position in members] for group, members in positions.items()}
 
-    def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
-        """What has to be known of the figures of a pass to compare them with others."""
-        data = self._config.data
+    def protocol(self, result: EvaluationResult) -> dict[str, Any]:
+        """Returns everything that must be known about the metrics to compare them with published ones."""
+        config, images = self._config, result.accumulator.images
         return {
             "data": repr(self._batches),
-            "images": evaluator.images,
-            "images_unreadable": self._batches.count - evaluator.images,
-            "crop": CROPS[data.eval_crop].format(size=data.image_size),
-            "pixels": "reconstructions clipped to [0, 1], and rounded to bytes before any network sees them",
-            "psnr": "per picture over all pixels and channels, then the mean",
+            "images": images,
+            "images_unreadable": self._batches.count - images,
+            "crop": CROPS[config.data.eval_crop].format(size=config.data.image_size),
+            "pixels": "reconstructions clipped to [0, 1], rounded to 8 bits before any network sees them",
+            "psnr": "per image over all pixels and channels, then the mean",
             "ssim": f"Gaussian window {WINDOW}, sigma {SIGMA}, k1 {K1}, k2 {K2}, population variances, per channel",
-            "weights": "running mean of the parameters, codebook as it was trained",
-            "rfid": "of reconstructions from the same images before they were coded; fid: from the reference",
-            "kernel": f"unbiased, (x . y / D + 1)^3, all pairs of the first {self._config.evaluation.kernel_images}",
-            "linear_probe": "ridge on 80 % of the images, mean of the quantized latents; accuracy on the others",
-            "networks": {n: told | self._told(n) for n, told in self._networks.protocol.items()},
-            "model": self._config.model.model_dump(mode="json"),
+            "weights": "moving average of the parameters, codebook as trained",
+            "rfid": "reconstructions against the same images before encoding; fid: against the reference",
+            "kernel": f"unbiased, (x . y / D + 1)^3, all pairs of the first {config.evaluation.kernel_images} images",
+            "linear_probe": "ridge on the mean of the quantized latents of 80 % of the images; accuracy on the others",
+            "networks": {name: fields | self._describe(name) for name, fields in self._networks.protocol.items()},
+            "model": config.model.model_dump(mode="json"),
             "jax": jax.__version__,
             "vqrae_jax": __version__,
             "devices": f"{self._mesh.size} x {self._mesh.devices.flat[0].device_kind}",
         }
 
-    def _told(self, name: str) -> dict[str, Any]:
+    def _describe(self, name: str) -> dict[str, Any]:
         if name not in self._widths:
             return {}
-        given, used = self._reference(name)[1], None
-        if name in self._references:
-            used = {"source": given, "images": self._references[name].count, "sha256": self._references[name].digest()}
-        return {"features": self._widths[name], "reference": used}
+        statistics = None
+        if gaussian := self._references.get(name):
+            path = self._reference(name)[1]
+            statistics = {"source": path, "images": gaussian.count, "sha256": gaussian.digest()}
+        return {"features": self._widths[name], "reference": statistics}
 
-    def _measure(self, task: Any, variables: Any, frozen: Any, params: Any, batch: dict[str, jax.Array]) -> Any:
-        seen = dict(task.evaluate_batch(variables, frozen, batch))
-        counts, reconstruction = seen.pop("counts", None), seen.pop("reconstruction")
-        image = batch["image"].astype(jnp.float32) / 255
-        seen |= self._networks.compare(params, reconstruction, image)
-        if "linear_probe" not in self._figures:
-            seen.pop("code", None)
-        return seen | {name: batch[name] for name in ("mask", "index", "label")}, counts
-
-    def _placed(self, number: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def _place(self, number: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         (share, shares), local = sharding.data_share(self._mesh), len(batch["mask"])
-        index = (number * shares + share) * local + np.arange(local)
-        wanted = {name: batch[name] for name in ("image", "mask", "label")}
-        return sharding.place_batch(wanted | {"index": index.astype(np.int32)}, self._mesh)
+        index = ((number * shares + share) * local + np.arange(local)).astype(np.int32)
+        return sharding.place_batch({n: batch[n] for n in ("image", "mask", "label")} | {"index": index}, self._mesh)
 
     def _reference(self, name: str) -> tuple[str, str | None]:
-        """The field that names the reference of a network, and what it says."""
+        """Returns the config field of a network's reference, and its value."""
         return f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
 
     def _read_reference(self, name: str) -> None:
-        """From an .npz; of a folder, whose images are cropped alike, what `begin` computes it from."""
+        """Reads the statistics of an .npz, or finds the images of a folder; they are cropped as validation images."""
         field, path = self._reference(name)
         if path is None:
             return
         if not storage.resolve_path(path).is_dir():
-            self._references[name] = reference.read(storage.download(path), self._widths[name], field)
+            self._references[name] = reference.read_reference(storage.download(path), self._widths[name], field)
             return
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
         share, shares = sharding.data_share(self._mesh)
         try:
             self._folders[name] = pipeline.evaluation_batches(data, process_index=share, process_count=shares)
         except DataError as error:
-            raise DataError(str(error).replace("data.eval_path", field)) from None
+            raise error.renamed({"data.eval_path": field}) from None
 
 
-def _own(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+def _local_rows(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     return {name: sharding.own_rows(x) for name, x in rows.items()}

@@ -9,7 +9,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import codebook_health as codebook
 from vqrae_jax.evaluation import visualize as pictures
-from vqrae_jax.evaluation.psnr import psnr
+from vqrae_jax.evaluation.metrics import psnr
 from vqrae_jax.inference.inputs import Pictures
 
 if TYPE_CHECKING:

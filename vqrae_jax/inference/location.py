@@ -130,8 +130,8 @@ def _measured(workdir: storage.Path, step: int | None) -> dict[str, Any]:
         if values.get("step") == step:
             logged |= {name: value for name, value in values.items() if name.startswith("eval/")}
     told = _object(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {}
-    if told.get("step") == step and "figures" in told:
-        return {"figures": told["figures"], "protocol": told.get("protocol", {})}
+    if told.get("step") == step and "metrics" in told:
+        return {"figures": told["metrics"], "protocol": told.get("protocol", {})}
     return {"figures": logged} if logged else {}
 
 

@@ -19,8 +19,9 @@ from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.preflight.hlo import Collective, Program, mesh_axes
 from vqrae_jax.preflight.roofline import Roofline, ScaledSlice, compute_seconds, network_seconds, weak_scaling
 from vqrae_jax.pretrained.released import ARCHITECTURES
-from vqrae_jax.train.task import step_program
-from vqrae_jax.train.tokenizer import PARTS, TokenizerTask, to_float
+from vqrae_jax.train.task import jit_step
+from vqrae_jax.train.tokenizer import TokenizerTask, to_float
+from vqrae_jax.train.tokenizer_state import PARTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Plan:
         config = _without_files(config)
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
-    def train_arguments(self) -> tuple[Any, Any, Any]:
-        """Returns the shapes of the training step's arguments: state, frozen networks, batch."""
-        return self.task.shapes(), self.task.frozen_shapes(), self._batch(self.config.data.batch_size)
+    def train_arguments(self) -> tuple[Any, Any, Any, Any]:
+        """Returns the shapes of the training step's arguments: state, frozen networks, batch, horizon."""
+        horizon = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
+        return self.task.shapes(), self.task.frozen_shapes(), self._batch(self.config.data.batch_size), horizon
 
     def argument_bytes(self) -> float:
         """Returns the bytes per device of the training step's arguments."""
@@ -103,7 +105,7 @@ class Plan:
 
     def train(self) -> Cost:
         """Compiles one optimizer step."""
-        program = step_program(self.task, self.mesh)
+        program = jit_step(self.task, self.mesh)
         return self._compile("train", self.config.data.batch_size, program, *self.train_arguments())
 
     def evaluate(self) -> Cost:
@@ -112,7 +114,7 @@ class Plan:
         batch = {**self._batch(size), "mask": self._shape((size,), jnp.bool)}
 
         def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
-            metrics = self.task.evaluate_batch(variables, frozen, batch)
+            metrics = self.task.evaluate(variables, frozen, batch)
             stay_on_devices = ("reconstruction", "code")
             return {name: value for name, value in metrics.items() if name not in stay_on_devices}
 

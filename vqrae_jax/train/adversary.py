@@ -1,4 +1,4 @@
-"""The discriminator's side of training: its state, the loss it gives the generator, its own turns."""
+"""The adversarial side of training: the discriminator's state and updates, and the generator's term."""
 
 import dataclasses
 import functools
@@ -14,38 +14,37 @@ from vqrae_jax.config import AdversaryConfig
 from vqrae_jax.losses import adversarial
 from vqrae_jax.losses.augment import augment
 from vqrae_jax.models.discriminator import SPECTRAL
-from vqrae_jax.train.objective import after
+from vqrae_jax.train.objective import run_from
 from vqrae_jax.train.optim import learning_rate, make_optimizer
 from vqrae_jax.train.task import Metrics
 
 State = dict[str, Any]  # params, opt_state, spectral, lecam
-LastLayer = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """What a config says of the discriminator; `critic.params` are the parts of it that never train.
+    """A discriminator in training; `network.params` are the parts of it that do not train.
 
-    Pictures are [b, H, W, 3] in [0, 1].
+    Images are [b, H, W, 3] in [0, 1]; `step` is that of the tokenizer.
     """
 
     config: AdversaryConfig
-    critic: judges.FrozenNetwork
-    steps: int  # of the run
+    network: judges.FrozenNetwork
 
     @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer, self._rate)
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """AdamW, whose schedule starts when the discriminator starts to train and ends with the run."""
 
-    def _rate(self, update: jax.Array) -> jax.Array:
-        """Its schedule begins where it starts to train, so that warm-up is its own, and ends with the run."""
-        steps = max(self.steps - self.config.start_steps, 1)
-        return learning_rate(self.config.optimizer, steps)(update // self.config.disc_updates)
+        def rate(update: jax.Array, horizon: jax.Array) -> jax.Array:
+            steps = jnp.maximum(horizon - self.config.start_steps, 1)
+            return learning_rate(self.config.optimizer, update // self.config.disc_updates, steps)
 
-    def create(self, key: jax.Array) -> State:
-        """The state before the first turn."""
-        variables = self.critic.module.init(key, jnp.zeros((1, 32, 32, 3)))
-        params = {name: tree for name, tree in variables["params"].items() if name not in self.critic.params}
+        return make_optimizer(self.config.optimizer, rate)
+
+    def init(self, key: jax.Array) -> State:
+        """Returns the state before the first update."""
+        variables = self.network.module.init(key, jnp.zeros((1, 32, 32, 3)))
+        params = {name: tree for name, tree in variables["params"].items() if name not in self.network.params}
         return {
             "params": params,
             "opt_state": self.optimizer.init(params),
@@ -54,79 +53,82 @@ class Adversary:
         }
 
     def generator_loss(self, state: State, frozen: Any, reconstruction: jax.Array, key: jax.Array) -> jax.Array:
-        """Small where reconstructions are taken for pictures."""
+        """Returns the generator's loss, which is small if the discriminator takes reconstructions for real images."""
         variables = {"params": {**frozen, **state["params"]}, SPECTRAL: state["spectral"]}
-        logits = self.critic.module.apply(variables, self._augmented(reconstruction, key))
+        logits = self.network.module.apply(variables, self._augment(reconstruction, key))
         return adversarial.GENERATOR[self.config.generator_loss](logits)
 
-    def term(
-        self, state: State, frozen: Any, picture: jax.Array, gradient: jax.Array, at_last_layer: LastLayer,
-        step: jax.Array, key: jax.Array,
+    def generator_term(
+        self, state: State, frozen: Any, reconstruction: jax.Array, gradient: jax.Array,
+        pull_to_last_layer: Callable[[jax.Array], jax.Array], step: jax.Array, key: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
-        """The generator's term, weighted; its gradient with respect to the picture; what to log.
+        """Returns the weighted adversarial term, its gradient with respect to the reconstruction, and metrics.
 
         Args:
-          picture: the reconstruction [b, H, W, 3].
-          gradient: of the other terms with respect to it.
-          at_last_layer: a gradient with respect to the picture -> that with respect to the decoder's last kernel.
-          step: of the tokenizer.
+          gradient: of the other terms with respect to the reconstruction.
+          pull_to_last_layer: maps a gradient with respect to the reconstruction to that of the decoder's last kernel.
         """
         config = self.config
-        judge = functools.partial(self.generator_loss, state, frozen, key=key)
-        nothing = (jnp.zeros(()), jnp.zeros_like(picture))
-        loss, own = after(config.generator_start_steps, step, lambda: jax.value_and_grad(judge)(picture), nothing)
+        loss = functools.partial(self.generator_loss, state, frozen, key=key)
+        zeros = (jnp.zeros(()), jnp.zeros_like(reconstruction))
+        value, slope = run_from(
+            config.generator_start_steps, step, lambda: jax.value_and_grad(loss)(reconstruction), zeros
+        )
         weight = jnp.where(step >= config.generator_start_steps, config.weight, 0.0)
         if config.adaptive:
-            weight *= adversarial.adaptive_weight(at_last_layer(gradient), at_last_layer(own), config.adaptive_max)
-        return weight * loss, weight * own, {"loss/adversarial": loss, "gan/weight": weight}
+            norms = (pull_to_last_layer(gradient), pull_to_last_layer(slope))
+            weight *= adversarial.adaptive_weight(*norms, config.adaptive_max)
+        return weight * value, weight * slope, {"loss/adversarial": value, "gan/weight": weight}
 
-    def turn(
-        self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array, step: jax.Array, key: jax.Array
-    ) -> tuple[State, Metrics]:
-        """From its start on, `disc_updates` optimizer steps on what the tokenizer has just painted.
+    def update(
+        self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array,
+        step: jax.Array, horizon: jax.Array, key: jax.Array,
+    ) -> tuple[State, Metrics]:  # fmt: skip
+        """Takes `disc_updates` optimizer steps on the tokenizer's new reconstructions, from step `start_steps` on.
 
         Args:
-          reconstructions, images: [parts, b, H, W, 3], micro-batches in front.
-          step: of the tokenizer.
+          reconstructions, images: [parts, b, H, W, 3], split into micro-batches.
         """
 
         def run() -> tuple[State, Metrics]:
-            after_it, metrics = state, {}
+            new, metrics = state, {}
             for update_key in jax.random.split(key, self.config.disc_updates):
-                after_it, metrics = self._update(after_it, frozen, reconstructions, images, update_key)
-            return after_it, metrics
+                new, metrics = self._update(new, frozen, reconstructions, images, horizon, update_key)
+            return new, metrics
 
         metrics = jax.eval_shape(run)[1]
-        waiting = (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics))
-        return after(self.config.start_steps, step, run, waiting)
+        unchanged = (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics))
+        return run_from(self.config.start_steps, step, run, unchanged)
 
     def loss(
         self, params: Any, state: State, frozen: Any, reconstruction: jax.Array, image: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[State, Metrics]]:
-        """The discriminator's loss of a micro-batch, the state but for its parameters, and what to log."""
-        c = self.config
+        """Returns the discriminator's loss of a micro-batch, the new state except for its parameters, and metrics."""
+        config = self.config
         variables = {"params": {**frozen, **params}, SPECTRAL: state["spectral"]}
-        logits = []
-        # Reconstructions first: each pass takes one step of the power iteration, as PyTorch's order has it.
-        for pictures, augment_key in zip((reconstruction, image), jax.random.split(key), strict=True):
-            seen = jax.lax.stop_gradient(self._augmented(pictures, augment_key))
-            given, updated = self.critic.module.apply(variables, seen, train=True, mutable=[SPECTRAL])
+        all_logits = []
+        # Reconstructions first: each pass takes one step of the power iteration, in the order of the PyTorch VQRAE.
+        for batch, augment_key in zip((reconstruction, image), jax.random.split(key), strict=True):
+            augmented = jax.lax.stop_gradient(self._augment(batch, augment_key))
+            logits, updated = self.network.module.apply(variables, augmented, train=True, mutable=[SPECTRAL])
             variables = {**variables, **updated}
-            logits.append(given)
-        fake, real = logits
-        total = adversarial.DISCRIMINATOR[c.loss](real, fake)
+            all_logits.append(logits)
+        fake, real = all_logits
+        total = adversarial.DISCRIMINATOR[config.loss](real, fake)
         means, lecam = {"real": real.mean(), "fake": fake.mean()}, state["lecam"]
         metrics = {"gan/discriminator": total, "gan/logits_real": means["real"], "gan/logits_fake": means["fake"]}
         metrics["gan/accuracy"] = 0.5 * ((real > 0).mean() + (fake < 0).mean())
-        if c.lecam_weight:
+        if config.lecam_weight:
             metrics["gan/lecam"] = adversarial.lecam(real, fake, lecam["real"], lecam["fake"])
-            total = total + c.lecam_weight * metrics["gan/lecam"]
-        lecam = {n: c.lecam_decay * lecam[n] + (1 - c.lecam_decay) * jax.lax.stop_gradient(means[n]) for n in lecam}
+            total = total + config.lecam_weight * metrics["gan/lecam"]
+        decay = config.lecam_decay
+        lecam = {n: decay * lecam[n] + (1 - decay) * jax.lax.stop_gradient(means[n]) for n in lecam}
         return total, ({**state, "spectral": variables[SPECTRAL], "lecam": lecam}, metrics)
 
     def _update(
-        self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array, key: jax.Array
-    ) -> tuple[State, Metrics]:
+        self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array, horizon: jax.Array,
+        key: jax.Array,
+    ) -> tuple[State, Metrics]:  # fmt: skip
         gradient = jax.grad(self.loss, has_aux=True)
 
         def add(carry: tuple[Any, State], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, State], Metrics]:
@@ -141,9 +143,9 @@ class Adversary:
         else:
             (grads, state), stacked = jax.lax.scan(add, start, (reconstructions, images, keys))
             metrics = jax.tree.map(lambda x: x.mean(0), stacked)
-        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"])
+        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"], horizon=horizon)
         params = optax.apply_updates(state["params"], updates)
         return {**state, "params": params, "opt_state": opt_state}, {**metrics, "gan/grad_norm": optax.tree.norm(grads)}
 
-    def _augmented(self, pictures: jax.Array, key: jax.Array) -> jax.Array:
-        return augment(pictures, key, self.config.augment, self.config.cutout) if self.config.augment else pictures
+    def _augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        return augment(images, key, self.config.augment, self.config.cutout) if self.config.augment else images

@@ -1,4 +1,4 @@
-"""The tokenizer's loss but for its adversary: terms, their weights, and the frozen networks they ask."""
+"""The tokenizer's loss without the adversarial term: its terms, their weights, and the frozen networks they need."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from vqrae_jax.models.vqrae import VQRAE
 
 
 @flax.struct.dataclass
-class Painted:
-    """What the losses of one pass are functions of."""
+class LossInputs:
+    """The outputs of the model that the terms are functions of."""
 
-    reconstruction: Any  # Float [B, H, W, 3]
-    vq_loss: Any  # Float []
-    encoded: Any  # Float [B, h, w, C]
-    features: Any  # Float [B, g, g, F], or None
+    reconstruction: Any  # float [B, H, W, 3]
+    vq_loss: Any  # float []
+    encoded: Any  # float [B, h, w, C]
+    features: Any  # float [B, g, g, F], or None
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Which terms there are; a term of weight 0 is not computed, and what it would ask is not read."""
+    """The terms of a config; a term of weight 0 is not computed, and its network is not read."""
 
     config: Config
     encoder: Encoder
@@ -36,61 +36,54 @@ class Objective:
 
     @classmethod
     def build(cls, config: Config, module: VQRAE, mesh: Mesh, weights: bool = True) -> "Objective":
-        """Reads the weights of the perceptual network, if it has a weight; with weights=False only their shapes.
+        """Reads the weights of the perceptual network if it is used; with weights=False only their shapes.
 
         Raises:
-          WeightsError, ConfigError: they cannot be had.
+          WeightsError, ConfigError: the weights are not available.
         """
-        wanted = config.loss.perceptual
-        return cls(config, module.encoder, judges.build_perceptual(wanted, mesh, weights) if wanted.weight else None)
+        perceptual = config.loss.perceptual
+        network = judges.build_perceptual(perceptual, mesh, weights) if perceptual.weight else None
+        return cls(config, module.encoder, network)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the pretrained encoder is asked, which may be another than the one that trains."""
+        """True if a term compares with the pretrained encoder, of which the model's encoder may be a trained copy."""
         return bool(self.config.loss.feature_weight or self.config.loss.distill_weight)
 
     def frozen(self) -> dict[str, Any]:
-        """Parameters of networks that belong to the objective alone."""
+        """Returns the parameters of the networks that only the objective uses."""
         return {"perceptual": self.perceptual.params} if self.perceptual else {}
 
     def terms(
-        self, painted: Painted, frozen: Any, image: jax.Array, step: jax.Array
+        self, outputs: LossInputs, frozen: Any, image: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The weighted sum, and every term by itself.
-
-        Args:
-          frozen: `encoder` or `teacher`, `perceptual`.
-          image: [B, H, W, 3] in [0, 1].
-          step: perceptual terms wait for theirs.
-        """
-        given = self.config.loss
-        weights = {"pixel": given.pixel_weight, "vq": given.vq_weight}
-        values = {"pixel": PIXEL[given.pixel](painted.reconstruction, image), "vq": painted.vq_loss}
+        """Returns the weighted sum of the terms, and every term by name, for images [B, H, W, 3] in [0, 1]."""
+        loss = self.config.loss
+        weights = {"pixel": loss.pixel_weight, "vq": loss.vq_weight}
+        values = {"pixel": PIXEL[loss.pixel](outputs.reconstruction, image), "vq": outputs.vq_loss}
         if self.perceptual:
-            weights["perceptual"] = given.perceptual.weight
-            values["perceptual"] = after(
-                given.perceptual.start_steps, step,
-                lambda: self._perceptual(frozen["perceptual"], painted.reconstruction, image), jnp.zeros(()),
+            params = {"params": frozen["perceptual"]}
+            weights["perceptual"] = loss.perceptual.weight
+            values["perceptual"] = run_from(
+                loss.perceptual.start_steps, step,
+                lambda: self.perceptual.module.apply(params, outputs.reconstruction, image).mean(), jnp.zeros(()),
             )  # fmt: skip
-        if given.feature_weight:
+        if loss.feature_weight:
             layers = self.config.model.decoder_features
-            target = self._teach(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
-            weights["features"] = given.feature_weight
-            values["features"] = feature_distance(given.feature_distance, painted.features, target, len(layers))
-        if given.distill_weight:
-            weights["distill"] = given.distill_weight
-            target = self._teach(frozen, image, self.encoder)
-            values["distill"] = feature_distance(given.distill_distance, painted.encoded, target, 1)
+            target = self._target(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
+            weights["features"] = loss.feature_weight
+            values["features"] = feature_distance(loss.feature_distance, outputs.features, target, len(layers))
+        if loss.distill_weight:
+            weights["distill"] = loss.distill_weight
+            target = self._target(frozen, image, self.encoder)
+            values["distill"] = feature_distance(loss.distill_distance, outputs.encoded, target, 1)
         return sum(weights[n] * values[n] for n in weights), values
 
-    def _perceptual(self, params: Any, reconstruction: jax.Array, image: jax.Array) -> jax.Array:
-        return self.perceptual.module.apply({"params": params}, reconstruction, image).mean()
-
-    def _teach(self, frozen: Any, image: jax.Array, encoder: Encoder) -> jax.Array:
+    def _target(self, frozen: Any, image: jax.Array, encoder: Encoder) -> jax.Array:
         params = frozen["teacher"] if "teacher" in frozen else frozen["encoder"]
         return jax.lax.stop_gradient(encoder.apply({"params": params}, image))
 
 
-def after(start: int, step: jax.Array, run: Callable[[], Any], otherwise: Any) -> Any:
-    """`run()` from step `start` on, `otherwise` before; what is not run costs nothing."""
-    return run() if start == 0 else jax.lax.cond(step >= start, run, lambda: otherwise)
+def run_from(start: int, step: jax.Array, function: Callable[[], Any], otherwise: Any) -> Any:
+    """Returns `function()` from step `start` on and `otherwise` before, without computing the function."""
+    return function() if start == 0 else jax.lax.cond(step >= start, function, lambda: otherwise)

@@ -1,82 +1,70 @@
-"""What a run begins with: its own newest checkpoint that can be read, or parts of another run's model."""
+"""The variables that a run starts with: its newest readable checkpoint, or parts of another run's model."""
 
 import functools
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed, storage
-from vqrae_jax.build.tokenizer import Placement
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import TrainConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
-from vqrae_jax.train.optim import as_clipped
 from vqrae_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
+Resumed = tuple[TrainState, dict[str, Any]]  # with the position of the input
 
-Resumed = tuple[TrainState, dict[str, Any]]  # and where the input stands
 
+def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None) -> Resumed | None:
+    """Reads the newest readable checkpoint onto the shapes and shardings of `target`; None if there is none.
 
-def resume(checkpoints: Checkpoints, target: TrainState, place: Placement, only: int | None = None) -> Resumed | None:
-    """The newest readable checkpoint onto the shapes and shardings of `target`; None where there is none.
-
-    A checkpoint that is damaged is told and set aside, so that its step can be saved again. Gradients may have been
-    clipped or not.
-
-    With `only`, the model of that step: the state has what inference needs, and neither parameters to train nor an
-    optimizer, which are not read. Nothing takes its place: figures and codes are of the step that was asked for.
+    Damaged checkpoints are reported and renamed, so that their steps can be saved again. With `only`, the model of that
+    step is read and nothing else; no other checkpoint replaces it, because metrics belong to the requested step.
 
     Raises:
       DamagedError: `only` cannot be read.
-      CheckpointError: there are checkpoints and none can be read, or they are of another architecture.
+      CheckpointError: there are checkpoints but none can be read, or they are of another architecture.
     """
     damaged = {}
     for step in reversed(checkpoints.steps) if only is None else (only,):
         path = checkpoints.folder / str(step)
-        found, problem = distributed.run_together(functools.partial(_attempt, path, target, place, only is not None))
-        problems = [said for said in distributed.exchange(problem) if said]
-        if not problems:
-            for bad, reason in damaged.items():
-                log.warning("%s; step %d is taken in its place", reason, step)
-                checkpoints.set_aside(bad)
-            return found
-        damaged[step] = problems[0]
+        resumed, reason = distributed.run_together(functools.partial(_read, path, target, only is not None))
+        reasons = [reason for reason in distributed.exchange(reason) if reason]
+        if not reasons:
+            for damaged_step, reason in damaged.items():
+                log.warning("%s; using step %d instead", reason, step)
+                checkpoints.set_aside(damaged_step)
+            return resumed
+        damaged[step] = reasons[0]
     if only is not None:
         others = [step for step in checkpoints.steps if step != only]
-        there = f"--step={others[-1]} takes another (there are {others})" if others else "there is no other"
-        raise DamagedError(f"{damaged[only]}; {there}")
+        remedy = f"--step={others[-1]} evaluates another (available: {others})" if others else "it is the only one"
+        raise DamagedError(f"{damaged[only]}; {remedy}")
     if damaged:
         raise CheckpointError(
-            f"none of the checkpoints in {checkpoints.folder} can be read; to begin anew take another --workdir:\n"
+            f"none of the checkpoints in {checkpoints.folder} can be read; use another --workdir to start again:\n"
             + "\n".join(damaged.values())
         )
     return None
 
 
-def _attempt(path: Any, target: TrainState, place: Placement, model_only: bool) -> tuple[Resumed | None, str]:
-    """What is in the checkpoint, or else what is wrong with it."""
+def _read(path: storage.Path, target: TrainState, model_only: bool) -> tuple[Resumed | None, str]:
+    """Returns the content of a checkpoint, or what is wrong with it."""
     try:
-        checkpoint.read_meta(path)
-        model, rest = target.inference(), None if model_only else target.rest()
-        if not model_only:
-            rest = _clipped_as(rest, checkpoint.saved_shapes(path, "train"))
-        model, rest, data = checkpoint.read_checkpoint(path, model, rest)
-        if model_only:
-            rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
-        else:
-            rest = _clipped_as(rest, target.rest())
-        return (TrainState.join(model, rest), data), ""
+        rest = None if model_only else target.rest()
+        model, rest, data = checkpoint.read_checkpoint(path, target.inference(), rest)
     except DamagedError as error:
         return None, str(error)
+    if model_only:
+        rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
+    return (TrainState.join(model, rest), data), ""
 
 
-def own_model(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
-    """Shapes of the model in the newest checkpoint of `folder` (or in that of the step `only`) that tells them."""
+def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
+    """Returns the shapes of the model in the newest readable checkpoint of `folder`, or in that of the step `only`."""
     with storage.convert_errors(folder, "read"):
         steps = checkpoint.completed_steps(folder) if only is None else [only]
     for step in reversed(steps):
@@ -88,13 +76,12 @@ def own_model(folder: storage.Path, only: int | None = None) -> dict[str, Any] |
 
 
 def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `config.start_from` gives of the model whose variables are `shapes`: the same tree, or parts of it.
+    """Returns the part of a model's variables `shapes` that `config.start_from` gives.
 
-    Names are ours (`start_renames`). `own`, the model in a checkpoint of this run, has all
-    that it began with, so that the run it began from may be gone.
+    `own`, the shapes of the model in a checkpoint of this run, include it; the other run may then be deleted.
 
     Raises:
-      CheckpointError: nothing is there, or what is taken does not fit; every leaf is named.
+      CheckpointError: there is no checkpoint, or it does not fit; every differing leaf is named.
       ConfigError: a part that the checkpoint does not have.
     """
     if own is not None:
@@ -103,61 +90,45 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
         }
     path = checkpoint.find_checkpoint(config.start_from)
     checkpoint.read_meta(path)
-    theirs = unflatten_dict({name: shape for name, (_, shape) in _taken(config, path).items()}, sep="/")
-    parts = config.start_parts or tuple(theirs["params"])
-    kinds = {
+    saved = unflatten_dict({name: shape for name, (_, shape) in _start_leaves(config, path).items()}, sep="/")
+    parts = config.start_parts or tuple(saved["params"])
+    target = {
         "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
         "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not config.start_parts or n in parts},
     }
-    checkpoint.check_shapes(theirs, kinds, path)
-    return kinds
+    checkpoint.check_shapes(saved, target, path)
+    return target
 
 
-def read_start(config: TrainConfig, target: dict[str, Any], place: Placement) -> dict[str, Any]:
-    """The arrays of `start_shapes`, onto the shapes and shardings of `target`."""
+def read_start(config: TrainConfig, target: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arrays of `start_shapes` onto the shapes and shardings of `target`."""
     path = checkpoint.find_checkpoint(config.start_from)
-    taken = _taken(config, path)
-    wanted = flatten_dict(_placed(target, place), sep="/")
-    theirs = unflatten_dict({name: wanted[ours] for ours, (name, _) in taken.items()}, sep="/")
-    read = flatten_dict(checkpoint.read_model(path, theirs, partial=True), sep="/")
-    read = unflatten_dict({ours: read[name] for ours, (name, _) in taken.items()}, sep="/")
-    read = {"params": {}, "batch_stats": {}, **read}
-    log.info("%d arrays from %s", len(taken), path)
-    return read
+    leaves = _start_leaves(config, path)
+    flat_target = flatten_dict(target, sep="/")
+    saved_target = unflatten_dict({saved: flat_target[name] for name, (saved, _) in leaves.items()}, sep="/")
+    arrays = flatten_dict(checkpoint.read_model(path, saved_target, partial=True), sep="/")
+    log.info("read %d arrays from %s", len(leaves), path)
+    renamed = {name: arrays[saved] for name, (saved, _) in leaves.items()}
+    return {"params": {}, "batch_stats": {}, **unflatten_dict(renamed, sep="/")}
 
 
-def _taken(config: TrainConfig, path: Any) -> dict[str, tuple[str, Any]]:
-    """Our name -> name and shape in the checkpoint, of every leaf that is taken."""
+def _start_leaves(config: TrainConfig, path: storage.Path) -> dict[str, tuple[str, Any]]:
+    """Maps the name of every leaf to take to its name and shape in the checkpoint."""
     saved = {
-        _renamed(name, config.start_renames): (name, shape)
+        _rename(name, config.start_renames): (name, shape)
         for name, shape in flatten_dict(checkpoint.saved_shapes(path), sep="/").items()
     }
     parts = {name.split("/")[1] for name in saved}
-    if absent := sorted(set(config.start_parts) - parts):
+    if missing := sorted(set(config.start_parts) - parts):
         raise ConfigError(
-            f"train.start_parts={config.start_parts}: {path} has {', '.join(sorted(parts))}, not {', '.join(absent)}"
-        )
+            f"{path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}",
+            field="train.start_parts", value=config.start_parts,
+        )  # fmt: skip
     return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
 
 
-def _clipped_as(rest: dict[str, Any], other: Any) -> dict[str, Any]:
-    """What only resuming needs, its optimizers' states in the form of `other`, whose runs may clip or not."""
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(other)]
-
-    def fit(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        clipped = any(name.startswith(f"{prefix}opt_state/1/") for name in names)
-        return {**tree, "opt_state": as_clipped(tree["opt_state"], clipped)}
-
-    adversary = {"adversary": fit(rest["adversary"], "adversary/")} if "adversary" in rest else {}
-    return fit(rest, "") | adversary
-
-
-def _placed(shapes: Any, place: Placement) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, place(shapes))
-
-
-def _renamed(name: str, renames: dict[str, str]) -> str:
-    """`name` is a collection and a path, "params/decoder/..."; renames are of the path."""
+def _rename(name: str, renames: dict[str, str]) -> str:
+    """Renames a leaf: `name` is a collection and a path, "params/decoder/..."; `renames` apply to the path."""
     kind, path = name.split("/", 1)
     for old, new in renames.items():
         if path == old or path.startswith(f"{old}/"):

@@ -1,8 +1,8 @@
-"""The wish to stop: a signal here, or the notice that some machine of the run is about to be taken away."""
+"""Stopping a run early: a signal in this process, or a preemption notice for any machine of the run."""
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 from jax.experimental import multihost_utils
 
@@ -10,7 +10,7 @@ from vqrae_jax import distributed
 
 
 class Stopped(Exception):
-    """The run ended early, as it was asked to, with everything saved. Not an error."""
+    """The run stopped early on request, with everything saved. Not an error."""
 
     def __init__(self, step: int):
         self.step = step
@@ -18,31 +18,29 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C become a question that the loop asks between steps; a second Ctrl-C interrupts as ever.
+    """A context in which SIGTERM and Ctrl-C only set a flag that the loop reads; a second Ctrl-C interrupts as usual.
 
-    Where JAX runs several processes it holds SIGTERM itself: it tells the others and finds a step that all can reach.
+    With several processes JAX handles SIGTERM: it notifies all of them and agrees on a step that all can reach.
     """
 
     def __init__(self):
-        self._asked = False
-        self._before: dict[int, object] = {}
+        self._received = False
+        self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread() and not distributed.is_connected():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
+                self._handlers[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """Whether to save `step` and stop; the same answer in every process. To be asked at every step."""
-        return self._asked or multihost_utils.reached_preemption_sync_point(step)
+    def requested(self, step: int) -> bool:
+        """Returns whether to save `step` and stop, the same in every process. Call it after every step."""
+        return self._received or multihost_utils.reached_preemption_sync_point(step)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)

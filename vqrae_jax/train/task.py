@@ -1,66 +1,67 @@
-"""What the loop knows of a task; the tokenizer and the generator differ by one file."""
+"""The interface between the training loop and what it trains."""
 
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from vqrae_jax import runtime, sharding
 from vqrae_jax.train.state import TrainState
 
-# Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the codes), summed over it.
+# Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the indices), summed.
 Metrics = dict[str, Any]
 
 
 def is_sum(metric: Any) -> bool:
-    """Whether a metric is added up instead of averaged."""
+    """Returns whether a metric is summed over a window instead of averaged."""
     return bool(np.issubdtype(metric.dtype, np.integer))
 
 
 class Task(Protocol):
-    """A thing to train."""
-
-    @property
-    def codebook_size(self) -> int | None:
-        """K; None where there are no codes."""
+    """A model with its training step, evaluation and images for the log. Only `sample_images` is impure."""
 
     def shapes(self) -> TrainState:
-        """The state as jax.ShapeDtypeStruct with shardings; nothing is computed."""
+        """Returns the train state as jax.ShapeDtypeStruct with shardings."""
 
     def init(self) -> TrainState:
-        """The state before the first step, every leaf created where it will live."""
+        """Returns the train state of step 0, every leaf created on its devices."""
 
     def frozen(self) -> Any:
-        """Networks that the step reads and nothing changes."""
+        """Returns the networks that a step reads and nothing changes."""
 
     def frozen_shapes(self) -> Any:
-        """`frozen` as jax.ShapeDtypeStruct with shardings; nothing is read or computed."""
+        """Returns the frozen networks as jax.ShapeDtypeStruct with shardings."""
 
-    def step(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        """One optimizer step; pure."""
+    def step(
+        self, state: TrainState, frozen: Any, batch: dict[str, jax.Array], horizon: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one optimizer step; `horizon` is the int32 number of steps of the run, with which schedules end."""
 
-    def evaluate_batch(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        """What is measured of images [B]; pure.
+    def evaluate(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
+        """Measures a batch of images, of which `mask` [B] marks padding by False.
 
-        "counts" [..., K], how often each code was chosen for the images whose "mask" is True; and rows [B, ...]:
-        "reconstruction" [B, H, W, 3], "code" (one vector per image) and any scores.
+        Returns "counts" [..., K], how often each index was chosen except in padding, and rows [B, ...]:
+        "reconstruction" [B, H, W, 3], "code" (a vector per image) and any scores.
         """
 
-    def codebook(self, state: TrainState, frozen: Any) -> Metrics:
-        """What the state tells of the codebook, for the log; empty where there is none; pure."""
+    def log_metrics(self, state: TrainState, frozen: Any) -> Metrics:
+        """Returns metrics of the state that are too expensive for every step."""
 
-    def pictures(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
-        """Arrays from which `draw` makes a picture; pure."""
-
-    def draw(self, arrays: Any) -> np.ndarray:
-        """uint8 [H, W, 3]."""
+    def sample_images(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> UInt8[np.ndarray, "H W 3"]:
+        """Returns a picture for the log, computed from the first images of a batch; every process calls it."""
 
 
-def step_program(task: Task, mesh: Mesh) -> Any:
-    """The jitted step: the state is given up, and its successor lives where it lived."""
-    where = jax.tree.map(lambda x: x.sharding, task.shapes())
+def jit_step(task: Task, mesh: Mesh) -> Any:
+    """Returns the compiled step; it donates the state, and the new state has the same shardings."""
+    shardings = jax.tree.map(lambda x: x.sharding, task.shapes())
     return jax.jit(
-        task.step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)),
+        task.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
     )  # fmt: skip
+
+
+def place_horizon(steps: int, mesh: Mesh) -> jax.Array:
+    """Returns the `horizon` of a step."""
+    return sharding.place_array(np.asarray(steps, np.int32), sharding.replicated(mesh))

@@ -1,0 +1,120 @@
+"""Accumulated metrics, for any batches and processes."""
+
+import re
+
+import numpy as np
+import pytest
+
+from vqrae_jax.evaluation.accumulator import Accumulator
+from vqrae_jax.evaluation.distances import frechet_distance, kernel_distance
+from vqrae_jax.evaluation.moments import Gaussian
+
+COUNT, WIDTH = 60, 6
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, COUNT)
+    return {
+        "index": np.arange(COUNT),
+        "mask": np.ones(COUNT, bool),
+        "label": label,
+        "psnr": rng.uniform(10, 30, COUNT),
+        "code": rng.normal(size=(COUNT, 4)) + 5 * label[:, None],
+        "inception/image": rng.normal(size=(COUNT, WIDTH)),
+        "inception/reconstruction": rng.normal(size=(COUNT, WIDTH)) + 0.5,
+        "scores/reconstruction": rng.normal(size=(COUNT, 10)),
+    }
+
+
+def accumulated(rows, batch, **options):
+    """Adds batches in a random order, the last one padded with values that must not count."""
+    accumulator, rng = Accumulator(COUNT, **options), np.random.default_rng(1)
+    for start in range(0, COUNT, batch):
+        part = {name: values[start : start + batch] for name, values in rows.items()}
+        missing = batch - len(part["mask"])
+        part = {n: np.concatenate([v, np.full((missing, *v.shape[1:]), 7)]).astype(v.dtype) for n, v in part.items()}
+        part["mask"][batch - missing :] = False
+        order = rng.permutation(batch)
+        accumulator.add({name: values[order] for name, values in part.items()})
+    return accumulator
+
+
+def gaussian(x):
+    return Gaussian(x.mean(0), np.cov(x, rowvar=False))
+
+
+def test_metrics_equal_those_of_all_images_at_once(rows):
+    a, b = rows["inception/image"], rows["inception/reconstruction"]
+    reference = Gaussian(np.ones(WIDTH), 2 * np.eye(WIDTH), 100)
+    metrics = accumulated(rows, 7, references={"inception": reference}).metrics(np.array([3 * COUNT, COUNT]))
+    assert metrics["images"] == COUNT
+    assert metrics["psnr"] == pytest.approx(rows["psnr"].mean())
+    assert metrics["rfid"] == pytest.approx(frechet_distance(gaussian(a), gaussian(b)))
+    assert metrics["fid"] == pytest.approx(frechet_distance(reference, gaussian(b)))
+    assert metrics["inception_kernel"] == pytest.approx(kernel_distance(a, b))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert metrics["inception_cosine"] == pytest.approx(1 - cosine.mean())
+    assert metrics["probe_accuracy"] == 1
+    assert metrics["bits_per_image"] == 4
+    assert metrics["entropy_bits_per_image"] == pytest.approx(4 * (0.75 * np.log2(4 / 3) + 0.25 * 2))
+
+
+@pytest.mark.parametrize("batch", [1, 13, 64])
+def test_metrics_do_not_depend_on_batches_and_padding(rows, batch):
+    whole, split = (accumulated(rows, size) for size in (COUNT, batch))
+    assert split.metrics() == pytest.approx(whole.metrics(), rel=1e-10)
+    np.testing.assert_array_equal(split.scores("index"), np.arange(COUNT))
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_merge_to_the_whole(rows, processes):
+    """Each process has other rows of every batch; one of five has only padding."""
+    whole, merged = accumulated(rows, COUNT), Accumulator(COUNT)
+    for process in range(processes):
+        part = {name: values[process % 4 :: min(processes, 4)].copy() for name, values in rows.items()}
+        part["mask"][:] = process < 4
+        local = Accumulator(COUNT)
+        for start in range(0, len(part["mask"]), 4):
+            local.add({name: values[start : start + 4] for name, values in part.items()})
+        merged.merge_arrays(local.arrays())
+    assert merged.metrics() == pytest.approx(whole.metrics(), rel=1e-10)
+    np.testing.assert_array_equal(merged.scores("psnr"), rows["psnr"])
+
+
+def test_best_median_and_worst(rows):
+    accumulator = accumulated(rows, 16)
+    examples = {group: rows["psnr"][members] for group, members in accumulator.select_examples(3).items()}
+    ranked = np.sort(rows["psnr"])[::-1]
+    np.testing.assert_array_equal(examples["best"], ranked[:3])
+    np.testing.assert_array_equal(examples["worst"], ranked[-3:])
+    assert ranked[31] in examples["median"] or ranked[29] in examples["median"]
+    assert {group: len(members) for group, members in accumulator.select_examples(100).items()} == dict.fromkeys(
+        examples, COUNT
+    )
+
+
+def test_too_few_images_are_a_warning(rows, caplog):
+    few = Accumulator(4)
+    few.add({name: values[:4] for name, values in rows.items() if name not in ("code", "label")})
+    assert "rfid" in few.metrics()
+    assert re.search(r"inception.* 4 .* 6 ", few.warnings[0])
+    assert few.warnings[0] in caplog.text
+    one = Accumulator(1)
+    one.add({name: values[:1] for name, values in rows.items()})
+    assert "rfid" not in one.metrics()
+    assert [warning.partition(":")[0] for warning in one.warnings] == ["inception", "linear probe"]
+
+
+def test_images_without_labels_have_no_probe(rows):
+    accumulator = Accumulator(COUNT)
+    accumulator.add(rows | {"label": np.full(COUNT, -1)})
+    assert "probe_accuracy" not in accumulator.metrics()
+    assert "linear probe" in accumulator.warnings[0]
+
+
+def test_the_kernel_distance_uses_the_first_images(rows):
+    metrics = accumulated(rows, 7, kernel_images=10).metrics()
+    expected = kernel_distance(rows["inception/image"][:10], rows["inception/reconstruction"][:10])
+    assert metrics["inception_kernel"] == pytest.approx(expected)

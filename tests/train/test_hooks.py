@@ -1,0 +1,164 @@
+"""Hooks by themselves, without a run."""
+
+import json
+import logging
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import checkpoint, sharding
+from vqrae_jax.errors import UserError
+from vqrae_jax.train import hooks, loop
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.summary import log_memory
+
+
+def event(step, metrics=None, **flags):
+    return hooks.StepEvent(step, None, metrics or {}, **flags)
+
+
+def test_timer_averages_scalars_sums_events_and_warns(caplog):
+    timer = hooks.StepTimer(batch_size=4, codebook_alarm=0.6)
+    for value, counts in ((1.0, [1, 0, 1, 0]), (3.0, [1, 0, 0, 1])):
+        timer.after_step(event(1, {"loss": jnp.float32(value), "counts": jnp.array(counts), "revived": jnp.int32(3)}))
+    values = timer.flush()
+    assert (values["loss"], values["revived"], values["codebook/usage"]) == (2.0, 6, 0.75)
+    assert values["images_per_second"] > 0
+    assert not caplog.text
+    timer.after_step(event(3, {"loss": jnp.float32(5.0), "counts": jnp.array([2, 2, 0, 0])}))
+    timer.pause()
+    assert timer.flush()["loss"] == 5.0
+    assert "ALARM" in caplog.text
+
+
+def test_timer_measures_steps_and_waiting():
+    """Four steps of 10, 20, 30 and 40 ms, half of which is spent waiting for data."""
+
+    def slow_batches():
+        for ms in (10, 20, 30, 40):
+            time.sleep(ms / 2000)
+            yield ms
+        yield from (0, 0)
+
+    timer = hooks.StepTimer(batch_size=8)
+    timer.after_step(event(1, {"loss": jnp.zeros(())}))  # compiles: not timed
+    for step, ms in enumerate(timer.timed(slow_batches())):
+        time.sleep(ms / 2000)
+        if not ms:
+            break
+        timer.after_step(event(step, {"loss": jnp.zeros(())}))
+    values = timer.flush()
+    assert 0.02 <= values["step_seconds/p50"] < values["step_seconds/p90"] <= values["step_seconds/p99"]
+    assert values["step_seconds/p99"] >= 0.03
+    assert 0.2 < values["data_wait"] < 0.8
+    assert values["images_per_second"] <= 8 * 4 / 0.1
+
+
+def test_slow_data_is_reported_once(caplog):
+    logger = hooks.Logger(hooks.StepTimer(1), None, None)
+    with caplog.at_level(logging.WARNING):
+        for wait in (0.04, 0.2, 0.3):
+            values = {"data_wait": wait, "data/skipped": 1}
+            assert logger.combine(values) == values
+    (record,) = caplog.records
+    assert "20 %" in record.getMessage()
+
+
+def test_guard_names_the_first_bad_step_and_its_terms(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    guard = hooks.NaNGuard(checkpoints)
+
+    def step(number, *bad, log=False):
+        metrics = {n: jnp.asarray(np.nan if n in bad else 1.0) for n in ("loss/vq", "loss/pixel", "grad_norm")}
+        guard.after_step(
+            event(number, {**metrics, "counts": jnp.zeros(4), "codebook/dead": jnp.asarray(np.nan)}, log=log)
+        )
+
+    step(1)
+    step(2, log=True)
+    step(3, "loss/vq", "grad_norm")
+    with pytest.raises(UserError, match=r"step 3: grad_norm, loss/vq not finite.*no complete checkpoint"):
+        step(4, "loss/vq", "loss/pixel", log=True)
+    checkpoints.save(2, {"a": jnp.zeros(1)}, {"b": jnp.zeros(1)}, {}, {})
+    with pytest.raises(UserError, match=r"step 3: .*checkpoints/2"):
+        step(5, log=True)
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_a_diverging_run_stops_before_it_saves(tiny, tmp_path, one_device):
+    """The learning rate is finite for a step and far too large after it."""
+    optimizer = {"learning_rate": 1e37, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
+    config = tiny(optimizer=optimizer, train={"log_every": 3, "checkpoint_every": 1, "evaluate_every": 100})
+    with pytest.raises(UserError, match=rf"step 2: .*loss/pixel.*{tmp_path}.*/1"):
+        loop.train(config, tmp_path, one_device)
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_heartbeat_every_ten_seconds_and_at_the_end(tmp_path):
+    heartbeat = hooks.Heartbeat(tmp_path)
+    for step in (1, 2, 3):
+        heartbeat.after_step(event(step))
+    file = tmp_path / "heartbeat" / "0.json"
+    content = json.loads(file.read_text())
+    assert content | {"time": 0} == {"step": 1, "time": 0, "process": 0, "processes": 1}
+    assert time.time() - content["time"] < 60
+    heartbeat.close()
+    assert json.loads(file.read_text())["step"] == 3
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_watchdog_prints_every_stack_when_a_step_hangs(tmp_path):
+    with (tmp_path / "stacks").open("w") as file:
+        watchdog = hooks.Watchdog(0.1, file)
+        sleep_in_a_step()
+        watchdog.close()
+    stacks = (tmp_path / "stacks").read_text()
+    assert "Timeout" in stacks
+    assert "sleep_in_a_step" in stacks
+
+
+def sleep_in_a_step():
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 0])
+def test_watchdog_is_silent_while_steps_end_or_if_it_is_off(tmp_path, seconds):
+    with (tmp_path / "stacks").open("w") as file:
+        watchdog = hooks.Watchdog(seconds, file)
+        for step in range(3):
+            watchdog.after_step(event(step))
+            time.sleep(0.2)
+        watchdog.close()
+    assert (tmp_path / "stacks").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "traced"),
+    [(range(0), 0, []), (range(3, 5), 0, [2, 4]), (range(1, 3), 0, [0, 2]), (range(6, 9), 0, [5, 6]),
+     (range(3, 6), 3, [3, 5])],
+)  # fmt: skip
+def test_profiler_traces_the_requested_steps(tmp_path, monkeypatch, steps, start, traced):
+    calls, step = [], start
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
+    with hooks.Hooks(hooks.Profiler(steps, tmp_path, start)) as watching:
+        for step in range(start + 1, 7):
+            watching.after_step(event(step))
+    assert calls == traced
+
+
+def test_memory_is_that_of_one_device(caplog):
+    mesh = sharding.make_mesh(4, 2)
+    tree = {
+        "a": jax.device_put(np.zeros((8, 6), np.float32), sharding.over_data(mesh)),
+        "b": jax.device_put(np.float32(1), sharding.replicated(mesh)),
+    }
+    assert sharding.device_bytes(tree) == 8 * 6 * 4 // 4 + 4
+    with caplog.at_level(logging.INFO):
+        log_memory(TrainState(0, tree, {}, {}, {}), {})
+    assert "params 52 B" in caplog.text
+    assert "total 52 B" in caplog.text

@@ -1,0 +1,179 @@
+"""Accumulates what was measured of each image, batch by batch, and computes the metrics of all images."""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vqrae_jax.evaluation import codebook_health
+from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance
+from vqrae_jax.evaluation.moments import Gaussian, Moments
+from vqrae_jax.evaluation.probe import linear_probe
+
+log = logging.getLogger(__name__)
+
+SCORES = ("psnr", "ssim", "lpips")  # one number per image
+SPLIT = 5_000  # images per split of the Inception score
+
+Rows = Mapping[str, np.ndarray]
+
+
+class Accumulator:
+    """Metrics over images that arrive in batches of any size and order, in one or several processes.
+
+    Of each image only scores and pooled latents are stored, and features if its index is below `kernel_images`.
+
+    Args:
+      count: approximate number of images to come; it sets the number of splits of the Inception score.
+      references: by network, the feature statistics of other images than those that were reconstructed.
+      kernel_images: number of images that the kernel distance uses.
+
+    Attributes:
+      warnings: sentences about metrics that cannot be computed or compared; `metrics` adds to them.
+    """
+
+    def __init__(self, count: int, references: Mapping[str, Gaussian] | None = None, kernel_images: int = 5_000):
+        self.warnings: list[str] = []
+        self._references, self._kernel_images = references or {}, kernel_images
+        self._stored: dict[str, list[np.ndarray]] = {}
+        self._moments: dict[str, Moments] = {}
+        self._score = InceptionScore(max(count // SPLIT, 1))
+
+    def add(self, rows: Rows) -> None:
+        """Adds a batch.
+
+        Args:
+          rows: arrays [B, ...]: `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips,
+            `NETWORK/image` and `NETWORK/reconstruction` (features), `scores/reconstruction` (Inception's class scores),
+            `code` (pooled quantized latents) and `label`.
+        """
+        mask = np.asarray(rows["mask"], bool)
+        rows = {name: np.asarray(values)[mask] for name, values in rows.items()}
+        for name in (*SCORES, "index", "code", "label"):
+            if name in rows:
+                self._store(name, rows[name])
+        if "scores/reconstruction" in rows:
+            self._score.add(rows.pop("scores/reconstruction"), rows["index"])
+        for name in [name for name in rows if name.endswith("/reconstruction")]:
+            self._add_features(name.removesuffix("/reconstruction"), rows)
+
+    def _add_features(self, network: str, rows: Rows) -> None:
+        sides = [f"{network}/image", f"{network}/reconstruction"]
+        for side in sides:
+            self._moments.setdefault(side, Moments()).add(rows[side])
+            self._store(side, rows[side][rows["index"] < self._kernel_images])
+        a, b = (rows[side].astype(np.float64) for side in sides)
+        lengths = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+        self._store(f"{network}_cosine", 1 - (a * b).sum(1) / lengths)
+
+    def _store(self, name: str, values: np.ndarray) -> None:
+        self._stored.setdefault(name, []).append(values)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the state as arrays, for `merge_arrays` in another process."""
+        parts = {"stored": {name: np.concatenate(parts) for name, parts in self._stored.items()}}
+        parts |= {f"moments {side}": moments.arrays() for side, moments in self._moments.items()}
+        parts["score"] = self._score.arrays()
+        return {f"{part}:{name}": values for part, arrays in parts.items() for name, values in arrays.items()}
+
+    def merge_arrays(self, arrays: Rows) -> None:
+        """Adds the images of another accumulator, from its `arrays`."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, values in arrays.items():
+            part, name = path.split(":")
+            parts.setdefault(part, {})[name] = values
+        self._score.merge_arrays(parts.pop("score"))
+        for name, values in parts.pop("stored", {}).items():
+            self._store(name, values)
+        for part, values in parts.items():
+            self._moments.setdefault(part.removeprefix("moments "), Moments()).merge_arrays(values)
+
+    @property
+    def images(self) -> int:
+        """Number of images added."""
+        return sum(map(len, self._stored.get("index", [])))
+
+    def metrics(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, float]:
+        """Computes all metrics by name; `report.DESCRIPTIONS` says what each of them is.
+
+        Args:
+          counts: how often each index was chosen; adds the metrics of the codebook.
+        """
+        values = {name: float(self.scores(name).mean(dtype=np.float64)) for name in SCORES if self.has_scores(name)}
+        values["images"] = self.images
+        for side in self._moments:
+            if side.endswith("/image"):
+                values |= self._distances(side.removesuffix("/image"))
+        if self._score.count:
+            values["inception_score"], values["inception_score_deviation"] = self._score.result()
+        if "code" in self._stored:
+            values |= self._probe()
+        if counts is not None:
+            health = codebook_health.health(counts)
+            tokens = float(counts.sum(dtype=np.int64)) / self.images
+            values |= {f"codebook_{name}": value for name, value in health.items()}
+            values["bits_per_image"] = tokens * float(np.log2(counts.shape[-1]))
+            values["entropy_bits_per_image"] = tokens * health["entropy_bits"]
+        return values
+
+    def has_scores(self, name: str) -> bool:
+        return name in self._stored
+
+    def scores(self, name: str) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
+        """Returns psnr, ssim, lpips or index of each image, in the order of the dataset."""
+        return self._sorted(name)
+
+    def select_examples(self, count: int) -> dict[str, Int[np.ndarray, " n"]]:
+        """Returns positions in `scores` of the best, median and worst images by LPIPS, or by PSNR without it.
+
+        Each group has at most `count` images, best first.
+        """
+        error = self.scores("lpips") if self.has_scores("lpips") else -self.scores("psnr")
+        order = np.argsort(error, kind="stable")
+        count = min(count, len(order))
+        middle = (len(order) - count) // 2
+        return {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :]}
+
+    def _distances(self, network: str) -> dict[str, float]:
+        prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")
+        values = {f"{network}_cosine": float(self._sorted(f"{network}_cosine").mean())}
+        if self.images < 2:
+            self._warn(f"{network}: distances between distributions need at least two images")
+            return values
+        sides = [f"{network}/image", f"{network}/reconstruction"]
+        images, reconstructions = (self._moments[side].gaussian() for side in sides)
+        self._check_rank(network, "validation images", images)
+        values[f"{prefix}r{distance}"] = frechet_distance(images, reconstructions)
+        if network in self._references:
+            self._check_rank(network, "reference images", self._references[network])
+            values[f"{prefix}{distance}"] = frechet_distance(self._references[network], reconstructions)
+        values[f"{network}_kernel"] = kernel_distance(*(np.concatenate(self._stored[side]) for side in sides))
+        return values
+
+    def _check_rank(self, network: str, source: str, gaussian: Gaussian) -> None:
+        if gaussian.count is not None and gaussian.count < len(gaussian.mean):
+            self._warn(
+                f"{network}: the {gaussian.count} {source} are fewer than the {len(gaussian.mean)} features, so the "
+                f"Frechet distance is too large and comparable only for this number; {network}_kernel is unbiased"
+            )
+
+    def _probe(self) -> dict[str, float]:
+        features, labels = self._sorted("code"), self._sorted("label")
+        labelled = labels >= 0
+        classes, counts = np.unique(labels[labelled], return_counts=True)
+        if len(classes) < 2 or counts.max() < 2:
+            self._warn(
+                f"linear probe: needs two classes with two images each (class folders or labels); the {self.images} "
+                f"images have {len(classes)} classes with at most {counts.max(initial=0)} images"
+            )
+            return {}
+        return {f"probe_{name}": value for name, value in linear_probe(features[labelled], labels[labelled]).items()}
+
+    def _sorted(self, name: str) -> np.ndarray:
+        """Returns an array that is stored for every image, in the order of the dataset."""
+        return np.concatenate(self._stored[name])[np.argsort(np.concatenate(self._stored["index"]))]
+
+    def _warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self.warnings.append(text)

@@ -1,0 +1,93 @@
+"""Distances between sets of features, and the Inception score of a set of class scores."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vqrae_jax.evaluation.moments import Gaussian
+
+BLOCK = 1024  # rows of a kernel matrix that exist at once
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Returns the Frechet distance of two Gaussians, at least 0 (Heusel et al. 2017, arXiv:1706.08500, equation 6).
+
+    It is |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2). With S_a = F F^T and S_b = G G^T the trace of the root is the
+    sum of the singular values of F^T G, so only symmetric matrices are decomposed. The result is real, and exact for
+    covariances without full rank.
+    """
+    cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    difference = np.asarray(a.mean, np.float64) - b.mean
+    return max(float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross), 0.0)
+
+
+def _factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D rank"]:
+    """Returns F with F F^T = covariance; its columns are the principal axes of positive variance."""
+    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
+    positive = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return vectors[:, positive] * np.sqrt(values[positive])
+
+
+def kernel_distance(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> float:
+    """Returns the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3: KID (arXiv:1801.01401).
+
+    This is the unbiased estimate over all pairs: about 0, possibly below, for two sets of one distribution, whatever
+    their sizes. Both sets need at least two rows. KID is often reported times 1,000.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    within = sum((_kernel_sum(z, z) - _diagonal_sum(z)) / (len(z) * (len(z) - 1)) for z in (x, y))
+    return float(within - 2 * _kernel_sum(x, y) / (len(x) * len(y)))
+
+
+def _kernel_sum(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> float:
+    return sum(((x[i : i + BLOCK] @ y.T / x.shape[1] + 1) ** 3).sum() for i in range(0, len(x), BLOCK))
+
+
+def _diagonal_sum(x: Float[np.ndarray, "n D"]) -> float:
+    return (((x * x).sum(1) / x.shape[1] + 1) ** 3).sum()
+
+
+class InceptionScore:
+    """The Inception score (Salimans et al. 2016, arXiv:1606.03498) from class scores that arrive in batches.
+
+    The score of a split is exp of the mean divergence of an image's classes from those of all its images. Images are
+    dealt out to the splits in turn, so that the classes of an ordered dataset are in all of them.
+    """
+
+    def __init__(self, splits: int):
+        self._splits = splits
+        self._counts = self._negentropy = np.zeros(splits)
+        self._share = np.zeros((splits, 1))
+
+    @property
+    def count(self) -> int:
+        """Number of images added."""
+        return int(self._counts.sum())
+
+    def add(self, logits: Float[np.ndarray, "n classes"], index: Int[np.ndarray, " n"]) -> None:
+        """Adds the class scores of n images, given their indices in the dataset."""
+        logits = np.asarray(logits, np.float64)
+        logits = logits - logits.max(1, keepdims=True)
+        log_share = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        share = np.exp(log_share)
+        member = (np.arange(self._splits)[:, None] == index % self._splits).astype(np.float64)
+        negentropy = member @ (share * log_share).sum(1)
+        self.merge_arrays({"counts": member.sum(1), "negentropy": negentropy, "share": member @ share})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the state as arrays, for `merge_arrays` in another process."""
+        return {"counts": self._counts, "negentropy": self._negentropy, "share": self._share}
+
+    def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds the images of another InceptionScore with the same number of splits, from its `arrays`."""
+        self._counts = self._counts + arrays["counts"]
+        self._negentropy = self._negentropy + arrays["negentropy"]
+        self._share = self._share + arrays["share"]
+
+    def result(self) -> tuple[float, float]:
+        """Returns mean and standard deviation over the splits; each needs at least one image."""
+        marginal = self._share / self._counts[:, None]
+        log_marginal = np.log(np.where(marginal > 0, marginal, 1))
+        scores = np.exp(self._negentropy / self._counts - (marginal * log_marginal).sum(1))
+        return float(scores.mean()), float(scores.std())

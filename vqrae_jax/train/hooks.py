@@ -1,0 +1,330 @@
+"""Everything that only watches a run: times, log lines, NaN guard, profile, heartbeat, watchdog, progress bar."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.progress import TextColumn
+
+from vqrae_jax import storage
+from vqrae_jax.checkpoint import Checkpoints
+from vqrae_jax.errors import StorageError, UserError
+from vqrae_jax.evaluation import codebook_health
+from vqrae_jax.progress import progress_bar
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import Metrics, is_sum
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0
+WAIT_WARNING = 0.05  # share of the time that steps may wait for data
+NEVER = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEvent:
+    """A step that the host has dispatched, and what the loop does after it."""
+
+    step: int
+    state: TrainState
+    metrics: Metrics  # on the device, possibly still being computed
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+
+
+class Hook:
+    """An observer of a run."""
+
+    def after_step(self, event: StepEvent) -> None:
+        """Observes a step; may wait for the device only if the event logs, evaluates or saves."""
+
+    def close(self) -> None:
+        """Ends the observation; called once at the end of the run, after errors too."""
+
+
+class Hooks(Hook):
+    """Several hooks, called in order and closed in reverse order, each despite errors of the others."""
+
+    def __init__(self, *hooks: Hook):
+        self._hooks = hooks
+
+    def after_step(self, event: StepEvent) -> None:
+        for hook in self._hooks:
+            hook.after_step(event)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as closing:
+            for hook in self._hooks:
+                closing.callback(hook.close)
+
+
+class StepTimer(Hook):
+    """Sums metrics on the device and times steps, between two log lines.
+
+    The host waits for the end of a step only after it has dispatched the next one. So the device never waits for the
+    host, and the ends that the host sees give the times of the steps.
+    """
+
+    def __init__(self, batch_size: int, codebook_alarm: float = 0.0):
+        self._batch_size, self._codebook_alarm = batch_size, codebook_alarm
+        self._add = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new), donate_argnums=0)
+        self._since: float | None = None  # end of the last step that was waited for; None: the clock is stopped
+        self._pending = False  # whether a newer step has not been waited for
+        self._reset()
+
+    def _reset(self) -> None:
+        self._total: Metrics | None = None
+        self._steps, self._seconds, self._waited = 0, [], 0.0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Iterates over batches; the time for one counts as waiting if the device then has nothing left to do."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self._since is not None and all(x.is_ready() for x in jax.tree.leaves(self._total)):
+                self._waited += time.perf_counter() - start
+            yield batch
+
+    def after_step(self, event: StepEvent) -> None:
+        if self._since is None:  # the first step after a pause may compile or wait: it is not timed
+            jax.block_until_ready(event.metrics)
+            self._since = time.perf_counter()
+        else:
+            self._wait_for_step()
+            self._pending = True
+        self._total = event.metrics if self._total is None else self._add(self._total, event.metrics)
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Stops the clock until the end of the next step: evaluation and saving are not training time."""
+        self._wait_for_step()
+        self._since = None
+
+    def restart(self) -> None:
+        """Leaves out the time since `flush`, which is not training time either."""
+        if self._since is not None:
+            self._since = time.perf_counter()
+
+    def flush(self) -> dict[str, float]:
+        """Returns the metrics since the last call; warns if few codes are in use.
+
+        They are means of scalars, sums of events, codebook health, images per second, percentiles of the times of
+        steps, and `data_wait`, the share of the time that steps waited for data.
+        """
+        self._wait_for_step()
+        total = jax.device_get(self._total)
+        counts = total.pop("counts", None)
+        values = {n: float(v) if is_sum(v) else float(v) / self._steps for n, v in total.items()}
+        if counts is not None:
+            values |= {f"codebook/{n}": v for n, v in codebook_health.health(counts).items()}
+            if message := codebook_health.alarm(counts, self._codebook_alarm):
+                log.warning(message)
+        if self._seconds:
+            spent = sum(self._seconds)
+            values["images_per_second"] = self._batch_size * len(self._seconds) / spent
+            for q in (50, 90, 99):
+                values[f"step_seconds/p{q}"] = float(np.percentile(self._seconds, q))
+            values["data_wait"] = min(self._waited / spent, 1.0)
+        self._reset()
+        return values
+
+    def _wait_for_step(self) -> None:
+        if self._pending:
+            jax.block_until_ready(self._total)
+            now = time.perf_counter()
+            self._seconds.append(now - self._since)
+            self._since, self._pending = now, False
+
+
+class Logger(Hook):
+    """Writes a line of metrics at every event that logs; warns once if data is slow.
+
+    Args:
+      state_metrics: returns metrics of the state that are computed only for the log.
+      skipped: returns the number of unreadable images that this process has skipped.
+      outputs: receive the step and the values.
+    """
+
+    def __init__(
+        self, timer: StepTimer, state_metrics: Callable[[TrainState], Metrics], skipped: Callable[[], int],
+        *outputs: Callable[[int, dict[str, float]], None],
+    ):  # fmt: skip
+        self._timer, self._state_metrics, self._skipped, self._outputs = timer, state_metrics, skipped, outputs
+        self._warned = False
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.log:
+            values = self.combine(self._timer.flush() | {"data/skipped": self._skipped()})
+            values |= {n: float(value) for n, value in jax.device_get(self._state_metrics(event.state)).items()}
+            self._timer.restart()
+            for output in self._outputs:
+                output(event.step, values)
+        if event.evaluate or event.save:
+            self._timer.pause()
+
+    def combine(self, values: dict[str, float]) -> dict[str, float]:
+        """Combines the values of all processes: the longest wait for data, the sum of skipped images."""
+        wait = values.get("data_wait", 0.0)
+        if jax.process_count() > 1:
+            local = np.array([wait, values["data/skipped"], values.get("step_seconds/p50", 0.0)])
+            waits, skipped, medians = np.asarray(multihost_utils.process_allgather(local)).T
+            wait, values = float(waits.max()), values | {"data/skipped": int(skipped.sum())}
+            if "data_wait" in values:
+                values["data_wait"] = wait
+                log.info(
+                    "%d processes: median step %.3f to %.3f s, longest wait for data %.1f %% (process %d), skipped %d",
+                    len(waits), medians.min(), medians.max(), 100 * wait, waits.argmax(), skipped.sum(),
+                )  # fmt: skip
+        if wait > WAIT_WARNING and not self._warned:
+            self._warned = True
+            log.warning(
+                "steps wait for data %.0f %% of the time; raise data.workers or data.threads, or store smaller images",
+                100 * wait,
+            )
+        return values
+
+
+class NaNGuard(Hook):
+    """Stops a run whose losses are not finite, before such a state is logged, evaluated or saved.
+
+    It remembers on the device in which step each metric was first not finite, and reads that before such events.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+        self._first: Metrics = {}
+        self._update = jax.jit(_first_bad)
+
+    def after_step(self, event: StepEvent) -> None:
+        watched = {n: v for n, v in event.metrics.items() if n.startswith(("loss/", "gan/", "grad_norm"))}
+        first = self._first or {n: np.int32(NEVER) for n in watched}
+        self._first = self._update(first, watched, np.int32(event.step))
+        if not (event.log or event.evaluate or event.save):
+            return
+        first = {n: int(step) for n, step in jax.device_get(self._first).items()}
+        step = min(first.values(), default=NEVER)
+        if step == NEVER:
+            return
+        self._checkpoints.wait()  # the last one may still be being written
+        resume = "There is no complete checkpoint; the same command starts again"
+        if steps := self._checkpoints.steps:
+            path = self._checkpoints.folder / str(steps[-1])
+            resume = f"The last good checkpoint is {path}; the same command resumes from it"
+        raise UserError(
+            f"step {step}: {', '.join(n for n in first if first[n] == step)} not finite. {resume}: run it with a lower "
+            "optimizer.learning_rate, a smaller weight of the term, or optimizer.clip_norm"
+        )
+
+
+def _first_bad(first: Metrics, metrics: Metrics, step: jax.Array) -> Metrics:
+    return {n: jnp.where(jnp.isfinite(metrics[n]), first[n], jnp.minimum(first[n], step)) for n in first}
+
+
+class Heartbeat(Hook):
+    """Writes workdir/heartbeat/<process>.json: {"step", "time": seconds since the epoch, "process", "processes"}.
+
+    It is written at most every ten seconds and at the end. An old file means a process that hangs or is gone.
+    """
+
+    def __init__(self, workdir: storage.Path, step: int = 0):
+        self._content = {"step": step, "time": 0.0, "process": jax.process_index(), "processes": jax.process_count()}
+        self._path = workdir / "heartbeat" / f"{jax.process_index()}.json"
+        self._last = -HEARTBEAT_SECONDS
+
+    def after_step(self, event: StepEvent) -> None:
+        self._content["step"] = event.step
+        if time.monotonic() - self._last >= HEARTBEAT_SECONDS:
+            self._last = time.monotonic()
+            self.close()
+
+    def close(self) -> None:
+        self._content["time"] = round(time.time(), 3)
+        try:
+            storage.write_bytes(self._path, json.dumps(self._content).encode())
+        except (OSError, StorageError) as error:  # the run is more important
+            log.warning("no heartbeat: %s", error)
+
+
+class Watchdog(Hook):
+    """Prints the stack of every thread to standard error after each `seconds` without a step; 0: never.
+
+    Evaluation and saving count as part of the step before them.
+    """
+
+    def __init__(self, seconds: float, file: IO[str] | None = None):
+        self._seconds, self._file = seconds, file or sys.__stderr__
+        self.after_step(None)
+
+    def after_step(self, event: StepEvent | None) -> None:
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Profiler(Hook):
+    """Traces a range of steps for TensorBoard's profile tab and XProf; `step` is the last one that is done."""
+
+    def __init__(self, steps: range, folder: pathlib.Path, step: int = 0):
+        self._steps, self._folder, self._tracing = steps, folder, False
+        self._start(step + 1)
+
+    def _start(self, step: int) -> None:
+        if step in self._steps:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+
+    def after_step(self, event: StepEvent) -> None:
+        if not self._tracing:
+            self._start(event.step + 1)
+        elif event.step >= self._steps[-1]:
+            jax.block_until_ready(event.metrics)
+            self.close()
+            log.info("wrote a profile of steps %d to %d to %s", self._steps[0], self._steps[-1], self._folder)
+
+    def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+class ProgressBar(Hook):
+    """Shows a progress bar on a terminal, or prints one line per logged step otherwise."""
+
+    def __init__(self, total: int, step: int, active: bool = True):
+        self._total = total
+        self._bar = progress_bar("training", TextColumn("{task.fields[status]}"), active=active)
+        self._task = self._bar.add_task("training", total=total, completed=step, status="compiling ...")
+        self._bar.start()
+
+    def after_step(self, event: StepEvent) -> None:
+        self._bar.update(self._task, completed=event.step)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Shows the values of a log line."""
+        text = "  ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
+        if "codebook/usage" in values:
+            text += f"  codes {values['codebook/usage']:.0%}"
+        if "images_per_second" in values:
+            text += f"  {values['images_per_second']:.0f} img/s"
+        self._bar.update(self._task, status=text)
+        if not self._bar.console.is_terminal:
+            self._bar.console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()

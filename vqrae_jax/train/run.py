@@ -1,0 +1,162 @@
+"""Opens a run: checks everything that can be wrong before long work starts, and reads the state to start from."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
+from vqrae_jax.checkpoint import Checkpoints
+from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
+from vqrae_jax.data import pipeline
+from vqrae_jax.evaluation.evaluate import Evaluator
+from vqrae_jax.train import restore
+from vqrae_jax.train.metric_writers import check_wandb
+from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import Task
+from vqrae_jax.train.tokenizer import TokenizerTask
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of an open run that do not change from step to step."""
+
+    config: Config  # without epochs
+    workdir: storage.Path
+    mesh: Mesh
+    task: Task
+    frozen: Any
+    checkpoints: Checkpoints
+    batches: pipeline.TrainBatches | None  # None: evaluation only
+    skipped: pipeline.Skipped
+    evaluator: Evaluator | None  # None: no validation images
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config,
+    workdir: str | os.PathLike,
+    devices: list[jax.Device] | None = None,
+    evaluate_step: int | None = None,
+) -> Iterator[tuple[Run, TrainState]]:
+    """Opens a run and its state: the newest checkpoint of the workdir, or a new state.
+
+    With `evaluate_step` it opens that checkpoint for evaluation. Nothing is then read or written that only training
+    needs, because another run may be saving there.
+    """
+    workdir, skipped = storage.resolve_path(workdir), pipeline.Skipped()
+    prepare = functools.partial(_prepare, config, workdir, devices, evaluate_step, skipped)
+    config, mesh, task, batches, evaluator = distributed.run_together(prepare)
+    checkpoint.check_shared(workdir)
+    if distributed.process_count() > 1:
+        listings = evaluator.listings() if evaluator else {}
+        listings |= {"data.path": batches.listing()} if batches else {}
+        distributed.check_equal(listings, "give all of them the same images, as each reads its share of all")
+    train = config.train
+    checkpoints = Checkpoints(
+        workdir, train.keep_last, train.keep_best, train.keep_every, read_only=evaluate_step is not None
+    )
+    completed = False
+    try:
+        if evaluator:
+            evaluator.prepare()
+        shapes, frozen = task.shapes(), task.frozen()
+        if config.mesh.fsdp:
+            _warn_unsplit(sharding.left_whole(shapes, mesh, config.mesh.fsdp_min_size), mesh)
+        resumed = restore.resume(checkpoints, shapes, evaluate_step)
+        state = task.init() if resumed is None else resumed[0]
+        if resumed is not None:
+            step = int(state.step)
+            _warn_config_changes(config, checkpoints.folder / str(step), evaluate_step is not None)
+            if batches is not None:
+                batches.set_state(resumed[1])
+            log.info("%s step %d of %s", "evaluating" if batches is None else "resumed from", step, checkpoints.folder)
+        yield Run(config, workdir, mesh, task, frozen, checkpoints, batches, skipped, evaluator), state
+        completed = True
+    finally:
+        with contextlib.ExitStack() as closing:
+            if completed or distributed.process_count() == 1:  # otherwise it may wait for processes that are gone
+                closing.callback(checkpoints.close)
+            if batches is not None:
+                closing.callback(batches.close)
+
+
+def _prepare(
+    config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | None, skipped: pipeline.Skipped
+) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:
+    """Builds what each process builds by itself; no collective operation, which would wait for a failed process."""
+    training = evaluate_step is None
+    if training:
+        config = epochs_to_steps(config, lambda: pipeline.count_training_images(config.data))
+        check_wandb(config.train.wandb_project)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
+    sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
+    sharding.check_batch(config.data.eval_batch_size, 1, mesh, "data.eval_batch_size")
+    share, shares = sharding.data_share(mesh)
+    split = {"process_index": share, "process_count": shares}
+    validation = pipeline.evaluation_batches(config.data, limit=config.evaluation.images, **split)
+    batches = None
+    if training:
+        batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=skipped, **split)
+    folder = workdir / checkpoint.FOLDER
+    own = restore.own_shapes(folder, evaluate_step) if config.train.start_from else None
+    # The networks of the loss are not read for evaluation.
+    update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
+    task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
+    evaluator = None
+    if validation is not None:
+        metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
+        evaluator = Evaluator(config, task, mesh, validation, metrics)
+    checkpoint.check_writable(workdir)
+    return config, mesh, task, batches, evaluator
+
+
+def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, float]) -> None:
+    """Starts to save the state and the position of the input; `metrics` of the validation images choose the best."""
+    step, config = int(state.step), run.config.model_dump(mode="json")
+    meta = {"config": config, "version": __version__, "revision": git_revision(), "step": step}
+    scores = {"psnr": metrics["eval/psnr"]} if "eval/psnr" in metrics else None
+    run.checkpoints.save(step, state.inference(), state.rest(), run.batches.get_state(), meta, scores)
+
+
+def git_revision() -> str | None:
+    """Returns the revision of the source tree, with a + if it has changes; None outside a checkout."""
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision.stdout.strip()
+
+
+def _warn_unsplit(leaves: dict[str, int], mesh: Mesh) -> None:
+    if leaves:
+        log.warning(
+            "mesh.fsdp cannot split %d arrays (%.2f GiB per device), because mesh.data=%d divides none of their "
+            "dimensions (%s); choose a mesh.data that does, for example with a larger mesh.model",
+            len(leaves), sum(leaves.values()) / 2**30, mesh.shape["data"], max(leaves, key=leaves.get),
+        )  # fmt: skip
+
+
+def _warn_config_changes(config: Config, path: storage.Path, evaluating: bool) -> None:
+    configs = checkpoint.read_meta(path)["config"], config.model_dump(mode="json")
+    if evaluating:  # the other sections have no effect
+        configs = ({"model": values["model"]} for values in configs)
+    saved, current = (flatten_dict(values, keep_empty_nodes=True, sep=".") for values in configs)
+    for name in sorted(saved.keys() | current.keys()):
+        if (old := saved.get(name)) != (new := current.get(name)):
+            doing = "evaluating" if evaluating else "resuming"
+            log.warning("%s with %s=%r; the checkpoint has %r", doing, name, new, old)

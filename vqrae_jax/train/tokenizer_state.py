@@ -1,0 +1,172 @@
+"""The variables of a tokenizer in training: built from a config, initialized, and placed on a mesh."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vqrae_jax import sharding
+from vqrae_jax.build import judges
+from vqrae_jax.build import tokenizer as builder
+from vqrae_jax.config import Config, ModelConfig
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.quantizers.factory import unread
+from vqrae_jax.train import restore
+from vqrae_jax.train.adversary import Adversary
+from vqrae_jax.train.objective import Objective
+from vqrae_jax.train.optim import make_optimizer, part_rates
+from vqrae_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+PARTS = ("encoder", "quantizer", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerVariables:
+    """Encoder, quantizer, decoder and the networks of the loss.
+
+    `Task` documents the methods. The parameters of a part are in the train state if the part is
+    in `config.train.trainable`, only in its `ema_params` if it comes from `train.start_from` and does not train, and
+    among the frozen networks otherwise.
+    """
+
+    config: Config
+    mesh: Mesh
+    built: builder.BuiltTokenizer
+    objective: Objective
+    adversary: Adversary | None = None
+    start: Any = None  # shapes of the variables that `train.start_from` gives
+
+    @classmethod
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> Self:
+        """Reads the pretrained weights, and checks that model, data and training fit together.
+
+        Without `weights` only descriptions are read: enough for `shapes` and `frozen_shapes`. With `own`, the shapes
+        of the model in a checkpoint of this run, `train.start_from` is not read.
+        """
+        model = config.model if "quantizer" in config.train.trainable else _with_frozen_codebook(config.model)
+        built = builder.build_tokenizer(model, weights=weights, mesh=mesh)
+        _warn_unread(config.model, built.module.encoder)
+        start = (
+            restore.start_shapes(config.train, builder.variable_shapes(built), own) if config.train.start_from else None
+        )
+        if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
+            built = builder.freeze_encoder(built)
+        output, size, grid = built.image_size, config.data.image_size, built.module.decoder.grid
+        if output != size:
+            patch = f"model.decoder_patch_size={size // grid} or " if size % grid == 0 else ""
+            raise ConfigError(
+                f"the decoder's output has {output} pixels (model.decoder_patch_size={config.model.decoder_patch_size} "
+                f"x a latent grid of {grid}); set {patch}data.image_size={output}",
+                field="data.image_size", value=size,
+            )  # fmt: skip
+        objective = Objective.build(config, built.module, mesh, weights)
+        adversary = None
+        if config.adversary.discriminator != "none":
+            network = judges.build_discriminator(config.adversary, mesh, weights, config.model.attention)
+            adversary = Adversary(config.adversary, network)
+        task = cls(config, mesh, built, objective, adversary, start)
+        task._check_parts(weights)
+        return task
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        return make_optimizer(self.config.optimizer, functools.partial(part_rates, self.config.optimizer))
+
+    def shapes(self) -> TrainState:
+        shapes = builder.variable_shapes(self.built)
+        params = {n: tree for n, tree in shapes["params"].items() if n in self.config.train.trainable + self._started}
+        return self._with_shardings(jax.eval_shape(self._create, params, shapes["batch_stats"], self.key))
+
+    def init(self) -> TrainState:
+        names = [n for n in self.config.train.trainable if n not in self._started]
+        variables = builder.initial_variables(self.built, self.key, names, self._shardings)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        if self.start:
+            start = restore.read_start(self.config.train, self._with_shardings(self.start))
+            params, batch_stats = {**params, **start["params"]}, {**batch_stats, **start["batch_stats"]}
+        shardings = jax.tree.map(lambda x: x.sharding, self.shapes())
+        return jax.jit(self._create, out_shardings=shardings, donate_argnums=(0, 1))(params, batch_stats, self.key)
+
+    def frozen(self) -> Any:
+        """Returns the parts that neither train nor come from train.start_from, and the networks of the loss."""
+        networks = builder.initial_params(self.built, self.key, self._frozen_parts, self._shardings)
+        if self._has_teacher:
+            networks["teacher"] = builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
+        return networks | jax.tree.map(sharding.place_array, self._judges, self._shardings(self._judges))
+
+    def frozen_shapes(self) -> Any:
+        params = builder.variable_shapes(self.built)["params"]
+        networks = {n: params[n] for n in self._frozen_parts if n in params}
+        if self._has_teacher:
+            networks["teacher"] = params["encoder"]
+        return self._with_shardings(networks | self._judges)
+
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.config.train.seed)
+
+    @property
+    def _started(self) -> tuple[str, ...]:
+        """Parts that come from train.start_from; they are in the checkpoint even if they do not train."""
+        return tuple(self.start["params"]) if self.start else ()
+
+    @property
+    def _frozen_parts(self) -> list[str]:
+        return [n for n in PARTS if n not in self.config.train.trainable + self._started]
+
+    @property
+    def _has_teacher(self) -> bool:
+        """True if the pretrained encoder is needed in addition to the one that trains."""
+        return self.objective.needs_teacher and "encoder" not in self._frozen_parts
+
+    @property
+    def _judges(self) -> dict[str, Any]:
+        """Frozen parameters of the networks of the loss."""
+        adversary = {"discriminator": self.adversary.network.params} if self.adversary else {}
+        return self.objective.frozen() | adversary
+
+    def _create(self, params: Any, batch_stats: Any, key: jax.Array) -> TrainState:
+        trained = {n: tree for n, tree in params.items() if n in self.config.train.trainable}
+        adversary = self.adversary.init(jax.random.fold_in(key, 1)) if self.adversary else {}
+        ema, opt_state = jax.tree.map(jnp.copy, params), self.optimizer.init(trained)
+        return TrainState(jnp.zeros((), jnp.int32), trained, ema, batch_stats, opt_state, adversary)
+
+    def _check_parts(self, weights: bool) -> None:
+        trainable, shapes = self.config.train.trainable, builder.variable_shapes(self.built)
+        if not set(trainable) & set(shapes["params"]):
+            message = f"none of these parts has parameters; choose from {', '.join(PARTS)}"
+            raise ConfigError(message, field="train.trainable", value=trainable)
+        learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
+        fitted = {*trainable, *self._started, *self.built.pretrained, *(self.start or {}).get("batch_stats", {})}
+        random = [n for n in learned if n not in fitted]
+        if weights and random:
+            message = f"{' and '.join(random)} would stay random; add it, or set train.start_from to a run that has it"
+            raise ConfigError(message, field="train.trainable", value=trainable)
+
+    def _shardings(self, tree: Any) -> Any:
+        return sharding.shardings(tree, self.mesh, self.config.mesh.fsdp, self.config.mesh.fsdp_min_size)
+
+    def _with_shardings(self, shapes: Any) -> Any:
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, self._shardings(shapes)
+        )
+
+
+def _with_frozen_codebook(model: ModelConfig) -> ModelConfig:
+    """Returns the same model with a codebook that does not change within a step, from one scale to the next, either."""
+    return model.model_copy(update={"quantizer_params": model.quantizer_params.model_copy(update={"frozen": True})})
+
+
+def _warn_unread(model: ModelConfig, encoder: Encoder) -> None:
+    for name in unread(model, encoder.channels, encoder.grid):
+        section, _, field = name.rpartition(".")
+        value = getattr(model.quantizer_params if section else model, field)
+        log.warning("model.%s=%r has no effect with quantizer=%r", name, value, model.quantizer)
