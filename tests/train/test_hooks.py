@@ -1,5 +1,6 @@
 """Hooks by themselves, without a run."""
 
+import contextlib
 import json
 import logging
 import time
@@ -145,9 +146,9 @@ def test_profiler_traces_the_requested_steps(tmp_path, monkeypatch, steps, start
     calls, step = [], start
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
-    with hooks.Hooks(hooks.Profiler(steps, tmp_path, start)) as watching:
+    with contextlib.closing(hooks.Profiler(steps, tmp_path, start)) as profiler:
         for step in range(start + 1, 7):
-            watching.after_step(event(step))
+            profiler.after_step(event(step))
     assert calls == traced
 
 
