@@ -207,6 +207,7 @@ def _train(
         }  # no k-means start
     params = {part: variables[part].get("params", {}) for part in variables}
     state = variables["quantizer"].get("batch_stats", {})
+
     # A quantizer trained by gradients diverges at the learning rate that is best for a new decoder.
     def rates(step: Array, horizon: Array) -> dict[str, Array]:
         rate = learning_rate(OPTIMIZER, step, horizon)
