@@ -75,11 +75,6 @@ def arrange_slices(devices: list[jax.Device], slices: int, data: int, model: int
     return mesh_utils.create_hybrid_device_mesh((1, data, model), (slices, 1, 1), devices)
 
 
-def data_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Returns the axes that a batch is split over."""
-    return tuple(name for name in mesh.axis_names if name != "model")
-
-
 def data_ways(mesh: Mesh) -> int:
     """Returns the number of parts that a batch is split into."""
     return mesh.size // mesh.shape["model"]
@@ -111,11 +106,9 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data
     parts = data_ways(mesh) * accumulate
     if batch_size % parts:
         low = batch_size // parts * parts
-        raise ConfigError(
-            f"must be a multiple of {parts} ({data_ways(mesh)} devices along the data axes x {accumulate} "
-            f"micro-batches); the nearest sizes are {low} and {low + parts}",
-            field=field, value=batch_size,
-        )  # fmt: skip
+        factors = f"{data_ways(mesh)} devices along the data axes x {accumulate} micro-batches"
+        message = f"must be a multiple of {parts} ({factors}); the nearest sizes are {low} and {low + parts}"
+        raise ConfigError(message, field=field, value=batch_size)
 
 
 def shardings(tree: Any, mesh: Mesh, fsdp: bool = False, fsdp_min_size: int = 65_536) -> Any:
@@ -182,7 +175,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_data(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batches: the leading axis split over all data-parallel devices."""
-    axes = data_axes(mesh)
+    axes = tuple(name for name in mesh.axis_names if name != "model")
     return NamedSharding(mesh, P(axes if len(axes) > 1 else axes[0]))
 
 

@@ -11,7 +11,7 @@ from vqrae_jax.losses.augment import apply_augmentations, augment
 
 def test_losses_equal_pytorch(golden):
     z = np.load(golden / "discriminator" / "gan_losses.npz")
-    real, fake = z["logits_real"], z["logits_fake"]
+    real, fake = jnp.asarray(z["logits_real"]), jnp.asarray(z["logits_fake"])
     for name, loss in adversarial.DISCRIMINATOR.items():
         assert loss(real, fake) == pytest.approx(float(z[f"{name}_d_mean"]), abs=2e-6)
     assert adversarial.GENERATOR["vanilla"](fake) == pytest.approx(float(z["vanilla_g_mean"]), abs=2e-6)
@@ -37,9 +37,8 @@ CASES = ["normal", "clamped", "zero_gan", "zero_recon", "small_max", "tiny_gan_b
 @pytest.mark.parametrize("case", CASES)
 def test_adaptive_weight_equals_pytorch(golden, case):
     z = np.load(golden / "adaptive_weight.npz")
-    weight = adversarial.adaptive_weight(
-        z[f"{case}__recon_grads"], z[f"{case}__gan_grads"], float(z[f"{case}__max_d_weight"])
-    )
+    gradients = (jnp.asarray(z[f"{case}__{name}_grads"]) for name in ("recon", "gan"))
+    weight = adversarial.adaptive_weight(*gradients, float(z[f"{case}__max_d_weight"]))
     np.testing.assert_allclose(weight, z[f"{case}__d_weight"], rtol=1e-6)
 
 
@@ -48,7 +47,7 @@ def test_adaptive_weight_equals_pytorch(golden, case):
 ])  # fmt: skip
 def test_augmentation_equals_pytorch(golden, assert_close, case, probability, cutout):
     z = np.load(golden / "discriminator" / "diffaug.npz")
-    gates, uniform = jnp.asarray(z[f"{case}_gate"]) <= probability, z[f"{case}_rand01"][..., 0, 0]
+    gates, uniform = jnp.asarray(z[f"{case}_gate"]) <= probability, jnp.asarray(z[f"{case}_rand01"][..., 0, 0])
     assert_close(apply_augmentations(jnp.asarray(z["images"]), gates, uniform, cutout), z[f"{case}_out"], 1e-5)
 
 

@@ -24,10 +24,7 @@ def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encode
 
 
 def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, pathlib.Path | None]:
-    """Builds the encoder, to run on `mesh`, without reading weights.
-
-    Returns:
-      The encoder, and the folder of its weights; None for an encoder that starts random.
+    """Builds the encoder, to run on `mesh`; also returns the folder of its weights, None if it starts random.
 
     Raises:
       ConfigError, WeightsError: a setting does not fit the encoder, or its description cannot be read.
@@ -36,11 +33,8 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
     if config.encoder_config_path is None:
         field = "model.encoder_params.architecture"
         if "hidden_size" not in params.architecture:
-            raise ConfigError(
-                "must describe the encoder (hidden_size, num_hidden_layers, ... as in config.json), because "
-                "model.encoder_config_path=None starts it from random weights",
-                field=field, value=params.architecture,
-            )  # fmt: skip
+            message = "must have hidden_size, num_hidden_layers, ... (as config.json) for a random encoder"
+            raise ConfigError(message, field=field, value=params.architecture)
         description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, field)
         folder, mean, std = None, IMAGENET_MEAN, IMAGENET_STD
     else:
@@ -55,11 +49,9 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
     if model_type not in family.model_types:
         fitting = [name for name, other in families.FAMILIES.items() if model_type in other.model_types]
         remedy = f"set model.encoder_cls={fitting[0]!r}" if fitting else "no model.encoder_cls reads it"
-        raise ConfigError(
-            f"reads {' or '.join(family.model_types)}, but {config.encoder_config_path or 'the architecture'} is a "
-            f"{model_type!r}: {remedy}",
-            field="model.encoder_cls", value=config.encoder_cls,
-        )  # fmt: skip
+        source = config.encoder_config_path or "the architecture"
+        message = f"reads {' or '.join(family.model_types)}, but {source} is a {model_type!r}: {remedy}"
+        raise ConfigError(message, field="model.encoder_cls", value=config.encoder_cls)
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(
         **fields.pop("blocks"), dtype=config.dtype, attention=config.attention,
@@ -70,11 +62,10 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         raise ConfigError("must name at least one block; -1 is the last", field="model.encoder_params.layers", value=())
     check_layers("model.encoder_params.layers", params.layers, blocks)
     if size % vit.patch:
-        raise ConfigError(
-            f"must be a multiple of {vit.patch} (the encoder's patch size); the nearest sizes are "
-            f"{size // vit.patch * vit.patch} and {(size // vit.patch + 1) * vit.patch}",
-            field="model.encoder_input_size", value=size,
-        )  # fmt: skip
+        low = size // vit.patch * vit.patch
+        nearest = f"the nearest sizes are {low} and {low + vit.patch}"
+        message = f"must be a multiple of {vit.patch} (the encoder's patch size); {nearest}"
+        raise ConfigError(message, field="model.encoder_input_size", value=size)
     return Encoder(vit, size, mean, std, params.normalize, params.layers, params.fusion), folder
 
 
@@ -90,10 +81,7 @@ def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) ->
 
 
 def _weights_source(config: ModelConfig) -> tuple[str, str]:
-    """Returns the path of the weights and its field.
-
-    As in the PyTorch VQRAE, encoder_params may name the weights and encoder_config_path the image processor.
-    """
+    """Returns the path of the weights and its field; as in the PyTorch VQRAE, encoder_params may name them."""
     for name in ("dinov2_path", "dinov3_path", "model_name"):
         if path := getattr(config.encoder_params, name):
             return path, f"model.encoder_params.{name}"

@@ -47,8 +47,8 @@ def build_perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights
     Raises:
       WeightsError, ConfigError: the weights cannot be read.
     """
-    remedy, names = "without this loss: --config.loss.perceptual.weight=0", {"encoder_config_path": "path"}
-    with _in_section("loss.perceptual", remedy, encoder_input_size="input_size", **names):
+    remedy = "without this loss: --config.loss.perceptual.weight=0"
+    with _in_section("loss.perceptual", remedy, encoder_config_path="path", encoder_input_size="input_size"):
         if config.network == "lpips":
             return _build_lpips(config, config.dtype, weights)
         model = ModelConfig(
@@ -109,10 +109,7 @@ class MetricNetworks:
     def compare(self, params: Any, reconstruction: Images, image: Images) -> dict[str, jax.Array]:
         """Returns LPIPS [B], features [B, D] and Inception's class scores [B, 1008] by name.
 
-        Args:
-          params: `self.params`, on any devices.
-          reconstruction: as decoded; it is rounded to bytes like a saved image.
-          image: in [0, 1].
+        `params` are `self.params`, on any devices. Reconstructions are rounded to bytes, like saved images.
         """
         reconstruction, results = to_bytes(reconstruction), {}
         if "lpips" in self.modules:
@@ -150,16 +147,14 @@ def load_metric_networks(
         "inception": lambda: _build_inception(config),
         "encoder": lambda: _build_pooled_encoder(config),
     }
-    networks = {}
+    modules, params, protocol = {}, {}, {}
     for name in (name for name in builders if name in metrics):
         remedy = f"without this metric: leave {name!r} out of evaluation.metrics"
         with _in_section("evaluation", remedy, encoder_config_path="encoder_path"):
-            networks[name] = builders[name]()
-    return MetricNetworks(
-        {name: network.module for name, network in networks.items()},
-        {name: network.params for name, network in networks.items()},
-        {name: n.description | {"sha256": writers.content_hash(n.params)} for name, n in networks.items()},
-    )
+            network = builders[name]()
+        modules[name], params[name] = network.module, network.params
+        protocol[name] = network.description | {"sha256": writers.content_hash(network.params)}
+    return MetricNetworks(modules, params, protocol)
 
 
 def feature_width(networks: MetricNetworks, name: str) -> int:
@@ -186,11 +181,8 @@ def _build_inception(config: EvaluationConfig) -> FrozenNetwork:
 
 def _build_pooled_encoder(config: EvaluationConfig) -> FrozenNetwork:
     path, size, pool = config.encoder_path, config.encoder_input_size, config.encoder_pool
-    model = ModelConfig(
-        encoder_cls=config.encoder_cls, encoder_config_path=path, encoder_input_size=size,
-        encoder_params={"normalize": False},
-    )  # fmt: skip
-    encoder, params = build_encoder(model)
+    model = {"encoder_cls": config.encoder_cls, "encoder_config_path": path, "encoder_input_size": size}
+    encoder, params = build_encoder(ModelConfig(**model, encoder_params={"normalize": False}))
     if pool == "cls" and not encoder.vit.cls:
         raise ConfigError(f"{path} has no class token; use 'mean'", field="evaluation.encoder_pool", value=pool)
     module = PooledEncoder(encoder.vit, size, encoder.mean, encoder.std, pool)

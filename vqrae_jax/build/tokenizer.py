@@ -27,6 +27,7 @@ from vqrae_jax.quantizers.whitened import fitted_state
 
 log = logging.getLogger(__name__)
 
+Arrays = dict[str, np.ndarray]
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
 
 
@@ -37,20 +38,16 @@ class BuiltTokenizer:
     module: VQRAE
     image_size: int  # of reconstructions, pixels
     pretrained: dict[str, Any]  # subtrees of params read from files ("encoder", "decoder"), float32 numpy arrays
-    latent_stats: dict[str, np.ndarray]  # mean and/or variance
-    whitening: dict[str, np.ndarray]  # state of a whitened quantizer; empty: fitted to the first batch
+    latent_stats: Arrays  # mean and/or variance
+    whitening: Arrays  # state of a whitened quantizer; empty: fitted to the first batch
 
 
 def build_tokenizer(
-    config: ModelConfig,
-    latent_stats: dict[str, np.ndarray] | None = None,
-    weights: bool = True,
-    mesh: Mesh | None = None,
+    config: ModelConfig, latent_stats: Arrays | None = None, weights: bool = True, mesh: Mesh | None = None
 ) -> BuiltTokenizer:
     """Builds the module and reads the pretrained weights that the config names.
 
     Args:
-      config: the model section.
       latent_stats: statistics from a checkpoint, instead of those in normalization_stat_path.
       weights: False reads descriptions only, enough for shapes.
       mesh: mesh that the model will run on; tokens are split over it as batches are. None leaves it to the compiler.
@@ -182,7 +179,7 @@ def _read_decoder_config(path: str, field: str) -> dict[str, Any]:
     return {"width": width, "depth": depth, "heads": heads, "mlp": mlp, "act": act, "norm_eps": eps}
 
 
-def _read_whitening(config: ModelConfig, encoder: Encoder) -> dict[str, np.ndarray]:
+def _read_whitening(config: ModelConfig, encoder: Encoder) -> Arrays:
     """Reads the principal axes of the latents for a whitened quantizer; empty if it or the file has none."""
     path, dim = config.normalization_stat_path, config.quantizer_params.whitening_dim
     if dim is None or config.quantizer == "none":
