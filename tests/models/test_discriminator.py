@@ -1,4 +1,4 @@
-"""The DINO discriminator equals PyTorch's; spectral norm and PatchGAN keep their laws."""
+"""The DINO discriminator equals PyTorch's; spectral norm and PatchGAN follow their definitions."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ MODULES = {"0.0": "narrow/conv", "0.1": "narrow/norm", "1.fn.0": "wide/conv", "1
 
 
 def path_of(name):
-    """heads.1.0.0.weight_orig -> (head1, narrow, conv, kernel)."""
+    """Converts heads.1.0.0.weight_orig to (head1, narrow, conv, kernel)."""
     _, head, rest = name.split(".", 2)
     module, leaf = rest.rsplit(".", 1)
     weight = "scale" if MODULES[module].endswith("norm") else "kernel"
@@ -28,13 +28,13 @@ def path_of(name):
 
 
 def heads(tensors, kernels):
-    """PyTorch's tensors of the heads as our trees of params and power iteration vectors; `kernels` has their shapes."""
+    """Converts PyTorch's tensors of the heads to trees of params and vectors; `kernels` has the shapes."""
     params, vectors = {}, {}
     for name, tensor in tensors.items():
         path = path_of(name)
         if path[-1] == "kernel":
             tensor = tensor.transpose(2, 1, 0)
-        if path[-1] == "v":  # theirs counts channels first, then the window
+        if path[-1] == "v":  # PyTorch flattens channels first, then the window
             window, channels, _ = kernels[(*path[:-1], "kernel")].shape
             tensor = tensor.reshape(channels, window).T.ravel()
         (vectors if path[-1] in "uv" else params)[path] = tensor
@@ -43,8 +43,8 @@ def heads(tensors, kernels):
 
 def read(golden, case):
     folder = golden / "discriminator"
-    described = json.loads((folder / "config.json").read_text())[case]
-    arch, recipe = described["arch"], described["recipe"]
+    description = json.loads((folder / "config.json").read_text())[case]
+    arch, recipe = description["arch"], description["recipe"]
     file = folder / f"dino_{case[:2]}.npz"
     fields, tensors = read_dino(str(file), "adversary.path", recipe["num_heads"])
     assert fields["patch"] == recipe["patch_size"]
@@ -70,7 +70,7 @@ SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("bn_nosn", "gn_s
 
 
 def test_half_precision_is_near_pytorch(golden):
-    """Trunk and heads in bfloat16: eight bits of the logits' spread."""
+    """Trunk and heads in bfloat16."""
     module, variables, recorded, _ = read(golden, "bn_sn")
     blocks = dataclasses.replace(module.trunk.blocks, dtype="bfloat16")
     half = module.clone(trunk=dataclasses.replace(module.trunk, blocks=blocks))
@@ -96,15 +96,15 @@ def test_equals_pytorch(golden, assert_close, case):
     assert_close(logits, recorded["logits_eval_64"], 2e-5)
     assert_close(evaluate(variables, images["images_224"])[0][1], recorded["logits_eval_224"], 2e-5)
     assert loss == pytest.approx(float(recorded["g_loss"]), abs=2e-6)
-    assert rms(gradient / 2, recorded["grad_images_64"]) <= 1e-3  # there pictures are in [-1, 1]
+    assert rms(gradient / 2, recorded["grad_images_64"]) <= 1e-3  # recorded for images in [-1, 1]
 
     @jax.jit
     def train(variables, image):
         return module.apply(variables, image, train=True, mutable=[SPECTRAL])
 
     @jax.jit
-    def turn(variables):
-        """The discriminator's own: reconstructions first, then pictures."""
+    def step(variables):
+        """Computes the discriminator's step: reconstructions first, then images."""
 
         def loss(params):
             ours, state = module.apply({**variables, "params": params}, fake, train=True, mutable=[SPECTRAL])
@@ -115,7 +115,7 @@ def test_equals_pytorch(golden, assert_close, case):
 
     logits, state = train(variables, fake)
     assert_close(logits, recorded["logits_train_64"], 2e-5)
-    (loss, (ours, theirs, after)), grads = turn({**variables, **state})
+    (loss, (ours, theirs, after)), grads = step({**variables, **state})
     assert_close(ours, recorded["d_logits_fake"], 2e-5)
     assert_close(theirs, recorded["d_logits_real"], 2e-5)
     assert loss == pytest.approx(float(recorded["d_loss"]), abs=2e-6)
@@ -127,12 +127,12 @@ def test_equals_pytorch(golden, assert_close, case):
     for path, value in flatten_dict(heads(expected, kernels)[0]).items():
         ours = flatten_dict(grads)[path]
         if path[-1] == "bias" and "conv" in path and case.startswith("bn"):
-            assert np.abs(ours).max() <= 1e-7, path  # the normalization takes a bias back
+            assert np.abs(ours).max() <= 1e-7, path  # the normalization removes a bias
         else:
             assert rms(ours, value) <= 1e-3, path
 
 
-def test_the_power_iteration_finds_the_largest_singular_value():
+def test_power_iteration_converges_to_the_largest_singular_value():
     module, x = SpectralConv(5, (3,)), jnp.ones((1, 7, 4))
     variables = module.init(jax.random.key(0), x)
     matrix = np.asarray(variables["params"]["kernel"]).reshape(-1, 5)
@@ -145,27 +145,26 @@ def test_the_power_iteration_finds_the_largest_singular_value():
 
 
 def test_initialization_does_not_iterate():
-    """What `init` returns does not depend on `train`, so that shapes and values of a state agree."""
+    """The result of `init` does not depend on `train`."""
     module, x = PatchDiscriminator(4, 1), jnp.ones((1, 16, 16, 3))
     a, b = (module.init(jax.random.key(0), x, train=t) for t in (False, True))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_patches(norm):
+def test_patchgan_judges_images_independently(norm):
     module = PatchDiscriminator(4, 2, norm)
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
     variables = module.init(jax.random.key(0), images)
     logits = jax.jit(module.apply)(variables, images)
     assert logits.shape == (3, 8 * 8)
-    # Pictures do not mix.
     np.testing.assert_allclose(module.apply(variables, images[1:2])[0], logits[1], rtol=2e-5, atol=1e-7)
     half = PatchDiscriminator(4, 2, norm, dtype="bfloat16").apply(variables, images)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, logits, atol=0.05 * np.abs(logits).max())
 
 
-def test_what_is_no_dino_is_named(tmp_path, golden):
+def test_other_files_are_refused(tmp_path, golden):
     file = tmp_path / "other.npz"
     np.savez(file, weight=np.zeros(3))
     with pytest.raises(WeightsError, match=r"adversary\.path='.*other\.npz'"):
@@ -174,8 +173,7 @@ def test_what_is_no_dino_is_named(tmp_path, golden):
         read_dino(str(golden / "discriminator" / "dino_bn.npz"), "adversary.path", 5)
 
 
-def test_hub_folders_hold_the_same_network(golden, tmp_path):
-    """facebook/dino-vits8 has transformers' names."""
+def test_files_with_names_of_transformers_hold_the_same_network(golden, tmp_path):
     fields, tensors = read_dino(str(golden / "discriminator" / "dino_bn.npz"), "adversary.path", 2)
     names = {
         "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",

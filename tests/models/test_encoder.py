@@ -75,7 +75,7 @@ def test_fusion_of_layers(golden, assert_close):
         assert_close(fused, expected, 1e-6, fusion)
 
 
-def test_bfloat16_keeps_float32_parameters_and_stays_near(golden):
+def test_bfloat16_is_near_float32(golden):
     folder = golden / "encoders" / "dinov2"
     config = ModelConfig(
         encoder_config_path=str(folder), encoder_input_size=56, decoder_config_path="ViT-S", dtype="bfloat16"
@@ -88,7 +88,7 @@ def test_bfloat16_keeps_float32_parameters_and_stays_near(golden):
     assert 1e-4 < np.sqrt((error**2).mean()) < 0.05
 
 
-def test_encoder_is_a_module_of_its_own(golden):
+def test_an_encoder_runs_alone(golden):
     encoder, weights, _ = load(golden / "encoders" / "dinov2")
     assert isinstance(encoder, Encoder)
     assert set(weights) == {"vit"}
@@ -96,7 +96,7 @@ def test_encoder_is_a_module_of_its_own(golden):
 
 @pytest.mark.parametrize("case", CASES)
 def test_position_grid_is_resampled_once(golden, assert_close, case):
-    """The encoder for one input size computes what the encoder that resamples in every call computes."""
+    """An encoder with a resampled grid equals the encoder that resamples in every call."""
     encoder, weights, params = load(golden / "encoders" / case)
     side = params["input_sizes"][0][0]
     encoder = encoder.clone(input_size=side)

@@ -1,7 +1,7 @@
-"""The network of the Frechet inception distance, against one written in PyTorch from its publication.
+"""The network of the Frechet inception distance equals one written in PyTorch from its publication.
 
-`golden/inception`: names and shapes of the file, the recipe of random weights, and what PyTorch 2.13 made of two
-pictures with them.
+`golden/inception` has names and shapes of the file, the recipe of random weights, and results of PyTorch 2.13 for two
+images.
 """
 
 import json
@@ -33,7 +33,7 @@ def shapes():
 
 
 def random_file(recipe):
-    """The recipe of the golden: one generator, tensors in the file's order."""
+    """Generates the random weights of the recipe, in the order of the file."""
     rng, state = np.random.default_rng(recipe["seed"]), {}
     for name, shape in recipe["shapes"].items():
         x = rng.standard_normal(shape, dtype=np.float32)
@@ -59,22 +59,21 @@ def test_features_and_scores_equal_pytorch(recipe, io, shapes, tmp_path, assert_
     def run(params, images):
         return Inception().apply({"params": params}, images, capture_intermediates=True)
 
-    (features, logits), seen = jax.jit(run)(params, images)
+    (features, logits), intermediates = jax.jit(run)(params, images)
     for name, shape in recipe["maps"].items():
-        tap = np.asarray(seen["intermediates"][name]["__call__"][0])
+        tap = np.asarray(intermediates["intermediates"][name]["__call__"][0])
         assert [tap.shape[i] for i in (3, 1, 2)] == shape
         assert_close(np.linalg.norm(tap.reshape(2, -1), axis=1), io[f"l2_{name}"], 1e-4, name)
     assert_close(features, io["features"], 1e-4, "features")
     assert_close(logits, io["logits"], 1e-4, "logits")
 
 
-def test_resize_is_that_of_tensorflow_1(io, assert_close):
+def test_resize_equals_tensorflow_1(io, assert_close):
     resized = resize(io["images"].astype(np.float32), 299, 299, "bilinear_tf1")
     assert_close(resized[:, ::37, ::41], io["resized_rows"], 1e-5)
 
 
-def test_parameters_are_counted(recipe, shapes):
-    """Those of the classifier with 1,008 classes; fixed statistics do not count."""
+def test_number_of_parameters_without_fixed_statistics(recipe, shapes):
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     learned = [x for path, x in leaves if not re.search("mean|var", jax.tree_util.keystr(path))]
     assert sum(x.size for x in learned) == recipe["parameters"] == 23_850_960

@@ -1,3 +1,5 @@
+"""The tokenizer equals the PyTorch VQRAE and RAE; its methods are consistent with each other."""
+
 import json
 
 import jax
@@ -10,14 +12,14 @@ from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import pytorch_checkpoint
 
 CASES = ["ema_vq_2d", "ema_vq_tokens", "simvq", "fsq"]
-# The origin's own float32 is 3.5e-5 off float64 where fsq's Fourier features of scale 10 have amplified it.
+# PyTorch's float32 differs from float64 by 3.5e-5 where the Fourier features of fsq, of scale 10, amplify errors.
 TOLERANCE = {"fsq": 3e-4}
 LOSS_TOLERANCE = {"fsq": 1e-4}
 
 
 def build(golden, case, weights="model", **changes):
-    """The origin's model of one golden case, with its weights."""
-    config = origin_config(golden, case, **changes)
+    """Builds the model of one golden case; returns it and its variables."""
+    config = golden_config(golden, case, **changes)
     state = dict(np.load(golden / "vqrae" / case / "model.npz"))
     checkpoint = {"model": state}
     if weights == "ema":
@@ -26,24 +28,24 @@ def build(golden, case, weights="model", **changes):
     return built.module, variables
 
 
-def origin_config(golden, case, **changes):
-    given = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
-    keep = {name: value for name, value in given.items() if name in ModelConfig.model_fields}
+def golden_config(golden, case, **changes):
+    recorded = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
+    fields = {name: value for name, value in recorded.items() if name in ModelConfig.model_fields}
     stat = "normalization_stat_path"
     paths = {
-        "encoder_config_path": str(golden / given["encoder_config_path"]),
+        "encoder_config_path": str(golden / recorded["encoder_config_path"]),
         "encoder_params": {},
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"),
-        stat: str(golden / "vqrae" / case / "stat.npz") if given[stat] else None,
+        stat: str(golden / "vqrae" / case / "stat.npz") if recorded[stat] else None,
     }
     if case == "rae":
         paths["quantizer"] = "none"
-    if given.get("use_simvq"):
+    if recorded.get("use_simvq"):
         paths |= {"quantizer": "simvq", "quantizer_params": {"input_projection": True}}
-        paths |= {"encoder_params": {"normalize": False}}  # as the origin's DINOv3 in truth is
-    if given.get("use_fsq"):
-        paths |= {"quantizer": "fsq", "quantizer_params": {"levels": given["fsq_levels"]}}
-    return ModelConfig(**keep | paths | changes)
+        paths |= {"encoder_params": {"normalize": False}}  # what DINOv3 in the PyTorch VQRAE computes
+    if recorded.get("use_fsq"):
+        paths |= {"quantizer": "fsq", "quantizer_params": {"levels": recorded["fsq_levels"]}}
+    return ModelConfig(**fields | paths | changes)
 
 
 def call(module, variables, method, *args):
@@ -52,19 +54,19 @@ def call(module, variables, method, *args):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("image", ["main", "native", "other"])
-def test_equals_pytorch(golden, assert_close, case, image):
+def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
     io = np.load(golden / "vqrae" / case / "io.npz")
     x = io[f"images_{image}"]
 
     @jax.jit
-    def everything(v, x):
+    def run(v, x):
         features = module.encoder.apply({"params": v["params"]["encoder"]}, x)
         indices = module.apply(v, x, method="encode_to_indices")
         latent = module.apply(v, x, method="encode")
         return features, indices, latent, module.apply(v, x, method="forward")
 
-    features, indices, latent, out = everything(variables, x)
+    features, indices, latent, out = run(variables, x)
     np.testing.assert_array_equal(indices, io[f"indices_{image}"])
     assert_close(features.reshape(io[f"features_{image}"].shape), io[f"features_{image}"], 1e-4, "features")
     tolerance = TOLERANCE.get(case, 1e-5)
@@ -79,12 +81,12 @@ def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
     io = np.load(golden / "vqrae" / "rae" / "io.npz")
     x = io[f"images_{image}"]
     latent = call(module, variables, "encode", x)
-    assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_{image}"], 1e-4, "latent")  # behind an image resize
+    assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_{image}"], 1e-4, "latent")  # resized images
     assert_close(call(module, variables, None, x), io[f"recon_{image}"], 1e-4, "reconstruction")
     assert_close(call(module, variables, "decode", latent), io[f"recon_{image}"], 1e-4, "decoded")
 
 
-def test_continuous_autoencoder_has_no_codes(golden):
+def test_continuous_autoencoder_has_no_indices(golden):
     module, variables = build(golden, "rae")
     with pytest.raises(ValueError, match=r"quantizer='none'.*no codes"):
         module.apply(variables, jnp.zeros((1, 32, 32, 3)), method="encode_to_indices")
@@ -94,7 +96,7 @@ def test_continuous_autoencoder_has_no_codes(golden):
     assert losses["vq_loss"] == 0
 
 
-def test_ema_weights_of_an_origin_checkpoint(golden, assert_close, caplog):
+def test_ema_weights_of_a_pytorch_checkpoint(golden, assert_close, caplog):
     io = np.load(golden / "vqrae" / "rae" / "io.npz")
     module, variables = build(golden, "rae", weights="ema")
     assert_close(call(module, variables, None, io["images_main"]), io["ema_recon_main"], 1e-4)
@@ -108,7 +110,7 @@ def test_ema_weights_of_an_origin_checkpoint(golden, assert_close, caplog):
     assert np.abs(decoders[0] - decoders[1]).max() > 0
 
 
-def test_the_affine_norm_that_the_origin_keeps_is_pointed_out(golden, caplog):
+def test_the_affine_norm_of_pytorch_dinov3_is_reported(golden, caplog):
     build(golden, "simvq")
     assert "normalize" not in caplog.text
     build(golden, "simvq", encoder_params={})
@@ -135,7 +137,7 @@ def test_decoding_indices_equals_the_forward_pass(golden, assert_close, case):
     assert_close(decoded, io["recon_main"], TOLERANCE.get(case, 1e-5))
 
 
-def test_return_loss_wants_images_of_the_output_size(golden):
+def test_return_loss_needs_images_of_the_output_size(golden):
     module, variables = build(golden, "ema_vq_2d")
     with pytest.raises(ValueError, match=r"64x64 .* 56x56"):
         module.apply(variables, jnp.zeros((1, 56, 56, 3)), return_loss=True)
@@ -151,22 +153,21 @@ def test_tokens_instead_of_a_grid(golden, assert_close):
     assert_close(call(flat, variables, "decode", tokens), call(module, variables, "decode", latent), 1e-6)
 
 
-def test_noise_acts_in_training_only_and_is_one_sigma_per_image(golden):
+def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
     images = np.load(golden / "vqrae" / "ema_vq_2d" / "io.npz")["images_main"]
     module, variables = build(golden, "ema_vq_2d", noise_tau=0.8)
     quiet, _ = build(golden, "ema_vq_2d")
     np.testing.assert_array_equal(call(module, variables, "encode", images), call(quiet, variables, "encode", images))
     z = jnp.zeros((64, 8, 8, 32))
-    noised = module.apply(variables, z, method="_add_noise", rngs={"noise": jax.random.key(0)})
-    sigma = np.asarray(noised).std((1, 2, 3))
+    noisy = module.apply(variables, z, method="_add_noise", rngs={"noise": jax.random.key(0)})
+    sigma = np.asarray(noisy).std((1, 2, 3))
     assert sigma.max() < 0.85
     assert sigma.min() < 0.2 < 0.6 < sigma.max()
-    halves = np.asarray(noised).reshape(64, 2, -1).std(-1)
+    halves = np.asarray(noisy).reshape(64, 2, -1).std(-1)
     np.testing.assert_allclose(halves[:, 0], halves[:, 1], rtol=0.2)
 
 
-def test_full_size_origin_shapes(golden):
-    """The origin's defaults build, in shapes only."""
+def test_shapes_of_the_full_size_model():
     architecture = {
         "model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "patch_size": 14, "image_size": 518,
