@@ -178,7 +178,7 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
 
     # The tokenizer, and what it is saved as.
     tokenizer = Tokenizer.load(os.fspath(workdir))
-    assert tokenizer.provenance["figures"]["eval/psnr"] == figures["eval/psnr"]
+    assert tokenizer.provenance["metrics"]["eval/psnr"] == figures["eval/psnr"]
 
     # A damaged newest checkpoint gives way to the one before.
     for name in buckets.names("bucket"):

@@ -17,7 +17,7 @@ def run(path, *arguments):
 def test_a_run_and_the_folder_saved_from_it_have_the_same_description(trained, tmp_path, capsys):
     tokenizer = Tokenizer.load(trained)
     run_, saved = run(trained, "--hash"), run(tokenizer.save_pretrained(tmp_path / "saved"), "--hash")
-    for name in ("model", "parameters", "hash", "figures"):
+    for name in ("model", "parameters", "hash", "metrics"):
         assert run_[name] == saved[name]
     assert run_["hash"] == tokenizer.hash
     assert (run_["kind"], saved["kind"]) == ("checkpoint", "exported folder")
@@ -34,11 +34,11 @@ def test_the_model_comes_first_and_nothing_twice(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     protocol = {"crop": "central square", "model": {"quantizer": "ema"}}
     (workdir / "evaluation.json").write_text(
-        json.dumps({"step": 3, "figures": {"eval/psnr": 9.0}, "remarks": [], "protocol": protocol})
+        json.dumps({"step": 3, "metrics": {"eval/psnr": 9.0}, "remarks": [], "protocol": protocol})
     )
     assert run(workdir)["protocol"] == protocol
     output = capsys.readouterr().out
-    order = [output.index(name) for name in ("model.grid", "figures.eval/psnr", "config.train.steps", "protocol.crop")]
+    order = [output.index(name) for name in ("model.grid", "metrics.eval/psnr", "config.train.steps", "protocol.crop")]
     assert order == sorted(order)
     assert "protocol.model" not in output
 

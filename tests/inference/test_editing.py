@@ -10,32 +10,32 @@ def tokenizer(untrained):
     return untrained()
 
 
-def codes_of(tokenizer, seed):
+def random_indices(tokenizer, seed):
     return np.random.default_rng(seed).integers(0, tokenizer.codebook_size, tokenizer.code_shape)
 
 
-def test_a_region_is_moved_and_cut_at_the_edge():
-    onto, source = np.zeros((4, 4), int), np.arange(1, 17).reshape(4, 4)
-    pasted = editing.paste(onto, source, (1, 0, 3, 3), (2, 2))
+def test_paste_cuts_at_the_edge():
+    target, source = np.zeros((4, 4), int), np.arange(1, 17).reshape(4, 4)
+    pasted = editing.paste(target, source, (1, 0, 3, 3), (2, 2))
     np.testing.assert_array_equal(pasted[2:, 2:], [[5, 6], [9, 10]])
     assert (pasted != 0).sum() == 4
-    assert not onto.any()
+    assert not target.any()
 
 
 @pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}, {"quantize_before_reshape": True}])
-def test_a_blend_begins_and_ends_with_its_pictures(untrained, fields):
+def test_blend_begins_and_ends_with_its_images(untrained, fields):
     tokenizer = untrained(**fields)
-    first, second = codes_of(tokenizer, 0), codes_of(tokenizer, 1)
-    path = editing.blend(tokenizer, first, second, [0.0, 0.5, 1.0])
-    np.testing.assert_array_equal(path[[0, 2]], [first, second])
-    assert path[1].shape == tokenizer.code_shape
-    assert tokenizer.decode_from_indices(path).shape == (3, 32, 32, 3)
-    if not fields:  # what is put in by hand at the ends is what the quantizer chooses anyway
+    first, second = random_indices(tokenizer, 0), random_indices(tokenizer, 1)
+    steps = editing.blend(tokenizer, first, second, [0.0, 0.5, 1.0])
+    np.testing.assert_array_equal(steps[[0, 2]], [first, second])
+    assert steps[1].shape == tokenizer.code_shape
+    assert tokenizer.decode_from_indices(steps).shape == (3, 32, 32, 3)
+    if not fields:  # the quantizer chooses the same indices as are set at the ends
         np.testing.assert_array_equal(editing.blend(tokenizer, first, second, [1e-6])[0], first)
 
 
-def test_the_middle_of_a_blend_is_the_nearest_code_to_the_mean(tokenizer):
-    first, second = codes_of(tokenizer, 0), codes_of(tokenizer, 1)
+def test_middle_of_a_blend_is_the_code_nearest_to_the_mean(tokenizer):
+    first, second = random_indices(tokenizer, 0), random_indices(tokenizer, 1)
     middle = editing.blend(tokenizer, first, second, [0.5])[0]
     table = np.concatenate([tokenizer.lookup(np.full((1, 4, 4), k))[:, 0, 0] for k in range(24)])
     mean = (table[first] + table[second]) / 2
@@ -44,7 +44,7 @@ def test_the_middle_of_a_blend_is_the_nearest_code_to_the_mean(tokenizer):
     np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_nearest_patches_are_in_order_and_not_the_patch_itself():
+def test_nearest_patches_are_ordered_without_the_patch_itself():
     latents = np.zeros((2, 2, 2, 1))
     latents[0, :, :, 0] = [[0, 5], [1, 9]]
     latents[1, :, :, 0] = [[0, 7], [8, 6]]
@@ -52,16 +52,16 @@ def test_nearest_patches_are_in_order_and_not_the_patch_itself():
     assert len(editing.nearest_patches(latents, (0, 0, 0), 99)) == 7
 
 
-def test_a_painted_code_is_the_middle_of_a_picture_of_it(tokenizer):
-    painted = editing.paint_codes(tokenizer, np.asarray([3, 5]))
+def test_decoded_patch_is_the_center_of_a_uniform_image(tokenizer):
+    patches = editing.decode_patches(tokenizer, np.asarray([3, 5]))
     whole = tokenizer.decode_from_indices(np.full((1, 4, 4), 5))
-    np.testing.assert_allclose(painted[1], whole[0, 16:24, 16:24], atol=1e-6)
+    np.testing.assert_allclose(patches[1], whole[0, 16:24, 16:24], atol=1e-6)
 
 
-def test_codes_without_a_place_are_refused(untrained, tokenizer):
-    with pytest.raises(DataError, match="by place"):
+def test_indices_without_positions_are_refused(untrained, tokenizer):
+    with pytest.raises(DataError, match="positions"):
         editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))
-    with pytest.raises(DataError, match="paints nothing"):
-        editing.paint_codes(untrained(quantizer="residual"), np.zeros(1, int))
-    with pytest.raises(DataError, match="one picture"):
+    with pytest.raises(DataError, match="several codes"):
+        editing.decode_patches(untrained(quantizer="residual"), np.zeros(1, int))
+    with pytest.raises(DataError, match="one image"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])

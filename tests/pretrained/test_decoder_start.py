@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
-from vqrae_jax.inference import saving as folder
+from vqrae_jax.inference import saving
 from vqrae_jax.pretrained import convert
 from vqrae_jax.pretrained.tables import DECODER_TABLE
 
@@ -56,7 +56,7 @@ def test_exported_folder(golden, tmp_path, model_file):
     """A VQRAE starts from a continuous autoencoder of ours."""
     continuous = config(golden, model_file, quantizer="none")
     decoder = build_tokenizer(continuous).pretrained["decoder"]
-    folder.write(tmp_path, continuous, {"params": {"decoder": decoder}, "batch_stats": {}}, frozen=False)
+    saving.save_folder(tmp_path, continuous, {"params": {"decoder": decoder}, "batch_stats": {}}, frozen=False)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         assert_same(build_tokenizer(config(golden, path)).pretrained["decoder"], decoder)
 

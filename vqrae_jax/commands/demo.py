@@ -94,7 +94,7 @@ class Page:
             image = images.read_image(file)
         except ImageError:
             return session.change(f"**{pathlib.Path(file).name} cannot be read as an image.**")
-        image = inputs.fitted(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
+        image = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
         codes = editing.as_grid(tokenizer, np.asarray(tokenizer.encode_to_indices(image[None])))[0]
         loaded = self._decode(Slot(image, codes, codes, image, np.zeros(0)), codes)
         error = np.mean((loaded.reconstruction.astype(np.float64) - image) ** 2)

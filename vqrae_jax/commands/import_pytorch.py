@@ -36,7 +36,7 @@ def import_pytorch(args: argparse.Namespace) -> storage.Path:
     config = read_config(args.config)
     _, variables = pytorch_checkpoint.read_checkpoint(config, args.checkpoint, args.weights)
     with storage.stage_output(args.output) as folder:
-        saving.write(folder, config, variables, frozen=False)
+        saving.save_folder(folder, config, variables, frozen=False)
     print(f"wrote {args.output}")
     return storage.resolve_path(args.output)
 

@@ -41,14 +41,14 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     config = location.run or location.config
     values = config.model_dump(mode="json")
     provenance = dict(location.provenance)
-    figures, protocol = provenance.pop("figures", {}), provenance.pop("protocol", {})
+    metrics, protocol = provenance.pop("metrics", {}), provenance.pop("protocol", {})
     description = {
         "path": str(location.path),
         "kind": "exported folder" if location.run is None else "checkpoint",
         **_describe_model(location),
         "bytes": sum(file.stat().st_size for file in location.path.rglob("*") if file.is_file()),
         "provenance": provenance,
-        "figures": figures,
+        "metrics": metrics,
         "config": values if args.config else _changes(values, type(config)().model_dump(mode="json")),
         "protocol": protocol,
     }

@@ -121,7 +121,7 @@ def _read_batches(files: list[str], tokenizer: Tokenizer, skipped: list[str]) ->
     for i, file in enumerate(files):
         try:
             image = images.read_image(file)
-            square = inputs.fitted(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
+            square = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
             batch.append((file, square))
         except ImageError as error:
             log.warning("%s", error)

@@ -1,27 +1,32 @@
-"""A model's methods as compiled programs, for any number of rows in batches of few sizes."""
+"""A model's methods as compiled programs, run on any number of rows in batches of few sizes."""
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
 from vqrae_jax import sharding
-from vqrae_jax.inference.inputs import bucket, padded
 from vqrae_jax.models.encoder import resample_to_input_size
 from vqrae_jax.models.vqrae import VQRAE
 
-LARGEST_BATCH = 64
-MEMORY_UNKNOWN = 2 << 30  # bytes of a device that does not tell
-AHEAD = 1  # batches that are computed while the one before is fetched
+MAX_BATCH = 64
+DEFAULT_MEMORY = 2 << 30  # bytes, of a device that does not report its memory
+
+Rows = Any  # numpy array or inputs.FittedImages: has `shape`, `dtype`, a length, and slices that are numpy arrays
+Result = np.ndarray | jax.Array
 
 
 class Programs:
-    """Compiles and runs `methods(variables, rows)` of a model, on one device or over the data axes of a mesh."""
+    """Compiles and runs `method(variables, rows)` of a model, on one device or over the data axes of a mesh.
+
+    Methods that decode return images clipped to [0, 1]; uint8 images are divided by 255.
+    """
 
     def __init__(
         self,
@@ -31,93 +36,84 @@ class Programs:
         batch_size: int | None,
         memory_limit: int | None,
     ):
-        """As `Tokenizer`, the variables on their devices already."""
+        """See `Tokenizer`; `variables` are on their devices."""
         self.module, self.variables = module, variables
-        self._multiple = sharding.data_ways(mesh) if mesh else 1
-        first = jax.tree.leaves(self.variables)[0]
-        self._rows = sharding.over_data(mesh) if mesh else first.sharding
-        self._fixed = batch_size
-        self._memory = memory_limit or _memory(first) // 2
-        self._largest = max(LARGEST_BATCH // self._multiple, 1) * self._multiple
+        self._parts = sharding.data_ways(mesh) if mesh else 1
+        leaf = jax.tree.leaves(variables)[0]
+        self._sharding = sharding.over_data(mesh) if mesh else leaf.sharding
+        self._batch_size = batch_size
+        self._memory = memory_limit or _device_memory(leaf) // 2
+        self._max_batch = max(MAX_BATCH // self._parts, 1) * self._parts
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def run(
-        self,
-        method: str,
-        count: int,
-        shape: tuple[int, ...],
-        dtype: Any,
-        take: Callable[[slice], Shaped[np.ndarray, "b ..."]],
-        output: Literal["numpy", "jax"],
-    ) -> Shaped[Array, "count ..."]:
-        """All `count` rows of `shape` that `take` gives, in padded batches of one size."""
-        if not count:
-            row = jax.ShapeDtypeStruct((1, *shape), dtype)
-            one = jax.eval_shape(functools.partial(_compute, self.module, method), self.variables, row)
-            return np.zeros((0, *one.shape[1:]), one.dtype)
-        size = self.batch_size(method, count, shape, dtype)
-        batches = (padded(take(slice(i, i + size)), size) for i in range(0, count, size))
+    def run(self, method: str, rows: Rows, output: Literal["numpy", "jax"]) -> Shaped[Result, "rows ..."]:
+        """Runs a method on all rows, in padded batches of one size."""
+        if not len(rows):
+            row = jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
+            result = jax.eval_shape(functools.partial(_call, self.module, method), self.variables, row)
+            return np.zeros((0, *result.shape[1:]), result.dtype)
+        size = self.batch_size(method, rows)
+        batches = (pad_rows(rows[i : i + size], size) for i in range(0, len(rows), size))
         if output == "jax":
-            return jnp.concatenate([self._start(method, batch) for batch in batches])[:count]
-        return np.concatenate(list(self.stream(method, batches)))[:count]
+            return jnp.concatenate([self._start(method, batch) for batch in batches])[: len(rows)]
+        return np.concatenate(list(self.stream(method, batches)))[: len(rows)]
 
     def stream(self, method: str, batches: Iterable[Shaped[np.ndarray, "b ..."]]) -> Iterator[np.ndarray]:
-        """Results of `batches` in order, as numpy arrays."""
-        waiting = collections.deque()
+        """Yields results in order; one batch is computed while the previous result is copied and used."""
+        pending = collections.deque()
         for batch in batches:
-            waiting.append(self._start(method, batch))
-            if len(waiting) > AHEAD:
-                yield np.asarray(waiting.popleft())
-        yield from map(np.asarray, waiting)
+            pending.append(self._start(method, batch))
+            if len(pending) > 1:
+                yield np.asarray(pending.popleft())
+        yield from map(np.asarray, pending)
 
-    def batch_size(self, method: str, count: int, shape: tuple[int, ...], dtype: Any) -> int:
-        """Rows of the batches that `count` rows are best run in; the program for them is compiled."""
-        if self._fixed:
-            return self._fixed
-        size = bucket(count, self._largest, self._multiple)
-        analysis = self._program(method, (size, *shape), dtype).memory_analysis()
+    def batch_size(self, method: str, rows: Rows) -> int:
+        """Returns the size of batches for `rows`: the fixed one, or the largest that fits into memory."""
+        if self._batch_size:
+            return self._batch_size
+        size = bucket_size(len(rows), self._max_batch, self._parts)
+        analysis = self._compile(method, (size, *rows.shape[1:]), rows.dtype).memory_analysis()
         needed = getattr(analysis, "temp_size_in_bytes", 0)
-        if needed <= self._memory or size == self._multiple:
+        if needed <= self._memory or size == self._parts:
             return size
-        fit = max(int(size * self._memory / needed) // self._multiple, 1)
-        self._largest = min(self._multiple << (fit.bit_length() - 1), size // 2)
-        return self.batch_size(method, count, shape, dtype)
+        parts = max(int(size * self._memory / needed) // self._parts, 1)
+        self._max_batch = min(self._parts << (parts.bit_length() - 1), size // 2)
+        return self.batch_size(method, rows)
 
     def _start(self, method: str, batch: Shaped[np.ndarray, "b ..."]) -> jax.Array:
-        program = self._program(method, batch.shape, batch.dtype)
-        return program(self.variables, jax.device_put(batch, self._rows))
+        program = self._compile(method, batch.shape, batch.dtype)
+        return program(self.variables, jax.device_put(batch, self._sharding))
 
-    def _program(self, method: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _compile(self, method: str, shape: tuple[int, ...], dtype: Any) -> Any:
         key = (method, shape, np.dtype(dtype))
         if key not in self._compiled:
-            run = jax.jit(functools.partial(_compute, self.module, method), out_shardings=self._rows)
-            rows = jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
-            self._compiled[key] = run.lower(self.variables, rows).compile()
+            function = jax.jit(functools.partial(_call, self.module, method), out_shardings=self._sharding)
+            batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+            self._compiled[key] = function.lower(self.variables, batch).compile()
         return self._compiled[key]
 
 
-def apply(module: VQRAE, method: str, variables: Any, x: Any) -> jax.Array:
-    return module.apply(variables, x, method=method)
+def pad_rows(batch: Shaped[np.ndarray, "b ..."], size: int) -> Shaped[np.ndarray, "size ..."]:
+    """Repeats the last row until there are `size`."""
+    return batch if len(batch) == size else np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
 
 
-def placement(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Where each leaf lives: by the table of names on a mesh, else this process's first device."""
+def bucket_size(count: int, largest: int, multiple: int = 1) -> int:
+    """Returns a batch size for `count` rows: `multiple` times a power of two, at most `largest`."""
+    parts = math.ceil(count / multiple)
+    return min(multiple << max(parts - 1, 0).bit_length(), largest)
+
+
+def leaf_shardings(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Returns the sharding of each leaf: by the table of names on a mesh, otherwise this process's first device."""
     if mesh is not None:
         return sharding.shardings(tree, mesh)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: device, tree)
 
 
-def _compute(module: VQRAE, method: str, variables: Any, x: jax.Array) -> jax.Array:
-    """`apply` on bytes too, pictures clipped."""
-    if x.dtype == jnp.uint8:
-        x = x.astype(jnp.float32) / 255
-    out = apply(module, method, variables, x)
-    return jnp.clip(out, 0, 1) if method.startswith("decode") else out
-
-
-def placed(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sharding.Mesh | None]:
-    """The variables on their devices, and the mesh if they are on one; shapes stay shapes."""
+def place_variables(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sharding.Mesh | None]:
+    """Returns the variables on their devices (shapes unchanged), and their mesh if they are on one."""
     leaves = jax.tree.leaves(variables)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return variables, mesh
@@ -125,22 +121,29 @@ def placed(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sha
         meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, jax.sharding.NamedSharding)}
         if meshes:
             return variables, meshes.pop()
-    return jax.device_put(variables, placement(variables, mesh)), mesh
+    return jax.device_put(variables, leaf_shardings(variables, mesh)), mesh
 
 
-def running(module: VQRAE, trained: Any) -> tuple[VQRAE, Any]:
-    """Module and variables as they run: the encoder's position grid is resampled once instead of in every call."""
-    params = trained["params"]
+def resample_encoder(module: VQRAE, variables: Any) -> tuple[VQRAE, Any]:
+    """Resamples the encoder's position grid to its input size once, instead of in every call."""
+    params = variables["params"]
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        return module, trained
+        return module, variables
     encoder, resampled = resample_to_input_size(module.encoder, params["encoder"])
     if encoder is module.encoder:
-        return module, trained
+        return module, variables
     resampled = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), resampled, params["encoder"])
-    return module.clone(encoder=encoder), {**trained, "params": {**params, "encoder": resampled}}
+    return module.clone(encoder=encoder), {**variables, "params": {**params, "encoder": resampled}}
 
 
-def _memory(leaf: jax.Array) -> int:
-    """Bytes of the device."""
+def _call(module: VQRAE, method: str, variables: Any, x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.uint8:
+        x = x.astype(jnp.float32) / 255
+    result = module.apply(variables, x, method=method)
+    return jnp.clip(result, 0, 1) if method.startswith("decode") else result
+
+
+def _device_memory(leaf: jax.Array) -> int:
+    """Returns the memory in bytes of the first device of `leaf`."""
     statistics = min(leaf.devices(), key=lambda device: device.id).memory_stats() or {}
-    return statistics.get("bytes_limit", MEMORY_UNKNOWN)
+    return statistics.get("bytes_limit", DEFAULT_MEMORY)

@@ -1,4 +1,4 @@
-"""Codes as material: regions exchanged, two pictures blended, patches that look alike to the tokenizer."""
+"""Editing of images by their indices: pasting regions, blending two images, searching similar patches."""
 
 import math
 from collections.abc import Sequence
@@ -12,94 +12,95 @@ from jaxtyping import Float, Int
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
 
-Region = tuple[int, int, int, int]  # top, left, bottom, right in codes, the last two not included
+Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions, the last two exclusive
 
 
-def as_grid(tokenizer: Tokenizer, codes: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "B h w *levels"]:
-    """Codes of pictures by their place: [B, h, w], with a last axis for several levels or groups.
+def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.ndarray, "B h w *levels"]:
+    """Reshapes indices of images to [B, h, w], with a last axis for several levels or groups.
 
     Raises:
-      DataError: codes of several scales have no one place.
+      DataError: the indices have several scales and therefore no positions.
     """
-    side, one = tokenizer.grid, tokenizer.code_shape
-    if math.prod(one) % side**2 or (len(one) == 1 and one[0] != side**2):
-        raise DataError(f"codes of shape {list(one)} form no {side}x{side} grid: they cannot be edited by place")
-    return codes.reshape(-1, side, side, *(one[2:] if len(one) > 2 else ()))
+    side, shape = tokenizer.grid, tokenizer.code_shape
+    if math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
+        raise DataError(f"indices of shape {list(shape)} have no positions on the {side}x{side} grid")
+    return indices.reshape(-1, side, side, *(shape[2:] if len(shape) > 2 else ()))
 
 
 def paste(
-    onto: Int[np.ndarray, "h w *levels"], source: Int[np.ndarray, "h w *levels"], region: Region, at: tuple[int, int]
+    target: Int[np.ndarray, "h w *levels"], source: Int[np.ndarray, "h w *levels"], region: Region, at: tuple[int, int]
 ) -> Int[np.ndarray, "h w *levels"]:
-    """A copy of `onto` with the region of `source`, its top left corner at `at` (row, column); the overhang is cut."""
+    """Returns a copy of `target` with a region of `source` whose top left corner is `at` (row, column).
+
+    What extends beyond the edge is cut.
+    """
     top, left, bottom, right = region
     row, column = at
-    height, width = min(bottom - top, onto.shape[0] - row), min(right - left, onto.shape[1] - column)
-    pasted = onto.copy()
-    pasted[row : row + height, column : column + width] = source[top : top + height, left : left + width]
-    return pasted
+    height, width = min(bottom - top, target.shape[0] - row), min(right - left, target.shape[1] - column)
+    result = target.copy()
+    result[row : row + height, column : column + width] = source[top : top + height, left : left + width]
+    return result
 
 
 def blend(
-    tokenizer: Tokenizer, first: Int[np.ndarray, "*b"], second: Int[np.ndarray, "*b"], shares: Sequence[float]
-) -> Int[np.ndarray, "..."]:
-    """From the codes of one picture to those of another: what the quantizer chooses for their weighted mean, by place.
+    tokenizer: Tokenizer, first: Int[np.ndarray, "..."], second: Int[np.ndarray, "..."], weights: Sequence[float]
+) -> Int[np.ndarray, "steps ..."]:
+    """Quantizes weighted means of the latents of two images, position by position.
 
     Args:
-      first, second: codes of one picture each, of shape `code_shape`.
-      shares: weights of the second, 0 to 1; one picture's codes come back for each, those of 0 and 1 unchanged.
+      tokenizer: has codes.
+      first, second: indices of one image each, of shape `code_shape`.
+      weights: weights of the second image, 0 to 1; 0 and 1 return the images' indices unchanged.
 
     Raises:
-      DataError: the codes are of another shape than this tokenizer's.
+      DataError: the indices have another shape.
     """
-    for codes in (first, second):
-        if codes.shape != tokenizer.code_shape:
-            raise DataError(f"codes have shape {codes.shape}; expected those of one picture {tokenizer.code_shape}")
-    weights = jnp.asarray(shares, jnp.float32)
+    for indices in (first, second):
+        if indices.shape != tokenizer.code_shape:
+            raise DataError(f"indices have shape {indices.shape}; expected {tokenizer.code_shape}, one image")
+    w = jnp.asarray(weights, jnp.float32)
 
-    def choose(module: Any, pair: jax.Array) -> jax.Array:
-        first, second = module.quantizer.lookup(pair).astype(jnp.float32)
-        share = weights.reshape(-1, *[1] * first.ndim)
-        return module.quantizer((1 - share) * first + share * second).indices
+    def quantize_means(module: Any, pair: jax.Array) -> jax.Array:
+        a, b = module.quantizer.lookup(pair).astype(jnp.float32)
+        column = w.reshape(-1, *[1] * a.ndim)
+        return module.quantizer((1 - column) * a + column * b).indices
 
     pair = np.stack([first, second]).astype(np.int32)
-    run = jax.jit(lambda variables, pair: tokenizer.module.apply(variables, pair, method=choose))
-    path = np.array(run(tokenizer.variables, pair))
-    for share, codes in ((0, first), (1, second)):  # a greedy choice of several levels need not return to its own
-        path[np.asarray(shares) == share] = codes
-    return path
+    run = jax.jit(lambda variables, pair: tokenizer.module.apply(variables, pair, method=quantize_means))
+    result = np.array(run(tokenizer.variables, pair))
+    for weight, indices in ((0, first), (1, second)):  # several levels are chosen greedily and may differ
+        result[np.asarray(weights) == weight] = indices
+    return result
 
 
 def nearest_patches(
-    latents: Float[np.ndarray, "B h w C"], place: tuple[int, int, int], count: int
+    latents: Float[np.ndarray, "B h w C"], position: tuple[int, int, int], count: int
 ) -> list[tuple[int, int, int]]:
-    """Places (picture, row, column) whose latents are nearest to that of `place`, which is left out.
+    """Returns the other positions (image, row, column) whose latents are nearest to that of `position`.
 
-    Patches of the same code come first, in reading order.
+    Patches with the same code are first, in reading order.
     """
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
-    here = np.ravel_multi_index(place, latents.shape[:3])
-    distance = ((flat - flat[here]) ** 2).sum(1)
-    distance[here] = np.inf
-    order = np.argsort(distance, kind="stable")[: min(count, len(flat) - 1)]
+    query = np.ravel_multi_index(position, latents.shape[:3])
+    distances = ((flat - flat[query]) ** 2).sum(1)
+    distances[query] = np.inf
+    order = np.argsort(distances, kind="stable")[: min(count, len(flat) - 1)]
     return [tuple(map(int, np.unravel_index(i, latents.shape[:3]))) for i in order]
 
 
-def paint_codes(tokenizer: Tokenizer, codes: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n P P 3"]:
-    """What each code looks like among its own: the middle patch of a picture of this code alone.
+def decode_patches(tokenizer: Tokenizer, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n P P 3"]:
+    """Returns the appearance of codes: the central patch of an image in which all positions have that code.
 
     Raises:
-      DataError: a place has several codes, so that one alone paints nothing.
+      DataError: a position has several codes.
     """
-    side = tokenizer.grid
-    if math.prod(tokenizer.code_shape) != side**2:
-        raise DataError(f"codes of shape {list(tokenizer.code_shape)}: one alone paints nothing")
-    patch, batch, painted = tokenizer.downsampling, 64, []
-    start = side // 2 * patch
-    for i in range(0, len(codes), batch):
-        chosen = np.asarray(codes[i : i + batch], np.int32)
-        whole = np.broadcast_to(
-            chosen.reshape(-1, *[1] * len(tokenizer.code_shape)), (len(chosen), *tokenizer.code_shape)
-        )
-        pictures = np.asarray(tokenizer.decode_from_indices(whole))
-        painted.append(pictures[:, start : start + patch, start : start + patch])
-    return np.concatenate(painted)
+    side, shape = tokenizer.grid, tokenizer.code_shape
+    if math.prod(shape) != side**2:
+        raise DataError(f"indices of shape {list(shape)} have several codes per position; one alone has no appearance")
+    patch, batch, patches = tokenizer.downsampling, 64, []
+    center = slice(side // 2 * patch, (side // 2 + 1) * patch)
+    for i in range(0, len(indices), batch):
+        codes = np.asarray(indices[i : i + batch], np.int32)
+        uniform = np.broadcast_to(codes.reshape(-1, *[1] * len(shape)), (len(codes), *shape))
+        patches.append(np.asarray(tokenizer.decode_from_indices(uniform))[:, center, center])
+    return np.concatenate(patches)

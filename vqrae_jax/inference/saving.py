@@ -1,8 +1,9 @@
-"""A trained model as a folder to pass on: config.json and model.safetensors, read by `Tokenizer.load`.
+"""Trained models saved as folders: config.json and model.safetensors, read by `Tokenizer.load`.
 
-A frozen pretrained encoder is not in it: config.json says where it is had (hub id) and the content hash it must have.
+A frozen pretrained encoder is not in the folder: config.json has its source and the content hash that it must have.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,111 +22,107 @@ from vqrae_jax.pretrained import readers, writers
 
 FORMAT = "vqrae_jax"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FIELD = "--checkpoint"  # what names the folder, in messages
 
 
-def write(
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Content of config.json."""
+
+    config: config_lib.ModelConfig
+    encoder: dict[str, str] | None  # "source" and "sha256" of a pretrained encoder that is not in the folder
+    provenance: dict[str, Any]
+
+
+def save_folder(
     folder: str | os.PathLike,
     config: config_lib.ModelConfig,
     variables: Any,
     frozen: bool,
     provenance: dict[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes `variables` ({"params", "batch_stats"}, all parts) to `folder`.
+    """Writes a model to a local folder, which is created if it is missing.
 
     Args:
-      folder: made where it is missing.
+      folder: local path.
       config: the model section.
-      variables: arrays of any kind.
-      frozen: the encoder is the pretrained one that the config names; it is left out, and its content hash noted.
-      provenance: plain values to note: where it comes from, its figures.
+      variables: {"params", "batch_stats"} of the whole model.
+      frozen: whether the encoder is the pretrained one that the config names; it is left out.
+      provenance: values for config.json: where the model comes from, its metrics.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    frozen = frozen and config.encoder_config_path is not None
-    params = {name: tree for name, tree in variables["params"].items() if not (frozen and name == "encoder")}
-    described = {
+    params, encoder = dict(variables["params"]), None
+    if frozen and config.encoder_config_path is not None:
+        digest = writers.content_hash(params.pop("encoder"))
+        encoder = {"source": config.encoder_config_path, "sha256": digest}
+    content = {
         "format": FORMAT,
         "version": __version__,
-        # Both are in model.safetensors now.
+        # The decoder's weights are in the folder.
         "model": config.model_copy(update={"pretrained_decoder_path": None}).model_dump(mode="json"),
-        "encoder": None,
+        "encoder": encoder,
         "provenance": {"version": __version__} | (provenance or {}),
     }
-    if frozen:
-        digest = writers.content_hash(variables["params"]["encoder"])
-        described["encoder"] = {"source": config.encoder_config_path, "sha256": digest}
     writers.write_safetensors({"params": params, "batch_stats": variables["batch_stats"]}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     return folder
 
 
-def is_folder(path: str | os.PathLike) -> bool:
-    """Whether `write` made this folder."""
-    file = pathlib.Path(path).expanduser() / CONFIG
-    return file.is_file() and readers.read_json(file, "--checkpoint").get("format") == FORMAT
+def is_saved_folder(folder: pathlib.Path) -> bool:
+    """Returns whether `save_folder` wrote this folder."""
+    return (folder / CONFIG).is_file() and readers.read_json(folder / CONFIG, FIELD).get("format") == FORMAT
 
 
-def read_config(path: str | os.PathLike) -> config_lib.ModelConfig:
-    """The model section of the folder's config."""
-    return config_lib.from_dict(config_lib.ModelConfig, _described(path)["model"])
+def read_description(folder: pathlib.Path) -> Description:
+    """Reads config.json; raises WeightsError if it is damaged or from another program."""
+    content = readers.read_json(folder / CONFIG, FIELD)
+    encoder = content.get("encoder")
+    complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
+    if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:
+        raise WeightsError(f"{folder / CONFIG} is not the config of a saved {FORMAT} model", field=FIELD)
+    config = config_lib.from_dict(config_lib.ModelConfig, content["model"])
+    provenance = {"version": content.get("version")} | (content.get("provenance") or {})
+    return Description(config, encoder, provenance)
 
 
-def has_pretrained_encoder(path: str | os.PathLike) -> bool:
-    """Whether the encoder is not in the folder, but had from elsewhere."""
-    return _described(path).get("encoder") is not None
-
-
-def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write` was told, and the version of this package that the folder is from."""
-    described = _described(path)
-    return {"version": described.get("version")} | (described.get("provenance") or {})
-
-
-def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in the folder."""
-    tensors = readers.read_tensors(pathlib.Path(path).expanduser() / WEIGHTS, "--checkpoint")
+def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the tensors in the folder."""
+    tensors = readers.read_tensors(folder / WEIGHTS, FIELD)
     return {name: tuple(tensors[name].shape) for name in tensors}
 
 
-def read(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
-    """The module, to run on `mesh` if on one, and its variables, with the encoder from where config.json says.
+def load_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
+    """Returns the module, built for `mesh`, and its variables as numpy arrays.
 
     Raises:
-      WeightsError: the folder is damaged, or the encoder cannot be had or is another one than it was.
+      WeightsError: the folder is damaged, or the encoder is not available or not the one of training.
     """
-    folder, encoder = pathlib.Path(path).expanduser(), _described(path).get("encoder")
-    file = folder / WEIGHTS
-    flat = {name: np.asarray(leaf) for name, leaf in readers.read_tensors(file, "--checkpoint").items()}
-    variables = {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
-    stats = variables["batch_stats"].get("latent", {})
-    built = build_tokenizer(read_config(folder), latent_stats=stats, weights=encoder is not None, mesh=mesh)
+    description = read_description(folder)
+    tensors = readers.read_tensors(folder / WEIGHTS, FIELD)
+    variables = unflatten_dict({name: np.asarray(tensors[name]) for name in tensors}, sep="/")
+    variables = {"params": {}, "batch_stats": {}} | variables
+    stats, encoder = variables["batch_stats"].get("latent", {}), description.encoder
+    built = build_tokenizer(description.config, latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
-        loaded = built.pretrained["encoder"]
-        if (digest := writers.content_hash(loaded)) != encoder["sha256"]:
+        variables["params"]["encoder"] = built.pretrained["encoder"]
+        digest = writers.content_hash(built.pretrained["encoder"])
+        if digest != encoder["sha256"]:
             raise WeightsError(
-                f"{folder} was trained on an encoder {encoder['source']} whose content hash is {encoder['sha256']}, "
-                f"but what is there now has {digest}: its codes would mean something else. Use the weights of that time"
+                f"{folder} was trained with an encoder of {encoder['source']} that had the content hash "
+                f"{encoder['sha256']}, but the hash is now {digest}, so its codes would have another meaning; restore "
+                "the encoder's weights",
+                field=FIELD,
             )
-        variables["params"]["encoder"] = loaded
-    _check(variables, variable_shapes(built), file)
-    return built.module, variables
-
-
-def _described(path: str | os.PathLike) -> dict[str, Any]:
-    file = pathlib.Path(path).expanduser() / CONFIG
-    described = readers.read_json(file, "--checkpoint")
-    encoder = described.get("encoder")
-    complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
-    if described.get("format") != FORMAT or not isinstance(described.get("model"), dict) or not complete:
-        raise WeightsError(f"{file} is not the config of an exported {FORMAT} model")
-    return described
-
-
-def _check(variables: Any, shapes: Any, file: pathlib.Path) -> None:
-    have, want = ({n: tuple(x.shape) for n, x in flatten_dict(t, sep="/").items()} for t in (variables, shapes))
-    if have != want:
-        differing = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
-        shown = ", ".join(
-            f"{n} ({have.get(n, 'missing')} in the file, {want.get(n, 'unknown')} expected)" for n in differing[:8]
+    shapes, expected = (
+        {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (variables, variable_shapes(built))
+    )
+    if names := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
+        listed = ", ".join(
+            f"{n} ({shapes.get(n, 'missing')} in the file, {expected.get(n, 'nothing')} expected)" for n in names[:8]
         )
-        raise WeightsError(f"{file} does not fit its config.json in {len(differing)} tensors: {shown}")
+        raise WeightsError(
+            f"{folder / WEIGHTS} does not match its {CONFIG} in {len(names)} tensors: {listed}", field=FIELD
+        )
+    return built.module, variables

@@ -1,4 +1,4 @@
-"""Encode and decode as StableHLO programs that run without this package, for any batch size, on CPU, GPU and TPU."""
+"""Export of encode and decode as StableHLO programs that run without this package, on CPU, GPU and TPU."""
 
 import pathlib
 from collections.abc import Callable
@@ -11,11 +11,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
-from vqrae_jax.quantizers.none import NoQuantizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-USE = """Programs exported from vqrae_jax; they need jax, flatbuffers and safetensors, and no vqrae_jax.
+README = """Programs exported from vqrae_jax; they need jax, flatbuffers and safetensors, but not vqrae_jax.
 
     import jax.export
     from safetensors.flax import load_file
@@ -29,57 +28,48 @@ USE = """Programs exported from vqrae_jax; they need jax, flatbuffers and safete
 
 
 def export_programs(module: VQRAE, variables: Any) -> tuple[dict[str, jax.export.Exported], dict[str, np.ndarray]]:
-    """encode and decode as `jax.export` programs with a symbolic batch dimension, and the weights that both take.
+    """Returns the programs "encode" and "decode" for any batch size, and the weights that both take.
 
-    encode(weights, images [B, S, S, 3]) gives codes, or latents of a continuous autoencoder; decode is its inverse and
-    gives pictures in [0, 1].
+    encode(weights, images [B, S, S, 3]) returns indices, or latents of a continuous autoencoder; decode(weights, codes)
+    returns images in [0, 1].
     """
     weights = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
-    methods = ("encode", "decode") if _is_continuous(module) else ("encode_to_indices", "decode_from_indices")
+    discrete, size = module.quantizer.has_indices, module.decoder.image_size
+    methods = ("encode_to_indices", "decode_from_indices") if discrete else ("encode", "decode")
 
-    def one_by_one(method: str) -> Callable[..., jax.Array]:
-        # Mapped over single images, all sizes inside the model are known numbers and only the mapped one is symbolic.
-        def run(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
+    def vectorize(method: str) -> Callable[..., jax.Array]:
+        # With a map over single images, only the mapped axis is symbolic, and all sizes inside the model are known.
+        def call(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
             tree = {"params": {}, "batch_stats": {}} | unflatten_dict(weights, sep="/")
             return jax.vmap(lambda x: module.apply(tree, x[None], method=method)[0])(batch)
 
-        return run
+        return call
 
-    def paint(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
-        return jnp.clip(one_by_one(methods[1])(weights, batch), 0, 1)
+    encode = vectorize(methods[0])
 
-    size = module.decoder.image_size
-    images = _symbolic((size, size, 3), jnp.float32)
-    encode = one_by_one(methods[0])
-    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
-    codes = jax.eval_shape(encode, specs, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    programs = {
-        "encode": jax.export.export(jax.jit(encode), platforms=PLATFORMS)(specs, images),
-        "decode": jax.export.export(jax.jit(paint), platforms=PLATFORMS)(
-            specs, _symbolic(codes.shape[1:], codes.dtype)
-        ),
-    }
-    return programs, weights
+    def decode(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
+        return jnp.clip(vectorize(methods[1])(weights, batch), 0, 1)
 
+    def export(function: Callable[..., jax.Array], row: jax.ShapeDtypeStruct) -> jax.export.Exported:
+        batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *row.shape[1:]), row.dtype)
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, batch)
 
-def _is_continuous(module: VQRAE) -> bool:
-    return isinstance(module.quantizer, NoQuantizer)
-
-
-def _symbolic(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *shape), dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    code = jax.eval_shape(encode, shapes, image)
+    return {"encode": export(encode, image), "decode": export(decode, code)}, weights
 
 
 def write_programs(module: VQRAE, variables: Any, output: pathlib.Path) -> list[pathlib.Path]:
-    """Writes `export_programs` to a folder, with a note on how to run them."""
+    """Writes programs, weights and a README to a folder; returns the files."""
     programs, weights = export_programs(module, variables)
     output.mkdir(parents=True, exist_ok=True)
-    written = [output / f"{name}.stablehlo" for name in programs]
-    for path, program in zip(written, programs.values(), strict=True):
-        path.write_bytes(program.serialize())
+    files = [output / f"{name}.stablehlo" for name in programs]
+    for file, program in zip(files, programs.values(), strict=True):
+        file.write_bytes(program.serialize())
     writers.write_safetensors(weights, output / "weights.safetensors")
     code = programs["encode"].out_avals[0]
-    size, name = module.decoder.image_size, "latents" if _is_continuous(module) else "codes"
     shape = f"{code.dtype.name} [B, {', '.join(str(n) for n in code.shape[1:])}]"
-    (output / "README.txt").write_text(USE.format(codes=name, size=size, shape=shape))
-    return [*written, output / "weights.safetensors", output / "README.txt"]
+    name = "codes" if module.quantizer.has_indices else "latents"
+    (output / "README.txt").write_text(README.format(codes=name, size=module.decoder.image_size, shape=shape))
+    return [*files, output / "weights.safetensors", output / "README.txt"]

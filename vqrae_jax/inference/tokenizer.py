@@ -1,4 +1,4 @@
-"""A trained tokenizer for use: images -> codes -> images."""
+"""A trained tokenizer: images to codes and back."""
 
 import functools
 import hashlib
@@ -11,27 +11,23 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import sharding, storage
-from vqrae_jax.errors import DataError
-from vqrae_jax.inference import batching as programs
-from vqrae_jax.inference import card
-from vqrae_jax.inference import saving as exported
-from vqrae_jax.inference.inputs import Fit, Pictures, as_numpy
+from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.inference import batching, card, saving
+from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
-from vqrae_jax.quantizers.none import NO_CODES
-
-__all__ = ["DataError", "Tokenizer"]
 
 Output = Literal["numpy", "jax"]
+Result = np.ndarray | jax.Array  # numpy by default, jax with output="jax"
 
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
-# Fields of the model section that decide what a code means, beside the weights.
-MEANING = (
+# Fields of the model section that affect the meaning of a code, in addition to the weights.
+HASHED_FIELDS = (
     "encoder_cls", "encoder_input_size", "quantizer", "num_embeddings", "quantize_before_reshape",
     "encoder_params.normalize", "encoder_params.layers", "encoder_params.fusion",
     "quantizer_params.codebook_dim", "quantizer_params.whitening_dim", "quantizer_params.distance",
@@ -41,15 +37,18 @@ MEANING = (
 
 
 class Tokenizer:
-    """Encodes images to codes and paints codes.
+    """Encodes images to indices and decodes indices to images.
 
-    Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]; arrays are numpy's,
-    JAX's or PyTorch's, uint8 or floats in [0, 1], of any size. They are made squares of `image_size` pixels as `fit`
-    says. Results are numpy arrays; pictures are floats in [0, 1], [B, S, S, 3] with S = image_size.
+    Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are of numpy,
+    JAX or PyTorch, uint8 or floats in [0, 1], of any size; `fit` makes them squares of `image_size` pixels. Results are
+    numpy arrays, or JAX arrays with output="jax". Decoded images are float32 in [0, 1], [B, S, S, 3], S = image_size.
 
-    Any number of images goes through in batches of few sizes (powers of two), the last one padded, so that little is
-    ever compiled. `module` and `variables` are what runs, with the encoder's position grid at its input size; `trained`
-    has the variables as they are in the files.
+    Any number of images is processed in batches of few sizes (powers of two), the last one padded, so few programs are
+    compiled.
+
+    Attributes:
+      module, variables: the model as it runs, with the encoder's position grid resampled to its input size.
+      trained: the variables as they were trained and are saved.
     """
 
     def __init__(
@@ -69,49 +68,61 @@ class Tokenizer:
         """
         Args:
           module: the model.
-          variables: {"params": ..., "batch_stats": ...} with all of its parts, of numpy or on any device or mesh; as
-            jax.ShapeDtypeStruct, only the properties work.
-          config: the model section that `module` was built from; only to save, and for `hash`.
-          frozen: the encoder is the pretrained one that `config` names.
-          provenance: what is known of its making, for the model card.
-          mesh: where to compute; None: where the variables are. Batches are split over all its axes but "model".
-          batch_size: images of every batch; None: powers of two up to 64, as far as `memory_limit` allows.
-          memory_limit: bytes that a compiled program may need on a device for its intermediate values; None: half of
-            the device's memory.
-          fit: what happens to images that are no squares: "crop" takes the central square, "pad" shows all on the mean
-            colour, "stretch" changes proportions. All resample bicubically with antialias, to `image_size`. "model"
-            leaves images of one size to the encoder's own resizing, as PyTorch VQRAE does (bicubic without antialias).
-          output: "jax" leaves results on the device.
+          variables: {"params": ..., "batch_stats": ...} of the whole model, numpy or JAX arrays. With
+            jax.ShapeDtypeStruct leaves only the properties work.
+          config: the model section that `module` was built from; needed to save, and for `hash`.
+          frozen: whether the encoder is the pretrained one that `config` names.
+          provenance: version, step, data and metrics of the training run, for the model card.
+          mesh: mesh to compute on; None: the devices of the variables. Batches are split over all axes but "model".
+          batch_size: images per batch; None: powers of two up to 64 that fit into `memory_limit`.
+          memory_limit: bytes per device for the intermediate values of a program; None: half of the device's memory.
+          fit: "crop" takes the central square of an image, "pad" shows the whole image on the encoder's mean color,
+            "stretch" changes its proportions; all resample bicubically with antialiasing. "model" leaves images, which
+            must have one size, to the encoder's resize, as in the PyTorch VQRAE (bicubic without antialiasing).
+          output: "numpy", or "jax" to leave results on the device.
 
         Raises:
-          DataError: an option is none of these.
+          ConfigError: an option is invalid.
         """
         _check_options(mesh, batch_size, memory_limit, fit, output)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
-        self.trained, self.mesh = programs.placed(variables, mesh)
-        self.module, self.variables = programs.running(module, self.trained)
+        self.trained, self.mesh = batching.place_variables(variables, mesh)
+        self.module, self.variables = batching.resample_encoder(module, self.trained)
         self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
-        forward = functools.partial(self.module.apply, method="forward")
-        self._quantized = jax.eval_shape(forward, self.variables, self._image_shape(1)).quantized
 
     @classmethod
-    def load(cls, path: str | os.PathLike, step: int | None = None, **options: Any) -> "Tokenizer":
-        """Reads a run's workdir (its newest checkpoint, or that of `step`), one checkpoint, an exported folder, or the
-        hub id of one.
+    def load(
+        cls,
+        path: str | os.PathLike,
+        step: int | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int | None = None,
+        memory_limit: int | None = None,
+        fit: Fit = "crop",
+        output: Output = "numpy",
+    ) -> "Tokenizer":
+        """Loads a tokenizer from a run's workdir, a checkpoint, a saved folder or a hub id.
 
-        The frozen encoder is not in a checkpoint: it is read from where the config says. `options` are those of the
-        constructor: mesh, batch_size, memory_limit, fit, output.
+        Checkpoints do not contain a frozen encoder: it is read from the path or hub id in the config.
+
+        Args:
+          path: local path, address (gs://...) or hub id ("owner/name").
+          step: checkpoint of a workdir; None: the newest.
+          mesh, batch_size, memory_limit, fit, output: see the constructor.
 
         Raises:
-          DataError: an option that is none; nothing is read then.
-          CheckpointError: nothing complete is there, or it is of another architecture than its config.
-          WeightsError: the encoder's weights cannot be had, the folder is damaged, or the hub cannot be reached.
+          ConfigError: an option is invalid; nothing has been read.
+          CheckpointError: no complete checkpoint exists, or it does not fit its config.
+          WeightsError: the encoder's weights are not available, the folder is damaged, or the hub cannot be reached.
         """
-        _check_options(**options)
-        found = locate(path, step)
-        module, variables = read_model(found, options.get("mesh"))
-        known = {"config": found.config, "frozen": found.frozen, "provenance": found.provenance}
-        return cls(module, variables, **known, **options)
+        _check_options(mesh, batch_size, memory_limit, fit, output)
+        location = locate(path, step)
+        module, variables = read_model(location, mesh)
+        return cls(
+            module, variables, location.config, frozen=location.frozen, provenance=location.provenance, mesh=mesh,
+            batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output,
+        )  # fmt: skip
 
     from_pretrained = load
 
@@ -122,206 +133,207 @@ class Tokenizer:
     @property
     def has_codes(self) -> bool:
         """False for a continuous autoencoder (quantizer "none"), which only encodes and decodes."""
-        return self._quantized.indices is not None
+        return self.module.quantizer.has_indices
 
     @property
     def codebook_size(self) -> int:
-        """K, the number of codes; of several levels or groups, of each."""
-        if not self.has_codes:
-            raise DataError(NO_CODES)
-        return self._quantized.metrics["counts"].shape[-1]
+        """Number of codes K; with several levels or groups, of each."""
+        self._check_has_codes()
+        return self.module.quantizer.num_embeddings
 
     @property
     def grid(self) -> int:
-        """Side of the code grid: a picture is grid * grid codes."""
+        """Side of the grid of codes: one image has grid * grid positions."""
         return self.module.encoder.grid
 
-    @property
+    @functools.cached_property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of the codes of one picture."""
-        if not self.has_codes:
-            raise DataError(NO_CODES)
-        return self._quantized.indices.shape[1:]
+        """Shape of the indices of one image."""
+        self._check_has_codes()
+        return self._row_shape("encode_to_indices")
 
     @property
     def code_dtype(self) -> np.dtype:
-        """The smallest of uint16 and int32 that holds every code."""
+        """The smaller of uint16 and int32 that can store all indices."""
         return np.dtype(np.uint16 if self.codebook_size <= 1 << 16 else np.int32)
 
     @property
     def bits_per_image(self) -> float:
-        """Codes of a picture times log2 of the codebook size."""
+        """Number of indices per image times log2 of the codebook size."""
         return math.prod(self.code_shape) * math.log2(self.codebook_size)
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures it paints."""
+        """Side in pixels of decoded images."""
         return self.module.decoder.image_size
 
     @property
     def downsampling(self) -> int:
-        """Pixels per code, along one side."""
+        """Pixels per grid position, along one side."""
         return self.image_size // self.grid
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of what decides the meaning of a code: encoder, quantizer, and the settings that they read.
+        """SHA-256 of what determines the meaning of a code: encoder, quantizer and their settings.
 
-        Tokenizers that differ in the decoder alone have the same: they paint the same codes, each in its way.
+        Tokenizers that differ only in the decoder have the same hash.
         """
         if self.config is None:
-            raise DataError("a tokenizer without its config has no hash: give config=, or load it from its folder")
+            raise DataError("a tokenizer without a config has no hash: pass config=, or load it from its folder")
         values = self.config.model_dump(mode="json")
-        meaning = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in MEANING}
+        settings = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in HASHED_FIELDS}
         trees = {
             f"{kind}/{part}": tree
             for kind, parts in self.trained.items()
             for part, tree in parts.items()
             if part in ("encoder", "quantizer", "latent")
         }
-        digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(writers.content_hash(jax.device_get(trees)).encode())
         return digest.hexdigest()
 
-    def encode(self, images: Any) -> Float[Array, "B h w C"]:
-        """Quantized latents, as `decode` takes them."""
-        return self._images("encode", images)
+    def encode(self, images: Any) -> Float[Result, "B ..."]:
+        """Returns quantized latents [B, h, w, C], as `decode` takes them ([B, h*w, C] with reshape_to_2d=False)."""
+        return self._run("encode", self.fit_images(images))
 
-    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B S S 3"]:
-        """Paints latents of `encode` or `lookup`."""
-        latents = as_numpy(latents).astype(np.float32)
-        shape = jax.eval_shape(self.function("encode"), self.variables, self._image_shape(1)).shape
-        if latents.shape[1:] != shape[1:]:
-            raise DataError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape[1:]))}]")
-        return self._rows("decode", latents)
+    def encode_to_indices(self, images: Any) -> Int[Result, "B ..."]:
+        """Returns int32 indices in [0, codebook_size), [B, *code_shape].
 
-    def encode_to_indices(self, images: Any) -> Int[Array, "B h w"]:
-        """Codes in [0, codebook_size), int32, [B, *code_shape]: [B, h, w], or [B, h*w] with quantize_before_reshape."""
-        _ = self.code_shape
-        return self._images("encode_to_indices", images)
+        The shape is [B, h, w], or [B, h*w] with quantize_before_reshape; several levels are the last axis.
+        """
+        self._check_has_codes()
+        return self._run("encode_to_indices", self.fit_images(images))
 
-    def decode_from_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B S S 3"]:
-        """Paints codes."""
-        return self._rows("decode_from_indices", self._check_indices(indices))
+    def decode(self, latents: Any) -> Float[Result, "B S S 3"]:
+        """Decodes latents of `encode` or `lookup` to images."""
+        latents, shape = as_numpy(latents).astype(np.float32), self._row_shape("encode")
+        if latents.shape[1:] != shape:
+            raise DataError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape))}]")
+        return self._run("decode", latents)
 
-    def lookup(self, indices: Int[Array, "B h w"]) -> Float[Array, "B h w C"]:
-        """The latents of codes: lookup(encode_to_indices(images)) equals encode(images)."""
-        return self._rows("lookup", self._check_indices(indices))
+    def decode_from_indices(self, indices: Any) -> Float[Result, "B S S 3"]:
+        """Decodes indices of `encode_to_indices` to images.
 
-    def reconstruct(self, images: Any) -> Float[Array, "B S S 3"]:
-        """Exactly decode_from_indices(encode_to_indices(images)); without codes, decode(encode(images))."""
+        Quantizers with several levels also decode the first levels alone.
+        """
+        return self._run("decode_from_indices", self._check_indices(indices))
+
+    def lookup(self, indices: Any) -> Float[Result, "B ..."]:
+        """Returns the latents of indices: lookup(encode_to_indices(images)) equals encode(images)."""
+        return self._run("lookup", self._check_indices(indices))
+
+    def reconstruct(self, images: Any) -> Float[Result, "B S S 3"]:
+        """Returns decode_from_indices(encode_to_indices(images)); without codes, decode(encode(images))."""
         if not self.has_codes:
             return self.decode(self.encode(images))
         return self.decode_from_indices(self.encode_to_indices(images))
 
-    def function(self, method: str) -> Callable[[Any, Any], Any]:
-        """A pure function (variables, x) -> result for your own jitted code, differentiable where the model is.
+    def fit_images(self, images: Any) -> FittedImages:
+        """Checks images and fits them to `image_size`, slice by slice."""
+        return FittedImages(images, self.image_size, self.fit, self.module.encoder.mean)
 
-        Give it `tokenizer.variables`; images are [B, H, W, 3] floats in [0, 1], pictures are not clipped, and nothing
-        is resized, padded or checked.
+    def function(self, method: str) -> Callable[[Any, Any], Any]:
+        """Returns a pure function (variables, x) -> result to use in jitted code, differentiable where the model is.
+
+        Pass `tokenizer.variables`. Images are [B, H, W, 3] floats in [0, 1]; decoded images are not clipped. Nothing is
+        resized, padded or checked.
 
         Args:
           method: encode, encode_to_indices, lookup, decode or decode_from_indices.
         """
         if method not in METHODS:
-            raise DataError(f"no function {method!r}: there are {', '.join(METHODS)}")
-        return functools.partial(programs.apply, self.module, method)
+            raise ConfigError(f"expected one of {', '.join(METHODS)}", field="method", value=method)
+        return lambda variables, x: self.module.apply(variables, x, method=method)
 
     def stream(
-        self, method: str, batches: Iterable[Shaped[np.ndarray, "B ..."]]
-    ) -> Iterator[Shaped[np.ndarray, "B ..."]]:
-        """Results of batches of equal shape, in order; one is computed while the one before is fetched and used.
+        self, method: str, batches: Iterable[Shaped[np.ndarray, "_ ..."]]
+    ) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
+        """Yields the results of batches in order; one is computed while the previous result is copied and used.
 
-        Nothing is checked, resized or split: images are [B, S, S, 3], uint8 or float32 in [0, 1].
+        Nothing is checked, resized or padded: images are [B, S, S, 3], uint8 or float32 in [0, 1]. Each shape of batch
+        is compiled once.
         """
         return self._programs.stream(method, batches)
 
     def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> storage.Path:
-        """Writes config.json, model.safetensors and a model card to `folder` (here or gs://), for `load` and the hub.
+        """Writes config.json, model.safetensors and a model card to `folder`, for `load` and the hub.
 
-        A frozen pretrained encoder is not in it, only where it is had and what its content hash must be.
+        The folder does not contain a frozen pretrained encoder, only its source and content hash.
 
         Args:
-          folder: made where it is missing.
-          images: some to show in the card, beside their reconstructions, with the figures on them.
-          name: what the card tells to load; None: the folder.
+          folder: local path or address (gs://...); created if it is missing.
+          images: images for the card, which shows their reconstructions and metrics.
+          name: path or hub id that the card's example loads; None: the folder's name.
 
         Raises:
-          DataError: the tokenizer was built without its config.
+          DataError: the tokenizer was built without a config, or the images are invalid.
         """
         if self.config is None:
-            raise DataError("a tokenizer without its config cannot be saved: give config=, or load it")
-        target, shown = storage.resolve_path(folder), None if images is None else Pictures(images)
-        with storage.stage_output(target) as place:
-            exported.write(place, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
-            card.write(self, place, name or target.name, shown)
+            raise DataError("a tokenizer without a config cannot be saved: pass config=, or load it from its folder")
+        target, fitted = storage.resolve_path(folder), None if images is None else self.fit_images(images)
+        with storage.stage_output(target) as local:
+            saving.save_folder(local, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
+            card.write_card(self, local, name or target.name, fitted)
         return target
 
     def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
-        """Saves it to a repository of the model hub, made where it is missing; returns its address.
+        """Saves the tokenizer to a repository of the model hub, created if it is missing; returns its address.
 
         Raises:
-          WeightsError: no network, no right to write, or no login.
+          WeightsError: no network, no permission to write, or not logged in.
         """
-        return writers.push_to_hub(
-            lambda folder: self.save_pretrained(folder, images, repo_id), repo_id, private, token
-        )
+
+        def save(folder: Any) -> None:
+            self.save_pretrained(folder, images, repo_id)
+
+        return writers.push_to_hub(save, repo_id, private, token)
 
     @functools.cached_property
-    def _programs(self) -> programs.Programs:
-        return programs.Programs(self.module, self.variables, self.mesh, self.batch_size, self.memory_limit)
+    def _programs(self) -> batching.Programs:
+        return batching.Programs(self.module, self.variables, self.mesh, self.batch_size, self.memory_limit)
 
-    def _image_shape(self, count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, self.image_size, self.image_size, 3), np.float32)
+    def _run(self, method: str, rows: batching.Rows) -> Shaped[Result, "B ..."]:
+        return self._programs.run(method, rows, self.output)
 
-    def _images(self, method: str, images: Any) -> Any:
-        pictures, size = Pictures(images), self.image_size
+    def _row_shape(self, method: str) -> tuple[int, ...]:
+        """Returns the shape of the result for one image."""
+        image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
+        return jax.eval_shape(self.function(method), self.variables, image).shape[1:]
 
-        def take(chosen: slice) -> np.ndarray:
-            return pictures.batch(chosen, size, self.fit, self.module.encoder.mean)
-
-        shape = pictures.shape(size, self.fit)
-        return self._programs.run(method, len(pictures), shape, pictures.dtype, take, self.output)
-
-    def _rows(self, method: str, rows: Shaped[np.ndarray, "B ..."]) -> Any:
-        return self._programs.run(method, len(rows), rows.shape[1:], rows.dtype, rows.__getitem__, self.output)
-
-    def _is_prefix(self, given: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-        """Codes of several levels decode from their first levels alone, coarse to fine."""
-        same = len(given) == len(whole) and given[:-1] == whole[:-1]
-        return same and 0 < given[-1] < whole[-1] and self.module.quantizer.decodes_prefixes
+    def _check_has_codes(self) -> None:
+        if not self.has_codes:
+            raise DataError('a continuous autoencoder (quantizer "none") has no codes: use encode and decode')
 
     def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
-        indices, shape = as_numpy(indices), self.code_shape
+        indices, expected, size = as_numpy(indices), self.code_shape, self.codebook_size
         if not np.issubdtype(indices.dtype, np.integer):
-            raise DataError(f"indices are {indices.dtype}; codes are integers in [0, {self.codebook_size})")
-        if indices.shape[1:] != shape and not self._is_prefix(indices.shape[1:], shape):
-            raise DataError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, shape))}]")
-        if indices.size and not 0 <= indices.min() <= indices.max() < self.codebook_size:
-            raise DataError(
-                f"indices span [{indices.min()}, {indices.max()}]; the codes are 0 to {self.codebook_size - 1}"
-            )
+            raise DataError(f"indices are {indices.dtype}; expected integers in [0, {size})")
+        shape = indices.shape[1:]
+        prefix = len(shape) == len(expected) and shape[:-1] == expected[:-1] and 0 < shape[-1] < expected[-1]
+        if shape != expected and not (prefix and self.module.quantizer.decodes_prefixes):
+            raise DataError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, expected))}]")
+        if indices.size and not 0 <= indices.min() <= indices.max() < size:
+            raise DataError(f"indices span [{indices.min()}, {indices.max()}]; expected 0 to {size - 1}")
         return indices.astype(np.int32)
 
 
-def _check_options(
-    mesh: Any = None,
-    batch_size: Any = None,
-    memory_limit: Any = None,
-    fit: Any = "crop",
-    output: Any = "numpy",
-) -> None:
-    """A word that is none of its kind would else do what another one does, and a number fail at the first picture."""
-    words = {"fit": (fit, Fit), "output": (output, Output)}
-    for name, (word, kind) in words.items():
-        if word not in get_args(kind):
-            raise DataError(f"{name}={word!r}: give one of {', '.join(map(repr, get_args(kind)))}")
+def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, output: Any) -> None:
+    for name, value, choices in (("fit", fit, get_args(Fit)), ("output", output, get_args(Output))):
+        if value not in choices:
+            raise ConfigError(f"expected one of {', '.join(map(repr, choices))}", field=name, value=value)
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-        raise DataError(f"mesh={mesh!r}: give a jax.sharding.Mesh, as vqrae_jax.sharding.make_mesh() makes it")
-    multiple = sharding.data_ways(mesh) if mesh else 1
+        raise ConfigError(
+            "expected a jax.sharding.Mesh, for example of vqrae_jax.sharding.make_mesh()", field="mesh", value=mesh
+        )
+    parts = sharding.data_ways(mesh) if mesh else 1
     if batch_size is not None and not (
-        isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % multiple == 0
+        isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % parts == 0
     ):
-        raise DataError(f"batch_size={batch_size!r}: give a positive multiple of {multiple}, the parts of every batch")
+        raise ConfigError(
+            f"expected a positive multiple of {parts}, the number of devices that share a batch",
+            field="batch_size", value=batch_size,
+        )  # fmt: skip
     if memory_limit is not None and not (isinstance(memory_limit, numbers.Real) and memory_limit > 0):
-        raise DataError(f"memory_limit={memory_limit!r}: give a number of bytes, as 8 * 1024**3")
+        raise ConfigError(
+            "expected a number of bytes, for example 8 * 1024**3", field="memory_limit", value=memory_limit
+        )
