@@ -15,7 +15,6 @@ from vqrae_jax import runtime
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.preflight import command
-from vqrae_jax.preflight.alternatives import alternatives, describe_setup
 from vqrae_jax.preflight.chips import parse_topology
 from vqrae_jax.preflight.programs import Plan, build_mesh, memory_from_error
 from vqrae_jax.preflight.report import _duration
@@ -28,6 +27,10 @@ def run_main(*arguments):
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": ""}
     line = [sys.executable, "-m", "vqrae_jax.main", "--mode=preflight", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+def build_plan(config):
+    return Plan.build(config, parse_topology("cpu:8"), build_mesh(config, jax.devices()[:8]))
 
 
 @pytest.fixture(scope="module")
@@ -105,25 +108,26 @@ def test_configs_of_released_encoders_need_no_hub(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = from_dict(Config, module.get_config().to_dict())
-    plan = Plan.build(config, parse_topology("cpu:8"), build_mesh(config, jax.devices()[:8]))
+    plan = build_plan(config)
     assert plan.argument_bytes() > 1e9
     assert len(plan.programs()) == (2 if name.startswith("rae") else 3)
 
 
 def test_alternatives_save_memory_only_if_the_run_does_not_fit(tiny):
     config = tiny(mesh={"model": 1})
-    smaller = [describe_setup(other, 8) for other in alternatives(config, False)]
-    assert all(setup.remat for setup in smaller)
-    assert {setup.accumulate for setup in smaller} == {1, 2}
-    assert any(setup.model == 2 and setup.data == 4 for setup in smaller)
-    faster = [describe_setup(other, 8) for other in alternatives(config, True)]
-    assert {setup.batch for setup in faster} == {8, 16}
-    assert describe_setup(config, 8) not in smaller + faster
+    smaller = list(command.alternatives(config, False))
+    assert all(other.model.remat for other in smaller)
+    assert {other.optimizer.accumulate for other in smaller} == {1, 2}
+    assert any(other.mesh.model == 2 for other in smaller)
+    faster = list(command.alternatives(config, True))
+    assert {other.data.batch_size for other in faster} == {8, 16}
+    assert config not in smaller + faster
 
 
-def test_setup_divides_the_devices_of_the_mesh(tiny):
-    setups = [describe_setup(tiny(mesh={"slices": slices, "model": 2}), 8) for slices in (1, 2)]
-    assert [(setup.slices, setup.data, setup.model) for setup in setups] == [(1, 4, 2), (2, 2, 2)]
+@pytest.mark.parametrize(("slices", "data"), [(1, 4), (2, 2)])
+def test_setup_divides_the_devices_of_the_mesh(tiny, slices, data):
+    setup = build_plan(tiny(mesh={"slices": slices, "model": 2})).setup
+    assert (setup.slices, setup.data, setup.model) == (slices, data, 2)
 
 
 def test_memory_is_read_from_the_error_of_the_tpu_compiler():

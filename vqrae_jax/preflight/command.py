@@ -1,21 +1,18 @@
 """`--mode=preflight`: memory, speed and communication of a config on hardware that this machine does not have."""
 
 import concurrent.futures
-import logging
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.preflight.alternatives import alternatives, describe_setup
 from vqrae_jax.preflight.chips import parse_topology
-from vqrae_jax.preflight.devices import abstract_devices
-from vqrae_jax.preflight.programs import Cost, Plan, build_mesh
+from vqrae_jax.preflight.programs import Plan, abstract_devices, build_mesh
 from vqrae_jax.preflight.report import Report
-
-log = logging.getLogger(__name__)
 
 THREADS = 2  # programs compiled at the same time; each needs some GB
 
@@ -38,8 +35,9 @@ def preflight(
     target = parse_topology(topology)
     devices = abstract_devices(target)
     plan = Plan.build(config, target, build_mesh(config, devices))
+    print(f"compiling for {topology}, which takes minutes for large models", file=sys.stderr)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(_compile, program) for program in plan.programs()]
+        futures = [pool.submit(program) for program in plan.programs()]
         fits = futures[0].result().fits
         remaining = (0 if fits else 2) if count is None else count
         others = []
@@ -48,15 +46,38 @@ def preflight(
                 others.append((other, None))
             elif remaining:
                 remaining -= 1
-                others.append((other, pool.submit(_compile, other.train)))
+                others.append((other, pool.submit(other.compile_train)))
         report = Report(
-            target, describe_setup(config, target.size), config.train.steps, [future.result() for future in futures],
-            [(describe_setup(p.config, target.size), future and future.result()) for p, future in others],
+            target, plan.setup, config.train.steps, [future.result() for future in futures],
+            [(other.setup, future and future.result()) for other, future in others],
         )  # fmt: skip
     if json_path:
         report.save(json_path)
     report.print()
     return report
+
+
+def alternatives(config: Config, fits: bool) -> Iterator[Config]:
+    """Yields configs to try, the most promising first: faster ones if `config` fits, otherwise smaller ones."""
+    remat: dict[str, Any] = {"model": {"remat": not config.model.remat}}
+    fsdp: dict[str, Any] = {"mesh": {"fsdp": not config.mesh.fsdp}}
+    wider: dict[str, Any] = {"model": 2 * config.mesh.model, "data": -1}
+    if fits:
+        changes = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, {"mesh": wider}]
+    else:
+        saving = {} if config.model.remat else remat
+        sharded = {**saving, "mesh": {"fsdp": True}}
+        changes = [
+            *([saving] if saving else []),
+            *([{**saving, **fsdp}] if not config.mesh.fsdp else []),
+            {**sharded, "optimizer": {"accumulate": 2 * config.optimizer.accumulate}},
+            {**saving, "mesh": {"fsdp": True, **wider}},
+            {**sharded, "data": {"batch_size": config.data.batch_size // 2}},
+        ]
+    for sections in changes:
+        yield config.model_copy(
+            update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
+        )
 
 
 def _alternative_plans(plan: Plan, fits: bool, devices: list[jax.Device]) -> Iterator[Plan]:
@@ -66,8 +87,3 @@ def _alternative_plans(plan: Plan, fits: bool, devices: list[jax.Device]) -> Ite
         except ConfigError:  # the devices cannot be divided like this
             continue
         yield Plan.build(config, plan.topology, mesh)
-
-
-def _compile(program: Callable[[], Cost]) -> Cost:
-    log.info("compiling %s", program.__name__)
-    return program()

@@ -1,8 +1,8 @@
 """FLOPs of a step, counted from its traced program, whatever networks it contains.
 
-Every matrix product and convolution counts two operations per multiply-add, times the iterations of the loops around
-it; XLA's own cost analysis counts the body of a scan once. Element-wise operations do not count: memory bounds them.
-Neither do loops whose length depends on data (k-means on the first batch).
+Matrix products and convolutions count two operations per multiply-add, times the iterations of the loops around them;
+XLA's own cost analysis counts the body of a scan once. Element-wise operations, which memory bounds, do not count, nor
+do loops whose length depends on data (k-means on the first batch).
 """
 
 import collections

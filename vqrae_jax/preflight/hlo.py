@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +22,6 @@ MOVES_NOTHING = {
 SLICES = {"dynamic-slice", "slice", "gather"}
 VIEWS = {"bitcast", "reshape", "get-tuple-element"}
 
-BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4}
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -82,7 +81,7 @@ class Program:
             if kind not in COLLECTIVES or (channel and channel[1] in channels):
                 continue
             channels.add(channel[1] if channel else op.name)
-            groups = _groups(op, self.devices)
+            groups = tuple(tuple(map(int, group)) for group in _groups(op, self.devices))
             size = sum(_bytes(self.computations[computation][o].shape) for o in op.operands)
             size *= len(groups[0]) if kind == "all-gather" else 1
             if len(groups[0]) > 1:
@@ -248,30 +247,26 @@ def _bytes(shape: str, on_chip: bool = True) -> float:
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(shape):
         if on_chip or "S(" not in layout:
-            digits = re.search(r"\d+", dtype)
-            bits = BITS.get(dtype, int(digits[0]) if digits else 0)
+            digits = re.search(r"\d+", dtype)  # a token has no bits
+            bits = int(digits[0]) if digits else 8 * (dtype == "pred")
             total += bits / 8 * math.prod(int(n) for n in dims.split(",") if n)
     return total
 
 
-def _groups(op: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
+def _groups(op: Instruction, devices: int) -> Iterable[Iterable[int]]:
     """Reads the groups of a collective: explicit lists, a transposed iota, or axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", op.attributes):
-        return (tuple(sorted({int(n) for n in re.findall(r"\d+", pairs[1].split("},")[0])})),)
+        return [sorted({int(n) for n in re.findall(r"\d+", pairs[1].split("},")[0])})]
     text = op.attributes.partition("replica_groups=")[2]
     if text.startswith("{{"):
-        return tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2]))
+        return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])]
     if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return _as_groups(_iota(match[2], match[3]).reshape(_ints(match[1])))
+        return _iota(match[2], match[3]).reshape(_ints(match[1]))
     if match := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
-        return _as_groups(_device_order(match[2], devices)[_mesh_groups(match[1], match[3])])
+        return _device_order(match[2], devices)[_mesh_groups(match[1], match[3])]
     if not text or text.startswith("{}"):
-        return (tuple(range(devices)),)
+        return [range(devices)]
     raise ValueError(f"replica groups in an unknown format: {text[:100]}")
-
-
-def _as_groups(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(tuple, groups.tolist()))
 
 
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray:

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
-from vqrae_jax import sharding
+from vqrae_jax import runtime, sharding
 from vqrae_jax.config import Config
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.preflight.chips import Topology, positions
 from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.preflight.hlo import Collective, Program, mesh_axes
@@ -22,6 +23,8 @@ from vqrae_jax.pretrained.released import ARCHITECTURES
 from vqrae_jax.train.task import jit_step
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 from vqrae_jax.train.tokenizer_state import PARTS
+
+ACCELERATOR_TYPES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # any size of the kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Cost:
 
     Attributes:
       images: images per call, over all devices.
-      parts: FLOPs by network and pass.
+      parts: FLOPs by network and pass, over all devices.
       collectives: (kind, mesh axes, bytes over all runs, number of runs), largest first.
       roofline: None for CPUs, and for a program that does not fit.
       slices: weak scaling; empty unless only the data axis is split.
@@ -70,8 +73,20 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """FLOPs of all devices together."""
         return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The settings that decide speed and memory of a run."""
+
+    slices: int
+    data: int
+    model: int
+    fsdp: bool
+    remat: bool
+    batch: int
+    accumulate: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +104,14 @@ class Plan:
         config = _without_files(config)
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
+    @property
+    def setup(self) -> Setup:
+        config, axes = self.config, self.mesh.shape
+        return Setup(
+            axes.get("slice", 1), axes["data"], axes["model"], config.mesh.fsdp, config.model.remat,
+            config.data.batch_size, config.optimizer.accumulate,
+        )  # fmt: skip
+
     def train_arguments(self) -> tuple[Any, Any, Any, Any]:
         """Returns the shapes of the training step's arguments: state, frozen networks, batch, horizon."""
         horizon = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
@@ -101,16 +124,17 @@ class Plan:
     def programs(self) -> list[Callable[[], Cost]]:
         """Returns functions that compile each program of the run."""
         has_codes = self.config.model.quantizer != "none"
-        return [self.train, self.evaluate, *([self.tokenize] if has_codes else [])]
+        return [self.compile_train, self.compile_evaluate, *([self.compile_tokenize] if has_codes else [])]
 
-    def train(self) -> Cost:
+    def compile_train(self) -> Cost:
         """Compiles one optimizer step."""
         program = jit_step(self.task, self.mesh)
         return self._compile("train", self.config.data.batch_size, program, *self.train_arguments())
 
-    def evaluate(self) -> Cost:
+    def compile_evaluate(self) -> Cost:
         """Compiles the evaluation of one batch of validation images."""
         size = self.config.data.eval_batch_size
+        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         batch = {**self._batch(size), "mask": self._shape((size,), jnp.bool)}
 
         def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
@@ -119,21 +143,19 @@ class Plan:
             return {name: value for name, value in metrics.items() if name not in stay_on_devices}
 
         program = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh))
-        return self._compile("evaluate", size, program, *self._inference_arguments(), batch)
+        return self._compile("evaluate", size, program, variables, frozen, batch)
 
-    def tokenize(self) -> Cost:
+    def compile_tokenize(self) -> Cost:
         """Compiles the encoding of one batch of validation images to indices."""
         size = self.config.data.eval_batch_size
+        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
 
         def tokenize(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
             parts = {n: frozen[n] for n in PARTS if n in frozen}
             variables = {**variables, "params": {**parts, **variables["params"]}}
             return self.task.built.module.apply(variables, to_float(batch["image"]), method="encode_to_indices")
 
-        return self._compile("tokenize", size, jax.jit(tokenize), *self._inference_arguments(), self._batch(size))
-
-    def _inference_arguments(self) -> tuple[Any, Any]:
-        return self.task.shapes().inference(), self.task.frozen_shapes()
+        return self._compile("tokenize", size, jax.jit(tokenize), variables, frozen, self._batch(size))
 
     def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         pixels = self.config.data.image_size
@@ -156,11 +178,9 @@ class Plan:
                 raise
             return Cost(name, images, memory, False, dict(parts), [])
         stats = compiled.memory_analysis()
+        outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         memory = Memory(
-            stats.argument_size_in_bytes,
-            stats.temp_size_in_bytes,
-            stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            stats.generated_code_size_in_bytes,
+            stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
         )
         hlo = Program(text, self.mesh.size)
         collectives = hlo.collectives()
@@ -177,13 +197,12 @@ class Plan:
         return dataclasses.replace(cost, roofline=bounds, slices=slices, utilization=utilization)
 
     def _sum_collectives(self, collectives: list[Collective]) -> list[tuple[str, str, float, int]]:
-        sums: dict[tuple[str, str], list[float]] = {}
+        sizes, runs = collections.Counter(), collections.Counter()
         for c in collectives:
-            row = sums.setdefault((c.kind, "+".join(mesh_axes(c, dict(self.mesh.shape)))), [0.0, 0])
-            row[0] += c.size * c.trips
-            row[1] += c.trips
-        rows = [(kind, axes, size, int(runs)) for (kind, axes), (size, runs) in sums.items()]
-        return sorted(rows, key=lambda row: -row[2])
+            key = c.kind, "+".join(mesh_axes(c, dict(self.mesh.shape)))
+            sizes[key] += c.size * c.trips
+            runs[key] += c.trips
+        return [(*key, size, int(runs[key])) for key, size in sizes.most_common()]
 
     def _network_seconds(self, collectives: list[Collective]) -> float:
         coordinates = positions(self.topology)
@@ -191,6 +210,31 @@ class Plan:
             axes = len(self.topology.shape)  # chips of two-dimensional slices also have a third coordinate
             coordinates = [tuple(device.coords[:axes]) for device in self.mesh.devices.flat]
         return sum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
+
+
+def abstract_devices(topology: Topology) -> list[jax.Device]:
+    """Returns one device per chip. Call it before anything else uses JAX in this process.
+
+    Those of a GPU topology are CPU devices, because XLA compiles for GPUs only on a machine that has one.
+
+    Raises:
+      ConfigError: libtpu is not installed, or JAX has started with fewer CPU devices.
+    """
+    if topology.platform == "tpu":
+        if not runtime.has_libtpu():
+            message = "needs libtpu, which is not installed: pip install libtpu, or set TPU_LIBRARY_PATH to libtpu.so"
+            raise ConfigError(message, field="--topology", value=topology.name)
+        runtime.use_cpus()
+        runtime.describe_absent_tpu(ACCELERATOR_TYPES[topology.kind])
+        # On v4 the two cores of a chip are one device.
+        options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+        return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
+    runtime.use_cpus(topology.size)
+    devices = jax.devices("cpu")[: topology.size]
+    if len(devices) < topology.size:
+        message = f"JAX has already started in this process with only {len(devices)} CPU devices"
+        raise ConfigError(message, field="--topology", value=topology.name)
+    return devices
 
 
 def build_mesh(config: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vqrae_jax import storage
-from vqrae_jax.preflight.alternatives import Setup
 from vqrae_jax.preflight.chips import GIB, Topology
-from vqrae_jax.preflight.programs import Cost
+from vqrae_jax.preflight.programs import Cost, Setup
 from vqrae_jax.preflight.roofline import scaling_efficiency
+
+YES = {True: "yes", False: "no"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,8 @@ class Report:
     def print(self) -> None:
         """Prints the tables and the verdict."""
         console = Console(width=None if Console().is_terminal else 120, highlight=False)
-        tables = (
-            self._memory(), self._time(), self._flops(), self._communication(), self._scaling(), self._alternatives()
-        )  # fmt: skip
-        for table in tables:
+        tables = self._memory, self._time, self._flops, self._communication, self._scaling, self._alternatives
+        for table in (build() for build in tables):
             if table.row_count:
                 console.print(table)
         if self.topology.platform == "gpu":
@@ -87,8 +86,7 @@ class Report:
         title = f"Memory in GiB per device ({_gib(self.topology.memory)} on {self.topology.name})"
         table = _table(title, "program", "arguments", "temporaries", "outputs", "code", "peak", "fits")
         for cost in self.programs:
-            memory = cost.memory
-            sizes = (memory.arguments, memory.temporaries, memory.outputs, memory.code, memory.peak)
+            sizes = (*dataclasses.astuple(cost.memory), cost.memory.peak)
             table.add_row(cost.name, *map(_gib, sizes), "yes" if cost.fits else "NO")
         return table
 
@@ -148,13 +146,12 @@ class Report:
         table = _table("Setups of training", "data x model", "fsdp", "remat", "batch", "accumulate", "peak GiB", "fits",
                        "bound by", "images/s")  # fmt: skip
         for setup, cost in [(self.setup, self.programs[0]), *self.alternatives]:
-            bounds = cost and cost.roofline
+            speed = [cost.roofline.bound, _images_per_second(cost)] if cost and cost.roofline else ["", ""]
             slices = f"{setup.slices} x " if setup.slices > 1 else ""
             table.add_row(
-                f"{slices}{setup.data} x {setup.model}", _yes(setup.fsdp), _yes(setup.remat), f"{setup.batch:,}",
+                f"{slices}{setup.data} x {setup.model}", YES[setup.fsdp], YES[setup.remat], f"{setup.batch:,}",
                 str(setup.accumulate), _gib(cost.memory.peak) if cost else "too large",
-                _yes(bool(cost and cost.fits)), bounds.bound if bounds else "",
-                _images_per_second(cost) if bounds else "",
+                YES[bool(cost and cost.fits)], *speed,
             )  # fmt: skip
         return table
 
@@ -169,14 +166,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def _speed(cost: Cost) -> dict[str, float]:
     """Returns the images per second if communication overlaps completely, and if it overlaps with nothing."""
-    bounds = cost.roofline
-    if bounds is None:
+    if cost.roofline is None:
         return {}
-    return {
-        "seconds": bounds.fastest,
-        "images_per_second": cost.images / bounds.fastest,
-        "images_per_second_without_overlap": cost.images / bounds.slowest,
-    }
+    seconds, without_overlap = cost.roofline.fastest, cost.images / cost.roofline.slowest
+    rates = {"images_per_second": cost.images / seconds, "images_per_second_without_overlap": without_overlap}
+    return {"seconds": seconds, **rates}
 
 
 def _images_per_second(cost: Cost) -> str:
@@ -193,7 +187,3 @@ def _duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.3g} minutes"
     return f"{seconds / 3600:.3g} hours" if seconds < 360_000 else f"{seconds / 3600:,.0f} hours"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -1,9 +1,4 @@
-"""Lower bounds of the time of a step: from its arithmetic, its memory traffic and its communication.
-
-Weak scaling: on a slice of another size a chip computes and reads the same for the same number of images per chip. Its
-gradients, statistics and weights also have the same size; what changes is the share of them that a chip receives, and
-the number of links it receives them over.
-"""
+"""Lower bounds of the time of a step, from its arithmetic, its memory traffic and its communication."""
 
 import dataclasses
 import math
@@ -14,7 +9,6 @@ from vqrae_jax.preflight.flops import Product
 from vqrae_jax.preflight.hlo import Collective
 
 MIN_CHIPS, MAX_CHIPS = 8, 256  # sizes of slices for weak scaling
-Position = tuple[int, ...]  # coordinates of a TPU chip, or (host, index) of a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +60,7 @@ def compute_seconds(products: list[Product], chips: int, chip: Chip) -> float:
     return sum(p.flops * chip.passes.get(p.kind, 1) for p in products) / (chips * chip.flops)
 
 
-def network_seconds(collective: Collective, topology: Topology, positions: Sequence[Position]) -> float:
+def network_seconds(collective: Collective, topology: Topology, positions: Sequence[tuple[int, ...]]) -> float:
     """Returns the time of one run of a collective, by rings over all links of its group.
 
     In an all-gather or reduce-scatter of `size` bytes over n devices each receives size * (n - 1) / n; an all-reduce is
@@ -77,8 +71,8 @@ def network_seconds(collective: Collective, topology: Topology, positions: Seque
     return share * collective.size / receive_rate([positions[i] for i in collective.groups[0]], topology)
 
 
-def receive_rate(group: list[Position], topology: Topology) -> float:
-    """Returns the bytes per second into each device of a group."""
+def receive_rate(group: list[tuple[int, ...]], topology: Topology) -> float:
+    """Returns the bytes per second into each device of a group, given by `chips.positions`."""
     chip = topology.chip
     spans = [len({position[axis] for position in group}) for axis in range(len(group[0]))]
     if topology.platform == "gpu":
@@ -91,6 +85,9 @@ def receive_rate(group: list[Position], topology: Topology) -> float:
 
 def weak_scaling(collectives: list[Collective], topology: Topology) -> list[ScaledSlice]:
     """Returns the communication of a step on every slice of MIN_CHIPS to MAX_CHIPS chips of the same kind.
+
+    With the same number of images per chip, gradients and weights have the same size on every slice; what changes is
+    the share of them that a chip receives, and the number of its links.
 
     Args:
       collectives: those of a program that splits only batches and weights, so all over the same axis of all chips.
