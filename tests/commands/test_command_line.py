@@ -62,11 +62,10 @@ def test_help_fits_a_screen_and_names_every_default(name, capsys, monkeypatch):
     assert lines[0].startswith(f"usage: vqrae {name}")
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 100
-    parsers = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, _: parsers.append(parser))
-    command(name).parse([])
-    assert parsers[0].description
-    for option in parsers[0]._actions:
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, _: argparse.Namespace(parser=parser))
+    parser = command(name).parse([]).parser
+    assert parser.description
+    for option in parser._actions:
         if not option.required and option.default not in (None, False, argparse.SUPPRESS):
             assert "default: " in option.help, option.option_strings
 

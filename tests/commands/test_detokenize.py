@@ -71,7 +71,8 @@ def test_images_may_be_named_by_their_ids(trained, tokenized, numbered, tmp_path
 
 def test_an_id_becomes_a_safe_and_unique_file_name():
     ids = ["n01/a.png", "n01/a.jpg", "n01_A", "ü 猫.v2", "../../etc/passwd", ".hidden.png", "", "x" * 300, "ü" * 300]
-    names = list(map(detokenize.UniqueNames(), ids))
+    used = set()
+    names = [detokenize.unique_name(id, used) for id in ids]
     assert names[:7] == ["n01_a", "n01_a_2", "n01_A_3", "ü_猫.v2", "_.._etc_passwd", "hidden", "_"]
     assert len({name.lower() for name in names}) == len(ids)
     assert all(len(name.encode()) <= 200 for name in names)

@@ -30,24 +30,21 @@ BATCH = 16
 SIDE = 512  # pixels of square charts
 CODES, PATCHES = 16, 12  # rows and columns of patches.png
 PATCH = 40  # pixels of a patch in patches.png, at least
-MAX_CODES = 2048  # whose distances to their nearest code are computed
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser("codebook", __doc__.partition("\n\n")[0])
-    command_line.add_checkpoint(parser)
-    command_line.add_data(parser)
-    parser.add_argument("--output", required=True, help="folder for report.json and the images")
-    command_line.add_limit(parser, 1000)
-    parser.add_argument(
-        "--alarm", type=float, default=0.1, help="warn if less than this share of codes is used; default: %(default)s"
-    )
+    parser = command_line.Parser("codebook", __doc__.partition("\n\n")[0])
+    parser.add_checkpoint()
+    parser.add_data()
+    parser.add("--output", "folder for report.json and the images", required=True)
+    parser.add_count("--limit", "use the first LIMIT images only", 1000)
+    parser.add("--alarm", "warn if a smaller share of the codes is used", type=float, default=0.1)
     return parser.parse_args(argv)
 
 
 @command_line.names_arguments()
-def report(args: argparse.Namespace) -> dict[str, float]:
+def report(args: argparse.Namespace) -> dict[str, float | int]:
     """Runs the command; returns the content of report.json."""
     tokenizer = Tokenizer.load(args.checkpoint, args.step)
     metrics, charts = analyze(tokenizer, _read_images(args, tokenizer.image_size))
@@ -65,7 +62,7 @@ def report(args: argparse.Namespace) -> dict[str, float]:
 
 def analyze(
     tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]
-) -> tuple[dict[str, float], dict[str, UInt8[np.ndarray, "..."]]]:
+) -> tuple[dict[str, float | int], dict[str, UInt8[np.ndarray, "..."]]]:
     """Computes the metrics and charts of the report; those of the first level if there are several.
 
     Raises:
@@ -94,10 +91,10 @@ def analyze(
 
 
 def measure_spacing(embeddings: Float[np.ndarray, "K C"]) -> dict[str, float]:
-    """Returns mean, median and minimum of the distances from codes to the nearest other code."""
+    """Returns mean, median and minimum of the distances from (at most 2,048) codes to the nearest other code."""
     if len(embeddings) < 2:
         return {}
-    distance = np.asarray(nearest_other(embeddings, MAX_CODES), np.float64)
+    distance = np.asarray(nearest_other(embeddings, 2048), np.float64)
     statistics = {"": distance.mean(), "_median": np.median(distance), "_min": distance.min()}
     return {f"code_distance{name}": float(value) for name, value in statistics.items()}
 
@@ -141,9 +138,8 @@ def positions_chart(indices: Int[np.ndarray, "B h w"], size: int) -> UInt8[np.nd
     counts = np.stack([np.bincount(column, minlength=size) for column in indices.reshape(B, -1).T])
     share = counts / B
     entropy = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1).reshape(h, w)
-    gray = 255 * (entropy - entropy.min()) / max(np.ptp(entropy), 1e-12)
-    cell = max(SIDE // h, 1)
-    return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2).repeat(cell, 0).repeat(cell, 1)
+    gray = (255 * (entropy - entropy.min()) / max(np.ptp(entropy), 1e-12)).astype(np.uint8)
+    return visualize.enlarge(np.repeat(gray[..., None], 3, axis=2), SIDE)
 
 
 def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -171,9 +167,8 @@ def _lookup(tokenizer: Tokenizer, indices: Int[np.ndarray, "*b"]) -> Float[np.nd
     """Returns the vectors of codes of the first level."""
     if tokenizer.module.quantizer.decodes_prefixes:
         indices = indices[..., None]
-    return np.asarray(
-        tokenizer.module.apply(tokenizer.variables, indices, method=lambda model, i: model.quantizer.lookup(i))
-    )
+    vectors = tokenizer.module.apply(tokenizer.variables, indices, method=lambda model, i: model.quantizer.lookup(i))
+    return np.asarray(vectors)
 
 
 def _read_images(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B {size} {size} 3"]:
@@ -187,9 +182,7 @@ def _read_images(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B {s
     return images
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: report(parse(argv)))
-
+main = command_line.build_main(parse, report)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What all commands share: their arguments, progress bar, error messages and exit codes.
+"""The parts that all commands share: arguments, progress bar, error messages and exit codes.
 
 Exit codes: 0 success, 1 files or other resources that cannot be used, 2 invalid arguments or settings, 130 interrupted.
 Errors are one line on standard error; a bug keeps its traceback.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from vqrae_jax import runtime
-from vqrae_jax.config import DataConfig, from_dict
+from vqrae_jax.config import DataConfig, EncoderClass, from_dict
 from vqrae_jax.errors import ConfigError, UserError
 
 T = TypeVar("T")
@@ -23,6 +23,13 @@ DATA_ARGUMENTS = {  # by the config fields that they set
     "data.eval_path": "--data", "data.path": "--data", "data.source": "--source", "data.name": "--name",
     "data.eval_split": "--split",
 }  # fmt: skip
+
+
+def build_main(
+    parse: Callable[..., argparse.Namespace], action: Callable[[argparse.Namespace], Any], level: int = logging.WARNING
+) -> Callable[..., None]:
+    """Returns the `main(argv=None)` of a command."""
+    return lambda argv=None: run(lambda: action(parse(argv)), level)
 
 
 def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
@@ -41,52 +48,54 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
         sys.exit(130)
 
 
-def build_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Returns the parser of `vqrae NAME`."""
-    return argparse.ArgumentParser(prog=f"vqrae {name}", description=description)
+class Parser(argparse.ArgumentParser):
+    """The parser of `vqrae NAME`."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__(prog=f"vqrae {name}", description=description)
+
+    def add(self, name: str, help: str = "", **options: Any) -> None:
+        """Adds an argument; its default, if it has one, becomes part of the help."""
+        if options.get("default") is not None:
+            help += f"{'; ' if help else ''}default: %(default)s"
+        self.add_argument(name, help=help, **options)
+
+    def add_count(self, name: str, help: str, default: int | None = None, **options: Any) -> None:
+        """Adds an argument that is an integer of at least 1."""
+        self.add(name, help, default=default, type=_positive, **options)
+
+    def add_checkpoint(self) -> None:
+        """Adds --checkpoint and --step, the arguments of `Tokenizer.load`."""
+        places = "workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id"
+        self.add("--checkpoint", places, required=True)
+        self.add("--step", "step of the checkpoint; the newest by default", type=int)
+
+    def add_data(self) -> None:
+        """Adds --data, --source, --name and --split, which name images as the data section of a config does."""
+        self.add("--data", "images: a folder, or the value of data.path for another --source")
+        self.add("--source", ", ".join(SOURCES), default="folder")
+        self.add("--name", "value of data.name, for sources that need it")
+        self.add("--split", "split of a dataset that has splits", default="train")
+
+    def add_encoder_class(self, field: str) -> None:
+        """Adds --encoder-cls, which sets a config field."""
+        options = {"choices": get_args(EncoderClass), "metavar": "ENCODER_CLS"}
+        self.add("--encoder-cls", f"value of {field}", default="Dinov2withNorm", **options)
+
+    def add_batch_and_limit(self, batch: int) -> None:
+        """Adds --batch and --limit."""
+        self.add_count("--batch", "images per batch", batch)
+        self.add_count("--limit", "use the first LIMIT images only")
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds --checkpoint and --step, the arguments of `Tokenizer.load`."""
-    parser.add_argument(
-        "--checkpoint", required=True,
-        help="workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id",
-    )  # fmt: skip
-    parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Adds --data, --source, --name and --split, which name images as the data section of a config does."""
-    parser.add_argument("--data", help="images: a folder, or the value of data.path for another --source")
-    parser.add_argument("--source", default="folder", help=f"{', '.join(SOURCES)}; default: folder")
-    parser.add_argument("--name", help="value of data.name, for sources that need it")
-    parser.add_argument("--split", default="train", help="split of a dataset that has splits; default: train")
-
-
-def add_batch(parser: argparse.ArgumentParser, default: int) -> None:
-    """Adds --batch."""
-    parser.add_argument("--batch", type=positive, default=default, help="images per batch; default: %(default)s")
-
-
-def add_limit(parser: argparse.ArgumentParser, default: int | None = None) -> None:
-    """Adds --limit."""
-    text = "all by default" if default is None else "default: %(default)s"
-    parser.add_argument("--limit", type=positive, default=default, help=f"use the first LIMIT images only; {text}")
-
-
-def positive(text: str) -> int:
-    """Converts an argument to an integer of at least 1; argparse reports the name of the argument."""
+def _positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
     return int(text)
 
 
 def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
-    """Returns the arguments of `add_data` as validation data: in order, without anything random.
-
-    Args:
-      args: the parsed command line.
-      fields: other fields of the data section.
+    """Returns the arguments of `add_data` as validation data, with other fields of the data section.
 
     Raises:
       ConfigError: an unknown source, or --data or --split is missing.
@@ -103,28 +112,15 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
 
 @contextlib.contextmanager
 def names_arguments(arguments: Mapping[str, str] = DATA_ARGUMENTS) -> Iterator[None]:
-    """Reports errors in config fields as errors in the arguments that set them; a context or a decorator.
-
-    Args:
-      arguments: {config field: argument}.
-    """
+    """Reports errors in config fields as errors in the arguments that set them; a decorator or a context."""
     try:
         yield
     except UserError as error:
-        if (renamed := error.renamed(arguments)) is error:
-            raise
-        raise renamed from error
+        raise error.renamed(arguments) from error.__cause__
 
 
 def progress(items: Iterable[T], total: int, unit: str, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """Yields `items` with a progress bar on standard error if that is a terminal.
-
-    Args:
-      items: anything.
-      total: of the sizes of all items.
-      unit: label of the bar.
-      size: by how much an item advances the bar.
-    """
+    """Yields `items` with a progress bar on standard error if that is a terminal; `total` is the sum of their sizes."""
     from vqrae_jax.progress import progress_bar
 
     with progress_bar(unit) as bar:

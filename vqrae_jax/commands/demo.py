@@ -37,22 +37,15 @@ With **{PASTE}**, click two corners of a region in the second image, then a posi
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "demo", "Serves a web page to look at, compare and edit the codes of images; needs the `demo` extra."
-    )
-    command_line.add_checkpoint(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    parser.add_argument(
-        "--max-upload",
-        type=command_line.positive,
-        default=10,
-        help="largest file in MB; default: %(default)s",
-    )
+    parser = command_line.Parser("demo", "Serves a web page to look at, compare and edit the codes of images.")
+    parser.add_checkpoint()
+    parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
+    parser.add("--port", type=int, default=7860)
+    parser.add_count("--max-upload", "largest file in MB", 10)
     return parser.parse_args(argv)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Slot:
     """One image on the page."""
 
@@ -74,7 +67,6 @@ class Session:
     message: str = HELP
 
     def change(self, message: str, **fields: Any) -> "Session":
-        """Returns a copy with other fields."""
         return dataclasses.replace(self, message=message, **fields)
 
 
@@ -87,9 +79,9 @@ class Page:
 
     def load(self, session: Session, slot: int, file: str | None) -> Session:
         """Loads an image file into a slot; None empties it. A file that is not an image changes only the message."""
+        tokenizer = self.tokenizer
         if file is None:
             return _replace_slot(session, slot, None, HELP)
-        tokenizer = self.tokenizer
         try:
             image = images.read_image(file)
         except ImageError:
@@ -136,9 +128,9 @@ class Page:
                 views += [None, None]
                 continue
             cells = [session.selected[1:]] if session.selected and session.selected[0] == i else []
-            cells += [session.corner] if i == 1 and session.corner else []
+            cells += [session.corner] if session.corner and i == 1 else []
             boxes = [(row, column, row + 1, column + 1) for row, column in cells]
-            boxes += [session.region] if i == 1 and session.region else []
+            boxes += [session.region] if session.region and i == 1 else []
             reconstruction = visualize.enlarge(slot.reconstruction, VIEW)
             codes = visualize.code_map(visualize.code_grid(slot.codes), len(reconstruction))
             views += [visualize.mark_cells(view, self.tokenizer.grid, boxes) for view in (reconstruction, codes)]
@@ -156,13 +148,12 @@ class Page:
         if session.selected is None:
             return None
         slot, row, column = session.selected
-        slots = [i for i, content in enumerate(session.slots) if content]
-        latents = np.stack([session.slots[i].latents for i in slots])
-        start = (slots.index(slot), row, column)
+        slots = [content for content in session.slots if content]
+        start = (slots.index(session.slots[slot]), row, column)
+        nearest = editing.nearest_patches(np.stack([content.latents for content in slots]), start, NEAREST)
         side, tiles = self.tokenizer.downsampling, []
-        for i, y, x in [start, *editing.nearest_patches(latents, start, NEAREST)]:
-            image = session.slots[slots[i]].reconstruction
-            tiles.append(image[y * side : (y + 1) * side, x * side : (x + 1) * side])
+        for i, y, x in [start, *nearest]:
+            tiles.append(slots[i].reconstruction[y * side : (y + 1) * side, x * side : (x + 1) * side])
         return visualize.strip(tiles, 64)
 
 
@@ -193,16 +184,14 @@ def _select_region(session: Session, row: int, column: int) -> Session:
 def build_blocks(page: Page) -> Any:
     """Builds the page as Gradio's Blocks."""
     gr, tokenizer = import_gradio(), page.tokenizer
-    shape = " x ".join(map(str, tokenizer.code_shape))
-    summary = (
-        f"{tokenizer.image_size} x {tokenizer.image_size} pixels become {shape} codes out of "
-        f"{tokenizer.codebook_size:,}: {tokenizer.bits_per_image:,.0f} bits."
-    )
+    size, shape = tokenizer.image_size, " x ".join(map(str, tokenizer.code_shape))
+    codes, bits = f"{shape} codes out of {tokenizer.codebook_size:,}", f"{tokenizer.bits_per_image:,.0f} bits"
+    view_size = -(-VIEW // size) * size  # pixels of the images that `Page.render` returns
     output = {"interactive": False, "format": "png", "buttons": [], "height": HEIGHT}
     upload = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         session = gr.State(Session())
-        gr.Markdown(f"# {TITLE}\n{summary}")
+        gr.Markdown(f"# {TITLE}\n{size} x {size} pixels become {codes}: {bits}.")
         with gr.Row(equal_height=True):
             action = gr.Radio([LOOK, PASTE], value=LOOK, label="on click", elem_id="action", scale=1)
             message = gr.Markdown(HELP, elem_id="message", container=True)
@@ -214,8 +203,8 @@ def build_blocks(page: Page) -> Any:
                 views.append(gr.Image(label="reconstruction", elem_id=f"reconstruction{i}", **output))
                 views.append(gr.Image(label="codes", elem_id=f"codes{i}", **output))
         nearest = gr.Image(label="selected and nearest patches", elem_id="nearest", **{**output, "height": 130})
-        event = {"concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
-        event["outputs"] = [session, message, *views, nearest]
+        outputs = [session, message, *views, nearest]
+        event = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
 
         def update(new: Session) -> tuple[Any, ...]:
             return (new, new.message, *page.render(new))
@@ -225,9 +214,8 @@ def build_blocks(page: Page) -> Any:
 
         def on_click(view: int) -> Callable[..., tuple[Any, ...]]:
             def click(old: Session, action: str, at: gr.SelectData) -> tuple[Any, ...]:
-                image = page.render(old)[view]
-                height, width = (1, 1) if image is None else image.shape[:2]
-                return update(page.click(old, view // 2, at.index[0] / width, at.index[1] / height, action == PASTE))
+                x, y = (pixel / view_size for pixel in at.index)
+                return update(page.click(old, view // 2, x, y, action == PASTE))
 
             return click
 
@@ -273,9 +261,7 @@ def import_gradio() -> Any:
     return gradio
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: serve(parse(argv)))
-
+main = command_line.build_main(parse, serve)
 
 if __name__ == "__main__":
     main()

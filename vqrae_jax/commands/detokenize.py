@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,29 +27,19 @@ MAX_BYTES = 200  # of an id in a file name; most file systems allow 255 for the 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "detokenize", "Decodes the codes of a tokenized dataset, or an array of codes from a generator, to image files."
-    )
-    command_line.add_checkpoint(parser)
-    parser.add_argument("--codes", required=True, help="folder written by tokenize, or .npy file with codes [N, ...]")
-    parser.add_argument("--output", required=True, help="folder for the images")
-    parser.add_argument("--format", default="png", choices=["png", "jpg", "webp"], help="default: png")
-    parser.add_argument(
-        "--names", default="index", choices=["index", "id"],
-        help="name of the images: their number in the dataset, or their id; default: index",
-    )  # fmt: skip
-    command_line.add_limit(parser)
-    parser.add_argument("--force", action="store_true", help="accept codes of another tokenizer")
-    command_line.add_batch(parser, 32)
+    parser = command_line.Parser("detokenize", "Decodes the codes of a dataset, or an array of codes, to image files.")
+    parser.add_checkpoint()
+    parser.add("--codes", "folder written by tokenize, or .npy file with codes [N, ...]", required=True)
+    parser.add("--output", "folder for the images", required=True)
+    parser.add("--format", default="png", choices=["png", "jpg", "webp"])
+    parser.add("--names", "names of the files: number in the dataset, or id", default="index", choices=["index", "id"])
+    parser.add("--force", "accept codes of another tokenizer", action="store_true")
+    parser.add_batch_and_limit(32)
     return parser.parse_args(argv)
 
 
 def detokenize(args: argparse.Namespace) -> list[storage.Path]:
-    """Runs the command; returns the images written.
-
-    Raises:
-      DataError: the codes are from another tokenizer, of another shape, or out of range.
-    """
+    """Runs the command; returns the images written."""
     path, output = storage.resolve_path(args.codes), storage.resolve_path(args.output)
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
@@ -56,26 +47,26 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
     if dataset is None:
         array = _read_array(storage.download(path))
-        total, shards = len(array), iter([(_number_names(range(len(array))), array)])
-    else:
-        if dataset.plan.tokenizer != tokenizer.hash and not args.force:
-            raise DataError(
-                f"the codes are from the tokenizer {dataset.plan.tokenizer[:12]}, not from {tokenizer.hash[:12]}, for "
-                "which they mean something else; pass the checkpoint of their tokenizer, or --force",
-                field="--codes", value=str(path),
-            )  # fmt: skip
+        total, shards = len(array), iter([([f"{i:08d}" for i in range(len(array))], array)])
+    elif dataset.plan.tokenizer == tokenizer.hash or args.force:
         total, shards = len(dataset), _named_shards(dataset, args.names)
+    else:
+        raise DataError(
+            f"the codes are from the tokenizer {dataset.plan.tokenizer[:12]}, not from {tokenizer.hash[:12]}, for "
+            "which they mean something else; pass the checkpoint of their tokenizer, or --force",
+            field="--codes", value=str(path),
+        )  # fmt: skip
     total = min(total, args.limit or total)
     has_views = dataset is not None and dataset.plan.views != "one"
     written: list[storage.Path] = []
     with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
         batches = _batches(shards, total, args.batch)
         for names, indices in command_line.progress(batches, total, "images", lambda batch: len(batch[0])):
-            views = indices.shape[1] if has_views else 1
-            flat = indices.reshape(-1, *indices.shape[2:]) if has_views else indices
-            decoded = visualize.to_uint8(tokenizer.decode_from_indices(flat))
-            suffixes = [f"_{view}.{args.format}" if has_views else f".{args.format}" for view in range(views)]
-            paths = [output / f"{name}{suffix}" for name in names for suffix in suffixes]
+            if has_views:
+                names = [f"{name}_{view}" for name in names for view in range(indices.shape[1])]
+                indices = indices.reshape(-1, *indices.shape[2:])
+            decoded = visualize.to_uint8(tokenizer.decode_from_indices(indices))
+            paths = [output / f"{name}.{args.format}" for name in names]
             list(disk.map(images.write_image, paths, decoded))
             written += paths
     print(f"wrote {len(written)} images to {output}")
@@ -91,18 +82,13 @@ def _read_array(path: pathlib.Path) -> np.ndarray:
 
 def _named_shards(dataset: code_files.Codes, names: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yields file names and codes of each shard."""
-    unique = UniqueNames()
+    used: set[str] = set()
     for shard in dataset.shards():
-        yield [unique(name) for name in shard.id] if names == "id" else _number_names(shard.index), shard.codes
+        ids = [unique_name(i, used) for i in shard.id] if names == "id" else [f"{i:08d}" for i in shard.index]
+        yield ids, shard.codes
 
 
-def _number_names(numbers: Sequence[int]) -> list[str]:
-    return [f"{number:08d}" for number in numbers]
-
-
-def _batches(
-    shards: Iterator[tuple[list[str], np.ndarray]], total: int, size: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
+def _batches(shards: Iterator[tuple[list[str], np.ndarray]], total: int, size: int) -> Iterator[tuple[list[str], Any]]:
     """Yields names and codes of the first `total` images, at most `size` at a time and of one shard."""
     for names, indices in shards:
         for start in range(0, min(len(names), total), size):
@@ -113,27 +99,20 @@ def _batches(
             return
 
 
-class UniqueNames:
-    """Converts ids to file names of letters, digits, dots, - and _, all different even if case is ignored."""
-
-    def __init__(self):
-        self._used: set[str] = set()
-
-    def __call__(self, name: str) -> str:
-        stem, suffix = os.path.splitext(name)
-        safe = re.sub(r"[^\w.-]+", "_", stem if suffix.lower() in images.SUFFIXES else name).lstrip(".")
-        safe = unique = safe.encode(errors="replace")[:MAX_BYTES].decode(errors="ignore") or "_"
-        number = 1
-        while unique.lower() in self._used:  # a.png and a.jpg, or "a b" and "a_b"
-            number += 1
-            unique = f"{safe}_{number}"
-        self._used.add(unique.lower())
-        return unique
+def unique_name(id: str, used: set[str]) -> str:
+    """Converts an id to a file name of letters, digits, dots, - and _ that is not in `used`, ignoring case; adds it."""
+    stem, suffix = os.path.splitext(id)
+    safe = re.sub(r"[^\w.-]+", "_", stem if suffix.lower() in images.SUFFIXES else id).lstrip(".")
+    safe = name = safe.encode(errors="replace")[:MAX_BYTES].decode(errors="ignore") or "_"
+    number = 1
+    while name.lower() in used:  # a.png and a.jpg, or "a b" and "a_b"
+        number += 1
+        name = f"{safe}_{number}"
+    used.add(name.lower())
+    return name
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: detokenize(parse(argv)))
-
+main = command_line.build_main(parse, detokenize)
 
 if __name__ == "__main__":
     main()

@@ -22,16 +22,12 @@ from vqrae_jax.pretrained import pytorch_vqrae, writers
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "export", "Writes a trained model for the PyTorch VQRAE, as a folder, or as StableHLO programs."
-    )
-    command_line.add_checkpoint(parser)
-    parser.add_argument("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
-    parser.add_argument("--output", required=True, help="a .pt file for pytorch, otherwise a folder")
-    parser.add_argument(
-        "--transformers", type=int, choices=[4, 5], default=4,
-        help="pytorch: version of transformers whose tensor names the encoder gets; default: 4, as in most files",
-    )  # fmt: skip
+    parser = command_line.Parser("export", "Writes a trained model for PyTorch, as a folder, or as StableHLO.")
+    parser.add_checkpoint()
+    parser.add("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
+    parser.add("--output", "a .pt file for pytorch, otherwise a folder", required=True)
+    versions = "pytorch: version of transformers whose tensor names the encoder gets"
+    parser.add("--transformers", versions, type=int, choices=[4, 5], default=4)
     return parser.parse_args(argv)
 
 
@@ -62,9 +58,7 @@ def export(args: argparse.Namespace) -> list[storage.Path]:
     return written
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: export(parse(argv)))
-
+main = command_line.build_main(parse, export)
 
 if __name__ == "__main__":
     main()

@@ -18,16 +18,11 @@ from vqrae_jax.pretrained import readers
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder for Tokenizer.load."
-    )
-    parser.add_argument("--checkpoint", required=True, help="local file, or owner/name/path/to/file on the hub")
-    parser.add_argument("--config", required=True, help="config of the model: configs/NAME.py[:argument], or .json")
-    parser.add_argument(
-        "--weights", choices=["ema", "model"], default="ema",
-        help="which weights of a training checkpoint; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
+    parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub", required=True)
+    parser.add("--config", "config of the model: configs/NAME.py[:argument], or .json", required=True)
+    parser.add("--weights", "which weights of a training checkpoint", choices=["ema", "model"], default="ema")
+    parser.add("--output", "folder to write", required=True)
     return parser.parse_args(argv)
 
 
@@ -60,9 +55,7 @@ def read_config(name: str) -> config_lib.ModelConfig:
     return config_lib.from_dict(config_lib.Config, values).model
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: import_pytorch(parse(argv)), logging.INFO)
-
+main = command_line.build_main(parse, import_pytorch, logging.INFO)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ Everything is read from descriptions and shapes: weights are loaded for --hash o
 """
 
 import argparse
+import collections
 import json
 import math
 import sys
@@ -27,21 +28,20 @@ WIDTH = 160  # columns of output that is not a terminal
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser("inspect", "Shows the config, sizes, metrics and origin of a checkpoint.")
-    command_line.add_checkpoint(parser)
-    parser.add_argument("--config", action="store_true", help="show every field of the config, not only changed ones")
-    parser.add_argument("--hash", action="store_true", help="show the hash of the tokenizer too; reads all weights")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = command_line.Parser("inspect", "Shows the config, sizes, metrics and origin of a checkpoint.")
+    parser.add_checkpoint()
+    parser.add("--config", "show every field of the config, not only changed ones", action="store_true")
+    parser.add("--hash", "show the hash of the tokenizer too; reads all weights", action="store_true")
+    parser.add("--json", "print one JSON object instead of a table", action="store_true")
     return parser.parse_args(argv)
 
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it shows."""
     location = locate(args.checkpoint, args.step)
-    config = location.run or location.config
-    values = config.model_dump(mode="json")
-    provenance = dict(location.provenance)
+    config, provenance = location.run or location.config, dict(location.provenance)
     metrics, protocol = provenance.pop("metrics", {}), provenance.pop("protocol", {})
+    values = config.model_dump(mode="json")
     description = {
         "path": str(location.path),
         "kind": "exported folder" if location.run is None else "checkpoint",
@@ -62,10 +62,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _describe_model(location: Location) -> dict[str, Any]:
-    """Returns the code grid and the number of parameters of each part.
-
-    If the encoder's description is not available, the reason, and the sizes in the files.
-    """
+    """Returns the code grid and the parameters of each part; less if the encoder's description is not available."""
     # Files of statistics and initial weights, which may be gone, decide none of these shapes.
     config = location.config.model_copy(update={"normalization_stat_path": None, "pretrained_decoder_path": None})
     try:
@@ -90,13 +87,12 @@ def _stored_sizes(location: Location) -> dict[str, int]:
     if location.run is None:
         shapes = saving.stored_shapes(location.path)
     else:
-        tree = checkpoint.saved_shapes(location.path)
-        shapes = {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
-    sizes: dict[str, int] = {}
+        tree = flatten_dict(checkpoint.saved_shapes(location.path), sep="/")
+        shapes = {name: leaf.shape for name, leaf in tree.items()}
+    sizes = collections.Counter()
     for name, shape in shapes.items():
-        part = "/".join(name.split("/")[:2])
-        sizes[part] = sizes.get(part, 0) + math.prod(shape)
-    return sizes
+        sizes["/".join(name.split("/")[:2])] += math.prod(shape)
+    return dict(sizes)
 
 
 def _size(tree: Mapping[str, Any]) -> int:
@@ -129,9 +125,7 @@ def _print_table(description: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table, highlight=False, markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: inspect(parse(argv)))
-
+main = command_line.build_main(parse, inspect)
 
 if __name__ == "__main__":
     main()

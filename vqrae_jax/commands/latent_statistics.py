@@ -4,9 +4,8 @@ vqrae latent-statistics --encoder=facebook/dinov2-base --data=/data/train --outp
 """
 
 import argparse
-import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,10 @@ from jaxtyping import Array, Float
 from vqrae_jax import sharding, storage
 from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
 from vqrae_jax.commands import command_line
-from vqrae_jax.config import EncoderClass, ModelConfig, from_dict
+from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation.moments import Moments
-
-log = logging.getLogger(__name__)
 
 ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they set
     "data.image_size": "--size", "model.encoder_input_size": "--size", "model.encoder_config_path": "--encoder",
@@ -31,28 +28,15 @@ ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they se
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "latent-statistics",
-        "Computes mean, variance and principal axes of an encoder's latents over images, for "
-        "model.normalization_stat_path.",
-    )
-    parser.add_argument("--encoder", required=True, help="hub id or local folder: value of model.encoder_config_path")
-    parser.add_argument(
-        "--encoder-cls", choices=get_args(EncoderClass), default="Dinov2withNorm", metavar="ENCODER_CLS",
-        help="value of model.encoder_cls; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--size", type=command_line.positive, default=224,
-        help="pixels: value of model.encoder_input_size; default: %(default)s",
-    )  # fmt: skip
-    command_line.add_data(parser)
-    parser.add_argument("--output", required=True, help="file to write, .npz")
-    parser.add_argument("--per-position", action="store_true", help="mean and variance per position: [h, w, C]")
-    parser.add_argument(
-        "--components", type=command_line.positive, default=64, help="number of principal axes; default: %(default)s"
-    )
-    command_line.add_batch(parser, 32)
-    command_line.add_limit(parser)
+    parser = command_line.Parser("latent-statistics", __doc__.partition("\n\n")[0])
+    parser.add("--encoder", "hub id or local folder: value of model.encoder_config_path", required=True)
+    parser.add_encoder_class("model.encoder_cls")
+    parser.add_count("--size", "pixels: value of model.encoder_input_size", 224)
+    parser.add_data()
+    parser.add("--output", "file to write, .npz", required=True)
+    parser.add("--per-position", "mean and variance per position: [h, w, C]", action="store_true")
+    parser.add_count("--components", "number of principal axes", 64)
+    parser.add_batch_and_limit(32)
     return parser.parse_args(argv)
 
 
@@ -70,11 +54,10 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     data = command_line.data_config(args, image_size=args.size, eval_batch_size=batch_size)
     batches = pipeline.evaluation_batches(data, limit=args.limit)
     channels, positions = estimate(lambda image: built.module.encoder.apply(params, image), batches, mesh)
-    images = positions.count
-    if not images:
+    if not (images := positions.count):
         raise DataError(f"none of its {batches.count} images is readable", field="--data", value=args.data)
     if skipped := batches.count - images:
-        log.warning("skipped %d images that cannot be read", skipped)
+        print(f"skipped {skipped} images that cannot be read", file=sys.stderr)
     result = summarize(channels, positions if args.per_position else None, args.components)
     with storage.stage_output(output) as file:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +83,16 @@ def estimate(
       Moments of the channels [C] over images and positions, and diagonal moments of the latents [h, w, C] over images.
     """
 
-    def step(image: Array, mask: Array) -> tuple[Array, ...]:
-        image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-        return jnp.sum(mask), *batch_moments(encode(image), mask.astype(jnp.float32))
+    def step(images: Array, mask: Array) -> tuple[Array, ...]:
+        """Sums over the images whose mask is one; float32 is enough for deviations from the means of a batch."""
+        images = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+        latents, mask = encode(images).astype(jnp.float32), mask.astype(jnp.float32)
+        weights = mask[:, None, None, None]
+        mean = jnp.sum(latents * weights, axis=0) / jnp.sum(mask)
+        squares = jnp.sum(((latents - mean) * weights) ** 2, axis=0)
+        centered = (latents - jnp.mean(mean, axis=(0, 1))) * weights
+        products = jnp.einsum("bhwc,bhwd->cd", centered, centered, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(mask), mean, squares, products
 
     step = jax.jit(step, out_shardings=sharding.replicated(mesh))
     channels, positions = Moments(), Moments(diagonal=True)
@@ -116,33 +106,10 @@ def estimate(
     return channels, positions
 
 
-def batch_moments(
-    latents: Float[Array, "B h w C"], mask: Float[Array, " B"]
-) -> tuple[Float[Array, "h w C"], Float[Array, "h w C"], Float[Array, "C C"]]:
-    """Computes the mean, squares and channel products of the images whose mask is one.
-
-    Deviations are from the means of the batch, so that float32 is enough.
-    """
-    latents = latents.astype(jnp.float32)
-    weights = mask[:, None, None, None]
-    mean = jnp.sum(latents * weights, axis=0) / jnp.sum(mask)
-    squares = jnp.sum(((latents - mean) * weights) ** 2, axis=0)
-    centered = (latents - jnp.mean(mean, axis=(0, 1))) * weights
-    products = jnp.einsum("bhwc,bhwd->cd", centered, centered, precision=jax.lax.Precision.HIGHEST)
-    return mean, squares, products
-
-
 def summarize(channels: Moments, positions: Moments | None, components: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file of statistics, float32.
+    """Returns the arrays of a file of statistics, float32, from the moments that `estimate` returns.
 
-    Args:
-      channels: see `estimate`.
-      positions: see `estimate`; None: mean and variance are per channel.
-      components: number of principal axes.
-
-    Returns:
-      mean, var: [C], or [h, w, C] with `positions`.
-      pca_mean [C], pca_basis [C, components], pca_var [components].
+    They are mean and var, [C] or with `positions` [h, w, C]; pca_mean [C], pca_basis [C, components] and pca_var.
     """
     covariance = channels.products / channels.count
     var, basis = np.linalg.eigh(covariance)
@@ -154,9 +121,7 @@ def summarize(channels: Moments, positions: Moments | None, components: int) -> 
     return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: latent_statistics(parse(argv)))
-
+main = command_line.build_main(parse, latent_statistics)
 
 if __name__ == "__main__":
     main()

@@ -30,17 +30,13 @@ CHARTS = {  # title: patterns of metric names; charts without values are left ou
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
-Curves = dict[str, tuple[list[float], list[float]]]  # {metric or label: (steps, values)}
-
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
-    parser.add_argument("--workdir", required=True, nargs="+", help="workdirs of runs; several share the charts")
-    parser.add_argument("--output", required=True, help=f"file to write: {', '.join(SUFFIXES)}")
-    parser.add_argument(
-        "--show", nargs="+", help="one chart per pattern of metric names, as 'eval/*'; a selection by default"
-    )
+    parser = command_line.Parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
+    parser.add("--workdir", "workdirs of runs; several share the charts", required=True, nargs="+")
+    parser.add("--output", f"file to write: {', '.join(SUFFIXES)}", required=True)
+    parser.add("--show", "one chart per pattern of metric names, as 'eval/*'; a selection by default", nargs="+")
     return parser.parse_args(argv)
 
 
@@ -64,7 +60,7 @@ def plot(args: argparse.Namespace) -> list[str]:
     return list(charts)
 
 
-def read_metrics(workdir: str | os.PathLike) -> Curves:
+def read_metrics(workdir: str | os.PathLike) -> visualize.Curves:
     """Reads the metrics of a run, by rising steps.
 
     A run that was resumed from an earlier checkpoint logs some steps twice: the later line counts. Lines that are not
@@ -89,7 +85,7 @@ def read_metrics(workdir: str | os.PathLike) -> Curves:
     return {name: tuple(map(list, zip(*sorted(by_step.items()), strict=True))) for name, by_step in by_name.items()}
 
 
-def select_curves(runs: dict[str, Curves], patterns: Sequence[str]) -> Curves:
+def select_curves(runs: dict[str, visualize.Curves], patterns: Sequence[str]) -> visualize.Curves:
     """Returns the curves of one chart, labeled by metric, and by run if there are several."""
     selected = {}
     for run, curves in runs.items():
@@ -105,9 +101,7 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(map(str, workdirs))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: plot(parse(argv)))
-
+main = command_line.build_main(parse, plot)
 
 if __name__ == "__main__":
     main()

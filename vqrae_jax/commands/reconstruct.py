@@ -10,6 +10,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,24 +31,16 @@ SHOW = "input,reconstruction,codes"
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "reconstruct", "Encodes and decodes images, and shows input | reconstruction | code map."
-    )
-    command_line.add_checkpoint(parser)
-    parser.add_argument("--image", required=True, nargs="+", help="images, folders, or patterns as 'a/*.png'")
-    parser.add_argument(
-        "--output", required=True, help="one image for all (.png, .jpg, .webp), or a folder for one image each"
-    )
-    parser.add_argument("--show", help=f"which of {','.join(visualize.KINDS)}; default: {SHOW}")
-    parser.add_argument("--only", action="store_true", help="write the bare reconstructions instead of --show")
-    parser.add_argument(
-        "--format", default="png", choices=["png", "jpg", "webp"], help="of images in a folder; default: png"
-    )
-    parser.add_argument(
-        "--fit", default="crop", choices=["crop", "pad", "stretch"], help="how images become square; default: crop"
-    )
-    parser.add_argument("--metrics", help="JSON file for the metrics of each image")
-    command_line.add_batch(parser, 32)
+    parser = command_line.Parser("reconstruct", __doc__.partition("\n\n")[0])
+    parser.add_checkpoint()
+    parser.add("--image", "images, folders, or patterns as 'a/*.png'", required=True, nargs="+")
+    parser.add("--output", "one image for all (.png, .jpg, .webp), or a folder for one image each", required=True)
+    parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
+    parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
+    parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
+    parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
+    parser.add("--metrics", "JSON file for the metrics of each image")
+    parser.add_count("--batch", "images per batch", 32)
     return parser.parse_args(argv)
 
 
@@ -66,38 +59,34 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     files = [file for name in args.image for file in _find_files(name)]
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(1, min(args.batch, len(files))), fit=args.fit)
 
-    def render(originals: np.ndarray, reconstructions: np.ndarray, indices: np.ndarray | None) -> np.ndarray:
+    def render(rows: list[list[Any]]) -> np.ndarray:
+        columns = (None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True))
+        originals, reconstructions, indices = columns
         if args.only:
             return np.concatenate(reconstructions, axis=1)
-        columns = 1 if len(originals) == 1 else 2
-        return visualize.reconstruction_grid(originals, reconstructions, indices, tokenizer.grid, columns, show)
+        per_row = 1 if len(rows) == 1 else 2
+        return visualize.reconstruction_grid(originals, reconstructions, indices, tokenizer.grid, per_row, show)
 
     skipped: list[str] = []
-    written, results, metrics = [], [], {}
+    written, rows, metrics = [], [], {}
     batches = _read_batches(files, tokenizer, skipped)
     for names, originals in command_line.progress(batches, len(files), "images", lambda batch: len(batch[0])):
-        indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else None
-        decoded = tokenizer.reconstruct(originals) if indices is None else tokenizer.decode_from_indices(indices)
-        reconstructions = visualize.to_uint8(decoded)
+        indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else [None] * len(names)
+        decoded = tokenizer.decode_from_indices(indices) if tokenizer.has_codes else tokenizer.reconstruct(originals)
         values = _compare(decoded, originals / np.float32(255))
-        for i, name in enumerate(names):
+        for i, (name, *row) in enumerate(zip(names, originals, visualize.to_uint8(decoded), indices, strict=True)):
             metrics[name] = {metric: float(value[i]) for metric, value in values.items()}
-            codes = "" if indices is None else f", {_count_codes(indices[i], tokenizer)}"
+            codes = _describe_codes(indices[i], tokenizer.codebook_size) if tokenizer.has_codes else ""
             print(f"{name}: {_format(metrics[name])}{codes}")
-        if not to_folder:
-            results.append((originals, reconstructions, indices))
-            continue
-        for i, name in enumerate(names):
-            one = slice(i, i + 1)
-            path = output / f"{len(written):05d}_{pathlib.Path(name).stem}.{args.format}"
-            part = None if indices is None else indices[one]
-            images.write_image(path, render(originals[one], reconstructions[one], part))
-            written.append(path)
+            if to_folder:
+                written.append(output / f"{len(written):05d}_{pathlib.Path(name).stem}.{args.format}")
+                images.write_image(written[-1], render([row]))
+            else:
+                rows.append(row)
     if not metrics:
         raise DataError(f"none of {len(files)} files is readable; the first: {skipped[0]}", field="--image")
-    if results:
-        columns = zip(*results, strict=True)
-        images.write_image(output, render(*(None if x[0] is None else np.concatenate(x) for x in columns)))
+    if rows:
+        images.write_image(output, render(rows))
         written.append(output)
     _report(args, metrics, skipped, written)
     return written
@@ -140,24 +129,21 @@ def _compare(reconstructions: np.ndarray, originals: np.ndarray) -> dict[str, np
     return metrics
 
 
-def _count_codes(indices: np.ndarray, tokenizer: Tokenizer) -> str:
-    return f"{indices.size} codes, {len(np.unique(indices))} different of {tokenizer.codebook_size}"
-
-
 def _format(metrics: dict[str, float]) -> str:
     return f"PSNR {metrics['psnr']:.2f} dB" + (f", SSIM {metrics['ssim']:.3f}" if "ssim" in metrics else "")
 
 
-def _report(
-    args: argparse.Namespace, metrics: dict[str, dict[str, float]], skipped: list[str], written: list[storage.Path]
-) -> None:
+def _describe_codes(indices: np.ndarray, codebook_size: int) -> str:
+    return f", {indices.size} codes, {len(np.unique(indices))} different of {codebook_size}"
+
+
+def _report(args: argparse.Namespace, metrics: dict[str, Any], skipped: list[str], written: list[storage.Path]) -> None:
     names = next(iter(metrics.values()))
     mean = {name: float(np.mean([values[name] for values in metrics.values()])) for name in names}
     if args.metrics:
         text = json.dumps({"mean": mean, "images": metrics, "skipped": skipped}, indent=1, ensure_ascii=False) + "\n"
-        storage.write_bytes(
-            args.metrics, text.encode(errors="backslashreplace")
-        )  # names that are not UTF-8 as JSON escapes
+        content = text.encode(errors="backslashreplace")  # file names that are not UTF-8 become escapes of JSON
+        storage.write_bytes(args.metrics, content)
     if len(metrics) > 1:
         print(f"mean of {len(metrics)} images: {_format(mean)}")
     if skipped:
@@ -165,9 +151,7 @@ def _report(
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: reconstruct(parse(argv)))
-
+main = command_line.build_main(parse, reconstruct)
 
 if __name__ == "__main__":
     main()

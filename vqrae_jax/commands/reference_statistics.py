@@ -8,14 +8,13 @@ short side to --size pixels, then the central square.
 
 import argparse
 from collections.abc import Sequence
-from typing import get_args
 
 import jax
 
 from vqrae_jax import sharding, storage
 from vqrae_jax.build import judges
 from vqrae_jax.commands import command_line
-from vqrae_jax.config import DataConfig, EncoderClass, EvaluationConfig, from_dict
+from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import reference
@@ -29,30 +28,17 @@ ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they se
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "reference-statistics",
-        "Computes mean and covariance of a network's features over a folder of images, the reference of a Frechet "
-        "distance.",
-    )
-    parser.add_argument("--data", required=True, help="folder of images, flat or in class subfolders")
-    parser.add_argument("--size", type=command_line.positive, required=True, help="pixels: value of data.image_size")
+    parser = command_line.Parser("reference-statistics", __doc__.partition("\n\n")[0])
+    parser.add("--data", "folder of images, flat or in class subfolders", required=True)
+    parser.add_count("--size", "pixels: value of data.image_size", required=True)
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--inception", metavar="FILE", help="value of evaluation.inception_path")
     network.add_argument("--encoder", help="hub id or local folder: value of evaluation.encoder_path")
-    parser.add_argument(
-        "--encoder-cls", choices=get_args(EncoderClass), default="Dinov2withNorm", metavar="ENCODER_CLS",
-        help="value of evaluation.encoder_cls; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--encoder-size", type=command_line.positive, default=224,
-        help="pixels: value of evaluation.encoder_input_size; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pool", choices=("cls", "mean"), default="cls", help="value of evaluation.encoder_pool; default: %(default)s"
-    )
-    parser.add_argument("--output", required=True, help="file to write, .npz")
-    command_line.add_batch(parser, 64)
-    command_line.add_limit(parser)
+    parser.add_encoder_class("evaluation.encoder_cls")
+    parser.add_count("--encoder-size", "pixels: value of evaluation.encoder_input_size", 224)
+    parser.add("--pool", "value of evaluation.encoder_pool", choices=("cls", "mean"), default="cls")
+    parser.add("--output", "file to write, .npz", required=True)
+    parser.add_batch_and_limit(64)
     return parser.parse_args(argv)
 
 
@@ -85,9 +71,7 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     return moments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command_line.run(lambda: reference_statistics(parse(argv)))
-
+main = command_line.build_main(parse, reference_statistics)
 
 if __name__ == "__main__":
     main()

@@ -32,30 +32,20 @@ LISTED = 5  # skipped images whose ids are printed
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = command_line.build_parser(
-        "tokenize", "Encodes a dataset to shards of codes with labels and ids. Run it again to continue after a stop."
-    )
-    command_line.add_checkpoint(parser)
-    command_line.add_data(parser)
-    parser.add_argument("--output", required=True, help="folder for the codes")
-    parser.add_argument("--format", default="npz", choices=list(code_shards.SUFFIXES), help="default: npz")
-    parser.add_argument(
-        "--views", default="one", choices=list(images.VIEWS),
-        help="views of each image: central crop, that and its mirror image, ten crops; default: %(default)s",
-    )  # fmt: skip
-    command_line.add_limit(parser)
-    parser.add_argument(
-        "--shard-size", type=command_line.positive, default=SHARD, help="images per shard; default: %(default)s"
-    )
-    parser.add_argument(
-        "--batch", type=command_line.positive, help=f"images per batch; default: {VIEWS} views per device"
-    )
-    parser.add_argument("--threads", type=command_line.positive, default=4, help="threads that read; default: 4")
-    parser.add_argument(
-        "--processes", type=int,
-        help="number of processes that share the work; default: those of the TPU pod, SLURM or Open MPI job",
-    )  # fmt: skip
-    parser.add_argument("--process", type=int, help="index of this process, from 0")
+    parser = command_line.Parser("tokenize", __doc__.partition("\n\n")[0])
+    parser.add_checkpoint()
+    parser.add_data()
+    parser.add("--output", "folder for the codes", required=True)
+    parser.add("--format", default="npz", choices=list(code_shards.SUFFIXES))
+    views = "views of each image: central crop, that and its mirror image, ten crops"
+    parser.add("--views", views, default="one", choices=list(images.VIEWS))
+    parser.add_count("--limit", "use the first LIMIT images only")
+    parser.add_count("--shard-size", "images per shard", SHARD)
+    parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default")
+    parser.add_count("--threads", "threads that read and crop images", 4)
+    shared = "number of processes that share the work; by default those of the TPU pod, SLURM or Open MPI job"
+    parser.add("--processes", shared, type=int)
+    parser.add("--process", "index of this process, from 0", type=int)
     return parser.parse_args(argv)
 
 
@@ -63,15 +53,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs the command; returns the manifest, or None while other processes are not done.
 
-    Raises:
-      UserError: an argument, the data or the checkpoint cannot be used; nothing is written then.
+    Arguments, data and checkpoint are checked before anything is written.
     """
     if (args.process is None) != (args.processes is None):
         raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
     if args.processes is not None and not 0 <= args.process < args.processes:
-        raise ConfigError(
-            f"expected 0 to {args.processes - 1}, below --processes", field="--process", value=args.process
-        )
+        raise ConfigError(f"must be less than --processes={args.processes}", field="--process", value=args.process)
     process, processes = args.process, args.processes
     if processes is None:
         process, processes = distributed.process_index(), distributed.process_count()
@@ -81,14 +68,13 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
     plan = build_plan(args, tokenizer, len(source))
     plan = dataclasses.replace(plan, listing=source.hash_listing(plan.images))
-    batch = args.batch or batch_size(plan.views, len(devices))
+    # The default is a power of two of images per device, with at most VIEWS views in all.
+    batch = args.batch or len(devices) << max((VIEWS // count_views(plan.views)).bit_length() - 1, 0)
     # By default the last batch of a shard is padded, so that shards do not depend on the number of devices.
     if (args.batch or args.shard_size != SHARD) and args.shard_size % batch:
-        nearest = -(-args.shard_size // batch) * batch
         raise ConfigError(
-            f"must be a multiple of the batch of {batch} images, for example {nearest}; or change --batch",
-            field="--shard-size", value=args.shard_size,
-        )  # fmt: skip
+            f"must be a multiple of {batch}, the images per batch", field="--shard-size", value=args.shard_size
+        )
     shards = [shard for shard in codes.start_dataset(args.output, plan) if shard % processes == process]
     if shards:
         write_shards(tokenizer, source, plan, shards, args.output, batch, args.threads)
@@ -130,33 +116,24 @@ def count_views(views: str) -> int:
     return len(images.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
 
 
-def batch_size(views: str, devices: int) -> int:
-    """Returns images per batch: per device a power of two of images with at most VIEWS views in all."""
-    return devices << max((VIEWS // count_views(views)).bit_length() - 1, 0)
-
-
 def write_shards(
     tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
 ) -> None:
     """Encodes and writes shards; reading, the device and the disk work at the same time.
 
     Args:
-      tokenizer: the tokenizer.
       source: see `pipeline.evaluation_source`.
-      plan: description of all shards.
       shards: numbers of the shards to write.
       output: folder that `codes.start_dataset` has prepared.
       batch: images per batch; the last batch of a shard is padded.
       threads: that read and crop images.
     """
-
-    def count(shard: int) -> int:
-        return len(range(*plan.image_range(shard)))
-
+    sizes = {shard: len(range(*plan.image_range(shard))) for shard in shards}
     encoded = _encode_shards(tokenizer, source, plan, shards, batch, threads)
     with concurrent.futures.ThreadPoolExecutor(1) as disk:
         writing = None
-        for shard, columns in command_line.progress(encoded, sum(map(count, shards)), "images", lambda x: count(x[0])):
+        progress = command_line.progress(encoded, sum(sizes.values()), "images", lambda item: sizes[item[0]])
+        for shard, columns in progress:
             if writing is not None:
                 writing.result()
             writing = disk.submit(codes.write_shard, output, plan, shard, columns)
@@ -192,15 +169,13 @@ def _encode_shards(
             parts = []
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    def connect_and_tokenize() -> None:
-        args = parse(argv)
-        if args.processes is None:
-            distributed.connect()  # must precede the first use of a device
-        tokenize(args)
+def _connect_and_tokenize(args: argparse.Namespace) -> None:
+    if args.processes is None:
+        distributed.connect()  # must precede the first use of a device
+    tokenize(args)
 
-    command_line.run(connect_and_tokenize)
 
+main = command_line.build_main(parse, _connect_and_tokenize)
 
 if __name__ == "__main__":
     main()

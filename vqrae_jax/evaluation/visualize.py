@@ -14,9 +14,8 @@ KINDS = ("input", "reconstruction", "difference", "codes")  # images of one exam
 
 Curves = Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]]  # {label: (x, y)}
 CHART, DPI = (4.2, 2.8), 110  # inches of one chart, and pixels of an inch
-FILL = "#3c5aa0"
+COLORS = ("#3c5aa0", "#d1603d", "#4b8f4b", "#8a5fa8", "#b08a2e", "#5b6770")
 FRAME = (209, 96, 61)
-COLORS = (FILL, "#d1603d", "#4b8f4b", "#8a5fa8", "#b08a2e", "#5b6770")
 
 
 def to_uint8(images: Float[np.ndarray, "*b"]) -> UInt8[np.ndarray, "*b"]:
@@ -121,7 +120,7 @@ def histogram(heights: Shaped[np.ndarray, " n"], title: str, x_label: str) -> UI
 
     figure, (axes,) = _charts([title], x_label)
     edges = np.arange(len(heights) + 1)
-    axes.fill_between(edges, np.append(heights, heights[-1]), step="post", color=FILL, linewidth=0)
+    axes.fill_between(edges, np.append(heights, heights[-1]), step="post", color=COLORS[0], linewidth=0)
     if heights.max() > 100 * max(float(np.median(heights)), 1e-12):
         axes.set_yscale("symlog")
     axes.set_xlim(0, len(heights))
