@@ -81,7 +81,7 @@ def test_guard_names_the_first_bad_step_and_its_terms(tmp_path):
     step(1)
     step(2, log=True)
     step(3, "loss/vq", "grad_norm")
-    with pytest.raises(UserError, match=r"step 3: grad_norm, loss/vq not finite.*no complete checkpoint"):
+    with pytest.raises(UserError, match=r"step 3: grad_norm, loss/vq not finite.*No checkpoint is complete"):
         step(4, "loss/vq", "loss/pixel", log=True)
     checkpoints.save(2, {"a": jnp.zeros(1)}, {"b": jnp.zeros(1)}, {}, {})
     with pytest.raises(UserError, match=r"step 3: .*checkpoints/2"):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, sharding
-from vqrae_jax.errors import CheckpointError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import open_run
@@ -153,15 +152,6 @@ def test_nothing_waits_for_the_device_between_two_log_lines(tiny, tmp_path, one_
         loop.train(tiny(train=rarely), tmp_path / str(steps), one_device)
         numbers.append(len(fetches) - start)
     assert numbers[0] == numbers[1] > 0
-
-
-def test_another_architecture_is_an_error(tiny, straight, one_device):
-    workdir, _ = straight
-    with (
-        pytest.raises(CheckpointError, match=r"codebook \(32, 16\).*\(16, 16\)"),
-        open_run(tiny(model={"num_embeddings": 16}), workdir, one_device),
-    ):
-        pass
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(tmp_path):

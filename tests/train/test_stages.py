@@ -120,9 +120,3 @@ def test_the_first_stage_may_be_deleted(tiny, first, tmp_path, one_device):
     metrics = loop.evaluate(longer, tmp_path / "second", one_device)
     assert metrics["step"] == 2
     assert metrics == pytest.approx(loop.evaluate(longer, tmp_path / "second", one_device, step=2))
-
-
-def test_a_start_with_another_model_is_an_error(tiny, first, one_mesh):
-    config = tiny(model={**MODEL, "num_embeddings": 64}, train={"start_from": str(first[0])})
-    with pytest.raises(CheckpointError, match="codebook"):
-        TokenizerTask.build(config, one_mesh)

@@ -9,8 +9,10 @@ from jaxtyping import Array, Float
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window, in pixels
 K1, K2 = 0.01, 0.03
 
+Images = Float[Array, "B H W 3"] | Float[np.ndarray, "B H W 3"]
 
-def psnr(reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+
+def psnr(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     """Returns the peak signal-to-noise ratio of each image in decibels.
 
     Both arguments are in [0, 1]; the reconstruction is clipped. Equal images have 100 dB instead of infinity.
@@ -18,7 +20,7 @@ def psnr(reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]
     return jnp.minimum(dm_pix.psnr(jnp.clip(reconstruction, 0, 1), image), 100.0)
 
 
-def ssim(reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+def ssim(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     """Returns the mean structural similarity of each image (Wang et al. 2004, doi:10.1109/TIP.2003.819861), at most 1.
 
     Both arguments are in [0, 1]; the reconstruction is clipped. Computed per channel over the positions where the whole
@@ -34,12 +36,12 @@ def ssim(reconstruction: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]
     return dm_pix.ssim(reconstruction, image, k1=K1, k2=K2, filter_fn=_gaussian_blur)
 
 
-def _gaussian_blur(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+def _gaussian_blur(x: Images) -> Float[Array, "B h w 3"]:
     """Applies the window where it fits, as shifted sums: dm_pix's own filter is four times slower on a CPU and less
     exact on flat images."""
     offset = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-0.5 * (offset / SIGMA) ** 2)
-    weights = (weights / weights.sum()).astype(np.float32)
+    weights, x = (weights / weights.sum()).astype(np.float32), jnp.asarray(x)
     for axis in (1, 2):
         length = x.shape[axis] - WINDOW + 1
         x = sum(w * jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i, w in enumerate(weights))

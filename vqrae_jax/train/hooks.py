@@ -220,7 +220,7 @@ class NaNGuard(Hook):
         if step == NEVER:
             return
         self._checkpoints.wait()  # the last one may still be being written
-        resume = "There is no complete checkpoint; the same command starts again"
+        resume = "No checkpoint is complete; the same command starts again"
         if steps := self._checkpoints.steps:
             path = self._checkpoints.folder / str(steps[-1])
             resume = f"The last good checkpoint is {path}; the same command resumes from it"

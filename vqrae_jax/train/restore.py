@@ -19,7 +19,7 @@ Resumed = tuple[TrainState, dict[str, Any]]  # with the position of the input
 
 
 def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None) -> Resumed | None:
-    """Reads the newest readable checkpoint onto the shapes and shardings of `target`; None if there is none.
+    """Reads the newest readable checkpoint onto the shapes and shardings of `target`; without checkpoints it is None.
 
     Damaged checkpoints are reported and renamed, so that their steps can be saved again. With `only`, the model of that
     step is read and nothing else; no other checkpoint replaces it, because metrics belong to the requested step.
@@ -81,7 +81,7 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
     `own`, the shapes of the model in a checkpoint of this run, include it; the other run may then be deleted.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it does not fit; every differing leaf is named.
+      CheckpointError: no checkpoint, or one that does not fit; every differing leaf is named.
       ConfigError: a part that the checkpoint does not have.
     """
     if own is not None:

@@ -156,7 +156,7 @@ class TokenizerVariables:
 
     def _with_shardings(self, shapes: Any) -> Any:
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, self._shardings(shapes)
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, self._shardings(shapes)
         )
 
 
