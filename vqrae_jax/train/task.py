@@ -1,6 +1,6 @@
 """The interface between the training loop and what it trains."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ def is_sum(metric: Any) -> bool:
     return bool(np.issubdtype(metric.dtype, np.integer))
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model with its training step, evaluation and images for the log. Only `sample_images` is impure."""
 
