@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class TokenizerVariables:
     start: Any = None  # shapes of the variables that `train.start_from` gives
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> Self:
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> "TokenizerVariables":
         """Reads the pretrained weights, and checks that model, data and training fit together.
 
         Without `weights` only descriptions are read: enough for `shapes` and `frozen_shapes`. With `own`, the shapes
