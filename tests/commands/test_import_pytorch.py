@@ -77,24 +77,22 @@ def test_a_training_checkpoint_in_pytorchs_own_format(case, config, tensors, tmp
     assert np.abs(kernels[0] - kernels[1]).max() > 0
 
 
-def test_missing_weights_are_an_error(model_config, tensors):
-    with pytest.raises(WeightsError, match=r"--weights='ema'.*'model'"):
-        convert_checkpoint(model_config, {"model": tensors}, "ema")
-    with pytest.raises(WeightsError, match="state"):
-        convert_checkpoint(model_config, {"state": {"a": np.zeros(1)}})
+def test_checkpoints_that_do_not_fit_are_errors(model_config, tensors):
+    other = model_config.model_copy(update={"num_embeddings": 65})
+    for config, checkpoint, message in (
+        (model_config, {"model": tensors}, r"--weights='ema'.*'model'"),
+        (model_config, {"state": {"a": np.zeros(1)}}, "state"),
+        (other, tensors, r"\(64, 32\).*\(65, 32\)"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            convert_checkpoint(config, checkpoint, "ema")
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])  # DistributedDataParallel, torch.compile
 def test_a_state_dict_saved_through_a_wrapper(model_config, tensors, wrapper):
-    """DistributedDataParallel and torch.compile."""
     _, expected = convert_checkpoint(model_config, tensors)
     _, variables = convert_checkpoint(model_config, {wrapper + name: value for name, value in tensors.items()})
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
-
-
-def test_another_codebook_size_is_an_error(model_config, tensors):
-    with pytest.raises(WeightsError, match=r"\(64, 32\).*\(65, 32\)"):
-        convert_checkpoint(model_config.model_copy(update={"num_embeddings": 65}), {"model": tensors}, "model")
 
 
 def test_config_files(config, tmp_path):

@@ -167,11 +167,6 @@ def test_views(trained, photos, tmp_path, views, count):
     np.testing.assert_array_equal(dataset[3]["codes"], Tokenizer.load(trained).encode_to_indices(crops))
 
 
-def test_photographs_are_a_source_too(trained, tmp_path):
-    arguments = [f"--checkpoint={trained}", "--source=photographs", f"--output={tmp_path}", "--limit=3"]
-    assert tokenize.tokenize(tokenize.parse(arguments))["count"] == 3
-
-
 def test_a_folder_of_other_codes_is_refused(trained, photos, tokenized):
     with pytest.raises(DataError, match="views"):
         run(trained, photos, tokenized, "--views=flip")
