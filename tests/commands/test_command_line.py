@@ -1,4 +1,4 @@
-"""What all commands share: `vqrae`, help, exit codes."""
+"""Tests of the parts that all commands share: `vqrae`, help, exit codes."""
 
 import argparse
 import importlib
