@@ -44,6 +44,20 @@ def golden() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def assert_same():
+    """Two trees with the same paths and equal arrays."""
+    from flax.traverse_util import flatten_dict
+
+    def check(actual, expected):
+        actual, expected = (flatten_dict(tree, sep="/") for tree in (actual, expected))
+        assert set(actual) == set(expected)
+        for name in actual:
+            np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def assert_close():
     """Largest difference relative to the largest reference value."""
 

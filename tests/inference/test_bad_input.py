@@ -1,4 +1,4 @@
-"""A folder of everything that people have in folders: what can be shown is converted, the rest skipped and listed."""
+"""A folder with files of many kinds: readable images are used, the other files are skipped and listed."""
 
 import struct
 import zlib
@@ -15,7 +15,7 @@ BROKEN = ("bomb.png", "cut.jpg", "empty.png", "text.jpeg")
 
 
 def bomb():
-    """A PNG of a hundred bytes that says it has 3.6 thousand million pixels."""
+    """A PNG of a hundred bytes whose header has 3.6 thousand million pixels."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -25,50 +25,50 @@ def bomb():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """{file: what it shows, uint8 [48, 40, 3]} in a folder with a space and an umlaut, beside what shows nothing."""
+def files(tmp_path_factory):
+    """A folder with a space and an umlaut, the image that its files show, and {file: exact pixels or None}."""
     folder = tmp_path_factory.mktemp("alle Bilder ü")
     rows, columns = np.mgrid[:48, :40] * 5
-    shown = np.stack([rows, columns, 255 - rows], -1).astype(np.uint8)
-    picture, gray = Image.fromarray(shown), shown[..., :1].repeat(3, -1)
+    pixels = np.stack([rows, columns, 255 - rows], -1).astype(np.uint8)
+    image, gray = Image.fromarray(pixels), pixels[..., :1].repeat(3, -1)
     kinds = {
-        "plain.png": (picture, shown, {}),
-        "animated.gif": (picture.quantize(64), None, {"save_all": True, "append_images": [Image.new("P", (40, 48))]}),
-        "cmyk.jpg": (picture.convert("CMYK"), None, {"quality": 100}),
-        "sixteen bits.png": (Image.fromarray(shown[..., 0].astype(np.uint16) * 257), gray, {}),
-        "palette.png": (picture.quantize(64), None, {}),
-        "alpha ü.png": (Image.fromarray(np.dstack([shown, np.full((48, 40), 255, np.uint8)])), shown, {}),
-        "on its side.jpg": (picture.transpose(Image.Transpose.ROTATE_90), None, {"quality": 100}),
-        "modern.avif": (picture, None, {"quality": 100}),
-        "gray.webp": (Image.fromarray(shown[..., 0]), gray, {"lossless": True}),
+        "plain.png": (image, pixels, {}),
+        "animated.gif": (image.quantize(64), None, {"save_all": True, "append_images": [Image.new("P", (40, 48))]}),
+        "cmyk.jpg": (image.convert("CMYK"), None, {"quality": 100}),
+        "sixteen bits.png": (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), gray, {}),
+        "palette.png": (image.quantize(64), None, {}),
+        "alpha ü.png": (Image.fromarray(np.dstack([pixels, np.full((48, 40), 255, np.uint8)])), pixels, {}),
+        "on its side.jpg": (image.transpose(Image.Transpose.ROTATE_90), None, {"quality": 100}),
+        "modern.avif": (image, None, {"quality": 100}),
+        "gray.webp": (Image.fromarray(pixels[..., 0]), gray, {"lossless": True}),
     }
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise when shown
     expected = {}
-    for name, (image, exact, options) in kinds.items():
-        image.save(folder / name, **options, **({"exif": exif} if name == "on its side.jpg" else {}))
+    for name, (pil_image, exact, options) in kinds.items():
+        pil_image.save(folder / name, **options, **({"exif": exif} if name == "on its side.jpg" else {}))
         expected[name] = exact
     whole = (folder / "cmyk.jpg").read_bytes()
-    for name, content in zip(BROKEN, (bomb(), whole[: len(whole) // 2], b"", b"no picture"), strict=True):
+    for name, content in zip(BROKEN, (bomb(), whole[: len(whole) // 2], b"", b"not an image"), strict=True):
         (folder / name).write_bytes(content)
-    (folder / "notes.txt").write_text("beside the pictures")
-    return folder, shown, expected
+    (folder / "notes.txt").write_text("not an image")
+    return folder, pixels, expected
 
 
-def test_what_they_show_is_read(pictures):
-    folder, shown, expected = pictures
+def test_pixels_are_read(files):
+    folder, pixels, expected = files
     for name, exact in expected.items():
         read = images.read_image(folder / name)
         if exact is None:  # through a palette, inks or JPEG
-            assert np.abs(read.astype(int) - shown).mean() < 8, name
+            assert np.abs(read.astype(int) - pixels).mean() < 8, name
         else:
             np.testing.assert_array_equal(read, exact, err_msg=name)
 
 
-def test_a_dataset_of_them_is_tokenized_to_its_end(trained, pictures, tmp_path, capsys):
-    folder, _, expected = pictures
-    given = [f"--checkpoint={trained}", f"--data={folder}", f"--output={tmp_path / 'codes ü'}", "--batch=8"]
-    manifest = tokenize.tokenize(tokenize.parse([*given, "--shard-size=8"]))
+def test_folder_is_tokenized(trained, files, tmp_path, capsys):
+    folder, _, expected = files
+    arguments = [f"--checkpoint={trained}", f"--data={folder}", f"--output={tmp_path / 'codes ü'}", "--batch=8"]
+    manifest = tokenize.tokenize(tokenize.parse([*arguments, "--shard-size=8"]))
     assert manifest["count"] == len(expected)
     assert f"skipped 4 unreadable images: {', '.join(BROKEN)}\n" in capsys.readouterr().err
     tokenizer = Tokenizer.load(trained, batch_size=8)
@@ -77,11 +77,11 @@ def test_a_dataset_of_them_is_tokenized_to_its_end(trained, pictures, tmp_path, 
         np.testing.assert_array_equal(record["codes"], tokenizer.encode_to_indices(square[None])[0])
 
 
-def test_they_are_reconstructed_and_listed(trained, pictures, tmp_path, capsys):
-    folder, _, expected = pictures
-    given = [f"--checkpoint={trained}", "--image", str(folder), f"--output={tmp_path / 'painted ü'}", "--batch=8"]
-    written = reconstruct.reconstruct(reconstruct.parse(given))
+def test_folder_is_reconstructed(trained, files, tmp_path, capsys):
+    folder, _, expected = files
+    arguments = [f"--checkpoint={trained}", "--image", str(folder), f"--output={tmp_path / 'images ü'}", "--batch=8"]
+    written = reconstruct.reconstruct(reconstruct.parse(arguments))
     assert sorted(path.stem[6:] for path in written) == sorted(name.rpartition(".")[0] for name in expected)
-    told = capsys.readouterr().err
-    assert "skipped 4 unreadable files" in told
-    assert all(name in told for name in BROKEN)
+    message = capsys.readouterr().err
+    assert "skipped 4 unreadable files" in message
+    assert all(name in message for name in BROKEN)

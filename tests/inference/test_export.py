@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import export
@@ -41,14 +40,7 @@ def pretrained(golden, **changes):
     return config, built.module, variables
 
 
-def assert_same(a, b):
-    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def test_folder_equals_its_run(trained, tmp_path):
+def test_folder_equals_its_run(trained, tmp_path, assert_same):
     written = run(trained, "--format=safetensors", f"--output={tmp_path / 'out'}")
     assert [path.name for path in written] == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in written}) == 1  # the same permissions
@@ -59,7 +51,7 @@ def test_folder_equals_its_run(trained, tmp_path):
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
 
 
-def test_folder_names_the_frozen_encoder(golden, tmp_path):
+def test_folder_names_the_frozen_encoder(golden, tmp_path, assert_same):
     config, _, variables = pretrained(golden)
     path = saving.save_folder(tmp_path / "out", config, variables, frozen=True)
     content = json.loads((path / "config.json").read_text())
@@ -108,7 +100,7 @@ def test_damaged_folders(golden, tmp_path):
     {}, {"quantizer": "none"}, {"quantizer": "fsq"},
     {"quantizer": "simvq", "quantizer_params": {"input_projection": True}},
 ])  # fmt: skip
-def test_pytorch_checkpoint_round_trip_is_exact(golden, changes):
+def test_pytorch_checkpoint_round_trip_is_exact(golden, changes, assert_same):
     config, _, variables = pretrained(golden, **changes)
     checkpoint = pytorch_checkpoint.build_checkpoint(config, variables)
     assert set(checkpoint) == {

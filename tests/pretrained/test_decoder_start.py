@@ -5,7 +5,6 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
@@ -35,15 +34,8 @@ def decoder(model_file):
     return {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.")}
 
 
-def assert_same(a, b):
-    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 @pytest.mark.parametrize("bare", [False, True])
-def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare):
+def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare, assert_same):
     path = tmp_path / "decoder.npz" if bare else model_file
     if bare:
         np.savez(path, **decoder)
@@ -52,7 +44,7 @@ def test_release_or_whole_model(golden, tmp_path, model_file, decoder, bare):
     np.testing.assert_array_equal(read["embed"]["kernel"], decoder["decoder_embed.weight"].T)
 
 
-def test_exported_folder(golden, tmp_path, model_file):
+def test_exported_folder(golden, tmp_path, model_file, assert_same):
     """A VQRAE starts from a continuous autoencoder of ours."""
     continuous = config(golden, model_file, quantizer="none")
     decoder = build_tokenizer(continuous).pretrained["decoder"]

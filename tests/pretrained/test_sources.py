@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params
 from vqrae_jax.config import ModelConfig
@@ -28,13 +27,6 @@ def read(folder, case, golden, **params):
         encoder_input_size=described["image_size"], decoder_config_path="ViT-S",
     )  # fmt: skip
     return build_tokenizer(config)
-
-
-def assert_same(a, b):
-    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture
@@ -61,7 +53,7 @@ def write_shards(folder, tensors, count=3):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shards_equal_one_file(golden, copy, case):
+def test_shards_equal_one_file(golden, copy, case, assert_same):
     folder, tensors = copy(case)
     write_shards(folder, tensors)
     assert_same(read(folder, case, golden).pretrained, read(golden / "encoders" / case, case, golden).pretrained)
@@ -76,7 +68,7 @@ def test_missing_shard_is_named(golden, copy):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_half_precision_files(golden, copy, case, dtype):
+def test_half_precision_files(golden, copy, case, dtype, assert_same):
     import ml_dtypes
 
     half = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
@@ -87,7 +79,7 @@ def test_half_precision_files(golden, copy, case, dtype):
     assert_same(read_back, jax.tree.map(lambda leaf: leaf.astype(half).astype(np.float32), expected))
 
 
-def test_flax_weights(golden, copy):
+def test_flax_weights(golden, copy, assert_same):
     import flax.serialization
 
     folder, tensors = copy("vit_mae")
@@ -131,7 +123,7 @@ def test_hub_configs_leave_defaults_out(golden, copy):
     assert fields["grid"] == 37
 
 
-def test_vision_tower_alone(golden, copy):
+def test_vision_tower_alone(golden, copy, assert_same):
     """SiglipVisionModel saves no text tower, and transformers 5 has no `vision_model.` prefix in memory."""
     expected = read(golden / "encoders" / "siglip", "siglip", golden)
     for prefix in ("vision_model.", ""):
@@ -255,7 +247,7 @@ def test_loading_holds_no_more_than_two_copies(golden, tmp_path):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(built.pretrained["encoder"])) <= size
 
 
-def test_sharded_load_places_no_full_copy_per_device(golden, tmp_path):
+def test_sharded_load_places_no_full_copy_per_device(golden, tmp_path, assert_same):
     folder, size = large_encoder(golden, tmp_path, depth=2)
     built = read(folder, "dinov3", golden)
     mesh = make_mesh(4, 2)
@@ -292,7 +284,7 @@ def test_real_latent_statistics():
     assert {name: value.shape for name, value in stats.items()} == {"var": (16, 16, 768)}
 
 
-def test_names_of_both_versions_of_transformers(golden):
+def test_names_of_both_versions_of_transformers(golden, assert_same):
     """SwiGLU is one fused tensor on disk, and three in the memory of transformers 5."""
     case = "dinov2_with_registers_swiglu"
     built = read(golden / "encoders" / case, case, golden)

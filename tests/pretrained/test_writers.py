@@ -40,16 +40,9 @@ def random_variables(shapes, seed):
     return {"batch_stats": {}, **unflatten_dict(flat | state, sep="/")}
 
 
-def assert_same(a, b):
-    a, b = (flatten_dict(tree, sep="/") for tree in (a, b))
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 @settings(max_examples=12, deadline=None)
 @given(st.data())
-def test_export_then_import_is_bit_exact(golden, data):
+def test_export_then_import_is_bit_exact(golden, assert_same, data):
     case = data.draw(st.sampled_from(ENCODERS))
     config = model(
         golden, case, data.draw(st.sampled_from(["ema", "simvq", "fsq", "none"])), normalize=data.draw(st.booleans())
@@ -149,7 +142,7 @@ def test_latent_statistics_are_channel_first(golden):
     assert pytorch_vqrae.build_statistics({"batch_stats": {}}) == {}
 
 
-def test_convert_is_exact_on_half_precision(golden):
+def test_convert_is_exact_on_half_precision(golden, assert_same):
     """Values of float16 and bfloat16 files are unchanged in float32."""
     import ml_dtypes
 
