@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers.registry import codebook_axes
 
 # (pattern on the parameter's path, axes of its last dimensions); the first match wins. Optimizer moments and EMA have
 # paths that end like their parameter's, so one table serves all. Stacked blocks have one more axis in front, which is
@@ -25,21 +26,22 @@ RULES: list[tuple[str, P]] = [
     (r"mlp/(up|gate)/kernel$", P(None, "model")),
     (r"mlp/(up|gate)/bias$", P("model")),
     (r"mlp/down/kernel$", P("model", None)),
-    (r"quantizer/(.*/)?(codebook|sums|first|offset)$", P("model", None)),
-    (r"quantizer/(.*/)?counts$", P("model")),
+    *(
+        (rf"quantizer/(.*/)?{name}$", P(*("model" if axis == "K" else None for axis in axes.split())))
+        for name, axes in codebook_axes().items()
+    ),
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
-    (r"quantizer/(.*/)?(kernel|gain|fourier|basis|deviation|fitted|begun)$", P()),
+    (r"quantizer/", P()),
     (r"code_embed$", P("model", None)),
     (r"(patch_embed|embed|pred|features|head)/kernel$", P()),
     (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
-    (r"quantizer/.+/kernel$", P()),  # projections and adapters
     (r"((pos|class|hidden)_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),
 ]
 
 # The search compares every latent with every code, so codebooks are never split over "data".
-NOT_FSDP = r"quantizer/(.*/)?(codebook|sums|counts|first|offset)$"
+NOT_FSDP = rf"quantizer/(.*/)?({'|'.join(codebook_axes())})$"
 
 
 def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:

@@ -131,7 +131,7 @@ def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(cluste
     used = np.asarray(out.metrics["counts"]) > 0
     np.testing.assert_allclose(second["codebook"][used], first["codebook"][used], rtol=1e-5, atol=1e-5)
     for state in (first, second):
-        codes = state["sums"] / module._smoothed(state["counts"])[:, None]
+        codes = state["sums"] / module._smooth(state["counts"])[:, None]
         np.testing.assert_allclose(state["codebook"], codes, rtol=2e-5, atol=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_revival_conserves_counts_and_places(clusters):
     module, variables = fresh(clusters[0], start="normal", decay=0.99, decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.ones(64).at[:2].set(1e-6)}
     state["codebook"] = jnp.asarray(clusters[0][:64]).at[:2].set(100.0)
-    state["sums"] = state["codebook"] * module._smoothed(state["counts"])[:, None]
+    state["sums"] = state["codebook"] * module._smooth(state["counts"])[:, None]
     out, after = train(module, {"batch_stats": state}, clusters[0])
     _, plain = train(module.clone(revival_threshold=0.0), {"batch_stats": state}, clusters[0])
     after, plain = after["batch_stats"], plain["batch_stats"]
@@ -191,7 +191,7 @@ def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
     module, variables = fresh(clusters[0][:3], start="normal", decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.full(64, 1e-6).at[0].set(1.0)}  # 63 are dead
     state["codebook"] = jnp.full((64, 8), 100.0).at[0].set(0.0)
-    state["sums"] = state["codebook"] * module._smoothed(state["counts"])[:, None]
+    state["sums"] = state["codebook"] * module._smooth(state["counts"])[:, None]
     z = clusters[0][:3].copy()
     z[:bad] = np.nan
     out, after = train(module, {"batch_stats": state}, z)
@@ -210,7 +210,7 @@ def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
     state = after["batch_stats"]
     assert out.metrics["starved"] >= 64 - 16
     np.testing.assert_allclose(state["counts"].min(), 0.2 * 128 / 64)
-    codes = state["sums"] / module._smoothed(state["counts"])[:, None]
+    codes = state["sums"] / module._smooth(state["counts"])[:, None]
     np.testing.assert_allclose(codes, state["codebook"], rtol=1e-5, atol=1e-6)
     out, _ = train(module, after, points, seed=1)
     assert out.metrics["revived"] == 4  # of 64, at once

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers import FSQ
 
 CASES = {"fsq_8555": (8, 5, 5, 5), "fsq_34": (3, 4)}
 
@@ -66,7 +67,10 @@ def test_the_linear_adapter_reaches_every_level():
     assert jax.tree.structure(variables["params"]) == jax.tree.structure({"reduce": eye, "expand": eye})
 
 
-@pytest.mark.parametrize(("levels", "channels"), [((), 4), ((1, 4), 2), ((4, 4), 3)])
-def test_levels_that_cannot_be_are_named(levels, channels):
-    with pytest.raises(ValueError, match="levels="):
+@pytest.mark.parametrize(
+    ("levels", "channels", "field"), [((), 4, "levels"), ((1, 4), 2, "levels"), ((4, 4), 3, "adapter")]
+)
+def test_invalid_levels_are_errors(levels, channels, field):
+    with pytest.raises(ConfigError) as error:
         FSQ(levels, channels, adapter="none")
+    assert error.value.field == field

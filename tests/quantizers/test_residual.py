@@ -7,7 +7,7 @@ from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.gumbel import GumbelQuantizer
 from vqrae_jax.quantizers.ibq import IBQ
-from vqrae_jax.quantizers.multiscale import MultiScale, averaging
+from vqrae_jax.quantizers.multiscale import MultiScale, averaging_matrix
 from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import ABSENT, Residual
 from vqrae_jax.quantizers.simvq import SimVQ
@@ -138,5 +138,5 @@ def test_a_cell_is_the_mean_of_its_finite_latents(z):
 
 def test_averaging_keeps_constants():
     for source, target in ((8, 3), (5, 4), (4, 4)):
-        np.testing.assert_allclose(averaging(source, target).sum(1), 1, rtol=1e-6)
-    np.testing.assert_allclose(averaging(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+        np.testing.assert_allclose(averaging_matrix(source, target).sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(averaging_matrix(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])

@@ -93,7 +93,7 @@ def test_broken_rows_get_some_code_and_hold_nothing_up():
 def test_merging_keeps_the_three_smallest(seed):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 6, (40, 12)).astype(np.float32)
-    first, at_first, second, at_second, third = (np.asarray(x) for x in screened._least(jnp.asarray(scores)))
+    first, at_first, second, at_second, third = (np.asarray(x) for x in screened._smallest(jnp.asarray(scores)))
     order = np.argsort(scores, axis=1, kind="stable")
     rows = np.arange(40)
     np.testing.assert_array_equal(at_first, order[:, 0])

@@ -67,10 +67,7 @@ def build_tokenizer(
         if value.shape not in accepted:
             message = f"{name} has shape {value.shape} (channel last), expected {accepted[0]} or {accepted[1]}"
             raise ConfigError(message, field=field, value=path)
-    try:
-        quantizer = factory.create(config, encoder.channels, encoder.grid)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
+    quantizer = factory.create(config, encoder.channels, encoder.grid)
     module = VQRAE(
         encoder, quantizer, decoder, config.noise_tau, config.quantize_before_reshape, config.reshape_to_2d,
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),

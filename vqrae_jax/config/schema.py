@@ -4,11 +4,14 @@ The model section keeps the names and the defaults of the PyTorch VQRAE. Section
 range; conditions between fields are checked by the section that contains them.
 """
 
+import typing
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
+
+from vqrae_jax.quantizers import registry
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -45,37 +48,36 @@ class EncoderParams(Section):
     model_name: str | None = None
 
 
-class QuantizerParams(Section):
-    """Fields of one or some quantizers; the names before the colon read them."""
+def _annotation(annotation: Any) -> Any:
+    """Converts an annotation of the quantizers to one that pydantic checks."""
+    if annotation is registry.Inner:
+        return Literal[tuple(name for name, entry in registry.QUANTIZERS.items() if entry.inner)]
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return tuple[_annotation(arguments[0]), ...]
+    if typing.get_origin(annotation) is not Annotated:
+        return annotation
+    kind, setting = _annotation(arguments[0]), arguments[-1]
+    limits = {name: vars(setting)[name] for name in ("ge", "gt", "le") if vars(setting)[name] is not None}
+    if kind is float:
+        limits["allow_inf_nan"] = False
+    return Annotated[kind, Field(**limits)] if limits else kind
 
-    # all but fsq, none: channels of the codes, by learned projections in and out; lfq, bsq: only log2 num_embeddings,
-    # which they have by themselves
-    codebook_dim: Positive | None = None
-    # all but none: principal axes of the latent that are kept, at variance one; those of normalization_stat_path where
-    # the file has them, else of the first batch
-    whitening_dim: Positive | None = None
-    distance: Literal["l2", "cosine", "dot"] | None = None  # ema (None: l2), simvq (None: cosine), ibq (None: l2)
-    # ema, simvq: what gradient a latent receives through the choice of its code
-    estimator: Literal["straight_through", "rotation", "distance_weighted"] = "straight_through"
-    decay_warmup: bool = True  # ema: the decay of step t is t / (t + 1) until it reaches vq_decay
-    frozen: bool = False  # ema: the first codes (codebook_init, or train.start_from's) never change
-    input_projection: bool = False  # simvq: latents pass a learned linear map that nothing undoes, as in the origin
-    legacy: bool = True  # simvq: commitment_cost weighs the codebook's term, as in the VQGAN release
-    levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)  # fsq: values per quantized channel
-    adapter: Literal["mlp", "linear", "none"] = "mlp"  # fsq: from the latent to the levels and back
-    entropy_cost: NonNegative = 0.1  # lfq, bsq, ibq: certainty of each latent, diversity of the batch
-    diversity: NonNegative = 1.0  # lfq, bsq: weight of the second
-    diversity_cost: NonNegative = 0.0  # ema, simvq: log K less the entropy of the batch's mean soft code
-    orthogonality_cost: NonNegative = 0.0  # simvq, ibq, gumbel: mean squared cosine between codes
-    temperature: Above0 = 1.0  # lfq, bsq, ibq, gumbel; of diversity_cost: of the soft codes
-    final_temperature: Above0 = 0.1  # gumbel: after anneal_steps
-    anneal_steps: Positive = 10_000  # gumbel; each micro-batch of optimizer.accumulate counts
-    inner: Literal["ema", "simvq", "lfq", "bsq", "gumbel", "ibq"] = "ema"  # residual, product, multiscale: made of
-    depth: Positive = 4  # residual: levels
-    shared: bool = False  # residual: one codebook for all levels
-    dropout: Fraction = 0.0  # residual: share of images that train only a random prefix of the levels
-    groups: Positive = 2  # product: groups of channels
-    grids: tuple[Positive, ...] = ()  # multiscale: rising sides, the last that of the latent grid; (): as VAR
+
+def _quantizer_params() -> type[Section]:
+    """Builds the section of all settings in the registry of quantizers."""
+    fields: dict[str, Any] = {}
+    for path, (setting, annotation, default) in registry.all_settings().items():
+        section, _, name = path.rpartition(".")
+        if section:
+            kind = _annotation(annotation)
+            kind = kind | None if default is None else kind
+            fields[name] = (kind, Field(default, description=setting.doc))
+    doc = "Settings of the quantizers, see docs/quantizers.md; each quantizer reads some of them."
+    return pydantic.create_model("QuantizerParams", __base__=Section, __module__=__name__, __doc__=doc, **fields)
+
+
+QuantizerParams = _quantizer_params()
 
 
 class ModelConfig(Section):
@@ -96,9 +98,7 @@ class ModelConfig(Section):
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt: mean and/or var of the latents, principal axes
     # none: the continuous autoencoder RAE
-    quantizer: Literal[
-        "ema", "simvq", "fsq", "lfq", "bsq", "gumbel", "ibq", "residual", "product", "multiscale", "none"
-    ] = "ema"
+    quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"
     quantizer_params: QuantizerParams = QuantizerParams()
     num_embeddings: Positive = 8192  # codebook size K; fsq: what its levels make
     commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel

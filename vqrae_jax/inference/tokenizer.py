@@ -21,6 +21,7 @@ from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
+from vqrae_jax.quantizers.registry import all_settings
 
 Output = Literal["numpy", "jax"]
 Result = np.ndarray | jax.Array  # numpy by default, jax with output="jax"
@@ -28,11 +29,9 @@ Result = np.ndarray | jax.Array  # numpy by default, jax with output="jax"
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
 # Fields of the model section that affect the meaning of a code, in addition to the weights.
 HASHED_FIELDS = (
-    "encoder_cls", "encoder_input_size", "quantizer", "num_embeddings", "quantize_before_reshape",
+    "encoder_cls", "encoder_input_size", "quantizer", "quantize_before_reshape",
     "encoder_params.normalize", "encoder_params.layers", "encoder_params.fusion",
-    "quantizer_params.codebook_dim", "quantizer_params.whitening_dim", "quantizer_params.distance",
-    "quantizer_params.levels", "quantizer_params.inner", "quantizer_params.depth", "quantizer_params.groups",
-    "quantizer_params.grids",
+    *(path for path, field in all_settings().items() if field.setting.hashed),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What every quantizer is: its return value, its protocol, and what all of them do with the latents they are given."""
+"""The interface of all quantizers, their return value, and the losses and metrics that they share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,32 +9,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.statistics import code_counts
 
-MAX_CODES = 2**24  # of a quantizer without a codebook; beyond it the counts of all codes no longer fit
+MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
+
+# Computes the latents from which a codebook starts [N, C], and which rows are finite [N].
+Sample = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]
 
 
 @flax.struct.dataclass
 class Quantized:
-    """The one return value of a quantizer."""
+    """The return value of a quantizer."""
 
-    z: Any  # Float [*b, C]: the quantized latent; what gradient reaches the input is the quantizer's choice
-    indices: Any  # Int32 [*b], or [*b, depth] where one latent has several codes
+    z: Any  # Float [*b, C]: the quantized latent; the quantizer decides which gradient reaches the input
+    indices: Any  # Int32 [*b], or [*b, depth] with several indices per latent; None without indices
     loss: Any  # Float []: weighted, to be added to the training loss
-    # "counts" Int32 [K] (or [depth, K]): how often each code was chosen in this batch. "nonfinite" Int32 []: latents
+    # "counts" Int32 [K] (or [depth, K]): how often each index was chosen in this batch. "nonfinite" Int32 []: latents
     # with NaN or Inf. "quantization_error" Float []: mean squared error relative to the variance of the latents.
-    # Further scalars: integers count events of this step ("revived" codes), floats describe it.
+    # Further scalars: integers count events of this step ("revived" embeddings), floats describe it.
     metrics: dict[str, Any]
-
-
-# Computes the latents that a codebook starts from, and which of them are finite.
-Sample = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]
 
 
 class Quantizer(nn.Module):
     """Base class of all quantizers: a discrete bottleneck for vectors, independent of images.
 
-    Every quantizer has the attribute or property `num_embeddings`, the codebook size K, or None without indices.
+    Every quantizer has the attribute or property `num_embeddings`: the codebook size K, None if it has no indices.
 
     Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
     state; NaN and Inf in z are counted in the metrics and change neither state nor loss.
@@ -50,11 +50,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
-        """Returns the quantized latents of `indices`, equal to `z` of the call that returned them."""
-        raise NotImplementedError
+        """Returns the quantized latents of `indices`, bit for bit the `z` that was returned with them."""
+        return self.embeddings()[indices]
 
     def embeddings(self) -> Float[Array, "K c"] | None:
-        """Returns the codebook as latents are compared with it, without projections; None for a fixed grid.
+        """Returns the codebook that latents are compared with, before any projection; None for a fixed grid.
 
         Of several codebooks it returns the first.
         """
@@ -64,51 +64,87 @@ class Quantizer(nn.Module):
         """Makes the codebook from `sample`, which has `count` finite latents, unless it is already initialized."""
 
 
+class Wrapper(Quantizer):
+    """Base class of quantizers around another one, their attribute `quantizer`."""
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """K of the inner quantizer."""
+        return self.quantizer.num_embeddings
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether the inner quantizer has indices."""
+        return self.quantizer.has_indices
+
+    @property
+    def decodes_prefixes(self) -> bool:
+        """Whether the inner quantizer decodes prefixes."""
+        return self.quantizer.decodes_prefixes
+
+    def embeddings(self) -> Float[Array, "K c"] | None:
+        """Returns the codebook of the inner quantizer."""
+        return self.quantizer.embeddings()
+
+
 def flatten(z: Float[Array, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
-    """Latents as float32 rows, and which of them are finite; the others become zero and receive no gradient.
+    """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient.
 
     Raises:
-      ValueError: the last axis of z has not the length `channels`.
+      ValueError: the last axis of z does not have `channels` entries.
     """
     if z.shape[-1] != channels:
-        raise ValueError(f"the quantizer takes latents of {channels} channels, got shape {z.shape}")
+        raise ValueError(f"the quantizer expects latents of {channels} channels, got shape {z.shape}")
     flat = z.reshape(-1, channels).astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(flat), axis=-1)
     return jnp.where(finite[:, None], flat, 0.0), finite
 
 
-def kept_mean(values: Float[Array, "N C"], keep: Bool[Array, " N"]) -> Float[Array, ""]:
-    """The mean over the rows that `keep` marks; zero where there is none."""
+def check_distance(distance: str) -> None:
+    """Raises ConfigError for "dot", by which only IBQ searches."""
+    if distance == "dot":
+        raise ConfigError("must be 'l2' or 'cosine'; only ibq accepts 'dot'", field="distance", value=distance)
+
+
+def masked_mean(values: Float[Array, "N C"], mask: Bool[Array, " N"]) -> Float[Array, ""]:
+    """Returns the mean over the rows in `mask`; zero if there are no such rows."""
     rows = jnp.mean(values, axis=1)
-    return jnp.sum(jnp.where(keep, rows, 0.0)) / jnp.maximum(jnp.sum(keep), 1)
+    return jnp.sum(jnp.where(mask, rows, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def vq_loss(
-    flat: Float[Array, "N C"], codes: Float[Array, "N C"], keep: Bool[Array, " N"], commitment_cost: float
+    flat: Float[Array, "N C"], quantized: Float[Array, "N C"], mask: Bool[Array, " N"], commitment_cost: float
 ) -> Float[Array, ""]:
-    """Codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
-    codebook = kept_mean((jax.lax.stop_gradient(flat) - codes) ** 2, keep)
-    commitment = kept_mean((flat - jax.lax.stop_gradient(codes)) ** 2, keep)
+    """Returns codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
+    codebook = masked_mean((jax.lax.stop_gradient(flat) - quantized) ** 2, mask)
+    commitment = masked_mean((flat - jax.lax.stop_gradient(quantized)) ** 2, mask)
     return codebook + commitment_cost * commitment
 
 
-def health(
+def batch_metrics(
     flat: Float[Array, "N C"],
-    codes: Float[Array, "N C"],
+    quantized: Float[Array, "N C"],
     indices: Int[Array, " N"],
     num_embeddings: int,
-    keep: Bool[Array, " N"],
+    mask: Bool[Array, " N"],
 ) -> dict[str, Array]:
-    """The metrics of every quantizer that replaces a latent by one code."""
-    flat, codes = jax.lax.stop_gradient((flat, codes))
+    """Returns the metrics of a quantizer that replaces each latent by one embedding."""
+    flat, quantized = jax.lax.stop_gradient((flat, quantized))
     return {
-        "counts": code_counts(indices, num_embeddings, keep),
-        "nonfinite": jnp.sum(~keep, dtype=jnp.int32),
-        "quantization_error": relative_error(flat, codes, keep),
+        "counts": code_counts(indices, num_embeddings, mask),
+        "nonfinite": jnp.sum(~mask, dtype=jnp.int32),
+        "quantization_error": relative_error(flat, quantized, mask),
     }
 
 
-def relative_error(flat: Float[Array, "N C"], codes: Float[Array, "N C"], keep: Bool[Array, " N"]) -> Float[Array, ""]:
-    """Mean squared error as a share of the variance of the latents (per channel, about the batch's mean)."""
-    mean = jnp.sum(jnp.where(keep[:, None], flat, 0.0), axis=0) / jnp.maximum(jnp.sum(keep), 1)
-    return kept_mean((flat - codes) ** 2, keep) / jnp.maximum(kept_mean((flat - mean) ** 2, keep), 1e-12)
+def sum_metrics(metrics: list[dict[str, Array]]) -> dict[str, Array]:
+    """Returns the sums of "revived" and "starved" over several quantizers; empty if they do not report them."""
+    return {name: sum(m[name] for m in metrics) for name in ("revived", "starved") if name in metrics[0]}
+
+
+def relative_error(
+    flat: Float[Array, "N C"], quantized: Float[Array, "N C"], mask: Bool[Array, " N"]
+) -> Float[Array, ""]:
+    """Returns the mean squared error divided by the variance of the latents (per channel, about the batch mean)."""
+    mean = jnp.sum(jnp.where(mask[:, None], flat, 0.0), axis=0) / jnp.maximum(jnp.sum(mask), 1)
+    return masked_mean((flat - quantized) ** 2, mask) / jnp.maximum(masked_mean((flat - mean) ** 2, mask), 1e-12)

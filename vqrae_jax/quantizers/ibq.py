@@ -1,52 +1,44 @@
-"""Index backpropagation quantization (Shi et al. 2024, arXiv:2412.02692): every code learns from every latent."""
+"""Index backpropagation quantization (Shi et al. 2024, arXiv:2412.02692): every embedding learns from every latent."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, health, kept_mean
-from vqrae_jax.quantizers.entropy import entropies
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.codebook_losses import entropies, orthogonality
 from vqrae_jax.quantizers.estimators import value_of
-from vqrae_jax.quantizers.kmeans import First, Start
-from vqrae_jax.quantizers.learned import LearnedCodebook
-from vqrae_jax.quantizers.nearest import Distance, nearest, unit
-from vqrae_jax.quantizers.regularizers import orthogonality
+from vqrae_jax.quantizers.kmeans import LearnedCodebook
+from vqrae_jax.quantizers.nearest import nearest, unit
 
 
 class IBQ(Quantizer):
-    """The nearest code; its one-hot index is straight-through for the softmax over all codes.
+    """The nearest embedding, with a one-hot index that is straight-through for the softmax over all embeddings.
 
-    The codebook is a `LearnedCodebook`. Latents and codebook both receive the decoder's gradient, through the softmax,
-    and the codebook also as the chosen code. Training holds N x K probabilities, as the method must; evaluation does
-    not.
+    The codebook is a `LearnedCodebook`. Latents and codebook both receive the decoder's gradient through the softmax,
+    and the codebook also as the chosen embedding. Training holds N x K probabilities, which the method needs;
+    evaluation does not.
 
-    Attributes:
-      num_embeddings, channels: K and C.
-      commitment_cost: weight of the pull of latents to codes.
-      entropy_cost: weight of (mean entropy of a latent's softmax) - (entropy of the mean softmax).
-      temperature: of the softmax.
-      start: see `LearnedCodebook`.
-      distance: "dot": the code with the largest product, as in the paper, logits z . c. "l2": the nearest code, logits
-        z . c - |c|^2 / 2. "cosine": latents and codes of unit length, logits z . c; the temperature should be small.
-      orthogonality_cost: weight of `regularizers.orthogonality` of the codes.
+    Logits are z . e - |e|^2 / 2 for the distance "l2" and z . e otherwise: "dot" is the paper's, and "cosine" (unit
+    length) needs a small temperature.
     """
 
-    num_embeddings: int
+    num_embeddings: registry.NumEmbeddings
     channels: int
-    commitment_cost: float = 0.25
-    entropy_cost: float = 0.05
-    temperature: float = 1.0
-    orthogonality_cost: float = 0.0
-    start: Start = "kmeans"
-    distance: Distance = "l2"
+    commitment_cost: registry.CommitmentCost = 0.25
+    entropy_cost: registry.EntropyCost = 0.05
+    temperature: registry.Temperature = 1.0
+    orthogonality_cost: registry.OrthogonalityCost = 0.0
+    start: registry.StartSetting = "kmeans"
+    distance: registry.DistanceSetting = "l2"
 
     def setup(self):
-        # The nearest mean has not the largest product: codes start as means by distance.
+        # The nearest mean need not have the largest product, so the codebook starts as means by distance.
         distance = "l2" if self.distance == "dot" else self.distance
         self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, distance)
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train=True also computes the softmax over all codes, and the first latents make these."""
+        """Quantizes latents; train=True also computes the softmax over all embeddings, and at first makes these."""
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
@@ -54,40 +46,39 @@ class IBQ(Quantizer):
             self.initialize(lambda: (latents, finite), jnp.sum(finite))
         codebook = self.embeddings()
         indices = nearest(flat, codebook, self.distance)
-        codes = codebook[indices]
+        quantized = codebook[indices]
         fixed = jax.lax.stop_gradient
-        # The paper's double quantization loss: on the chosen code, and on the code as its index lets gradients through.
-        loss = kept_mean((codes - fixed(flat)) ** 2, finite)
-        loss += self.commitment_cost * kept_mean((fixed(codes) - flat) ** 2, finite)
+        # The double quantization loss of the paper: on the chosen embedding, and (below) on the embedding as its index
+        # passes gradients.
+        loss = masked_mean((quantized - fixed(flat)) ** 2, finite)
+        loss += self.commitment_cost * masked_mean((fixed(quantized) - flat) ** 2, finite)
         if self.orthogonality_cost:
             loss += self.orthogonality_cost * orthogonality(codebook)
-        metrics = health(flat, codes, indices, self.num_embeddings, finite)
-        out = codes
+        metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
+        out = quantized
         if train:
             logits = jnp.dot(flat, codebook.T, precision=jax.lax.Precision.HIGHEST)
             logits -= 0.5 * jnp.sum(codebook**2, axis=1) if self.distance == "l2" else 0.0
             soft = jax.nn.softmax(logits / self.temperature, axis=-1)
             # one_hot + soft - stop_gradient(soft), times the codebook, without a second N x K matrix.
             through = jnp.dot(soft, fixed(codebook), precision=jax.lax.Precision.HIGHEST)
-            out = value_of(codes, codes + through)
+            out = value_of(quantized, quantized + through)
             certainty, spread = entropies(soft, finite)
-            loss += kept_mean((out - flat) ** 2, finite) + self.entropy_cost * (certainty - spread)
+            loss += masked_mean((out - flat) ** 2, finite) + self.entropy_cost * (certainty - spread)
             metrics |= {"entropy": fixed(certainty), "batch_entropy": fixed(spread)}
-        return Quantized(
-            z=out.reshape(z.shape),
-            indices=indices.reshape(z.shape[:-1]),
-            loss=loss,
-            metrics=metrics,
-        )
+        return Quantized(out.reshape(z.shape), indices.reshape(z.shape[:-1]), loss, metrics)
 
-    def initialize(self, first: First, count: Int[Array, ""]) -> None:
-        """As `LearnedCodebook.initialize`."""
-        self.codebook.initialize(first, count)
-
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
-        """The codes of `indices`."""
-        return self.embeddings()[indices]
+    def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
+        """Makes the codebook."""
+        self.codebook.initialize(sample, count)
 
     def embeddings(self) -> Float[Array, "K C"]:
-        """The codes, of unit length for "cosine"."""
+        """Returns the codebook, of unit length for "cosine"."""
         return unit(self.codebook()) if self.distance == "cosine" else self.codebook()
+
+
+registry.register(
+    "ibq", IBQ, "Shi et al. 2024, arXiv:2412.02692",
+    "all embeddings learn from all latents; N x K probabilities in training",
+    codebook={"first": "K C", "offset": "K C"}, inner=True,
+)  # fmt: skip

@@ -1,115 +1,166 @@
-"""The first codes of a codebook: k-means over one batch of latents.
+"""Codebooks that start from the first training batch: k-means, random latents, and learned offsets from them.
 
-Seeding follows k-means++ (Arthur & Vassilvitskii 2007: a new code is drawn with probability proportional to the squared
-distance to the codes there are) in a few rounds of many codes, as k-means|| does (Bahmani et al. 2012,
-arXiv:1203.6402), because K rounds of one code would take K passes. Then Lloyd's iterations. Everything is an operation
-on the global batch: under `jit` over a mesh the result is that of one device.
+Seeding follows k-means++ (Arthur & Vassilvitskii 2007: the next seed is drawn with probability proportional to the
+squared distance to the nearest seed) in a few rounds of many seeds, as in k-means|| (Bahmani et al. 2012,
+arXiv:1203.6402), because K rounds of one seed would take K passes. Lloyd's iterations follow. All operations are on the
+global batch: under `jit` over a mesh the result equals that of one device.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from vqrae_jax.quantizers.base import Sample
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
 Start = Literal["kmeans", "data", "normal"]
-First = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]  # the first latents, and which of them count
 
 ROUNDS = 8  # of seeding
-ITERATIONS = 5  # of Lloyd; on image features later ones hardly move the error on unseen images
+ITERATIONS = 5  # of Lloyd; on image features further iterations hardly change the error on unseen images
 
 
 def kmeans(
     key: PRNGKeyArray,
     z: Float[Array, "N C"],
-    codes: Float[Array, "K C"],
+    codebook: Float[Array, "K C"],
     distance: Distance = "l2",
-    keep: Bool[Array, " N"] | None = None,
+    mask: Bool[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
-    """Codes and the number of latents that each stands for.
+    """Returns K embeddings and the number of latents of each.
 
-    With fewer latents than codes the surplus codes repeat latents and stand for none.
+    With fewer latents than embeddings, surplus embeddings repeat latents and count none.
 
     Args:
       key: draws the seeds.
-      z: latents, of unit length if the distance is "cosine". Rows that do not count may be NaN.
-      codes: gives K, and its place in memory; its values are not read.
+      z: latents, of unit length if the distance is "cosine". Rows outside `mask` may be NaN.
+      codebook: gives K and the sharding; its values are not read.
       distance: as in `nearest`.
-      keep: latents that count; all where absent.
+      mask: latents that count; None: all.
     """
-    keep = jnp.ones(len(z), bool) if keep is None else keep
-    codes = _seeds(key, z, codes, keep)
+    mask = jnp.ones(len(z), bool) if mask is None else mask
+    codebook = _draw_seeds(key, z, codebook, mask)
 
-    # In float32 at once: in loops around a search by bfloat16 first XLA would store all rows in bfloat16 as well.
-    def iterate(_, codes):
-        indices = nearest(z, codes, distance, "float32")
-        counts = code_counts(indices, len(codes), keep)
-        means = code_totals(z, indices, len(codes), keep) / jnp.maximum(counts, 1)[:, None]
+    # The search is float32 from the start: in a loop around a bfloat16 screening, XLA would store all rows in bfloat16.
+    def iterate(_, codebook):
+        indices = nearest(z, codebook, distance, "float32")
+        counts = code_counts(indices, len(codebook), mask)
+        means = code_totals(z, indices, len(codebook), mask) / jnp.maximum(counts, 1)[:, None]
         means = unit(means) if distance == "cosine" else means
-        return jnp.where(counts[:, None] > 0, means, codes)
+        return jnp.where(counts[:, None] > 0, means, codebook)
 
-    codes = jax.lax.fori_loop(0, ITERATIONS, iterate, codes)
-    counts = code_counts(nearest(z, codes, distance, "float32"), len(codes), keep)
-    return codes, counts.astype(jnp.float32)
+    codebook = jax.lax.fori_loop(0, ITERATIONS, iterate, codebook)
+    counts = code_counts(nearest(z, codebook, distance, "float32"), len(codebook), mask)
+    return codebook, counts.astype(jnp.float32)
 
 
-def begin(
-    begins: Bool[Array, ""],
+def start_codebook(
+    starts: Bool[Array, ""],
     key: PRNGKeyArray,
-    first: First,
-    codes: Float[Array, "K C"],
+    sample: Sample,
+    codebook: Float[Array, "K C"],
     counts: Float[Array, " K"],
     start: Start,
     distance: Distance,
 ) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
-    """Where `begins`, codes made from latents and the number of latents that each stands for; else both as given.
+    """Returns embeddings made from latents and the number of latents of each if `starts`, otherwise the arguments.
 
     Args:
-      first: what it computes is computed only where `begins`. For "cosine" latents are brought to unit length.
-      start: "kmeans" clusters the latents, "data" takes random ones of them, which stand for none.
+      sample: is computed only if `starts`. For "cosine" its latents are scaled to unit length.
+      start: "kmeans" clusters the latents; "data" takes random latents, with counts of zero.
       key, distance: as in `kmeans`.
     """
 
     def make(_, state):
-        z, keep = first()
+        z, mask = sample()
         z = unit(z) if distance == "cosine" else z
         if start == "kmeans":
-            return kmeans(key, z, state[0], distance, keep)
-        drawn = draw(key, keep.astype(jnp.float32), len(codes))
-        return jnp.where(keep[drawn][:, None], z[drawn], 0.0), jnp.zeros_like(counts)
+            return kmeans(key, z, state[0], distance, mask)
+        rows = draw(key, mask.astype(jnp.float32), len(codebook))
+        return jnp.where(mask[rows][:, None], z[rows], 0.0), jnp.zeros_like(counts)
 
-    # A loop of one turn or none: unlike the branches of a condition, it leaves the codebook in its place in memory.
-    return jax.lax.fori_loop(0, begins.astype(jnp.int32), make, (codes, counts))
+    # A loop of zero or one steps: unlike the branches of a condition, it keeps the sharding of the codebook.
+    return jax.lax.fori_loop(0, starts.astype(jnp.int32), make, (codebook, counts))
+
+
+def start_variable(
+    module: nn.Module, codebook: nn.Variable, begun: nn.Variable, sample: Sample, count: Int[Array, ""]
+) -> None:
+    """Makes the codebook of a module with attributes `start` and `distance`, unless it has begun or `count` is zero."""
+    if module.start == "normal" or module.is_initializing():
+        return
+    starts, counts = (begun.value == 0) & (count > 0), jnp.zeros(len(codebook.value))
+    key = module.make_rng("codes")
+    codebook.value, _ = start_codebook(starts, key, sample, codebook.value, counts, module.start, module.distance)
+    begun.value = begun.value | starts
 
 
 def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Array, " count"]:
-    """Indices drawn with probability proportional to the weights, without repetition until all were drawn.
+    """Draws indices with probability proportional to the weights, without repetition until all are drawn.
 
-    By the largest of log weight + Gumbel noise (Efraimidis & Spirakis 2006), so that every device draws the same.
+    They are the largest of log weight + Gumbel noise (Efraimidis & Spirakis 2006), equal on every device.
     """
     noisy = jnp.log(weights) + jax.random.gumbel(key, weights.shape)
     _, order = jax.lax.top_k(noisy, min(count, len(weights)))
     return order[jnp.arange(count) % len(order)]
 
 
-def _seeds(
-    key: PRNGKeyArray, z: Float[Array, "N C"], codes: Float[Array, "K C"], keep: Bool[Array, " N"]
+def _draw_seeds(
+    key: PRNGKeyArray, z: Float[Array, "N C"], codebook: Float[Array, "K C"], mask: Bool[Array, " N"]
 ) -> Float[Array, "K C"]:
-    size, channels = codes.shape
+    size, channels = codebook.shape
     rounds = next(r for r in range(min(size, ROUNDS), 0, -1) if size % r == 0)
 
     def add(i, state):
         gap, seeds = state
-        drawn = draw(jax.random.fold_in(key, i), jnp.where(keep, gap, 0.0), size // rounds)
-        new = jnp.where(keep[drawn][:, None], z[drawn], 0.0)
+        rows = draw(jax.random.fold_in(key, i), jnp.where(mask, gap, 0.0), size // rounds)
+        new = jnp.where(mask[rows][:, None], z[rows], 0.0)
         _, distance = nearest_with_distance(z, new, block="float32")
-        # Round i fills rows i, i + rounds, ...: a codebook sharded over its rows stays where it is.
+        # Round i fills rows i, i + rounds, ...: a codebook that is sharded over its rows stays sharded.
         return jnp.minimum(gap, distance), jax.lax.dynamic_update_index_in_dim(seeds, new, i, axis=1)
 
-    seeds = codes.reshape(-1, rounds, channels)
+    seeds = codebook.reshape(-1, rounds, channels)
     _, seeds = jax.lax.fori_loop(0, rounds, add, (jnp.ones(len(z)), seeds))
     return seeds.reshape(size, channels)
+
+
+class LearnedCodebook(nn.Module):
+    """A codebook `first` + `offset`: latents of the first batch (state), and what gradients add to them (parameters).
+
+    Random embeddings lie far from all latents: a few of them win every latent and the others never learn.
+
+    `params`: offset [K, C]. `batch_stats`, unless start is "normal": first [K, C]; begun [], 1 after the first batch.
+
+    Attributes:
+      num_embeddings, channels: K and C.
+      start: as in `start_codebook`; "normal": random embeddings of about unit length, before training.
+      distance: as in `nearest`.
+    """
+
+    num_embeddings: int
+    channels: int
+    start: Start
+    distance: Distance
+
+    def setup(self):
+        shape, normal = (self.num_embeddings, self.channels), nn.initializers.normal(self.channels**-0.5)
+        self.offset = self.param("offset", normal if self.start == "normal" else nn.initializers.zeros, shape)
+        if self.start != "normal":
+            self.first = self.variable("batch_stats", "first", lambda: normal(self.make_rng("params"), shape))
+            self.begun = self.variable("batch_stats", "begun", lambda: jnp.zeros((), jnp.int32))
+
+    def __call__(self) -> Float[Array, "K C"]:
+        """Returns the embeddings."""
+        return self.offset if self.start == "normal" else self.offset + self.fixed()
+
+    def fixed(self) -> Float[Array, "K C"] | float:
+        """Returns the part of the embeddings that gradients do not change."""
+        return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
+
+    def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
+        """Makes the embeddings, as `Quantizer.initialize`."""
+        if self.start != "normal":
+            start_variable(self, self.first, self.begun, sample, count)

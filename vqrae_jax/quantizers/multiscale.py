@@ -1,32 +1,39 @@
-"""Codes on grids from coarse to fine (VQ-VAE-2: Razavi et al. 2019, 1906.00446; VAR: Tian et al. 2024, 2404.02905)."""
+"""Quantization on grids from coarse to fine (VQ-VAE-2: Razavi et al. 2019; VAR: Tian et al. 2024)."""
+
+import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.resize import resize
 
+VAR_GRIDS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 32)  # VAR's, continued beyond 16
 
-class MultiScale(Quantizer):
-    """Every scale codes, on its grid, what the coarser ones left over of the latent grid (VAR, algorithm 1).
 
-    What is left is averaged down to the scale's grid, quantized, enlarged bicubically and subtracted; the latent is the
-    sum. Indices are [B, sum of grid^2], coarse scales first, rows first; a prefix of whole scales decodes too. All
-    scales share one codebook, which begins with what all of them code and learns from each in turn; a latent that is
-    not finite is left out of the means, and a cell without a finite one is passed over. The gradient is the mean of the
-    scales': each takes what its grid holds through its quantizer and its parameters, and the rest as it is, so that
-    straight-through quantizers are one straight-through in all. The loss is the mean of the scales' too.
+class MultiScale(Wrapper):
+    """Every scale quantizes, on its own grid, what the coarser scales left of the latent grid (VAR, algorithm 1).
+
+    The residual is averaged down to the grid of the scale, quantized, enlarged bicubically and subtracted; the latent
+    is the sum. Indices are [B, sum of grid^2], coarse scales first, row by row; a prefix of whole scales decodes too.
+    All scales share one codebook, which starts from what all of them quantize and learns from each in turn. Means skip
+    latents that are not finite, and a cell without a finite latent is ignored. The gradient is the mean of the
+    scales': each passes what its grid holds through its quantizer and its parameters, and the rest unchanged, so that
+    straight-through quantizers are one straight-through in total. The loss is the mean of the scales' as well.
 
     Attributes:
       quantizer: of every scale.
       channels: C.
-      grids: side of every scale's grid, rising; the last is that of the latents.
+      grids: side of every grid, increasing; the last is that of the latents.
     """
 
-    decodes_prefixes = True  # `lookup` takes the first scales alone
+    decodes_prefixes = True
 
     quantizer: Quantizer
     channels: int
@@ -34,39 +41,35 @@ class MultiScale(Quantizer):
 
     def __post_init__(self):
         if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
-            raise ValueError(f"grids={self.grids}: give rising sides of at least 1, one per scale")
+            raise ConfigError("must be increasing sides of at least 1, one per scale", field="grids", value=self.grids)
         super().__post_init__()
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.quantizer.num_embeddings
 
     def __call__(self, z: Float[Array, "B h w C"], train: bool = False) -> Quantized:
         """Quantizes latent grids, coarse to fine.
 
         Raises:
-          ValueError: z is no grid with sides grids[-1].
+          ValueError: z is not a grid with sides grids[-1].
         """
         side = self.grids[-1]
         if z.ndim != 4 or z.shape[1:3] != (side, side):
             raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
         flat, finite = flatten(z, self.channels)
-        grid, keep = flat.reshape(z.shape), finite.reshape(*z.shape[:-1], 1)
+        grid, mask = flat.reshape(z.shape), finite.reshape(*z.shape[:-1], 1)
         if train:
-            # Not by its first call: the coarsest scale alone has as few cells as there are images.
+            # Not by the first call of the quantizer: the coarsest scale has as few cells as there are images.
             fixed = jax.lax.stop_gradient(grid)
-            self.quantizer.initialize(lambda: self._cells(fixed, keep), jnp.sum(keep))
-        left, total, through = grid, jnp.zeros(z.shape), 0.0
+            self.quantizer.initialize(lambda: self._all_cells(fixed, mask), jnp.sum(mask))
+        rest, total, through = grid, jnp.zeros(z.shape), 0.0
         outs = []
         for size in self.grids:
-            cells = _means(left, keep, size)
+            cells = _cell_means(rest, mask, size)
             out = self.quantizer(cells, train)
-            part = self._enlarged(jax.lax.stop_gradient(out.z))
-            left, total = left - part, total + part
-            through += self._enlarged(out.z - cells)  # for its gradient alone
+            part = self._enlarge(jax.lax.stop_gradient(out.z))
+            rest, total = rest - part, total + part
+            through += self._enlarge(out.z - cells)  # only for its gradient
             outs.append(out)
         metrics = [out.metrics for out in outs]
-        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "starved") if n in metrics[0]}
+        fixed = jax.lax.stop_gradient(flat)
         return Quantized(
             z=value_of(total, grid + through / len(outs)),
             indices=jnp.concatenate([out.indices.reshape(len(z), -1) for out in outs], axis=1),
@@ -74,15 +77,13 @@ class MultiScale(Quantizer):
             metrics={
                 "counts": sum(m["counts"] for m in metrics),
                 "nonfinite": jnp.sum(~finite, dtype=jnp.int32),
-                "quantization_error": relative_error(
-                    jax.lax.stop_gradient(flat), total.reshape(-1, self.channels), finite
-                ),
-                **sums,
+                "quantization_error": relative_error(fixed, total.reshape(-1, self.channels), finite),
+                **sum_metrics(metrics),
             },
         )
 
     def lookup(self, indices: Int[Array, "B N"]) -> Float[Array, "B h w C"]:
-        """The sum of all scales; of the first few where only their indices are given.
+        """Returns the sum of all scales, or of the first scales if only their indices are given.
 
         Raises:
           ValueError: the number of indices is not that of a prefix of the scales.
@@ -95,43 +96,67 @@ class MultiScale(Quantizer):
         for size, end in zip(self.grids, ends, strict=True):
             if end <= indices.shape[1]:
                 part = indices[:, end - size**2 : end].reshape(-1, size, size)
-                total += self._enlarged(self.quantizer.lookup(part))
+                total += self._enlarge(self.quantizer.lookup(part))
         return total
 
-    def embeddings(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.embeddings()
-
-    def _cells(
-        self, grid: Float[Array, "B h w C"], keep: Bool[Array, "B h w 1"]
+    def _all_cells(
+        self, grid: Float[Array, "B h w C"], mask: Bool[Array, "B h w 1"]
     ) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
-        """What all scales would code if coarser ones left nothing of what their grids hold; which of it is finite."""
-        left, found = grid, []
+        """Returns what all scales quantize if each leaves nothing of its grid, and which cells are finite."""
+        rest, parts = grid, []
         for size in self.grids:
-            cells = _means(left, keep, size)
-            found.append(cells.reshape(len(grid), -1, self.channels))
-            left = left - self._enlarged(jnp.nan_to_num(cells))
-        cells = jnp.concatenate(found, axis=1).reshape(-1, self.channels)
+            cells = _cell_means(rest, mask, size)
+            parts.append(cells.reshape(len(grid), -1, self.channels))
+            rest = rest - self._enlarge(jnp.nan_to_num(cells))
+        cells = jnp.concatenate(parts, axis=1).reshape(-1, self.channels)
         return cells, jnp.all(jnp.isfinite(cells), axis=-1)
 
-    def _enlarged(self, z: Float[Array, "B s s C"]) -> Float[Array, "B h w C"]:
+    def _enlarge(self, z: Float[Array, "B s s C"]) -> Float[Array, "B h w C"]:
         return resize(z, self.grids[-1], self.grids[-1], "bicubic")
 
 
-def averaging(source: int, target: int) -> Float[np.ndarray, "target source"]:
-    """Rows average the stretch of the source that a target cell covers, cells cut by its border in proportion."""
+def averaging_matrix(source: int, target: int) -> Float[np.ndarray, "target source"]:
+    """Returns rows that average the source cells of each target cell; cells cut by its border count in proportion."""
     edges = np.arange(target + 1) * source / target
     cells = np.arange(source)
     covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
     return (np.maximum(covered, 0) * target / source).astype(np.float32)
 
 
-def _means(z: Float[Array, "B s s C"], keep: Bool[Array, "B s s 1"], size: int) -> Float[Array, "B t t C"]:
-    """Of the latents that `keep` marks in every cell; NaN, which quantizers pass over, where it has none."""
-    matrix = averaging(z.shape[1], size)
-    share = _resample(matrix, keep.astype(jnp.float32))
-    means = _resample(matrix, jnp.where(keep, z, 0.0)) / jnp.where(share > 0, share, 1.0)
+def _cell_means(z: Float[Array, "B s s C"], mask: Bool[Array, "B s s 1"], size: int) -> Float[Array, "B t t C"]:
+    """Returns the mean of the latents in `mask` of every cell; NaN, which quantizers ignore, for empty cells."""
+    matrix = averaging_matrix(z.shape[1], size)
+    share = _resample(matrix, mask.astype(jnp.float32))
+    means = _resample(matrix, jnp.where(mask, z, 0.0)) / jnp.where(share > 0, share, 1.0)
     return jnp.where(share > 0, means, jnp.nan)
 
 
 def _resample(matrix: Float[np.ndarray, "t s"], z: Float[Array, "B s s C"]) -> Float[Array, "B t t C"]:
     return jnp.einsum("is,jt,bstc->bijc", matrix, matrix, z, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiScaleSettings:
+    """Settings of `multiscale`; those of its inner quantizer apply as well."""
+
+    inner: registry.Inner = "ema"
+    grids: Annotated[
+        tuple[Annotated[int, registry.Setting(ge=1)], ...],
+        registry.Setting("increasing sides, the last that of the latent grid; (): 1, 2, 3, ... as in VAR", hashed=True),
+    ] = ()
+
+
+def _build(context: registry.Context, inner: str, grids: tuple[int, ...]) -> MultiScale:
+    if context.flat:
+        message = "must be False for multiscale, which resizes the latent grid"
+        raise ConfigError(message, field="model.quantize_before_reshape", value=True)
+    grids = grids or (*(side for side in VAR_GRIDS if side < context.grid), context.grid)
+    if grids[-1] != context.grid:
+        raise ConfigError(f"must end with {context.grid}, the side of the latent grid", field="grids", value=grids)
+    return MultiScale(context.build_inner(context.channels, len(grids)), context.channels, grids)
+
+
+registry.register(
+    "multiscale", MultiScaleSettings, "Tian et al. 2024, arXiv:2404.02905; Razavi et al. 2019, arXiv:1906.00446",
+    "grids from coarse to fine for next-scale generators; prefixes of scales decode", build=_build,
+)  # fmt: skip

@@ -1,14 +1,15 @@
-"""Exact nearest-code search that never holds the N x K matrix of distances.
+"""Exact search for the nearest embedding that never holds the N x K matrix of distances.
 
-The search walks over blocks of rows and of codes and keeps the best so far. It needs no knowledge of a mesh: rows and
-codes are laid out so that rows sharded over one mesh axis and codes sharded over another stay where they are, every
-device searches its own codes for its own rows, and only (distance, index) of the best crosses devices. Where float32 is
-slow to multiply, products of bfloat16 come first (`screened`); candidates among sharded codes then cross devices too.
+The search visits blocks of rows and of the codebook and keeps the best result so far. It does not know the mesh: the
+layout of the blocks keeps rows that are sharded over one mesh axis and a codebook that is sharded over another on their
+devices. Every device searches its own embeddings for its own rows, and only the distance and index of the best cross
+devices. Where float32 products are slow, bfloat16 products come first (`screened`); then candidates of a sharded
+codebook cross devices as well.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import screened
-from vqrae_jax.quantizers.blocks import Block, Screen, lanes_of, over_rows, strided
+from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes, strided
 
 Distance = Literal["l2", "cosine", "dot"]
+Method = Block | Screen | Literal["float32"]
 
-
-class Tile(NamedTuple):
-    """What one program of the GPU kernel (`nearest_gpu`) holds on its chip.
-
-    precision "highest" multiplies in float32; "TF32_TF32_F32_X3" adds three products of tensor cores, whose error is
-    about that of float32.
-    """
-
-    rows: int = 128
-    codes: int = 128
-    channels: int = 32
-    warps: int = 8
-    stages: int = 3
-    precision: str = "highest"
-
-
-Way = Block | Screen | Tile | Literal["float32"]
-
-# On a CPU a block's scores (4 MiB) must stay in the cache between the matmul and the two passes that reduce them; on a
-# GPU blocks need only bound the memory (256 MiB). XLA for TPU fuses what reduces scores into their products.
+# On a CPU the scores of a block (4 MiB) must stay in the cache between the product and the two passes that reduce them;
+# on a GPU blocks only bound the memory (256 MiB). XLA for TPU fuses the reduction of scores into their products.
 CPU_BLOCK = Block(1024, 1024)
 DEFAULT_BLOCK = Block(16_384, 4096)
 GPU_SCREEN = Screen(*DEFAULT_BLOCK)
@@ -47,150 +31,141 @@ TPU_SCREEN = Screen(None, None)
 
 
 def nearest(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Way | None = None
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Method | None = None
 ) -> Int[Array, " N"]:
-    """The index of the nearest code of each row; ties go to the lowest index.
+    """Returns the int32 index of the nearest embedding of each row; ties go to the lowest index.
 
-    Distances are float32 whatever the input: in bfloat16 about one token in a hundred changes its code. No gradient
-    passes.
+    Distances are float32 for any input dtype: in bfloat16 about one token in a hundred changes its index. There is no
+    gradient. Memory beyond the arguments is O(N * block), in practice O(N + block).
 
     Args:
-      z: latents. A row that is not finite gets some index in [0, K).
-      codebook: codes, finite.
-      distance: "l2", "cosine" (the largest cosine of the angle, whatever the lengths) or "dot" (the largest product).
-      block: a way to search instead of the backend's own, which is "float32" on a CPU and a Screen elsewhere: there
-        products of bfloat16 first rule out most codes, with the same result. A Block is float32 in blocks of other
-        sizes, a Tile a kernel for GPUs.
-
-    Returns:
-      Int32 in [0, K). Memory beyond the arguments is O(N * block), in practice O(N + block).
+      z: latents. A row that is not finite gets any index in [0, K).
+      codebook: finite embeddings.
+      distance: "l2", "cosine" (the largest cosine, for any lengths) or "dot" (the largest product).
+      block: the method, by default "float32" on a CPU and a Screen elsewhere. A Screen rules out most embeddings with
+        bfloat16 products, with the same result; a Block is float32 in blocks of other sizes.
     """
     return nearest_with_distance(z, codebook, distance, block)[0]
 
 
 def nearest_with_distance(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Way | None = None
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Method | None = None
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """As `nearest`, and for "l2" the squared distance, at least zero and good to float32 relative to |z|^2.
+    """Returns indices as `nearest`, and squared distances for "l2", at least zero and accurate relative to |z|^2.
 
-    For "cosine" and "dot" the second is minus the largest product of z with a (unit) code.
+    For "cosine" and "dot" the second result is minus the largest product of z with a (unit) embedding.
     """
-    z, codes = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (z, codebook))
-    codes = unit(codes) if distance == "cosine" else codes
-    offsets = 0.5 * jnp.sum(codes**2, axis=1) if distance == "l2" else jnp.zeros(len(codes))
-    index, score = _way(block)(z, codes, offsets)
+    z, codebook = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (z, codebook))
+    codebook = unit(codebook) if distance == "cosine" else codebook
+    offsets = 0.5 * jnp.sum(codebook**2, axis=1) if distance == "l2" else jnp.zeros(len(codebook))
+    index, score = _search_method(block)(z, codebook, offsets)
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
-def nearest_other(codes: Float[Array, "K C"], sample: int = 512) -> Float[Array, " sample"]:
-    """Distances from codes to the nearest other one: how far a codebook has spread, and whether codes coincide.
+def nearest_other(codebook: Float[Array, "K C"], sample: int = 512) -> Float[Array, " sample"]:
+    """Returns Euclidean distances from embeddings to the nearest other one: the spread of a codebook.
+
+    Their squares are accurate relative to the extent of the codebook.
 
     Args:
-      codes: at least two.
-      sample: of so many codes, evenly over the codebook; each is compared with all. At most K.
-
-    Returns:
-      Euclidean distances; their squares are good to float32 relative to the codebook's extent.
+      codebook: at least two embeddings.
+      sample: number of embeddings, evenly over the codebook, that are compared with all; at most K.
     """
-    codes = jax.lax.stop_gradient(codes).astype(jnp.float32)
-    codes -= jnp.mean(codes, axis=0)
-    sample = min(sample, len(codes))
-    chosen = np.arange(sample) * len(codes) // sample
-    from_codes = codes[chosen]
-    blocks, numbers = strided(codes, DEFAULT_BLOCK.codes), strided(jnp.arange(1, len(codes) + 1), DEFAULT_BLOCK.codes)
+    codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
+    codebook -= jnp.mean(codebook, axis=0)
+    sample = min(sample, len(codebook))
+    selected = np.arange(sample) * len(codebook) // sample
+    rows, size = codebook[selected], DEFAULT_BLOCK.codes
+    blocks, numbers = strided(codebook, size), strided(jnp.arange(1, len(codebook) + 1), size)
 
     def visit(best, i):
         part = jax.lax.dynamic_index_in_dim(blocks, i, axis=1, keepdims=False)
         number = jax.lax.dynamic_index_in_dim(numbers, i, axis=1, keepdims=False)  # from one: zero is padding
-        scores = 2 * _scores(from_codes, part, 0.5 * jnp.sum(part**2, axis=1))
-        other = (number > 0) & (number != chosen[:, None] + 1)
+        scores = 2 * _scores(rows, part, 0.5 * jnp.sum(part**2, axis=1))
+        other = (number > 0) & (number != selected[:, None] + 1)
         return jnp.minimum(best, jnp.min(jnp.where(other, scores, jnp.inf), axis=1)), None
 
     best, _ = jax.lax.scan(visit, jnp.full(sample, jnp.inf), jnp.arange(blocks.shape[1]))
-    return jnp.sqrt(jnp.maximum(best + jnp.sum(from_codes**2, axis=1), 0.0))
+    return jnp.sqrt(jnp.maximum(best + jnp.sum(rows**2, axis=1), 0.0))
 
 
 def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
-    """x at length one; zero stays zero, with a finite gradient."""
+    """Scales x to length one; zero stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
-def _way(block: Way | None) -> Callable[..., tuple[Int[Array, " N"], Float[Array, " N"]]]:
-    """(z, codes, offsets) -> the lowest index of the smallest offsets[k] - z @ codes[k], and that value."""
-    if isinstance(block, Tile):
-        from vqrae_jax.quantizers import nearest_gpu
-
-        return functools.partial(nearest_gpu.search, tile=block)
+def _search_method(block: Method | None) -> Callable[..., tuple[Int[Array, " N"], Float[Array, " N"]]]:
+    """Returns a function that finds the lowest index of the smallest offsets[k] - z @ codebook[k], and that score."""
     if isinstance(block, Screen):
-        return functools.partial(screened.search, sizes=block, exact=_float32)
+        return functools.partial(screened.search, sizes=block, exact=_search_float32)
     if isinstance(block, Block):
-        return functools.partial(_blocked, block=block)
+        return functools.partial(_search_blocks, block=block)
     if block == "float32":
-        return _float32
+        return _search_float32
     return functools.partial(
         jax.lax.platform_dependent,
-        cpu=_float32,
-        tpu=functools.partial(screened.search, sizes=TPU_SCREEN, exact=_float32),
-        default=functools.partial(screened.search, sizes=GPU_SCREEN, exact=_float32),
+        cpu=_search_float32,
+        tpu=functools.partial(screened.search, sizes=TPU_SCREEN, exact=_search_float32),
+        default=functools.partial(screened.search, sizes=GPU_SCREEN, exact=_search_float32),
     )
 
 
-def _float32(
-    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]
+def _search_float32(
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     return jax.lax.platform_dependent(
         z,
-        codes,
+        codebook,
         offsets,
-        cpu=functools.partial(_blocked, block=CPU_BLOCK),
-        tpu=_whole,
-        default=functools.partial(_blocked, block=DEFAULT_BLOCK),
+        cpu=functools.partial(_search_blocks, block=CPU_BLOCK),
+        tpu=_search_at_once,
+        default=functools.partial(_search_blocks, block=DEFAULT_BLOCK),
     )
 
 
-def _whole(
-    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]
+def _search_at_once(
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """One expression, for a compiler that fuses the arg-min into the matmul, as XLA for TPU does."""
-    scores = _scores(z, codes, offsets)
+    """Searches in one expression, for compilers that fuse the arg-min into the product, as XLA for TPU does."""
+    scores = _scores(z, codebook, offsets)
     return jnp.argmin(scores, axis=1).astype(jnp.int32), jnp.min(scores, axis=1)
 
 
-def _blocked(
-    z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
+def _search_blocks(
+    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    lanes, lane_offsets, width = lanes_of(codes, offsets, block.codes)
-    return over_rows(lambda x: _search(x, lanes, lane_offsets, width, len(codes)), block.rows, z)
+    lanes, lane_offsets, width = split_lanes(codebook, offsets, block.codes)
+    return map_rows(lambda x: _search_lanes(x, lanes, lane_offsets, width, len(codebook)), block.rows, z)
 
 
-def _search(
+def _search_lanes(
     x: Float[Array, "R C"], lanes: Float[Array, "L S C"], offsets: Float[Array, "L S"], width: int, size: int
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
-    """The best code of every lane, block by block, then the best of the lanes."""
+    """Finds the best embedding of every lane, block by block, then the best of the lanes."""
     count, length = offsets.shape
 
     def visit(best, i):
-        codes = jax.lax.dynamic_slice_in_dim(lanes, i * width, width, axis=1)
+        part = jax.lax.dynamic_slice_in_dim(lanes, i * width, width, axis=1)
         offset = jax.lax.dynamic_slice_in_dim(offsets, i * width, width, axis=1)
-        scores = _scores(x, codes.reshape(count * width, -1), offset.reshape(-1)).reshape(len(x), count, width)
+        scores = _scores(x, part.reshape(count * width, -1), offset.reshape(-1)).reshape(len(x), count, width)
         score, index = _first_minimum(scores)
         better = score < best[0]
         return (jnp.where(better, score, best[0]), jnp.where(better, i * width + index, best[1])), None
 
-    nothing = (jnp.full((len(x), count), jnp.inf), jnp.zeros((len(x), count), jnp.int32))
-    (score, index), _ = jax.lax.scan(visit, nothing, jnp.arange(length // width, dtype=jnp.int32))
+    initial = (jnp.full((len(x), count), jnp.inf), jnp.zeros((len(x), count), jnp.int32))
+    (score, index), _ = jax.lax.scan(visit, initial, jnp.arange(length // width, dtype=jnp.int32))
     index += jnp.arange(count, dtype=jnp.int32) * (size // count)
     best = jnp.min(score, axis=1, keepdims=True)
     return jnp.min(jnp.where(score == best, index, size - 1), axis=1), best[:, 0]
 
 
 def _first_minimum(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
-    """Minimum and its lowest index. Two passes, because XLA for CPU does not vectorize the arg-min's comparator."""
+    """Returns the minimum and its lowest index, in two passes: XLA for CPU does not vectorize the arg-min."""
     score = jnp.min(scores, axis=-1)
     positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     return score, jnp.min(jnp.where(scores == score[..., None], positions, len(positions) - 1), axis=-1)
 
 
-def _scores(z: Float[Array, "N C"], codes: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Float[Array, "N K"]:
-    """Half the squared distance less |z|^2 / 2, which is the same for all codes."""
-    return offsets - jnp.dot(z, codes.T, precision=jax.lax.Precision.HIGHEST)
+def _scores(z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Float[Array, "N K"]:
+    """Returns half the squared distance minus |z|^2 / 2, which is equal for all embeddings."""
+    return offsets - jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,16 +1,21 @@
-"""Product quantization: groups of channels with codes of their own (Jegou et al. 2011, doi:10.1109/TPAMI.2010.57)."""
+"""Product quantization: groups of channels have codebooks of their own (Jegou et al. 2011, TPAMI 33(1))."""
+
+import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, Quantizer
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.base import Quantized, Quantizer, sum_metrics
 
 
 class Product(Quantizer):
-    """G groups of C / G channels give K^G combinations from G codebooks of K.
+    """G groups of C / G channels, which make K^G combinations from G codebooks of K.
 
     Indices are [*b, G], counts [G, K]; the loss is the mean of the groups'. A latent that is not finite in one group is
-    passed over by that group alone.
+    ignored by that group only.
 
     Attributes:
       groups: the quantizers, each for C / G channels; the same object in several places shares its codebook.
@@ -27,14 +32,13 @@ class Product(Quantizer):
 
     @property
     def num_embeddings(self) -> int:
+        """K of each group."""
         return self.groups[0].num_embeddings
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes every group of channels by itself."""
+        """Quantizes every group of channels."""
         outs = [group(part, train) for group, part in zip(self.groups, self._split(z), strict=True)]
         metrics = [out.metrics for out in outs]
-        means = {n: sum(m[n] for m in metrics) / len(outs) for n in ("quantization_error",)}
-        sums = {n: sum(m[n] for m in metrics) for n in ("revived", "starved") if n in metrics[0]}
         return Quantized(
             z=jnp.concatenate([out.z for out in outs], axis=-1),
             indices=jnp.stack([out.indices for out in outs], axis=-1),
@@ -42,25 +46,47 @@ class Product(Quantizer):
             metrics={
                 "counts": jnp.stack([m["counts"] for m in metrics]),
                 "nonfinite": jnp.max(jnp.stack([m["nonfinite"] for m in metrics])),
-                **means,
-                **sums,
+                "quantization_error": sum(m["quantization_error"] for m in metrics) / len(outs),
+                **sum_metrics(metrics),
             },
         )
 
     def lookup(self, indices: Int[Array, "*b G"]) -> Float[Array, "*b C"]:
-        """The codes of all groups side by side.
+        """Returns the embeddings of all groups, concatenated.
 
         Raises:
-          ValueError: the last axis of the indices is not the groups'.
+          ValueError: the last axis of the indices does not have one entry per group.
         """
         if indices.shape[-1:] != (len(self.groups),):
-            raise ValueError(f"indices of shape {indices.shape} for a product quantizer of {len(self.groups)} groups")
+            raise ValueError(f"indices need a last axis of {len(self.groups)} groups, got shape {indices.shape}")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
 
     def embeddings(self) -> Float[Array, "K c"] | None:
+        """Returns the codebook of the first group."""
         return self.groups[0].embeddings()
 
     def _split(self, z: Float[Array, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:
-            raise ValueError(f"the quantizer takes latents of {self.channels} channels, got shape {z.shape}")
+            raise ValueError(f"the quantizer expects latents of {self.channels} channels, got shape {z.shape}")
         return jnp.split(z, len(self.groups), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSettings:
+    """Settings of `product`; those of its inner quantizer apply as well."""
+
+    inner: registry.Inner = "ema"
+    groups: Annotated[int, registry.Setting("groups of channels", ge=1, hashed=True)] = 2
+
+
+def _build(context: registry.Context, inner: str, groups: int) -> Product:
+    channels = context.channels
+    if channels % groups:
+        raise ConfigError(f"must divide the {channels} channels of the latents", field="groups", value=groups)
+    return Product(tuple(context.build_inner(channels // groups, 1) for _ in range(groups)), channels)
+
+
+registry.register(
+    "product", ProductSettings, "Jegou et al. 2011, doi:10.1109/TPAMI.2010.57",
+    "many combinations from small codebooks; several indices per token", build=_build,
+)  # fmt: skip

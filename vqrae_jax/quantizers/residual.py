@@ -1,33 +1,37 @@
-"""Residual quantization: each level codes what the ones before left over (Zeghidour et al. 2021, arXiv:2107.03312)."""
+"""Residual quantization: each level quantizes what the levels before left (Zeghidour et al. 2021, arXiv:2107.03312)."""
+
+import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error, sum_metrics
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import kmeans
-from vqrae_jax.quantizers.lookup import look_up
 from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.statistics import gather_rows
 
-ABSENT = -1  # the index of a level that was left out
+ABSENT = -1  # the index of a level that is left out
 
 
 class Residual(Quantizer):
-    """A latent is the sum of one code per level; any prefix of its indices decodes to a coarser latent.
+    """A latent is the sum of one embedding per level; any prefix of its indices decodes to a coarser latent.
 
     Indices are [*b, depth], counts [depth, K]. The gradient to z is the mean of the levels', one straight-through in
-    all. The loss is the sum of the levels', so that z is pulled to every prefix (Lee et al. 2022, arXiv:2203.01941).
+    total. The loss is the sum of the levels', so that z is pulled to every prefix (Lee et al. 2022, arXiv:2203.01941).
 
     Attributes:
-      levels: the quantizers, all of the same K and C; the same object in several places shares its codebook, which
-        begins with what all levels code if it is that of all.
+      levels: the quantizers, all with the same K and C; the same object in several places shares its codebook. A
+        codebook that all levels share starts from what all levels quantize.
       channels: C.
-      dropout: in training, the share of images (entries of the leading axis) that keep only a random prefix of 1 to
-        depth - 1 levels; the indices of the others are -1 there. Draws from the rng stream "codes".
+      dropout: in training, the share of images (entries of the leading axis) that use only a random prefix of 1 to
+        depth - 1 levels; the other indices are -1. Draws from the rng stream "codes".
     """
 
-    decodes_prefixes = True  # `lookup` takes the first levels alone
+    decodes_prefixes = True
 
     levels: tuple[Quantizer, ...]
     channels: int
@@ -35,85 +39,112 @@ class Residual(Quantizer):
 
     @property
     def num_embeddings(self) -> int:
+        """K of each level."""
         return self.levels[0].num_embeddings
 
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents level by level."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
-            self._begin(jax.lax.stop_gradient(flat), finite)
-        flat = jnp.where(finite[:, None], flat, jnp.nan).reshape(z.shape)  # each level passes over NaN by itself
-        kept = self._kept_levels(z, train)
-        left, total, carrier, loss = flat, jnp.zeros(z.shape), 0.0, 0.0
+            self._initialize_shared(jax.lax.stop_gradient(flat), finite)
+        flat = jnp.where(finite[:, None], flat, jnp.nan).reshape(z.shape)  # each level ignores NaN by itself
+        depths = self._draw_depths(z, train)
+        rest, total, carrier, loss = flat, jnp.zeros(z.shape), 0.0, 0.0
         outs = []
         for i, level in enumerate(self.levels):
-            there = (i < kept)[..., None]
-            out = level(jnp.where(there, left, jnp.nan), train)
-            codes = jnp.where(there, out.z, 0.0)
-            left = left - jax.lax.stop_gradient(codes)
-            total, carrier, loss = total + codes, carrier + codes, loss + out.loss
-            outs.append(out.replace(indices=jnp.where(i < kept, out.indices, ABSENT)))
-        metrics = self._metrics([out.metrics for out in outs])
+            present = (i < depths)[..., None]
+            out = level(jnp.where(present, rest, jnp.nan), train)
+            quantized = jnp.where(present, out.z, 0.0)
+            rest = rest - jax.lax.stop_gradient(quantized)
+            total, carrier, loss = total + quantized, carrier + quantized, loss + out.loss
+            outs.append(out.replace(indices=jnp.where(i < depths, out.indices, ABSENT)))
+        metrics = [out.metrics for out in outs]
         fixed = jax.lax.stop_gradient((jnp.nan_to_num(flat), total))
         rows = [x.reshape(-1, self.channels) for x in fixed]
         return Quantized(
-            z=value_of(total, carrier / kept[..., None]),
+            z=value_of(total, carrier / depths[..., None]),
             indices=jnp.stack([out.indices for out in outs], axis=-1),
             loss=loss,
-            metrics=metrics | {"quantization_error": relative_error(*rows, finite)},
+            metrics={
+                "counts": jnp.stack([m["counts"] for m in metrics]),
+                "nonfinite": metrics[0]["nonfinite"],
+                "quantization_error": relative_error(*rows, finite),
+                **sum_metrics(metrics),
+            },
         )
 
     def lookup(self, indices: Int[Array, "*b depth"]) -> Float[Array, "*b C"]:
-        """The sum of the codes; with fewer than all levels, or -1 for the missing ones, a coarser latent.
+        """Returns the sum of the embeddings; with fewer levels, or -1 for missing ones, a coarser latent.
 
         Raises:
           ValueError: more indices per latent than levels.
         """
         depth = indices.shape[-1]
         if depth > len(self.levels):
-            raise ValueError(f"indices of {depth} levels for a residual quantizer of {len(self.levels)}")
+            raise ValueError(f"indices have {depth} levels, the quantizer has {len(self.levels)}")
         total = jnp.zeros((*indices.shape[:-1], self.channels))
         for i, level in enumerate(self.levels[:depth]):
-            there = (indices[..., i] != ABSENT)[..., None]
-            total += jnp.where(there, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
+            present = (indices[..., i] != ABSENT)[..., None]
+            total += jnp.where(present, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
     def embeddings(self) -> Float[Array, "K c"] | None:
+        """Returns the codebook of the first level."""
         return self.levels[0].embeddings()
 
-    def _begin(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        """Codes of the latents alone would be far from all that they leave over."""
+    def _initialize_shared(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+        """Starts a shared codebook from latents and residuals: one from latents alone is far from all residuals."""
         level, depth = self.levels[0], len(self.levels)
         if depth > 1 and all(other is level for other in self.levels) and level.embeddings() is not None:
-            keys, codes = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
-            level.initialize(lambda: _left_over(keys, flat, finite, codes), jnp.sum(finite))
+            keys, size = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
+            level.initialize(lambda: _residuals(keys, flat, finite, size), jnp.sum(finite))
 
-    def _kept_levels(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
-        """How many levels each latent goes through."""
+    def _draw_depths(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
+        """Returns the number of levels that each latent uses."""
         depth, shape = len(self.levels), z.shape[:-1]
         if not (train and self.dropout and depth > 1) or self.is_initializing():
             return jnp.full(shape, depth)
-        count_key, drop_key = jax.random.split(self.make_rng("codes"))
-        count = jax.random.randint(count_key, shape[:1], 1, depth)
-        count = jnp.where(jax.random.uniform(drop_key, shape[:1]) < self.dropout, count, depth)
-        return jnp.broadcast_to(count.reshape(-1, *[1] * (len(shape) - 1)), shape)
-
-    def _metrics(self, levels: list[dict[str, Array]]) -> dict[str, Array]:
-        """Counts per level; what the first level found broken; the sum of all other numbers of codes."""
-        sums = {name: sum(m[name] for m in levels) for name in ("revived", "starved") if name in levels[0]}
-        counts = jnp.stack([m["counts"] for m in levels])
-        return {"counts": counts, "nonfinite": levels[0]["nonfinite"], **sums}
+        depth_key, drop_key = jax.random.split(self.make_rng("codes"))
+        depths = jax.random.randint(depth_key, shape[:1], 1, depth)
+        depths = jnp.where(jax.random.uniform(drop_key, shape[:1]) < self.dropout, depths, depth)
+        return jnp.broadcast_to(depths.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
-def _left_over(
-    keys: PRNGKeyArray, z: Float[Array, "N C"], keep: Bool[Array, " N"], size: int
+def _residuals(
+    keys: Key[Array, " depth"], z: Float[Array, "N C"], mask: Bool[Array, " N"], size: int
 ) -> tuple[Float[Array, "M C"], Bool[Array, " M"]]:
-    """What the levels, one per key, would code if each had `size` codes of its own; and which rows count."""
+    """Returns what each level quantizes if it has `size` embeddings of its own, and the mask of these rows."""
 
-    def code(left: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes, _ = kmeans(key, left, jnp.zeros((size, left.shape[1])), keep=keep)
-        return left - look_up(codes, nearest(left, codes)), left
+    def quantize(rest: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codebook, _ = kmeans(key, rest, jnp.zeros((size, rest.shape[1])), mask=mask)
+        return rest - gather_rows(codebook, nearest(rest, codebook)), rest
 
-    _, found = jax.lax.scan(code, z, keys)
-    # Rows in front, which stay on their devices.
-    return found.swapaxes(0, 1).reshape(-1, z.shape[1]), jnp.repeat(keep, len(keys))
+    _, residuals = jax.lax.scan(quantize, z, keys)
+    # The row axis comes first, so that rows stay on their devices.
+    return residuals.swapaxes(0, 1).reshape(-1, z.shape[1]), jnp.repeat(mask, len(keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualSettings:
+    """Settings of `residual`; those of its inner quantizer apply as well."""
+
+    inner: registry.Inner = "ema"
+    depth: Annotated[int, registry.Setting("levels", ge=1, hashed=True)] = 4
+    shared: Annotated[bool, registry.Setting("one codebook for all levels")] = False
+    dropout: Annotated[
+        float, registry.Setting("share of images that train only a random prefix of the levels", ge=0, le=1)
+    ] = 0.0
+
+
+def _build(context: registry.Context, inner: str, depth: int, shared: bool, dropout: float) -> Residual:
+    if shared:
+        levels = (context.build_inner(context.channels, depth),) * depth
+    else:
+        levels = tuple(context.build_inner(context.channels, 1) for _ in range(depth))
+    return Residual(levels, context.channels, dropout)
+
+
+registry.register(
+    "residual", ResidualSettings, "Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941",
+    "coarse to fine: each level refines the token, and prefixes of levels decode", build=_build,
+)  # fmt: skip

@@ -1,31 +1,54 @@
-"""Sums over the latents of each code, without the N x K one-hot matrix and the same at every run."""
+"""Rows of a codebook by index and sums of latents by index, with little memory and deterministic."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-ONE_HOT_BLOCK = 512  # codes whose one-hot columns exist at once
+ONE_HOT_BLOCK = 512  # embeddings whose one-hot columns exist at once
+GATHER_STEPS = 16  # by which the temporary memory of `gather_rows` is smaller than its result
+GATHER_TILE = 8  # rows that a TPU stores together
+
+
+def gather_rows(codebook: Float[Array, "K C"], indices: Int[Array, " N"]) -> Float[Array, "N C"]:
+    """Returns codebook[indices] exactly, without a gradient.
+
+    If a mesh axis splits the codebook, every device fills in the rows that it holds and the devices add up. At once,
+    that would take a second copy of the result, so it is done in steps. A step takes strided rows, because contiguous
+    rows would cut the row axis, which another mesh axis splits.
+    """
+    codebook, indices = jax.lax.stop_gradient(jnp.asarray(codebook)), jnp.asarray(indices)
+    steps = next((n for n in range(GATHER_STEPS, 1, -1) if len(indices) % (n * GATHER_TILE) == 0), 1)
+    if steps == 1:
+        return codebook[indices]
+    parts = indices.reshape(-1, steps, GATHER_TILE)
+
+    def visit(i, rows):
+        part = jax.lax.dynamic_index_in_dim(parts, i, axis=1, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(rows, codebook[part], i, axis=1)
+
+    rows = jnp.zeros((*parts.shape, codebook.shape[1]), codebook.dtype)
+    return jax.lax.fori_loop(0, steps, visit, rows).reshape(len(indices), -1)
 
 
 def code_counts(
-    indices: Int[Array, "*b"], num_embeddings: int, keep: Bool[Array, "*b"] | None = None
+    indices: Int[Array, "*b"], num_embeddings: int, mask: Bool[Array, "*b"] | None = None
 ) -> Int[Array, " K"]:
-    """How often each code occurs among the entries that `keep` marks. Integers: any order of adding gives the same."""
+    """Returns how often each index occurs among the entries in `mask`; integers, so the order of adding is free."""
     flat = indices.reshape(-1)
-    ones = jnp.ones_like(flat) if keep is None else keep.reshape(-1).astype(flat.dtype)
+    ones = jnp.ones_like(flat) if mask is None else mask.reshape(-1).astype(flat.dtype)
     return jax.ops.segment_sum(ones, flat, num_embeddings)
 
 
 def code_totals(
-    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, keep: Bool[Array, " N"] | None = None
+    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, mask: Bool[Array, " N"] | None = None
 ) -> Float[Array, "K C"]:
-    """The sum of the latents of each code, among the rows that `keep` marks; float32. Other rows may be NaN.
+    """Returns the float32 sum of the latents of each index, over the rows in `mask`; other rows may be NaN.
 
-    A scatter-add adds in a fixed order on CPU and TPU. On a GPU it would add in the order of arrival, which changes the
-    last bits from run to run, so there a blocked one-hot matmul does it.
+    A scatter-add adds in a fixed order on CPU and TPU. On a GPU its order is that of arrival, which changes the last
+    bits from run to run, so a blocked one-hot product does it there.
     """
-    if keep is not None:
-        indices = jnp.where(keep, indices, num_embeddings)  # beyond the end: dropped, and z need not be copied
+    if mask is not None:
+        indices = jnp.where(mask, indices, num_embeddings)  # beyond the end: dropped, without a copy of z
     return jax.lax.platform_dependent(
         z.astype(jnp.float32),
         indices,
@@ -38,16 +61,17 @@ def code_totals(
 def one_hot_totals(
     z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
 ) -> Float[Array, "K C"]:
-    """The same by matmuls with blocks of the one-hot matrix; indices outside [0, num_embeddings) are dropped.
+    """Returns the same as `code_totals` by products with blocks of the one-hot matrix; drops indices out of range.
 
-    They multiply bfloat16, which is fast, and lose nothing: a one is exact, a latent the sum of three such parts.
+    The products are bfloat16, which is fast, and exact: a one has no rounding, and a latent is the sum of three
+    bfloat16 parts.
     """
     clean = jnp.where(((indices >= 0) & (indices < num_embeddings))[:, None], z, 0.0)  # 0 * NaN is NaN
     parts = jnp.concatenate(_bfloat16_parts(clean), axis=1)
 
     def visit(_, start):
-        chosen = (indices == (start + jnp.arange(block))[:, None]).astype(jnp.bfloat16)
-        totals = jnp.dot(chosen, parts, preferred_element_type=jnp.float32)
+        selected = (indices == (start + jnp.arange(block))[:, None]).astype(jnp.bfloat16)
+        totals = jnp.dot(selected, parts, preferred_element_type=jnp.float32)
         return None, totals.reshape(block, 3, -1).sum(1)
 
     _, totals = jax.lax.scan(visit, None, jnp.arange(0, num_embeddings, block))
@@ -55,10 +79,10 @@ def one_hot_totals(
 
 
 def _bfloat16_parts(x: Float[Array, "*b C"]) -> list[Float[Array, "*b C"]]:
-    """Three arrays of eight bits of mantissa each, whose sum is x."""
+    """Splits x into three bfloat16 arrays that add up to it."""
     parts = []
     for _ in range(3):
-        # Not a conversion there and back, which XLA may leave out.
+        # Not a conversion to bfloat16 and back, which XLA may remove.
         rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(rounded.astype(jnp.bfloat16))
         x = x - rounded

@@ -1,35 +1,45 @@
 """Quantization in the dominant principal subspace of frozen features (DINO-Tok: Jia et al. 2025, arXiv:2511.20565)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
 
-EPS = 1e-5  # of the largest variance; axes of less are not blown up further
+EPS = 1e-5  # smallest variance of an axis, relative to the largest: axes of less variance are not amplified further
 
 
-class Whitened(Quantizer):
-    """Latents are projected onto their first principal axes and scaled to variance one there; codes live in that space.
+class Whitened(Wrapper):
+    """Latents are projected onto their first principal axes and scaled to variance one, and are quantized there.
 
-    Distances then weigh every axis alike, and what lies in the dropped axes comes back as its mean. State in
-    `batch_stats`: mean [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted [], whether they are known.
-    The first training batch gives them; whoever has latent statistics sets them by `fitted_state` instead. Before that
-    the first `dim` channels pass as they are.
+    Distances then weigh all axes equally, and the dropped axes are decoded as their mean. State in `batch_stats`: mean
+    [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted [], 1 once they are known. The first training
+    batch gives them, unless they are set by `fitted_state`, for example from a file of latent statistics. Before that
+    the first `dim` channels pass unchanged.
 
     Attributes:
-      quantizer: takes latents of `dim` channels.
+      quantizer: the inner quantizer, for latents of `dim` channels.
       channels: C of the latents outside.
-      dim: axes kept.
+      dim: number of axes.
     """
 
     quantizer: Quantizer
     channels: int
-    dim: int
+    dim: Annotated[
+        int,
+        registry.Setting(
+            "principal axes of the latents, scaled to variance one, from normalization_stat_path or the first batch",
+            "quantizer_params.whitening_dim", ge=1, default=None, hashed=True,
+        ),
+    ]  # fmt: skip
 
     def __post_init__(self):
         if not 1 <= self.dim <= self.channels:
-            raise ValueError(f"dim={self.dim}: latents of {self.channels} channels have 1 to {self.channels} axes")
+            raise ConfigError(f"must be 1 to {self.channels} channels of the latents", field="dim", value=self.dim)
         super().__post_init__()
 
     def setup(self):
@@ -38,42 +48,31 @@ class Whitened(Quantizer):
         self.deviation = self.variable("batch_stats", "deviation", jnp.ones, (self.dim,))
         self.fitted = self.variable("batch_stats", "fitted", lambda: jnp.zeros((), jnp.int32))
 
-    @property
-    def num_embeddings(self) -> int:
-        return self.quantizer.num_embeddings
-
-    @property
-    def decodes_prefixes(self) -> bool:
-        return self.quantizer.decodes_prefixes
-
     def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; loss and metrics are the inner quantizer's, in whitened units."""
+        """Quantizes latents; loss and metrics are those of the inner quantizer, in whitened units."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
             self._fit(jax.lax.stop_gradient(flat), finite)
         inside = _dot(flat - self.mean.value, self.basis.value) / self.deviation.value
-        inside = jnp.where(finite[:, None], inside, jnp.nan)  # for the quantizer to see and pass over
+        inside = jnp.where(finite[:, None], inside, jnp.nan)  # for the inner quantizer to count and ignore
         out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
-        return out.replace(z=self._back(out.z))
+        return out.replace(z=self._undo(out.z))
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
-        """The codes of `indices`, in the latents' own space."""
-        return self._back(self.quantizer.lookup(indices))
+    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*d C"]:
+        """Returns the latents of `indices`, outside the whitened space."""
+        return self._undo(self.quantizer.lookup(indices))
 
-    def embeddings(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.embeddings()
-
-    def _back(self, inside: Float[Array, "*b D"]) -> Float[Array, "*b C"]:
+    def _undo(self, inside: Float[Array, "*b D"]) -> Float[Array, "*b C"]:
         return _dot(inside * self.deviation.value, self.basis.value.T) + self.mean.value
 
     def _fit(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
-        """Takes the axes from the first batch that has finite latents."""
+        """Computes the axes from the first batch that has finite latents."""
 
         def fit():
             count = jnp.maximum(jnp.sum(finite), 1)
             mean = jnp.sum(flat, axis=0) / count  # rows that are not finite are zero
-            centred = jnp.where(finite[:, None], flat - mean, 0.0)
-            variance, axes = jnp.linalg.eigh(_dot(centred.T, centred) / count)
+            centered = jnp.where(finite[:, None], flat - mean, 0.0)
+            variance, axes = jnp.linalg.eigh(_dot(centered.T, centered) / count)
             return fitted_state(mean, axes[:, ::-1], variance[::-1], self.dim)
 
         state = {"mean": self.mean, "basis": self.basis, "deviation": self.deviation, "fitted": self.fitted}
@@ -83,16 +82,19 @@ class Whitened(Quantizer):
             variable.value = fitted[name]
 
 
+registry.WRAPPERS["whitening_dim"] = Whitened
+
+
 def fitted_state(
     mean: Float[Array, " C"], basis: Float[Array, "C n"], variance: Float[Array, " n"], dim: int
 ) -> dict[str, Array]:
-    """The state of `Whitened` from principal axes, the first of which are kept.
+    """Returns the state of `Whitened` for the first `dim` of n principal axes.
 
     Args:
       mean: of the latents.
-      basis: orthonormal columns, by falling variance; n >= dim.
+      basis: orthonormal columns, by decreasing variance; n >= dim.
       variance: of the latents along them.
-      dim: axes to keep.
+      dim: number of axes of the result.
     """
     variance = jnp.maximum(variance[:dim], EPS * variance[0])
     return {

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.entropy import diversity
-from vqrae_jax.quantizers.projected import Projected
+from vqrae_jax.quantizers import EMAQuantizer, Projected
+from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 
 everything = jnp.ones(6, bool)
 
 
-def whole(z, codebook, keep, temperature):
-    """The same with the N x K matrix."""
+def full_matrix_diversity(z, codebook, mask, temperature):
+    """Computes the same with the N x K matrix."""
     logits = -((z[:, None] - codebook[None]) ** 2).sum(-1) / temperature
-    mean = (jax.nn.softmax(logits, axis=-1) * keep[:, None]).sum(0) / keep.sum()
+    mean = (jax.nn.softmax(logits, axis=-1) * mask[:, None]).sum(0) / mask.sum()
     return jnp.log(len(codebook)) + jnp.sum(mean * jnp.log(mean))
 
 
@@ -23,9 +22,9 @@ def whole(z, codebook, keep, temperature):
 def test_value_and_gradients_equal_those_of_the_whole_matrix(rows, assert_close):
     rng = np.random.default_rng(0)
     z, codebook = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (90, 20))
-    keep = jnp.asarray(np.arange(90) % 3 > 0)
-    blocked = functools.partial(diversity, keep=keep, temperature=0.7, block=rows * 20)
-    simple = functools.partial(whole, keep=keep, temperature=0.7)
+    mask = jnp.asarray(np.arange(90) % 3 > 0)
+    blocked = functools.partial(diversity, mask=mask, temperature=0.7, block=rows * 20)
+    simple = functools.partial(full_matrix_diversity, mask=mask, temperature=0.7)
     ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1)))(z, codebook) for f in (blocked, simple))
     assert_close(ours[0], theirs[0], 1e-5)
     for a, b in zip(ours[1], theirs[1], strict=True):
@@ -48,9 +47,9 @@ def test_closed_forms():
 def test_memory_does_not_grow_with_the_product():
     """N = 65,536, K = 1,024 forwards and backwards: the whole matrix takes 256 MiB, several times."""
     shapes = [jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (65_536, 1024)]
-    keep = jax.ShapeDtypeStruct((65_536,), bool)
-    gradient = jax.jit(jax.grad(lambda z, c, keep: diversity(z, c, keep, 1.0, block=2**20), (0, 1)))
-    memory = gradient.lower(*shapes, keep).compile().memory_analysis()
+    mask = jax.ShapeDtypeStruct((65_536,), bool)
+    gradient = jax.jit(jax.grad(lambda z, c, mask: diversity(z, c, mask, 1.0, block=2**20), (0, 1)))
+    memory = gradient.lower(*shapes, mask).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 64 * 2**20
 
 
@@ -64,3 +63,16 @@ def test_it_reaches_the_projections_before_running_means():
 
     assert not np.any(gradient()["project_in"]["kernel"])
     assert np.any(gradient(diversity_cost=0.1)["project_in"]["kernel"])
+
+
+def test_orthogonality_equals_the_mean_squared_cosine(assert_close):
+    codes = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    cosines = (codes / np.linalg.norm(codes, axis=1, keepdims=True)) @ (
+        codes / np.linalg.norm(codes, axis=1, keepdims=True)
+    ).T
+    assert_close(orthogonality(jnp.asarray(codes)), ((cosines - np.eye(40)) ** 2).mean(), 1e-5)
+
+
+def test_orthogonal_codes_cost_nothing_and_equal_ones_the_most():
+    assert orthogonality(3 * jnp.eye(5)) < 1e-6
+    np.testing.assert_allclose(orthogonality(jnp.ones((4, 3))), 12 / 16, rtol=1e-5)

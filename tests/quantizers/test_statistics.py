@@ -1,19 +1,20 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vqrae_jax.quantizers.lookup import look_up
+from vqrae_jax.quantizers.statistics import code_counts, code_totals, gather_rows, one_hot_totals
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 96, 300, 4096])
 def test_gives_the_codes_of_the_indices(rows):
     rng = np.random.default_rng(0)
     codebook, indices = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 40, rows)
-    np.testing.assert_array_equal(jax.jit(look_up)(codebook, indices), codebook[indices])
+    np.testing.assert_array_equal(jax.jit(gather_rows)(codebook, indices), codebook[indices])
 
 
 def test_a_codebook_over_devices_needs_no_second_copy_of_the_result():
@@ -24,8 +25,22 @@ def test_a_codebook_over_devices_needs_no_second_copy_of_the_result():
     codebook = rng.normal(size=(64, 32)).astype(np.float32)
     indices = rng.integers(0, 64, 16_384).astype(np.int32)
     sharded = functools.partial(jax.jit, in_shardings=(codes, rows), out_shardings=rows)
-    program = sharded(look_up).lower(codebook, indices).compile()
+    program = sharded(gather_rows).lower(codebook, indices).compile()
     plain = sharded(lambda c, i: c[i]).lower(codebook, indices).compile()
     np.testing.assert_array_equal(program(*jax.device_put((codebook, indices), (codes, rows))), codebook[indices])
     ours, theirs = (p.memory_analysis().temp_size_in_bytes for p in (program, plain))
     assert ours < theirs / 4
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 256])
+def test_statistics_equal_a_loop(block, assert_close):
+    z = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
+    indices = np.random.default_rng(3).integers(0, 50, 300)
+    mask = np.arange(300) % 3 > 0
+    totals, counts = np.zeros((60, 5)), np.zeros(60, np.int32)
+    for row, index, counted in zip(z, indices, mask, strict=True):
+        totals[index] += row
+        counts[index] += counted
+    assert_close(jax.jit(code_totals, static_argnums=2)(z, indices, 60), totals, 1e-6)
+    assert_close(one_hot_totals(z, indices, 60, block), totals, 1e-6)
+    np.testing.assert_array_equal(code_counts(jnp.asarray(indices), 60, jnp.asarray(mask)), counts)
