@@ -23,9 +23,9 @@ def create(model: Model, channels: int, grid: int) -> Quantizer:
     """
     params = vars(model.quantizer_params)
 
-    def build(name: str, channels: int, calls: int = 1) -> Quantizer:
+    def build(name: str, channels: int, calls: int = 1, is_inner: bool = False) -> Quantizer:
         entry = QUANTIZERS[name]
-        context = Context(channels, grid, model.quantize_before_reshape, build_inner, calls)
+        context = Context(channels, grid, model.quantize_before_reshape, build_inner, calls, is_inner)
         fields = settings_of(entry.settings)
         values = {name: _value(model, field.setting.path) for name, field in fields.items()}
         # None leaves the choice to the quantizer.
@@ -36,7 +36,7 @@ def create(model: Model, channels: int, grid: int) -> Quantizer:
             raise error.renamed({name: f"model.{field.setting.path}" for name, field in fields.items()}) from None
 
     def build_inner(channels: int, calls: int) -> Quantizer:
-        return build(params["inner"], channels, calls)
+        return build(params["inner"], channels, calls, is_inner=True)
 
     widths, names = [channels], [name for name in QUANTIZERS[model.quantizer].wrappers if params[name] is not None]
     for name in names:

@@ -115,7 +115,8 @@ def _build(
     if codebook_dim not in (None, bits):
         message = f"must be None or {bits}, the bits of num_embeddings={num_embeddings}"
         raise ConfigError(message, field="codebook_dim", value=codebook_dim)
-    inner = LFQ(bits, spherical=spherical, **settings)
+    # inner="bsq" has the corners of lfq: the unit sphere would change what saved tokenizers decode.
+    inner = LFQ(bits, spherical=spherical and not context.is_inner, **settings)
     return inner if context.channels == bits else Projected(inner, context.channels, bits)
 
 

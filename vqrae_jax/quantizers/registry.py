@@ -73,6 +73,7 @@ class Context(NamedTuple):
     flat: bool  # latents are rows [B, N, C] instead of grids
     build_inner: Callable[[int, int], Quantizer]  # (channels, calls per step) -> the quantizer that `inner` names
     calls: int = 1  # of the quantizer in one training step
+    is_inner: bool = False  # it is built for a residual, product or multiscale quantizer
 
 
 class Entry(NamedTuple):
