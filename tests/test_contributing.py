@@ -1,12 +1,12 @@
 """Checks that all files, symbols and commands in the recipes of CONTRIBUTING.md exist, and follows the recipes."""
 
-import dataclasses
 import importlib
 import pathlib
 import re
 import shlex
 import sys
 import types
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,12 @@ def test_commands_name_existing_paths():
 class SignQuantizer(Quantizer):
     """The sign of the only channel; two embeddings."""
 
-    cost: float = 1.0
+    channels: int
+    cost: Annotated[float, registry.Setting("not used", "quantizer_params.sign_cost", ge=0)] = 1.0
     num_embeddings = 2
 
     def __call__(self, z, train=False):
-        flat, finite = flatten(z, 1)
+        flat, finite = flatten(z, self.channels)
         indices = (flat[:, 0] > 0).astype(jnp.int32)
         quantized = self.lookup(indices)
         metrics = batch_metrics(flat, quantized, indices, 2, finite)
@@ -93,25 +94,15 @@ class SignQuantizer(Quantizer):
         return (2.0 * indices - 1.0)[..., None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SignSettings(registry.Settings):
-    sign_cost: registry.NonNegative = registry.setting(1.0, "not used")  # noqa: RUF009
-
-
 def test_a_registered_quantizer_can_be_built(monkeypatch):
     monkeypatch.setattr(registry, "QUANTIZERS", dict(registry.QUANTIZERS))
     monkeypatch.setattr(factory, "QUANTIZERS", registry.QUANTIZERS)
-    registry.register(
-        "sign",
-        SignSettings,
-        lambda settings, context: SignQuantizer(settings.sign_cost),
-        paper="none",
-        purpose="a test",
-    )
-    assert "sign_cost" in registry.all_settings()
+    registry.register("sign", SignQuantizer, "none", "a test")
+    assert "quantizer_params.sign_cost" in registry.all_settings()
     params = types.SimpleNamespace(sign_cost=0.5, whitening_dim=None, codebook_dim=None)
-    quantizer = factory.create(types.SimpleNamespace(quantizer="sign", quantizer_params=params), channels=1, grid=4)
-    assert quantizer == SignQuantizer(0.5)
+    model = types.SimpleNamespace(quantizer="sign", quantize_before_reshape=False, quantizer_params=params)
+    quantizer = factory.create(model, channels=1, grid=4)
+    assert quantizer == SignQuantizer(1, 0.5)
     z = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     result = quantizer.apply({}, z)
     np.testing.assert_array_equal(quantizer.apply({}, result.indices, method="lookup"), result.z)

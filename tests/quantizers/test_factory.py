@@ -1,3 +1,4 @@
+import pathlib
 import typing
 
 import jax
@@ -25,6 +26,16 @@ def test_the_config_has_every_quantizer_and_setting():
     fields = {f"quantizer_params.{name}" for name in QuantizerParams.model_fields} | set(ModelConfig.model_fields)
     assert set(all_settings()) <= fields
     assert all(field.description for field in QuantizerParams.model_fields.values())
+
+
+def test_the_documentation_lists_every_quantizer_and_setting():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "quantizers.md").read_text(encoding="utf-8")
+    for name, entry in QUANTIZERS.items():
+        assert f"| `{name}` | " in page
+        assert entry.purpose in page
+    for path, field in all_settings().items():
+        assert f"| `model.{path}` | " in page
+        assert field.setting.doc in page
 
 
 def test_defaults_and_limits_of_the_settings():
