@@ -1,11 +1,10 @@
 """Rules of placement: parameters by name, batches by mesh and process."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax import sharding
@@ -137,9 +136,7 @@ def test_physical_slices_are_not_cut():
 def test_part_of_a_batch_of_a_process(model, owners, expected, monkeypatch):
     """`owners`: the process of each of four devices."""
     chips = np.array([Chip(i, owner) for i, owner in enumerate(owners)])
-    mesh = types.SimpleNamespace(
-        devices=chips.reshape(-1, model), shape={"data": len(owners) // model, "model": model}, size=len(owners)
-    )
+    mesh = Mesh(chips.reshape(-1, model), ("data", "model"))
     for process, share in expected.items():
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         if share is None:

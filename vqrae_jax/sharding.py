@@ -67,7 +67,7 @@ def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None =
     return Mesh(grid, ("slice", "data", "model"), axis_types=(AxisType.Auto,) * 3)
 
 
-def arrange_slices(devices: list[jax.Device], slices: int, data: int, model: int) -> np.ndarray:
+def arrange_slices(devices: list[Any], slices: int, data: int, model: int) -> np.ndarray:
     """Arranges devices as [slices, data, model]; devices of one physical slice (one pod, GPUs, CPU) in their order."""
     physical = len({getattr(device, "slice_index", None) for device in devices})
     if physical == 1:

@@ -1,4 +1,4 @@
-"""What a config builds, and the settings that it refuses."""
+"""Tokenizers built from configs, and settings that are refused."""
 
 import json
 import re

@@ -46,7 +46,7 @@ def test_hidden_indices_are_sampled_and_the_others_stay(order):
 
 
 def test_confident_indices_come_first():
-    """Of two linear steps, the first samples 0 or 1, the second 2 or 3; half of the positions are certain."""
+    """The first of two linear steps samples 0 or 1, the second 2 or 3; half of the positions are certain."""
     sure = jnp.asarray([0.0, 1.0, 0.0, 1.0])
 
     def predict(indices):

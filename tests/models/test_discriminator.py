@@ -107,17 +107,17 @@ def test_equals_pytorch(golden, assert_close, case):
         """Computes the discriminator's step: reconstructions first, then images."""
 
         def loss(params):
-            ours, state = module.apply({**variables, "params": params}, fake, train=True, mutable=[SPECTRAL])
-            theirs, state = module.apply({**state, "params": params}, real, train=True, mutable=[SPECTRAL])
-            return hinge_discriminator(theirs, ours), (ours, theirs, state)
+            logits_fake, state = module.apply({**variables, "params": params}, fake, train=True, mutable=[SPECTRAL])
+            logits_real, state = module.apply({**state, "params": params}, real, train=True, mutable=[SPECTRAL])
+            return hinge_discriminator(logits_real, logits_fake), (logits_fake, logits_real, state)
 
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
     logits, state = train(variables, fake)
     assert_close(logits, recorded["logits_train_64"], 2e-5)
-    (loss, (ours, theirs, after)), grads = step({**variables, **state})
-    assert_close(ours, recorded["d_logits_fake"], 2e-5)
-    assert_close(theirs, recorded["d_logits_real"], 2e-5)
+    (loss, (logits_fake, logits_real, after)), grads = step({**variables, **state})
+    assert_close(logits_fake, recorded["d_logits_fake"], 2e-5)
+    assert_close(logits_real, recorded["d_logits_real"], 2e-5)
     assert loss == pytest.approx(float(recorded["d_loss"]), abs=2e-6)
     for prefix, vectors in (("after1__", state), ("after3__", after)):
         expected = {n.removeprefix(prefix): recorded[n] for n in recorded.files if n.startswith(prefix)}
@@ -125,11 +125,11 @@ def test_equals_pytorch(golden, assert_close, case):
             assert_close(flatten_dict(vectors[SPECTRAL])[path], value, 1e-5, f"{prefix}{path}")
     expected = {n.removeprefix("grad__"): recorded[n] for n in recorded.files if n.startswith("grad__")}
     for path, value in flatten_dict(heads(expected, kernels)[0]).items():
-        ours = flatten_dict(grads)[path]
+        actual = flatten_dict(grads)[path]
         if path[-1] == "bias" and "conv" in path and case.startswith("bn"):
-            assert np.abs(ours).max() <= 1e-7, path  # the normalization removes a bias
+            assert np.abs(actual).max() <= 1e-7, path  # the normalization removes a bias
         else:
-            assert rms(ours, value) <= 1e-3, path
+            assert rms(actual, value) <= 1e-3, path
 
 
 def test_power_iteration_converges_to_the_largest_singular_value():
@@ -183,8 +183,8 @@ def test_files_with_names_of_transformers_hold_the_same_network(golden, tmp_path
     }  # fmt: skip
     hub = {}
     for name, tensor in tensors.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs) if ours != "norm." or name.startswith("norm.") else name
+        for old, new in names.items():
+            name = name.replace(old, new) if old != "norm." or name.startswith("norm.") else name
         if "attn.qkv" in name:
             for part, value in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
                 hub[name.replace("attn.qkv", f"attention.attention.{part}")] = value
