@@ -75,8 +75,7 @@ class PyTorchProcess:
         if line:
             return json.loads(line)
         self._process.wait()
-        last = self._process.stderr.read().strip().splitlines()[-1:]
+        lines = self._process.stderr.read().strip().splitlines() or [f"exit code {self._process.returncode}"]
         raise UserError(
-            f"PyTorch failed: {' '.join(last)}. Install torch and transformers, or name a Python that has them with "
-            "--torch-python",
+            f"PyTorch failed ({lines[-1]}): install torch and transformers, or set --torch-python to a Python with them"
         )

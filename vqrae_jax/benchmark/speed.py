@@ -69,7 +69,11 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m vqrae_jax.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m vqrae_jax.benchmark",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("stages", nargs="+", choices=stages.NAMES, metavar="stage", help=", ".join(stages.NAMES))
     parser.add_argument("--against", choices=["pytorch"], help="also time plain PyTorch with the same weights")
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch and transformers")
@@ -82,11 +86,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images per batch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of activations")
     parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="model.attention")
-    parser.add_argument("--search", choices=["float32"], help="codes: exact search instead of the backend's")
-    parser.add_argument("--lpips", action="store_true", help="train_step: with the perceptual loss")
-    parser.add_argument("--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: its critic")
+    parser.add_argument("--search", choices=["float32"], help="codes: search in float32; None: that of the backend")
+    parser.add_argument("--lpips", action="store_true", help="train_step: add the perceptual loss")
+    parser.add_argument(
+        "--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: its discriminator"
+    )
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks to save memory")
-    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each program")
+    parser.add_argument("--rounds", type=int, default=9, help="number of timed calls of each program")
     parser.add_argument("--output", help="folder for speed.json and roofline.png")
     return parser.parse_args(arguments)
 
@@ -155,7 +161,7 @@ def format_table(rows: list[Row], ceilings: Ceilings, args: argparse.Namespace) 
     """Returns the rows as a Markdown table."""
     variants = sorted({variant for row in rows for variant in row.pytorch_seconds})
     header = ["stage", "seconds", "images/s", "TFLOP/s", "of the matmul ceiling", "temporaries, GiB", "compilation, s"]
-    header += [f"{what}PyTorch {v} / ours" for v in variants for what in ("", "memory, ")]
+    header += [f"{what}PyTorch {v} / ours" for v in variants for what in ("", "memory: ")]
     header += ["quantizer's share"] if args.share else []
     lines = [
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, batch {args.batch}, "
