@@ -48,9 +48,7 @@ MAY_IMPORT = {
     },
     "preflight": {"train", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
     "benchmark": {
-        "train", "commands", "inference", "build", "models", "quantizers", "losses", "pretrained", "data",
-        "evaluation", "config",
-        "runtime", "sharding", "preflight", "errors",
+        "train", "build", "models", "quantizers", "pretrained", "config", "runtime", "sharding", "preflight", "errors",
     },
     "main": {
         "", "train", "preflight", "config", "checkpoint", "distributed", "storage", "runtime", "errors",
@@ -64,7 +62,7 @@ ONLY_IN = {
     "rich": {"progress", "train", "commands", "preflight", "benchmark"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "PIL": {"data", "benchmark"},
+    "PIL": {"data"},
     "pyarrow": {"data"},
     "fsspec": {"storage"},
     "etils": {"storage"},
