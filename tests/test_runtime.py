@@ -171,6 +171,14 @@ def test_a_gpu_plugin_is_kept(machine, way, monkeypatch):
     assert not runtime.skip_absent_tpu(machine)
 
 
+def test_variables_of_an_absent_tpu_keep_those_that_are_set(monkeypatch):
+    environment = {"TPU_WORKER_HOSTNAMES": "host"}
+    monkeypatch.setattr(os, "environ", environment)
+    runtime.describe_absent_tpu("v5litepod-4")
+    assert environment["TPU_ACCELERATOR_TYPE"] == "v5litepod-4"
+    assert environment["TPU_WORKER_HOSTNAMES"] == "host"
+
+
 STARTS = {
     "main": "from vqrae_jax import main; main.run()",
     "inference": "from vqrae_jax.commands import command_line; command_line.run(jax.devices)",
