@@ -3,12 +3,10 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from vqrae_jax import Tokenizer
-from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import reconstruct
 from vqrae_jax.data import images
 
@@ -89,10 +87,7 @@ def test_invalid_arguments(trained, folder, tmp_path, monkeypatch, arguments, fi
     assert error.value.field == field
 
 
-def test_a_continuous_autoencoder_reconstructs(tiny, folder, tmp_path):
-    config = tiny(model={"quantizer": "none"}).model
-    built = build_tokenizer(config)
-    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
-    Tokenizer(built.module, variables, config).save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
-    written = run(tmp_path / "rae", "--image", folder / "a.png", "--output", tmp_path / "out.png")
+def test_a_continuous_autoencoder_reconstructs(untrained, folder, tmp_path):
+    checkpoint = untrained(quantizer="none").save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
+    written = run(checkpoint, "--image", folder / "a.png", "--output", tmp_path / "out.png")
     assert images.read_image(written[0]).shape == (136, 266, 3)  # no code map
