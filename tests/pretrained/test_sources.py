@@ -198,7 +198,7 @@ def test_cache_is_used_at_once_without_network(tmp_path, monkeypatch, cached):
         assert local_files_only, "this would try for half a minute"
         if not cached:
             raise FileNotFoundError("not in the cache")
-        return tmp_path
+        return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)

@@ -281,10 +281,7 @@ class Tokenizer:
         Raises:
           WeightsError: no network, no permission to write, or not logged in.
         """
-
-        def save(folder: Any) -> None:
-            self.save_pretrained(folder, images, repo_id)
-
+        save = functools.partial(self.save_pretrained, images=images, name=repo_id)
         return writers.push_to_hub(save, repo_id, private, token)
 
     @functools.cached_property
