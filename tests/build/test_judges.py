@@ -1,6 +1,7 @@
 """The networks of the metrics, and the files of their reference statistics."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def test_results_of_the_metric_networks():
 
 
 def test_reconstructions_are_rounded_to_bytes():
-    image = np.array([-0.3, 0.1, 0.5, 2.0], np.float32).reshape(1, 4, 1, 1).repeat(3, -1)
+    image = jnp.array([-0.3, 0.1, 0.5, 2.0]).reshape(1, 4, 1, 1).repeat(3, -1)
     np.testing.assert_allclose(judges.to_bytes(image)[0, :, 0, 0] * 255, [0, 26, 128, 255])
 
 

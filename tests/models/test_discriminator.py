@@ -82,7 +82,7 @@ def test_half_precision_is_near_pytorch(golden):
 def test_equals_pytorch(golden, assert_close, case):
     module, variables, recorded, kernels = read(golden, case)
     images = np.load(golden / "discriminator" / "images.npz")
-    fake, real = images["images_64"], images["real_64"]
+    fake, real = jnp.asarray(images["images_64"]), jnp.asarray(images["real_64"])
 
     @jax.jit
     def evaluate(variables, image):

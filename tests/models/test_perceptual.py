@@ -38,7 +38,7 @@ def files(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recorded(golden):
-    return dict(np.load(golden / "lpips" / "io.npz"))
+    return {name: jnp.asarray(x) for name, x in np.load(golden / "lpips" / "io.npz").items()}
 
 
 def test_lpips_equals_pytorch(recorded, files, assert_close):

@@ -24,7 +24,7 @@ class Generator(nn.Module):
     classes: int = 0
 
     @nn.compact
-    def __call__(self, indices: Int[Array, "B N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B N K"]:
+    def __call__(self, indices: Int[Array, "B ..."], label: Int[Array, " B"] | None = None) -> Float[Array, "B N K"]:
         """Returns float32 logits of every index.
 
         Args:

@@ -16,7 +16,7 @@ from vqrae_jax.resize import resize
 SIDE = 299  # pixels
 FEATURES, CLASSES = 2048, 1008
 
-Map = Float[Array, "B h w C"]
+Map = Float[Array, "B _ _ _"]  # height, width, channels
 
 
 class ConvNorm(nn.Module):
