@@ -137,8 +137,8 @@ def test_an_error_of_all_processes_is_printed_once_with_exit_code_2(tiny, tmp_pa
 
 
 def test_another_version_of_a_package_is_named(monkeypatch):
-    said = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
-    monkeypatch.setattr(distributed, "exchange", lambda text: next(said))
+    texts = iter([["a hash", "another"], ['{"versions": {"jax": "1", "numpy": "2"}}', '{"versions": {"numpy": "2"}}']])
+    monkeypatch.setattr(distributed, "exchange", lambda text: next(texts))
     with pytest.raises(DistributedError, match=r"same packages:\n  versions\.jax: .* 0 has '1', .* 1 has None$"):
         distributed.check_equal({})
 
@@ -152,7 +152,7 @@ def test_a_missing_coordinator_is_an_error(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "reason", "message"),
+    ("arguments", "reason", "message"),
     [
         ({"processes": 2}, "Number of processes must be defined.", "--processes=2 .* Give all three"),
         ({"coordinator": "here"}, "", "'here' is no host:port"),
@@ -162,10 +162,10 @@ def test_a_missing_coordinator_is_an_error(config, tmp_path):
         ({"processes": 0}, None, "--processes=0: there is at least 1"),
     ],
 )
-def test_flags_that_do_not_fit_together(given, reason, message, monkeypatch):
+def test_flags_that_do_not_fit_together(arguments, reason, message, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising(reason) if reason is not None else None)
     with pytest.raises(ConfigError, match=message):
-        distributed.connect(**given)
+        distributed.connect(**arguments)
 
 
 def test_one_process_starts_nothing(monkeypatch):
