@@ -18,7 +18,7 @@ from vqrae_jax.train.summary import log_memory
 
 
 def event(step, metrics=None, **flags):
-    return hooks.StepEvent(step, None, metrics or {}, **flags)
+    return hooks.StepEvent(step, TrainState(step, {}, {}, {}, {}), metrics or {}, **flags)
 
 
 def test_timer_averages_scalars_sums_events_and_warns(caplog):
@@ -59,7 +59,7 @@ def test_timer_measures_steps_and_waiting():
 
 
 def test_slow_data_is_reported_once(caplog):
-    logger = hooks.Logger(hooks.StepTimer(1), None, None)
+    logger = hooks.Logger(hooks.StepTimer(1), lambda state: {}, lambda: 0)
     with caplog.at_level(logging.WARNING):
         for wait in (0.04, 0.2, 0.3):
             values = {"data_wait": wait, "data/skipped": 1}

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import faulthandler
+import io
 import json
 import logging
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -265,7 +266,7 @@ class Watchdog(Hook):
     Evaluation and saving count as part of the step before them.
     """
 
-    def __init__(self, seconds: float, file: IO[str] | None = None):
+    def __init__(self, seconds: int | float, file: io.TextIOWrapper | None = None):
         self._seconds, self._file = seconds, file or sys.__stderr__
         self.after_step(None)
 

@@ -10,7 +10,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -138,7 +138,7 @@ def check_wandb(project: str | None) -> None:
         )  # fmt: skip
 
 
-def _open_lines(path: pathlib.Path) -> IO[str]:
+def _open_lines(path: pathlib.Path) -> io.TextIOWrapper:
     """Opens a file to append lines, also if a kill or a full disk has cut its last line short."""
     lines = path.open("a+b")
     if lines.tell():

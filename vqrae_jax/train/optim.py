@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from vqrae_jax.config import AdamWConfig, OptimizerConfig
 
 # (step, horizon) -> the learning rate, or one for each subtree at the root of the parameters.
-Rates = Callable[[jax.Array, jax.Array], jax.Array | dict[str, jax.Array]]
+Rates = Callable[[ArrayLike, ArrayLike], jax.Array | dict[str, jax.Array]]
 
 
-def learning_rate(config: AdamWConfig, step: jax.Array, horizon: jax.Array, constant: bool = False) -> jax.Array:
+def learning_rate(config: AdamWConfig, step: ArrayLike, horizon: ArrayLike, constant: bool = False) -> jax.Array:
     """Returns the learning rate of optimizer step 0, 1, ...
 
     During warm-up it is base * (step + 1) / warmup_steps. Then it follows a cosine or a line to final_learning_rate,
@@ -29,7 +30,7 @@ def learning_rate(config: AdamWConfig, step: jax.Array, horizon: jax.Array, cons
     return jnp.where(step < warmup, base * (step + 1) / max(warmup, 1), decayed)
 
 
-def part_rates(config: OptimizerConfig, step: jax.Array, horizon: jax.Array) -> dict[str, jax.Array]:
+def part_rates(config: OptimizerConfig, step: ArrayLike, horizon: ArrayLike) -> dict[str, jax.Array]:
     """Returns the learning rate of each part of the tokenizer."""
     return {
         part: getattr(config, f"{part}_rate") * learning_rate(config, step, horizon, part in config.constant)
@@ -49,7 +50,7 @@ def make_optimizer(config: AdamWConfig, rates: Rates) -> optax.GradientTransform
         _scale_by_rates(rates),
     )
 
-    def update(grads: Any, state: Any, params: Any, *, horizon: jax.Array | int) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any, *, horizon: ArrayLike) -> tuple[Any, Any]:
         if config.clip_norm:
             grads, _ = clip.update(grads, optax.EmptyState())
         return adamw.update(grads, state, params, horizon=horizon)
@@ -61,7 +62,7 @@ def _scale_by_rates(rates: Rates) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None, *, horizon: jax.Array | int) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, horizon: ArrayLike) -> tuple[Any, Any]:
         rate = rates(state.count, horizon)
         if isinstance(rate, dict):
             scaled = {name: optax.tree.scale(-rate[name], tree) for name, tree in updates.items()}
@@ -72,13 +73,13 @@ def _scale_by_rates(rates: Rates) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def ema_decay(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+def ema_decay(config: OptimizerConfig, step: ArrayLike) -> jax.Array:
     """Returns the decay of the moving average after optimizer step 0, 1, ..."""
     warm = (1 + step) / (10 + step)
     return jnp.minimum(config.ema_decay, warm) if config.ema_warmup else jnp.asarray(config.ema_decay)
 
 
-def update_ema(ema: Any, params: Any, decay: jax.Array | float) -> Any:
+def update_ema(ema: Any, params: Any, decay: ArrayLike) -> Any:
     """Returns decay * ema + (1 - decay) * params."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 

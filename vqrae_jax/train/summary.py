@@ -49,7 +49,7 @@ def print_summary(step: int, metrics: dict[str, float], workdir: storage.Path, c
     Console().print(table)
 
 
-def _format_bytes(size: float) -> str:
+def _format_bytes(size: int | float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
