@@ -55,11 +55,14 @@ def _describe_module(path: pathlib.Path) -> str:
 
 
 def _describe_class(node: ast.ClassDef, source: str) -> str:
-    """Describes a class: its docstring, then the fields of a config section or the documented methods of another."""
+    """Describes a class: its docstring, the fields of a config section or dataclass, and its documented methods."""
     text = f"\n### {node.name}\n\n{_docstring(node)}"
-    if "Section" in map(ast.unparse, node.bases):
-        fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
-        return text + _fields(fields, source.splitlines()) if fields else text
+    fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+    declared = "Section" in map(ast.unparse, node.bases) or "dataclass" in "".join(
+        map(ast.unparse, node.decorator_list)
+    )
+    if fields and declared:
+        text += _fields(fields, source.splitlines())
     for method in node.body:
         if not isinstance(method, ast.FunctionDef) or (method.name.startswith("_") and method.name != "__init__"):
             continue
