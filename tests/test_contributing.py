@@ -15,15 +15,13 @@ import pytest
 
 from vqrae_jax import commands, config
 from vqrae_jax.build.encoder import build_encoder
+from vqrae_jax.commands import __main__ as dispatch
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.source import Source
 from vqrae_jax.losses import reconstruction
 from vqrae_jax.pretrained import families
-from vqrae_jax.quantizers import factory
+from vqrae_jax.quantizers import factory, registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, batch_metrics, flatten
-
-registry = pytest.importorskip("vqrae_jax.quantizers.registry")
-dispatch = pytest.importorskip("vqrae_jax.commands.__main__")
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
