@@ -1,8 +1,8 @@
-"""Local and remote files behind one interface: the only module that opens, lists or copies remote paths.
+"""Local and remote files: the only module that opens, lists or copies remote paths.
 
-Runs, weights and codes are read and written at local paths and gs:// addresses, with the methods of pathlib
-(`resolve_path`). Datasets are read from every address that fsspec supports. An object in a bucket appears whole under
-its name or not at all, nothing can be appended to it, and a folder is only a common prefix of names.
+Runs, weights and codes are in local folders and gs:// buckets, behind the methods of pathlib (`resolve_path`). Datasets
+are read from every address that fsspec supports. An object in a bucket appears whole under its name or not at all,
+nothing can be appended to it, and a folder is only a common prefix of names.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from vqrae_jax import runtime
@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 Path = Any  # pathlib.Path or etils.epath.Path, as returned by `resolve_path`
 
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+_CHECK_ACCESS = (
+    "check the name of the bucket and that the account of this machine has access (gs://: the role Storage Object "
+    "Admin, and the scope cloud-platform of the machine or `gcloud auth application-default login`)"
+)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -54,11 +57,7 @@ def resolve_path(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def convert_errors(path: str | os.PathLike, action: str) -> Iterator[None]:
-    """Converts every error of a remote path to a StorageError; errors of local paths stay as they are.
-
-    Args:
-      action: "read" or "written", for the message.
-    """
+    """Converts every error of a remote path to a StorageError; `action` ("read" or "written") is for the message."""
     try:
         yield
     except StorageError:
@@ -67,20 +66,16 @@ def convert_errors(path: str | os.PathLike, action: str) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise StorageError(
-            f"cannot be {action} ({type(error).__name__}: {first_line(error)}); check the name of the bucket and that "
-            "the account of this machine has access: the role Storage Object Admin on the bucket, and the scope "
-            "cloud-platform on the machine or `gcloud auth application-default login`",
-            field=os.fspath(path),
+            f"cannot be {action} ({type(error).__name__}: {first_line(error)}); {_CHECK_ACCESS}", field=os.fspath(path)
         ) from error
 
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path, durable: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path in the same folder; its file becomes the local file `path` if no error is raised.
+    """Yields a temporary path whose file becomes the local file `path` if no error is raised; creates missing folders.
 
     Args:
-      path: a local file; missing folders are created.
-      durable: return only when the content and the name are on the disk.
+      durable: return only when content and name are on the disk.
 
     Raises:
       OSError: naming `path`; an existing file of that name is unchanged.
@@ -118,11 +113,8 @@ def write_bytes(path: str | os.PathLike, content: bytes, durable: bool = False) 
 
 
 def apply_umask(path: pathlib.Path) -> None:
-    """Gives a local file the permissions that a new file gets in its folder.
-
-    Libraries that write through a temporary file leave it readable by its owner only.
-    """
-    sample = path.with_name(f".{uuid.uuid4().hex}")  # reading the umask itself would change it for other threads
+    """Gives a local file the permissions of new files in its folder; some libraries restrict them to the owner."""
+    sample = path.with_name(f".{uuid.uuid4().hex}")  # reading the umask itself changes it for other threads
     try:
         sample.touch()
         mode = sample.stat().st_mode
@@ -153,11 +145,10 @@ def stage_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def download(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a local path: `path` itself, or a cached copy of the remote file or of the files directly in the folder.
+    """Returns a local path: `path` itself, or a cached copy of a remote file or of the files directly in a folder.
 
-    Copies have the modification time of their originals, so that local clocks do not matter, and are renewed when size
-    or time differ. The time is read before the content, which may be replaced meanwhile. Files that the bucket does not
-    have are removed from the copy.
+    Copies have the times of their originals (local clocks do not matter) and are renewed when size or time differ.
+    The time is read before the content, which may be replaced meanwhile. Files that the bucket lacks are removed.
 
     Raises:
       StorageError: the bucket is not readable.
@@ -234,7 +225,7 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
 
     Raises:
       DataError: the folder is missing, a file, not readable, or empty (in a bucket).
-      ConfigError: the kind of address is unknown or its package is not installed.
+      ConfigError: an unknown kind of address, or its package is not installed.
     """
     if not is_remote(folder):
         return _list_local(folder, field, recursive)
@@ -244,22 +235,13 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
     except FileNotFoundError:
         names = []
     except Exception as error:  # each file system raises its own kinds
-        raise DataError(
-            f"cannot be listed ({type(error).__name__}: {first_line(error)}); check the name and that the account of "
-            "this machine has access (`gcloud auth application-default login`, or the scopes of the machine)",
-            field=field, value=folder,
-        ) from error  # fmt: skip
+        problem = f"cannot be listed ({type(error).__name__}: {first_line(error)}); {_CHECK_ACCESS}"
+        raise DataError(problem, field=field, value=folder) from error
     if not names:
         raise DataError("does not exist or is empty; check the bucket and the folder", field=field, value=folder)
     names = sorted(name.removeprefix(path.rstrip("/")) for name in names)  # each starts with a slash
     names = [name for name in names if "/." not in name and (recursive or "/" not in name[1:])]
     return [folder.rstrip("/") + name for name in names]
-
-
-def file_size(path: str) -> int:
-    """Returns the number of bytes of a file; raises OSError if it is missing or not readable."""
-    with open_file(path) as file:
-        return file.seek(0, os.SEEK_END)
 
 
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
@@ -268,28 +250,36 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
     Raises:
       OSError: missing (FileNotFoundError) or not readable.
     """
-    if is_remote(path):
-        system, name = _file_system(path, "data.path")
-        return _raise_os_error(lambda: system.cat_file(name, start=start, end=end), path)
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(-1 if end is None else end - start)
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
+    system, name = _file_system(path, "data.path")
+    with _os_errors(path):
+        return system.cat_file(name, start=start, end=end)
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a file for reading and seeking in binary mode.
+    """Opens a file for reading and seeking.
 
     Raises:
-      OSError: missing or not readable, at this call or at a later one of the file.
+      OSError: missing (FileNotFoundError) or not readable, at this call or while it is read.
     """
     if not is_remote(path):
         return open(path, "rb")
     system, name = _file_system(path, "data.path")
-    return _RemoteFile(_raise_os_error(lambda: system.open(name, "rb"), path), path)
+    with _os_errors(path):
+        return _RemoteFile(system.open(name, "rb"), path)
+
+
+def file_size(path: str) -> int:
+    """Returns the number of bytes of a file; raises OSError if it is missing or not readable."""
+    with open_file(path) as file:
+        return file.seek(0, os.SEEK_END)
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec that raises only OSErrors."""
+    """A file of fsspec that raises only OSErrors with a kind, as local files do."""
 
     def __init__(self, file: Any, path: str):
         self._file, self._path = file, path
@@ -303,17 +293,25 @@ class _RemoteFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
 
-    def tell(self) -> int:
-        return self._file.tell()
-
     def readinto(self, buffer: Any) -> int:
-        data = _raise_os_error(lambda: self._file.read(len(buffer)), self._path)
+        with _os_errors(self._path):
+            data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+@contextlib.contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Converts every error to FileNotFoundError (a missing file) or ConnectionError."""
+    try:
+        yield
+    except Exception as error:  # each file system raises its own kinds
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+        raise kind(f"{path!r}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _list_local(folder: str, field: str, recursive: bool) -> list[str]:
@@ -336,25 +334,10 @@ def _file_system(path: str, field: str) -> tuple[Any, str]:
     """Returns fsspec's file system for an address and the path within it."""
     import fsspec
 
-    protocol = path.split("://")[0]
     try:
         return fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        package = _PACKAGES.get(protocol, f"fsspec's package for {protocol}")
-        raise ConfigError(f"{protocol}:// needs {package}: pip install {package}", field=field, value=path) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{first_line(error)}; use gs://, s3:// or others of fsspec", field=field, value=path
-        ) from error
-
-
-def _raise_os_error(action: Callable[[], Any], path: str) -> Any:
-    """Calls `action`; its errors become FileNotFoundError (a missing file) or ConnectionError (everything else)."""
-    try:
-        return action()
-    except Exception as error:  # each file system raises its own kinds
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
-        raise kind(f"{path!r}: {type(error).__name__}: {first_line(error)}") from error
+    except (ImportError, ValueError) as error:  # an ImportError names the package to install
+        raise ConfigError(f"{first_line(error)}; gs://, s3:// etc. are supported", field=field, value=path) from error
 
 
 def _sync(path: pathlib.Path) -> None:

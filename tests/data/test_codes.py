@@ -1,9 +1,7 @@
-"""Shards of codes: what is written is read, and what is damaged or missing is named."""
+"""Shards of codes: what is written is read, and damaged or missing shards are named."""
 
-import collections
 import concurrent.futures
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -14,9 +12,9 @@ from vqrae_jax.data.code_shards import SUFFIXES, Columns, read_shard
 from vqrae_jax.errors import DataError
 
 
-def plan(form="npz", **changes):
+def make_plan(form="npz", **changes):
     fields = {
-        "tokenizer": "0" * 64, "source": "made up", "images": 10, "views": "one", "code_shape": (2, 2),
+        "tokenizer": "0" * 64, "source": "test", "images": 10, "views": "one", "code_shape": (2, 2),
         "code_dtype": "int32", "codebook_size": 100_000, "image_size": 32, "format": form, "shard_size": 4,
     }  # fmt: skip
     return codes.Plan(**(fields | changes))
@@ -28,99 +26,109 @@ def columns(index):
     return Columns(index, [f"a b/ü {i}.png" for i in index], (index % 3).astype(np.int32), grids)
 
 
-def write(folder, described, unreadable=()):
-    for shard in codes.start_dataset(folder, described):
-        there = [i for i in range(*described.image_range(shard)) if i not in unreadable]
-        codes.write_shard(folder, described, shard, columns(there))
-    return codes.finish_dataset(folder, described)
+def write_dataset(folder, plan, unreadable=()):
+    for shard in codes.start_dataset(folder, plan):
+        readable = [i for i in range(*plan.image_range(shard)) if i not in unreadable]
+        codes.write_shard(folder, plan, shard, columns(readable))
+    return codes.finish_dataset(folder, plan)
 
 
 @pytest.mark.parametrize("form", SUFFIXES)
-@pytest.mark.parametrize("where", ["here", "bucket"])
-def test_what_is_written_is_read(tmp_path, form, where, request, monkeypatch):
-    """A whole shard may be unreadable images."""
-    folder = tmp_path / "codes"
-    if where == "bucket":
+@pytest.mark.parametrize("kind", ["local", "bucket"])
+def test_datasets_are_read_as_they_are_written(tmp_path, form, kind, request, monkeypatch):
+    folder, plan = tmp_path / "codes", make_plan(form)
+    if kind == "bucket":
         request.getfixturevalue("buckets")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         folder = f"gs://bucket/{tmp_path.name}"
-    manifest = write(folder, plan(form), unreadable=(1, 4, 5, 6, 7))
+    manifest = write_dataset(folder, plan, unreadable=(1, 4, 5, 6, 7))  # the second shard has no rows
     assert manifest["skipped"] == [1, 4, 5, 6, 7]
-    assert codes.start_dataset(folder, plan(form)) == []
-    read, expected = codes.Codes(folder), columns([0, 2, 3, 8, 9])
-    read.verify()
-    assert len(read) == 5
-    for i, record in enumerate(read):
+    assert codes.start_dataset(folder, plan) == []
+    dataset, expected = codes.Codes(folder), columns([0, 2, 3, 8, 9])
+    dataset.verify()
+    assert len(dataset) == 5
+    for i, record in enumerate(dataset):
         np.testing.assert_array_equal(record["codes"], expected.codes[i])
         assert record["codes"].dtype == np.int32
-        assert (record["index"], record["id"], record["label"]) == (
-            expected.index[i], expected.id[i], expected.label[i],
-        )  # fmt: skip
-    np.testing.assert_array_equal(read[-1]["codes"], read[4]["codes"])
-    with pytest.raises(IndexError):
-        read[5]
-    for wrong in (slice(0, 2), 1.5, "a"):
-        with pytest.raises(TypeError, match=r"codes\[.*\]: expected an integer"):
-            read[wrong]
+        assert record["index"] == expected.index[i]
+        assert record["id"] == expected.id[i]
+        assert record["label"] == expected.label[i]
+    np.testing.assert_array_equal(dataset[-1]["codes"], dataset[4]["codes"])
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            dataset[index]
+    for index in (slice(0, 2), 1.5, "a"):
+        with pytest.raises(TypeError, match="integer"):
+            dataset[index]
 
 
 @pytest.mark.parametrize("form", SUFFIXES)
-def test_writing_is_the_same_bytes_every_time(tmp_path, form):
+def test_writing_twice_gives_the_same_bytes(tmp_path, form):
     for name in "ab":
-        write(tmp_path / name, plan(form))
+        write_dataset(tmp_path / name, make_plan(form))
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("form", SUFFIXES)
-def test_a_damaged_shard_is_named(tmp_path, form):
-    write(tmp_path, plan(form))
-    file = tmp_path / plan(form).file_name(1)
+def test_damaged_and_missing_shards_are_named(tmp_path, form):
+    plan = make_plan(form)
+    write_dataset(tmp_path, plan)
+    file = tmp_path / plan.file_name(1)
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"codes-00001-of-00003"):
-        codes.Codes(tmp_path)[5]
-    with pytest.raises(DataError, match=r"codes-00001-of-00003.*manifest"):
-        codes.Codes(tmp_path).verify()
+    for action in (lambda: codes.Codes(tmp_path)[5], lambda: codes.Codes(tmp_path).verify()):
+        with pytest.raises(DataError) as error:
+            action()
+        assert error.value.field == str(file)
     file.unlink()
     with pytest.raises(DataError, match="no such file"):
         codes.Codes(tmp_path)[5]
 
 
-def test_few_shards_are_kept(tmp_path):
-    write(tmp_path, plan())
-    read = codes.Codes(tmp_path, cached=1)
-    assert [read[i]["index"] for i in (9, 0, 5)] == [9, 0, 5]
-    assert len(read._cache) == 1
+def test_the_number_of_cached_shards_is_limited_also_with_threads(tmp_path):
+    write_dataset(tmp_path, make_plan())
+    dataset, order = codes.Codes(tmp_path, cached=1), np.random.default_rng(0).integers(0, 10, (8, 200))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        indices = list(pool.map(lambda row: [dataset[i]["index"] for i in row], order))
+    np.testing.assert_array_equal(indices, order)
+    assert dataset._load_shard.cache_info().currsize == 1
+
+
+def test_a_pickled_dataset_has_no_cached_shards(tmp_path):
+    write_dataset(tmp_path, make_plan())
+    dataset = codes.Codes(tmp_path, cached=2)
+    dataset[0]
+    content = pickle.dumps(dataset)
+    assert len(content) == len(pickle.dumps(codes.Codes(tmp_path, cached=2)))
+    assert [pickle.loads(content)[i]["index"] for i in range(10)] == list(range(10))
 
 
 @pytest.mark.parametrize("kind", ["manifest", "shard"])
-def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch, kind):
-    """On storage that containers share, whose processes all have the same number."""
-    described, sync, others = plan(), storage._sync, []
-    codes.start_dataset(tmp_path, described)
+def test_two_writers_of_one_file_use_different_temporary_files(tmp_path, monkeypatch, kind):
+    plan, sync, nested = make_plan(), storage._sync, []
+    codes.start_dataset(tmp_path, plan)
 
-    def put():
+    def write():
         if kind == "manifest":
             storage.write_bytes(tmp_path / codes.MANIFEST, b"{}", durable=True)
         else:
-            codes.write_shard(tmp_path, described, 0, columns(range(4)))
+            codes.write_shard(tmp_path, plan, 0, columns(range(4)))
 
-    def meanwhile(path):
-        if not others:
-            others.append(path)
-            put()
+    def write_meanwhile(path):
+        if not nested:
+            nested.append(path)
+            write()
         sync(path)
 
-    monkeypatch.setattr(storage, "_sync", meanwhile)
-    put()
-    assert {p.name for p in tmp_path.iterdir()} == {codes.MANIFEST} | (
-        {described.file_name(0)} if kind == "shard" else set()
-    )
+    monkeypatch.setattr(storage, "_sync", write_meanwhile)
+    write()
+    assert nested
+    shards = {plan.file_name(0)} if kind == "shard" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {codes.MANIFEST} | shards
 
 
-def test_a_writer_whose_folder_somebody_else_has_taken_leaves_it_alone(tmp_path):
-    """Two commands at once, or a folder that was deleted and begun again while the first still ran somewhere."""
-    old, new = plan(), plan(tokenizer="1" * 64)
+def test_a_dataset_that_replaced_this_one_is_left_unchanged(tmp_path):
+    old, new = make_plan(), make_plan(tokenizer="1" * 64)
     codes.start_dataset(tmp_path, old)
     codes.write_shard(tmp_path, old, 0, columns(range(4)))
     for file in tmp_path.iterdir():
@@ -132,85 +140,58 @@ def test_a_writer_whose_folder_somebody_else_has_taken_leaves_it_alone(tmp_path)
         lambda: codes.write_shard(tmp_path, old, 0, columns(range(4))),
         lambda: codes.finish_dataset(tmp_path, old),
     ):
-        with pytest.raises(DataError, match=r"has codes that differ in tokenizer \('1111.*, now '0000"):
+        with pytest.raises(DataError, match=r"tokenizer \('1111.*, now '0000") as error:
             action()
+        assert error.value.field == "--output"
     assert {file.name: file.stat().st_ino for file in tmp_path.iterdir()} == before
 
 
-def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path):
-    codes.start_dataset(tmp_path, plan())
-    shard, taken = tmp_path / plan().file_name(0), tmp_path / "taken.json"
-    for path, put in (
-        (taken, lambda: storage.write_bytes(taken, b"{}", durable=True)),
-        (shard, lambda: codes.write_shard(tmp_path, plan(), 0, columns(range(4)))),
-    ):
-        path.mkdir()
-        with pytest.raises(IsADirectoryError) as told:
-            put()
-        assert told.value.filename == str(path)
-        assert told.value.filename2 is None
+def test_a_shard_that_cannot_be_written_is_named(tmp_path):
+    codes.start_dataset(tmp_path, make_plan())
+    path = tmp_path / make_plan().file_name(0)
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        codes.write_shard(tmp_path, make_plan(), 0, columns(range(4)))
+    assert error.value.filename == str(path)
+    assert error.value.filename2 is None
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"), [("write() failed: No space left on device; at byte 9", "28"), ("close() failed: lost", "5")]
+    ("message", "number"),
+    [("write() failed: No space left on device; at byte 9", "28"), ("close() failed: lost", "5")],
 )
-def test_what_array_record_cannot_write_is_an_error_of_the_disk(tmp_path, monkeypatch, said, kind):
-    class Full:
+def test_write_errors_of_array_record_are_os_errors(tmp_path, monkeypatch, message, number):
+    class FailingWriter:
         def __init__(self, *_): ...
 
         def write(self, _): ...
 
         def close(self):
-            raise RuntimeError(said)
+            raise RuntimeError(message)
 
-    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Full)
-    codes.start_dataset(tmp_path, plan("array_record"))
-    path = tmp_path / plan("array_record").file_name(0)
-    with pytest.raises(OSError, match=rf"Errno {kind}\] .*: '{path}'"):
-        codes.write_shard(tmp_path, plan("array_record"), 0, columns(range(4)))
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", FailingWriter)
+    plan = make_plan("array_record")
+    codes.start_dataset(tmp_path, plan)
+    with pytest.raises(OSError, match=rf"Errno {number}\] .*: '{tmp_path / plan.file_name(0)}'"):
+        codes.write_shard(tmp_path, plan, 0, columns(range(4)))
     assert [file.name for file in tmp_path.iterdir()] == [codes.MANIFEST]
 
 
-def test_threads_share_it(tmp_path):
-    """One thread may drop the shard that another has just put there."""
-    write(tmp_path, plan())
-    read, order = codes.Codes(tmp_path, cached=1), np.random.default_rng(0).integers(0, 10, (8, 200))
-
-    class Kept(collections.OrderedDict):
-        def move_to_end(self, key):
-            time.sleep(0)  # gives way to another thread
-            super().move_to_end(key)
-
-    read._cache = Kept()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(lambda indices: [read[i]["index"] for i in indices], order))
-    np.testing.assert_array_equal(seen, order)
-    assert len(read._cache) == 1
-
-
-def test_a_copy_in_another_process_reads_for_itself(tmp_path):
-    write(tmp_path, plan())
-    read = codes.Codes(tmp_path, cached=2)
-    read[0]
-    sent = pickle.dumps(read)
-    assert len(sent) == len(pickle.dumps(codes.Codes(tmp_path, cached=2)))  # without what was read
-    assert [pickle.loads(sent)[i]["index"] for i in range(10)] == list(range(10))
-
-
-def test_what_is_no_dataset_of_codes(tmp_path):
-    with pytest.raises(DataError, match=r"no manifest\.json"):
+def test_other_folders_and_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no manifest") as error:
         codes.Codes(tmp_path)
-    (tmp_path / codes.MANIFEST).write_text("{}")
-    with pytest.raises(DataError, match="does not describe codes"):
-        codes.Codes(tmp_path)
-    (tmp_path / codes.MANIFEST).write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
-        codes.Codes(tmp_path)
-    with pytest.raises(DataError, match="not a shard of codes"):
+    assert error.value.field == str(tmp_path)
+    for content in ("{}", "{"):
+        (tmp_path / codes.MANIFEST).write_text(content)
+        with pytest.raises(DataError) as error:
+            codes.Codes(tmp_path)
+        assert error.value.field == str(tmp_path / codes.MANIFEST)
+    with pytest.raises(DataError, match=r"\.npz, "):
         read_shard(tmp_path / "x.bin")
 
 
-def test_codes_without_a_manifest_are_not_touched(tmp_path):
-    (tmp_path / plan().file_name(0)).write_bytes(b"someone's")
-    with pytest.raises(DataError, match=r"has codes without manifest\.json"):
-        codes.start_dataset(tmp_path, plan())
+def test_a_folder_with_codes_but_no_manifest_is_refused(tmp_path):
+    (tmp_path / make_plan().file_name(0)).write_bytes(b"other codes")
+    with pytest.raises(DataError) as error:
+        codes.start_dataset(tmp_path, make_plan())
+    assert error.value.field == "--output"

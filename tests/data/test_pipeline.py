@@ -1,4 +1,4 @@
-"""What a batch holds is decided by the seed and its number alone, and broken files never stop a run."""
+"""Batches depend on the seed and their number only, and damaged files do not stop a run."""
 
 import errno
 import json
@@ -19,28 +19,28 @@ from vqrae_jax.data import readable
 from vqrae_jax.data.images import adm_center_crop
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Skipped
-from vqrae_jax.errors import DataError, UserError
+from vqrae_jax.errors import ConfigError, DataError, UserError
 
 
 @pytest.fixture
 def grays(tmp_path):
-    """Ten images, number i of one gray level 20 * i."""
+    """Ten images, number i of gray level 20 * i."""
     for i in range(10):
         Image.new("RGB", (9, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
     return tmp_path
 
 
-def folder(where, **changes):
-    plain = {
+def folder(images, **changes):
+    settings = {
         "source": "folder",
-        "path": str(where),
-        "eval_path": str(where),
+        "path": str(images),
+        "eval_path": str(images),
         "image_size": 8,
         "batch_size": 4,
         "eval_batch_size": 4,
         "threads": 2,
     }
-    return DataConfig(**(plain | changes))
+    return DataConfig(**(settings | changes))
 
 
 def photographs(**changes):
@@ -53,19 +53,19 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def numbers(batch):
+def levels(batch):
     return (batch["image"][:, 0, 0, 0] // 20).tolist()
 
 
-def shown(batches):
-    return [number for batch in batches for number, real in zip(numbers(batch), batch["mask"], strict=True) if real]
+def unmasked_levels(batches):
+    return [level for batch in batches for level, mask in zip(levels(batch), batch["mask"], strict=True) if mask]
 
 
-def same(batches, others):
-    return all(np.array_equal(a[key], b[key]) for a, b in zip(batches, others, strict=True) for key in a)
+def equal(first, second):
+    return all(np.array_equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
 
 
-def test_importing_the_room_is_cheap():
+def test_importing_data_does_not_import_heavy_packages():
     heavy = ["grain", "tensorflow_datasets", "skimage", "sklearn", "jax", "tensorflow"]
     code = (
         "import sys, vqrae_jax.data.pipeline, vqrae_jax.data.photographs, vqrae_jax.data.tfds_source;"
@@ -74,7 +74,7 @@ def test_importing_the_room_is_cheap():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_batch_is_what_it_says():
+def test_batches_have_images_and_labels():
     batch = next(train_batches(photographs(), seed=0))
     assert set(batch) == {"image", "label"}
     assert batch["image"].shape == (8, 16, 16, 3)
@@ -83,18 +83,18 @@ def test_a_batch_is_what_it_says():
     assert batch["label"].dtype == np.int32
 
 
-def test_an_epoch_holds_each_image_once_and_epochs_differ(grays):
-    seen = [numbers(batch) for batch in take(train_batches(folder(grays, batch_size=5), seed=1), 8)]
-    epochs = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
+def test_epochs_have_each_image_once_in_different_orders(grays):
+    batches = [levels(batch) for batch in take(train_batches(folder(grays, batch_size=5), seed=1), 8)]
+    epochs = [batches[i] + batches[i + 1] for i in range(0, 8, 2)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_the_seed_decides():
+def test_batches_depend_on_the_seed():
     first, again, other = (take(train_batches(photographs(), seed=seed), 3) for seed in (5, 5, 6))
-    assert same(first, again)
-    assert not same(first, other)
-    take(train_batches(photographs(), seed=2**40), 1)  # any size of seed
+    assert equal(first, again)
+    assert not equal(first, other)
+    take(train_batches(photographs(), seed=2**40), 1)  # larger than 32 bits
 
 
 def test_crops_and_flips_differ_from_epoch_to_epoch(grays):
@@ -110,8 +110,7 @@ def test_crops_and_flips_differ_from_epoch_to_epoch(grays):
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(2, 0), (4, 0), (1, 1)])
-def test_the_parts_of_all_processes_are_the_batch_of_one(processes, workers):
-    """A mesh over processes sees the array that one process would have."""
+def test_the_parts_of_all_processes_make_up_the_batch_of_one(processes, workers):
     whole = take(train_batches(photographs(), seed=3), 4)
     parts = []
     for i in range(processes):
@@ -124,16 +123,16 @@ def test_the_parts_of_all_processes_are_the_batch_of_one(processes, workers):
             assert np.array_equal(np.concatenate([part[k][key] for part in parts]), batch[key])
 
 
-def test_a_run_goes_on_bit_for_bit_on_other_processes_workers_and_batches(grays):
-    """4 -> 2 -> 1 -> 4 processes, past the end of an epoch: nothing twice, nothing left out."""
-    plain = folder(grays, crop="random", image_size=6)
-    expected = take(train_batches(plain, seed=0), 12)
-    state, seen = train_batches(plain, seed=0).get_state(), []
+def test_runs_resume_exactly_with_other_numbers_of_processes_and_workers(grays):
+    """4 -> 2 -> 1 -> 4 processes, beyond the end of an epoch."""
+    data = folder(grays, crop="random", image_size=6)
+    expected = take(train_batches(data, seed=0), 12)
+    state, resumed = train_batches(data, seed=0).get_state(), []
     for processes, workers in ((4, 0), (2, 0), (1, 2), (4, 0)):
         parts, states = [], []
         for i in range(processes):
             batches = train_batches(
-                plain.model_copy(update={"workers": workers}), seed=0, process_index=i, process_count=processes
+                data.model_copy(update={"workers": workers}), seed=0, process_index=i, process_count=processes
             )
             batches.set_state(json.loads(json.dumps(state)))
             parts.append(take(batches, 3))
@@ -141,83 +140,84 @@ def test_a_run_goes_on_bit_for_bit_on_other_processes_workers_and_batches(grays)
             batches.close()
         assert all(other == states[0] for other in states)
         state = states[0]
-        seen += [
+        resumed += [
             {key: np.concatenate([part[k][key] for part in parts]) for key in ("image", "label")} for k in range(3)
         ]
-    assert same(seen, expected)
+    assert equal(resumed, expected)
     assert state == {"images": 48}
-    larger = train_batches(plain.model_copy(update={"batch_size": 8}), seed=0)
+    larger = train_batches(data.model_copy(update={"batch_size": 8}), seed=0)
     larger.set_state({"images": 4})
     assert np.array_equal(next(larger)["image"], np.concatenate([batch["image"] for batch in expected[1:3]]))
 
 
-def test_a_state_of_something_else_is_refused(grays):
+def test_other_states_are_refused(grays):
     batches = train_batches(folder(grays), seed=0)
     for state in ({"next_index": 3}, {"images": -1}, {"images": "3"}, None):
-        with pytest.raises(DataError, match="input state"):
+        with pytest.raises(DataError):
             batches.set_state(state)
 
 
-def test_a_set_state_takes_an_iterator_back(grays):
+def test_set_state_rewinds(grays):
     batches = train_batches(folder(grays), seed=0)
     first = take(batches, 3)
     batches.set_state({"images": 0})
-    assert same(take(batches, 3), first)
+    assert equal(take(batches, 3), first)
 
 
-def spoil(path):
+def damage(path):
     (path / "3.png").write_bytes(b"")
-    (path / "4.png").write_bytes(b"no image")
+    (path / "4.png").write_bytes(b"not an image")
     (path / "9.png").write_bytes((path / "8.png").read_bytes()[:40])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_give_way_to_the_next_readable_one(grays, caplog, workers):
-    spoil(grays)
+def test_damaged_files_are_replaced_by_the_next_readable_one(grays, caplog, workers):
+    damage(grays)
     skipped = Skipped()
     with caplog.at_level(logging.WARNING):
         iterator = train_batches(folder(grays, batch_size=10, workers=workers), seed=0, skipped=skipped)
         batches = take(iterator, 3)
         iterator.close()
     for batch in batches:
-        assert sorted(numbers(batch)) == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
+        assert sorted(levels(batch)) == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
     assert skipped.count == 3
     assert sorted(name.rsplit("/", 1)[1] for name in skipped.names) == ["3.png'", "4.png'", "9.png'"]
-    assert all(name in caplog.text for name in ("3.png", "4.png", "9.png", "it is empty", "damaged at its start"))
-    assert len(caplog.records) == 3  # once, not every epoch
-    assert same(batches, take(train_batches(folder(grays, batch_size=10, threads=5), seed=0), 3))
+    assert all(name in caplog.text for name in ("3.png", "4.png", "9.png"))
+    assert len(caplog.records) == 3  # not in each epoch
+    assert equal(batches, take(train_batches(folder(grays, batch_size=10, threads=5), seed=0), 3))
 
 
-def test_a_few_broken_files_are_named_and_the_rest_counted(grays, caplog):
+def test_a_few_damaged_files_are_named_and_all_are_counted(grays, caplog):
     for i in range(9):
         (grays / f"{i}.png").write_bytes(b"")
     skipped = Skipped()
-    assert numbers(next(train_batches(folder(grays), seed=0, skipped=skipped))) == [9] * 4
+    assert levels(next(train_batches(folder(grays), seed=0, skipped=skipped))) == [9] * 4
     take(train_batches(folder(grays), seed=0, skipped=skipped), 3)
     assert skipped.count == 9
     assert len(skipped.names) == 5
     assert len(caplog.records) == 6
 
 
-def test_only_broken_files_are_an_error(grays):
+def test_only_damaged_files_are_an_error(grays):
     for file in grays.iterdir():
-        file.write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"data\.path: 10 images in a row"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="10 images") as error:
         next(train_batches(folder(grays), seed=0))
+    assert error.value.field == "data.path"
 
 
-def test_every_kind_of_file_fits_in_a_batch(grays):
+def test_all_formats_fit_in_a_batch(grays):
     for file in grays.iterdir():
         file.unlink()
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    rgb.save(grays / "turned ü.jpg", exif=exif)
+    rgb.save(grays / "rotated ü.jpg", exif=exif)
     rgb.convert("CMYK").save(grays / "cmyk.jpeg")
     rgb.convert("L").save(grays / "gray.webp")
     rgb.convert("RGBA").save(grays / "alpha 猫.png")
     rgb.quantize(8).save(grays / "palette.PNG")
-    rgb.save(grays / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
+    rgb.save(grays / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
     Image.fromarray(np.full((30, 50), 40_000, np.uint16)).save(grays / "16 bit.png")
     Image.new("RGB", (2000, 3)).save(grays / "long.bmp")
     (grays / "empty.png").touch()
@@ -228,51 +228,50 @@ def test_every_kind_of_file_fits_in_a_batch(grays):
     assert sum(evaluation["mask"].sum() for evaluation in evaluation_batches(folder(grays, image_size=24))) == 8
 
 
-def test_evaluation_is_in_order_padded_and_repeatable(grays):
+def test_evaluation_batches_are_in_order_padded_and_repeatable(grays):
     batches = evaluation_batches(folder(grays))
     assert len(batches) == 3
     assert batches.count == 10
     for _ in range(2):
-        seen = list(batches)
-        assert len(seen) == 3
-        assert [batch["image"].shape for batch in seen] == [(4, 8, 8, 3)] * 3
-        assert shown(seen) == list(range(10))
-        assert np.concatenate([batch["mask"] for batch in seen]).tolist() == [True] * 10 + [False] * 2
-        assert seen[0]["mask"].dtype == bool
-        assert seen[0]["label"].dtype == np.int32
+        results = list(batches)
+        assert [batch["image"].shape for batch in results] == [(4, 8, 8, 3)] * 3
+        assert unmasked_levels(results) == list(range(10))
+        assert np.concatenate([batch["mask"] for batch in results]).tolist() == [True] * 10 + [False] * 2
+        assert results[0]["mask"].dtype == bool
+        assert results[0]["label"].dtype == np.int32
 
 
-def test_evaluation_masks_broken_files(grays):
-    spoil(grays)
+def test_evaluation_masks_damaged_files(grays):
+    damage(grays)
     batches = evaluation_batches(folder(grays))
     for _ in range(2):
-        assert shown(batches) == [0, 1, 2, 5, 6, 7, 8]
+        assert unmasked_levels(batches) == [0, 1, 2, 5, 6, 7, 8]
         assert batches.skipped.count == 3
 
 
-def test_evaluation_stops_where_the_disk_fails(grays, monkeypatch):
-    """Figures of fewer images would look like those of all."""
+def test_evaluation_stops_when_the_disk_fails(grays, monkeypatch):
     read = storage.read_bytes
 
-    def failing(path):
+    def fail(path):
         if int(pathlib.Path(path).stem) > 4:
             raise OSError(errno.ESTALE, "Stale file handle")
         return read(path)
 
-    monkeypatch.setattr(storage, "read_bytes", failing)
+    monkeypatch.setattr(storage, "read_bytes", fail)
     monkeypatch.setattr(readable.time, "sleep", lambda seconds: None)
-    with pytest.raises(DataError, match=r"data\.eval_path: .*Stale file handle"):
+    with pytest.raises(DataError, match="Stale file handle") as error:
         list(evaluation_batches(folder(grays)))
+    assert error.value.field == "data.eval_path"
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (4, 4), (5, 5), (99, 10), (None, 10)])
-def test_processes_evaluate_every_image_once_in_equally_many_batches(grays, limit, expected):
+def test_processes_evaluate_each_image_once_in_the_same_number_of_batches(grays, limit, expected):
     parts = [list(evaluation_batches(folder(grays), process_index=i, process_count=2, limit=limit)) for i in range(2)]
     assert len(parts[0]) == len(parts[1]) == -(-expected // 4)
-    assert sorted(shown(parts[0]) + shown(parts[1])) == list(range(expected))
+    assert sorted(unmasked_levels(parts[0]) + unmasked_levels(parts[1])) == list(range(expected))
 
 
-def test_a_listing_tells_whether_others_have_the_same_images(grays):
+def test_listings_depend_on_names_and_numbers_of_images(grays):
     def listings():
         return [b.listing() for b in (train_batches(folder(grays), seed=0), evaluation_batches(folder(grays), limit=9))]
 
@@ -280,58 +279,56 @@ def test_a_listing_tells_whether_others_have_the_same_images(grays):
     assert [listing["images"] for listing in before] == [10, 9]
     assert listings() == before
     (grays / "3.png").rename(grays / "33.png")
-    assert not any(now == then for now, then in zip(listings(), before, strict=True))
+    assert not any(a == b for a, b in zip(listings(), before, strict=True))
     assert [listing["images"] for listing in listings()] == [10, 9]
 
 
-def test_without_validation_images_there_is_no_evaluation(grays):
+def test_evaluation_batches_are_none_without_validation_images(grays):
     assert evaluation_batches(folder(grays, eval_path=None)) is None
 
 
-def test_photographs_are_evaluated_on_all_their_crops():
+def test_all_crops_of_photographs_are_evaluated():
     batches = list(evaluation_batches(photographs(image_size=24, eval_batch_size=32)))
     assert [batch["mask"].sum() for batch in batches] == [32, 32]
     assert batches[0]["image"].shape == (32, 24, 24, 3)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field"),
     [
-        ({"batch_size": 11}, r"data\.batch_size=11: exceeds the 10 training images"),
-        ({"path": None}, r"data\.path: not set"),
-        ({"path": "/none"}, r"data\.path='/none': does not exist"),
-        ({"resize": 1.2, "scale": (1, 2)}, r"data\.resize=1\.2"),
+        ({"batch_size": 11}, "data.batch_size"),
+        ({"path": None}, "data.path"),
+        ({"path": "/none"}, "data.path"),
+        ({"resize": 1.2, "scale": (1, 2)}, "data.resize"),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_at_once(grays, changes, message):
-    with pytest.raises(UserError, match=message):
+def test_unusable_configs_are_refused(grays, changes, field):
+    with pytest.raises(UserError) as error:
         train_batches(folder(grays, **changes), seed=0)
+    assert error.value.field == field
 
 
-def test_batches_must_divide_among_processes(grays):
-    with pytest.raises(UserError, match=r"data\.batch_size=4: .*\(3\).* 3"):
+def test_batch_sizes_must_be_multiples_of_the_number_of_processes(grays):
+    with pytest.raises(ConfigError) as error:
         train_batches(folder(grays), seed=0, process_count=3)
-    with pytest.raises(UserError, match=r"data\.eval_batch_size=4: .*\(3\)"):
+    assert (error.value.field, error.value.value) == ("data.batch_size", 4)
+    with pytest.raises(ConfigError) as error:
         evaluation_batches(folder(grays), process_count=3)
+    assert (error.value.field, error.value.value) == ("data.eval_batch_size", 4)
 
 
-def test_a_missing_validation_folder_names_its_field(grays):
-    with pytest.raises(DataError, match=r"data\.eval_path='/none'"):
-        evaluation_batches(folder(grays, eval_path="/none"))
-
-
-def test_the_crops_of_adm_are_chosen_by_name(grays):
+def test_adm_crops(grays):
     rows = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for file in grays.iterdir():
         Image.fromarray(rows).save(file)
     (batch,) = evaluation_batches(folder(grays, eval_crop="adm", eval_batch_size=10))
     assert np.array_equal(batch["image"][3], adm_center_crop(rows, 8))
-    one, other = (next(train_batches(folder(grays, crop="adm", batch_size=10), seed=0)) for _ in range(2))
-    assert same([one], [other])
-    assert len({image.tobytes() for image in one["image"]}) > 5
+    first, second = (next(train_batches(folder(grays, crop="adm", batch_size=10), seed=0)) for _ in range(2))
+    assert equal([first], [second])
+    assert len({image.tobytes() for image in first["image"]}) > 5
 
 
-def test_threads_end_with_close(grays):
+def test_close_ends_threads(grays):
     before = set(threading.enumerate())
     batches = train_batches(folder(grays), seed=0)
     next(batches)
@@ -344,7 +341,7 @@ def test_threads_end_with_close(grays):
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_three_epochs(tmp_path):
+def test_memory_does_not_grow_over_epochs(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(64):
         Image.fromarray(rng.integers(0, 256, (400, 500, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
@@ -359,9 +356,8 @@ def test_memory_is_flat_over_three_epochs(tmp_path):
     assert max(resident[1:]) - resident[0] < 16  # MiB; an epoch decodes 190
 
 
-def test_a_gigantic_picture_is_skipped_and_named(grays, monkeypatch, caplog):
+def test_images_with_too_many_pixels_are_skipped_and_named(grays, monkeypatch, caplog):
     Image.new("RGB", (300, 300)).save(grays / "3.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     next(train_batches(folder(grays, batch_size=10), seed=0))
     assert "3.png" in caplog.text
-    assert "exceeds limit" in caplog.text

@@ -1,11 +1,11 @@
-"""An image that is damaged or missing is left out and counted; a disk or bucket that fails is not taken for that."""
+"""Damaged and missing images are skipped and counted; failures of a disk or bucket are errors."""
 
 import errno
 
 import numpy as np
 import pytest
 
-from vqrae_jax.data import readable
+from vqrae_jax.data import readable, source
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
 from vqrae_jax.errors import DataError, ImageError
 
@@ -14,17 +14,17 @@ STALE = OSError(errno.ESTALE, "Stale file handle")
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    """What was waited for, in seconds, in place of waiting."""
-    waited = []
-    monkeypatch.setattr(readable.time, "sleep", waited.append)
-    return waited
+    """The seconds of all pauses, which are skipped."""
+    seconds = []
+    monkeypatch.setattr(readable.time, "sleep", seconds.append)
+    return seconds
 
 
-class Source:
-    """Gray images, number i of level i; asking for one raises what is in `errors` for it, one after another."""
+class Images(source.Source):
+    """Gray images, number i of level i; access to image i raises the `errors` of "n<i>", one after another."""
 
     def __init__(self, length=10, **errors):
-        self.length, self.errors = length, {int(name[1:]): list(found) for name, found in errors.items()}
+        self.length, self.errors = length, {int(name[1:]): list(values) for name, values in errors.items()}
 
     def __len__(self):
         return self.length
@@ -37,47 +37,45 @@ class Source:
     def name(self, index):
         return f"image {index}"
 
-    def __repr__(self):
-        return "Source()"
+
+def masked(images, skipped=None):
+    return Masked(images, skipped or Skipped(), 8, len(images), len(images))
 
 
-def masked(source, skipped=None):
-    return Masked(source, skipped or Skipped(), 8, len(source), len(source))
-
-
-def seen(images):
+def levels(images):
     return [int(record["image"][0, 0, 0]) for record in map(images.__getitem__, range(len(images))) if record["mask"]]
 
 
-def test_what_is_damaged_or_missing_is_masked_and_counted(pauses):
+def test_damaged_and_missing_images_are_masked_and_counted(pauses):
     skipped = Skipped()
-    images = masked(Source(n3=[ImageError("damaged")], n4=[ImageError("not there")]), skipped)
+    images = masked(Images(n3=[ImageError("damaged")], n4=[ImageError("missing")]), skipped)
     for _ in range(2):
-        assert seen(images) == [0, 1, 2, 5, 6, 7, 8, 9]
+        assert levels(images) == [0, 1, 2, 5, 6, 7, 8, 9]
     assert skipped.names == ["image 3", "image 4"]
     assert not pauses
 
 
-def test_what_fails_for_a_moment_is_asked_for_again(pauses):
+def test_short_failures_are_retried(pauses):
     skipped = Skipped()
-    assert seen(masked(Source(n3=[STALE, ConnectionResetError()]), skipped)) == list(range(10))
+    assert levels(masked(Images(n3=[STALE, ConnectionResetError()]), skipped)) == list(range(10))
     assert not skipped.count
     assert len(pauses) == 2
-    assert Replaced(Source(n3=[TimeoutError()]))[3]["image"][0, 0, 0] == 3  # in training too
+    assert Replaced(Images(n3=[TimeoutError()]))[3]["image"][0, 0, 0] == 3
 
 
-@pytest.mark.parametrize("error", [STALE, PermissionError("403"), FileNotFoundError("the shard"), TimeoutError()])
-def test_an_outage_is_no_picture_less(error, pauses):
+@pytest.mark.parametrize("failure", [STALE, PermissionError("403"), FileNotFoundError("the shard"), TimeoutError()])
+def test_lasting_failures_are_errors_in_evaluation(failure, pauses):
     skipped = Skipped()
-    images = masked(Source(n3=[error] * 9), skipped)
-    with pytest.raises(DataError, match=rf"data\.eval_path: image 3 cannot be read .*{type(error).__name__}"):
-        seen(images)
+    with pytest.raises(DataError, match=rf"image 3 .*{type(failure).__name__}") as error:
+        levels(masked(Images(n3=[failure] * 9), skipped))
+    assert error.value.field == "data.eval_path"
     assert not skipped.count
     assert len(pauses) == len(readable._PAUSES)
 
 
-def test_a_hundred_damaged_in_a_row_are_an_error():
+def test_a_hundred_damaged_images_in_a_row_are_an_error():
     damaged = {f"n{i}": [ImageError("damaged")] for i in range(20, 119)}
-    assert len(seen(masked(Source(150, **damaged)))) == 51
-    with pytest.raises(DataError, match=r"data\.eval_path: 100 images in a row .* image 119: damaged; check Source"):
-        seen(masked(Source(150, **damaged, n119=[ImageError("damaged")])))
+    assert len(levels(masked(Images(150, **damaged)))) == 51
+    with pytest.raises(DataError, match=r"100 .*image 119") as error:
+        levels(masked(Images(150, **damaged, n119=[ImageError("damaged")])))
+    assert error.value.field == "data.eval_path"

@@ -1,14 +1,12 @@
-"""WebDataset shards give each image once, with its label, and nothing in a tar file is trusted."""
+"""WebDataset shards: each image once, with its label; damaged or changed shards are noticed."""
 
 import io
 import json
 import os
 import tarfile
 
-import fsspec
 import numpy as np
 import pytest
-from PIL import Image
 
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import tar
@@ -23,13 +21,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "vqrae_jax" / "tar"
 
 
-def png(level):
-    stream = io.BytesIO()
-    Image.new("RGB", (9, 8), (level,) * 3).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write(path, members, mode="w", **options):
+def write_tar(path, members, mode="w", **options):
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode, **options) as archive:
         for name, data in members:
@@ -40,18 +32,18 @@ def write(path, members, mode="w", **options):
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards(tmp_path, png):
     """Ten images, number i of gray level 20 * i and label i, in three shards."""
     for shard, numbers in enumerate((range(4), range(4, 7), range(7, 10))):
         members = [
             (f"./n/{i:03d}.{end}", data) for i in numbers for end, data in (("png", png(20 * i)), ("cls", b"%d\n" % i))
         ]
-        write(tmp_path / "shards" / f"train-{shard}.tar", members)
+        write_tar(tmp_path / "shards" / f"train-{shard}.tar", members)
     return tmp_path / "shards"
 
 
-def test_each_image_has_its_bytes_and_label(shards, cache):
-    for _ in range(2):  # the second time from the cache
+def test_records_are_images_with_labels(shards, cache, png):
+    for _ in range(2):  # the second one uses cached indices
         source = TarShards(shards)
         assert [source[i] for i in range(len(source))] == [{"image": png(20 * i), "label": i} for i in range(10)]
         assert len(list(cache.glob("*.npz"))) == 3
@@ -61,18 +53,18 @@ def test_each_image_has_its_bytes_and_label(shards, cache):
     assert "n/004" in source.name(4)
 
 
-def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
+def test_members_are_grouped_by_name_and_others_are_ignored(tmp_path):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    path = write(
+    path = write_tar(
         tmp_path / "a.tar",
         [
             ("x/1.cls", b"7"),
             ("x/1.JPG", b"first"),
-            ("x/1.png", b"second of the same"),
+            ("x/1.png", b"second of this name"),
             ("x/1.seg.png", b"a mask"),
             ("y/1.webp", b"another folder"),
-            ("../../etc/2.png", b"a name is only a name"),
+            ("../../etc/2.png", b"an unsafe name"),
             ("a" * 200 + "/ü 猫.png", b"long"),
             ("bad.png", b"bad label"),
             ("bad.cls", b"seven"),
@@ -86,7 +78,7 @@ def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
     assert {record["image"]: record["label"] for record in (source[i] for i in range(len(source)))} == {
         b"first": 7,
         b"another folder": -1,
-        b"a name is only a name": -1,
+        b"an unsafe name": -1,
         b"long": -1,
         b"bad label": -1,
     }
@@ -94,124 +86,119 @@ def test_members_belong_together_by_name_and_the_rest_is_left_out(tmp_path):
     assert keys == {"x/1", "y/1", "../../etc/2", "a" * 200 + "/ü 猫", "bad"}
 
 
-def test_a_changed_shard_is_indexed_anew_and_a_damaged_index_too(shards, cache):
+def test_changed_shards_and_damaged_indices_are_indexed_again(shards, cache):
     TarShards(shards)
-    write(shards / "train-1.tar", [("new.png", b"new")])
+    write_tar(shards / "train-1.tar", [("new.png", b"new")])
     assert len(TarShards(shards)) == 8
     for file in cache.iterdir():
         file.write_bytes(b"damaged")
     assert len(TarShards(shards)) == 8
 
 
-def test_shards_of_one_relative_name_in_two_places_are_two(tmp_path, cache, monkeypatch):
-    for place in ("a", "b"):  # files of a disk image or a package have all one time, and tar files sizes in steps
-        (tmp_path / place).mkdir()
-        os.utime(write(tmp_path / place / "0.tar", [(f"{place}.png", place.encode())]), (0, 0))
-        monkeypatch.chdir(tmp_path / place)
+def test_equal_relative_names_in_two_folders_have_two_indices(tmp_path, monkeypatch):
+    for name in ("a", "b"):  # with equal times and sizes, as in disk images
+        os.utime(write_tar(tmp_path / name / "0.tar", [(f"{name}.png", name.encode())]), (0, 0))
+        monkeypatch.chdir(tmp_path / name)
         source = TarShards("0.tar")
-        assert (source.key(0), source[0]["image"]) == (place, place.encode())
+        assert (source.key(0), source[0]["image"]) == (name, name.encode())
 
 
-def test_without_a_cache_folder_it_works_too(shards, tmp_path, monkeypatch):
+def test_a_cache_that_is_not_writable_is_not_needed(shards, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(TarShards(shards)) == 10
 
 
 @pytest.mark.parametrize("kind", ["gz", "text", "cut", "images missing", "shard missing"])
-def test_what_cannot_be_read_is_named(shards, kind):
+def test_unreadable_shards_are_named(shards, kind):
     path = shards / "train-1.tar"
     if kind == "gz":
-        write(path, [("a.png", b"a")], "w:gz")
+        write_tar(path, [("a.png", b"a")], "w:gz")
     elif kind == "text":
-        path.write_text("no tar file" * 100)
+        path.write_text("not a tar file" * 100)
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:700])
     elif kind == "images missing":
-        path = write(shards / "val-0.tar", [("a.txt", b"a")])
+        path = write_tar(shards / "val-0.tar", [("a.txt", b"a")])
     else:
         path = shards / "none.tar"
-    expected = "ends in" if kind == "images missing" else path.name
-    with pytest.raises(DataError, match=rf"data\.eval_path.*{expected}"):
+    with pytest.raises(DataError, match=path.name) as error:
         TarShards(path, "data.eval_path")
+    assert error.value.field == "data.eval_path"
 
 
 def headers(path):
-    """Where the members of a tar file begin, and where its end does."""
+    """Returns the byte offsets of the members of a tar file, and of its end."""
     with tarfile.open(path) as archive:
         last = archive.getmembers()[-1]
         return [member.offset for member in archive], last.offset_data + -(-last.size // 512) * 512
 
 
 @pytest.mark.parametrize("inside", [0, 100, 511])
-def test_a_shard_cut_at_or_inside_a_header_is_no_smaller_shard(shards, inside):
+def test_a_shard_cut_at_or_inside_a_header_is_an_error(shards, inside):
     path = shards / "train-1.tar"
-    begins, end = headers(path)
+    offsets, end = headers(path)
     whole = path.read_bytes()
-    for start in (*begins[1:], end):
+    for start in (*offsets[1:], end):
         path.write_bytes(whole[: start + inside])
         with pytest.raises(DataError, match=rf"train-1\.tar.*cut short at byte {start}"):
             TarShards(shards)
 
 
-def test_a_shard_with_a_damaged_header_is_no_smaller_shard(shards):
+def test_a_damaged_header_is_an_error(shards):
     path = shards / "train-1.tar"
     start, whole = headers(path)[0][2], bytearray(path.read_bytes())
-    whole[start + 150] ^= 1  # in its checksum
+    whole[start + 150] ^= 1  # in the checksum
     path.write_bytes(whole)
     with pytest.raises(DataError, match=rf"damaged at byte {start}"):
         TarShards(shards)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_a_shard_needs_no_padding_after_its_end(shards, blocks):
+def test_padding_after_the_end_is_optional(shards, blocks):
     path = shards / "train-1.tar"
     path.write_bytes(path.read_bytes()[: headers(path)[1] + 512 * blocks])
     assert len(TarShards(shards)) == 10
 
 
-def test_a_shard_cut_short_later_and_a_gigantic_member_cost_only_their_images(shards, monkeypatch):
+def test_images_that_are_cut_short_or_too_large_are_image_errors(shards, monkeypatch):
     source = TarShards(shards)
     path = shards / "train-1.tar"
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(ImageError, match="cut short"):
+    with pytest.raises(ImageError):
         source[6]
     monkeypatch.setattr(tar, "MAX_IMAGE_BYTES", 20)
-    with pytest.raises(ImageError, match="limit of 20"):
+    with pytest.raises(ImageError, match="20 bytes"):
         source[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_is_shuffled_over_shards_and_resumes(shards, workers):
+def test_training_shuffles_all_shards_and_resumes(shards, workers):
     data = DataConfig(
         source="webdataset", path=f"{shards}/train-{{0..2}}.tar", image_size=8, batch_size=5, workers=workers
     )
     batches = train_batches(data, seed=0)
-    seen = [next(batches) for _ in range(4)]
+    first = [next(batches) for _ in range(4)]
     for k in (0, 2):
-        assert sorted(np.concatenate([seen[k]["label"], seen[k + 1]["label"]])) == list(range(10))
-    assert all((batch["image"][:, 0, 0, 0] == 20 * batch["label"]).all() for batch in seen)
+        assert sorted(np.concatenate([first[k]["label"], first[k + 1]["label"]])) == list(range(10))
+    assert all((batch["image"][:, 0, 0, 0] == 20 * batch["label"]).all() for batch in first)
     resumed = train_batches(data, seed=0)
     resumed.set_state(json.loads('{"images": 15}'))
-    assert (next(resumed)["label"] == seen[3]["label"]).all()
+    assert (next(resumed)["label"] == first[3]["label"]).all()
     batches.close()
     resumed.close()
 
 
-def test_a_bucket_of_shards(shards):
-    system = fsspec.filesystem("memory")
-    system.put(str(shards), "/shards", recursive=True)
-    try:
-        source = TarShards("memory://shards/train-*.tar")
-        assert [source[i]["label"] for i in range(10)] == list(range(10))
-        assert source[9]["image"] == png(180)
-    finally:
-        system.store.clear()
+def test_shards_in_a_bucket(shards, bucket, png):
+    bucket.put(str(shards), "/shards", recursive=True)
+    source = TarShards("memory://shards/train-*.tar")
+    assert [source[i]["label"] for i in range(10)] == list(range(10))
+    assert source[9]["image"] == png(180)
 
 
-def test_its_listing_tells_changed_images(shards):
-    before = TarShards(shards).hash_listing(4)
-    write(shards / "train-2.tar", [("new.png", b"new")])
-    assert TarShards(shards).hash_listing(4) == before  # the first four are as they were
-    write(shards / "train-0.tar", [(f"n/{i:03d}.png", png(20 * i) + b" ") for i in range(4)])
-    assert TarShards(shards).hash_listing(4) != before
+def test_the_listing_depends_on_the_first_images(shards, png):
+    before = TarShards(shards).listing(4)
+    write_tar(shards / "train-2.tar", [("new.png", b"new")])
+    assert TarShards(shards).listing(4) == before
+    write_tar(shards / "train-0.tar", [(f"n/{i:03d}.png", png(20 * i) + b" ") for i in range(4)])
+    assert TarShards(shards).listing(4) != before

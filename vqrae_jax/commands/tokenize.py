@@ -67,7 +67,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
     plan = build_plan(args, tokenizer, len(source))
-    plan = dataclasses.replace(plan, listing=source.hash_listing(plan.images))
+    plan = dataclasses.replace(plan, listing=source.listing(plan.images)["names"])
     # The default is a power of two of images per device, with at most VIEWS views in all.
     batch = args.batch or len(devices) << max((VIEWS // count_views(plan.views)).bit_length() - 1, 0)
     # By default the last batch of a shard is padded, so that shards do not depend on the number of devices.

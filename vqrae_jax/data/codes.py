@@ -5,13 +5,12 @@ appears under its name only when it is complete and on disk. manifest.json descr
 exist, their counts and checksums.
 """
 
-import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import operator
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +38,7 @@ class Plan:
     image_size: int  # side of the decoded images in pixels
     format: Format
     shard_size: int  # images per shard
-    listing: str | None = None  # `Source.hash_listing` of the source; None in manifests without it
+    listing: str | None = None  # hash of `Source.listing`; older manifests have none
 
     @property
     def shards(self) -> int:
@@ -149,7 +148,8 @@ class Codes:
                 field=os.fspath(self.path),
             )
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]], dtype=np.int64)
-        self._cached, self._cache, self._lock = cached, collections.OrderedDict(), threading.Lock()
+        self._cached = cached
+        self._load_shard = functools.lru_cache(None if cached is None else max(cached, 1))(self._read_shard)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -165,7 +165,7 @@ class Codes:
         except TypeError:
             raise TypeError(f"codes[{index!r}]: expected an integer; shards() returns many records at once") from None
         shard, row = locate(self._ends, index + len(self) if index < 0 else index)
-        columns = self._shard(shard)
+        columns = self._load_shard(shard)
         return {
             "codes": columns.codes[row], "label": columns.label[row], "id": columns.id[row],
             "index": int(columns.index[row]),
@@ -173,8 +173,7 @@ class Codes:
 
     def shards(self) -> Iterator[Columns]:
         """Iterates over the content of all shards in order, without caching."""
-        for shard in self.manifest["shards"]:
-            yield self._read(shard)
+        yield from map(self._read_shard, range(len(self.manifest["shards"])))
 
     def verify(self) -> None:
         """Compares the shards with their checksums.
@@ -191,25 +190,11 @@ class Codes:
     def __repr__(self) -> str:
         return f"Codes({os.fspath(self.path)!r}, images={len(self)}, code_shape={self.plan.code_shape})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_lock")}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Codes, (os.fspath(self.path), self._cached)  # another process reads the shards itself
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_cache": collections.OrderedDict(), "_lock": threading.Lock()}
-
-    def _shard(self, number: int) -> Columns:
-        with self._lock:
-            if number in self._cache:
-                self._cache.move_to_end(number)
-                return self._cache[number]
-        columns = self._read(self.manifest["shards"][number])  # without the lock, so that threads read in parallel
-        with self._lock:
-            self._cache[number] = columns
-            while self._cached is not None and len(self._cache) > max(self._cached, 1):
-                self._cache.popitem(last=False)
-        return columns
-
-    def _read(self, shard: dict[str, Any]) -> Columns:
+    def _read_shard(self, number: int) -> Columns:
+        shard = self.manifest["shards"][number]
         columns = read_shard(self.path / shard["file"])
         actual = (len(columns), columns.codes.shape[1:], columns.codes.dtype.name)
         expected = (shard["count"], self.plan.code_shape, self.plan.code_dtype)

@@ -50,10 +50,6 @@ class Folder(Source):
     """
 
     def __init__(self, path: str | os.PathLike, field: str = "data.path"):
-        """
-        Raises:
-          DataError: `field` is missing, a file, or without images.
-        """
         self.path = os.fspath(path)
         start = len(os.path.join(self.path, ""))
         files = [os.fsencode(file[start:]) for file in list_images(self.path, field)]

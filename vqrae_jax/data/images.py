@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.Image import Resampling, Transpose
 
 from vqrae_jax import storage
 from vqrae_jax.errors import DataError, ImageError
@@ -17,15 +18,10 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", "
 SAVE_OPTIONS = {".png": {}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp": {"quality": 95}}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF")  # for some others PIL starts external programs
 _ORIENTATION = 0x0112  # the EXIF tag
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TRANSPOSE = {  # by orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 _MAX_RATIO = 64  # of the sides of an image that is resized as a whole
 
 AnyImage = UInt8[np.ndarray, "H W 3"] | Image.Image  # a PIL image has mode RGB
@@ -176,7 +172,7 @@ def adm_random_crop(image: AnyImage, size: int, rng: np.random.Generator, smalle
 
 def flip(image: AnyImage) -> AnyImage:
     """Mirrors an image left to right."""
-    return image[:, ::-1] if isinstance(image, np.ndarray) else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image[:, ::-1] if isinstance(image, np.ndarray) else image.transpose(Transpose.FLIP_LEFT_RIGHT)
 
 
 def _flip_views(image: AnyImage, size: int) -> UInt8[np.ndarray, "2 {size} {size} 3"]:
@@ -212,9 +208,9 @@ def _adm_resize(image: Image.Image, side: int) -> Image.Image:
         spare = [max(0, length - longest) // 2 for length in image.size]
         image = image.crop((*spare, *(length - cut for length, cut in zip(image.size, spare, strict=True))))
     while min(image.size) >= 2 * side:
-        image = image.resize([length // 2 for length in image.size], Image.Resampling.BOX)
+        image = image.resize([length // 2 for length in image.size], Resampling.BOX)
     scale = side / min(image.size)
-    return image.resize([round(length * scale) for length in image.size], Image.Resampling.BICUBIC)
+    return image.resize([round(length * scale) for length in image.size], Resampling.BICUBIC)
 
 
 def _resize_and_crop(image: AnyImage, size: int, side: int, offset: Callable[[int], int]) -> AnyImage:
@@ -231,7 +227,7 @@ def _resize_and_crop(image: AnyImage, size: int, side: int, offset: Callable[[in
     across, down = pil.width / width, pil.height / height
     right, bottom = min((left + size) * across, pil.width), min((top + size) * down, pil.height)
     box = (left * across, top * down, right, bottom)
-    return _convert_like(image, pil.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    return _convert_like(image, pil.resize((size, size), Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

@@ -2,13 +2,15 @@
 
 Arrow files are mapped into memory. Parquet is read by row groups, of which the last few are cached: a shuffled epoch
 reads a row group for nearly every image, which is fast for row groups of a few megabytes only.
+
+`datasets` itself is not used because it writes a second copy of Parquet files to its Arrow cache, also with
+keep_in_memory (5.2.0), and its streaming has neither random access nor a length.
 """
 
-import collections
+import functools
 import json
 import logging
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -31,14 +33,6 @@ class Tables(Source):
     """
 
     def __init__(self, path: str | os.PathLike, field: str = "data.path"):
-        """
-        Args:
-          path: a folder, a file or a pattern, see `list_shards`.
-          field: config field or argument that `path` comes from.
-
-        Raises:
-          DataError: no such files, damaged ones, or no column of images in them.
-        """
         self.path = os.fspath(path)
         self._files = list_shards(path, (".parquet", ".arrow"), field)
         suffixes = {name.rpartition(".")[2] for name in self._files}
@@ -70,7 +64,7 @@ class Tables(Source):
     def __getitem__(self, index: int) -> dict:
         group, row = locate(self._ends, index)
         try:
-            table = self._open().read(group, [name for name in self._columns if name])
+            table = self._open().read(group, tuple(name for name in self._columns if name))
             image, label = (table.column(name)[row].as_py() if name else None for name in self._columns)
         except Exception as error:
             kind = ImageError if _is_damage(error) else OSError
@@ -102,12 +96,7 @@ class Tables(Source):
 
 
 class ParquetReader:
-    """The row groups of Parquet files; the last few that were read are cached.
-
-    Attributes:
-      rows: number of rows in each row group.
-      mean_bytes: mean size of the row groups.
-    """
+    """The row groups of Parquet files: `read` returns one; the last few are cached."""
 
     def __init__(self, names: list[str]):
         import pyarrow.parquet
@@ -121,25 +110,16 @@ class ParquetReader:
         groups = [self._metadata[i].row_group(group) for i, group in self._groups]
         self.rows = np.array([group.num_rows for group in groups], np.int64)
         self.mean_bytes = float(np.mean([group.total_byte_size for group in groups])) if groups else 0.0
-        self._cache, self._lock = collections.OrderedDict(), threading.Lock()
+        self.read = functools.lru_cache(_CACHED)(self._read)
 
-    def read(self, group: int, columns: list[str]) -> Any:
+    def _read(self, group: int, columns: tuple[str, ...]) -> Any:
         """Returns columns of a row group as a pyarrow.Table."""
         import pyarrow.parquet
 
-        with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
         number, group_in_file = self._groups[group]
         with _open_file(self._names[number]) as file:
             reader = pyarrow.parquet.ParquetFile(file, metadata=self._metadata[number])
-            table = reader.read_row_group(group_in_file, columns=columns, use_threads=False)
-        with self._lock:
-            self._cache[group] = table
-            if len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
-        return table
+            return reader.read_row_group(group_in_file, columns=list(columns), use_threads=False)
 
 
 class ArrowReader:
@@ -152,7 +132,7 @@ class ArrowReader:
         self.schema = self._batches[0].schema
         self.rows = np.array([batch.num_rows for batch in self._batches], np.int64)
 
-    def read(self, group: int, columns: list[str]) -> Any:
+    def read(self, group: int, columns: tuple[str, ...]) -> Any:
         """Returns a whole record batch, which copies nothing."""
         del columns
         return self._batches[group]

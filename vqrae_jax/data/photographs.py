@@ -38,54 +38,44 @@ def load_photographs(split: Literal["train", "validation"]) -> list[UInt8[np.nda
     return [read_image(_find_file(package, file)) for package, file in _FILES[split]]
 
 
-class TrainingPhotographs(Source):
-    """The training photographs, repeated, to be cropped at random; the label is the number of the photograph."""
+class Photographs(Source):
+    """Decoded images with the number of their photograph as label, repeated in order."""
 
-    def __init__(self, crops_per_photograph: int = 1024):
-        """`crops_per_photograph`: number of repetitions, which defines an epoch."""
-        self._photographs, self._crops = load_photographs("train"), crops_per_photograph
+    def __init__(self, records: list[dict], repeats: int, description: str):
+        self._records, self._repeats, self._description = records, repeats, description
 
     def __len__(self) -> int:
-        return self._crops * len(self._photographs)
+        return len(self._records) * self._repeats
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
-            raise IndexError(f"crop {index} of {len(self)}")
-        label = index % len(self._photographs)
-        return {"image": self._photographs[label], "label": label}
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._records[index % len(self._records)]
 
     def name(self, index: int) -> str:
-        return f"photograph {index % len(self._photographs)}"
+        return f"image {index % len(self._records)} of {self}"
 
     def __repr__(self) -> str:
-        return f"TrainingPhotographs(photographs={len(self._photographs)}, crops_per_photograph={self._crops})"
+        return self._description
 
 
-class ValidationPhotographs(Source):
-    """64 fixed square crops of the validation photographs, of the whole short side down to a quarter of it.
+def training_photographs(repeats: int = 1024) -> Photographs:
+    """Returns the whole training photographs, to be cropped at random; `repeats` defines an epoch."""
+    records = [{"image": image, "label": label} for label, image in enumerate(load_photographs("train"))]
+    return Photographs(records, repeats, f"TrainingPhotographs(photographs={len(records)}, repeats={repeats})")
 
-    The label is the number of the photograph. Photographs alternate, so that the first records show both.
+
+def validation_photographs(size: int) -> Photographs:
+    """Returns 64 square crops of the validation photographs, of the whole short side down to a quarter of it.
+
+    Photographs alternate, so that the first records show both.
+
+    Args:
+      size: side of the crops in pixels.
     """
-
-    def __init__(self, size: int):
-        """`size`: side of the crops in pixels."""
-        crops = [list(_grid_crops(photograph, size)) for photograph in load_photographs("validation")]
-        self._records = [
-            {"image": crop, "label": label} for group in zip(*crops, strict=True) for label, crop in enumerate(group)
-        ]
-        self._size = size
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._records[index]
-
-    def name(self, index: int) -> str:
-        return f"validation crop {index}"
-
-    def __repr__(self) -> str:
-        return f"ValidationPhotographs(crops={len(self)}, size={self._size})"
+    crops = zip(*(_grid_crops(photograph, size) for photograph in load_photographs("validation")), strict=True)
+    records = [{"image": crop, "label": label} for group in crops for label, crop in enumerate(group)]
+    return Photographs(records, 1, f"ValidationPhotographs(crops={len(records)}, size={size})")
 
 
 def _grid_crops(photograph: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.images import VIEWS, adm_center_crop, adm_random_crop, center_crop, flip, random_crop
 from vqrae_jax.data.parquet import Tables
-from vqrae_jax.data.photographs import TrainingPhotographs, ValidationPhotographs
+from vqrae_jax.data.photographs import training_photographs, validation_photographs
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
 from vqrae_jax.data.source import Source
 from vqrae_jax.data.tar import TarShards
@@ -22,13 +22,9 @@ _FILE_SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
 
 
 def training_source(data: Any) -> Source:
-    """Returns the training images of `data`, a `config.DataConfig`.
-
-    Raises:
-      DataError, ConfigError: no images, naming the field.
-    """
+    """Returns the training images of a `config.DataConfig`; raises DataError or ConfigError if there are none."""
     if data.source == "photographs":
-        return TrainingPhotographs()
+        return training_photographs()
     if data.source == "tfds":
         return Prepared(data.name, data.path, data.train_split, "data.train_split")
     if not data.path:
@@ -37,13 +33,9 @@ def training_source(data: Any) -> Source:
 
 
 def evaluation_source(data: Any) -> Source | None:
-    """Returns the validation images of `data`, a `config.DataConfig`; None if it names none.
-
-    Raises:
-      DataError, ConfigError: no images, naming the field.
-    """
+    """Returns the validation images of a `config.DataConfig`; None if it names none."""
     if data.source == "photographs":
-        return ValidationPhotographs(data.image_size)
+        return validation_photographs(data.image_size)
     if data.source == "tfds":
         return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
     return _FILE_SOURCES[data.source](data.eval_path, "data.eval_path") if data.eval_path else None
@@ -139,7 +131,7 @@ class TrainBatches:
 
     def listing(self) -> dict[str, int | str]:
         """Returns the number of images and a hash of their names, to compare the images of processes."""
-        return _listing(self._source, len(self._source))
+        return self._source.listing(len(self._source))
 
     def close(self) -> None:
         """Stops threads and workers; the next batch starts them again."""
@@ -174,11 +166,12 @@ class EvaluationBatches:
       count: number of images of all processes, including those that cannot be read.
     """
 
-    def __init__(
-        self, images: Masked, source: Source, skipped: Skipped, count: int, local: int, share: slice, data: Any
-    ):
-        self.skipped, self.count = skipped, count
-        self._images, self._source, self._local, self._share, self._data = images, source, local, share, data
+    def __init__(self, data: Any, source: Source, limit: int | None, local: int, share: slice):
+        self.skipped, self.count = Skipped(), len(source) if limit is None else min(limit, len(source))
+        self._source, self._local, self._share, self._threads = source, local, share, data.threads
+        length = math.ceil(self.count / data.eval_batch_size) * data.eval_batch_size
+        crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
+        self._images = Masked(source, self.skipped, data.image_size, self.count, length, crop)
 
     def __len__(self) -> int:
         return len(self._images) // (self._local * self._share.step)
@@ -192,13 +185,13 @@ class EvaluationBatches:
 
     def listing(self) -> dict[str, int | str]:
         """Returns the same as `TrainBatches.listing`."""
-        return _listing(self._source, self.count)
+        return self._source.listing(self.count)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         import grain
 
         batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._share]
-        return iter(batches.to_iter_dataset(_read_options(self._data.threads)))
+        return iter(batches.to_iter_dataset(_read_options(self._threads)))
 
 
 def evaluation_batches(
@@ -215,13 +208,8 @@ def evaluation_batches(
     """
     local = _local_batch("eval_batch_size", data.eval_batch_size, process_count)
     source = evaluation_source(data)
-    if source is None:
-        return None
-    count = len(source) if limit is None else min(limit, len(source))
-    length = math.ceil(count / data.eval_batch_size) * data.eval_batch_size
-    skipped, crop = Skipped(), {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
-    images = Masked(source, skipped, data.image_size, count, length, crop)
-    return EvaluationBatches(images, source, skipped, count, local, slice(process_index, None, process_count), data)
+    share = slice(process_index, None, process_count)
+    return None if source is None else EvaluationBatches(data, source, limit, local, share)
 
 
 def ordered_batches(
@@ -259,10 +247,6 @@ class _ConsecutiveBatches:
         start = self._starts[index]
         records = [self._records[start + i] for i in range(self._size)]
         return {name: np.stack([record[name] for record in records]) for name in records[0]} | {"first": start}
-
-
-def _listing(source: Source, count: int) -> dict[str, int | str]:
-    return {"images": count, "names": source.hash_listing(count)}
 
 
 def _augment(record: dict, rng: np.random.Generator, *, data: Any) -> dict:

@@ -98,9 +98,6 @@ class Replaced:
             field="data.path",
         )
 
-    def __repr__(self) -> str:
-        return f"Replaced({self._source!r})"
-
 
 class Masked:
     """Crops of a source's images in order, for evaluation and tokenizing; unreadable images are masked.

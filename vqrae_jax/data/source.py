@@ -4,7 +4,6 @@ import fnmatch
 import hashlib
 import os
 import re
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -18,19 +17,13 @@ _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 class Source:
     """Images in random access.
 
+    Subclasses are built from a path (see `list_shards`) and the config field or argument that it comes from; they raise
+    DataError naming the field if there are no images, or damaged files.
+
     `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 if there is none.
-    It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails.
+    It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails. `len(source)` includes
+    those images; `source.name(index)` describes one in messages.
     """
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """Returns the description of a record for messages."""
-        raise NotImplementedError
 
     def key(self, index: int) -> str:
         """Returns the id of a record: its number if it has no name."""
@@ -41,13 +34,13 @@ class Source:
         del count
         return b""
 
-    def hash_listing(self, count: int) -> str:
-        """Returns the SHA-256 of the keys, in order, and the fingerprint of the first `count` records."""
+    def listing(self, count: int) -> dict[str, int | str]:
+        """Returns the number of the first records and the SHA-256 of their keys, in order, and their fingerprint."""
         digest = hashlib.sha256()
         for index in range(count):
             digest.update(f"{self.key(index)}\n".encode())
         digest.update(self.fingerprint(count))
-        return digest.hexdigest()
+        return {"images": count, "names": digest.hexdigest()}
 
 
 def locate(ends: Int[np.ndarray, " groups"], index: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import concurrent.futures
 import hashlib
 import io
 import os
-import pathlib
 import tarfile
 import zipfile
 from typing import BinaryIO, NamedTuple
@@ -42,21 +41,11 @@ class TarShards(Source):
     The image is the member ending in .jpg, .png, .webp etc., the label the integer in the member ending in .cls.
     """
 
-    def __init__(self, path: str | os.PathLike, field: str = "data.path", cache: str | os.PathLike | None = None):
-        """
-        Args:
-          path: a folder, a file or a pattern, see `list_shards`.
-          field: config field or argument that `path` comes from.
-          cache: folder of the indices; None: `tar` in `runtime.cache_folder()`.
-
-        Raises:
-          DataError: no shards, a compressed or damaged one, or no images in any of them.
-        """
+    def __init__(self, path: str | os.PathLike, field: str = "data.path"):
         self.path = os.fspath(path)
         self._shards = list_shards(path, (".tar",), field)
-        cache = pathlib.Path(cache) if cache else runtime.cache_folder() / "tar"
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            indices = list(pool.map(lambda shard: _load_index(shard, field, cache), self._shards))
+            indices = list(pool.map(lambda shard: _load_index(shard, field), self._shards))
         self._ends = np.cumsum([len(index.starts) for index in indices])
         self._index = Index(*(np.concatenate(parts) for parts in zip(*indices, strict=True)))
         self._key_ends = np.cumsum(self._index.lengths)
@@ -92,7 +81,7 @@ class TarShards(Source):
         return f"TarShards({self.path!r}, shards={len(self._shards)}, images={len(self)})"
 
 
-def _load_index(shard: str, field: str, cache: pathlib.Path) -> Index:
+def _load_index(shard: str, field: str) -> Index:
     """Returns the cached index of a shard, or a new one if the shard has changed."""
     try:
         # Not every kind of bucket reports modification times: remote shards are identified by name and size.
@@ -100,7 +89,7 @@ def _load_index(shard: str, field: str, cache: pathlib.Path) -> Index:
         identity = f"{_INDEX_VERSION} {identity} {storage.file_size(shard)}"
     except OSError as error:
         raise DataError(f"a shard cannot be read: {error}", field=field) from error
-    file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    file = runtime.cache_folder() / "tar" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return Index(**arrays)
@@ -118,9 +107,9 @@ def _load_index(shard: str, field: str, cache: pathlib.Path) -> Index:
 def _build_index(shard: str, field: str) -> Index:
     images, labels = {}, {}
     try:
-        with storage.open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while member := archive.next():
-                archive.members.clear()  # tarfile keeps all headers otherwise
+        with storage.open_file(shard) as file, tarfile.open(None, "r:", file) as tar:
+            while member := tar.next():
+                tar.members.clear()  # tarfile keeps all headers otherwise
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
                 if not member.isreg() or member.issparse() or not key:  # a hidden file has no key
@@ -129,8 +118,8 @@ def _build_index(shard: str, field: str) -> Index:
                 if f".{suffix.lower()}" in SUFFIXES:
                     images.setdefault(key, (member.offset_data, member.size))
                 elif suffix == "cls" and member.size <= _MAX_LABEL_BYTES:
-                    labels[key] = archive.extractfile(member).read()
-            _check_end(file, archive.offset)
+                    labels[key] = tar.extractfile(member).read()
+            _check_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = f"{shard!r} is not a complete, uncompressed tar file ({error}); copy it again or unpack it (gunzip)"
         raise DataError(problem, field=field) from error

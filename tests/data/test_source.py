@@ -1,0 +1,147 @@
+"""Datasets are read from buckets as from folders, and errors name the field."""
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax import storage
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data.folder import Folder
+from vqrae_jax.data.pipeline import evaluation_batches, train_batches
+from vqrae_jax.data.source import list_shards, locate, read_range
+from vqrae_jax.errors import ConfigError, DataError, ImageError
+
+
+def write_files(system, folder, *names):
+    for name in names:
+        system.pipe(f"{folder}/{name}", name.encode())
+
+
+def test_locate_returns_group_and_row():
+    ends = np.array([2, 2, 5])
+    assert [locate(ends, i) for i in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            locate(ends, index)
+
+
+@pytest.mark.parametrize("kind", ["local", "bucket"])
+def test_shards_are_a_folder_a_file_a_pattern_or_a_range(tmp_path, bucket, kind):
+    names = [f"train-{i:02d}.tar" for i in range(11)]
+    other = ["train.txt", ".train-00.tar", "deep/train-99.tar"]
+    if kind == "local":
+        folder = f"{tmp_path}/a [x] ü"
+        write_files(fsspec.filesystem("file", auto_mkdir=True), folder, *names, *other)
+    else:
+        folder = "memory://a b/ü"
+        write_files(bucket, "/a b/ü", *names, *other)
+    shards = [f"{folder}/{name}" for name in names]
+    for pattern, expected in (
+        ("", shards),
+        ("/", shards),
+        ("/train-*.tar", shards),
+        ("/*-0?.tar", shards[:10]),
+        ("/train-{03..10}.tar", shards[3:]),
+        ("/train-07.tar", shards[7:8]),
+    ):
+        assert list_shards(folder + pattern, (".tar",), "data.path") == expected
+    with pytest.raises(DataError, match=r"2 of 4 .*train-11\.tar") as error:
+        list_shards(f"{folder}/train-{{09..12}}.tar", (".tar",), "data.path")
+    assert error.value.field == "data.path"
+    with pytest.raises(DataError, match=r"\.parquet"):
+        list_shards(folder, (".parquet",), "data.path")
+
+
+def test_relative_patterns_name_files_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "train-0.tar").touch()
+    monkeypatch.chdir(tmp_path)
+    assert list_shards("train-*.tar", (".tar",), "data.path") == ["train-0.tar"]
+
+
+@pytest.mark.parametrize("name", ["train-0.tar.gz", "train-0.tgz", "train-0.tar.zst"])
+def test_compressed_shards_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path / name, tmp_path, f"{tmp_path}/train-*"):
+        with pytest.raises(DataError, match=rf"{name}' is compressed") as error:
+            list_shards(path, (".tar",), "--data")
+        assert error.value.field == "--data"
+
+
+def test_several_splits_are_refused(tmp_path):
+    write_files(
+        fsspec.filesystem("file"), tmp_path, "train-00000-of-00002.parquet", "validation-00000-of-00001.parquet"
+    )
+    with pytest.raises(DataError, match=r"\(train, validation\).*train\*\.parquet"):
+        list_shards(tmp_path, (".parquet",), "data.path")
+
+
+def test_parts_of_files_are_read_and_short_files_are_errors(tmp_path, bucket):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    bucket.pipe("/a", b"0123456789")
+    for path in (str(tmp_path / "a"), "memory://a"):
+        assert storage.file_size(path) == 10
+        assert storage.read_bytes(path) == b"0123456789"
+        assert read_range(path, 3, 6) == b"345"
+        with storage.open_file(path) as file:
+            file.seek(8)
+            assert file.tell() == 8
+            assert file.read() == b"89"
+        with pytest.raises(ImageError):
+            read_range(path, 8, 12)
+    for path in (str(tmp_path / "none"), "memory://none"):
+        for action in (storage.file_size, storage.read_bytes, storage.open_file):
+            with pytest.raises(FileNotFoundError, match="none"):
+                action(path)
+
+
+def test_later_errors_of_a_bucket_are_os_errors(bucket, monkeypatch):
+    bucket.pipe("/a", b"0123456789")
+    file = storage.open_file("memory://a")
+
+    def refuse(*_, **__):
+        raise LookupError("the token has expired")
+
+    monkeypatch.setattr(type(file._file), "read", refuse)
+    monkeypatch.setattr(type(bucket), "cat_file", refuse)
+    for action in (lambda: file.read(4), lambda: storage.read_bytes("memory://a")):
+        with pytest.raises(ConnectionError, match=r"'memory://a': LookupError: the token has expired"):
+            action()
+
+
+def test_a_bucket_trains_and_evaluates_as_a_local_copy(tmp_path, bucket):
+    for i in range(8):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 8), (20 * i,) * 3).save(tmp_path / f"{i % 2}" / f"{i}.png")
+    bucket.put(str(tmp_path), "/data", recursive=True)
+    bucket.pipe("/data/.cache/x.png", b"hidden")
+    settings = {"source": "folder", "image_size": 8, "batch_size": 4, "eval_batch_size": 4}
+    configs = [DataConfig(**settings, path=path, eval_path=path) for path in (str(tmp_path), "memory://data")]
+    iterators = [train_batches(config, seed=0) for config in configs]
+    for _ in range(3):
+        local, remote = map(next, iterators)
+        assert (local["image"] == remote["image"]).all()
+        assert (local["label"] == remote["label"]).all()
+    for local, remote in zip(*map(evaluation_batches, configs), strict=True):
+        assert (local["image"] == remote["image"]).all()
+        assert remote["mask"].all()
+
+
+def test_errors_of_buckets_name_the_field(bucket, monkeypatch):
+    write_files(bucket, "/text", "a.txt")
+
+    def forbid(self, *args, **kwargs):
+        raise PermissionError("403: no storage.objects.list access")
+
+    def check(path, kind, message=None):
+        with pytest.raises(kind, match=message) as error:
+            Folder(path, "data.eval_path")
+        assert (error.value.field, error.value.value) == ("data.eval_path", path)
+
+    check("memory://none", DataError)
+    check("memory://text", DataError, "no images")
+    check("nonsense://x", ConfigError, "nonsense")
+    monkeypatch.setattr(type(bucket), "find", forbid)
+    check("memory://text", DataError, "403")
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    check("gs://bucket/x", ConfigError, "gcsfs")
