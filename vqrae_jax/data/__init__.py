@@ -1,1 +1,1 @@
-"""Files and datasets in, batches of uint8 images out; grain, TFDS, PIL, skimage and sklearn live here only."""
+"""Files and datasets of images and codes, and batches for training, evaluation and tokenizing."""
