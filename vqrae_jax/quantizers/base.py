@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.statistics import code_counts
 
 MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
@@ -45,11 +46,11 @@ class Quantizer(nn.Module):
     has_indices = True  # False: latents stay continuous
     decodes_prefixes = False  # True: `lookup` also accepts the first levels or scales alone
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also updates the state."""
         raise NotImplementedError
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
         """Returns the quantized latents of `indices`, bit for bit the `z` that was returned with them."""
         return self.embeddings()[indices]
 
@@ -87,7 +88,7 @@ class Wrapper(Quantizer):
         return self.quantizer.embeddings()
 
 
-def flatten(z: Float[Array, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
+def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
     """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient.
 
     Raises:

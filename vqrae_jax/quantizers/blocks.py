@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
+
+AnyArray = jax.Array | np.ndarray  # what public functions accept
 
 LANES = 8  # contiguous parts of the codebook that are searched in parallel; a codebook may be sharded this many ways
 
@@ -24,7 +27,7 @@ class Screen(NamedTuple):
     codes: int | None
 
 
-def map_rows(function: Callable[..., Any], rows: int, *arrays: Shaped[Array, " N *c"]) -> Any:
+def map_rows(function: Callable[..., Any], rows: int, *arrays: Shaped[Array, " N ..."]) -> Any:
     """Applies `function` to blocks of about `rows` rows, one after the other; results keep the order of the rows."""
     n = len(arrays[0])
     if n <= rows:

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vqrae_jax.quantizers.base import masked_mean
-from vqrae_jax.quantizers.blocks import strided
+from vqrae_jax.quantizers.blocks import AnyArray, strided
 from vqrae_jax.quantizers.nearest import unit
 
 SOFT_BLOCK = 2**24  # probabilities that exist at once (64 MiB)
 
 
-def entropies(probabilities: Float[Array, "N K"], mask: Bool[Array, " N"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def entropies(
+    probabilities: Float[AnyArray, "N K"], mask: Bool[AnyArray, " N"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the mean entropy of the rows in `mask` and the entropy of their mean, in nats.
 
     A codebook is used well if the first is low and the second high (Yu et al. 2023, arXiv:2310.05737, eq. 4).
@@ -23,9 +25,9 @@ def entropies(probabilities: Float[Array, "N K"], mask: Bool[Array, " N"]) -> tu
 
 
 def diversity(
-    z: Float[Array, "N C"],
-    codebook: Float[Array, "K C"],
-    mask: Bool[Array, " N"],
+    z: Float[AnyArray, "N C"],
+    codebook: Float[AnyArray, "K C"],
+    mask: Bool[AnyArray, " N"],
     temperature: float,
     block: int = SOFT_BLOCK,
 ) -> Float[Array, ""]:
@@ -44,7 +46,7 @@ def diversity(
     blocks = (strided(z, rows).swapaxes(0, 1), strided(mask, rows).swapaxes(0, 1))
 
     @jax.checkpoint
-    def soft_counts(z: Float[Array, "R C"], mask: Bool[Array, " R"], codebook: Float[Array, "K C"]) -> Array:
+    def soft_counts(z: Float[AnyArray, "R C"], mask: Bool[AnyArray, " R"], codebook: Float[AnyArray, "K C"]) -> Array:
         logits = 2 * jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST) - jnp.sum(codebook**2, axis=1)
         return jnp.sum(jnp.where(mask[:, None], jax.nn.softmax(logits / temperature, axis=-1), 0.0), axis=0)
 
@@ -55,7 +57,7 @@ def diversity(
     return math.log(len(codebook)) - _entropy(total / jnp.maximum(jnp.sum(mask), 1))
 
 
-def orthogonality(codebook: Float[Array, "K C"]) -> Float[Array, ""]:
+def orthogonality(codebook: Float[AnyArray, "K C"]) -> Float[Array, ""]:
     """Returns the mean squared cosine between embeddings, in [0, 1] (Shin et al. 2021, arXiv:2112.00384).
 
     This is |U U^T - I|^2 / K^2 for the unit embeddings U, computed as (|U^T U|^2 - K) / K^2, which needs a C x C matrix
@@ -66,5 +68,5 @@ def orthogonality(codebook: Float[Array, "K C"]) -> Float[Array, ""]:
     return jnp.maximum(jnp.sum(gram**2) - len(units), 0.0) / len(units) ** 2
 
 
-def _entropy(p: Float[Array, "*b K"]) -> Float[Array, "*b"]:
+def _entropy(p: Float[AnyArray, "*b K"]) -> Float[Array, "*b"]:
     return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-20)), axis=-1)

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vqrae_jax.quantizers.blocks import AnyArray
+
 Estimator = Literal["straight_through", "rotation"]
 
 
 @jax.custom_jvp
-def value_of(quantized: Float[Array, "*b C"], carrier: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def value_of(quantized: Float[AnyArray, "*b C"], carrier: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
     """Returns the value of `quantized` bit for bit, with the gradient of `carrier`, which evaluation never computes."""
     return quantized
 
@@ -24,12 +26,12 @@ def _value_of_jvp(primals, tangents):
     return primals[0], tangents[1]
 
 
-def straight_through(z: Float[Array, "*b C"], quantized: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def straight_through(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
     """Passes the gradient to z unchanged (Bengio et al. 2013, arXiv:1308.3432)."""
     return value_of(quantized, z)
 
 
-def rotation(z: Float[Array, "*b C"], quantized: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def rotation(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
     """Rotates and scales the gradient as z is mapped to its embedding (Fifty et al. 2024, arXiv:2410.06424).
 
     The embedding e is written as lambda R z, with the rotation R from z to e and lambda = |e| / |z|, both constants.
@@ -46,12 +48,12 @@ ESTIMATORS: dict[str, Callable] = {"straight_through": straight_through, "rotati
 
 
 def _directions(
-    z: Float[Array, "*b C"], quantized: Float[Array, "*b C"]
+    z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]
 ) -> tuple[Float[Array, "*b C"], Float[Array, "*b C"], Float[Array, "*b 1"]]:
     """Returns unit vectors along z and along its embedding, and the ratio of their lengths."""
     lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12)) for x in (z, quantized)]
     return z / lengths[0], quantized / lengths[1], lengths[1] / lengths[0]
 
 
-def _dot(a: Float[Array, "*b C"], b: Float[Array, "*b C"]) -> Float[Array, "*b 1"]:
+def _dot(a: Float[AnyArray, "*b C"], b: Float[AnyArray, "*b C"]) -> Float[Array, "*b 1"]:
     return jnp.sum(a * b, axis=-1, keepdims=True)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import straight_through
 
 EDGE = 1e-3  # share by which tanh reaches beyond the outermost level, so that the level is reached
@@ -65,7 +66,7 @@ class FSQ(Quantizer):
             self.reduce = _dense(len(self.levels), "reduce")
             self.expand = _dense(self.channels, "expand")
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train makes no difference."""
         flat, finite = flatten(z, self.channels)
         scales = self._scales()
@@ -79,7 +80,7 @@ class FSQ(Quantizer):
         metrics = batch_metrics(scaled, quantized, indices, self.num_embeddings, finite)
         return Quantized(out.reshape(z.shape), indices.reshape(z.shape[:-1]), loss, metrics)
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
         """Returns the latents of `indices`, behind the adapter."""
         flat = indices.reshape(-1, 1)
         steps = flat // self._basis() % np.asarray(self.levels, np.int32)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import orthogonality
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import LearnedCodebook
@@ -43,7 +44,7 @@ class GumbelQuantizer(Quantizer):
         )
         self.step = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True samples, counts the call, and at first makes the codebook."""
         flat, finite = flatten(z, self.channels)
         if train:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import entropies, orthogonality
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import LearnedCodebook
@@ -37,7 +38,7 @@ class IBQ(Quantizer):
         distance = "l2" if self.distance == "dot" else self.distance
         self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, distance)
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also computes the softmax over all embeddings, and at first makes these."""
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.distance == "cosine" else flat

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers.base import Sample
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
@@ -25,10 +26,10 @@ ITERATIONS = 5  # of Lloyd; on image features further iterations hardly change t
 
 def kmeans(
     key: PRNGKeyArray,
-    z: Float[Array, "N C"],
-    codebook: Float[Array, "K C"],
+    z: Float[AnyArray, "N C"],
+    codebook: Float[AnyArray, "K C"],
     distance: Distance = "l2",
-    mask: Bool[Array, " N"] | None = None,
+    mask: Bool[AnyArray, " N"] | None = None,
 ) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
     """Returns K embeddings and the number of latents of each.
 
@@ -58,11 +59,11 @@ def kmeans(
 
 
 def start_codebook(
-    starts: Bool[Array, ""],
+    starts: Bool[AnyArray, ""],
     key: PRNGKeyArray,
     sample: Sample,
-    codebook: Float[Array, "K C"],
-    counts: Float[Array, " K"],
+    codebook: Float[AnyArray, "K C"],
+    counts: Float[AnyArray, " K"],
     start: Start,
     distance: Distance,
 ) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
@@ -87,7 +88,7 @@ def start_codebook(
 
 
 def start_variable(
-    module: nn.Module, codebook: nn.Variable, begun: nn.Variable, sample: Sample, count: Int[Array, ""]
+    module: nn.Module, codebook: nn.Variable, begun: nn.Variable, sample: Sample, count: Int[AnyArray, ""]
 ) -> None:
     """Makes the codebook of a module with attributes `start` and `distance`, unless it has begun or `count` is zero."""
     if module.start == "normal" or module.is_initializing():
@@ -98,7 +99,7 @@ def start_variable(
     begun.value = begun.value | starts
 
 
-def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Array, " count"]:
+def draw(key: PRNGKeyArray, weights: Float[AnyArray, " N"], count: int) -> Int[Array, " count"]:
     """Draws indices with probability proportional to the weights, without repetition until all are drawn.
 
     They are the largest of log weight + Gumbel noise (Efraimidis & Spirakis 2006), equal on every device.
@@ -109,7 +110,7 @@ def draw(key: PRNGKeyArray, weights: Float[Array, " N"], count: int) -> Int[Arra
 
 
 def _draw_seeds(
-    key: PRNGKeyArray, z: Float[Array, "N C"], codebook: Float[Array, "K C"], mask: Bool[Array, " N"]
+    key: PRNGKeyArray, z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], mask: Bool[AnyArray, " N"]
 ) -> Float[Array, "K C"]:
     size, channels = codebook.shape
     rounds = next(r for r in range(min(size, ROUNDS), 0, -1) if size % r == 0)
@@ -160,7 +161,7 @@ class LearnedCodebook(nn.Module):
         """Returns the part of the embeddings that gradients do not change."""
         return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
 
-    def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
+    def initialize(self, sample: Sample, count: Int[AnyArray, ""]) -> None:
         """Makes the embeddings, as `Quantizer.initialize`."""
         if self.start != "normal":
             start_variable(self, self.first, self.begun, sample, count)

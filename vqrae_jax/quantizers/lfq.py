@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import entropies
 from vqrae_jax.quantizers.estimators import straight_through
 from vqrae_jax.quantizers.nearest import unit
@@ -49,7 +50,7 @@ class LFQ(Quantizer):
         """K = 2^C."""
         return 2**self.channels
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train makes no difference."""
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.spherical else flat
@@ -64,7 +65,7 @@ class LFQ(Quantizer):
         out = straight_through(flat, quantized).reshape(z.shape)
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
         """Returns the corners of `indices`."""
         bits = indices[..., None] // self._basis() % 2 == 1
         return jnp.where(bits, self._size(), -self._size())

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.resize import resize
 
@@ -44,7 +45,7 @@ class MultiScale(Wrapper):
             raise ConfigError("must be increasing sides of at least 1, one per scale", field="grids", value=self.grids)
         super().__post_init__()
 
-    def __call__(self, z: Float[Array, "B h w C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "B h w C"], train: bool = False) -> Quantized:
         """Quantizes latent grids, coarse to fine.
 
         Raises:
@@ -82,7 +83,7 @@ class MultiScale(Wrapper):
             },
         )
 
-    def lookup(self, indices: Int[Array, "B N"]) -> Float[Array, "B h w C"]:
+    def lookup(self, indices: Int[AnyArray, "B N"]) -> Float[Array, "B h w C"]:
         """Returns the sum of all scales, or of the first scales if only their indices are given.
 
         Raises:

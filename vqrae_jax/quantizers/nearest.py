@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import screened
-from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes, strided
+from vqrae_jax.quantizers.blocks import AnyArray, Block, Screen, map_rows, split_lanes, strided
 
 Distance = Literal["l2", "cosine", "dot"]
 Method = Block | Screen | Literal["float32"]
@@ -31,7 +31,7 @@ TPU_SCREEN = Screen(None, None)
 
 
 def nearest(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Method | None = None
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], distance: Distance = "l2", block: Method | None = None
 ) -> Int[Array, " N"]:
     """Returns the int32 index of the nearest embedding of each row; ties go to the lowest index.
 
@@ -49,7 +49,7 @@ def nearest(
 
 
 def nearest_with_distance(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], distance: Distance = "l2", block: Method | None = None
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], distance: Distance = "l2", block: Method | None = None
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """Returns indices as `nearest`, and squared distances for "l2", at least zero and accurate relative to |z|^2.
 
@@ -62,7 +62,7 @@ def nearest_with_distance(
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
-def nearest_other(codebook: Float[Array, "K C"], sample: int = 512) -> Float[Array, " sample"]:
+def nearest_other(codebook: Float[AnyArray, "K C"], sample: int = 512) -> Float[Array, " sample"]:
     """Returns Euclidean distances from embeddings to the nearest other one: the spread of a codebook.
 
     Their squares are accurate relative to the extent of the codebook.
@@ -89,7 +89,7 @@ def nearest_other(codebook: Float[Array, "K C"], sample: int = 512) -> Float[Arr
     return jnp.sqrt(jnp.maximum(best + jnp.sum(rows**2, axis=1), 0.0))
 
 
-def unit(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+def unit(x: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
     """Scales x to length one; zero stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
@@ -111,7 +111,7 @@ def _search_method(block: Method | None) -> Callable[..., tuple[Int[Array, " N"]
 
 
 def _search_float32(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     return jax.lax.platform_dependent(
         z,
@@ -124,7 +124,7 @@ def _search_float32(
 
 
 def _search_at_once(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """Searches in one expression, for compilers that fuse the arg-min into the product, as XLA for TPU does."""
     scores = _scores(z, codebook, offsets)
@@ -132,14 +132,14 @@ def _search_at_once(
 
 
 def _search_blocks(
-    z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"], block: Block
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"], block: Block
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     lanes, lane_offsets, width = split_lanes(codebook, offsets, block.codes)
     return map_rows(lambda x: _search_lanes(x, lanes, lane_offsets, width, len(codebook)), block.rows, z)
 
 
 def _search_lanes(
-    x: Float[Array, "R C"], lanes: Float[Array, "L S C"], offsets: Float[Array, "L S"], width: int, size: int
+    x: Float[AnyArray, "R C"], lanes: Float[AnyArray, "L S C"], offsets: Float[AnyArray, "L S"], width: int, size: int
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
     """Finds the best embedding of every lane, block by block, then the best of the lanes."""
     count, length = offsets.shape
@@ -159,13 +159,15 @@ def _search_lanes(
     return jnp.min(jnp.where(score == best, index, size - 1), axis=1), best[:, 0]
 
 
-def _first_minimum(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
+def _first_minimum(scores: Float[AnyArray, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
     """Returns the minimum and its lowest index, in two passes: XLA for CPU does not vectorize the arg-min."""
     score = jnp.min(scores, axis=-1)
     positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     return score, jnp.min(jnp.where(scores == score[..., None], positions, len(positions) - 1), axis=-1)
 
 
-def _scores(z: Float[Array, "N C"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]) -> Float[Array, "N K"]:
+def _scores(
+    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
+) -> Float[Array, "N K"]:
     """Returns half the squared distance minus |z|^2 / 2, which is equal for all embeddings."""
     return offsets - jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST)

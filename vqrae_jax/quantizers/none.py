@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer
+from vqrae_jax.quantizers.blocks import AnyArray
 
 NO_CODES = "this model is a continuous autoencoder (quantizer='none') without codes; use encode and decode"
 
@@ -15,11 +16,11 @@ class NoQuantizer(Quantizer):
     has_indices = False
     num_embeddings = None
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Returns latents unchanged."""
         return Quantized(z=z, indices=None, loss=jnp.zeros(()), metrics={})
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
         """Raises ValueError, because there are no indices."""
         raise ValueError(NO_CODES)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, sum_metrics
+from vqrae_jax.quantizers.blocks import AnyArray
 
 
 class Product(Quantizer):
@@ -35,7 +36,7 @@ class Product(Quantizer):
         """K of each group."""
         return self.groups[0].num_embeddings
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes every group of channels."""
         outs = [group(part, train) for group, part in zip(self.groups, self._split(z), strict=True)]
         metrics = [out.metrics for out in outs]
@@ -51,7 +52,7 @@ class Product(Quantizer):
             },
         )
 
-    def lookup(self, indices: Int[Array, "*b G"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b G"]) -> Float[Array, "*b C"]:
         """Returns the embeddings of all groups, concatenated.
 
         Raises:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
+from vqrae_jax.quantizers.blocks import AnyArray
 
 
 class Projected(Wrapper):
@@ -28,7 +29,7 @@ class Projected(Wrapper):
         self.project_in = nn.Dense(self.dim, precision=jax.lax.Precision.HIGHEST)
         self.project_out = nn.Dense(self.channels, precision=jax.lax.Precision.HIGHEST)
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are those of the inner quantizer."""
         flat, finite = flatten(z, self.channels)
         # NaN bypasses the projection: inside, it would reach the gradient of the kernel.
@@ -36,7 +37,7 @@ class Projected(Wrapper):
         out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
         return out.replace(z=self.project_out(out.z))
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*d C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
         """Returns the projected embeddings of `indices`."""
         return self.project_out(self.quantizer.lookup(indices))
 

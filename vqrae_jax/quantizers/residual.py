@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error, sum_metrics
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import kmeans
 from vqrae_jax.quantizers.nearest import nearest
@@ -42,7 +43,7 @@ class Residual(Quantizer):
         """K of each level."""
         return self.levels[0].num_embeddings
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents level by level."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
@@ -73,7 +74,7 @@ class Residual(Quantizer):
             },
         )
 
-    def lookup(self, indices: Int[Array, "*b depth"]) -> Float[Array, "*b C"]:
+    def lookup(self, indices: Int[AnyArray, "*b depth"]) -> Float[Array, "*b C"]:
         """Returns the sum of the embeddings; with fewer levels, or -1 for missing ones, a coarser latent.
 
         Raises:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, check_distance, flatten, vq_loss
+from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.kmeans import start_variable
@@ -59,7 +60,7 @@ class SimVQ(Quantizer):
         if self.input_projection:
             self.projection = nn.Dense(self.channels, **dense, name="input_projection")
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; the first call with train=True makes the fixed vectors."""
         flat, finite = flatten(z, self.channels)
         flat = self.projection(flat) if self.input_projection else flat

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vqrae_jax.quantizers.blocks import AnyArray
+
 ONE_HOT_BLOCK = 512  # embeddings whose one-hot columns exist at once
 GATHER_STEPS = 16  # by which the temporary memory of `gather_rows` is smaller than its result
 GATHER_TILE = 8  # rows that a TPU stores together
 
 
-def gather_rows(codebook: Float[Array, "K C"], indices: Int[Array, " N"]) -> Float[Array, "N C"]:
+def gather_rows(codebook: Float[AnyArray, "K C"], indices: Int[AnyArray, " N"]) -> Float[Array, "N C"]:
     """Returns codebook[indices] exactly, without a gradient.
 
     If a mesh axis splits the codebook, every device fills in the rows that it holds and the devices add up. At once,
@@ -31,7 +33,7 @@ def gather_rows(codebook: Float[Array, "K C"], indices: Int[Array, " N"]) -> Flo
 
 
 def code_counts(
-    indices: Int[Array, "*b"], num_embeddings: int, mask: Bool[Array, "*b"] | None = None
+    indices: Int[AnyArray, "*b"], num_embeddings: int, mask: Bool[AnyArray, "*b"] | None = None
 ) -> Int[Array, " K"]:
     """Returns how often each index occurs among the entries in `mask`; integers, so the order of adding is free."""
     flat = indices.reshape(-1)
@@ -40,7 +42,10 @@ def code_counts(
 
 
 def code_totals(
-    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, mask: Bool[Array, " N"] | None = None
+    z: Float[AnyArray, "N C"],
+    indices: Int[AnyArray, " N"],
+    num_embeddings: int,
+    mask: Bool[AnyArray, " N"] | None = None,
 ) -> Float[Array, "K C"]:
     """Returns the float32 sum of the latents of each index, over the rows in `mask`; other rows may be NaN.
 
@@ -59,7 +64,7 @@ def code_totals(
 
 
 def one_hot_totals(
-    z: Float[Array, "N C"], indices: Int[Array, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
+    z: Float[AnyArray, "N C"], indices: Int[AnyArray, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
 ) -> Float[Array, "K C"]:
     """Returns the same as `code_totals` by products with blocks of the one-hot matrix; drops indices out of range.
 
@@ -78,7 +83,7 @@ def one_hot_totals(
     return totals.reshape(-1, z.shape[1])[:num_embeddings]
 
 
-def _bfloat16_parts(x: Float[Array, "*b C"]) -> list[Float[Array, "*b C"]]:
+def _bfloat16_parts(x: Float[AnyArray, "*b C"]) -> list[Float[Array, "*b C"]]:
     """Splits x into three bfloat16 arrays that add up to it."""
     parts = []
     for _ in range(3):

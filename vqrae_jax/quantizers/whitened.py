@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
+from vqrae_jax.quantizers.blocks import AnyArray
 
 EPS = 1e-5  # smallest variance of an axis, relative to the largest: axes of less variance are not amplified further
 
@@ -48,7 +49,7 @@ class Whitened(Wrapper):
         self.deviation = self.variable("batch_stats", "deviation", jnp.ones, (self.dim,))
         self.fitted = self.variable("batch_stats", "fitted", lambda: jnp.zeros((), jnp.int32))
 
-    def __call__(self, z: Float[Array, "*b C"], train: bool = False) -> Quantized:
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; loss and metrics are those of the inner quantizer, in whitened units."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
@@ -58,7 +59,7 @@ class Whitened(Wrapper):
         out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
         return out.replace(z=self._undo(out.z))
 
-    def lookup(self, indices: Int[Array, "*b"]) -> Float[Array, "*d C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
         """Returns the latents of `indices`, outside the whitened space."""
         return self._undo(self.quantizer.lookup(indices))
 
@@ -86,7 +87,7 @@ registry.WRAPPERS["whitening_dim"] = Whitened
 
 
 def fitted_state(
-    mean: Float[Array, " C"], basis: Float[Array, "C n"], variance: Float[Array, " n"], dim: int
+    mean: Float[AnyArray, " C"], basis: Float[AnyArray, "C n"], variance: Float[AnyArray, " n"], dim: int
 ) -> dict[str, Array]:
     """Returns the state of `Whitened` for the first `dim` of n principal axes.
 
