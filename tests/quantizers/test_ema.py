@@ -12,8 +12,8 @@ from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.nearest import nearest
 
 
-def origin(arrays, **changes):
-    """The origin's quantizer and state, as far as ours can hold it."""
+def load_pytorch(arrays, **changes):
+    """Returns the quantizer and state of the PyTorch VQRAE."""
     K, C = arrays["init_embedding"].shape
     settings = {"commitment_cost": 0.25, "start": "normal", "revival_threshold": 0.0, "decay_warmup": False} | changes
     names = {"codebook": "init_embedding", "counts": "init_ema_cluster_size", "sums": "init_ema_w"}
@@ -21,7 +21,7 @@ def origin(arrays, **changes):
     return EMAQuantizer(K, C, **settings), {"batch_stats": jax.tree.map(jnp.asarray, state)}
 
 
-# Compiling is all that these tests spend time on.
+# Compiling is nearly all that these tests spend time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -47,7 +47,7 @@ def train(module, variables, z, seed=0):
 @pytest.mark.parametrize("case", ["ema_vq", "ema_vq_warm"])
 def test_training_equals_pytorch(golden, assert_close, case):
     arrays = np.load(golden / "quantizers" / f"{case}.npz")
-    module, variables = origin(arrays)
+    module, variables = load_pytorch(arrays)
     for step, z in enumerate(arrays["z"]):
         out, variables = train(module, variables, z)
         np.testing.assert_array_equal(out.indices, arrays["indices"][step])
@@ -60,7 +60,7 @@ def test_training_equals_pytorch(golden, assert_close, case):
 
 def test_ties_go_to_the_lowest_index(golden, assert_close):
     arrays = np.load(golden / "quantizers" / "ema_vq_ties.npz")
-    module, variables = origin(arrays)
+    module, variables = load_pytorch(arrays)
     out, variables = train(module, variables, arrays["z"])
     np.testing.assert_array_equal(out.indices, arrays["indices"])
     assert_close(out.loss, arrays["vq_loss"], 1e-5)
@@ -68,13 +68,13 @@ def test_ties_go_to_the_lowest_index(golden, assert_close):
         assert_close(variables["batch_stats"][ours], arrays[f"after_{theirs}"], 1e-5, ours)
     for block in (Block(3, 1), Block(120, 8), Block(16, 16)):
         flat = arrays["z"].reshape(-1, arrays["z"].shape[-1])
-        found = nearest(jnp.asarray(flat), jnp.asarray(arrays["init_embedding"]), block=block)
-        np.testing.assert_array_equal(found, arrays["indices"].reshape(-1))
+        indices = nearest(jnp.asarray(flat), jnp.asarray(arrays["init_embedding"]), block=block)
+        np.testing.assert_array_equal(indices, arrays["indices"].reshape(-1))
 
 
 def test_gradients_equal_pytorch(golden, assert_close):
     arrays = np.load(golden / "quantizers" / "ema_vq.npz")
-    module, variables = origin(arrays, commitment_cost=0.4)
+    module, variables = load_pytorch(arrays, commitment_cost=0.4)
     z = jnp.moveaxis(arrays["grad_z"], 1, -1)
     probe = jnp.moveaxis(arrays["grad_fixed_random"], 1, -1)
     np.testing.assert_array_equal(evaluate(module, variables, z)[0].indices, arrays["grad_indices"])
@@ -98,30 +98,8 @@ def fresh(z, **settings):
     return module, initialize(module, z)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_lookup_is_the_exact_inverse(clusters, dtype):
-    z = jnp.asarray(clusters[0], dtype).reshape(2, 16, 16, 8)
-    module, variables = fresh(z)
-    out = evaluate(module, variables, z)[0]
-    assert out.indices.shape == (2, 16, 16)
-    np.testing.assert_array_equal(module.apply(variables, out.indices, method="lookup"), out.z)
-
-
-def test_evaluation_changes_no_state(clusters):
-    module, variables = fresh(clusters[0])
-    _, after = evaluate(module, variables, clusters[0])
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
-
-
-def test_bfloat16_latents_get_the_codes_of_their_float32_values(clusters):
-    z = jnp.asarray(clusters[0], jnp.bfloat16)
-    module, variables = fresh(z)
-    low, high = (evaluate(module, variables, x)[0].indices for x in (z, z.astype(jnp.float32)))
-    np.testing.assert_array_equal(low, high)
-
-
 def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(clusters):
-    """64 points, each 8 times: one batch finds them all, and there is nothing left to move."""
+    """64 points, each 8 times: one batch finds all of them, so that the next step moves nothing."""
     z = np.repeat(clusters[0][:64], 8, axis=0)
     module = EMAQuantizer(128, 8, revival_threshold=0.0)
     out, first = train(module, initialize(module, z), z)
@@ -169,8 +147,8 @@ def test_revival_moves_dead_codes_next_to_codes_in_use(clusters):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_revival_conserves_counts_and_places(clusters):
-    """Codes in use give half of their count to a revived one and stay where they are."""
+def test_revival_keeps_total_count_and_positions(clusters):
+    """Embeddings in use give half of their count to a revived one and do not move."""
     module, variables = fresh(clusters[0], start="normal", decay=0.99, decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.ones(64).at[:2].set(1e-6)}
     state["codebook"] = jnp.asarray(clusters[0][:64]).at[:2].set(100.0)
@@ -187,7 +165,7 @@ def test_revival_conserves_counts_and_places(clusters):
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
-    """Each by a latent of its own, so that none of them is another one's double."""
+    """Each is revived by a latent of its own, so that no two are equal."""
     module, variables = fresh(clusters[0][:3], start="normal", decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.full(64, 1e-6).at[0].set(1.0)}  # 63 are dead
     state["codebook"] = jnp.full((64, 8), 100.0).at[0].set(0.0)
@@ -203,7 +181,7 @@ def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
 
 
 def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
-    """First codes that stand for no latent have a place and a count, but are dead."""
+    """Initial embeddings without latents have a value and a count, but are dead."""
     points = np.repeat(clusters[0][:16], 8, axis=0)
     module, variables = fresh(points)
     out, after = train(module, variables, points)
@@ -217,7 +195,7 @@ def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
 
 
 def test_no_collapse_from_a_cold_start(clusters):
-    """The origin ends with two codes here (its golden run has 28, 2, 2, 1, 1 in use)."""
+    """The PyTorch VQRAE ends with two embeddings here (its golden run uses 28, 2, 2, 1, 1)."""
     module, variables = fresh(clusters[0], start="normal", revival_threshold=0.0)
     for step in range(8):
         out, variables = train(module, variables, clusters[step % 4], seed=step)
@@ -238,7 +216,7 @@ def test_nonfinite_latents_are_reported_and_poison_nothing(clusters, bad, first)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
     gradient = jit(jax.grad(lambda z: module.apply(after, z).loss))(jnp.asarray(z))
     assert np.isfinite(gradient).all()
-    # What the good latents taught is as if the bad ones had not been there.
+    # The update from the finite latents is the same without the others.
     good = np.delete(z, [3, 77, 401], axis=0)
     if not first:
         plain = module.clone(revival_threshold=0.0)
@@ -256,14 +234,14 @@ def test_a_batch_without_a_finite_latent_changes_no_code(clusters):
     out, after = train(module, before, np.full_like(clusters[0], np.nan), seed=1)
     assert out.metrics["revived"] == 0
     jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], before["batch_stats"])
-    # As the very first batch it is passed over: the next one makes the codes.
+    # If it is the first batch it is skipped, and the next batch makes the codebook.
     _, waiting = train(module, variables, np.full_like(clusters[0], np.nan))
     jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
 
 
 @pytest.mark.parametrize("start", ["kmeans", "data", "normal"])
-def test_frozen_codes_are_those_of_the_first_batch_for_good(clusters, start):
-    """As random ones they would lie where no latent is, and never move."""
+def test_a_frozen_codebook_keeps_the_first_batch(clusters, start):
+    """Random embeddings would lie far from all latents and never move."""
     module, variables = fresh(clusters[0], frozen=True, start=start)
     _, waiting = train(module, variables, np.full_like(clusters[0], np.nan))
     jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
@@ -292,7 +270,7 @@ def test_cosine_codes_stay_on_the_sphere(clusters):
     assert float(scaled.metrics["quantization_error"]) < 0.05
 
 
-def test_a_mesh_of_eight_gives_the_codebook_of_one_device(clusters):
+def test_eight_devices_update_the_codebook_as_one_device(clusters):
     """Start, updates and revival over 4x2 devices, codebook split over "model"."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     module, alone = fresh(clusters[0], revival_threshold=0.5)

@@ -66,7 +66,7 @@ class Product(Quantizer):
         """Returns the codebook of the first group."""
         return self.groups[0].embeddings()
 
-    def _split(self, z: Float[Array, "*b C"]) -> list[Float[Array, "*b c"]]:
+    def _split(self, z: Float[AnyArray, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:
             raise ValueError(f"the quantizer expects latents of {self.channels} channels, got shape {z.shape}")
         return jnp.split(z, len(self.groups), axis=-1)

@@ -100,7 +100,7 @@ class Residual(Quantizer):
             keys, size = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
             level.initialize(lambda: _residuals(keys, flat, finite, size), jnp.sum(finite))
 
-    def _draw_depths(self, z: Float[Array, "*b C"], train: bool) -> Int[Array, "*b"]:
+    def _draw_depths(self, z: Float[AnyArray, "*b C"], train: bool) -> Int[Array, "*b"]:
         """Returns the number of levels that each latent uses."""
         depth, shape = len(self.levels), z.shape[:-1]
         if not (train and self.dropout and depth > 1) or self.is_initializing():
