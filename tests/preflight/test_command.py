@@ -63,7 +63,13 @@ def test_report_of_eight_gpus(report, capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0290, "0.029 seconds"), (99, "99 seconds"), (100, "1.67 minutes"), (7200, "2 hours"), (3.6e6, "1,000 hours")],
+    [
+        (0.0290, "0.029 seconds"),
+        (99.0, "99 seconds"),
+        (100.0, "1.67 minutes"),
+        (7200.0, "2 hours"),
+        (3.6e6, "1,000 hours"),
+    ],
 )
 def test_durations_have_readable_units(seconds, text):
     assert _duration(seconds) == text
@@ -134,10 +140,10 @@ def test_memory_is_read_from_the_error_of_the_tpu_compiler():
     message = (
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G)"
     )
-    memory = memory_from_error(message, 2**30)
+    memory = memory_from_error(message, 2.0**30)
     assert (memory.arguments, memory.temporaries) == (2**30, 20.5 * 2**30)
-    assert memory_from_error("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.", 2**30).peak == 20.5 * 2**30
-    assert memory_from_error("INTERNAL: a bug", 0) is None
+    assert memory_from_error("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.", 2.0**30).peak == 20.5 * 2**30
+    assert memory_from_error("INTERNAL: a bug", 0.0) is None
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_time_depends_on_precision():
     x = jnp.zeros((8, 8))
     products = traced(program, x, x)
     assert {p.kind: p.flops for p in products} == {"bfloat16": 1024, "default": 1024, "highest": 1024}
-    chip = Chip(0, 512.0, {"default": 1, "highest": 6}, 0, 0, 0)
+    chip = Chip(0.0, 512.0, {"default": 1.0, "highest": 6.0}, 0.0, 0.0, 0.0)
     assert compute_seconds(products, 2, chip) == (1 + 1 + 6) * 1024 / (2 * 512)
 
 

@@ -33,7 +33,7 @@ def test_groups_are_read_in_every_format(text, groups):
     line = LINE.replace("{}", text).replace("{{0}}", "{0}")
     program = hlo.Program(f"ENTRY %main (y: f32[8]) -> f32[8] {{\n  %y = f32[8]{{0}} parameter(0)\n{line}\n}}\n", 8)
     (collective,) = program.collectives()
-    assert collective == hlo.Collective("all-reduce", groups, 32, 1)
+    assert collective == hlo.Collective("all-reduce", groups, 32.0, 1.0)
 
 
 def compiled(function, mesh, *arguments):

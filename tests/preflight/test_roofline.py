@@ -7,7 +7,7 @@ from vqrae_jax.preflight.roofline import Roofline, network_seconds, scaling_effi
 
 def seconds(kind, topology, group):
     topology = parse_topology(topology)
-    return network_seconds(Collective(kind, (tuple(group),), 1e9, 1), topology, positions(topology))
+    return network_seconds(Collective(kind, (tuple(group),), 1e9, 1.0), topology, positions(topology))
 
 
 def test_rings_use_the_whole_link_and_open_lines_half():

@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -253,7 +254,7 @@ def _bytes(shape: str, on_chip: bool = True) -> float:
     return total
 
 
-def _groups(op: Instruction, devices: int) -> Iterable[Iterable[int]]:
+def _groups(op: Instruction, devices: int) -> Iterable[Iterable[Any]]:
     """Reads the groups of a collective: explicit lists, a transposed iota, or axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", op.attributes):
         return [sorted({int(n) for n in re.findall(r"\d+", pairs[1].split("},")[0])})]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
@@ -179,9 +180,8 @@ class Plan:
             return Cost(name, images, memory, False, dict(parts), [])
         stats = compiled.memory_analysis()
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-        memory = Memory(
-            stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
-        )
+        sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
+        memory = Memory(*map(float, sizes))
         hlo = Program(text, self.mesh.size)
         collectives = hlo.collectives()
         fits = memory.peak <= self.topology.memory
@@ -209,7 +209,7 @@ class Plan:
         if self.topology.platform == "tpu":
             axes = len(self.topology.shape)  # chips of two-dimensional slices also have a third coordinate
             coordinates = [tuple(device.coords[:axes]) for device in self.mesh.devices.flat]
-        return sum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
+        return math.fsum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
 
 
 def abstract_devices(topology: Topology) -> list[jax.Device]:
