@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+AnyArray = Array | np.ndarray
 Method = Literal["bilinear", "bilinear_tf1", "bicubic", "bicubic_antialias"]
 
 
-def resize(
-    x: Float[Array | np.ndarray, "*b H W C"], height: int, width: int, method: Method
-) -> Float[Array | np.ndarray, "*b h w C"]:
+def resize(x: Float[AnyArray, "*b H W C"], height: int, width: int, method: Method) -> Float[AnyArray, "*b h w C"]:
     """Resamples the axes H and W to (height, width), in float32.
 
     "bilinear" and "bicubic" (a = -0.75) equal torch's interpolate(align_corners=False); "bicubic_antialias" (a = -0.5,
