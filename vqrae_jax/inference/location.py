@@ -50,7 +50,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
       step: checkpoint of a workdir; None: the newest.
 
     Raises:
-      CheckpointError: there is no complete checkpoint.
+      CheckpointError: no complete checkpoint exists.
       WeightsError: the saved folder is damaged, or the hub cannot be reached.
       ConfigError: the config is of another version of this package.
       StorageError: the bucket cannot be read.
@@ -95,12 +95,12 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     shapes = variable_shapes(built)
     trained = {n: p for n, p in shapes["params"].items() if n in stored}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, location.path)
-    place = partial(leaf_shardings, mesh=mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, place(saved))
+    shardings = partial(leaf_shardings, mesh=mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings(saved))
     with _suggest_other_steps(location.path):
         model = checkpoint.read_model(location.path, target)
     key = jax.random.key(location.run.train.seed)
-    params = initial_params(built, key, [n for n in PARTS if n not in trained], place)
+    params = initial_params(built, key, [n for n in PARTS if n not in trained], shardings)
     return built.module, {**model, "params": {**params, **model["params"]}}
 
 

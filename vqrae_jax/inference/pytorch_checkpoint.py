@@ -58,7 +58,7 @@ def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.
     """Builds the training checkpoint of a model: {"model": state dict, "ema": the same, ...}.
 
     Raises:
-      ConfigError: the PyTorch VQRAE has no such model, or would compute something else.
+      ConfigError: the PyTorch VQRAE has no such model, or computes other values.
     """
     _check_representable(config)
     variables = jax.tree.map(np.asarray, variables)
