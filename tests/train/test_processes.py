@@ -132,7 +132,7 @@ def test_different_configs_are_an_error(config, tiny, tmp_path):
 def test_an_error_of_all_processes_is_printed_once_with_exit_code_2(tiny, tmp_path):
     first, second = finish(spawn(tiny(data={"source": "folder", "path": None}), tmp_path))
     assert (first[0], second[0]) == (2, 2)
-    assert "error: data.path is not set" in first[2]
+    assert "error: data.path" in first[2]
     assert second[2] == ""
 
 
@@ -154,12 +154,12 @@ def test_a_missing_coordinator_is_an_error(config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason", "message"),
     [
-        ({"processes": 2}, "Number of processes must be defined.", "--processes=2 .* Give all three"),
-        ({"coordinator": "here"}, "", "'here' is no host:port"),
-        ({"processes": 2, "process": 3}, None, "--process=3: .* numbers from 0 to 1 of --processes=2"),
-        ({"processes": 1, "process": 1}, None, "--process=1: .* numbers from 0 to 0 of --processes=1"),
-        ({"process": -1}, None, "--process=-1: .* numbers from 0$"),
-        ({"processes": 0}, None, "--processes=0: there is at least 1"),
+        ({"processes": 2}, "Number of processes must be defined.", "--processes=2"),
+        ({"coordinator": "here"}, "", "--coordinator='here'"),
+        ({"processes": 2, "process": 3}, None, "--process=3: .* 0 to 1 "),
+        ({"processes": 1, "process": 1}, None, "--process=1: .* 0 to 0 "),
+        ({"process": -1}, None, "--process=-1"),
+        ({"processes": 0}, None, "--processes=0"),
     ],
 )
 def test_flags_that_do_not_fit_together(arguments, reason, message, monkeypatch):
@@ -170,7 +170,7 @@ def test_flags_that_do_not_fit_together(arguments, reason, message, monkeypatch)
 
 def test_one_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", raising("coordinator_address should be defined."))
-    monkeypatch.setattr(distributed, "_alone", False)
+    monkeypatch.setattr(distributed, "_single", False)
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     assert distributed.process_index() == 3
     distributed.connect()
