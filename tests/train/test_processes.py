@@ -192,8 +192,8 @@ def raising(reason):
 
 
 def test_messages_of_several_processes():
-    assert distributed._by_process(["no", "no"]) == "no"
-    assert distributed._by_process(["", "no", "never", "no"]) == "process 1, 3: no\nprocess 2: never"
+    assert distributed._join_messages(["no", "no"]) == "no"
+    assert distributed._join_messages(["", "no", "never", "no"]) == "process 1, 3: no\nprocess 2: never"
 
 
 @pytest.mark.slow
