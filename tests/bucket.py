@@ -1,7 +1,7 @@
-"""A bucket on this machine: the part of Google Cloud Storage's JSON API that gcsfs, tensorstore and its client speak.
+"""A local server for the part of Google Cloud Storage's JSON API that gcsfs, tensorstore and Google's client use.
 
-Objects live in memory. Everybody may write everywhere but in the bucket "forbidden", which answers 403. `serve` starts
-it; the libraries find it by environment variables that are theirs, `Store.variables`.
+Objects are in memory. Every bucket can be read and written except "forbidden", which answers 403. `serve` starts the
+server; the environment variables `Store.variables` make the libraries use it.
 """
 
 import base64
@@ -17,14 +17,14 @@ import zlib
 
 @dataclasses.dataclass
 class Blob:
-    """One object; a new content is a new generation."""
+    """An object; each new content is a new generation."""
 
     data: bytes
     generation: int
 
 
 class Store(http.server.ThreadingHTTPServer):
-    """`blobs` are by (bucket, name); `url` is what clients are to be told."""
+    """The server; `blobs` maps (bucket, name) to objects, `url` is its address."""
 
     daemon_threads = True
 
@@ -41,11 +41,11 @@ class Store(http.server.ThreadingHTTPServer):
         }  # fmt: skip
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is no error; it has what it wanted."""
+        """Ignores clients that close the connection early."""
 
     def names(self, bucket: str) -> list[str]:
         with self.lock:
-            return sorted(name for there, name in self.blobs if there == bucket)
+            return sorted(name for owner, name in self.blobs if owner == bucket)
 
     def put(self, bucket: str, name: str, data: bytes) -> dict:
         with self.lock:
@@ -55,15 +55,15 @@ class Store(http.server.ThreadingHTTPServer):
 
 
 def serve() -> Store:
-    """A store that answers from threads of this process."""
+    """Starts a store in threads of this process."""
     store = Store()
     threading.Thread(target=store.serve_forever, daemon=True).start()
     return store
 
 
 def describe(bucket: str, name: str, blob: Blob) -> dict:
-    crc = base64.b64encode(zlib.crc32(blob.data).to_bytes(4, "big")).decode()  # of another kind than the real one
-    # A clock of its own, which is no other's: a second passes with each object that is written.
+    crc = base64.b64encode(zlib.crc32(blob.data).to_bytes(4, "big")).decode()  # the real service uses CRC32C
+    # The store has a clock of its own, which advances by one second with each object.
     updated = (datetime.datetime(2020, 1, 1) + datetime.timedelta(seconds=blob.generation)).isoformat() + ".000Z"
     return {
         "kind": "storage#object", "bucket": bucket, "name": name, "id": f"{bucket}/{name}/{blob.generation}",
@@ -76,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize, disable_nagle_algorithm = -1, True  # an answer in one piece: clients would wait for the second
+    wbufsize, disable_nagle_algorithm = -1, True  # answers in one piece
     server: Store
 
     def log_message(self, *_):
@@ -129,12 +129,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def content(self, blob: Blob):
         headers = {"x-goog-generation": str(blob.generation), "ETag": str(blob.generation)}
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not span:
             return self.answer(200, blob.data, headers)
         size = len(blob.data)
-        first = int(wanted[1]) if wanted[1] else max(0, size - int(wanted[2]))
-        last = min(int(wanted[2]), size - 1) if wanted[1] and wanted[2] else size - 1
+        first = int(span[1]) if span[1] else max(0, size - int(span[2]))
+        last = min(int(span[2]), size - 1) if span[1] and span[2] else size - 1
         if first >= size:
             return self.answer(416, {})
         headers["Content-Range"] = f"bytes {first}-{last}/{size}"
@@ -152,12 +152,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.generation += 1
                 session = str(self.server.generation)
                 self.server.uploads[session] = (bucket, name, bytearray())
-            where = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={session}"
-            return self.answer(200, {}, {"Location": where})
+            location = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={session}"
+            return self.answer(200, {}, {"Location": location})
         name, data = self.query.get("name"), self.body
         if self.query["uploadType"] == "multipart":
-            told, data = parts_of(self.body, self.headers["Content-Type"])
-            name = json.loads(told)["name"]
+            metadata, data = parts_of(self.body, self.headers["Content-Type"])
+            name = json.loads(metadata)["name"]
         with self.server.lock:
             blob = self.server.blobs.get((bucket, name))
         if "ifGenerationMatch" in self.query and not self.expected(blob.generation if blob else 0):
@@ -174,16 +174,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def move(self, bucket: str, quoted: str):
         source, verb, target = re.fullmatch(r"(.+)/(rewriteTo/b|copyTo/b|moveTo)/(.+)", quoted).groups()
-        there, _, name = target.rpartition("/o/") if "/o/" in target else (bucket, "", target.removeprefix("o/"))
+        to_bucket, _, name = target.rpartition("/o/") if "/o/" in target else (bucket, "", target.removeprefix("o/"))
         with self.server.lock:
             blob = self.server.blobs.get((bucket, urllib.parse.unquote(source)))
         if blob is None:
             return self.answer(404, {"error": {"code": 404, "message": "No such object"}})
-        made = self.server.put(there, urllib.parse.unquote(name), blob.data)
+        copy = self.server.put(to_bucket, urllib.parse.unquote(name), blob.data)
         if verb == "moveTo":
             with self.server.lock:
                 del self.server.blobs[bucket, urllib.parse.unquote(source)]
-        return self.answer(200, {"done": True, "resource": made} if verb.startswith("rewriteTo") else made)
+        return self.answer(200, {"done": True, "resource": copy} if verb.startswith("rewriteTo") else copy)
 
     def list(self, bucket: str):
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
@@ -213,7 +213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def parts_of(body: bytes, kind: str) -> list[bytes]:
-    """The contents of a multipart body, to the byte; lines end in one or two characters, as the client likes."""
+    """Returns the contents of a multipart body; clients end lines with one or two characters."""
     boundary = b"--" + re.search(r"boundary=['\"]?([^'\";]+)", kind)[1].encode()
     line = b"\r\n" if boundary + b"\r\n" in body else b"\n"
     parts = body.rpartition(line + boundary + b"--")[0].split(boundary + line)[1:]

@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from vqrae_jax import runtime
 from vqrae_jax.errors import ConfigError, DataError, StorageError, first_line
@@ -259,7 +259,7 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
         return system.cat_file(name, start=start, end=end)
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> Any:
     """Opens a file for reading and seeking.
 
     Raises:

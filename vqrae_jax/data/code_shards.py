@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer
 
 from vqrae_jax import storage
 from vqrae_jax.errors import DataError, StorageError
@@ -166,7 +166,7 @@ def _rows(columns: Columns) -> Iterator[tuple[int, str, int, np.ndarray]]:
     return zip(columns.index.tolist(), columns.id, columns.label.tolist(), columns.codes, strict=True)
 
 
-def _stack(rows: list[UInt[np.ndarray, "..."]]) -> UInt[np.ndarray, "..."]:
+def _stack(rows: list[Integer[np.ndarray, "..."]]) -> Integer[np.ndarray, "..."]:
     return np.stack(rows) if rows else np.zeros((0, 0), np.uint16)
 
 

@@ -154,7 +154,7 @@ class Codes:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         """
         Raises:
           DataError: the shard is missing or damaged.

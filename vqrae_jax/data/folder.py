@@ -63,7 +63,7 @@ class Folder(Source):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | np.integer) -> dict:
         path = self._file(index)
         try:
             return {"image": storage.read_bytes(path), "label": int(self._labels[index])}
@@ -77,10 +77,10 @@ class Folder(Source):
     def name(self, index: int) -> str:
         return repr(self._file(index))
 
-    def _file(self, index: int) -> str:
+    def _file(self, index: int | np.integer) -> str:
         return os.path.join(self.path, os.fsdecode(self._relative(index)))
 
-    def _relative(self, index: int) -> bytes:
+    def _relative(self, index: int | np.integer) -> bytes:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start = self._ends[index - 1] if index else 0

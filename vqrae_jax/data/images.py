@@ -24,7 +24,7 @@ _TRANSPOSE = {  # by orientation
 }  # fmt: skip
 _MAX_RATIO = 64  # of the sides of an image that is resized as a whole
 
-AnyImage = UInt8[np.ndarray, "H W 3"] | Image.Image  # a PIL image has mode RGB
+AnyImage = UInt8[np.ndarray, "_ _ 3"] | Image.Image  # a PIL image has mode RGB
 Square = UInt8[np.ndarray, "{size} {size} 3"] | Image.Image
 
 

@@ -61,7 +61,7 @@ class Tables(Source):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | np.integer) -> dict:
         group, row = locate(self._ends, index)
         try:
             table = self._open().read(group, tuple(name for name in self._columns if name))

@@ -47,7 +47,7 @@ class Photographs(Source):
     def __len__(self) -> int:
         return len(self._records) * self._repeats
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | np.integer) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         return self._records[index % len(self._records)]

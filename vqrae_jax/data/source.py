@@ -43,7 +43,7 @@ class Source:
         return {"images": count, "names": digest.hexdigest()}
 
 
-def locate(ends: Int[np.ndarray, " groups"], index: int) -> tuple[int, int]:
+def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[int, int]:
     """Finds a record in files or row groups that follow one another.
 
     Args:

@@ -10,7 +10,7 @@ import io
 import os
 import tarfile
 import zipfile
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class TarShards(Source):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | np.integer) -> dict:
         shard = self._shard(index)
         start, size, label = (int(values[index]) for values in self._index[:3])
         if size > MAX_IMAGE_BYTES:
@@ -74,7 +74,7 @@ class TarShards(Source):
     def name(self, index: int) -> str:
         return f"{self.key(index)!r} of {self._shard(index)!r}"
 
-    def _shard(self, index: int) -> str:
+    def _shard(self, index: int | np.integer) -> str:
         return self._shards[locate(self._ends, index)[0]]
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ def _build_index(shard: str, field: str) -> Index:
     )
 
 
-def _check_end(file: BinaryIO, offset: int) -> None:
+def _check_end(file: Any, offset: int) -> None:
     """Raises ReadError unless zeros end the archive: tarfile also ends it at a cut or damaged header."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)

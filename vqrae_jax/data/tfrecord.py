@@ -38,7 +38,7 @@ class TFRecords:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._parts else 0
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int | np.integer) -> bytes:
         """
         Raises:
           ImageError: the file is cut short or not a TFRecord file.
