@@ -18,10 +18,7 @@ SLACK = 1024  # bytes of scalars: metrics, norms, counters
 
 def build_plan(tiny, **mesh):
     config = tiny(
-        mesh=mesh,
-        data={"batch_size": IMAGES},
-        model={"remat": True},
-        train={"trainable": ("quantizer", "decoder")},
+        mesh=mesh, data={"batch_size": IMAGES}, model={"remat": True}, train={"trainable": ("quantizer", "decoder")}
     )
     return Plan.build(config, parse_topology("cpu:8"), build_mesh(config, jax.devices()[:8]))
 
