@@ -59,7 +59,7 @@ def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[i
     if not 0 <= index < total:
         raise IndexError(f"record {index} of {total}")
     group = int(np.searchsorted(ends, index, side="right"))
-    return group, index - (int(ends[group - 1]) if group else 0)
+    return group, int(index) - (int(ends[group - 1]) if group else 0)
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
