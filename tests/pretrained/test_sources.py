@@ -186,6 +186,16 @@ def test_missing_file(tmp_path):
         sources.fetch_file("owner/name/x.pt", "the field")
 
 
+@pytest.mark.parametrize("name", ["folder/typo", "folder/typo.pt", "folder/sub/typo.pt", "./none/typo", "~/none/typo"])
+def test_missing_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("the hub is used"))
+    with pytest.raises(WeightsError, match="missing local file") as caught:
+        sources.read_state_dict(name, "the field")
+    assert (caught.value.field, caught.value.value) == ("the field", name)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_cache_is_used_at_once_without_network(tmp_path, monkeypatch, cached):
     """A client of the hub that cannot connect."""

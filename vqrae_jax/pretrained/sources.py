@@ -211,6 +211,12 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
 def read_state_dict(name: str, field: str) -> Mapping[str, Any]:
     """Reads the tensors of a local file or folder, a hub id (owner/name), or a file inside a hub repository."""
     local = storage.download(name)
+    if not (local.exists() or storage.is_remote(name)) and (name.startswith((".", "/", "~")) or local.parent.is_dir()):
+        raise WeightsError(
+            "is a missing local file: paths that start with ., / or ~, or whose parent folder exists, are not looked "
+            "up on the model hub",
+            field=field, value=name,
+        )  # fmt: skip
     if local.is_dir() or (not local.exists() and _is_hub_path(name, 2)):
         return read_weights(fetch_folder(name, field), field)
     return read_tensors(fetch_file(name, field), field)
