@@ -41,6 +41,19 @@ def test_json_round_trip():
     assert config.from_json(config.to_json(changed)) == changed
 
 
+def test_configs_of_earlier_versions_are_read():
+    values = Config(evaluation={"examples": 7}, train={"log_images": 5}).model_dump(mode="json")
+    values["model"]["scan_layers"] = True
+    values["evaluation"] = {"figures": ["lpips"], "training_figures": [], "pictures": 7}
+    values["train"]["pictures"] = values["train"].pop("log_images")
+    saved = config.from_saved(Config, values)
+    assert (saved.evaluation.metrics, saved.evaluation.examples, saved.train.log_images) == (("lpips",), 7, 5)
+    assert config.from_saved(ModelConfig, values["model"]) == ModelConfig()
+    with pytest.raises(ConfigError) as error:
+        config.from_saved(ModelConfig, {"scan_layer": True})
+    assert error.value.field == "model.scan_layer"
+
+
 def test_editable_defaults_are_the_defaults():
     assert config.from_dict(Config, config.defaults().to_dict()) == Config()
 

@@ -13,10 +13,17 @@ from typing import Any
 import ml_collections
 import pydantic
 
-from vqrae_jax.config.schema import Config, Section
+from vqrae_jax.config.schema import Config, ModelConfig, Section
 from vqrae_jax.errors import ConfigError
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
+
+# Fields in configs that earlier versions saved: their present names, None for fields without an effect.
+_EARLIER_FIELDS = {
+    "model": {"scan_layers": None},
+    "evaluation": {"figures": "metrics", "training_figures": "training_metrics", "pictures": "examples"},
+    "train": {"pictures": "log_images"},
+}
 
 
 def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
@@ -32,6 +39,19 @@ def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
     if len(errors) == 1:
         raise errors[0]
     raise ConfigError("\n".join(map(str, errors)))
+
+
+def from_saved(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """Builds a config or its model section from values that this or an earlier version saved, see `from_dict`."""
+    if schema is ModelConfig:
+        return from_saved(Config, {"model": values}).model
+    renamed = {}
+    for section, fields in values.items():
+        names = _EARLIER_FIELDS.get(section, {}) if isinstance(fields, dict) else {}
+        renamed[section] = fields
+        if names:
+            renamed[section] = {names.get(n, n): value for n, value in fields.items() if names.get(n, n) is not None}
+    return from_dict(schema, renamed)
 
 
 def from_json(text: str, schema: type[SectionT] = Config) -> SectionT:

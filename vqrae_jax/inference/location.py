@@ -68,7 +68,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     step_path = checkpoint.find_checkpoint(local, step)
     with _suggest_other_steps(step_path):
         meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
-    run = config_lib.from_dict(config_lib.Config, meta["config"])
+    run = config_lib.from_saved(config_lib.Config, meta["config"])
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
     provenance |= _read_metrics(step_path.parent.parent, meta.get("step"))

@@ -81,7 +81,7 @@ def read_description(folder: pathlib.Path) -> Description:
     complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
     if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:
         raise WeightsError(f"{folder / CONFIG} is not the config of a saved {FORMAT} model", field=FIELD)
-    config = config_lib.from_dict(config_lib.ModelConfig, content["model"])
+    config = config_lib.from_saved(config_lib.ModelConfig, content["model"])
     provenance = {"version": content.get("version")} | (content.get("provenance") or {})
     return Description(config, encoder, provenance)
 
