@@ -211,10 +211,7 @@ def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
 
 def test_errors_of_the_trunk_name_the_field(tiny, one_mesh, golden):
     file = str(golden / "discriminator" / "dino_bn.npz")
-    for fields, kind, name in (
-        ({}, WeightsError, "path"),
-        ({"path": file, "trunk_heads": 2}, ConfigError, "taps"),
-    ):
+    for fields, kind, name in (({}, WeightsError, "path"), ({"path": file, "trunk_heads": 2}, ConfigError, "taps")):
         with pytest.raises(kind, match=rf"adversary\.{name}=") as error:
             TokenizerTask.build(tiny(adversary={"discriminator": "dino", **fields}), one_mesh)
         assert "adversary.discriminator=none" in str(error.value)

@@ -139,15 +139,17 @@ def test_watchdog_is_silent_while_steps_end_or_if_it_is_off(tmp_path, seconds):
 
 @pytest.mark.parametrize(
     ("steps", "start", "traced"),
-    [(range(0), 0, []), (range(3, 5), 0, [2, 4]), (range(1, 3), 0, [0, 2]), (range(6, 9), 0, [5, 6]),
-     (range(3, 6), 3, [3, 5])],
+    [(range(0), 0, []), (range(3, 5), 0, [3, 4]), (range(1, 3), 0, [1, 2]), (range(6, 9), 0, [6, 6]),
+     (range(3, 6), 3, [4, 5])],
 )  # fmt: skip
 def test_profiler_traces_the_requested_steps(tmp_path, monkeypatch, steps, start, traced):
+    """The trace starts right before the first step, so an evaluation after the step before is not part of it."""
     calls, step = [], start
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
-    with contextlib.closing(hooks.Profiler(steps, tmp_path, start)) as profiler:
+    with contextlib.closing(hooks.Hooks(hooks.Profiler(steps, tmp_path))) as profiler:
         for step in range(start + 1, 7):
+            profiler.before_step(step)
             profiler.after_step(event(step))
     assert calls == traced
 

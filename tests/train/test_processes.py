@@ -280,7 +280,7 @@ def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     children[1].send_signal(signal.SIGTERM)
     first, _ = finish_without_errors(children)
     step = int(checkpoint.find_checkpoint(tmp_path).name)
-    assert f"stopped at step {step}, which is saved. To go on:\n" in first[2]
+    assert f"stopped at step {step}, which is saved. To resume:\n" in first[2]
     assert f"--workdir={tmp_path}" in first[2]
     resumed, _ = finish_without_errors(run(step + 1))
     assert f"resumed from step {step}" in resumed[2]

@@ -48,6 +48,9 @@ class StepEvent:
 class Hook:
     """An observer of a run."""
 
+    def before_step(self, step: int) -> None:
+        """Prepares to observe a step, which is dispatched next."""
+
     def after_step(self, event: StepEvent) -> None:
         """Observes a step; may wait for the device only if the event logs, evaluates or saves."""
 
@@ -60,6 +63,10 @@ class Hooks(Hook):
 
     def __init__(self, *hooks: Hook):
         self._hooks = hooks
+
+    def before_step(self, step: int) -> None:
+        for hook in self._hooks:
+            hook.before_step(step)
 
     def after_step(self, event: StepEvent) -> None:
         for hook in self._hooks:
@@ -279,21 +286,18 @@ class Watchdog(Hook):
 
 
 class Profiler(Hook):
-    """Traces a range of steps for TensorBoard's profile tab and XProf; `step` is the last one that is done."""
+    """Traces a range of steps for TensorBoard's profile tab and XProf."""
 
-    def __init__(self, steps: range, folder: pathlib.Path, step: int = 0):
+    def __init__(self, steps: range, folder: pathlib.Path):
         self._steps, self._folder, self._tracing = steps, folder, False
-        self._start(step + 1)
 
-    def _start(self, step: int) -> None:
-        if step in self._steps:
+    def before_step(self, step: int) -> None:
+        if step in self._steps and not self._tracing:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
 
     def after_step(self, event: StepEvent) -> None:
-        if not self._tracing:
-            self._start(event.step + 1)
-        elif event.step >= self._steps[-1]:
+        if self._tracing and event.step >= self._steps[-1]:
             jax.block_until_ready(event.metrics)
             self.close()
             log.info("wrote a profile of steps %d to %d to %s", self._steps[0], self._steps[-1], self._folder)

@@ -55,6 +55,7 @@ def train(
         batches = timer.timed(sharding.place_batch({"image": batch["image"]}, run.mesh) for batch in run.batches)
         step, metrics = start, {}
         for step, batch in zip(range(start + 1, settings.steps + 1), batches, strict=False):
+            watching.before_step(step)
             state, step_metrics = train_step(state, run.frozen, batch, horizon)
             last, stopped = step == settings.steps, stop.requested(step)
             event = hooks.StepEvent(
@@ -92,7 +93,7 @@ def _build_hooks(run: Run, timer: hooks.StepTimer, writers: MetricWriters, start
         hooks.Heartbeat(run.workdir, start),
         bar,
         hooks.Logger(timer, state_metrics, lambda: run.skipped.count, writers.scalars, bar.show),
-        hooks.Profiler(profile, writers.tensorboard, start),
+        hooks.Profiler(profile, writers.tensorboard),
     )
 
 
