@@ -17,23 +17,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memory and rates of one device.
+    """Memory in bytes and rates per second of one device."""
 
-    Attributes:
-      memory: bytes that a program may use.
-      flops: bfloat16 FLOPs per second.
-      passes: time of a float32 product relative to bfloat16, by precision ("default", "highest").
-      bandwidth: bytes per second from and to the device's memory.
-      link: bytes per second that a device receives over one ICI axis (both directions) or over NVLink.
-      network: bytes per second that a device receives over the network of the data centre.
-    """
-
-    memory: float
-    flops: float
-    passes: dict[str, float]
-    bandwidth: float
-    link: float
-    network: float
+    memory: float  # that a program may use
+    flops: float  # bfloat16
+    passes: dict[str, float]  # time of a float32 product relative to bfloat16, by precision ("default", "highest")
+    bandwidth: float  # bytes from and to the device's memory
+    link: float  # bytes that a device receives over one ICI axis (both directions) or over NVLink
+    network: float  # bytes that a device receives over the network of the data centre
 
 
 TPU_PASSES = {"default": 1.0, "highest": 6.0}
@@ -61,19 +52,12 @@ SHAPES = {"v4": CUBES, "v5e": FLAT, "v5p": (*CUBES, "16x16x24"), "v6e": FLAT}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one kind and their connections.
+    """Devices of one kind and their connections."""
 
-    Attributes:
-      name: as the user writes it, for example "v5e:16x16".
-      platform: "tpu", "gpu" or "cpu".
-      kind: a name in CHIPS, or "cpu".
-      shape: chips along each physical axis of a TPU slice; otherwise the number of devices.
-    """
-
-    name: str
-    platform: str
-    kind: str
-    shape: tuple[int, ...]
+    name: str  # as the user writes it, for example "v5e:16x16"
+    platform: str  # "tpu", "gpu" or "cpu"
+    kind: str  # a name in CHIPS, or "cpu"
+    shape: tuple[int, ...]  # chips along each physical axis of a TPU slice; otherwise the number of devices
 
     @property
     def size(self) -> int:
@@ -98,11 +82,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parses "v5e:16x16", "gpu:8xh200" or "cpu:8".
-
-    Raises:
-      ConfigError: the topology does not exist; the message lists all that do.
-    """
+    """Parses "v5e:16x16", "gpu:8xh200" or "cpu:8"; a ConfigError lists all topologies that exist."""
     kind, _, rest = name.partition(":")
     if kind in SHAPES and rest in SHAPES[kind]:
         return Topology(name, "tpu", kind, tuple(map(int, rest.split("x"))))

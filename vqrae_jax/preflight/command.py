@@ -22,15 +22,13 @@ def preflight(
 ) -> Report:
     """Compiles the programs of a run for `topology`, prints their cost and returns it.
 
+    No data and no weights are read, and the encoders of configs/ need no model hub.
+
     Args:
-      config: the run; no data and no weights are read, and the encoders of configs/ need no model hub.
       topology: "v5e:16x16", "gpu:8xh200" or "cpu:8".
       count: number of alternatives to compile, each of which takes as long as the training step; None: 2 if the config
         does not fit, otherwise 0.
       json_path: file for the report as JSON.
-
-    Raises:
-      ConfigError: the config or the topology is invalid; raised before anything is compiled.
     """
     target = parse_topology(topology)
     devices = abstract_devices(target)

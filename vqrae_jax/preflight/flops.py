@@ -24,29 +24,19 @@ MODULES = {  # words of a name stack that belong to a part with another name
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Matrix products and convolutions of one kind in one part of the program.
+    """Matrix products and convolutions of one kind in one part of the program."""
 
-    Attributes:
-      part: the network, one of PARTS or "other".
-      backward: in the backward pass, which includes recomputation.
-      kind: "bfloat16", or the precision of float32 products ("default", "highest").
-      flops: over all devices, and all iterations of the loops around it.
-    """
-
-    part: str
-    backward: bool
-    kind: str
-    flops: float
+    part: str  # the network, one of PARTS or "other"
+    backward: bool  # in the backward pass, which includes recomputation
+    kind: str  # "bfloat16", or the precision of float32 products ("default", "highest")
+    flops: float  # over all devices, and all iterations of the loops around it
 
 
 def count_products(traced: ClosedJaxpr, platform: str) -> list[Product]:
     """Counts the FLOPs of a program (`jax.jit(f).trace(...).jaxpr`) by part, pass and kind.
 
-    Operations that no result needs do not count, because the compiler removes them.
-
-    Args:
-      traced: the program.
-      platform: "cpu", "gpu" or "tpu", selects the branch of a switch between platforms.
+    Operations that no result needs do not count, because the compiler removes them; of a switch between platforms the
+    branch of `platform` ("cpu", "gpu" or "tpu") counts.
     """
     total: collections.Counter[tuple[str, bool, str]] = collections.Counter()
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))

@@ -51,19 +51,12 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation.
+    """One collective operation."""
 
-    Attributes:
-      kind: one of COLLECTIVES.
-      groups: devices that communicate with each other, as positions in the mesh.
-      size: bytes of the whole array: the result of an all-gather, the operand of an all-reduce or reduce-scatter.
-      trips: number of runs in one call of the program.
-    """
-
-    kind: str
-    groups: tuple[tuple[int, ...], ...]
-    size: float
-    trips: float
+    kind: str  # one of COLLECTIVES
+    groups: tuple[tuple[int, ...], ...]  # devices that communicate with each other, as positions in the mesh
+    size: float  # bytes of the whole array: the result of an all-gather, the operand of the reductions
+    trips: float  # number of runs in one call of the program
 
 
 class Program:
@@ -131,7 +124,6 @@ class Program:
         return int(limits[0]) if counts and limits[0].isdigit() else 0
 
     def _read(self, computation: str, op: Instruction) -> float:
-        """Returns the bytes that an instruction reads."""
         body = self.computations[computation]
         sizes = [_bytes(body[o].shape, on_chip=False) for o in op.operands if o in body]
         if op.opcode == "async-start":
@@ -146,7 +138,6 @@ class Program:
         return sum(sizes)
 
     def _written(self, computation: str, op: Instruction) -> float:
-        """Returns the bytes that an instruction writes."""
         if op.opcode in ("copy-start", "async-start"):
             return self._async_bytes(computation, op, on_chip=False)
         if op.opcode.endswith("-start"):  # its shape contains its operands
@@ -218,8 +209,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             name = header[2]
             entry = name if header[1] else entry
         elif match := INSTRUCTION.match(line):
-            op = _instruction(match[2], match[3], bool(match[1]))
-            computations[name][op.name] = op
+            computations[name][match[2]] = _instruction(match[2], match[3], bool(match[1]))
     return computations, entry
 
 
@@ -229,9 +219,8 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     start = rest.index("(")
     stop = _closing(rest, start)
     literal = rest[start + 1 : stop]
-    return Instruction(
-        name, shape, rest[:start], tuple(re.findall(r"%([\w.-]+)", literal)), literal, rest[stop + 1 :], root
-    )
+    operands = tuple(re.findall(r"%([\w.-]+)", literal))
+    return Instruction(name, shape, rest[:start], operands, literal, rest[stop + 1 :], root)
 
 
 def _closing(text: str, start: int) -> int:

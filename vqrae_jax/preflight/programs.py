@@ -30,19 +30,12 @@ ACCELERATOR_TYPES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes per device.
+    """Bytes per device."""
 
-    Attributes:
-      arguments: parameters, optimizer state, codebook, a batch.
-      temporaries: the largest total of intermediate arrays.
-      outputs: results that do not reuse the memory of an argument.
-      code: the program itself.
-    """
-
-    arguments: float
-    temporaries: float
-    outputs: float = 0.0
-    code: float = 0.0
+    arguments: float  # parameters, optimizer state, codebook, a batch
+    temporaries: float  # the largest total of intermediate arrays
+    outputs: float = 0.0  # results that do not reuse the memory of an argument
+    code: float = 0.0  # the program itself
 
     @property
     def peak(self) -> float:
@@ -51,25 +44,17 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one call of a program.
-
-    Attributes:
-      images: images per call, over all devices.
-      parts: FLOPs by network and pass, over all devices.
-      collectives: (kind, mesh axes, bytes over all runs, number of runs), largest first.
-      roofline: None for CPUs, and for a program that does not fit.
-      slices: weak scaling; empty unless only the data axis is split.
-      utilization: FLOPs relative to the most that the chips can do in the time of the step, (lowest, highest).
-    """
+    """Cost of one call of a program."""
 
     name: str
-    images: int
+    images: int  # per call, over all devices
     memory: Memory
     fits: bool
-    parts: dict[str, float]
-    collectives: list[tuple[str, str, float, int]]
-    roofline: Roofline | None = None
-    slices: list[ScaledSlice] = dataclasses.field(default_factory=list)
+    parts: dict[str, float]  # FLOPs by network and pass, over all devices
+    collectives: list[tuple[str, str, float, int]]  # kind, mesh axes, bytes over all runs, runs; largest first
+    roofline: Roofline | None = None  # None for CPUs, and for a program that the compiler rejects
+    slices: list[ScaledSlice] = dataclasses.field(default_factory=list)  # empty unless only the data axis is split
+    # FLOPs relative to the most that the chips can do in the time of the step, lowest and highest.
     utilization: tuple[float, float] | None = None
 
     @property
@@ -124,8 +109,8 @@ class Plan:
 
     def programs(self) -> list[Callable[[], Cost]]:
         """Returns functions that compile each program of the run."""
-        has_codes = self.config.model.quantizer != "none"
-        return [self.compile_train, self.compile_evaluate, *([self.compile_tokenize] if has_codes else [])]
+        programs = [self.compile_train, self.compile_evaluate, self.compile_tokenize]
+        return programs if self.config.model.quantizer != "none" else programs[:2]
 
     def compile_train(self) -> Cost:
         """Compiles one optimizer step."""
@@ -135,7 +120,6 @@ class Plan:
     def compile_evaluate(self) -> Cost:
         """Compiles the evaluation of one batch of validation images."""
         size = self.config.data.eval_batch_size
-        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         batch = {**self._batch(size), "mask": self._shape((size,), jnp.bool)}
 
         def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
@@ -144,18 +128,19 @@ class Plan:
             return {name: value for name, value in metrics.items() if name not in stay_on_devices}
 
         program = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh))
+        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         return self._compile("evaluate", size, program, variables, frozen, batch)
 
     def compile_tokenize(self) -> Cost:
         """Compiles the encoding of one batch of validation images to indices."""
         size = self.config.data.eval_batch_size
-        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
 
         def tokenize(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
             parts = {n: frozen[n] for n in PARTS if n in frozen}
             variables = {**variables, "params": {**parts, **variables["params"]}}
             return self.task.built.module.apply(variables, to_float(batch["image"]), method="encode_to_indices")
 
+        variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         return self._compile("tokenize", size, jax.jit(tokenize), variables, frozen, self._batch(size))
 
     def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -181,12 +166,9 @@ class Plan:
         stats = compiled.memory_analysis()
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
-        memory = Memory(*map(float, sizes))
-        hlo = Program(text, self.mesh.size)
-        collectives = hlo.collectives()
-        fits = memory.peak <= self.topology.memory
+        memory, hlo, chip = Memory(*map(float, sizes)), Program(text, self.mesh.size), self.topology.chip
+        collectives, fits = hlo.collectives(), memory.peak <= self.topology.memory
         cost = Cost(name, images, memory, fits, dict(parts), self._sum_collectives(collectives))
-        chip = self.topology.chip
         if chip is None:
             return cost
         compute = compute_seconds(products, self.mesh.size, chip)
@@ -216,9 +198,6 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
     """Returns one device per chip. Call it before anything else uses JAX in this process.
 
     Those of a GPU topology are CPU devices, because XLA compiles for GPUs only on a machine that has one.
-
-    Raises:
-      ConfigError: libtpu is not installed, or JAX has started with fewer CPU devices.
     """
     if topology.platform == "tpu":
         if not runtime.has_libtpu():
@@ -238,11 +217,7 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
 
 
 def build_mesh(config: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
-    """Builds the mesh of `config`.
-
-    Raises:
-      ConfigError: the mesh or a batch cannot be divided over the devices.
-    """
+    """Builds the mesh of `config`; raises ConfigError if it or a batch cannot be divided over the devices."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
     sharding.check_batch(config.data.eval_batch_size, 1, mesh, "data.eval_batch_size")
@@ -270,8 +245,7 @@ def _without_files(config: Config) -> Config:
         changes["encoder_config_path"] = None
         changes["encoder_params"] = params.model_copy(update={**paths, "architecture": ARCHITECTURES[source]})
     if perceptual.network == "encoder" and perceptual.path in ARCHITECTURES:
-        described = {"path": None, "architecture": ARCHITECTURES[perceptual.path]}
-        perceptual = perceptual.model_copy(update=described)
+        perceptual = perceptual.model_copy(update={"path": None, "architecture": ARCHITECTURES[perceptual.path]})
     loss = config.loss.model_copy(update={"perceptual": perceptual})
     return config.model_copy(update={"model": config.model.model_copy(update=changes), "loss": loss})
 

@@ -17,19 +17,13 @@ YES = {True: "yes", False: "no"}
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The results of a preflight.
-
-    Attributes:
-      steps: training steps of the whole run.
-      programs: the programs of the run, training first.
-      alternatives: other setups of the training step; None for one whose arguments alone do not fit.
-    """
+    """The results of a preflight."""
 
     topology: Topology
     setup: Setup
-    steps: int
-    programs: list[Cost]
-    alternatives: list[tuple[Setup, Cost | None]]
+    steps: int  # of the whole run
+    programs: list[Cost]  # training first
+    alternatives: list[tuple[Setup, Cost | None]]  # other setups of training; None: the arguments alone do not fit
 
     @property
     def fits(self) -> bool:
@@ -63,9 +57,7 @@ class Report:
             console.print("Memory and communication are those of the programs that XLA compiles for the CPU.")
         if self.programs[0].roofline:
             console.print(
-                "Ranges: from no overlap of communication with the rest to complete overlap. Utilization is of the"
-            )
-            console.print(
+                "Ranges: from no overlap of communication with the rest to complete overlap. Utilization is of the\n"
                 "chips' bfloat16 peak, where a float32 product counts as all bfloat16 products that it takes."
             )
         if not self.alternatives:
@@ -96,10 +88,8 @@ class Report:
         for cost in self.programs:
             if bounds := cost.roofline:
                 times = (f"{1e3 * seconds:.2f}" for seconds in (bounds.compute, bounds.memory, bounds.network))
-                utilization = "{:.0%} to {:.0%}".format(*cost.utilization)
-                table.add_row(
-                    cost.name, f"{cost.images:,}", *times, bounds.bound, _images_per_second(cost), utilization
-                )
+                speed = bounds.bound, _images_per_second(cost), "{:.0%} to {:.0%}".format(*cost.utilization)
+                table.add_row(cost.name, f"{cost.images:,}", *times, *speed)
         return table
 
     def _flops(self) -> Table:
@@ -168,9 +158,9 @@ def _speed(cost: Cost) -> dict[str, float]:
     """Returns the images per second if communication overlaps completely, and if it overlaps with nothing."""
     if cost.roofline is None:
         return {}
-    seconds, without_overlap = cost.roofline.fastest, cost.images / cost.roofline.slowest
-    rates = {"images_per_second": cost.images / seconds, "images_per_second_without_overlap": without_overlap}
-    return {"seconds": seconds, **rates}
+    fastest, slowest = cost.roofline.fastest, cost.roofline.slowest
+    without_overlap = {"images_per_second_without_overlap": cost.images / slowest}
+    return {"seconds": fastest, "images_per_second": cost.images / fastest, **without_overlap}
 
 
 def _images_per_second(cost: Cost) -> str:

@@ -42,17 +42,12 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledSlice:
-    """A slice of another size that runs the same step with the same number of images per chip.
-
-    Attributes:
-      rate: bytes per second into each chip, over all its links.
-      network: seconds of communication per step.
-    """
+    """A slice of another size that runs the same step with the same number of images per chip."""
 
     topology: str
     chips: int
-    rate: float
-    network: float
+    rate: float  # bytes per second into each chip, over all its links
+    network: float  # seconds of communication per step
 
 
 def compute_seconds(products: list[Product], chips: int, chip: Chip) -> float:
@@ -86,12 +81,8 @@ def receive_rate(group: list[tuple[int, ...]], topology: Topology) -> float:
 def weak_scaling(collectives: list[Collective], topology: Topology) -> list[ScaledSlice]:
     """Returns the communication of a step on every slice of MIN_CHIPS to MAX_CHIPS chips of the same kind.
 
-    With the same number of images per chip, gradients and weights have the same size on every slice; what changes is
-    the share of them that a chip receives, and the number of its links.
-
-    Args:
-      collectives: those of a program that splits only batches and weights, so all over the same axis of all chips.
-      topology: the topology that it was compiled for; a CPU has no other slices.
+    Gradients and weights have the same size on every slice; what changes is the share of them that a chip receives, and
+    the number of its links. `collectives` are those of a program that splits only batches and weights.
     """
     if topology.platform == "cpu":
         return []
@@ -112,12 +103,7 @@ def weak_scaling(collectives: list[Collective], topology: Topology) -> list[Scal
 def scaling_efficiency(alone: float, network: float, reference: float = 0.0) -> tuple[float, float]:
     """Returns the time of a step with `reference` seconds of communication, relative to one with `network` seconds.
 
-    Args:
-      alone: seconds that a chip computes and reads, the same in both.
-      network: seconds of communication.
-      reference: seconds of communication of the step to compare with; 0 for a single chip.
-
-    Returns:
-      The ratio if communication overlaps with nothing, and if it overlaps completely.
+    Both compute and read for `alone` seconds. The first ratio is without overlap of the two, the second with complete
+    overlap.
     """
     return (alone + reference) / (alone + network), max(alone, reference) / max(alone, network)
