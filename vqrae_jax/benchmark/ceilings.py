@@ -13,15 +13,10 @@ REPEATS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Best speeds of one device.
+    """Best speeds of one device, per second."""
 
-    Attributes:
-      flops: FLOPs per second of a square matrix product.
-      bandwidth: bytes per second that a copy reads and writes.
-    """
-
-    flops: float
-    bandwidth: float
+    flops: float  # FLOPs of a square matrix product
+    bandwidth: float  # bytes that a copy reads and writes
 
 
 def measure_ceilings(dtype: str) -> Ceilings:

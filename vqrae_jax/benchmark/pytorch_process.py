@@ -32,9 +32,6 @@ class PyTorchProcess:
           tensors: weights and inputs under PyTorch's names.
           specification: the stage and its sizes, see `stages.specification`.
           compiled: use torch.compile.
-
-        Raises:
-          UserError: this Python has no torch or transformers, or the stage fails.
         """
         self._folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self._folder.name)

@@ -27,32 +27,20 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 0.05}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the table.
-
-    Attributes:
-      seconds: median of a call.
-      tflops: reached, in 1e12 FLOPs per second.
-      utilization: reached FLOPs per second, relative to the measured matrix product.
-      intensity: FLOPs per byte, by the compiler's count of bytes.
-      memory: GiB of temporaries.
-      pytorch_seconds: PyTorch's median by variant ("eager", "compiled").
-      pytorch_memory: GiB that PyTorch's first call needs beyond weights and inputs, by variant.
-      difference: largest difference of PyTorch's first results from ours, relative to the largest value.
-      share: the quantizer's share of the training step, from a step without quantizer.
-    """
+    """One row of the table."""
 
     stage: str
-    seconds: float
-    tflops: float
-    utilization: float
-    intensity: float
+    seconds: float  # median of a call
+    tflops: float  # reached, in 1e12 FLOPs per second
+    utilization: float  # reached FLOPs per second, relative to the measured matrix product
+    intensity: float  # FLOPs per byte, by the compiler's count of bytes
     images_per_second: float
-    memory: float
+    memory: float  # GiB of temporaries
     compile_seconds: float
-    pytorch_seconds: dict[str, float]
-    pytorch_memory: dict[str, float]
-    difference: float | None
-    share: float | None
+    pytorch_seconds: dict[str, float]  # PyTorch's median by variant ("eager", "compiled")
+    pytorch_memory: dict[str, float]  # GiB that its first call needs beyond weights and inputs, by variant
+    difference: float | None  # largest difference of its first results from ours, relative to the largest value
+    share: float | None  # the quantizer's share of the training step, from a step without quantizer
 
 
 def main(arguments: list[str]) -> None:
@@ -69,11 +57,8 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqrae_jax.benchmark",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m vqrae_jax.benchmark", description=__doc__, formatter_class=defaults)
     parser.add_argument("stages", nargs="+", choices=stages.NAMES, metavar="stage", help=", ".join(stages.NAMES))
     parser.add_argument("--against", choices=["pytorch"], help="also time plain PyTorch with the same weights")
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch and transformers")
@@ -88,9 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="model.attention")
     parser.add_argument("--search", choices=["float32"], help="codes: search in float32; None: that of the backend")
     parser.add_argument("--lpips", action="store_true", help="train_step: add the perceptual loss")
-    parser.add_argument(
-        "--adversary", choices=["none", "dino", "patch"], default="none", help="train_step: its discriminator"
-    )
+    discriminators = ["none", "dino", "patch"]
+    parser.add_argument("--adversary", choices=discriminators, default="none", help="train_step: its discriminator")
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks to save memory")
     parser.add_argument("--rounds", type=int, default=9, help="number of timed calls of each program")
     parser.add_argument("--output", help="folder for speed.json and roofline.png")
@@ -98,13 +82,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def time_stage(name: str, args: argparse.Namespace, ceilings: Ceilings) -> Row:
-    """Builds and times one stage.
-
-    Raises:
-      ConfigError: PyTorch does not implement the losses of `args`.
-      UserError: PyTorch cannot be used.
-      AssertionError: PyTorch computes something else, so that a comparison of speeds would mean nothing.
-    """
+    """Builds and times one stage; an AssertionError if PyTorch computes something else, so that times mean nothing."""
     if args.against and (args.lpips or args.adversary != "none"):
         raise ConfigError("cannot be combined with --lpips and --adversary, which the PyTorch stages do not implement",
                           field="--against", value=args.against)  # fmt: skip
@@ -147,14 +125,12 @@ def time_in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 def compute_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """Returns the largest difference relative to the largest value; for "indices", the share that differs."""
-    worst = 0.0
+    differences = []
     for name, expected in theirs.items():
         actual = ours[name][: len(expected)]
-        if name == "indices":
-            worst = max(worst, float(np.mean(actual != expected)))
-        else:
-            worst = max(worst, float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected))))
-    return worst
+        errors = np.abs(actual - expected)
+        differences.append(np.mean(errors > 0) if name == "indices" else errors.max() / np.abs(expected).max())
+    return float(max(differences))
 
 
 def format_table(rows: list[Row], ceilings: Ceilings, args: argparse.Namespace) -> str:

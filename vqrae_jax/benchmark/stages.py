@@ -30,31 +30,18 @@ DINOV2 = {  # width, depth, heads of facebook/dinov2-*
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A compiled program with its inputs.
+    """A compiled program with its inputs."""
 
-    Attributes:
-      call: runs it once; returns arrays by name, to wait for and to compare.
-      flops: FLOPs of matrix products and convolutions, counted from the traced program.
-      bytes: bytes read and written, by the compiler's count.
-      memory: bytes of temporaries.
-      compile_seconds: seconds to trace, lower and compile it.
-      tensors: weights and inputs under PyTorch's names.
-    """
-
-    call: Callable[[], dict[str, jax.Array]]
-    flops: float
-    bytes: float
-    memory: int
-    compile_seconds: float
-    tensors: dict[str, np.ndarray]
+    call: Callable[[], dict[str, jax.Array]]  # runs it once; returns arrays by name, to wait for and to compare
+    flops: float  # of matrix products and convolutions, counted from the traced program
+    bytes: float  # read and written, by the compiler's count
+    memory: int  # bytes of temporaries
+    compile_seconds: float  # to trace, lower and compile it
+    tensors: dict[str, np.ndarray]  # weights and inputs under PyTorch's names
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:
-    """Builds the stage `name` of NAMES on one device with random weights and images.
-
-    Returns:
-      The stage, and its specification for `torch_stages`.
-    """
+    """Builds a stage on one device with random weights and images; also returns its specification for PyTorch."""
     task = _build_task(args)
     builders = {
         "encoder": _encoder, "codes": functools.partial(_codes, search=args.search), "decoder": _decoder,
@@ -221,14 +208,9 @@ def _compile(
     program = traced.lower().compile()
     seconds = time.perf_counter() - start
     run = _Stateful(program, arguments[0], arguments[1:]) if stateful else functools.partial(program, *arguments)
-    return Stage(
-        run,
-        sum(product.flops for product in count_products(traced.jaxpr, jax.default_backend())),
-        (program.cost_analysis() or {}).get("bytes accessed", 0.0),
-        program.memory_analysis().temp_size_in_bytes,
-        seconds,
-        tensors or {},
-    )
+    flops = sum(product.flops for product in count_products(traced.jaxpr, jax.default_backend()))
+    accessed = (program.cost_analysis() or {}).get("bytes accessed", 0.0)
+    return Stage(run, flops, accessed, program.memory_analysis().temp_size_in_bytes, seconds, tensors or {})
 
 
 def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:

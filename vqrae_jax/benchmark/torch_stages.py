@@ -1,9 +1,8 @@
 """Plain PyTorch implementations of the stages, timed on request: the other side of `--against=pytorch`.
 
-It is a separate program, `python torch_stages.py SPECIFICATION`, so that PyTorch may be in a different environment.
-SPECIFICATION is a JSON file: stage, platform, dtype, compile, threads, sizes, and the safetensors file with weights and
-inputs. The first line of output is a JSON object with the results of the first call and the bytes it needed beyond
-weights and inputs. Each line of input runs one more call, whose seconds are printed.
+A separate program, `python torch_stages.py SPECIFICATION`, so that PyTorch may be in a different environment. It prints
+JSON: the results of the first call and the bytes it needed beyond weights and inputs, then for each line of input the
+seconds of one more call.
 """
 
 import json

@@ -24,11 +24,7 @@ def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encode
 
 
 def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, pathlib.Path | None]:
-    """Builds the encoder, to run on `mesh`; also returns the folder of its weights, None if it starts random.
-
-    Raises:
-      ConfigError, WeightsError: a setting does not fit the encoder, or its description cannot be read.
-    """
+    """Builds the encoder, to run on `mesh`; also returns the folder of its weights, None if it starts random."""
     params, family = config.encoder_params, families.FAMILIES[config.encoder_cls]
     if config.encoder_config_path is None:
         field = "model.encoder_params.architecture"
@@ -62,9 +58,8 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         raise ConfigError("must name at least one block; -1 is the last", field="model.encoder_params.layers", value=())
     check_layers("model.encoder_params.layers", params.layers, blocks)
     if size % vit.patch:
-        low = size // vit.patch * vit.patch
-        nearest = f"the nearest sizes are {low} and {low + vit.patch}"
-        message = f"must be a multiple of {vit.patch} (the encoder's patch size); {nearest}"
+        patch, low = vit.patch, size - size % vit.patch
+        message = f"must be a multiple of {patch} (the encoder's patch size); the nearest are {low} and {low + patch}"
         raise ConfigError(message, field="model.encoder_input_size", value=size)
     return Encoder(vit, size, mean, std, params.normalize, params.layers, params.fusion), folder
 
@@ -74,10 +69,8 @@ def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) ->
     image = jax.ShapeDtypeStruct((1, encoder.input_size, encoder.input_size, 3), jnp.float32)
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
     family, (_, field) = families.FAMILIES[config.encoder_cls], _weights_source(config)
-    return convert.convert(
-        sources.read_weights(folder, field), family.table, shapes,
-        optional=("norm/scale", "norm/bias"), source=str(folder), prefix=family.tower,
-    )  # fmt: skip
+    state, optional = sources.read_weights(folder, field), ("norm/scale", "norm/bias")
+    return convert.convert(state, family.table, shapes, optional=optional, source=str(folder), prefix=family.tower)
 
 
 def _weights_source(config: ModelConfig) -> tuple[str, str]:

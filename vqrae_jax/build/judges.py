@@ -40,12 +40,7 @@ class FrozenNetwork:
 def build_perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights: bool = True) -> FrozenNetwork:
     """Builds the distance between two batches of images in [0, 1], which returns [B].
 
-    Args:
-      mesh: mesh that the network will run on.
-      weights: False returns shapes as params.
-
-    Raises:
-      WeightsError, ConfigError: the weights cannot be read.
+    It will run on `mesh`; with weights=False `params` are shapes.
     """
     remedy = "without this loss: --config.loss.perceptual.weight=0"
     with _in_section("loss.perceptual", remedy, encoder_config_path="path", encoder_input_size="input_size"):
@@ -71,13 +66,8 @@ def build_discriminator(
 ) -> FrozenNetwork:
     """Builds the network from images in [0, 1] to logits; `params` is {"trunk": ...}, or empty for PatchGAN.
 
-    Args:
-      mesh: mesh that the network will run on.
-      weights: False returns shapes as params, without reading the files of a released trunk.
-      attention: that of the model; NVIDIA's kernel needs bfloat16 here as well.
-
-    Raises:
-      WeightsError, ConfigError: the trunk cannot be read.
+    It will run on `mesh`; with weights=False `params` are shapes, and the files of a released trunk are not read.
+    `attention` is that of the model; NVIDIA's kernel needs bfloat16 here as well.
     """
     if config.discriminator == "patch":
         c = config
@@ -137,11 +127,7 @@ def load_metric_networks(
     metrics: Collection[Metric],
     perceptual: PerceptualConfig = PerceptualConfig(),  # noqa: B008 (it is frozen)
 ) -> MetricNetworks:
-    """Loads the networks that the metrics need; `perceptual` names the files of LPIPS.
-
-    Raises:
-      ConfigError, WeightsError: a file is missing or damaged.
-    """
+    """Loads the networks that the metrics need; `perceptual` names the files of LPIPS."""
     builders = {
         "lpips": lambda: _build_lpips(perceptual),
         "inception": lambda: _build_inception(config),
@@ -201,8 +187,7 @@ def _in_section(section: str, remedy: str, **names: str) -> Iterator[None]:
     try:
         yield
     except (WeightsError, ConfigError) as error:
-        field = error.field
-        if field and field.startswith("model."):
+        if (field := error.field) and field.startswith("model."):
             name = field.removeprefix("model.").removeprefix("encoder_params.")
             field = f"{section}.{names.get(name, name)}"
         raise type(error)(f"{error.message}\n  {remedy}", field=field, value=error.value) from error

@@ -51,9 +51,6 @@ def build_tokenizer(
       latent_stats: statistics from a checkpoint, instead of those in normalization_stat_path.
       weights: False reads descriptions only, enough for shapes.
       mesh: mesh that the model will run on; tokens are split over it as batches are. None leaves it to the compiler.
-
-    Raises:
-      ConfigError, WeightsError: with the field; before anything is compiled.
     """
     encoder, folder = describe_encoder(config, mesh)
     decoder = _build_decoder(config, encoder, mesh)

@@ -22,18 +22,13 @@ class SpectralConv(nn.Module):
 
     Each call with train=True makes one step of the power iteration, which needs the collection "spectral" to be
     mutable: `u` [features] and `v` [inputs of one output]. Other calls use the stored vectors.
-
-    Attributes:
-      window: sides of the kernel, one (over [B, N, C]) or two (over [B, H, W, C]).
-      circular: pads by wrapping around; otherwise with zeros. Only the stride changes the sides.
-      spectral: False does not normalize the kernel.
     """
 
     features: int
-    window: tuple[int, ...]
+    window: tuple[int, ...]  # sides of the kernel, one (over [B, N, C]) or two (over [B, H, W, C])
     stride: int = 1
-    circular: bool = False
-    spectral: bool = True
+    circular: bool = False  # pads by wrapping around; otherwise with zeros. Only the stride changes the sides
+    spectral: bool = True  # False does not normalize the kernel
     dtype: str = "float32"
 
     @nn.compact
@@ -73,9 +68,8 @@ def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
 class ConvNormAct(nn.Module):
     """Convolution, normalization, leaky ReLU.
 
-    Attributes:
-      norm: "batch" normalizes per channel, "group" per 32 groups of channels. Both normalize every image by itself, so
-        that its logits do not depend on the batch or its sharding.
+    The norm "batch" is per channel, "group" per 32 groups of channels. Both normalize every image by itself, so that
+    its logits do not depend on the batch or its sharding.
     """
 
     features: int
@@ -89,9 +83,8 @@ class ConvNormAct(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *n C"], train: bool = False) -> Float[Array, "B *m F"]:
-        x = SpectralConv(
-            self.features, self.window, self.stride, self.circular, self.spectral, self.dtype, name="conv"
-        )(x, train)
+        options = self.stride, self.circular, self.spectral, self.dtype
+        x = SpectralConv(self.features, self.window, *options, name="conv")(x, train)
         groups = self.features if self.norm == "batch" else math.gcd(32, self.features)
         x = nn.GroupNorm(groups, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
         return nn.leaky_relu(x, 0.2)
@@ -115,17 +108,11 @@ class Head(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Heads on several blocks of a frozen DINO ViT; only the heads train, the trunk is `params/trunk`.
+    """Heads on several blocks of a frozen DINO ViT; only the heads train, the trunk is `params/trunk`."""
 
-    Attributes:
-      trunk: the ViT; images are resized bilinearly to its training resolution.
-      taps: numbers of the blocks that have a head, in addition to the last block, which has the first head.
-      window: width of the heads' middle convolution, in tokens.
-    """
-
-    trunk: ViTConfig
-    taps: tuple[int, ...] = (2, 5, 8, 11)
-    window: int = 9
+    trunk: ViTConfig  # images are resized bilinearly to its training resolution
+    taps: tuple[int, ...] = (2, 5, 8, 11)  # blocks with a head, in addition to the last one, which has the first head
+    window: int = 9  # width of the heads' middle convolution, in tokens
     norm: Norm = "batch"
     norm_eps: float = 1e-6
     spectral: bool = True
@@ -146,15 +133,10 @@ class DinoDiscriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): a small convolutional network, one logit per overlapping patch.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): a convolutional network, one logit per overlapping patch."""
 
-    Attributes:
-      width: channels after the first convolution; each further one doubles them, up to eightfold.
-      layers: number of convolutions of stride two.
-    """
-
-    width: int = 64
-    layers: int = 3
+    width: int = 64  # channels after the first convolution; each further one doubles them, up to eightfold
+    layers: int = 3  # number of convolutions of stride two
     norm: Norm = "group"
     norm_eps: float = 1e-6
     spectral: bool = True

@@ -41,12 +41,9 @@ class LPIPS(nn.Module):
 
     The features of each stage are scaled to unit length per position, subtracted and squared; a linear head of
     non-negative weights sums the channels. The distance is the mean over positions, summed over stages.
-
-    Attributes:
-      dtype: type of the trunk; lengths and heads are always float32.
     """
 
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the trunk; lengths and heads are always float32
 
     @nn.compact
     def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:
@@ -63,13 +60,9 @@ class LPIPS(nn.Module):
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS without learned heads, on the patch tokens of an encoder; in [0, 4].
+    """LPIPS without learned heads: the mean over layers and patch tokens of an encoder; in [0, 4]."""
 
-    Attributes:
-      encoder: with fusion "concat"; the distance is the mean over its layers and tokens.
-    """
-
-    encoder: Encoder
+    encoder: Encoder  # with fusion "concat"
 
     @nn.compact
     def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:

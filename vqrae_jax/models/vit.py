@@ -22,30 +22,22 @@ Rope = tuple[Float[Array, "n d"], Float[Array, "n d"]]  # cosine and sine of eve
 
 @dataclasses.dataclass(frozen=True)
 class BlocksConfig:
-    """A stack of pre-norm transformer blocks.
-
-    Attributes:
-      gated: the MLP is act(gate) * up.
-      unbiased: which of "query", "key" and "value" have no bias.
-      remat: recomputes each block in the backward pass.
-      dtype: type of the activations; norms and softmax stay float32.
-      attention: "cudnn" is NVIDIA's fused kernel, for bfloat16 on GPUs; other backends fall back to "xla".
-      shard_activations: identity on tokens [B, N, D] that constrains their sharding between blocks. Without it,
-        parameters that are split over the devices of a batch make the partitioner split the channels of the tokens.
-    """
+    """A stack of pre-norm transformer blocks."""
 
     width: int
     depth: int
     heads: int
     mlp: int
     act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
-    gated: bool = False
+    gated: bool = False  # the MLP is act(gate) * up
     layer_scale: bool = False
-    unbiased: tuple[str, ...] = ()
+    unbiased: tuple[str, ...] = ()  # which of "query", "key" and "value" have no bias
     norm_eps: float = 1e-6
-    remat: bool = False
-    dtype: str = "float32"
-    attention: Literal["xla", "cudnn"] = "xla"
+    remat: bool = False  # recomputes each block in the backward pass
+    dtype: str = "float32"  # of the activations; norms and softmax stay float32
+    attention: Literal["xla", "cudnn"] = "xla"  # "cudnn": NVIDIA's kernel, for bfloat16; without a GPU it is "xla"
+    # Identity on tokens [B, N, D] that constrains their sharding between blocks. Without it, parameters that are split
+    # over the devices of a batch make the partitioner split the channels of the tokens.
     shard_activations: Callable[[Any], Any] | None = None
 
     def shard(self, x: Tokens) -> Tokens:
@@ -55,18 +47,13 @@ class BlocksConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """An image encoder: patch embedding, prefix tokens, positions, blocks.
-
-    Attributes:
-      grid: side of the stored position grid; 0 with rotary positions.
-      antialias: resamples the position grid with antialiasing.
-    """
+    """An image encoder: patch embedding, prefix tokens, positions, blocks."""
 
     blocks: BlocksConfig
     patch: int
-    grid: int = 0
+    grid: int = 0  # side of the stored position grid; 0 with rotary positions
     pos: Literal["learned", "rope"] = "learned"
-    antialias: bool = False
+    antialias: bool = False  # resamples the position grid with antialiasing
     rope_theta: float = 100.0
     cls: bool = True
     registers: int = 0
@@ -95,10 +82,7 @@ def unpatchify(patches: Float[Array, "B h w PPC"], patch: int) -> Float[Array, "
 
 
 def rope_table(h: int, w: int, head_width: int, theta: float) -> Rope:
-    """Returns cosine and sine of DINOv3's axial rotary embedding.
-
-    Patch centres lie in [-1, 1]; half of the channels encode each axis.
-    """
+    """Returns cosine and sine of DINOv3's axial rotary embedding: half of the channels for each axis, in [-1, 1]."""
     y, x = (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1 for n in (h, w))
     position = jnp.stack(jnp.meshgrid(y, x, indexing="ij"), -1).reshape(h * w, 2, 1)
     frequency = theta ** -jnp.arange(0.0, 1.0, 4.0 / head_width, dtype=jnp.float32)
@@ -198,13 +182,7 @@ def run_blocks(
     """Creates and runs the blocks inside the calling module's compact method.
 
     Their parameters are stacked along a leading axis L in `blocks` and scanned: one block is compiled, whatever the
-    depth.
-
-    Args:
-      taps: numbers of the blocks whose outputs to return; 0 is the first.
-
-    Returns:
-      The last block's output, and the outputs of `taps`.
+    depth. Returns the output of the last block, and of the blocks `taps`, of which 0 is the first.
     """
     last, inner = cfg.depth - 1, sorted(set(taps) - {cfg.depth - 1})
     # The row of `tapped` that each block writes; len(inner), which is out of range, writes none.
@@ -231,15 +209,9 @@ class ViT(nn.Module):
     def __call__(
         self, image: Float[Array, "B H W 3"], taps: tuple[int, ...], keep_prefix: bool = False
     ) -> tuple[list[Tokens], tuple[int, int]]:
-        """Encodes images.
+        """Returns the tokens of the blocks `taps`, of which 0 is the first, and the patch grid (h, w).
 
-        Args:
-          image: normalized pixels.
-          taps: numbers of the blocks whose outputs to return; 0 is the first.
-          keep_prefix: keeps the prefix tokens (cls, registers).
-
-        Returns:
-          The tokens of each tap, and the patch grid (h, w).
+        The prefix tokens (cls, registers) are among them if `keep_prefix`.
         """
         c, b = self.cfg, self.cfg.blocks
         normal = nn.initializers.normal(0.02)
