@@ -168,9 +168,9 @@ def _explain(schema: type[Section], error: dict[str, Any]) -> ConfigError:
 
 
 def _unknown_field(section: type[Section], path: list[str], name: str) -> ConfigError:
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"known fields: {', '.join(known)}"
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"known fields: {', '.join(names)}"
     return ConfigError(f"unknown config field; {hint}", field=".".join([*path, name]))
 
 

@@ -36,7 +36,7 @@ class Section(pydantic.BaseModel):
 
 
 class EncoderParams(Section):
-    """What the frozen encoder is and which of its features are used."""
+    """The features of the frozen encoder that are used."""
 
     normalize: bool = True  # final LayerNorm without scale and bias, as in RAE
     layers: tuple[int, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
@@ -100,13 +100,12 @@ class ModelConfig(Section):
     # none: the continuous autoencoder RAE
     quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"
     quantizer_params: QuantizerParams = QuantizerParams()
-    num_embeddings: Positive = 8192  # codebook size K; fsq: what its levels make
+    num_embeddings: Positive = 8192  # codebook size K; fsq computes it from its levels
     commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel
     vq_decay: Decay = 0.99  # ema
     vq_epsilon: Above0 = 1e-5  # ema
     quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
-    # ema, simvq, gumbel, ibq: first codes by k-means of the first batch, tokens of the first batch, or random (as in
-    # the papers and the origin)
+    # ema, simvq, gumbel, ibq: initial codebook by k-means of the first batch, latents of it, or random as in the papers
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
     revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
@@ -123,7 +122,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where images come from and how they become batches."""
+    """The source of images, their crops and batches."""
 
     source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
     # Local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders; webdataset (.tar

@@ -16,8 +16,3 @@ from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
 from vqrae_jax.quantizers.whitened import Whitened
-
-__all__ = [
-    "FSQ", "IBQ", "LFQ", "EMAQuantizer", "GumbelQuantizer", "MultiScale", "NoQuantizer", "Product", "Projected",
-    "Quantized", "Quantizer", "Residual", "SimVQ", "Whitened",
-]  # fmt: skip
