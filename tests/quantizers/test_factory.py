@@ -3,6 +3,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vqrae_jax.config import ModelConfig, QuantizerParams, from_dict
@@ -33,9 +34,9 @@ def test_the_documentation_lists_every_quantizer_and_setting():
     for name, entry in QUANTIZERS.items():
         assert f"| `{name}` | " in page
         assert entry.purpose in page
-    for path, field in all_settings().items():
+    for path, setting in all_settings().items():
         assert f"| `model.{path}` | " in page
-        assert field.setting.doc in page
+        assert setting.doc in page
 
 
 def test_defaults_and_limits_of_the_settings():
@@ -81,6 +82,14 @@ def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
         return (bound.levels[0] if name == "residual" else bound.quantizer)._temperature()
 
     assert module.apply(variables, method=temperature) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["residual", "product", "multiscale"])
+def test_inner_bsq_has_corners_on_the_unit_sphere(name):
+    module, z = build(name, inner="bsq", groups=3), jnp.ones((1, 4, 4, 12))  # four bits
+    bound = module.bind(module.init(jax.random.key(0), z))
+    inner = bound.quantizer.quantizer if name != "product" else bound.quantizer
+    np.testing.assert_allclose(np.abs(inner.lookup(jnp.arange(16))), 0.5)
 
 
 @pytest.mark.parametrize(

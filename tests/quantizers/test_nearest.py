@@ -69,9 +69,7 @@ def test_a_sharded_search_gathers_neither_rows_nor_codes(codes, block):
     z, codebook = arrays(1024, 2048, 8)
     rows = NamedSharding(mesh, P("data"))
     program = jax.jit(
-        lambda z, c: nearest(z, c, "l2", block),
-        in_shardings=(rows, NamedSharding(mesh, codes)),
-        out_shardings=rows,
+        lambda z, c: nearest(z, c, "l2", block), in_shardings=(rows, NamedSharding(mesh, codes)), out_shardings=rows
     )
     text = program.lower(z, codebook).compile().as_text()
     crossing = re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)

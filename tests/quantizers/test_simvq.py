@@ -41,10 +41,7 @@ def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
     assert_close(jnp.moveaxis(grid.z, -1, 1), arrays["quantized_2d"], 1e-5, "z_2d")
 
     probe = arrays["fixed_random"]
-    for prefix, scalar in (
-        ("grad_vq_loss", lambda out: out.loss),
-        ("grad_st", lambda out: jnp.sum(out.z * probe)),
-    ):
+    for prefix, scalar in (("grad_vq_loss", lambda out: out.loss), ("grad_st", lambda out: jnp.sum(out.z * probe))):
         gradient = jax.jit(jax.grad(lambda p, z, f=scalar: f(module.apply(variables | {"params": p}, z)), (0, 1)))
         params, z = gradient(variables["params"], jnp.asarray(arrays["z"]))
         assert_close(z, arrays[f"{prefix}__z"], 1e-5, f"{prefix} z")

@@ -67,12 +67,12 @@ def _annotation(annotation: Any) -> Any:
 def _quantizer_params() -> type[Section]:
     """Builds the section of all settings in the registry of quantizers."""
     fields: dict[str, Any] = {}
-    for path, (setting, annotation, default) in registry.all_settings().items():
+    for path, setting in registry.all_settings().items():
         section, _, name = path.rpartition(".")
         if section:
-            kind = _annotation(annotation)
-            kind = kind | None if default is None else kind
-            fields[name] = (kind, Field(default, description=setting.doc))
+            kind = _annotation(setting.annotation)
+            kind = kind | None if setting.default is None else kind
+            fields[name] = (kind, Field(setting.default, description=setting.doc))
     doc = "Settings of the quantizers, see docs/quantizers.md; each quantizer reads some of them."
     return pydantic.create_model("QuantizerParams", __base__=Section, __module__=__name__, __doc__=doc, **fields)
 

@@ -31,7 +31,7 @@ METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indic
 HASHED_FIELDS = (
     "encoder_cls", "encoder_input_size", "quantizer", "quantize_before_reshape",
     "encoder_params.normalize", "encoder_params.layers", "encoder_params.fusion",
-    *(path for path, field in all_settings().items() if field.setting.hashed),
+    *(path for path, setting in all_settings().items() if setting.hashed),
 )  # fmt: skip
 
 

@@ -66,25 +66,21 @@ class Quantizer(nn.Module):
 
 
 class Wrapper(Quantizer):
-    """Base class of quantizers around another one, their attribute `quantizer`."""
+    """Base class of quantizers around another one, their attribute `quantizer`, or around several like it."""
 
     @property
     def num_embeddings(self) -> int | None:
-        """K of the inner quantizer."""
         return self.quantizer.num_embeddings
 
     @property
     def has_indices(self) -> bool:
-        """Whether the inner quantizer has indices."""
         return self.quantizer.has_indices
 
     @property
     def decodes_prefixes(self) -> bool:
-        """Whether the inner quantizer decodes prefixes."""
         return self.quantizer.decodes_prefixes
 
     def embeddings(self) -> Float[Array, "K c"] | None:
-        """Returns the codebook of the inner quantizer."""
         return self.quantizer.embeddings()
 
 

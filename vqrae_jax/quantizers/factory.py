@@ -11,32 +11,27 @@ Model = Any
 
 
 def create(model: Model, channels: int, grid: int) -> Quantizer:
-    """Builds the quantizer that `model.quantizer` names.
-
-    Args:
-      model: the model section of a config.
-      channels: C of the latents.
-      grid: side of the latent grid.
+    """Builds the quantizer that `model.quantizer` names, for latents of `channels` on a grid of side `grid`.
 
     Raises:
       ConfigError: a setting does not fit this quantizer or these latents.
     """
     params = vars(model.quantizer_params)
 
-    def build(name: str, channels: int, calls: int = 1, is_inner: bool = False) -> Quantizer:
+    def build(name: str, channels: int, calls: int) -> Quantizer:
         entry = QUANTIZERS[name]
-        context = Context(channels, grid, model.quantize_before_reshape, build_inner, calls, is_inner)
-        fields = settings_of(entry.settings)
-        values = {name: _value(model, field.setting.path) for name, field in fields.items()}
+        paths = {name: setting.path for name, setting in settings_of(entry.build).items()}
         # None leaves the choice to the quantizer.
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: value for name, path in paths.items() if (value := _value(model, path)) is not None}
         try:
-            return entry.build(context, **values) if entry.build else entry.settings(channels=channels, **values)
+            if isinstance(entry.build, type):
+                return entry.build(channels=channels, **values)
+            return entry.build(Context(channels, grid, model.quantize_before_reshape, build_inner, calls), **values)
         except ConfigError as error:
-            raise error.renamed({name: f"model.{field.setting.path}" for name, field in fields.items()}) from None
+            raise error.renamed({name: f"model.{path}" for name, path in paths.items()}) from None
 
     def build_inner(channels: int, calls: int) -> Quantizer:
-        return build(params["inner"], channels, calls, is_inner=True)
+        return build(params["inner"], channels, calls)
 
     widths, names = [channels], [name for name in QUANTIZERS[model.quantizer].wrappers if params[name] is not None]
     for name in names:
@@ -44,7 +39,7 @@ def create(model: Model, channels: int, grid: int) -> Quantizer:
             message = f"must not exceed the {channels} channels of the latents"
             raise ConfigError(message, field=f"model.quantizer_params.{name}", value=params[name])
         widths.append(params[name])
-    quantizer = build(model.quantizer, widths[-1])
+    quantizer = build(model.quantizer, widths[-1], 1)
     for name, outside, inside in reversed(list(zip(names, widths[:-1], widths[1:], strict=True))):
         quantizer = WRAPPERS[name](quantizer, outside, inside)
     return quantizer
@@ -60,9 +55,9 @@ def unread(model: Model, channels: int, grid: int) -> list[str]:
         default = type(target).model_fields[name].default
         if _value(model, path) != default:
             changed = target.model_copy(update={name: default})
-            other = model.model_copy(update={section: changed}) if section else changed
             try:
-                if create(other, channels, grid) == quantizer:
+                other = create(model.model_copy(update={section: changed}) if section else changed, channels, grid)
+                if other == quantizer:
                     result.append(path)
             except ConfigError:
                 pass  # the quantizer reads it: the default does not fit

@@ -1,6 +1,6 @@
 """Gumbel-softmax quantization (Jang et al. 2016, arXiv:1611.01144; DALL-E: Ramesh et al. 2021, arXiv:2102.12092)."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metric
 from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import orthogonality
 from vqrae_jax.quantizers.estimators import value_of
-from vqrae_jax.quantizers.kmeans import LearnedCodebook
+from vqrae_jax.quantizers.kmeans import LearnedCodebook, Start
 
 
 class GumbelQuantizer(Quantizer):
@@ -25,16 +25,14 @@ class GumbelQuantizer(Quantizer):
     draws from the rng stream "codes"; evaluation takes the likeliest index.
     """
 
-    num_embeddings: registry.NumEmbeddings
+    num_embeddings: int
     channels: int
-    temperature: registry.Temperature = 1.0
-    final_temperature: Annotated[float, registry.Setting("temperature after anneal_steps", gt=0)] = 0.1
-    anneal_steps: Annotated[
-        int, registry.Setting("steps from the first to the last temperature, counting micro-batches", ge=1)
-    ] = 10_000  # here: calls with train=True
+    temperature: float = 1.0
+    final_temperature: float = 0.1
+    anneal_steps: int = 10_000  # calls with train=True from the first to the last temperature
     kl_cost: float = 5e-4  # weight of KL(softmax(logits) || uniform), which keeps the codebook in use
-    orthogonality_cost: registry.OrthogonalityCost = 0.0
-    start: registry.StartSetting = "kmeans"  # the papers use "normal"
+    orthogonality_cost: float = 0.0
+    start: Start = "kmeans"  # the papers use "normal"
 
     def setup(self):
         self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, "l2")
@@ -87,13 +85,26 @@ class GumbelQuantizer(Quantizer):
         return self.temperature * (self.final_temperature / self.temperature) ** progress
 
 
-def _build(context: registry.Context, anneal_steps: int, **settings: Any) -> GumbelQuantizer:
-    # The module counts its calls, the config counts steps.
-    return GumbelQuantizer(channels=context.channels, anneal_steps=anneal_steps * context.calls, **settings)
+def _build(
+    context: registry.Context,
+    num_embeddings: registry.NumEmbeddings,
+    start: registry.StartSetting,
+    temperature: registry.Temperature = 1.0,
+    final_temperature: Annotated[float, registry.Setting("temperature after anneal_steps", gt=0)] = 0.1,
+    anneal_steps: Annotated[
+        int, registry.Setting("steps from the first to the last temperature, counting micro-batches", ge=1)
+    ] = 10_000,
+    orthogonality_cost: registry.OrthogonalityCost = 0.0,
+) -> GumbelQuantizer:
+    calls = anneal_steps * context.calls
+    return GumbelQuantizer(
+        num_embeddings, context.channels, temperature, final_temperature, calls,
+        orthogonality_cost=orthogonality_cost, start=start,
+    )  # fmt: skip
 
 
 registry.register(
-    "gumbel", GumbelQuantizer, "Jang et al. 2016, arXiv:1611.01144; Ramesh et al. 2021, arXiv:2102.12092",
+    "gumbel", _build, "Jang et al. 2016, arXiv:1611.01144; Ramesh et al. 2021, arXiv:2102.12092",
     "sampled indices with an annealed temperature, as in DALL-E; N x K probabilities in training",
-    build=_build, codebook={"first": "K C", "offset": "K C"}, inner=True,
+    codebook={"first": "K C", "offset": "K C"}, inner=True,
 )  # fmt: skip

@@ -1,9 +1,8 @@
 """Lookup-free quantization (Yu et al. 2023, arXiv:2310.05737); spherical: BSQ (Zhao et al. 2024, arXiv:2406.07548)."""
 
-import dataclasses
 import functools
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +32,10 @@ class LFQ(Quantizer):
     """
 
     channels: int  # number of bits, at most 24
-    commitment_cost: registry.CommitmentCost = 0.25
-    entropy_cost: registry.EntropyCost = 0.1
-    diversity: Annotated[float, registry.Setting("weight of even use within entropy_cost", ge=0)] = 1.0
-    temperature: registry.Temperature = 1.0
+    commitment_cost: float = 0.25
+    entropy_cost: float = 0.1
+    diversity: float = 1.0
+    temperature: float = 1.0
     group: int = 8  # bits whose joint distribution is exact, by 2^group probabilities per latent; BSQ has 1
     spherical: bool = False  # BSQ: unit length, corners of the cube inside the unit sphere
 
@@ -94,38 +93,32 @@ class LFQ(Quantizer):
         return 2 ** np.arange(self.channels - 1, -1, -1, dtype=np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class LFQSettings:
-    """Settings of `lfq` and `bsq`: those of the module, and the codebook size in place of its channels."""
-
-    num_embeddings: registry.NumEmbeddings
-    commitment_cost: registry.CommitmentCost
-    codebook_dim: registry.CodebookDim
-    entropy_cost: registry.EntropyCost = 0.1
-    diversity: LFQ.__annotations__["diversity"] = 1.0
-    temperature: registry.Temperature = 1.0
-
-
 def _build(
-    context: registry.Context, spherical: bool, num_embeddings: int, codebook_dim: int | None = None, **settings: Any
+    context: registry.Context,
+    spherical: bool,
+    num_embeddings: registry.NumEmbeddings,
+    commitment_cost: registry.CommitmentCost,
+    codebook_dim: registry.CodebookDim = 0,
+    entropy_cost: registry.EntropyCost = 0.1,
+    diversity: Annotated[float, registry.Setting("weight of even use within entropy_cost", ge=0)] = 1.0,
+    temperature: registry.Temperature = 1.0,
 ) -> Quantizer:
     bits = num_embeddings.bit_length() - 1
     if 2**bits != num_embeddings or not 1 <= bits <= MAX_BITS:
         message = f"must be a power of two from 2 to {MAX_EMBEDDINGS} for lfq and bsq"
         raise ConfigError(message, field="num_embeddings", value=num_embeddings)
-    if codebook_dim not in (None, bits):
+    if codebook_dim not in (0, bits):
         message = f"must be None or {bits}, the bits of num_embeddings={num_embeddings}"
         raise ConfigError(message, field="codebook_dim", value=codebook_dim)
-    # inner="bsq" has the corners of lfq: the unit sphere would change what saved tokenizers decode.
-    inner = LFQ(bits, spherical=spherical and not context.is_inner, **settings)
+    inner = LFQ(bits, commitment_cost, entropy_cost, diversity, temperature, spherical=spherical)
     return inner if context.channels == bits else Projected(inner, context.channels, bits)
 
 
 registry.register(
-    "lfq", LFQSettings, "Yu et al. 2023, arXiv:2310.05737", "signs of learned channels; no codebook, no search",
-    build=functools.partial(_build, spherical=False), inner=True,
+    "lfq", functools.partial(_build, spherical=False), "Yu et al. 2023, arXiv:2310.05737",
+    "signs of learned channels; no codebook, no search", inner=True,
 )  # fmt: skip
 registry.register(
-    "bsq", LFQSettings, "Zhao et al. 2024, arXiv:2406.07548", "lfq on the unit sphere, with a bounded error",
-    build=functools.partial(_build, spherical=True), inner=True,
+    "bsq", functools.partial(_build, spherical=True), "Zhao et al. 2024, arXiv:2406.07548",
+    "lfq on the unit sphere, with a bounded error", inner=True,
 )  # fmt: skip

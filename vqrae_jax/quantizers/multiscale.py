@@ -1,6 +1,5 @@
 """Quantization on grids from coarse to fine (VQ-VAE-2: Razavi et al. 2019; VAR: Tian et al. 2024)."""
 
-import dataclasses
 from typing import Annotated
 
 import jax
@@ -136,18 +135,14 @@ def _resample(matrix: Float[np.ndarray, "t s"], z: Float[Array, "B s s C"]) -> F
     return jnp.einsum("is,jt,bstc->bijc", matrix, matrix, z, precision=jax.lax.Precision.HIGHEST)
 
 
-@dataclasses.dataclass(frozen=True)
-class MultiScaleSettings:
-    """Settings of `multiscale`; those of its inner quantizer apply as well."""
-
-    inner: registry.Inner = "ema"
+def _build(
+    context: registry.Context,
+    inner: registry.Inner = "ema",
     grids: Annotated[
         tuple[Annotated[int, registry.Setting(ge=1)], ...],
         registry.Setting("increasing sides, the last that of the latent grid; (): 1, 2, 3, ... as in VAR", hashed=True),
-    ] = ()
-
-
-def _build(context: registry.Context, inner: str, grids: tuple[int, ...]) -> MultiScale:
+    ] = (),
+) -> MultiScale:
     if context.flat:
         message = "must be False for multiscale, which resizes the latent grid"
         raise ConfigError(message, field="model.quantize_before_reshape", value=True)
@@ -158,6 +153,6 @@ def _build(context: registry.Context, inner: str, grids: tuple[int, ...]) -> Mul
 
 
 registry.register(
-    "multiscale", MultiScaleSettings, "Tian et al. 2024, arXiv:2404.02905; Razavi et al. 2019, arXiv:1906.00446",
-    "grids from coarse to fine for next-scale generators; prefixes of scales decode", build=_build,
+    "multiscale", _build, "Tian et al. 2024, arXiv:2404.02905; Razavi et al. 2019, arXiv:1906.00446",
+    "grids from coarse to fine for next-scale generators; prefixes of scales decode",
 )  # fmt: skip

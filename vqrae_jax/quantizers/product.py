@@ -1,6 +1,5 @@
 """Product quantization: groups of channels have codebooks of their own (Jegou et al. 2011, TPAMI 33(1))."""
 
-import dataclasses
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -8,11 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
-from vqrae_jax.quantizers.base import Quantized, Quantizer, sum_metrics
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, sum_metrics
 from vqrae_jax.quantizers.blocks import AnyArray
 
 
-class Product(Quantizer):
+class Product(Wrapper):
     """G groups of C / G channels, which make K^G combinations from G codebooks of K.
 
     Indices are [*b, G], counts [G, K]; the loss is the mean of the groups'. A latent that is not finite in one group is
@@ -32,9 +31,8 @@ class Product(Quantizer):
         super().__post_init__()
 
     @property
-    def num_embeddings(self) -> int:
-        """K of each group."""
-        return self.groups[0].num_embeddings
+    def quantizer(self) -> Quantizer:
+        return self.groups[0]
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes every group of channels."""
@@ -62,25 +60,17 @@ class Product(Quantizer):
             raise ValueError(f"indices need a last axis of {len(self.groups)} groups, got shape {indices.shape}")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
 
-    def embeddings(self) -> Float[Array, "K c"] | None:
-        """Returns the codebook of the first group."""
-        return self.groups[0].embeddings()
-
     def _split(self, z: Float[AnyArray, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:
             raise ValueError(f"the quantizer expects latents of {self.channels} channels, got shape {z.shape}")
         return jnp.split(z, len(self.groups), axis=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProductSettings:
-    """Settings of `product`; those of its inner quantizer apply as well."""
-
-    inner: registry.Inner = "ema"
-    groups: Annotated[int, registry.Setting("groups of channels", ge=1, hashed=True)] = 2
-
-
-def _build(context: registry.Context, inner: str, groups: int) -> Product:
+def _build(
+    context: registry.Context,
+    inner: registry.Inner = "ema",
+    groups: Annotated[int, registry.Setting("groups of channels", ge=1, hashed=True)] = 2,
+) -> Product:
     channels = context.channels
     if channels % groups:
         raise ConfigError(f"must divide the {channels} channels of the latents", field="groups", value=groups)
@@ -88,6 +78,6 @@ def _build(context: registry.Context, inner: str, groups: int) -> Product:
 
 
 registry.register(
-    "product", ProductSettings, "Jegou et al. 2011, doi:10.1109/TPAMI.2010.57",
-    "many combinations from small codebooks; several indices per token", build=_build,
+    "product", _build, "Jegou et al. 2011, doi:10.1109/TPAMI.2010.57",
+    "many combinations from small codebooks; several indices per token",
 )  # fmt: skip

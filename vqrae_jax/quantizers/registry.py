@@ -1,10 +1,10 @@
 """The registry of quantizers: their names and settings, and how each is built from a config.
 
-The file of a quantizer annotates its settings and calls `register`. The config schema, the factory, the hash of a
-tokenizer, the sharding table, the documentation and the law tests read the registry.
+The config schema, the factory, the hash of a tokenizer, the sharding table and the law tests read it.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,24 +15,17 @@ from vqrae_jax.quantizers.nearest import Distance
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Metadata that makes an annotated field of a dataclass a setting of the config.
+    """Metadata that makes a field of a module, or a parameter of a build function, a setting of the config."""
 
-    Attributes:
-      doc: one line for the schema and the documentation.
-      path: the config field, relative to `model`; by default quantizer_params.NAME. Fields of `model` itself keep the
-        type and default of the schema.
-      ge, gt, le: the accepted range.
-      default: of the config, by default that of the dataclass; None: an unset field, for which the dataclass decides.
-      hashed: it changes the meaning of indices and is therefore part of the hash of a tokenizer.
-    """
-
-    doc: str = ""
-    path: str = ""
-    ge: int | None = None
+    doc: str = ""  # one line for the schema and the documentation
+    # The config field, relative to `model`; fields of `model` itself keep the type and default of the schema.
+    path: str = "quantizer_params.NAME"
+    ge: int | None = None  # the accepted range
     gt: int | None = None
     le: int | None = None
-    default: Any = ...
-    hashed: bool = False
+    default: Any = ...  # of the config, if it is not that of the field; None: unset, and the field's default applies
+    hashed: bool = False  # it changes the meaning of indices and is therefore part of the hash of a tokenizer
+    annotation: Any = None  # filled in by `settings_of`
 
 
 # Settings that several quantizers read, with one type, default and meaning.
@@ -72,28 +65,19 @@ class Context(NamedTuple):
     grid: int  # side of the latent grid
     flat: bool  # latents are rows [B, N, C] instead of grids
     build_inner: Callable[[int, int], Quantizer]  # (channels, calls per step) -> the quantizer that `inner` names
-    calls: int = 1  # of the quantizer in one training step
-    is_inner: bool = False  # it is built for a residual, product or multiscale quantizer
+    calls: int  # of the quantizer in one training step
 
 
 class Entry(NamedTuple):
-    """One registered quantizer; see `register`."""
+    """One registered quantizer."""
 
-    settings: type[Any]
-    paper: str
-    purpose: str
-    build: Callable[..., Quantizer] | None
-    codebook: Mapping[str, str]
-    inner: bool
-    wrappers: tuple[str, ...]
-
-
-class Field(NamedTuple):
-    """One setting of one quantizer: the field of its dataclass."""
-
-    setting: Setting
-    annotation: Any
-    default: Any
+    # The module, or (context, **settings) -> module, which raises ConfigError with the name of the parameter.
+    build: Callable[..., Quantizer]
+    paper: str  # authors, year and identifier
+    purpose: str  # in one line of the documentation
+    codebook: Mapping[str, str]  # axes of the variables with one entry per embedding; a mesh splits K
+    inner: bool  # residual, product and multiscale quantizers can be composed of it
+    wrappers: tuple[str, ...]  # the WRAPPERS that it supports
 
 
 QUANTIZERS: dict[str, Entry] = {}
@@ -102,54 +86,34 @@ WRAPPERS: dict[str, type[Any]] = {}
 
 
 def register(
-    name: str,
-    settings: type[Any],
-    paper: str,
-    purpose: str,
-    *,
-    build: Callable[..., Quantizer] | None = None,
-    codebook: Mapping[str, str] | None = None,
-    inner: bool = False,
-    wrappers: tuple[str, ...] = ("whitening_dim", "codebook_dim"),
-) -> None:
-    """Adds a quantizer under `name`, a value of `model.quantizer`.
-
-    Args:
-      settings: a dataclass whose fields with a `Setting` are read from the config; the module itself without `build`.
-      paper: authors, year and identifier.
-      purpose: what the quantizer is good for, in one line of the documentation.
-      build: (context, **settings) -> module; raises ConfigError with the name of the dataclass field.
-      codebook: axes of the variables with one entry per embedding, for example {"codebook": "K C"}; a mesh splits K.
-      inner: residual, product and multiscale quantizers can be composed of it.
-      wrappers: the WRAPPERS that it supports.
-    """
-    QUANTIZERS[name] = Entry(settings, paper, purpose, build, codebook or {}, inner, wrappers)
+    name: str, build: Callable[..., Quantizer], paper: str, purpose: str, *, codebook: Mapping[str, str] | None = None,
+    inner: bool = False, wrappers: tuple[str, ...] = ("whitening_dim", "codebook_dim"),
+) -> None:  # fmt: skip
+    """Adds an `Entry` under `name`, a value of `model.quantizer`."""
+    QUANTIZERS[name] = Entry(build, paper, purpose, codebook or {}, inner, wrappers)
 
 
-def settings_of(dataclass: type[Any]) -> dict[str, Field]:
-    """Returns the settings of a dataclass by the names of its fields, with their paths filled in."""
+def settings_of(build: Callable[..., Quantizer]) -> dict[str, Setting]:
+    """Returns the settings of a module or a build function by the names of its fields or parameters."""
     result = {}
-    for field in dataclasses.fields(dataclass):
-        for setting in getattr(field.type, "__metadata__", ()):
-            setting = dataclasses.replace(setting, path=setting.path or f"quantizer_params.{field.name}")
-            default = field.default if setting.default is ... else setting.default
-            result[field.name] = Field(setting, field.type, default)
+    for name, parameter in inspect.signature(build).parameters.items():
+        for setting in getattr(parameter.annotation, "__metadata__", ()):
+            path, default = setting.path.replace("NAME", name), setting.default
+            default = parameter.default if default is ... else default
+            result[name] = dataclasses.replace(setting, path=path, default=default, annotation=parameter.annotation)
     return result
 
 
-def all_settings() -> dict[str, Field]:
-    """Returns the settings of all quantizers and wrappers by their path.
-
-    Raises:
-      TypeError: two quantizers declare different types or defaults for one path in quantizer_params.
-    """
-    result: dict[str, Field] = {}
-    for dataclass in (*WRAPPERS.values(), *(entry.settings for entry in QUANTIZERS.values())):
-        for field in settings_of(dataclass).values():
-            path = field.setting.path
-            if path.startswith("quantizer_params.") and result.setdefault(path, field)[1:] != field[1:]:
-                raise TypeError(f"{dataclass.__name__} declares {path} differently from another quantizer")
-            result[path] = field
+def all_settings() -> dict[str, Setting]:
+    """Returns the settings of all quantizers and wrappers by their path."""
+    result: dict[str, Setting] = {}
+    for build in (*WRAPPERS.values(), *(entry.build for entry in QUANTIZERS.values())):
+        for setting in settings_of(build).values():
+            path, other = setting.path, result.setdefault(setting.path, setting)
+            same = (setting.annotation, setting.default) == (other.annotation, other.default)
+            if path.startswith("quantizer_params.") and not same:
+                raise TypeError(f"two quantizers declare {path} with different types or defaults")
+            result[path] = setting
     return result
 
 

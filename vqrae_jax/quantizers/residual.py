@@ -1,6 +1,5 @@
 """Residual quantization: each level quantizes what the levels before left (Zeghidour et al. 2021, arXiv:2107.03312)."""
 
-import dataclasses
 from typing import Annotated
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vqrae_jax.quantizers import registry
-from vqrae_jax.quantizers.base import Quantized, Quantizer, flatten, relative_error, sum_metrics
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
 from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import kmeans
@@ -18,7 +17,7 @@ from vqrae_jax.quantizers.statistics import gather_rows
 ABSENT = -1  # the index of a level that is left out
 
 
-class Residual(Quantizer):
+class Residual(Wrapper):
     """A latent is the sum of one embedding per level; any prefix of its indices decodes to a coarser latent.
 
     Indices are [*b, depth], counts [depth, K]. The gradient to z is the mean of the levels', one straight-through in
@@ -39,9 +38,8 @@ class Residual(Quantizer):
     dropout: float = 0.0
 
     @property
-    def num_embeddings(self) -> int:
-        """K of each level."""
-        return self.levels[0].num_embeddings
+    def quantizer(self) -> Quantizer:
+        return self.levels[0]
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents level by level."""
@@ -89,10 +87,6 @@ class Residual(Quantizer):
             total += jnp.where(present, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
-    def embeddings(self) -> Float[Array, "K c"] | None:
-        """Returns the codebook of the first level."""
-        return self.levels[0].embeddings()
-
     def _initialize_shared(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
         """Starts a shared codebook from latents and residuals: one from latents alone is far from all residuals."""
         level, depth = self.levels[0], len(self.levels)
@@ -125,19 +119,15 @@ def _residuals(
     return residuals.swapaxes(0, 1).reshape(-1, z.shape[1]), jnp.repeat(mask, len(keys))
 
 
-@dataclasses.dataclass(frozen=True)
-class ResidualSettings:
-    """Settings of `residual`; those of its inner quantizer apply as well."""
-
-    inner: registry.Inner = "ema"
-    depth: Annotated[int, registry.Setting("levels", ge=1, hashed=True)] = 4
-    shared: Annotated[bool, registry.Setting("one codebook for all levels")] = False
+def _build(
+    context: registry.Context,
+    inner: registry.Inner = "ema",
+    depth: Annotated[int, registry.Setting("levels", ge=1, hashed=True)] = 4,
+    shared: Annotated[bool, registry.Setting("one codebook for all levels")] = False,
     dropout: Annotated[
         float, registry.Setting("share of images that train only a random prefix of the levels", ge=0, le=1)
-    ] = 0.0
-
-
-def _build(context: registry.Context, inner: str, depth: int, shared: bool, dropout: float) -> Residual:
+    ] = 0.0,
+) -> Residual:
     if shared:
         levels = (context.build_inner(context.channels, depth),) * depth
     else:
@@ -146,6 +136,6 @@ def _build(context: registry.Context, inner: str, depth: int, shared: bool, drop
 
 
 registry.register(
-    "residual", ResidualSettings, "Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941",
-    "coarse to fine: each level refines the token, and prefixes of levels decode", build=_build,
+    "residual", _build, "Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941",
+    "coarse to fine: each level refines the token, and prefixes of levels decode",
 )  # fmt: skip
