@@ -145,7 +145,7 @@ def test_a_data_source_can_be_added(monkeypatch):
         def name(self, index):
             return f"constant {index}"
 
-    monkeypatch.setitem(pipeline._FILE_SOURCES, "constant", Constant)
+    monkeypatch.setitem(pipeline.SOURCES, "constant", Constant)
     data = config.DataConfig(path="somewhere", image_size=8, batch_size=4).model_copy(update={"source": "constant"})
     assert pipeline.training_source(data).field == "data.path"
     batch = next(pipeline.train_batches(data, seed=0))

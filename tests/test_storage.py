@@ -157,12 +157,12 @@ def test_a_run_in_a_bucket(buckets, tiny, one_device):
     for name in ("reconstructions.png", "heartbeat/0.json", "tensorboard/events.out", "4/model/", "4/train/"):
         assert f"runs/one/{name}" in names.replace("checkpoints/", "")
     assert plot.read_metrics(workdir)["loss/total"][0] == [1, 2, 3, 4]
-    figures = loop.evaluate(until(4), workdir, one_device)
-    assert json.loads((workdir / "evaluation.json").read_text())["metrics"]["eval/psnr"] == figures["eval/psnr"]
+    metrics = loop.evaluate(until(4), workdir, one_device)
+    assert json.loads((workdir / "evaluation.json").read_text())["metrics"]["eval/psnr"] == metrics["eval/psnr"]
     assert (workdir / "evaluation" / "index.html").is_file()
 
     tokenizer = Tokenizer.load(os.fspath(workdir))
-    assert tokenizer.provenance["metrics"]["eval/psnr"] == figures["eval/psnr"]
+    assert tokenizer.provenance["metrics"]["eval/psnr"] == metrics["eval/psnr"]
 
     # A damaged checkpoint is replaced by the previous one.
     for name in buckets.names("bucket"):

@@ -18,18 +18,18 @@ from vqrae_jax.data.tar import TarShards
 from vqrae_jax.data.tfds_source import Prepared
 from vqrae_jax.errors import ConfigError, DataError
 
-_FILE_SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
+SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
 
 
 def training_source(data: Any) -> Source:
-    """Returns the training images of a `config.DataConfig`; raises DataError or ConfigError if there are none."""
+    """Returns the training images of a `config.DataConfig`; raises DataError or ConfigError without any."""
     if data.source == "photographs":
         return training_photographs()
     if data.source == "tfds":
         return Prepared(data.name, data.path, data.train_split, "data.train_split")
     if not data.path:
         raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
-    return _FILE_SOURCES[data.source](data.path, "data.path")
+    return SOURCES[data.source](data.path, "data.path")
 
 
 def evaluation_source(data: Any) -> Source | None:
@@ -38,7 +38,7 @@ def evaluation_source(data: Any) -> Source | None:
         return validation_photographs(data.image_size)
     if data.source == "tfds":
         return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
-    return _FILE_SOURCES[data.source](data.eval_path, "data.eval_path") if data.eval_path else None
+    return SOURCES[data.source](data.eval_path, "data.eval_path") if data.eval_path else None
 
 
 def train_batches(
@@ -86,7 +86,7 @@ def count_training_images(data: Any) -> int:
 
 
 class TrainBatches:
-    """An endless iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]}, label -1 if there is none.
+    """An endless iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]}, label -1 without one.
 
     Its state is the number of images that all processes together have used. It can be restored with any number of
     processes, threads and workers and any batch size. Threads and workers start with the first batch.

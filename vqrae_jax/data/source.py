@@ -20,7 +20,7 @@ class Source:
     Subclasses are built from a path (see `list_shards`) and the config field or argument that it comes from; they raise
     DataError naming the field if there are no images, or damaged files.
 
-    `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 if there is none.
+    `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 without one.
     It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails. `len(source)` includes
     those images; `source.name(index)` describes one in messages.
     """
