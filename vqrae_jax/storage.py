@@ -1,8 +1,8 @@
 """Local and remote files: the only module that opens, lists or copies remote paths.
 
-Runs, weights and codes are in local folders and gs:// buckets, behind the methods of pathlib (`resolve_path`). Datasets
-are read from every address that fsspec supports. An object in a bucket appears whole under its name or not at all,
-nothing can be appended to it, and a folder is only a common prefix of names.
+Runs, weights and codes are in local folders and gs:// buckets, behind the methods of pathlib (`resolve_path`); errors
+of buckets are StorageErrors. Datasets are read from every address that fsspec supports. Nothing can be appended to an
+object in a bucket, and a folder is only a common prefix of names.
 """
 
 import contextlib
@@ -36,11 +36,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
-    """Returns an absolute local path, or the path object of a gs:// address; both have pathlib's methods.
-
-    Raises:
-      StorageError: another kind of address, or the package for it is not installed.
-    """
+    """Returns an absolute local path, or the path object of a gs:// address; both have pathlib's methods."""
     if not is_remote(path):
         return pathlib.Path(path).expanduser().absolute()
     if not os.fspath(path).startswith("gs://"):
@@ -72,13 +68,10 @@ def convert_errors(path: str | os.PathLike, action: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path, durable: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path whose file becomes the local file `path` if no error is raised; creates missing folders.
+    """Yields a temporary path whose file becomes the local file `path`, unless an error is raised.
 
-    Args:
-      durable: return only when content and name are on the disk.
-
-    Raises:
-      OSError: naming `path`; an existing file of that name is unchanged.
+    With `durable` content and name are then on the disk. Missing folders are created. An OSError names `path`, and an
+    existing file of that name is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex}{path.suffix}")  # unique across machines
@@ -98,18 +91,14 @@ def replace_file(path: pathlib.Path, durable: bool = False) -> Iterator[pathlib.
 
 
 def write_bytes(path: str | os.PathLike, content: bytes, durable: bool = False) -> None:
-    """Writes a file that appears under its name only when it is complete; creates missing folders.
-
-    Raises:
-      OSError, StorageError: not writable; an existing file of that name is unchanged.
-    """
+    """Writes a file, locally as `replace_file` does; it appears under its name only when it is complete."""
     path = resolve_path(path)
     if is_remote(path):
         with convert_errors(path, "written"):
             path.write_bytes(content)
-        return
-    with replace_file(path, durable) as temporary:
-        temporary.write_bytes(content)
+    else:
+        with replace_file(path, durable) as temporary:
+            temporary.write_bytes(content)
 
 
 def apply_umask(path: pathlib.Path) -> None:
@@ -126,11 +115,7 @@ def apply_umask(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def stage_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a local path for a file or folder: `path` itself, or a temporary one that is uploaded to it at the end.
-
-    Raises:
-      StorageError: the bucket is not writable.
-    """
+    """Yields a local path for a file or folder: `path` itself, or a temporary one that is uploaded to it at the end."""
     target = resolve_path(path)
     if not is_remote(target):
         yield target
@@ -138,9 +123,7 @@ def stage_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix="vqrae_jax-") as scratch:
         local = pathlib.Path(scratch) / target.name
         yield local
-        if local.is_file():
-            write_bytes(target, local.read_bytes())
-        for file in sorted(p for p in local.rglob("*") if p.is_file()):
+        for file in [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file()):
             write_bytes(target / file.relative_to(local).as_posix(), file.read_bytes())
 
 
@@ -149,9 +132,6 @@ def download(path: str | os.PathLike) -> pathlib.Path:
 
     Copies have the times of their originals (local clocks do not matter) and are renewed when size or time differ.
     The time is read before the content, which may be replaced meanwhile. Files that the bucket lacks are removed.
-
-    Raises:
-      StorageError: the bucket is not readable.
     """
     source = resolve_path(path)
     if not is_remote(source):
@@ -222,10 +202,6 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
     Args:
       field: config field or argument that `folder` comes from.
       recursive: include subfolders. Symbolic links are followed, each folder is listed once.
-
-    Raises:
-      DataError: the folder is missing, a file, not readable, or empty (in a bucket).
-      ConfigError: an unknown kind of address, or its package is not installed.
     """
     if not is_remote(folder):
         return _list_local(folder, field, recursive)
@@ -245,11 +221,7 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
 
 
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """Returns bytes [start, end) of a file, fewer if it ends earlier; the file is opened and closed at each call.
-
-    Raises:
-      OSError: missing (FileNotFoundError) or not readable.
-    """
+    """Returns bytes [start, end) of a file, fewer if it ends earlier; OSError if it is missing or not readable."""
     if not is_remote(path):
         with open(path, "rb") as file:
             file.seek(start)
@@ -260,11 +232,7 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
 
 
 def open_file(path: str) -> Any:
-    """Opens a file for reading and seeking.
-
-    Raises:
-      OSError: missing (FileNotFoundError) or not readable, at this call or while it is read.
-    """
+    """Opens a file for reading and seeking; raises OSError, now or later, if it is missing or not readable."""
     if not is_remote(path):
         return open(path, "rb")
     system, name = _file_system(path, "data.path")
@@ -283,15 +251,7 @@ class _RemoteFile(io.RawIOBase):
 
     def __init__(self, file: Any, path: str):
         self._file, self._path = file, path
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        self.readable, self.seekable, self.seek = file.readable, file.seekable, file.seek
 
     def readinto(self, buffer: Any) -> int:
         with _os_errors(self._path):

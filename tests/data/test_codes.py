@@ -157,8 +157,7 @@ def test_a_shard_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("message", "number"),
-    [("write() failed: No space left on device; at byte 9", "28"), ("close() failed: lost", "5")],
+    ("message", "number"), [("write() failed: No space left on device; at byte 9", "28"), ("close() failed: lost", "5")]
 )
 def test_write_errors_of_array_record_are_os_errors(tmp_path, monkeypatch, message, number):
     class FailingWriter:

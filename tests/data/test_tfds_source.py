@@ -15,8 +15,7 @@ from vqrae_jax.config import DataConfig
 from vqrae_jax.data.images import read_image
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Replaced, Skipped
-from vqrae_jax.data.tfds_source import Prepared
-from vqrae_jax.data.tfrecord import Part, TFRecords
+from vqrae_jax.data.tfds_source import Part, Prepared, TFRecords
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

@@ -14,7 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from vqrae_jax import storage
 from vqrae_jax.commands import plot
-from vqrae_jax.data.tfrecord import Part, TFRecords
+from vqrae_jax.data.tfds_source import Part, TFRecords
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.train.metric_writers import MetricWriters, check_wandb

@@ -44,12 +44,7 @@ def concatenate(parts: list[Columns]) -> Columns:
 
 
 def read_shard(path: str | os.PathLike) -> Columns:
-    """Reads a shard of any format; a remote one is downloaded first.
-
-    Raises:
-      DataError: missing, damaged, or not a shard of codes.
-      StorageError: the bucket is not readable.
-    """
+    """Reads a shard of any format; a remote one is downloaded first."""
     path = storage.resolve_path(path)
     kind = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if kind is None:

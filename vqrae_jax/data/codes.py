@@ -1,8 +1,7 @@
 """A tokenized dataset, local or in a bucket: shards of codes with labels and ids, and a manifest; read without JAX.
 
-A shard holds the codes of a fixed range of images, so that its content depends on the images and the tokenizer only. It
-appears under its name only when it is complete and on disk. manifest.json describes the codes and, once all shards
-exist, their counts and checksums.
+A shard holds the codes of a fixed range of images, so that its content depends on the images and the tokenizer only.
+manifest.json describes the codes and, once all shards exist, their counts and checksums.
 """
 
 import dataclasses
@@ -58,9 +57,6 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
 
     Returns:
       The numbers of the shards that are missing.
-
-    Raises:
-      DataError: the folder has other content.
     """
     folder = storage.resolve_path(folder)
     if (folder / MANIFEST).is_file():
@@ -76,8 +72,7 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
 def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Columns) -> None:
     """Writes a shard, which appears under its name only when it is complete and on the disk or in the bucket.
 
-    Raises:
-      DataError: another process has started a different dataset in this folder.
+    A different dataset, which another process has started in this folder meanwhile, is a DataError and unchanged.
     """
     path = storage.resolve_path(folder) / plan.file_name(shard)
     _check_plan(path.parent, plan)
@@ -96,9 +91,6 @@ def finish_dataset(
 
     Returns:
       The manifest; None if shards are missing.
-
-    Raises:
-      DataError: a shard cannot be read, or another process has started a different dataset in this folder.
     """
     folder = storage.resolve_path(folder)
     _check_plan(folder, plan)
@@ -133,9 +125,6 @@ class Codes:
         Args:
           path: folder of a tokenized dataset.
           cached: number of shards that are kept in memory; None: all.
-
-        Raises:
-          DataError: not such a folder, or shards are missing.
         """
         self.path = storage.resolve_path(path)
         self.manifest = _read_manifest(self.path)
@@ -155,11 +144,6 @@ class Codes:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        """
-        Raises:
-          DataError: the shard is missing or damaged.
-          TypeError: `index` is not an integer; `shards` returns many records at once.
-        """
         try:
             index = operator.index(index)
         except TypeError:
@@ -176,11 +160,7 @@ class Codes:
         yield from map(self._read_shard, range(len(self.manifest["shards"])))
 
     def verify(self) -> None:
-        """Compares the shards with their checksums.
-
-        Raises:
-          DataError: naming the first shard that differs.
-        """
+        """Compares the shards with their checksums; a DataError names the first that differs."""
         for shard in self.manifest["shards"]:
             path = self.path / shard["file"]
             if not path.is_file() or _sha256(path) != shard["sha256"]:

@@ -24,10 +24,7 @@ def list_images(folder: str | os.PathLike, field: str = "data.path") -> list[str
     """Lists the image files in a folder and its subfolders, folder by folder, in an order that never changes.
 
     Suffixes count in any case. Hidden files and folders are left out; links are followed, each folder once. Files in
-    unsupported image formats are counted in a warning.
-
-    Raises:
-      DataError: `field` is missing, a file, or without images.
+    unsupported image formats are counted in a warning; a folder without images is a DataError.
     """
     folder = os.fspath(folder)
     files = storage.list_files(folder, field)

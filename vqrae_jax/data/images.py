@@ -66,11 +66,7 @@ def is_pil_image(value: object) -> bool:
 
 
 def pil_to_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Converts a PIL image as `read_image` converts a file.
-
-    Raises:
-      ImageError: pixels of unknown range, or its file cannot be read.
-    """
+    """Converts a PIL image as `read_image` converts a file; ImageError if its file or pixels cannot be read."""
     try:
         return np.array(_to_rgb(_apply_orientation(image)))
     except Exception as error:
@@ -78,16 +74,9 @@ def pil_to_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes an image as PNG, JPEG or WebP, depending on the suffix of the path, locally or to a bucket.
+    """Writes an image, uint8 [H, W, 3] or [H, W], as PNG, JPEG or WebP, depending on the suffix of the path.
 
-    The file appears under its name only when it is complete; missing folders are created.
-
-    Args:
-      image: uint8 [H, W, 3] or [H, W].
-
-    Raises:
-      DataError: unsupported suffix, shape or dtype.
-      OSError, StorageError: not writable; an existing file of that name is unchanged.
+    See `storage.write_bytes`; another suffix, shape or dtype is a DataError.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()

@@ -30,11 +30,7 @@ _GRIDS = ((1.0, 1, 2), (0.63, 2, 3), (0.4, 3, 4), (0.25, 3, 4))
 
 
 def load_photographs(split: Literal["train", "validation"]) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """Returns the photographs of a split in a fixed order, uint8 [H, W, 3] each.
-
-    Raises:
-      DataError: a package or one of its photographs is not installed.
-    """
+    """Returns the photographs of a split in a fixed order; DataError if a package is not installed."""
     return [read_image(_find_file(package, file)) for package, file in _FILES[split]]
 
 
@@ -68,10 +64,7 @@ def training_photographs(repeats: int = 1024) -> Photographs:
 def validation_photographs(size: int) -> Photographs:
     """Returns 64 square crops of the validation photographs, of the whole short side down to a quarter of it.
 
-    Photographs alternate, so that the first records show both.
-
-    Args:
-      size: side of the crops in pixels.
+    They are resized to `size` x `size` pixels. Photographs alternate, so that the first records show both.
     """
     crops = zip(*(_grid_crops(photograph, size) for photograph in load_photographs("validation")), strict=True)
     records = [{"image": crop, "label": label} for group in crops for label, crop in enumerate(group)]

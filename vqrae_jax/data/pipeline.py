@@ -52,19 +52,13 @@ def train_batches(
 
     Args:
       data: a `config.DataConfig`.
-      seed: determines order and crops.
       skipped: counts the images that cannot be read; each is replaced by the next readable one.
-
-    Raises:
-      DataError, ConfigError: unusable settings or images. While iterating: many images in a row cannot be read.
     """
     import grain
 
     _local_batch("batch_size", data.batch_size, process_count)
     if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
-        problem = (
-            f"cannot be combined with scale={tuple(data.scale)}, which cuts original pixels; leave one of them at 1"
-        )
+        problem = f"cannot be combined with scale={tuple(data.scale)}, which cuts original pixels; set one of them to 1"
         raise ConfigError(problem, field="data.resize", value=data.resize)
     source = training_source(data)
     if len(source) < data.batch_size:
@@ -115,11 +109,7 @@ class TrainBatches:
         return {"images": self._position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from a state of `get_state`.
-
-        Raises:
-          DataError: not such a state.
-        """
+        """Continues from a state of `get_state`."""
         position = state.get("images") if isinstance(state, dict) else None
         if not isinstance(position, int) or position < 0:
             raise DataError(
@@ -202,12 +192,8 @@ def evaluation_batches(
     Args:
       data: a `config.DataConfig`.
       limit: number of images to use, the first ones; None: all.
-
-    Raises:
-      DataError, ConfigError: unusable settings or images.
     """
-    local = _local_batch("eval_batch_size", data.eval_batch_size, process_count)
-    source = evaluation_source(data)
+    local, source = _local_batch("eval_batch_size", data.eval_batch_size, process_count), evaluation_source(data)
     share = slice(process_index, None, process_count)
     return None if source is None else EvaluationBatches(data, source, limit, local, share)
 
@@ -229,24 +215,13 @@ def ordered_batches(
     """
     import grain
 
-    records = Masked(source, skipped, image_size, len(source), len(source) + size, VIEWS[views])
-    batches = grain.MapDataset.source(_ConsecutiveBatches(records, starts, size))
-    return iter(batches.to_iter_dataset(_read_options(threads)))
+    images = Masked(source, skipped, image_size, len(source), len(source) + size, VIEWS[views])
 
-
-class _ConsecutiveBatches:
-    """Batches of consecutive records in random access."""
-
-    def __init__(self, records: Masked, starts: list[int], size: int):
-        self._records, self._starts, self._size = records, starts, size
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict:
-        start = self._starts[index]
-        records = [self._records[start + i] for i in range(self._size)]
+    def read_batch(start: int) -> dict[str, Any]:
+        records = [images[start + i] for i in range(size)]
         return {name: np.stack([record[name] for record in records]) for name in records[0]} | {"first": start}
+
+    return iter(grain.MapDataset.source(starts).map(read_batch).to_iter_dataset(_read_options(threads)))
 
 
 def _augment(record: dict, rng: np.random.Generator, *, data: Any) -> dict:

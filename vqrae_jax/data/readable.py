@@ -1,7 +1,4 @@
-"""Decoding of the images of a source, and the handling of images that cannot be read.
-
-Every image that is skipped is counted and named.
-"""
+"""Decoding of the images of a source; images that cannot be read are skipped, counted and named."""
 
 import json
 import logging
@@ -43,13 +40,12 @@ class Skipped:
 
     def add(self, index: int, name: str, reason: Exception | str) -> None:
         """Counts an image, unless it is counted already."""
-        before = self.count
-        self._names.setdefault(index, name)
-        if before == self.count:
+        if index in self._names:
             return
-        if before < _MAX_NAMED:
+        self._names[index] = name
+        if self.count <= _MAX_NAMED:
             _log.warning("skipped %s: %s", name, reason)
-        elif before == _MAX_NAMED:
+        elif self.count == _MAX_NAMED + 1:
             _log.warning("further unreadable images are skipped and counted without a warning")
 
     def add_replaced(self, unreadable: Shaped[np.ndarray, " b"], source: Source) -> None:
@@ -78,10 +74,8 @@ class Replaced:
     def __getitem__(self, index: int) -> dict:
         """Returns {"image": PIL image or uint8 [H, W, 3], "label": int32, "unreadable": str}.
 
-        "unreadable" is a JSON list of [index, reason] for each replaced image, or "".
-
-        Raises:
-          DataError: none of the next hundred images is readable.
+        "unreadable" is a JSON list of [index, reason] for each replaced image, or "". A hundred unreadable images in a
+        row are a DataError.
         """
         tries, replaced = min(_MAX_RUN, len(self)), []
         for i in (number % len(self) for number in range(index, index + tries)):
@@ -102,8 +96,9 @@ class Replaced:
 class Masked:
     """Crops of a source's images in order, for evaluation and tokenizing; unreadable images are masked.
 
-    Records of damaged or missing images, and those after the end of the source, are black and have mask False. Failures
-    of the disk or bucket are errors, so that metrics and codes are never those of fewer images.
+    Records of damaged or missing images, and those after the end of the source, are black and have mask False. A
+    hundred such images in a row are a DataError, as are failures of the disk or bucket, so that metrics and codes are
+    never those of fewer images.
     """
 
     def __init__(
@@ -125,11 +120,7 @@ class Masked:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        """Returns {"image": uint8 [..., size, size, 3] of `crop`, "label": int32, "mask": bool}.
-
-        Raises:
-          DataError: the disk or bucket fails, or a hundred images in a row are damaged or missing.
-        """
+        """Returns {"image": uint8 [..., size, size, 3] of `crop`, "label": int32, "mask": bool}."""
         if index < self._count and index not in self._skipped:
             try:
                 record = _decode(self._source, index)

@@ -17,8 +17,8 @@ _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 class Source:
     """Images in random access.
 
-    Subclasses are built from a path (see `list_shards`) and the config field or argument that it comes from; they raise
-    DataError naming the field if there are no images, or damaged files.
+    Subclasses are built from a path (see `list_shards`) and the config field or argument that it comes from. Without
+    images, or with damaged files, they raise a DataError that names the field.
 
     `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 without one.
     It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails. `len(source)` includes
@@ -31,7 +31,6 @@ class Source:
 
     def fingerprint(self, count: int) -> bytes:
         """Returns what identifies the first `count` records apart from their keys, without reading them."""
-        del count
         return b""
 
     def listing(self, count: int) -> dict[str, int | str]:
@@ -44,16 +43,13 @@ class Source:
 
 
 def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[int, int]:
-    """Finds a record in files or row groups that follow one another.
+    """Finds a record in files or row groups that follow one another; IndexError without one.
 
     Args:
       ends: number of records up to and including each group.
 
     Returns:
       The number of the group and the record's number in it.
-
-    Raises:
-      IndexError: `index` is negative or too large.
     """
     total = int(ends[-1]) if len(ends) else 0
     if not 0 <= index < total:
@@ -63,12 +59,7 @@ def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[i
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
-    """Reads bytes [start, end) of a file.
-
-    Raises:
-      OSError: missing or not readable.
-      ImageError: the file ends before `end`.
-    """
+    """Reads bytes [start, end) of a file; ImageError if it ends earlier."""
     data = storage.read_bytes(path, start, end)
     if len(data) != end - start:
         raise ImageError(f"{path!r} is cut short: it ends before byte {end}")
@@ -83,9 +74,6 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) 
         "train-{0000..0146}.tar"; local or in a bucket.
       suffixes: accepted ends of file names.
       field: config field or argument that `path` comes from.
-
-    Raises:
-      DataError: no such files, a missing shard of a range, compressed files, or several splits.
     """
     path = os.path.expanduser(os.fspath(path))
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):

@@ -64,8 +64,8 @@ class TarShards(Source):
 
     def key(self, index: int) -> str:
         """Returns the name that the image and its label share, folders included: WebDataset's __key__."""
-        end = int(self._key_ends[index])
-        return bytes(self._index.keys[end - int(self._index.lengths[index]) : end]).decode(errors="replace")
+        end, length = int(self._key_ends[index]), int(self._index.lengths[index])
+        return bytes(self._index.keys[end - length : end]).decode(errors="replace")
 
     def fingerprint(self, count: int) -> bytes:
         """Returns the sizes of the first `count` images."""

@@ -1,15 +1,18 @@
 """Datasets prepared by TensorFlow Datasets as array_record or tfrecord, read without TensorFlow."""
 
 import os
+import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.source import Source
-from vqrae_jax.data.tfrecord import Part, TFRecords
+from vqrae_jax.data.source import Source, locate, read_range
 from vqrae_jax.errors import ConfigError, DataError, ImageError
+
+_LENGTH = struct.Struct("<Q")
+_HEADER, _FOOTER = 12, 4  # bytes before and after the data of a TFRecord
 
 
 class Prepared(Source):
@@ -25,10 +28,6 @@ class Prepared(Source):
           path: the data_dir that contains `name` (None: the default of TFDS), or the prepared folder.
           split: a split expression of TFDS, for example "train[:90%]".
           field: config field or argument that `split` comes from.
-
-        Raises:
-          DataError: no such dataset or split, an unsupported file format, or no 8-bit images.
-          ConfigError: neither `name` nor `path`.
         """
         builder = _builder(name, path)
         self._dataset, self._split = builder.info.full_name, split
@@ -75,7 +74,6 @@ def _tfds() -> Any:
 def _builder(name: str | None, path: str | os.PathLike | None) -> Any:
     """Returns the reader of a dataset's metadata files; the code that prepared the dataset is not needed."""
     tfds = _tfds()
-
     path = None if path is None else os.path.expanduser(os.fspath(path))
     try:
         if name is None:
@@ -118,7 +116,6 @@ def _prepared_folder(path: str | None) -> str:
 def _open_records(builder: Any, split: str, field: str) -> Sequence[bytes]:
     """Returns the serialized examples of a split in random access."""
     tfds = _tfds()
-
     kinds, formats, dataset = tfds.core.FileFormat, builder.info.available_file_formats(), builder.info.full_name
     if not {kinds.ARRAY_RECORD, kinds.TFRECORD} & formats:
         raise DataError(
@@ -159,7 +156,6 @@ def _open_records(builder: Any, split: str, field: str) -> Sequence[bytes]:
 def _find_features(builder: Any) -> tuple[str, str | None]:
     """Returns the names of the features of images and of labels (None if there are no labels)."""
     tfds = _tfds()
-
     dataset, features = builder.info.full_name, builder.info.features
     features = dict(sorted(features.items())) if hasattr(features, "items") else {}  # their order is not fixed
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -173,3 +169,51 @@ def _find_features(builder: Any) -> tuple[str, str | None]:
         raise DataError(f"{dataset} has {image} as {dtype}; expected uint8 or uint16", field="data.name")
     labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     return image, "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+
+
+class Part(NamedTuple):
+    """Records [skip, skip + take) of a file."""
+
+    path: str
+    skip: int
+    take: int
+
+
+class TFRecords:
+    """The records of several parts of TFRecord files, one after another, as bytes; read without TensorFlow.
+
+    A record is its length (uint64, little-endian), a checksum of the length (4 bytes), the data, and a checksum of the
+    data (4 bytes). The lengths of a file are read once, at its first record. Checksums are not verified, because a
+    damaged image fails to decode.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([part.take for part in self._parts], dtype=np.int64)
+        self._offsets = {}  # path -> byte offset of each record, and the end of the last one
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._parts else 0
+
+    def __getitem__(self, index: int | np.integer) -> bytes:
+        number, record = locate(self._ends, index)
+        path, record = self._parts[number].path, record + self._parts[number].skip
+        if path not in self._offsets:
+            self._offsets[path] = _record_offsets(path)
+        offsets = self._offsets[path]
+        if record >= len(offsets) - 1:
+            raise ImageError(f"{path!r} is cut short: it has {len(offsets) - 1} whole records, not number {record}")
+        return read_range(path, int(offsets[record]) + _HEADER, int(offsets[record + 1]) - _FOOTER)
+
+
+def _record_offsets(path: str) -> np.ndarray:
+    """Returns the byte offset of each whole record, and the end of the last one: int64 [records + 1]."""
+    size, offsets = storage.file_size(path), [0]
+    with storage.open_file(path) as file:
+        while offsets[-1] + _HEADER + _FOOTER <= size:
+            file.seek(offsets[-1])
+            end = offsets[-1] + _HEADER + _LENGTH.unpack(file.read(_LENGTH.size))[0] + _FOOTER
+            if end > size:
+                break
+            offsets.append(end)
+    return np.array(offsets, np.int64)
