@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Shaped
 
 from vqrae_jax import sharding
@@ -29,12 +30,7 @@ class Programs:
     """
 
     def __init__(
-        self,
-        module: VQRAE,
-        variables: Any,
-        mesh: jax.sharding.Mesh | None,
-        batch_size: int | None,
-        memory_limit: int | None,
+        self, module: VQRAE, variables: Any, mesh: Mesh | None, batch_size: int | None, memory_limit: int | None
     ):
         """See `Tokenizer`; `variables` are on their devices."""
         self.module, self.variables = module, variables
@@ -42,7 +38,8 @@ class Programs:
         leaf = jax.tree.leaves(variables)[0]
         self._sharding = sharding.over_data(mesh) if mesh else leaf.sharding
         self._batch_size = batch_size
-        self._memory = memory_limit or _device_memory(leaf) // 2
+        statistics = min(leaf.devices(), key=lambda device: device.id).memory_stats() or {}
+        self._memory = memory_limit or statistics.get("bytes_limit", DEFAULT_MEMORY) // 2
         self._max_batch = max(MAX_BATCH // self._parts, 1) * self._parts
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -53,7 +50,7 @@ class Programs:
             result = jax.eval_shape(functools.partial(_call, self.module, method), self.variables, row)
             return np.zeros((0, *result.shape[1:]), result.dtype)
         size = self.batch_size(method, rows)
-        batches = (pad_rows(rows[i : i + size], size) for i in range(0, len(rows), size))
+        batches = (_pad_rows(rows[i : i + size], size) for i in range(0, len(rows), size))
         if output == "jax":
             return jnp.concatenate([self._start(method, batch) for batch in batches])[: len(rows)]
         return np.concatenate(list(self.stream(method, batches)))[: len(rows)]
@@ -68,10 +65,11 @@ class Programs:
         yield from map(np.asarray, pending)
 
     def batch_size(self, method: str, rows: Rows) -> int:
-        """Returns the size of batches for `rows`: the fixed one, or the largest that fits into memory."""
+        """Returns the size of batches for `rows`: the fixed one, or a power of two per device that fits into memory."""
         if self._batch_size:
             return self._batch_size
-        size = bucket_size(len(rows), self._max_batch, self._parts)
+        parts = math.ceil(len(rows) / self._parts)
+        size = min(self._parts << max(parts - 1, 0).bit_length(), self._max_batch)
         analysis = self._compile(method, (size, *rows.shape[1:]), rows.dtype).memory_analysis()
         needed = getattr(analysis, "temp_size_in_bytes", 0)
         if needed <= self._memory or size == self._parts:
@@ -93,18 +91,12 @@ class Programs:
         return self._compiled[key]
 
 
-def pad_rows(batch: Shaped[np.ndarray, "b ..."], size: int) -> Shaped[np.ndarray, "size ..."]:
+def _pad_rows(batch: np.ndarray, size: int) -> np.ndarray:
     """Repeats the last row until there are `size`."""
     return batch if len(batch) == size else np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
 
 
-def bucket_size(count: int, largest: int, multiple: int = 1) -> int:
-    """Returns a batch size for `count` rows: `multiple` times a power of two, at most `largest`."""
-    parts = math.ceil(count / multiple)
-    return min(multiple << max(parts - 1, 0).bit_length(), largest)
-
-
-def leaf_shardings(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def leaf_shardings(tree: Any, mesh: Mesh | None) -> Any:
     """Returns the sharding of each leaf: by the table of names on a mesh, otherwise this process's first device."""
     if mesh is not None:
         return sharding.shardings(tree, mesh)
@@ -112,7 +104,7 @@ def leaf_shardings(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(lambda _: device, tree)
 
 
-def place_variables(variables: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, jax.sharding.Mesh | None]:
+def place_variables(variables: Any, mesh: Mesh | None) -> tuple[Any, Mesh | None]:
     """Returns the variables on their devices (shapes unchanged), and their mesh if they are on one."""
     leaves = jax.tree.leaves(variables)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
@@ -141,9 +133,3 @@ def _call(module: VQRAE, method: str, variables: Any, x: jax.Array) -> jax.Array
         x = x.astype(jnp.float32) / 255
     result = module.apply(variables, x, method=method)
     return jnp.clip(result, 0, 1) if method.startswith("decode") else result
-
-
-def _device_memory(leaf: jax.Array) -> int:
-    """Returns the memory in bytes of the first device of `leaf`."""
-    statistics = min(leaf.devices(), key=lambda device: device.id).memory_stats() or {}
-    return statistics.get("bytes_limit", DEFAULT_MEMORY)

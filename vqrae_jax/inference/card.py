@@ -31,7 +31,8 @@ tags: [jax, flax, image-tokenizer, vqrae]
 from vqrae_jax import Tokenizer
 
 tokenizer = Tokenizer.load("{name}")
-{example}
+{codes} = tokenizer.{encode}(images)  # images [B, H, W, 3]: uint8, or floats in [0, 1]
+images = tokenizer.{decode}({codes})  # [B, {size}, {size}, 3] in [0, 1]
 ```
 
 | property | value |
@@ -39,35 +40,28 @@ tokenizer = Tokenizer.load("{name}")
 {rows}
 """
 
-DISCRETE = """indices = tokenizer.encode_to_indices(images)  # images [B, H, W, 3]: uint8, or floats in [0, 1]
-images = tokenizer.decode_from_indices(indices)  # [B, {size}, {size}, 3] in [0, 1]"""
-CONTINUOUS = """latents = tokenizer.encode(images)  # images [B, H, W, 3]: uint8, or floats in [0, 1]
-images = tokenizer.decode(latents)  # [B, {size}, {size}, 3] in [0, 1]"""
-
 
 def write_card(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: FittedImages | None = None) -> None:
-    """Writes README.md to `folder`, and with `images` a figure of their reconstructions.
+    """Writes README.md to `folder`, and with `images` a figure of their reconstructions and metrics on them.
 
-    Args:
-      tokenizer: has a config.
-      folder: local folder.
-      name: path or hub id that the example loads.
-      images: images to show and to measure.
+    `name` is the path or hub id that the example loads.
     """
     rows, size = _describe(tokenizer), tokenizer.image_size
     if images is not None and len(images):
         rows += _write_figure(tokenizer, folder, images)
-    config, latent = tokenizer.config, "a continuous latent"
+    config = tokenizer.config
     if tokenizer.has_codes:
         latent = f"{np.prod(tokenizer.code_shape)} codes of {tokenizer.codebook_size}"
+        codes, encode, decode = "indices", "encode_to_indices", "decode_from_indices"
+    else:
+        latent, codes, encode, decode = "a continuous latent", "latents", "encode", "decode"
     encoder = f"a {config.encoder_cls} encoder (`{config.encoder_config_path}`)"
     if config.encoder_config_path is None:
         encoder = "a ViT encoder that was trained from random weights"
     text = TEMPLATE.format(
-        title=name.rpartition("/")[2], name=name,
+        title=name.rpartition("/")[2], name=name, size=size, codes=codes, encode=encode, decode=decode,
         summary=f"Encodes an image to {latent} with {encoder}, and decodes it to {size} x {size} pixels.",
         image=f"![input, reconstruction and codes]({IMAGE})\n\n" if (folder / IMAGE).is_file() else "",
-        example=(DISCRETE if tokenizer.has_codes else CONTINUOUS).format(size=size),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -16,11 +16,7 @@ Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions
 
 
 def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.ndarray, "B h w *levels"]:
-    """Reshapes indices of images to [B, h, w], with a last axis for several levels or groups.
-
-    Raises:
-      DataError: the indices have several scales and therefore no positions.
-    """
+    """Reshapes indices of images to [B, h, w], with a last axis for several levels or groups; refuses several scales."""
     side, shape = tokenizer.grid, tokenizer.code_shape
     if math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
         raise DataError(f"indices of shape {list(shape)} have no positions on the {side}x{side} grid")
@@ -30,12 +26,8 @@ def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.nda
 def paste(
     target: Int[np.ndarray, "h w *levels"], source: Int[np.ndarray, "h w *levels"], region: Region, at: tuple[int, int]
 ) -> Int[np.ndarray, "h w *levels"]:
-    """Returns a copy of `target` with a region of `source` whose top left corner is `at` (row, column).
-
-    What extends beyond the edge is cut.
-    """
-    top, left, bottom, right = region
-    row, column = at
+    """Returns a copy of `target` with a region of `source`, cut at the edge, whose top left corner is `at`."""
+    (top, left, bottom, right), (row, column) = region, at
     height, width = min(bottom - top, target.shape[0] - row), min(right - left, target.shape[1] - column)
     result = target.copy()
     result[row : row + height, column : column + width] = source[top : top + height, left : left + width]
@@ -51,9 +43,6 @@ def blend(
       tokenizer: has codes.
       first, second: indices of one image each, of shape `code_shape`.
       weights: weights of the second image, 0 to 1; 0 and 1 return the images' indices unchanged.
-
-    Raises:
-      DataError: the indices have another shape.
     """
     for indices in (first, second):
         if indices.shape != tokenizer.code_shape:
@@ -89,11 +78,7 @@ def nearest_patches(
 
 
 def decode_patches(tokenizer: Tokenizer, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n P P 3"]:
-    """Returns the appearance of codes: the central patch of an image in which all positions have that code.
-
-    Raises:
-      DataError: a position has several codes.
-    """
+    """Returns the appearance of codes: the central patch of an image in which all positions have that code."""
     side, shape = tokenizer.grid, tokenizer.code_shape
     if math.prod(shape) != side**2:
         raise DataError(f"indices of shape {list(shape)} have several codes per position; one alone has no appearance")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from vqrae_jax.data import images as image_files
 from vqrae_jax.errors import DataError
@@ -23,15 +23,7 @@ class FittedImages:
     """
 
     def __init__(self, images: Any, size: int, fit: Fit, fill: Sequence[float]):
-        """
-        Args:
-          images: an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are of numpy,
-            JAX or PyTorch, uint8 or floats in [0, 1].
-          size, fit, fill: see `fit_image`.
-
-        Raises:
-          DataError: wrong rank, channels, type or range; or images of several sizes with fit="model".
-        """
+        """Checks images as `Tokenizer` accepts them; for `size`, `fit` and `fill` see `fit_image`."""
         if image_files.is_pil_image(images):
             images = [images]
         if isinstance(images, list | tuple):
@@ -77,10 +69,10 @@ def fit_image(
     scales = [size / n for n in image.shape[:2]]
     if fit != "stretch":
         scales = [max(scales) if fit == "crop" else min(scales)] * 2
-    height, width = (max(1, round(n * s)) for n, s in zip(image.shape[:2], scales, strict=True))
+    sides = [(n, max(1, round(n * scale))) for n, scale in zip(image.shape[:2], scales, strict=True)]
+    weights = [matrix(before, after, "bicubic_antialias") for before, after in sides]
+    rows, columns = (w[max(len(w) - size, 0) // 2 :][:size] for w in weights)  # the central ones
     values = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
-    rows = _central_rows(matrix(values.shape[0], height, "bicubic_antialias"), size)
-    columns = _central_rows(matrix(values.shape[1], width, "bicubic_antialias"), size)
     values = np.clip(np.einsum("hH,HWC,wW->hwC", rows, values, columns, optimize=True), 0, 1)
     square = np.empty((size, size, 3), np.float32)
     square[:] = fill
@@ -90,11 +82,7 @@ def fit_image(
 
 
 def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
-    """Returns images as a numpy array, uint8 or float32 in [0, 1].
-
-    Raises:
-      DataError: wrong rank, channels, type or range, with the remedy.
-    """
+    """Returns images as a numpy array, uint8 or float32 in [0, 1]; raises DataError with the remedy for other input."""
     images = _to_array(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
         raise DataError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_suggest(images.shape)})")
@@ -144,7 +132,6 @@ def _to_array(images: Any) -> np.ndarray:
 
 
 def _suggest(shape: tuple[int, ...]) -> str:
-    """Returns how to change images of a wrong shape."""
     if len(shape) == 3 and shape[-1] == 3:
         return "add a batch axis: images[None]"
     if len(shape) == 4 and shape[1] == 3:
@@ -152,9 +139,3 @@ def _suggest(shape: tuple[int, ...]) -> str:
     if len(shape) == 4 and shape[-1] in (1, 4):
         return "three channels: images.repeat(3, axis=-1)" if shape[-1] == 1 else "three channels: images[..., :3]"
     return "three channels, on the last axis"
-
-
-def _central_rows(weights: Float[np.ndarray, "out in"], size: int) -> Float[np.ndarray, "rows in"]:
-    """Returns the central `size` rows, or all if there are fewer."""
-    start = max(len(weights) - size, 0) // 2
-    return weights[start : start + size]
