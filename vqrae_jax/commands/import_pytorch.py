@@ -13,7 +13,7 @@ from vqrae_jax import storage
 from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, saving
-from vqrae_jax.pretrained import readers
+from vqrae_jax.pretrained import readers, sources
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +29,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
     config = read_config(args.config)
-    _, variables = pytorch_checkpoint.read_checkpoint(config, args.checkpoint, args.weights)
+    tensors = sources.read_state_dict(args.checkpoint, "--checkpoint")
+    _, variables = pytorch_checkpoint.convert_checkpoint(config, tensors, args.weights, args.checkpoint)
     with storage.stage_output(args.output) as folder:
         saving.save_folder(folder, config, variables, frozen=False)
     print(f"wrote {args.output}")

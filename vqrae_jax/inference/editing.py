@@ -16,7 +16,7 @@ Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions
 
 
 def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.ndarray, "B h w *levels"]:
-    """Reshapes indices of images to [B, h, w], with a last axis for several levels or groups; refuses several scales."""
+    """Reshapes indices of images to [B, h, w], with a last axis for levels or groups; refuses several scales."""
     side, shape = tokenizer.grid, tokenizer.code_shape
     if math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
         raise DataError(f"indices of shape {list(shape)} have no positions on the {side}x{side} grid")
@@ -65,10 +65,7 @@ def blend(
 def nearest_patches(
     latents: Float[np.ndarray, "B h w C"], position: tuple[int, int, int], count: int
 ) -> list[tuple[int, int, int]]:
-    """Returns the other positions (image, row, column) whose latents are nearest to that of `position`.
-
-    Patches with the same code are first, in reading order.
-    """
+    """Returns the `count` other positions (image, row, column) with the nearest latents; ties are in reading order."""
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
     query = np.ravel_multi_index(position, latents.shape[:3])
     distances = ((flat - flat[query]) ** 2).sum(1)

@@ -17,9 +17,7 @@ Fit = Literal["crop", "pad", "stretch", "model"]
 class FittedImages:
     """Checked images as rows of an array [B, S, S, 3] that is computed slice by slice.
 
-    Attributes:
-      shape: (B, S, S, 3); with fit="model", the images' own height and width.
-      dtype: uint8 if all images are, otherwise float32 in [0, 1].
+    It is uint8 if all images are, otherwise float32 in [0, 1]. With fit="model" images have their own height and width.
     """
 
     def __init__(self, images: Any, size: int, fit: Fit, fill: Sequence[float]):

@@ -20,26 +20,16 @@ from vqrae_jax.inference.batching import leaf_shardings
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import sources
 
-PARTS = ("encoder", "quantizer", "decoder")
-
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """A tokenizer on this machine or in a bucket.
+    """A tokenizer on this machine or in a bucket."""
 
-    Attributes:
-      path: the saved folder, or the folder of one checkpoint.
-      config: the model section.
-      frozen: whether the encoder is the pretrained one that the config names, and not in the files.
-      provenance: version and, if known, revision, step, metrics and data of the training run.
-      run: the whole config of a checkpoint; None for a saved folder.
-    """
-
-    path: storage.Path
+    path: storage.Path  # the saved folder, or the folder of one checkpoint
     config: config_lib.ModelConfig
-    frozen: bool
-    provenance: dict[str, Any]
-    run: config_lib.Config | None = None
+    frozen: bool  # whether the encoder is the pretrained one that the config names, and not in the files
+    provenance: dict[str, Any]  # version and, if known, revision, step, metrics and data of the training run
+    run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
 
 
 def locate(path: str | os.PathLike, step: int | None = None) -> Location:
@@ -48,12 +38,6 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     Args:
       path: a run's workdir, one of its checkpoints, a saved folder (each local or gs://...), or a hub id.
       step: checkpoint of a workdir; None: the newest.
-
-    Raises:
-      CheckpointError: no complete checkpoint exists.
-      WeightsError: the saved folder is damaged, or the hub cannot be reached.
-      ConfigError: the config is of another version of this package.
-      StorageError: the bucket cannot be read.
     """
     local, name = storage.resolve_path(path), str(path)
     with storage.convert_errors(local, "read"):
@@ -63,8 +47,8 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
     elif not local.exists() and name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
         local = sources.fetch_folder(name, "--checkpoint")
     if not storage.is_remote(local) and saving.is_saved_folder(local):
-        description = saving.read_description(local)
-        return Location(local, description.config, description.encoder is not None, description.provenance)
+        config, encoder, provenance = saving.read_description(local)
+        return Location(local, config, encoder is not None, provenance)
     step_path = checkpoint.find_checkpoint(local, step)
     with _suggest_other_steps(step_path):
         meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
@@ -79,10 +63,6 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     """Returns the module, built for `mesh`, and its variables as they were trained.
 
     The variables of a checkpoint are on `mesh`, or on this process's first device; those of a folder are numpy arrays.
-
-    Raises:
-      CheckpointError: the checkpoint does not fit its config.
-      WeightsError: the encoder's weights are not available, or the folder is damaged.
     """
     if location.run is None:
         return saving.load_folder(location.path, mesh)
@@ -100,7 +80,8 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     with _suggest_other_steps(location.path):
         model = checkpoint.read_model(location.path, target)
     key = jax.random.key(location.run.train.seed)
-    params = initial_params(built, key, [n for n in PARTS if n not in trained], shardings)
+    untrained = [n for n in ("encoder", "quantizer", "decoder") if n not in trained]
+    params = initial_params(built, key, untrained, shardings)
     return built.module, {**model, "params": {**params, **model["params"]}}
 
 

@@ -3,9 +3,7 @@
 A frozen pretrained encoder is not in the folder: config.json has its source and the content hash that it must have.
 """
 
-import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -14,8 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import __version__
-from vqrae_jax import config as config_lib
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
+from vqrae_jax.config import ModelConfig, from_saved
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import readers, writers
@@ -25,32 +23,17 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELD = "--checkpoint"  # what names the folder, in messages
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """Content of config.json."""
-
-    config: config_lib.ModelConfig
-    encoder: dict[str, str] | None  # "source" and "sha256" of a pretrained encoder that is not in the folder
-    provenance: dict[str, Any]
-
-
 def save_folder(
-    folder: str | os.PathLike,
-    config: config_lib.ModelConfig,
-    variables: Any,
-    frozen: bool,
-    provenance: dict[str, Any] | None = None,
+    folder: pathlib.Path, config: ModelConfig, variables: Any, frozen: bool, provenance: dict[str, Any] | None = None
 ) -> pathlib.Path:
-    """Writes a model to a local folder, which is created if it is missing.
+    """Writes a model to a local folder, which is created if it is missing, and returns the folder.
 
     Args:
-      folder: local path.
-      config: the model section.
+      folder, config: the local folder, and the model section.
       variables: {"params", "batch_stats"} of the whole model.
       frozen: whether the encoder is the pretrained one that the config names; it is left out.
       provenance: values for config.json: where the model comes from, its metrics.
     """
-    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     params, encoder = dict(variables["params"]), None
     if frozen and config.encoder_config_path is not None:
@@ -74,16 +57,19 @@ def is_saved_folder(folder: pathlib.Path) -> bool:
     return (folder / CONFIG).is_file() and readers.read_json(folder / CONFIG, FIELD).get("format") == FORMAT
 
 
-def read_description(folder: pathlib.Path) -> Description:
-    """Reads config.json; raises WeightsError if it is damaged or from another program."""
+def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] | None, dict[str, Any]]:
+    """Reads config.json; raises WeightsError if it is damaged or from another program.
+
+    Returns:
+      The model section, "source" and "sha256" of a pretrained encoder that is not in the folder, and the provenance.
+    """
     content = readers.read_json(folder / CONFIG, FIELD)
     encoder = content.get("encoder")
     complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
     if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:
         raise WeightsError(f"{folder / CONFIG} is not the config of a saved {FORMAT} model", field=FIELD)
-    config = config_lib.from_saved(config_lib.ModelConfig, content["model"])
     provenance = {"version": content.get("version")} | (content.get("provenance") or {})
-    return Description(config, encoder, provenance)
+    return from_saved(ModelConfig, content["model"]), encoder, provenance
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -93,21 +79,16 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
-    """Returns the module, built for `mesh`, and its variables as numpy arrays.
-
-    Raises:
-      WeightsError: the folder is damaged, or the encoder is not available or not the one of training.
-    """
-    description = read_description(folder)
+    """Returns the module, built for `mesh`, and its variables as numpy arrays; checks the encoder's content hash."""
+    config, encoder, _ = read_description(folder)
     tensors = readers.read_tensors(folder / WEIGHTS, FIELD)
     variables = unflatten_dict({name: np.asarray(tensors[name]) for name in tensors}, sep="/")
     variables = {"params": {}, "batch_stats": {}} | variables
-    stats, encoder = variables["batch_stats"].get("latent", {}), description.encoder
-    built = build_tokenizer(description.config, latent_stats=stats, weights=encoder is not None, mesh=mesh)
+    stats = variables["batch_stats"].get("latent", {})
+    built = build_tokenizer(config, latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
         variables["params"]["encoder"] = built.pretrained["encoder"]
-        digest = writers.content_hash(built.pretrained["encoder"])
-        if digest != encoder["sha256"]:
+        if (digest := writers.content_hash(built.pretrained["encoder"])) != encoder["sha256"]:
             raise WeightsError(
                 f"{folder} was trained with an encoder of {encoder['source']} that had the content hash "
                 f"{encoder['sha256']}, but the hash is now {digest}, so its codes would have another meaning; restore "

@@ -37,18 +37,16 @@ def export_programs(module: VQRAE, variables: Any) -> tuple[dict[str, jax.export
     discrete, size = module.quantizer.has_indices, module.decoder.image_size
     methods = ("encode_to_indices", "decode_from_indices") if discrete else ("encode", "decode")
 
-    def vectorize(method: str) -> Callable[..., jax.Array]:
+    def call(method: str, weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
+        tree = {"params": {}, "batch_stats": {}} | unflatten_dict(weights, sep="/")
         # With a map over single images, only the mapped axis is symbolic, and all sizes inside the model are known.
-        def call(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
-            tree = {"params": {}, "batch_stats": {}} | unflatten_dict(weights, sep="/")
-            return jax.vmap(lambda x: module.apply(tree, x[None], method=method)[0])(batch)
+        return jax.vmap(lambda x: module.apply(tree, x[None], method=method)[0])(batch)
 
-        return call
+    def encode(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        return call(methods[0], weights, images)
 
-    encode = vectorize(methods[0])
-
-    def decode(weights: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
-        return jnp.clip(vectorize(methods[1])(weights, batch), 0, 1)
+    def decode(weights: dict[str, jax.Array], codes: jax.Array) -> jax.Array:
+        return jnp.clip(call(methods[1], weights, codes), 0, 1)
 
     def export(function: Callable[..., jax.Array], row: jax.ShapeDtypeStruct) -> jax.export.Exported:
         batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *row.shape[1:]), row.dtype)

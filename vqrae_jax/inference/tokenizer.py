@@ -41,9 +41,7 @@ class Tokenizer:
     Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are of numpy,
     JAX or PyTorch, uint8 or floats in [0, 1], of any size; `fit` makes them squares of `image_size` pixels. Results are
     numpy arrays, or JAX arrays with output="jax". Decoded images are float32 in [0, 1], [B, S, S, 3], S = image_size.
-
-    Any number of images is processed in batches of few sizes (powers of two), the last one padded, so few programs are
-    compiled.
+    Any number of images is processed in padded batches of few sizes (powers of two), so few programs are compiled.
 
     Attributes:
       module, variables: the model as it runs, with the encoder's position grid resampled to its input size.
@@ -79,9 +77,6 @@ class Tokenizer:
             "stretch" changes its proportions; all resample bicubically with antialiasing. "model" leaves images, which
             must have one size, to the encoder's resize, as in the PyTorch VQRAE (bicubic without antialiasing).
           output: "numpy", or "jax" to leave results on the device.
-
-        Raises:
-          ConfigError: an option is invalid.
         """
         _check_options(mesh, batch_size, memory_limit, fit, output)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
@@ -173,20 +168,13 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of what determines the meaning of a code: encoder, quantizer and their settings.
-
-        Tokenizers that differ only in the decoder have the same hash.
-        """
+        """SHA-256 of what determines the meaning of a code: encoder, quantizer and their settings, not the decoder."""
         if self.config is None:
             raise DataError("a tokenizer without a config has no hash: pass config=, or load it from its folder")
         values = self.config.model_dump(mode="json")
         settings = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in HASHED_FIELDS}
-        trees = {
-            f"{kind}/{part}": tree
-            for kind, parts in self.trained.items()
-            for part, tree in parts.items()
-            if part in ("encoder", "quantizer", "latent")
-        }
+        parts = ("encoder", "quantizer", "latent")
+        trees = {f"{kind}/{part}": tree[part] for kind, tree in self.trained.items() for part in parts if part in tree}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(writers.content_hash(jax.device_get(trees)).encode())
         return digest.hexdigest()
@@ -211,10 +199,7 @@ class Tokenizer:
         return self._run("decode", latents)
 
     def decode_from_indices(self, indices: Any) -> Float[Result, "B S S 3"]:
-        """Decodes indices of `encode_to_indices` to images.
-
-        Quantizers with several levels also decode the first levels alone.
-        """
+        """Decodes indices of `encode_to_indices` to images; with several levels, also the first levels alone."""
         return self._run("decode_from_indices", self._check_indices(indices))
 
     def lookup(self, indices: Any) -> Float[Result, "B ..."]:
@@ -234,19 +219,14 @@ class Tokenizer:
     def function(self, method: str) -> Callable[[Any, Any], Any]:
         """Returns a pure function (variables, x) -> result to use in jitted code, differentiable where the model is.
 
-        Pass `tokenizer.variables`. Images are [B, H, W, 3] floats in [0, 1]; decoded images are not clipped. Nothing is
-        resized, padded or checked.
-
-        Args:
-          method: encode, encode_to_indices, lookup, decode or decode_from_indices.
+        `method` is encode, encode_to_indices, lookup, decode or decode_from_indices. Pass `tokenizer.variables`. Images
+        are [B, H, W, 3] floats in [0, 1]; decoded images are not clipped. Nothing is resized, padded or checked.
         """
         if method not in METHODS:
             raise ConfigError(f"expected one of {', '.join(METHODS)}", field="method", value=method)
         return lambda variables, x: self.module.apply(variables, x, method=method)
 
-    def stream(
-        self, method: str, batches: Iterable[Shaped[np.ndarray, "_ ..."]]
-    ) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
+    def stream(self, method: str, batches: Iterable[Shaped[np.ndarray, "_ ..."]]) -> Iterator[np.ndarray]:
         """Yields the results of batches in order; one is computed while the previous result is copied and used.
 
         Nothing is checked, resized or padded: images are [B, S, S, 3], uint8 or float32 in [0, 1]. Each shape of batch
@@ -278,8 +258,7 @@ class Tokenizer:
     def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
         """Saves the tokenizer to a repository of the model hub, created if it is missing; returns its address.
 
-        Raises:
-          WeightsError: no network, no permission to write, or not logged in.
+        Raises WeightsError without network, login or permission to write.
         """
         save = functools.partial(self.save_pretrained, images=images, name=repo_id)
         return writers.push_to_hub(save, repo_id, private, token)
@@ -314,22 +293,17 @@ class Tokenizer:
 
 
 def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, output: Any) -> None:
-    for name, value, choices in (("fit", fit, get_args(Fit)), ("output", output, get_args(Output))):
-        if value not in choices:
-            raise ConfigError(f"expected one of {', '.join(map(repr, choices))}", field=name, value=value)
-    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-        raise ConfigError(
-            "expected a jax.sharding.Mesh, for example of vqrae_jax.sharding.make_mesh()", field="mesh", value=mesh
-        )
-    parts = sharding.data_ways(mesh) if mesh else 1
-    if batch_size is not None and not (
-        isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % parts == 0
+    is_mesh = isinstance(mesh, jax.sharding.Mesh)
+    parts = sharding.data_ways(mesh) if is_mesh else 1
+    valid_batch = isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % parts == 0
+    valid_limit = isinstance(memory_limit, numbers.Real) and memory_limit > 0
+    multiple = f"a positive multiple of {parts}, the number of devices that share a batch"
+    for field, value, valid, expected in (
+        ("fit", fit, fit in get_args(Fit), f"one of {', '.join(map(repr, get_args(Fit)))}"),
+        ("output", output, output in get_args(Output), f"one of {', '.join(map(repr, get_args(Output)))}"),
+        ("mesh", mesh, mesh is None or is_mesh, "a jax.sharding.Mesh, for example of vqrae_jax.sharding.make_mesh()"),
+        ("batch_size", batch_size, batch_size is None or valid_batch, multiple),
+        ("memory_limit", memory_limit, memory_limit is None or valid_limit, "a number of bytes, such as 8 * 1024**3"),
     ):
-        raise ConfigError(
-            f"expected a positive multiple of {parts}, the number of devices that share a batch",
-            field="batch_size", value=batch_size,
-        )  # fmt: skip
-    if memory_limit is not None and not (isinstance(memory_limit, numbers.Real) and memory_limit > 0):
-        raise ConfigError(
-            "expected a number of bytes, for example 8 * 1024**3", field="memory_limit", value=memory_limit
-        )
+        if not valid:
+            raise ConfigError(f"expected {expected}", field=field, value=value)
