@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         folder = options.data or write_photographs(pathlib.Path(scratch), options.limit or 256)
         batch = ["--batch", str(options.batch), "--shard-size", str(8 * options.batch)]
         limit = ["--limit", str(options.limit)] if options.limit else []
-        args = tokenize.parse(
+        args = tokenize.parser.parse_args(
             ["--checkpoint=-", "--data", folder, "--output", scratch, f"--threads={options.threads}", *batch, *limit]
         )
         tokenizer = Tokenizer.load(options.checkpoint) if options.checkpoint else build_random_tokenizer(options)

@@ -89,23 +89,16 @@ def test_reference_files_round_trip(tmp_path):
     assert reference.read_reference(path, 3, "evaluation.inception_reference").count is None
 
 
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"mu": np.zeros(4), "sigma": np.eye(4)},  # of another network
-        {"mean": np.zeros(3)},
-        {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
-        {"mu": np.array([object()] * 3), "sigma": np.eye(3)},
-        None,  # not a file of arrays
-    ],
-)
-def test_references_that_do_not_fit(tmp_path, arrays):
-    path, field = tmp_path / "reference.npz", "evaluation.encoder_reference"
-    if arrays is None:
-        path.write_bytes(b"PK")
-    else:
-        np.savez(path, **arrays)
-    for file in (path, tmp_path / "absent.npz"):
+def test_references_that_do_not_fit(tmp_path):
+    files = {
+        "another network": {"mu": np.zeros(4), "sigma": np.eye(4)}, "other names": {"mean": np.zeros(3)},
+        "not finite": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+        "objects": {"mu": np.array([object()] * 3), "sigma": np.eye(3)},
+    }  # fmt: skip
+    for name, arrays in files.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    (tmp_path / "no arrays.npz").write_bytes(b"PK")
+    for name in (*files, "no arrays", "absent"):
         with pytest.raises(WeightsError) as error:
-            reference.read_reference(file, 3, field)
-        assert error.value.field == field
+            reference.read_reference(tmp_path / f"{name}.npz", 3, "evaluation.encoder_reference")
+        assert error.value.field == "evaluation.encoder_reference", name

@@ -1,7 +1,6 @@
 """Tokenizers built from configs, and settings that are refused."""
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,8 @@ ARCHITECTURE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads"
 
 
 def random_encoder(**changes):
-    fields = {
-        "encoder_config_path": None,
-        "encoder_params": {"architecture": ARCHITECTURE},
-        "encoder_input_size": 32,
-        "decoder_config_path": "ViT-Nano",
-        "decoder_patch_size": 8,
-    }
-    return ModelConfig(**fields | changes)
+    fields = {"encoder_config_path": None, "encoder_params": {"architecture": ARCHITECTURE}, "encoder_input_size": 32}
+    return ModelConfig(**fields | {"decoder_config_path": "ViT-Nano", "decoder_patch_size": 8} | changes)
 
 
 def pretrained_encoder(golden, **changes):
@@ -40,9 +33,8 @@ def test_pretrained_parts_are_read_and_the_others_are_random(golden):
     jax.tree.map(np.testing.assert_array_equal, again["decoder"], params["decoder"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "field", "message"),
-    [
+def test_a_setting_that_does_not_fit_is_named():
+    for changes, field, message in (
         ({"encoder_input_size": 30}, "encoder_input_size", "24 and 32"),
         ({"encoder_params": {}}, "encoder_params.architecture", "hidden_size"),
         ({"encoder_params": {"architecture": ARCHITECTURE, "layers": (2,)}}, "encoder_params.layers", "0 to 1"),
@@ -50,27 +42,22 @@ def test_pretrained_parts_are_read_and_the_others_are_random(golden):
         ({"decoder_config_path": "ViT-Q"}, "decoder_config_path", "ViT-XL"),
         ({"encoder_config_path": "/absent"}, "encoder_params.architecture", "model.encoder_config_path=None"),
         ({"decoder_features": (0, 5)}, "decoder_features", "0 to 1"),
-    ],
-)
-def test_a_setting_that_does_not_fit_is_named(changes, field, message):
-    with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        build_tokenizer(random_encoder(**changes))
-    assert error.value.field == f"model.{field}"
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            build_tokenizer(random_encoder(**changes))
+        assert error.value.field == f"model.{field}"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_a_description_that_cannot_be_read_is_named():
+    for changes, message in (
         ({"encoder_params": {"architecture": ARCHITECTURE | {"num_attention_heads": 7}}}, "num_attention_heads=7"),
         ({"encoder_params": {"architecture": ARCHITECTURE | {"num_hidden_layers": 0}}}, "num_hidden_layers"),
         ({"normalization_stat_path": "/absent.npz"}, "model.normalization_stat_path='/absent.npz'"),
         ({"encoder_config_path": "/absent", "encoder_params": {}}, "model.encoder_config_path='/absent'"),
         ({"encoder_config_path": "a/b", "encoder_params": {}}, "model.encoder_config_path='a/b'"),
-    ],
-)
-def test_a_description_that_cannot_be_read_is_named(changes, message):
-    with pytest.raises(WeightsError, match=re.escape(message)):
-        build_tokenizer(random_encoder(**changes))
+    ):
+        with pytest.raises(WeightsError, match=message):
+            build_tokenizer(random_encoder(**changes))
 
 
 def test_latent_statistics_must_fit_the_latent(tmp_path):

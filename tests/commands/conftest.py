@@ -24,5 +24,5 @@ def tokenized(trained, photos, tmp_path_factory):
     """The codes of `photos` in three shards."""
     folder = tmp_path_factory.mktemp("codes")
     arguments = [f"--checkpoint={trained}", f"--data={photos}", f"--output={folder}", "--batch=8", "--shard-size=8"]
-    tokenize.tokenize(tokenize.parse(arguments))
+    tokenize.tokenize(tokenize.parser.parse_args(arguments))
     return folder

@@ -45,11 +45,11 @@ def test_the_command_writes_the_report(untrained, pixels, tmp_path, monkeypatch,
         images.write_image(tmp_path / "photos" / f"{i}.png", image)
     monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, step: untrained())
     arguments = ["--checkpoint=x", f"--data={tmp_path / 'photos'}", f"--output={tmp_path / 'report'}", "--alarm=1"]
-    codebook.report(codebook.parse(arguments))
+    codebook.report(codebook.parser.parse_args(arguments))
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {"use.png", "map.png", "patches.png", "positions.png", "report.json"}
     assert "ALARM" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as error:
-        codebook.report(codebook.parse([*arguments, f"--data={tmp_path / 'empty'}"]))
+        codebook.report(codebook.parser.parse_args([*arguments, f"--data={tmp_path / 'empty'}"]))
     assert error.value.field == "--data"

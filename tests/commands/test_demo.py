@@ -88,7 +88,7 @@ def test_a_file_that_is_not_an_image_changes_only_the_message(page, loaded, file
 @pytest.mark.parametrize("port", [0, 99999])
 def test_an_invalid_port_is_an_error(port):
     with pytest.raises(ConfigError) as error:
-        demo.serve(demo.parse(["--checkpoint=x", f"--port={port}"]))
+        demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
     assert (error.value.field, error.value.value) == ("--port", port)
 
 
@@ -108,7 +108,7 @@ def test_a_port_in_use_is_an_error(monkeypatch, page, trained):
         server.listen()
         port = server.getsockname()[1]
         with pytest.raises(ConfigError) as error:
-            demo.serve(demo.parse([f"--checkpoint={trained}", f"--port={port}"]))
+            demo.serve(demo.parser.parse_args([f"--checkpoint={trained}", f"--port={port}"]))
     assert (error.value.field, error.value.value) == ("--port", port)
 
 

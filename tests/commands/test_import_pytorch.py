@@ -25,11 +25,9 @@ def config(golden, case, tmp_path):
         "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "num_embeddings": 64,
         "normalization_stat_path": str(case / "stat.npz"),
     }  # fmt: skip
-    body = "".join(f"    c.model.{name} = {value!r}\n" for name, value in fields.items())
+    body = "".join(f"  c.model.{name} = {value!r}\n" for name, value in fields.items())
     file = tmp_path / "case.py"
-    file.write_text(
-        f"from vqrae_jax import config\n\n\ndef get_config():\n    c = config.defaults()\n{body}    return c\n"
-    )
+    file.write_text(f"from vqrae_jax import config\ndef get_config():\n  c = config.defaults()\n{body}  return c\n")
     return file
 
 
@@ -44,7 +42,7 @@ def tensors(case):
 
 
 def run(*arguments):
-    return import_pytorch.import_pytorch(import_pytorch.parse([str(argument) for argument in arguments]))
+    return import_pytorch.import_pytorch(import_pytorch.parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_an_imported_tokenizer_equals_the_pytorch_vqrae(case, config, tmp_path, assert_close):
@@ -64,14 +62,8 @@ def test_a_training_checkpoint_in_pytorchs_own_format(case, config, tensors, tmp
     torch.save({"step": 7, "epoch": 1, **states, "optimizer": None}, tmp_path / "0000007.pt")
     imported = {}
     for weights in ("model", "ema"):
-        output = tmp_path / weights
-        run(
-            f"--checkpoint={tmp_path / '0000007.pt'}",
-            f"--config={config}",
-            f"--output={output}",
-            f"--weights={weights}",
-        )
-        imported[weights] = Tokenizer.load(output).variables
+        files = f"--checkpoint={tmp_path / '0000007.pt'}", f"--config={config}", f"--output={tmp_path / weights}"
+        imported[weights] = Tokenizer.load(run(*files, f"--weights={weights}")).variables
     jax.tree.map(np.testing.assert_array_equal, imported["model"]["batch_stats"], imported["ema"]["batch_stats"])
     kernels = [np.asarray(variables["params"]["decoder"]["embed"]["kernel"]) for variables in imported.values()]
     assert np.abs(kernels[0] - kernels[1]).max() > 0

@@ -11,7 +11,7 @@ from vqrae_jax.errors import CheckpointError
 
 
 def run(path, *arguments):
-    return inspect.inspect(inspect.parse([f"--checkpoint={path}", *arguments]))
+    return inspect.inspect(inspect.parser.parse_args([f"--checkpoint={path}", *arguments]))
 
 
 def test_a_run_and_the_folder_saved_from_it_have_the_same_description(trained, tmp_path, capsys):
@@ -33,9 +33,8 @@ def test_a_run_and_the_folder_saved_from_it_have_the_same_description(trained, t
 def test_the_model_comes_first_and_nothing_twice(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     protocol = {"crop": "central square", "model": {"quantizer": "ema"}}
-    (workdir / "evaluation.json").write_text(
-        json.dumps({"step": 3, "metrics": {"eval/psnr": 9.0}, "remarks": [], "protocol": protocol})
-    )
+    evaluation = {"step": 3, "metrics": {"eval/psnr": 9.0}, "remarks": [], "protocol": protocol}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
     assert run(workdir)["protocol"] == protocol
     output = capsys.readouterr().out
     order = [output.index(name) for name in ("model.grid", "metrics.eval/psnr", "config.train.steps", "protocol.crop")]

@@ -13,17 +13,21 @@ import pytest
 from vqrae_jax import Tokenizer, storage
 from vqrae_jax.commands import tokenize
 from vqrae_jax.data import codes, images, readable
+from vqrae_jax.data.code_shards import SUFFIXES
 from vqrae_jax.errors import ConfigError, DataError
 
 
 def command_line(trained, photos, output, *arguments):
-    return [
-        f"--checkpoint={trained}", f"--data={photos}", f"--output={output}", "--batch=8", "--shard-size=8", *arguments
-    ]  # fmt: skip
+    files = f"--checkpoint={trained}", f"--data={photos}", f"--output={output}"
+    return [*files, "--batch=8", "--shard-size=8", *arguments]
+
+
+def run_with(arguments):
+    return tokenize.tokenize(tokenize.parser.parse_args(arguments))
 
 
 def run(trained, photos, output, *arguments):
-    return tokenize.tokenize(tokenize.parse(command_line(trained, photos, output, *arguments)))
+    return run_with(command_line(trained, photos, output, *arguments))
 
 
 def content(folder):
@@ -35,12 +39,9 @@ def test_codes_labels_and_ids_are_those_of_the_images(trained, photos, tokenized
     records = [dataset[i] for i in range(len(dataset))]
     assert [record["index"] for record in records] == [i for i in range(21) if i != 5]
     manifest = dataset.manifest
-    assert manifest["skipped"] == [5]
-    assert manifest["skipped_ids"] == ["cat ü/photo 11.png"]
-    assert manifest["tokenizer"] == tokenizer.hash
-    assert manifest["count"] == 20
-    assert [shard["count"] for shard in manifest["shards"]] == [7, 8, 5]
-    assert all(len(shard["sha256"]) == 64 for shard in manifest["shards"])
+    expected = {"skipped": [5], "skipped_ids": ["cat ü/photo 11.png"], "tokenizer": tokenizer.hash, "count": 20}
+    assert manifest.items() >= expected.items()
+    assert [(shard["count"], len(shard["sha256"])) for shard in manifest["shards"]] == [(7, 64), (8, 64), (5, 64)]
     for record in records:
         image = images.center_crop(images.read_image(photos / record["id"]), tokenizer.image_size)
         np.testing.assert_array_equal(record["codes"], tokenizer.encode_to_indices(image[None])[0])
@@ -57,7 +58,7 @@ def test_all_formats_hold_the_same(trained, photos, tokenized, tmp_path, form):
         assert expected == record
 
 
-@pytest.mark.parametrize("form", ["npz", "parquet", "webdataset", "array_record"])
+@pytest.mark.parametrize("form", SUFFIXES)
 def test_names_that_are_not_utf_8_are_ids_too(trained, tmp_path, form):
     folder, output = tmp_path / "data \udcfc", tmp_path / "codes"
     images.write_image(folder / "caf\udce9.png", np.zeros((32, 32, 3), np.uint8))
@@ -100,20 +101,17 @@ def test_a_folder_whose_files_have_changed_is_not_continued(trained, tmp_path):
 
 
 def test_a_killed_run_continues(trained, photos, tokenized, tmp_path, monkeypatch, capsys):
-    class Killed(BaseException):
-        pass
-
     write, calls = codes.write_shard, []
 
     def write_one(*args):
         calls.append(args)
         if len(calls) > 1:
-            raise Killed
+            raise KeyboardInterrupt
         return write(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(codes, "write_shard", write_one)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             run(trained, photos, tmp_path)
     (tmp_path / ".codes-00001-of-00003.npz.123").write_bytes(b"half of it")
     first = (tmp_path / "codes-00000-of-00003.npz").stat().st_mtime_ns
@@ -149,10 +147,10 @@ def test_any_number_of_devices_writes_the_same(trained, photos, tokenized, tmp_p
     devices = jax.local_devices()[:3]
     monkeypatch.setattr(tokenize.jax, "local_devices", lambda: devices)
     arguments = [f"--checkpoint={trained}", f"--data={photos}"]
-    assert tokenize.tokenize(tokenize.parse([*arguments, f"--output={tmp_path / 'default'}"]))["count"] == 20
+    assert run_with([*arguments, f"--output={tmp_path / 'default'}"])["count"] == 20
     monkeypatch.setattr(tokenize, "SHARD", 8)
     monkeypatch.setattr(tokenize, "VIEWS", 4)  # 12 images per batch
-    tokenize.tokenize(tokenize.parse([*arguments, f"--output={tmp_path / 'small'}"]))
+    run_with([*arguments, f"--output={tmp_path / 'small'}"])
     assert content(tmp_path / "small") == content(tokenized)
 
 
@@ -172,21 +170,18 @@ def test_a_folder_of_other_codes_is_refused(trained, photos, tokenized):
         run(trained, photos, tokenized, "--views=flip")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "field"),
-    [
+def test_invalid_arguments_are_errors_before_anything_is_written(trained, photos, tmp_path):
+    for arguments, error, field in (
         (["--processes=2", "--process=2"], ConfigError, "--process"),
         (["--processes=2"], ConfigError, "--process"),
         (["--shard-size=12"], ConfigError, "--shard-size"),
         (["--source=tape"], ConfigError, "--source"),
         (["--data=/missing"], DataError, "--data"),
         (["--source=webdataset", "--data=/missing"], DataError, "--data"),
-    ],
-)
-def test_invalid_arguments_are_errors_before_anything_is_written(trained, photos, tmp_path, arguments, error, field):
-    with pytest.raises(error) as raised:
-        run(trained, photos, tmp_path, *arguments)
-    assert raised.value.field == field
+    ):
+        with pytest.raises(error) as raised:
+            run(trained, photos, tmp_path, *arguments)
+        assert raised.value.field == field
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +195,7 @@ def start(trained, photos, output, *arguments, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["npz", "parquet", "webdataset", "array_record"])
+@pytest.mark.parametrize("form", SUFFIXES)
 def test_ten_kills_lose_and_double_nothing(trained, tmp_path, form):
     rng = np.random.default_rng(0)
     photos, expected, output = tmp_path / "photos", tmp_path / "expected", tmp_path / "killed"
@@ -229,10 +224,7 @@ def slurm(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "form"),
-    [("flags", "npz"), ("slurm", "npz"), ("flags", "parquet"), ("flags", "webdataset"), ("flags", "array_record")],
-)
+@pytest.mark.parametrize(("launcher", "form"), [("slurm", "npz"), *(("flags", suffix) for suffix in SUFFIXES)])
 def test_two_processes_at_once_write_the_same_as_one(trained, photos, tmp_path, launcher, form):
     run(trained, photos, tmp_path / "one", f"--format={form}")
     flags = [["--processes=2", f"--process={i}"] if launcher == "flags" else [] for i in range(2)]

@@ -160,7 +160,7 @@ def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path
         write_image(folder / f"{number:02d}.png", image)
     encoder = config().evaluation.encoder_path
     arguments = {"data": folder, "size": 32, "encoder": encoder, "encoder-size": 28, "output": file}
-    command = reference_statistics.parse([f"--{name}={value}" for name, value in arguments.items()])
+    command = reference_statistics.parser.parse_args([f"--{name}={value}" for name, value in arguments.items()])
     assert reference_statistics.reference_statistics(command).count == 64
     for source in (folder, file):
         metrics = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])

@@ -68,7 +68,7 @@ def test_pixels_are_read(files):
 def test_folder_is_tokenized(trained, files, tmp_path, capsys):
     folder, _, expected = files
     arguments = [f"--checkpoint={trained}", f"--data={folder}", f"--output={tmp_path / 'codes ü'}", "--batch=8"]
-    manifest = tokenize.tokenize(tokenize.parse([*arguments, "--shard-size=8"]))
+    manifest = tokenize.tokenize(tokenize.parser.parse_args([*arguments, "--shard-size=8"]))
     assert manifest["count"] == len(expected)
     assert f"skipped 4 unreadable images: {', '.join(BROKEN)}\n" in capsys.readouterr().err
     tokenizer = Tokenizer.load(trained, batch_size=8)
@@ -80,7 +80,7 @@ def test_folder_is_tokenized(trained, files, tmp_path, capsys):
 def test_folder_is_reconstructed(trained, files, tmp_path, capsys):
     folder, _, expected = files
     arguments = [f"--checkpoint={trained}", "--image", str(folder), f"--output={tmp_path / 'images ü'}", "--batch=8"]
-    written = reconstruct.reconstruct(reconstruct.parse(arguments))
+    written = reconstruct.reconstruct(reconstruct.parser.parse_args(arguments))
     assert sorted(path.stem[6:] for path in written) == sorted(name.rpartition(".")[0] for name in expected)
     message = capsys.readouterr().err
     assert "skipped 4 unreadable files" in message

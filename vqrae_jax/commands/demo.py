@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,11 @@ TITLE = "Images as codes"
 HELP = f"""Drop an image into each slot. With **{LOOK}**, click a patch to see its code and the patches nearest to it.
 With **{PASTE}**, click two corners of a region in the second image, then a position in the first."""
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("demo", "Serves a web page to look at, compare and edit the codes of images.")
-    parser.add_checkpoint()
-    parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
-    parser.add("--port", type=int, default=7860)
-    parser.add_count("--max-upload", "largest file in MB", 10)
-    return parser.parse_args(argv)
+parser = command_line.Parser("demo", "Serves a web page to look at, compare and edit the codes of images.")
+parser.add_checkpoint()
+parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
+parser.add("--port", type=int, default=7860)
+parser.add_count("--max-upload", "largest file in MB", 10)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,14 +97,18 @@ class Page:
         grid = self.tokenizer.grid
         row, column = (min(max(int(fraction * grid), 0), grid - 1) for fraction in (y, x))
         if not paste:
-            return _select_patch(session, slot, row, column)
+            code = session.slots[slot].codes[row, column]
+            name = ", ".join(map(str, np.atleast_1d(code)))
+            same = sum((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum() for s in session.slots if s)
+            message = f"Row {row}, column {column}: code **{name}**, used {same} {'time' if same == 1 else 'times'}."
+            return session.change(f"{message} Below: the patch and its nearest.", selected=(slot, row, column))
         if slot == 1:
             return _select_region(session, row, column)
         if session.region is None:
             return session.change("Click two corners of a region in the second image first.")
         first, second = session.slots
         codes = editing.paste(first.codes, second.codes, session.region, (row, column))
-        changed = int((codes != first.codes).any(axis=tuple(range(2, codes.ndim))).sum())
+        changed = (codes != first.codes).any(axis=tuple(range(2, codes.ndim))).sum()
         message = f"Pasted at row {row}, column {column}: {changed} codes changed."
         return session.change(message, slots=(self._decode(first, codes), second), selected=None)
 
@@ -117,12 +117,12 @@ class Page:
         first, second = session.slots
         if first is None:
             return session
-        slots = (self._decode(first, first.original), second)
+        slots = self._decode(first, first.original), second
         return session.change("The first image has its original codes again.", slots=slots, selected=None)
 
     def render(self, session: Session) -> tuple[np.ndarray | None, ...]:
         """Returns reconstruction and code map of both slots, and the nearest patches."""
-        views: list[np.ndarray | None] = []
+        views = []
         for i, slot in enumerate(session.slots):
             if slot is None:
                 views += [None, None]
@@ -151,24 +151,14 @@ class Page:
         slots = [content for content in session.slots if content]
         start = (slots.index(session.slots[slot]), row, column)
         nearest = editing.nearest_patches(np.stack([content.latents for content in slots]), start, NEAREST)
-        side, tiles = self.tokenizer.downsampling, []
-        for i, y, x in [start, *nearest]:
-            tiles.append(slots[i].reconstruction[y * side : (y + 1) * side, x * side : (x + 1) * side])
-        return visualize.strip(tiles, 64)
+        side = self.tokenizer.downsampling
+        cells = [(slots[i].reconstruction, y * side, x * side) for i, y, x in (start, *nearest)]
+        return visualize.strip([image[y : y + side, x : x + side] for image, y, x in cells], 64)
 
 
 def _replace_slot(session: Session, slot: int, content: Slot | None, message: str) -> Session:
     slots = tuple(content if i == slot else other for i, other in enumerate(session.slots))
     return session.change(message, slots=slots, selected=None, corner=None, region=None)
-
-
-def _select_patch(session: Session, slot: int, row: int, column: int) -> Session:
-    code = session.slots[slot].codes[row, column]
-    name = ", ".join(map(str, np.atleast_1d(code)))
-    same = sum(int((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum()) for s in session.slots if s)
-    count = "once" if same == 1 else f"{same} times"
-    message = f"Row {row}, column {column}: code **{name}**, used {count}. Below: the patch and those nearest to it."
-    return session.change(message, selected=(slot, row, column))
 
 
 def _select_region(session: Session, row: int, column: int) -> Session:
@@ -244,10 +234,8 @@ def serve(args: argparse.Namespace) -> None:
                 theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
             )  # fmt: skip
         except OSError:
-            raise ConfigError(
-                f"is not available on --host={args.host}: it is in use, or the address is not of this machine; pass "
-                "another", field="--port", value=args.port,
-            ) from None  # fmt: skip
+            message = f"is not available on --host={args.host}, or the address is not of this machine; pass another"
+            raise ConfigError(message, field="--port", value=args.port) from None
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()
 
@@ -261,7 +249,7 @@ def import_gradio() -> Any:
     return gradio
 
 
-main = command_line.build_main(parse, serve)
+main = command_line.build_main(parser, serve)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ import concurrent.futures
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,14 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 THREADS = 4  # that compress images
 MAX_BYTES = 200  # of an id in a file name; most file systems allow 255 for the whole name
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("detokenize", "Decodes the codes of a dataset, or an array of codes, to image files.")
-    parser.add_checkpoint()
-    parser.add("--codes", "folder written by tokenize, or .npy file with codes [N, ...]", required=True)
-    parser.add("--output", "folder for the images", required=True)
-    parser.add("--format", default="png", choices=["png", "jpg", "webp"])
-    parser.add("--names", "names of the files: number in the dataset, or id", default="index", choices=["index", "id"])
-    parser.add("--force", "accept codes of another tokenizer", action="store_true")
-    parser.add_batch_and_limit(32)
-    return parser.parse_args(argv)
+parser = command_line.Parser("detokenize", "Decodes the codes of a dataset, or an array of codes, to image files.")
+parser.add_checkpoint()
+parser.add("--codes", "folder written by tokenize, or .npy file with codes [N, ...]", required=True)
+parser.add("--output", "folder for the images", required=True)
+parser.add("--format", default="png", choices=["png", "jpg", "webp"])
+parser.add("--names", "names of the files: number in the dataset, or id", default="index", choices=["index", "id"])
+parser.add("--force", "accept codes of another tokenizer", action="store_true")
+parser.add_batch_and_limit(32)
 
 
 def detokenize(args: argparse.Namespace) -> list[storage.Path]:
@@ -47,7 +43,7 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
     if dataset is None:
         array = _read_array(storage.download(path))
-        total, shards = len(array), iter([([f"{i:08d}" for i in range(len(array))], array)])
+        total, shards = len(array), [([f"{i:08d}" for i in range(len(array))], array)]
     elif dataset.plan.tokenizer == tokenizer.hash or args.force:
         total, shards = len(dataset), _named_shards(dataset, args.names)
     else:
@@ -57,12 +53,11 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
             field="--codes", value=str(path),
         )  # fmt: skip
     total = min(total, args.limit or total)
-    has_views = dataset is not None and dataset.plan.views != "one"
     written: list[storage.Path] = []
     with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
         batches = _batches(shards, total, args.batch)
         for names, indices in command_line.progress(batches, total, "images", lambda batch: len(batch[0])):
-            if has_views:
+            if dataset is not None and dataset.plan.views != "one":
                 names = [f"{name}_{view}" for name in names for view in range(indices.shape[1])]
                 indices = indices.reshape(-1, *indices.shape[2:])
             decoded = visualize.to_uint8(tokenizer.decode_from_indices(indices))
@@ -88,7 +83,7 @@ def _named_shards(dataset: code_files.Codes, names: str) -> Iterator[tuple[list[
         yield ids, shard.codes
 
 
-def _batches(shards: Iterator[tuple[list[str], np.ndarray]], total: int, size: int) -> Iterator[tuple[list[str], Any]]:
+def _batches(shards: Iterable[tuple[list[str], np.ndarray]], total: int, size: int) -> Iterator[tuple[list[str], Any]]:
     """Yields names and codes of the first `total` images, at most `size` at a time and of one shard."""
     for names, indices in shards:
         for start in range(0, min(len(names), total), size):
@@ -112,7 +107,7 @@ def unique_name(id: str, used: set[str]) -> str:
     return name
 
 
-main = command_line.build_main(parse, detokenize)
+main = command_line.build_main(parser, detokenize)
 
 if __name__ == "__main__":
     main()

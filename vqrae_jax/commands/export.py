@@ -8,7 +8,6 @@ stablehlo: encode and decode as programs that run without this package, for any 
 """
 
 import argparse
-from collections.abc import Sequence
 
 import jax
 
@@ -19,16 +18,11 @@ from vqrae_jax.inference import pytorch_checkpoint, saving, stablehlo
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained import pytorch_vqrae, writers
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("export", "Writes a trained model for PyTorch, as a folder, or as StableHLO.")
-    parser.add_checkpoint()
-    parser.add("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
-    parser.add("--output", "a .pt file for pytorch, otherwise a folder", required=True)
-    versions = "pytorch: version of transformers whose tensor names the encoder gets"
-    parser.add("--transformers", versions, type=int, choices=[4, 5], default=4)
-    return parser.parse_args(argv)
+parser = command_line.Parser("export", "Writes a trained model for PyTorch, as a folder, or as StableHLO.")
+parser.add_checkpoint()
+parser.add("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
+parser.add("--output", "a .pt file for pytorch, otherwise a folder", required=True)
+parser.add("--transformers", "pytorch: version whose names the encoder gets", type=int, choices=[4, 5], default=4)
 
 
 def export(args: argparse.Namespace) -> list[storage.Path]:
@@ -58,7 +52,7 @@ def export(args: argparse.Namespace) -> list[storage.Path]:
     return written
 
 
-main = command_line.build_main(parse, export)
+main = command_line.build_main(parser, export)
 
 if __name__ == "__main__":
     main()

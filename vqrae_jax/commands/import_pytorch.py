@@ -6,7 +6,6 @@ vqrae import-pytorch --checkpoint=0100000.pt --config=configs/dinov2_b.py --outp
 import argparse
 import logging
 import pathlib
-from collections.abc import Sequence
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
@@ -15,15 +14,11 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers, sources
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
-    parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub", required=True)
-    parser.add("--config", "config of the model: configs/NAME.py[:argument], or .json", required=True)
-    parser.add("--weights", "which weights of a training checkpoint", choices=["ema", "model"], default="ema")
-    parser.add("--output", "folder to write", required=True)
-    return parser.parse_args(argv)
+parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
+parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub", required=True)
+parser.add("--config", "config of the model: configs/NAME.py[:argument], or .json", required=True)
+parser.add("--weights", "which weights of a training checkpoint", choices=["ema", "model"], default="ema")
+parser.add("--output", "folder to write", required=True)
 
 
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
@@ -38,25 +33,16 @@ def import_pytorch(args: argparse.Namespace) -> storage.Path:
 
 
 def read_config(name: str) -> config_lib.ModelConfig:
-    """Reads the model section of a config file.
-
-    Args:
-      name: a Python file as in configs/, with an optional argument after a colon, or a JSON file.
-
-    Raises:
-      ConfigError: the file is missing, is not a config, or has a field that is not accepted.
-    """
+    """Reads the model section of a Python file as in configs/, with an optional argument after a colon, or of JSON."""
     file = pathlib.Path(name.partition(":")[0])
     if not file.is_file() or file.suffix not in (".py", ".json"):
         raise ConfigError("expected an existing .py or .json file", field="--config", value=name)
-    if file.suffix == ".json":
-        values = readers.read_json(file, "--config")
-    else:
-        values = config_lib.load_config_file(name).to_dict()
+    is_json = file.suffix == ".json"
+    values = readers.read_json(file, "--config") if is_json else config_lib.load_config_file(name).to_dict()
     return config_lib.from_dict(config_lib.Config, values).model
 
 
-main = command_line.build_main(parse, import_pytorch, logging.INFO)
+main = command_line.build_main(parser, import_pytorch, logging.INFO)
 
 if __name__ == "__main__":
     main()

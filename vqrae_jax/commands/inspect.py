@@ -10,7 +10,7 @@ import collections
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -25,15 +25,11 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 
 WIDTH = 160  # columns of output that is not a terminal
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("inspect", "Shows the config, sizes, metrics and origin of a checkpoint.")
-    parser.add_checkpoint()
-    parser.add("--config", "show every field of the config, not only changed ones", action="store_true")
-    parser.add("--hash", "show the hash of the tokenizer too; reads all weights", action="store_true")
-    parser.add("--json", "print one JSON object instead of a table", action="store_true")
-    return parser.parse_args(argv)
+parser = command_line.Parser("inspect", "Shows the config, sizes, metrics and origin of a checkpoint.")
+parser.add_checkpoint()
+parser.add("--config", "show every field of the config, not only changed ones", action="store_true")
+parser.add("--hash", "show the hash of the tokenizer too; reads all weights", action="store_true")
+parser.add("--json", "print one JSON object instead of a table", action="store_true")
 
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,8 +71,7 @@ def _describe_model(location: Location) -> dict[str, Any]:
     tokenizer = Tokenizer(built.module, shapes, location.config)
     model = {"image size": tokenizer.image_size, "grid": tokenizer.grid, "downsampling": tokenizer.downsampling}
     if tokenizer.has_codes:
-        model["code shape"] = list(tokenizer.code_shape)
-        model["codebook size"] = tokenizer.codebook_size
+        model |= {"code shape": list(tokenizer.code_shape), "codebook size": tokenizer.codebook_size}
         model["bits per image"] = tokenizer.bits_per_image
     encoder = location.config.encoder_config_path if location.frozen else "in the files"
     return {"model": model, "parameters": parameters, "encoder": encoder}
@@ -125,7 +120,7 @@ def _print_table(description: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table, highlight=False, markup=False)
 
 
-main = command_line.build_main(parse, inspect)
+main = command_line.build_main(parser, inspect)
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,13 @@ vqrae latent-statistics --encoder=facebook/dinov2-base --data=/data/train --outp
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from vqrae_jax import sharding, storage
 from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
@@ -25,19 +25,15 @@ ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they se
     "data.image_size": "--size", "model.encoder_input_size": "--size", "model.encoder_config_path": "--encoder",
 }  # fmt: skip
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("latent-statistics", __doc__.partition("\n\n")[0])
-    parser.add("--encoder", "hub id or local folder: value of model.encoder_config_path", required=True)
-    parser.add_encoder_class("model.encoder_cls")
-    parser.add_count("--size", "pixels: value of model.encoder_input_size", 224)
-    parser.add_data()
-    parser.add("--output", "file to write, .npz", required=True)
-    parser.add("--per-position", "mean and variance per position: [h, w, C]", action="store_true")
-    parser.add_count("--components", "number of principal axes", 64)
-    parser.add_batch_and_limit(32)
-    return parser.parse_args(argv)
+parser = command_line.Parser("latent-statistics", __doc__.partition("\n\n")[0])
+parser.add("--encoder", "hub id or local folder: value of model.encoder_config_path", required=True)
+parser.add_encoder_class("model.encoder_cls")
+parser.add_count("--size", "pixels: value of model.encoder_input_size", 224)
+parser.add_data()
+parser.add("--output", "file to write, .npz", required=True)
+parser.add("--per-position", "mean and variance per position: [h, w, C]", action="store_true")
+parser.add_count("--components", "number of principal axes", 64)
+parser.add_batch_and_limit(32)
 
 
 @command_line.names_arguments(ARGUMENTS)
@@ -68,19 +64,12 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def estimate(
-    encode: Callable[[Float[Array, "B H W 3"]], Float[Array, "B h w C"]],
-    batches: Iterable[dict[str, np.ndarray]],
-    mesh: Mesh,
+    encode: Callable[[Array], Array], batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> tuple[Moments, Moments]:
-    """Computes moments of latents in one pass over batches of images.
+    """Computes moments of `encode(images)`, [b, h, w, C], in one pass over batches, split over the mesh's "data" axis.
 
-    Args:
-      encode: images in [0, 1] to latents.
-      batches: {"image": [b, H, W, 3] uint8 or floats in [0, 1], "mask": bool [b]}, this process's parts, of one size.
-      mesh: its "data" axis divides the batch.
-
-    Returns:
-      Moments of the channels [C] over images and positions, and diagonal moments of the latents [h, w, C] over images.
+    Batches are {"image": [b, H, W, 3] uint8 or floats in [0, 1], "mask": bool [b]}, this process's parts, of one size.
+    The first moments are of the channels [C] over images and positions, the second, diagonal, of [h, w, C] over images.
     """
 
     def step(images: Array, mask: Array) -> tuple[Array, ...]:
@@ -121,7 +110,7 @@ def summarize(channels: Moments, positions: Moments | None, components: int) -> 
     return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
 
-main = command_line.build_main(parse, latent_statistics)
+main = command_line.build_main(parser, latent_statistics)
 
 if __name__ == "__main__":
     main()

@@ -30,14 +30,10 @@ CHARTS = {  # title: patterns of metric names; charts without values are left ou
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
-    parser.add("--workdir", "workdirs of runs; several share the charts", required=True, nargs="+")
-    parser.add("--output", f"file to write: {', '.join(SUFFIXES)}", required=True)
-    parser.add("--show", "one chart per pattern of metric names, as 'eval/*'; a selection by default", nargs="+")
-    return parser.parse_args(argv)
+parser = command_line.Parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
+parser.add("--workdir", "workdirs of runs; several share the charts", required=True, nargs="+")
+parser.add("--output", f"file to write: {', '.join(SUFFIXES)}", required=True)
+parser.add("--show", "one chart per pattern of metric names, as 'eval/*'; a selection by default", nargs="+")
 
 
 def plot(args: argparse.Namespace) -> list[str]:
@@ -65,9 +61,6 @@ def read_metrics(workdir: str | os.PathLike) -> visualize.Curves:
 
     A run that was resumed from an earlier checkpoint logs some steps twice: the later line counts. Lines that are not
     complete are ignored.
-
-    Raises:
-      DataError: the workdir has no metrics.
     """
     file = storage.resolve_path(workdir) / METRICS_FILE
     if not file.is_file():
@@ -87,12 +80,12 @@ def read_metrics(workdir: str | os.PathLike) -> visualize.Curves:
 
 def select_curves(runs: dict[str, visualize.Curves], patterns: Sequence[str]) -> visualize.Curves:
     """Returns the curves of one chart, labeled by metric, and by run if there are several."""
-    selected = {}
-    for run, curves in runs.items():
-        for name in sorted(curves):
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                selected[name if len(runs) == 1 else f"{run}: {name}"] = curves[name]
-    return selected
+    return {
+        name if len(runs) == 1 else f"{run}: {name}": curves[name]
+        for run, curves in runs.items()
+        for name in sorted(curves)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:
@@ -101,7 +94,7 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(map(str, workdirs))
 
 
-main = command_line.build_main(parse, plot)
+main = command_line.build_main(parser, plot)
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,20 +28,16 @@ log = logging.getLogger(__name__)
 
 SHOW = "input,reconstruction,codes"
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("reconstruct", __doc__.partition("\n\n")[0])
-    parser.add_checkpoint()
-    parser.add("--image", "images, folders, or patterns as 'a/*.png'", required=True, nargs="+")
-    parser.add("--output", "one image for all (.png, .jpg, .webp), or a folder for one image each", required=True)
-    parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
-    parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
-    parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
-    parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
-    parser.add("--metrics", "JSON file for the metrics of each image")
-    parser.add_count("--batch", "images per batch", 32)
-    return parser.parse_args(argv)
+parser = command_line.Parser("reconstruct", __doc__.partition("\n\n")[0])
+parser.add_checkpoint()
+parser.add("--image", "images, folders, or patterns as 'a/*.png'", required=True, nargs="+")
+parser.add("--output", "one image for all (.png, .jpg, .webp), or a folder for one image each", required=True)
+parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
+parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
+parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
+parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
+parser.add("--metrics", "JSON file for the metrics of each image")
+parser.add_count("--batch", "images per batch", 32)
 
 
 def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
@@ -60,15 +56,14 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(1, min(args.batch, len(files))), fit=args.fit)
 
     def render(rows: list[list[Any]]) -> np.ndarray:
-        columns = (None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True))
-        originals, reconstructions, indices = columns
+        columns = zip(*rows, strict=True)
+        originals, reconstructions, indices = (None if column[0] is None else np.stack(column) for column in columns)
         if args.only:
             return np.concatenate(reconstructions, axis=1)
         per_row = 1 if len(rows) == 1 else 2
         return visualize.reconstruction_grid(originals, reconstructions, indices, tokenizer.grid, per_row, show)
 
-    skipped: list[str] = []
-    written, rows, metrics = [], [], {}
+    skipped, written, rows, metrics = [], [], [], {}
     batches = _read_batches(files, tokenizer, skipped)
     for names, originals in command_line.progress(batches, len(files), "images", lambda batch: len(batch[0])):
         indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else [None] * len(names)
@@ -76,8 +71,12 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
         values = _compare(decoded, originals / np.float32(255))
         for i, (name, *row) in enumerate(zip(names, originals, visualize.to_uint8(decoded), indices, strict=True)):
             metrics[name] = {metric: float(value[i]) for metric, value in values.items()}
-            codes = _describe_codes(indices[i], tokenizer.codebook_size) if tokenizer.has_codes else ""
-            print(f"{name}: {_format(metrics[name])}{codes}")
+            text = f"{name}: {_format(metrics[name])}"
+            if tokenizer.has_codes:
+                text += (
+                    f", {indices[i].size} codes, {len(np.unique(indices[i]))} different of {tokenizer.codebook_size}"
+                )
+            print(text)
             if to_folder:
                 written.append(output / f"{len(written):05d}_{pathlib.Path(name).stem}.{args.format}")
                 images.write_image(written[-1], render([row]))
@@ -98,10 +97,9 @@ def _find_files(name: str) -> list[str]:
         return list_images(name, field="--image")
     if pathlib.Path(name).exists() or not glob.has_magic(name):
         return [name]
-    files = sorted(glob.glob(name, recursive=True))
-    if not files:
-        raise DataError("no file matches", field="--image", value=name)
-    return files
+    if files := sorted(glob.glob(name, recursive=True)):
+        return files
+    raise DataError("no file matches", field="--image", value=name)
 
 
 def _read_batches(files: list[str], tokenizer: Tokenizer, skipped: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -116,8 +114,7 @@ def _read_batches(files: list[str], tokenizer: Tokenizer, skipped: list[str]) ->
             log.warning("%s", error)
             skipped.append(str(error))
         if batch and (len(batch) == tokenizer.batch_size or i + 1 == len(files)):
-            names, originals = zip(*batch, strict=True)
-            yield list(names), np.stack(originals)
+            yield [name for name, _ in batch], np.stack([square for _, square in batch])
             batch = []
 
 
@@ -133,17 +130,12 @@ def _format(metrics: dict[str, float]) -> str:
     return f"PSNR {metrics['psnr']:.2f} dB" + (f", SSIM {metrics['ssim']:.3f}" if "ssim" in metrics else "")
 
 
-def _describe_codes(indices: np.ndarray, codebook_size: int) -> str:
-    return f", {indices.size} codes, {len(np.unique(indices))} different of {codebook_size}"
-
-
 def _report(args: argparse.Namespace, metrics: dict[str, Any], skipped: list[str], written: list[storage.Path]) -> None:
     names = next(iter(metrics.values()))
     mean = {name: float(np.mean([values[name] for values in metrics.values()])) for name in names}
     if args.metrics:
         text = json.dumps({"mean": mean, "images": metrics, "skipped": skipped}, indent=1, ensure_ascii=False) + "\n"
-        content = text.encode(errors="backslashreplace")  # file names that are not UTF-8 become escapes of JSON
-        storage.write_bytes(args.metrics, content)
+        storage.write_bytes(args.metrics, text.encode(errors="backslashreplace"))  # file names need not be UTF-8
     if len(metrics) > 1:
         print(f"mean of {len(metrics)} images: {_format(mean)}")
     if skipped:
@@ -151,7 +143,7 @@ def _report(args: argparse.Namespace, metrics: dict[str, Any], skipped: list[str
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
 
 
-main = command_line.build_main(parse, reconstruct)
+main = command_line.build_main(parser, reconstruct)
 
 if __name__ == "__main__":
     main()

@@ -7,14 +7,13 @@ short side to --size pixels, then the central square.
 """
 
 import argparse
-from collections.abc import Sequence
 
 import jax
 
 from vqrae_jax import sharding, storage
 from vqrae_jax.build import judges
 from vqrae_jax.commands import command_line
-from vqrae_jax.config import DataConfig, EvaluationConfig, from_dict
+from vqrae_jax.config import EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import reference
@@ -25,21 +24,18 @@ ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they se
     "evaluation.encoder_input_size": "--encoder-size", "evaluation.encoder_pool": "--pool",
 }  # fmt: skip
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("reference-statistics", __doc__.partition("\n\n")[0])
-    parser.add("--data", "folder of images, flat or in class subfolders", required=True)
-    parser.add_count("--size", "pixels: value of data.image_size", required=True)
-    network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--inception", metavar="FILE", help="value of evaluation.inception_path")
-    network.add_argument("--encoder", help="hub id or local folder: value of evaluation.encoder_path")
-    parser.add_encoder_class("evaluation.encoder_cls")
-    parser.add_count("--encoder-size", "pixels: value of evaluation.encoder_input_size", 224)
-    parser.add("--pool", "value of evaluation.encoder_pool", choices=("cls", "mean"), default="cls")
-    parser.add("--output", "file to write, .npz", required=True)
-    parser.add_batch_and_limit(64)
-    return parser.parse_args(argv)
+parser = command_line.Parser("reference-statistics", __doc__.partition("\n\n")[0])
+parser.add("--data", "folder of images, flat or in class subfolders", required=True)
+parser.set_defaults(source="folder", name=None, split="train")
+parser.add_count("--size", "pixels: value of data.image_size", required=True)
+network = parser.add_mutually_exclusive_group(required=True)
+network.add_argument("--inception", metavar="FILE", help="value of evaluation.inception_path")
+network.add_argument("--encoder", help="hub id or local folder: value of evaluation.encoder_path")
+parser.add_encoder_class("evaluation.encoder_cls")
+parser.add_count("--encoder-size", "pixels: value of evaluation.encoder_input_size", 224)
+parser.add("--pool", "value of evaluation.encoder_pool", choices=("cls", "mean"), default="cls")
+parser.add("--output", "file to write, .npz", required=True)
+parser.add_batch_and_limit(64)
 
 
 @command_line.names_arguments(ARGUMENTS)
@@ -52,11 +48,9 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     settings = {"encoder_cls": args.encoder_cls, "encoder_input_size": args.encoder_size, "encoder_pool": args.pool}
     settings |= {"inception_path": args.inception} if args.inception else {"encoder_path": args.encoder}
     mesh = sharding.make_mesh()
-    data = {
-        "source": "folder", "eval_path": args.data, "image_size": args.size,
-        "eval_batch_size": -(-args.batch // mesh.size) * mesh.size,
-    }  # fmt: skip
-    batches = pipeline.evaluation_batches(from_dict(DataConfig, data), limit=args.limit)
+    batch_size = -(-args.batch // mesh.size) * mesh.size
+    data = command_line.data_config(args, image_size=args.size, eval_batch_size=batch_size)
+    batches = pipeline.evaluation_batches(data, limit=args.limit)
     nets = judges.load_metric_networks(from_dict(EvaluationConfig, settings), (name,))
     params = jax.device_put(nets.params, sharding.replicated(mesh))
     moments = reference.compute_feature_moments(nets, params, batches, mesh)[name]
@@ -71,7 +65,7 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     return moments
 
 
-main = command_line.build_main(parse, reference_statistics)
+main = command_line.build_main(parser, reference_statistics)
 
 if __name__ == "__main__":
     main()

@@ -2,9 +2,8 @@
 
 vqrae tokenize --checkpoint=runs/quickstart --data=/data/train --output=/data/codes
 
-manifest.json holds the hash of the tokenizer, counts and checksums. `vqrae_jax.data.codes.Codes` reads the shards, and
-so do the usual readers of their format. After any interruption the same command continues. The content of a shard does
-not depend on the process that writes it.
+`vqrae_jax.data.codes.Codes` reads the shards, and so do the usual readers of their format. After any interruption the
+same command continues. The content of a shard does not depend on the process that writes it.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,24 +28,20 @@ VIEWS = 32  # views per batch and device
 SHARD = 4096  # images
 LISTED = 5  # skipped images whose ids are printed
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command_line.Parser("tokenize", __doc__.partition("\n\n")[0])
-    parser.add_checkpoint()
-    parser.add_data()
-    parser.add("--output", "folder for the codes", required=True)
-    parser.add("--format", default="npz", choices=list(code_shards.SUFFIXES))
-    views = "views of each image: central crop, that and its mirror image, ten crops"
-    parser.add("--views", views, default="one", choices=list(images.VIEWS))
-    parser.add_count("--limit", "use the first LIMIT images only")
-    parser.add_count("--shard-size", "images per shard", SHARD)
-    parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default")
-    parser.add_count("--threads", "threads that read and crop images", 4)
-    shared = "number of processes that share the work; by default those of the TPU pod, SLURM or Open MPI job"
-    parser.add("--processes", shared, type=int)
-    parser.add("--process", "index of this process, from 0", type=int)
-    return parser.parse_args(argv)
+parser = command_line.Parser("tokenize", __doc__.partition("\n\n")[0])
+parser.add_checkpoint()
+parser.add_data()
+parser.add("--output", "folder for the codes", required=True)
+parser.add("--format", default="npz", choices=list(code_shards.SUFFIXES))
+parser.add(
+    "--views", "central crop, that and its mirror image, or ten crops", default="one", choices=list(images.VIEWS)
+)
+parser.add_count("--limit", "use the first LIMIT images only")
+parser.add_count("--shard-size", "images per shard", SHARD)
+parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default")
+parser.add_count("--threads", "threads that read and crop images", 4)
+parser.add("--processes", "number of processes; by default those of the TPU pod, SLURM or Open MPI job", type=int)
+parser.add("--process", "index of this process, from 0", type=int)
 
 
 @command_line.names_arguments()
@@ -55,13 +50,13 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
 
     Arguments, data and checkpoint are checked before anything is written.
     """
-    if (args.process is None) != (args.processes is None):
-        raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
-    if args.processes is not None and not 0 <= args.process < args.processes:
-        raise ConfigError(f"must be less than --processes={args.processes}", field="--process", value=args.process)
     process, processes = args.process, args.processes
+    if (process is None) != (processes is None):
+        raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
     if processes is None:
         process, processes = distributed.process_index(), distributed.process_count()
+    if not 0 <= process < processes:
+        raise ConfigError(f"must be less than --processes={processes}", field="--process", value=process)
     source = pipeline.evaluation_source(command_line.data_config(args))
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
@@ -72,9 +67,8 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     batch = args.batch or len(devices) << max((VIEWS // count_views(plan.views)).bit_length() - 1, 0)
     # By default the last batch of a shard is padded, so that shards do not depend on the number of devices.
     if (args.batch or args.shard_size != SHARD) and args.shard_size % batch:
-        raise ConfigError(
-            f"must be a multiple of {batch}, the images per batch", field="--shard-size", value=args.shard_size
-        )
+        message = f"must be a multiple of {batch}, the images per batch"
+        raise ConfigError(message, field="--shard-size", value=args.shard_size)
     shards = [shard for shard in codes.start_dataset(args.output, plan) if shard % processes == process]
     if shards:
         write_shards(tokenizer, source, plan, shards, args.output, batch, args.threads)
@@ -94,9 +88,8 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
 def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:
     """Returns the description of the shards for a source of `images` images."""
     views = count_views(args.views)
-    source = {"source": args.source, "path": args.data, "name": args.name, "split": args.split}
-    if args.source == "folder":
-        del source["split"]
+    split = None if args.source == "folder" else args.split
+    source = {"source": args.source, "path": args.data, "name": args.name, "split": split}
     return codes.Plan(
         tokenizer=tokenizer.hash,
         source=" ".join(f"{name}={value}" for name, value in source.items() if value),
@@ -112,33 +105,22 @@ def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> c
 
 
 def count_views(views: str) -> int:
-    """Returns the number of views per image."""
     return len(images.VIEWS[views](np.zeros((1, 1, 3), np.uint8), 1))
 
 
 def write_shards(
     tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
 ) -> None:
-    """Encodes and writes shards; reading, the device and the disk work at the same time.
-
-    Args:
-      source: see `pipeline.evaluation_source`.
-      shards: numbers of the shards to write.
-      output: folder that `codes.start_dataset` has prepared.
-      batch: images per batch; the last batch of a shard is padded.
-      threads: that read and crop images.
-    """
+    """Encodes and writes shards; reading (by `threads`), the device and the disk work at the same time."""
     sizes = {shard: len(range(*plan.image_range(shard))) for shard in shards}
     encoded = _encode_shards(tokenizer, source, plan, shards, batch, threads)
     with concurrent.futures.ThreadPoolExecutor(1) as disk:
-        writing = None
+        writing = disk.submit(lambda: None)
         progress = command_line.progress(encoded, sum(sizes.values()), "images", lambda item: sizes[item[0]])
         for shard, columns in progress:
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(codes.write_shard, output, plan, shard, columns)
-        if writing is not None:
             writing.result()
+            writing = disk.submit(codes.write_shard, output, plan, shard, columns)
+        writing.result()
 
 
 def _encode_shards(
@@ -175,7 +157,7 @@ def _connect_and_tokenize(args: argparse.Namespace) -> None:
     tokenize(args)
 
 
-main = command_line.build_main(parse, _connect_and_tokenize)
+main = command_line.build_main(parser, _connect_and_tokenize)
 
 if __name__ == "__main__":
     main()
