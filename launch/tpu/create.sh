@@ -34,7 +34,7 @@ fi
 
 [[ "${DRY_RUN:-0}" == 1 ]] && exit
 while state=$(request_state) && [[ "$state" != ACTIVE ]]; do
-  [[ "$state" == FAILED ]] && { echo "error: the request failed; gcloud compute tpus queued-resources describe shows why" >&2; exit 1; }
+  [[ "$state" == FAILED ]] && { echo "error: request failed; see gcloud compute tpus queued-resources describe" >&2; exit 1; }
   [[ "$state" =~ ^SUSPEND ]] && { echo "$NAME was preempted before it was ready" >&2; exit 3; }
   echo "$(date +%T) $NAME: ${state:-unknown}" >&2
   sleep "${WAIT:-30}"
