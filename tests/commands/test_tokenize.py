@@ -150,7 +150,7 @@ def test_any_number_of_devices_writes_the_same(trained, photos, tokenized, tmp_p
     assert run_with([*arguments, f"--output={tmp_path / 'default'}"])["count"] == 20
     monkeypatch.setattr(tokenize, "SHARD", 8)
     monkeypatch.setattr(tokenize, "VIEWS", 4)  # 12 images per batch
-    run_with([*arguments, f"--output={tmp_path / 'small'}"])
+    run_with([*arguments, f"--output={tmp_path / 'small'}", "--shard-size=8"])
     assert content(tmp_path / "small") == content(tokenized)
 
 

@@ -83,7 +83,6 @@ class Parser(argparse.ArgumentParser):
         self.add("--encoder-cls", f"value of {field}", default=choices[0], choices=choices, metavar="ENCODER_CLS")
 
     def add_batch_and_limit(self, batch: int) -> None:
-        """Adds --batch and --limit."""
         self.add_count("--batch", "images per batch", batch)
         self.add_count("--limit", "use the first LIMIT images only")
 

@@ -100,8 +100,11 @@ class Page:
             code = session.slots[slot].codes[row, column]
             name = ", ".join(map(str, np.atleast_1d(code)))
             same = sum((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum() for s in session.slots if s)
-            message = f"Row {row}, column {column}: code **{name}**, used {same} {'time' if same == 1 else 'times'}."
-            return session.change(f"{message} Below: the patch and its nearest.", selected=(slot, row, column))
+            count = "once" if same == 1 else f"{same} times"
+            text = (
+                f"Row {row}, column {column}: code **{name}**, used {count}. Below: the patch and those nearest to it."
+            )
+            return session.change(text, selected=(slot, row, column))
         if slot == 1:
             return _select_region(session, row, column)
         if session.region is None:
@@ -234,7 +237,7 @@ def serve(args: argparse.Namespace) -> None:
                 theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
             )  # fmt: skip
         except OSError:
-            message = f"is not available on --host={args.host}, or the address is not of this machine; pass another"
+            message = f"is in use on --host={args.host}, or the address is not of this machine; pass another"
             raise ConfigError(message, field="--port", value=args.port) from None
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()

@@ -76,7 +76,6 @@ def _read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def _named_shards(dataset: code_files.Codes, names: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields file names and codes of each shard."""
     used: set[str] = set()
     for shard in dataset.shards():
         ids = [unique_name(i, used) for i in shard.id] if names == "id" else [f"{i:08d}" for i in shard.index]

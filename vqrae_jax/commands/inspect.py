@@ -95,7 +95,6 @@ def _size(tree: Mapping[str, Any]) -> int:
 
 
 def _changes(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values that differ from the defaults."""
     changes = {}
     for name, value in values.items():
         default = defaults.get(name)
