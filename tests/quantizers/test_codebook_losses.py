@@ -8,7 +8,7 @@ import pytest
 from vqrae_jax.quantizers import EMAQuantizer, Projected
 from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 
-everything = jnp.ones(6, bool)
+all_rows = jnp.ones(6, bool)
 
 
 def full_matrix_diversity(z, codebook, mask, temperature):
@@ -19,7 +19,7 @@ def full_matrix_diversity(z, codebook, mask, temperature):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
-def test_value_and_gradients_equal_those_of_the_whole_matrix(rows, assert_close):
+def test_diversity_in_blocks_equals_that_of_the_whole_matrix(rows, assert_close):
     rng = np.random.default_rng(0)
     z, codebook = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (90, 20))
     mask = jnp.asarray(np.arange(90) % 3 > 0)
@@ -32,20 +32,20 @@ def test_value_and_gradients_equal_those_of_the_whole_matrix(rows, assert_close)
     np.testing.assert_array_equal(np.asarray(ours[1][0])[::3], 0)
 
 
-def test_closed_forms():
-    """Far corners, so that soft codes are hard: a latent per code costs nothing, one code for all costs log K."""
+def test_diversity_of_hard_assignments():
+    """Far corners make assignments hard: one latent per embedding costs 0, one embedding for all costs log K."""
     corners = 100 * jnp.eye(6)
-    np.testing.assert_allclose(diversity(corners, corners, everything, 1.0), 0, atol=1e-6)
+    np.testing.assert_allclose(diversity(corners, corners, all_rows, 1.0), 0, atol=1e-6)
     same = jnp.tile(corners[:1], (6, 1))
-    np.testing.assert_allclose(diversity(same, corners, everything, 1.0), np.log(6), rtol=1e-6)
+    np.testing.assert_allclose(diversity(same, corners, all_rows, 1.0), np.log(6), rtol=1e-6)
     half = corners[jnp.asarray([0, 0, 0, 1, 1, 1])]
-    np.testing.assert_allclose(diversity(half, corners, everything, 1.0), np.log(3), rtol=1e-6)
-    # Of equal codes each gets the same share, whatever the latents.
-    np.testing.assert_allclose(diversity(half, jnp.zeros((6, 6)), everything, 1.0), 0, atol=1e-6)
+    np.testing.assert_allclose(diversity(half, corners, all_rows, 1.0), np.log(3), rtol=1e-6)
+    # Equal embeddings have equal shares of any latents.
+    np.testing.assert_allclose(diversity(half, jnp.zeros((6, 6)), all_rows, 1.0), 0, atol=1e-6)
 
 
-def test_memory_does_not_grow_with_the_product():
-    """N = 65,536, K = 1,024 forwards and backwards: the whole matrix takes 256 MiB, several times."""
+def test_memory_of_diversity_does_not_grow_with_the_product():
+    """N = 65,536, K = 1,024: the whole matrix takes 256 MiB."""
     shapes = [jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (65_536, 1024)]
     mask = jax.ShapeDtypeStruct((65_536,), bool)
     gradient = jax.jit(jax.grad(lambda z, c, mask: diversity(z, c, mask, 1.0, block=2**20), (0, 1)))
@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_product():
     assert memory.temp_size_in_bytes < 64 * 2**20
 
 
-def test_it_reaches_the_projections_before_running_means():
+def test_diversity_trains_the_projection_before_an_ema_codebook():
     z = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
 
     def gradient(**settings):
@@ -66,13 +66,8 @@ def test_it_reaches_the_projections_before_running_means():
 
 
 def test_orthogonality_equals_the_mean_squared_cosine(assert_close):
-    codes = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    cosines = (codes / np.linalg.norm(codes, axis=1, keepdims=True)) @ (
-        codes / np.linalg.norm(codes, axis=1, keepdims=True)
-    ).T
-    assert_close(orthogonality(jnp.asarray(codes)), ((cosines - np.eye(40)) ** 2).mean(), 1e-5)
-
-
-def test_orthogonal_codes_cost_nothing_and_equal_ones_the_most():
+    codebook = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    units = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
+    assert_close(orthogonality(jnp.asarray(codebook)), ((units @ units.T - np.eye(40)) ** 2).mean(), 1e-5)
     assert orthogonality(3 * jnp.eye(5)) < 1e-6
     np.testing.assert_allclose(orthogonality(jnp.ones((4, 3))), 12 / 16, rtol=1e-5)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.quantizers.blocks import Block
@@ -21,7 +21,7 @@ def load_pytorch(arrays, **changes):
     return EMAQuantizer(K, C, **settings), {"batch_stats": jax.tree.map(jnp.asarray, state)}
 
 
-# Compiling is nearly all that these tests spend time on.
+# Compiling takes nearly all the time of these tests.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -36,12 +36,16 @@ def initialize(module, z):
 
 
 @functools.partial(jit, static_argnums=0)
-def step(module, variables, z, key):
-    return module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": key})
-
-
 def train(module, variables, z, seed=0):
-    return step(module, variables, z, jax.random.key(seed))
+    return module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(seed)})
+
+
+def close(tree, other, rtol=1e-5, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), tree, other)
+
+
+def equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
 @pytest.mark.parametrize("case", ["ema_vq", "ema_vq_warm"])
@@ -98,8 +102,8 @@ def fresh(z, **settings):
     return module, initialize(module, z)
 
 
-def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(clusters):
-    """64 points, each 8 times: one batch finds all of them, so that the next step moves nothing."""
+def test_kmeans_start_fits_the_batch_and_the_next_step_changes_nothing(clusters):
+    """64 points, each 8 times, and 128 embeddings."""
     z = np.repeat(clusters[0][:64], 8, axis=0)
     module = EMAQuantizer(128, 8, revival_threshold=0.0)
     out, first = train(module, initialize(module, z), z)
@@ -109,8 +113,8 @@ def test_kmeans_start_learns_the_batch_and_the_next_step_leaves_the_codes(cluste
     used = np.asarray(out.metrics["counts"]) > 0
     np.testing.assert_allclose(second["codebook"][used], first["codebook"][used], rtol=1e-5, atol=1e-5)
     for state in (first, second):
-        codes = state["sums"] / module._smooth(state["counts"])[:, None]
-        np.testing.assert_allclose(state["codebook"], codes, rtol=2e-5, atol=1e-6)
+        embeddings = state["sums"] / module._smooth(state["counts"])[:, None]
+        np.testing.assert_allclose(state["codebook"], embeddings, rtol=2e-5, atol=1e-6)
 
 
 def test_data_start_takes_latents_of_the_first_batch(clusters):
@@ -121,8 +125,8 @@ def test_data_start_takes_latents_of_the_first_batch(clusters):
     np.testing.assert_array_equal(after["batch_stats"]["codebook"][out.indices], out.z)
 
 
-def test_fewer_latents_than_codes(clusters):
-    """Surplus codes repeat latents at first and are revived by later batches."""
+def test_fewer_latents_than_embeddings(clusters):
+    """Surplus embeddings repeat latents at first; later batches revive them."""
     module, variables = fresh(clusters[0])
     for step in range(20):
         out, variables = train(module, variables, clusters[step % 4][16 * (step // 4) :][:16], seed=step)
@@ -131,7 +135,7 @@ def test_fewer_latents_than_codes(clusters):
     assert np.count_nonzero(out.metrics["counts"]) > 32
 
 
-def test_revival_moves_dead_codes_next_to_codes_in_use(clusters):
+def test_revival_increases_the_use_of_a_random_codebook(clusters):
     def use(threshold):
         module, variables = fresh(clusters[0], start="normal", decay=0.5, revival_threshold=threshold)
         revived = 0
@@ -160,12 +164,12 @@ def test_revival_keeps_total_count_and_positions(clusters):
     np.testing.assert_allclose(after["counts"].sum(), plain["counts"][2:].sum(), rtol=1e-5)
     np.testing.assert_allclose(after["codebook"][2:], plain["codebook"][2:], rtol=1e-4, atol=1e-5)
     gap = np.linalg.norm(np.asarray(after["codebook"])[:2, None] - np.asarray(state["codebook"])[None, 2:], axis=-1)
-    assert gap.min(1).max() < 3  # next to a code, and no longer at 100
+    assert gap.min(1).max() < 3  # no longer at 100
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
-    """Each is revived by a latent of its own, so that no two are equal."""
+def test_each_latent_revives_at_most_one_embedding(clusters, bad):
+    """Otherwise revived embeddings would be equal."""
     module, variables = fresh(clusters[0][:3], start="normal", decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.full(64, 1e-6).at[0].set(1.0)}  # 63 are dead
     state["codebook"] = jnp.full((64, 8), 100.0).at[0].set(0.0)
@@ -180,7 +184,7 @@ def test_as_many_codes_are_revived_as_there_are_latents(clusters, bad):
     np.testing.assert_allclose(shares, shares.mean(), rtol=1e-5)
 
 
-def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
+def test_surplus_initial_embeddings_are_starved(clusters):
     """Initial embeddings without latents have a value and a count, but are dead."""
     points = np.repeat(clusters[0][:16], 8, axis=0)
     module, variables = fresh(points)
@@ -188,8 +192,8 @@ def test_surplus_codes_are_starved_until_latents_choose_them(clusters):
     state = after["batch_stats"]
     assert out.metrics["starved"] >= 64 - 16
     np.testing.assert_allclose(state["counts"].min(), 0.2 * 128 / 64)
-    codes = state["sums"] / module._smooth(state["counts"])[:, None]
-    np.testing.assert_allclose(codes, state["codebook"], rtol=1e-5, atol=1e-6)
+    embeddings = state["sums"] / module._smooth(state["counts"])[:, None]
+    np.testing.assert_allclose(embeddings, state["codebook"], rtol=1e-5, atol=1e-6)
     out, _ = train(module, after, points, seed=1)
     assert out.metrics["revived"] == 4  # of 64, at once
 
@@ -204,7 +208,7 @@ def test_no_collapse_from_a_cold_start(clusters):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("first", [True, False])
-def test_nonfinite_latents_are_reported_and_poison_nothing(clusters, bad, first):
+def test_nonfinite_latents_are_reported_and_ignored(clusters, bad, first):
     module, variables = fresh(clusters[0])
     if not first:
         _, variables = train(module, variables, clusters[1])
@@ -216,51 +220,45 @@ def test_nonfinite_latents_are_reported_and_poison_nothing(clusters, bad, first)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
     gradient = jit(jax.grad(lambda z: module.apply(after, z).loss))(jnp.asarray(z))
     assert np.isfinite(gradient).all()
-    # The update from the finite latents is the same without the others.
     good = np.delete(z, [3, 77, 401], axis=0)
     if not first:
         plain = module.clone(revival_threshold=0.0)
         (_, with_bad), (_, without) = train(plain, variables, z), train(plain, variables, good)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-            with_bad["batch_stats"],
-            without["batch_stats"],
-        )
+        close(with_bad, without)
 
 
-def test_a_batch_without_a_finite_latent_changes_no_code(clusters):
+def test_a_batch_without_a_finite_latent_changes_no_state(clusters):
     module, variables = fresh(clusters[0])
     _, before = train(module, variables, clusters[0])
     out, after = train(module, before, np.full_like(clusters[0], np.nan), seed=1)
     assert out.metrics["revived"] == 0
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], before["batch_stats"])
+    equal(after, before)
     # If it is the first batch it is skipped, and the next batch makes the codebook.
-    _, waiting = train(module, variables, np.full_like(clusters[0], np.nan))
-    jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
+    _, skipped = train(module, variables, np.full_like(clusters[0], np.nan))
+    equal(skipped, variables)
 
 
 @pytest.mark.parametrize("start", ["kmeans", "data", "normal"])
-def test_a_frozen_codebook_keeps_the_first_batch(clusters, start):
-    """Random embeddings would lie far from all latents and never move."""
+def test_a_frozen_codebook_changes_in_the_first_batch_only(clusters, start):
     module, variables = fresh(clusters[0], frozen=True, start=start)
-    _, waiting = train(module, variables, np.full_like(clusters[0], np.nan))
-    jax.tree.map(np.testing.assert_array_equal, waiting["batch_stats"], variables["batch_stats"])
-    first, begun = train(module, waiting, clusters[0])
-    learning, _ = train(module.clone(frozen=False), waiting, clusters[0])
+    _, skipped = train(module, variables, np.full_like(clusters[0], np.nan))
+    equal(skipped, variables)
+    first, initialized = train(module, skipped, clusters[0])
+    learning, _ = train(module.clone(frozen=False), skipped, clusters[0])
     np.testing.assert_array_equal(first.z, learning.z)
     assert (float(first.metrics["quantization_error"]) < 0.5) == (start != "normal")
-    _, after = train(module, begun, clusters[1], seed=1)
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], begun["batch_stats"])
+    _, after = train(module, initialized, clusters[1], seed=1)
+    equal(after, initialized)
 
 
-def test_freezing_keeps_codes_that_were_learned(clusters):
+def test_freezing_keeps_a_learned_codebook(clusters):
     module, variables = fresh(clusters[0])
     _, learned = train(module, variables, clusters[0])
     _, after = train(module.clone(frozen=True), learned, clusters[1], seed=1)
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], learned["batch_stats"])
+    equal(after, learned)
 
 
-def test_cosine_codes_stay_on_the_sphere(clusters):
+def test_embeddings_have_unit_length_for_cosine(clusters):
     module, variables = fresh(clusters[0], distance="cosine")
     for step in range(4):
         _, variables = train(module, variables, clusters[step], seed=step)
@@ -270,25 +268,22 @@ def test_cosine_codes_stay_on_the_sphere(clusters):
     assert float(scaled.metrics["quantization_error"]) < 0.05
 
 
-def test_eight_devices_update_the_codebook_as_one_device(clusters):
-    """Start, updates and revival over 4x2 devices, codebook split over "model"."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+def test_eight_devices_update_the_codebook_as_one_device(clusters, mesh):
+    """Initialization, updates and revival, with the codebook split over "model"."""
     module, alone = fresh(clusters[0], revival_threshold=0.5)
-    place = {"codebook": P("model"), "sums": P("model"), "counts": P("model"), "step": P()}
-    place = {"batch_stats": {n: NamedSharding(mesh, p) for n, p in place.items()}}
-    spread = jax.device_put(alone, place)
-    sharded = jit(
+    axes = {"codebook": P("model"), "sums": P("model"), "counts": P("model"), "step": P()}
+    shardings = {"batch_stats": {name: NamedSharding(mesh, axis) for name, axis in axes.items()}}
+    sharded = jax.device_put(alone, shardings)
+    train_sharded = jit(
         lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
-        in_shardings=(place, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
-        out_shardings=(None, place),
+        in_shardings=(shardings, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
+        out_shardings=(None, shardings),
     )
     revived = 0
     for i in range(4):
-        key = jax.random.key(i)
-        one, alone = step(module, alone, clusters[i], key)
-        many, spread = sharded(spread, clusters[i], key)
+        one, alone = train(module, alone, clusters[i], i)
+        many, sharded = train_sharded(sharded, clusters[i], jax.random.key(i))
         revived += int(one.metrics["revived"])
         np.testing.assert_array_equal(one.indices, many.indices)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), alone, spread)
-        np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
+        close((alone, one.loss), (sharded, many.loss))
     assert revived > 0

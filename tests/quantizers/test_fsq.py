@@ -44,17 +44,17 @@ def test_ties_go_to_the_even_index(golden, case):
 @pytest.mark.parametrize("case", CASES)
 def test_lookup_lists_the_grid(golden, case):
     arrays, module = load(golden, case)
-    codes = module.apply({}, jnp.arange(module.num_embeddings), method="lookup")
-    np.testing.assert_array_equal(codes, arrays["codebook"])
+    points = module.apply({}, jnp.arange(module.num_embeddings), method="lookup")
+    np.testing.assert_array_equal(points, arrays["codebook"])
 
 
 @pytest.mark.parametrize("levels", [(2,), (7, 2), (4, 4, 3)])
-def test_every_code_is_its_own_fixed_point(levels):
+def test_every_grid_point_is_a_fixed_point(levels):
     module = FSQ(levels, len(levels), adapter="none")
-    codes = np.asarray(list(itertools.product(*[np.arange(n) - (n - 1) / 2 for n in levels])), np.float32)
-    out = module.apply({}, codes / ((np.asarray(levels) - 1) / 2))
+    points = np.asarray(list(itertools.product(*[np.arange(n) - (n - 1) / 2 for n in levels])), np.float32)
+    out = module.apply({}, points / ((np.asarray(levels) - 1) / 2))
     np.testing.assert_array_equal(out.indices, np.arange(module.num_embeddings))
-    np.testing.assert_array_equal(out.z, codes)
+    np.testing.assert_array_equal(out.z, points)
 
 
 def test_the_linear_adapter_reaches_every_level():

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,93 +17,80 @@ def z():
     return np.random.default_rng(0).normal(size=(16, 4, 4, 6)).astype(np.float32)
 
 
-def trained(module, z, steps=6):
-    variables = jax.jit(module.init)(jax.random.key(0), z)
-    step = jax.jit(lambda v, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}))
-    for i in range(steps):
-        out, state = step(variables, jax.random.key(i))
-        variables = {**variables, **state}
-    return out, variables
-
-
-def test_longer_prefixes_decode_closer(z):
-    module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6)
-    _, variables = trained(module, z)
-    out = jax.jit(module.apply)(variables, z)
+def decode_prefixes(module, variables, z, prefixes):
+    """Returns the indices, the lookup function and the errors of prefixes, which decrease."""
+    indices = jax.jit(module.apply)(variables, z).indices
     lookup = jax.jit(lambda i: module.apply(variables, i, method="lookup"))
-    errors = [np.mean((lookup(out.indices[..., :depth]) - z) ** 2) for depth in (1, 2, 3)]
+    errors = [np.mean((lookup(indices[..., :length]) - z) ** 2) for length in prefixes]
     assert errors[0] > errors[1] > errors[2]
-    cut = out.indices.at[..., 2].set(ABSENT)
-    np.testing.assert_array_equal(lookup(cut), lookup(out.indices[..., :2]))
-    with pytest.raises(ValueError, match="4 levels"):
-        module.apply(variables, np.zeros((2, 4), np.int32), method="lookup")
+    return indices, lookup
+
+
+def test_longer_prefixes_of_levels_decode_closer(z, train):
+    module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6)
+    _, variables = train(module, z, 6)
+    indices, lookup = decode_prefixes(module, variables, z, (1, 2, 3))
+    cut = indices.at[..., 2].set(ABSENT)
+    np.testing.assert_array_equal(lookup(cut), lookup(indices[..., :2]))
+    with pytest.raises(ValueError, match="4"):
+        lookup(np.zeros((2, 4), np.int32))
 
 
 @pytest.mark.parametrize("inner", [SimVQ, IBQ])
-def test_a_shared_codebook_begins_with_what_all_levels_code(z, inner):
-    """Features have a mean, which what is left over has not."""
-    z = z + 3
+def test_a_shared_codebook_starts_from_latents_and_residuals(z, inner, train):
+    z = z + 3  # features have a mean, residuals have none
     level = inner(64, 6, distance="l2")
 
     def first_error(depth):
         module = Residual((level,) * depth, 6)
-        variables = jax.jit(module.init)(jax.random.key(0), z)
-        rngs = {"codes": jax.random.key(1)}
-        _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
-        return module.apply({**variables, **state}, z).metrics["quantization_error"]
+        return module.apply(train(module, z)[1], z).metrics["quantization_error"]
 
     assert first_error(3) < 0.6 * first_error(1)
 
 
-def test_dropout_keeps_one_prefix_per_image(z):
+def test_dropout_keeps_one_prefix_per_image(z, train):
     module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6, dropout=1.0)
-    out, _ = trained(module, z)
-    there = np.asarray(out.indices) != ABSENT
-    depth = there.sum(-1)
+    out, _ = train(module, z)
+    present = np.asarray(out.indices) != ABSENT
+    depth = present.sum(-1)
     assert set(np.unique(depth)) == {1, 2}
     assert (depth == depth[:, :1, :1]).all()
-    np.testing.assert_array_equal(there, np.arange(3) < depth[..., None])
+    np.testing.assert_array_equal(present, np.arange(3) < depth[..., None])
 
 
-def test_the_gradient_is_one_straight_through_however_deep(z):
+def test_the_gradient_does_not_grow_with_depth(z):
     module = Residual(tuple(FSQ((5,) * 6, 6, adapter="none") for _ in range(3)), 6)
-    pulled = jax.vjp(lambda z: module.apply({}, z).z, z)[1](np.ones_like(z))[0]
-    np.testing.assert_allclose(pulled, 2 * np.ones_like(z), rtol=1e-6)  # each level scales by (5 - 1) / 2
+    gradient = jax.vjp(lambda z: module.apply({}, z).z, z)[1](np.ones_like(z))[0]
+    np.testing.assert_allclose(gradient, 2 * np.ones_like(z), rtol=1e-6)  # each level scales by (5 - 1) / 2
 
 
-def test_multiscale_prefixes_decode_closer_and_bad_lengths_are_named(z):
+def test_longer_prefixes_of_scales_decode_closer(z, train):
     module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
-    _, variables = trained(module, z)
-    out = jax.jit(module.apply)(variables, z)
-    assert out.indices.shape == (16, 21)
-    lookup = jax.jit(lambda i: module.apply(variables, i, method="lookup"))
-    errors = [np.mean((lookup(out.indices[:, :n]) - z) ** 2) for n in (1, 5, 21)]
-    assert errors[0] > errors[1] > errors[2]
-    with pytest.raises(ValueError, match=r"\[1, 5, 21\]"):
-        module.apply(variables, out.indices[:, :7], method="lookup")
+    _, variables = train(module, z, 6)
+    indices, lookup = decode_prefixes(module, variables, z, (1, 5, 21))
+    assert indices.shape == (16, 21)
+    with pytest.raises(ValueError, match="1, 5, 21"):
+        lookup(indices[:, :7])
 
 
 @pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ, GumbelQuantizer])
-def test_scales_begin_with_as_many_codes_as_there_are(z, inner):
-    """The coarsest scale alone has a cell per image, and codes that begin alike stay alike."""
-    module = MultiScale(inner(16, z.shape[-1]), z.shape[-1], (1, 2, 4))
-    z, rngs = jnp.asarray(z[:4]), {"codes": jax.random.key(1)}
-    variables = jax.jit(module.init)(jax.random.key(0), z)
-    _, state = jax.jit(lambda v: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs))(variables)
-    codes = np.asarray(module.apply({**variables, **state}, method="embeddings"))
-    assert len(np.unique(codes.round(4), axis=0)) == 16
+def test_initial_embeddings_of_scales_differ(z, inner, train):
+    """The coarsest scale alone has fewer cells than embeddings."""
+    module = MultiScale(inner(16, 6), 6, (1, 2, 4))
+    _, variables = train(module, z[:4])
+    embeddings = np.asarray(module.apply(variables, method="embeddings"))
+    assert len(np.unique(embeddings.round(4), axis=0)) == 16
 
 
-def test_the_gradient_of_straight_through_scales_is_one_straight_through(z):
+def test_the_gradient_of_scales_is_one_straight_through(z):
     module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 3, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)
-    given = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
-    pulled = jax.vjp(lambda z: module.apply(variables, z).z, z)[1](given)[0]
-    np.testing.assert_array_equal(pulled, given)
+    cotangent = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
+    gradient = jax.vjp(lambda z: module.apply(variables, z).z, z)[1](cotangent)[0]
+    np.testing.assert_array_equal(gradient, cotangent)
 
 
-def test_what_decodes_the_scales_learns_from_the_decoder(z):
-    """A bias behind the codes moves every latent of every scale, and receives the mean of the scales' gradients."""
+def test_projections_of_scales_receive_the_mean_of_their_gradients(z):
     module = MultiScale(Projected(EMAQuantizer(32, 3), 6, 3), 6, (1, 2, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)
     gradient = jax.grad(lambda params: module.apply({**variables, "params": params}, z).z.sum())(variables["params"])
@@ -112,9 +98,9 @@ def test_what_decodes_the_scales_learns_from_the_decoder(z):
     assert np.any(gradient["quantizer"]["project_in"]["kernel"])
 
 
-def test_a_broken_latent_costs_its_own_cell_alone(z):
+def test_nonfinite_latents_are_ignored_by_their_cells_only(z, train):
     module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
-    _, variables = trained(module, z)
+    _, variables = train(module, z, 6)
     bad = z.copy()
     bad[0, 1, 2, 3], bad[5, :2, :2, 0] = np.nan, np.inf  # one latent; all four of a cell of the grid of two
     out = jax.jit(lambda z: module.apply(variables, z))(bad)
@@ -123,17 +109,17 @@ def test_a_broken_latent_costs_its_own_cell_alone(z):
     assert np.isfinite(out.z).all()
 
 
-def test_a_cell_is_the_mean_of_its_finite_latents(z):
-    """Copies of one latent that break change nothing in the cell that holds them."""
+def test_a_cell_is_the_mean_of_its_finite_latents(z, train):
+    """Cells of equal latents do not change if some of these are not finite."""
     module = MultiScale(EMAQuantizer(32, 6), 6, (1, 3, 4))
-    _, variables = trained(module, z)
+    _, variables = train(module, z)
     same = np.broadcast_to(z[:, :1, :1], z.shape).copy()
     bad = same.copy()
     bad[:, 0, 1:], bad[:, 3, 3] = np.nan, -np.inf
-    whole, broken = (np.asarray(jax.jit(module.apply)(variables, x).indices) for x in (same, bad))
-    np.testing.assert_array_equal(broken[:, 0], whole[:, 0])
+    expected, indices = (np.asarray(jax.jit(module.apply)(variables, x).indices) for x in (same, bad))
+    np.testing.assert_array_equal(indices[:, 0], expected[:, 0])
     # In the grid of three the cells of the first row are the first and, in part, the second row of latents.
-    np.testing.assert_array_equal(broken[:, 1:10], whole[:, 1:10])
+    np.testing.assert_array_equal(indices[:, 1:10], expected[:, 1:10])
 
 
 def test_averaging_keeps_constants():

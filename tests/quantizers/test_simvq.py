@@ -55,8 +55,8 @@ def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
                         np.testing.assert_array_equal(value, expected)
 
 
-def test_one_gradient_step_moves_every_code():
-    """Also codes that were not chosen: what sets SimVQ apart."""
+def test_one_gradient_step_moves_every_embedding():
+    """Including those that were not chosen."""
     z = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     module = SimVQ(64, 6)
     variables = jax.jit(module.init)(jax.random.key(0), z)

@@ -27,14 +27,14 @@ devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topolo
 mesh = sharding.make_mesh(-1, model, devices)
 module = EMAQuantizer(K, C)
 state = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, C))), jax.random.key(0))
-place = {"batch_stats": sharding.shardings({"quantizer": state["batch_stats"]}, mesh)["quantizer"]}
-state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, place)
+placed = {"batch_stats": sharding.shardings({"quantizer": state["batch_stats"]}, mesh)["quantizer"]}
+state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed)
 z = jax.ShapeDtypeStruct((N, C), jnp.float32, sharding=sharding.over_data(mesh))
 
 def train(state, z, key):
     return module.apply(state, z, True, mutable=["batch_stats"], rngs={"codes": key})
 
-step = jax.jit(train, donate_argnums=0, out_shardings=(None, place))
+step = jax.jit(train, donate_argnums=0, out_shardings=(None, placed))
 memory = step.lower(state, z, jax.eval_shape(jax.random.key, 0)).compile().memory_analysis()
 print(json.dumps({"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}))
 """
@@ -66,12 +66,12 @@ def compile_step(*arguments):
 @pytest.mark.parametrize(
     ("topology", "chips", "model"), [("v5e:4x4", 1, 1), ("v5e:4x4", 16, 4), ("v5p:2x2x4", 1, 1), ("v5p:2x2x4", 16, 4)]
 )
-def test_the_step_needs_little_beside_its_arguments(topology, chips, model):
+def test_the_step_needs_little_memory_beyond_its_arguments(topology, chips, model):
     assert compile_step(topology, chips, model, 131_072, 16_384, 768)["temporaries"] < 64 * MIB
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
-def test_a_million_codes_over_sixteen_chips_fit(topology):
+def test_a_million_embeddings_fit_on_sixteen_chips(topology):
     memory = compile_step(topology, 16, 16, 131_072, 2**20, 768)
     assert memory["arguments"] < 1 * GIB
     assert sum(memory.values()) < HBM[topology[:3]] / 8

@@ -7,16 +7,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.quantizers.blocks import AnyArray
+from vqrae_jax.quantizers.arrays import AnyArray, Indices, Mask, Rows, Scalar
 from vqrae_jax.quantizers.statistics import code_counts
 
 MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
 
 # Computes the latents from which a codebook starts [N, C], and which rows are finite [N].
-Sample = Callable[[], tuple[Float[Array, "N C"], Bool[Array, " N"]]]
+Sample = Callable[[], tuple[Rows, Mask]]
 
 
 @flax.struct.dataclass
@@ -55,10 +55,7 @@ class Quantizer(nn.Module):
         return self.embeddings()[indices]
 
     def embeddings(self) -> Float[Array, "K c"] | None:
-        """Returns the codebook that latents are compared with, before any projection; None for a fixed grid.
-
-        Of several codebooks it returns the first.
-        """
+        """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""
         return None
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
@@ -68,28 +65,16 @@ class Quantizer(nn.Module):
 class Wrapper(Quantizer):
     """Base class of quantizers around another one, their attribute `quantizer`, or around several like it."""
 
-    @property
-    def num_embeddings(self) -> int | None:
-        return self.quantizer.num_embeddings
-
-    @property
-    def has_indices(self) -> bool:
-        return self.quantizer.has_indices
-
-    @property
-    def decodes_prefixes(self) -> bool:
-        return self.quantizer.decodes_prefixes
+    num_embeddings = property(lambda self: self.quantizer.num_embeddings)
+    has_indices = property(lambda self: self.quantizer.has_indices)
+    decodes_prefixes = property(lambda self: self.quantizer.decodes_prefixes)
 
     def embeddings(self) -> Float[Array, "K c"] | None:
         return self.quantizer.embeddings()
 
 
-def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
-    """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient.
-
-    Raises:
-      ValueError: the last axis of z does not have `channels` entries.
-    """
+def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Rows, Mask]:
+    """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient."""
     if z.shape[-1] != channels:
         raise ValueError(f"the quantizer expects latents of {channels} channels, got shape {z.shape}")
     flat = z.reshape(-1, channels).astype(jnp.float32)
@@ -103,28 +88,20 @@ def check_distance(distance: str) -> None:
         raise ConfigError("must be 'l2' or 'cosine'; only ibq accepts 'dot'", field="distance", value=distance)
 
 
-def masked_mean(values: Float[Array, "N C"], mask: Bool[Array, " N"]) -> Float[Array, ""]:
+def masked_mean(values: Rows, mask: Mask) -> Scalar:
     """Returns the mean over the rows in `mask`; zero if there are no such rows."""
     rows = jnp.mean(values, axis=1)
     return jnp.sum(jnp.where(mask, rows, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def vq_loss(
-    flat: Float[Array, "N C"], quantized: Float[Array, "N C"], mask: Bool[Array, " N"], commitment_cost: float
-) -> Float[Array, ""]:
+def vq_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float) -> Scalar:
     """Returns codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
     codebook = masked_mean((jax.lax.stop_gradient(flat) - quantized) ** 2, mask)
     commitment = masked_mean((flat - jax.lax.stop_gradient(quantized)) ** 2, mask)
     return codebook + commitment_cost * commitment
 
 
-def batch_metrics(
-    flat: Float[Array, "N C"],
-    quantized: Float[Array, "N C"],
-    indices: Int[Array, " N"],
-    num_embeddings: int,
-    mask: Bool[Array, " N"],
-) -> dict[str, Array]:
+def batch_metrics(flat: Rows, quantized: Rows, indices: Indices, num_embeddings: int, mask: Mask) -> dict[str, Array]:
     """Returns the metrics of a quantizer that replaces each latent by one embedding."""
     flat, quantized = jax.lax.stop_gradient((flat, quantized))
     return {
@@ -139,9 +116,7 @@ def sum_metrics(metrics: list[dict[str, Array]]) -> dict[str, Array]:
     return {name: sum(m[name] for m in metrics) for name in ("revived", "starved") if name in metrics[0]}
 
 
-def relative_error(
-    flat: Float[Array, "N C"], quantized: Float[Array, "N C"], mask: Bool[Array, " N"]
-) -> Float[Array, ""]:
+def relative_error(flat: Rows, quantized: Rows, mask: Mask) -> Scalar:
     """Returns the mean squared error divided by the variance of the latents (per channel, about the batch mean)."""
     mean = jnp.sum(jnp.where(mask[:, None], flat, 0.0), axis=0) / jnp.maximum(jnp.sum(mask), 1)
     return masked_mean((flat - quantized) ** 2, mask) / jnp.maximum(masked_mean((flat - mean) ** 2, mask), 1e-12)

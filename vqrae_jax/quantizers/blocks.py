@@ -5,10 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
-
-AnyArray = jax.Array | np.ndarray  # what public functions accept
 
 LANES = 8  # contiguous parts of the codebook that are searched in parallel; a codebook may be sharded this many ways
 
@@ -41,7 +38,7 @@ def map_rows(function: Callable[..., Any], rows: int, *arrays: Shaped[Array, " N
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n], results)
 
 
-def strided(x: Shaped[Array, " N *c"], rows: int) -> Shaped[Array, " R S *c"]:
+def strided(x: Shaped[Array, " N ..."], rows: int) -> Shaped[Array, " R S ..."]:
     """Cuts rows into S blocks of about `rows`: block i holds rows i, i + S, ...; if R S > N, the last rows are zero.
 
     Contiguous blocks would cut the row axis, and a loop over a sharded axis gathers it.
@@ -57,16 +54,11 @@ def strided(x: Shaped[Array, " N *c"], rows: int) -> Shaped[Array, " R S *c"]:
 def split_lanes(
     codebook: Float[Array, "K C"], offsets: Float[Array, " K"], block: int
 ) -> tuple[Float[Array, "L S C"], Float[Array, "L S"], int]:
-    """Splits a codebook into L contiguous lanes; also returns how many rows of each lane form a block.
-
-    Padding has an infinite offset.
-    """
+    """Splits a codebook into L contiguous lanes, padded by infinite offsets; also returns the rows of each block."""
     size = len(codebook)
     lanes = min(LANES, size & -size)  # a power of two that divides K
     width = max(1, min(block, size) // lanes)
     padding = -(size // lanes) % width
-    return (
-        jnp.pad(codebook.reshape(lanes, size // lanes, -1), ((0, 0), (0, padding), (0, 0))),
-        jnp.pad(offsets.reshape(lanes, -1), ((0, 0), (0, padding)), constant_values=jnp.inf),
-        width,
-    )
+    codebook = jnp.pad(codebook.reshape(lanes, size // lanes, -1), ((0, 0), (0, padding), (0, 0)))
+    offsets = jnp.pad(offsets.reshape(lanes, -1), ((0, 0), (0, padding)), constant_values=jnp.inf)
+    return codebook, offsets, width

@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Mask, Rows, Scalar
 from vqrae_jax.quantizers.base import masked_mean
-from vqrae_jax.quantizers.blocks import AnyArray, strided
+from vqrae_jax.quantizers.blocks import strided
 from vqrae_jax.quantizers.nearest import unit
 
 SOFT_BLOCK = 2**24  # probabilities that exist at once (64 MiB)
 
 
-def entropies(
-    probabilities: Float[AnyArray, "N K"], mask: Bool[AnyArray, " N"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def entropies(probabilities: Float[AnyArray, "N K"], mask: Mask) -> tuple[Scalar, Scalar]:
     """Returns the mean entropy of the rows in `mask` and the entropy of their mean, in nats.
 
     A codebook is used well if the first is low and the second high (Yu et al. 2023, arXiv:2310.05737, eq. 4).
@@ -24,29 +23,19 @@ def entropies(
     return masked_mean(_entropy(probabilities)[:, None], mask), _entropy(mean)
 
 
-def diversity(
-    z: Float[AnyArray, "N C"],
-    codebook: Float[AnyArray, "K C"],
-    mask: Bool[AnyArray, " N"],
-    temperature: float,
-    block: int = SOFT_BLOCK,
-) -> Float[Array, ""]:
+def diversity(z: Rows, codebook: Codebook, mask: Mask, temperature: float, block: int = SOFT_BLOCK) -> Scalar:
     """Returns log K minus the entropy of the mean soft assignment, in nats, in [0, log K]; 0: all are used equally.
 
     The soft assignment of a latent is softmax(-|z - e|^2 / temperature) over the embeddings e, as in the second term of
     Yu et al. 2023 (arXiv:2310.05737, eq. 4). Latents and codebook receive its gradient. Blocks of rows are visited one
-    by one, forwards and backwards, so that no N x K matrix exists.
-
-    Args:
-      mask: rows that count; if there are none, the result is log K.
-      block: probabilities that exist at once, at least K.
+    by one, forwards and backwards: only `block` probabilities exist at once, at least K. An empty mask gives log K.
     """
     rows = max(1, block // len(codebook))
     # The blocks are scanned, not sliced one by one: the gradient of a slice is as large as the array it is cut from.
     blocks = (strided(z, rows).swapaxes(0, 1), strided(mask, rows).swapaxes(0, 1))
 
     @jax.checkpoint
-    def soft_counts(z: Float[AnyArray, "R C"], mask: Bool[AnyArray, " R"], codebook: Float[AnyArray, "K C"]) -> Array:
+    def soft_counts(z: Float[AnyArray, "R C"], mask: Bool[AnyArray, " R"], codebook: Codebook) -> Array:
         logits = 2 * jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST) - jnp.sum(codebook**2, axis=1)
         return jnp.sum(jnp.where(mask[:, None], jax.nn.softmax(logits / temperature, axis=-1), 0.0), axis=0)
 
@@ -57,7 +46,7 @@ def diversity(
     return math.log(len(codebook)) - _entropy(total / jnp.maximum(jnp.sum(mask), 1))
 
 
-def orthogonality(codebook: Float[AnyArray, "K C"]) -> Float[Array, ""]:
+def orthogonality(codebook: Codebook) -> Scalar:
     """Returns the mean squared cosine between embeddings, in [0, 1] (Shin et al. 2021, arXiv:2112.00384).
 
     This is |U U^T - I|^2 / K^2 for the unit embeddings U, computed as (|U^T U|^2 - K) / K^2, which needs a C x C matrix

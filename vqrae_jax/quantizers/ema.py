@@ -4,11 +4,11 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Indices, Mask, PerEmbedding, Rows
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, check_distance, flatten, vq_loss
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.kmeans import draw, start_codebook
@@ -29,15 +29,12 @@ class EMAQuantizer(Quantizer):
       sums [K, C]: running sum of these latents; codebook = sums / smoothed counts.
       step []: int32, number of updates, including the initialization.
 
-    Statistics are taken over the whole batch, which under `jit` is the global one. The output of a training step uses
-    the codebook from before its update, but from after the initialization.
+    The output of a training step uses the codebook from before its update, but from after the initialization.
 
     In training, an embedding whose count is below revival_threshold times the mean count is dead. It moves next to an
     embedding in use (drawn in proportion to use, by a random latent of the batch, and towards that latent) and takes
     half of its count (Linde, Buzo & Gray 1980 split codebooks in this way). At the latent itself it would hardly win a
     second latent: in many channels latents are farther from each other than from means.
-
-    Training draws from the rng stream "codes" for the initialization and for revival.
     """
 
     num_embeddings: registry.NumEmbeddings
@@ -65,19 +62,17 @@ class EMAQuantizer(Quantizer):
 
     def setup(self):
         shape = (self.num_embeddings, self.channels)
-        self.codebook = self.variable("batch_stats", "codebook", lambda: self._draw_codebook(self.make_rng("params")))
+        self.codebook = self.variable("batch_stats", "codebook", self._draw_codebook)
         self.counts = self.variable("batch_stats", "counts", jnp.ones, shape[:1])
         self.sums = self.variable("batch_stats", "sums", lambda: jnp.copy(self.codebook.value))
         self.step = self.variable("batch_stats", "step", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train=True then updates the state."""
         flat, finite = flatten(z, self.channels)
+        flat = unit(flat) if self.distance == "cosine" else flat
         # Search and sums read z itself instead of the copy in which rows that are not finite are zero.
-        fixed = jax.lax.stop_gradient(z.reshape(flat.shape).astype(jnp.float32))
-        if self.distance == "cosine":
-            flat = unit(flat)
-            fixed = jax.lax.stop_gradient(flat)
+        fixed = flat if self.distance == "cosine" else z.reshape(flat.shape).astype(jnp.float32)
+        fixed = jax.lax.stop_gradient(fixed)
         trains = train and not self.is_initializing()
         updates = jnp.any(finite) & (self.step.value > 0)  # the batch that initializes the codebook is already in it
         if trains:
@@ -95,8 +90,7 @@ class EMAQuantizer(Quantizer):
         out = ESTIMATORS[self.estimator](flat, quantized).reshape(z.shape)
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
-    def embeddings(self) -> Float[Array, "K C"]:
-        """Returns the codebook."""
+    def embeddings(self) -> Codebook:
         return self.codebook.value
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
@@ -104,10 +98,7 @@ class EMAQuantizer(Quantizer):
         if self.start == "normal" or self.is_initializing():
             return
         starts = (self.step.value == 0) & (count > 0)
-        key = self.make_rng("codes")
-        codebook, counts = start_codebook(
-            starts, key, sample, self.codebook.value, self.counts.value, self.start, self.distance
-        )
+        codebook, counts = start_codebook(self, starts, sample, self.codebook.value, self.counts.value)
         # An embedding without latents gets a small count, because sums / 0 has no value. If other embeddings have
         # latents it is dead nevertheless, until latents choose it or it is revived.
         least = count / self.num_embeddings * max(self.revival_threshold, 0.1)
@@ -116,17 +107,12 @@ class EMAQuantizer(Quantizer):
         self.sums.value = jnp.where(starts, codebook * self._smooth(counts)[:, None], self.sums.value)
         self.step.value = self.step.value + starts
 
-    def _draw_codebook(self, key: PRNGKeyArray) -> Float[Array, "K C"]:
-        codebook = jax.random.normal(key, (self.num_embeddings, self.channels))
+    def _draw_codebook(self) -> Codebook:
+        codebook = jax.random.normal(self.make_rng("params"), (self.num_embeddings, self.channels))
         return unit(codebook) if self.distance == "cosine" else codebook
 
     def _update(
-        self,
-        updates: Bool[Array, ""],
-        flat: Float[Array, "N C"],
-        finite: Bool[Array, " N"],
-        indices: Int[Array, " N"],
-        batch_counts: Int[Array, " K"],
+        self, updates: Bool[Array, ""], flat: Rows, finite: Mask, indices: Indices, batch_counts: Int[Array, " K"]
     ) -> Int[Array, ""]:
         """Updates the running means from finite rows, if `updates`; returns how many embeddings were revived."""
         decay = jnp.asarray(self.decay)
@@ -138,7 +124,7 @@ class EMAQuantizer(Quantizer):
         sums = decay * self.sums.value + (1 - decay) * totals
         revived = jnp.zeros((), jnp.int32)
         if self.revival_threshold:
-            counts, sums, revived = self._revive(self.make_rng("codes"), updates, flat, finite, indices, counts, sums)
+            counts, sums, revived = self._revive(updates, flat, finite, indices, counts, sums)
         codebook = sums / self._smooth(counts)[:, None]
         codebook = unit(codebook) if self.distance == "cosine" else codebook
         self.codebook.value = jnp.where(updates, codebook, self.codebook.value)
@@ -147,21 +133,14 @@ class EMAQuantizer(Quantizer):
         return revived
 
     def _revive(
-        self,
-        key: PRNGKeyArray,
-        allowed: Bool[Array, ""],
-        flat: Float[Array, "N C"],
-        finite: Bool[Array, " N"],
-        indices: Int[Array, " N"],
-        counts: Float[Array, " K"],
-        sums: Float[Array, "K C"],
-    ) -> tuple[Float[Array, " K"], Float[Array, "K C"], Int[Array, ""]]:
+        self, updates: Bool[Array, ""], flat: Rows, finite: Mask, indices: Indices, counts: PerEmbedding, sums: Codebook
+    ) -> tuple[PerEmbedding, Codebook, Int[Array, ""]]:
         """Moves dead embeddings next to embeddings in use; returns counts, sums and how many moved."""
         # At most one per latent: two embeddings that move by the same latent would be equal.
         limit = min(-(-self.num_embeddings // REVIVAL_SHARE), len(flat))
         dead = jax.lax.top_k(-counts, limit)[1]
-        latent = draw(key, finite.astype(jnp.float32), limit)
-        moves = self._is_dead(counts)[dead] & finite[latent] & allowed
+        latent = draw(self.make_rng("codes"), finite.astype(jnp.float32), limit)
+        moves = self._is_dead(counts)[dead] & finite[latent] & updates
         parent = indices[latent]
         parts = 1.0 + jax.ops.segment_sum(moves.astype(jnp.float32), parent, self.num_embeddings)
         counts, sums = counts / parts, sums / parts[:, None]
@@ -169,16 +148,14 @@ class EMAQuantizer(Quantizer):
         source = self.codebook.value[parent]
         rows = jnp.where(moves[:, None], source + REVIVAL_STEP * (flat[latent] - source), 0.0)
         index = jnp.where(moves, dead, self.num_embeddings)  # beyond the end: dropped
-        return (
-            counts.at[index].set(share, mode="drop"),
-            sums.at[index].set(rows * share[:, None], mode="drop"),
-            jnp.sum(moves, dtype=jnp.int32),
-        )
+        counts = counts.at[index].set(share, mode="drop")
+        sums = sums.at[index].set(rows * share[:, None], mode="drop")
+        return counts, sums, jnp.sum(moves, dtype=jnp.int32)
 
-    def _is_dead(self, counts: Float[Array, " K"]) -> Bool[Array, " K"]:
+    def _is_dead(self, counts: PerEmbedding) -> Bool[Array, " K"]:
         return counts < self.revival_threshold * jnp.mean(counts)
 
-    def _smooth(self, counts: Float[Array, " K"]) -> Float[Array, " K"]:
+    def _smooth(self, counts: PerEmbedding) -> PerEmbedding:
         """Applies Laplace smoothing: no count is zero, and the total stays the same."""
         total = jnp.sum(counts)
         return (counts + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total

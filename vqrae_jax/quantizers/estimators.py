@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vqrae_jax.quantizers.blocks import AnyArray
+from vqrae_jax.quantizers.arrays import AnyArray
 
 Estimator = Literal["straight_through", "rotation"]
 
@@ -36,7 +36,8 @@ def rotation(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> 
 
     The embedding e is written as lambda R z, with the rotation R from z to e and lambda = |e| / |z|, both constants.
     """
-    a, b, scale = jax.lax.stop_gradient(_directions(z, quantized))
+    lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12)) for x in (z, quantized)]
+    a, b, scale = jax.lax.stop_gradient((z / lengths[0], quantized / lengths[1], lengths[1] / lengths[0]))
     middle = a + b
     # Opposite directions have no unique rotation between them; the remaining reflection serves as well.
     middle = middle * jax.lax.rsqrt(jnp.maximum(jnp.sum(middle**2, axis=-1, keepdims=True), 1e-12))
@@ -45,14 +46,6 @@ def rotation(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> 
 
 
 ESTIMATORS: dict[str, Callable] = {"straight_through": straight_through, "rotation": rotation}
-
-
-def _directions(
-    z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]
-) -> tuple[Float[Array, "*b C"], Float[Array, "*b C"], Float[Array, "*b 1"]]:
-    """Returns unit vectors along z and along its embedding, and the ratio of their lengths."""
-    lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12)) for x in (z, quantized)]
-    return z / lengths[0], quantized / lengths[1], lengths[1] / lengths[0]
 
 
 def _dot(a: Float[AnyArray, "*b C"], b: Float[AnyArray, "*b C"]) -> Float[Array, "*b 1"]:

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Rows
 from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batch_metrics, flatten, masked_mean
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import straight_through
 
 EDGE = 1e-3  # share by which tanh reaches beyond the outermost level, so that the level is reached
+HIDDEN = 512  # width of the layers of `Reduce`
 FOURIER_FEATURES = 128
 FOURIER_SCALE = 10.0
 
@@ -53,10 +54,7 @@ class FSQ(Quantizer):
             raise ConfigError(message, field="adapter", value=self.adapter)
         super().__post_init__()
 
-    @property
-    def num_embeddings(self) -> int:
-        """K, the product of the levels."""
-        return math.prod(self.levels)
+    num_embeddings = property(lambda self: math.prod(self.levels))
 
     def setup(self):
         if self.adapter == "mlp":
@@ -67,7 +65,6 @@ class FSQ(Quantizer):
             self.expand = _dense(self.channels, "expand")
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train makes no difference."""
         flat, finite = flatten(z, self.channels)
         scales = self._scales()
         scaled = (flat if self.adapter == "none" else self._reduce(flat)) * scales
@@ -81,14 +78,13 @@ class FSQ(Quantizer):
         return Quantized(out.reshape(z.shape), indices.reshape(z.shape[:-1]), loss, metrics)
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
-        """Returns the latents of `indices`, behind the adapter."""
         flat = indices.reshape(-1, 1)
         steps = flat // self._basis() % np.asarray(self.levels, np.int32)
         quantized = steps.astype(jnp.float32) - self._scales()
         quantized = quantized if self.adapter == "none" else self.expand(quantized)
         return quantized.reshape(*indices.shape, self.channels)
 
-    def _reduce(self, flat: Float[Array, "N C"]) -> Float[Array, "N L"]:
+    def _reduce(self, flat: Rows) -> Float[Array, "N L"]:
         reduced = self.reduce(flat)
         return reduced if self.adapter == "mlp" else (1 + EDGE) * jnp.tanh(reduced)
 
@@ -104,13 +100,12 @@ class Reduce(nn.Module):
     """LayerNorm -> two hidden layers -> tanh times a learned gain."""
 
     out: int
-    hidden: int = 512
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N C"]) -> Float[Array, "N L"]:
+    def __call__(self, x: Rows) -> Float[Array, "N L"]:
         x = nn.LayerNorm(epsilon=1e-5, name="norm")(x)
         for i in range(2):
-            x = nn.gelu(_dense(self.hidden, f"hidden{i}")(x), approximate=False)
+            x = nn.gelu(_dense(HIDDEN, f"hidden{i}")(x), approximate=False)
         # About 3: the middle third of tanh's range covers all levels, the rest saturates at the outermost.
         gain = self.param("gain", nn.initializers.constant(3.0), (self.out,))
         return jnp.tanh(_dense(self.out, "out")(x)) * gain
@@ -123,7 +118,7 @@ class Expand(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N L"]) -> Float[Array, "N C"]:
+    def __call__(self, x: Float[Array, "N L"]) -> Rows:
         shape = (self.levels, FOURIER_FEATURES)
         frequencies = self.variable(
             "batch_stats", "fourier", lambda: FOURIER_SCALE * jax.random.normal(self.make_rng("params"), shape)

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Rows, Scalar
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import orthogonality
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import LearnedCodebook, Start
@@ -43,7 +43,6 @@ class GumbelQuantizer(Quantizer):
         self.step = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train=True samples, counts the call, and at first makes the codebook."""
         flat, finite = flatten(z, self.channels)
         if train:
             fixed = jax.lax.stop_gradient(flat)
@@ -67,20 +66,18 @@ class GumbelQuantizer(Quantizer):
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
-        """Makes the codebook."""
         self.codebook.initialize(sample, count)
 
-    def embeddings(self) -> Float[Array, "K C"]:
-        """Returns the codebook."""
+    def embeddings(self) -> Codebook:
         return self.codebook()
 
-    def _logits(self, flat: Float[Array, "N C"]) -> Float[Array, "N K"]:
+    def _logits(self, flat: Rows) -> Float[Array, "N K"]:
         logits, first = self.classifier(flat), self.codebook.fixed()
         if self.start == "normal":
             return logits
         return logits + jnp.dot(flat, first.T, precision=jax.lax.Precision.HIGHEST) - 0.5 * jnp.sum(first**2, axis=1)
 
-    def _temperature(self) -> Float[Array, ""]:
+    def _temperature(self) -> Scalar:
         progress = jnp.minimum(self.step.value / self.anneal_steps, 1.0)
         return self.temperature * (self.final_temperature / self.temperature) ** progress
 

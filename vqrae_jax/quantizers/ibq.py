@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import entropies, orthogonality
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import LearnedCodebook
@@ -39,7 +39,6 @@ class IBQ(Quantizer):
         self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, distance)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train=True also computes the softmax over all embeddings, and at first makes these."""
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
@@ -70,11 +69,9 @@ class IBQ(Quantizer):
         return Quantized(out.reshape(z.shape), indices.reshape(z.shape[:-1]), loss, metrics)
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
-        """Makes the codebook."""
         self.codebook.initialize(sample, count)
 
-    def embeddings(self) -> Float[Array, "K C"]:
-        """Returns the codebook, of unit length for "cosine"."""
+    def embeddings(self) -> Codebook:
         return unit(self.codebook()) if self.distance == "cosine" else self.codebook()
 
 

@@ -1,9 +1,8 @@
 """Codebooks that start from the first training batch: k-means, random latents, and learned offsets from them.
 
-Seeding follows k-means++ (Arthur & Vassilvitskii 2007: the next seed is drawn with probability proportional to the
-squared distance to the nearest seed) in a few rounds of many seeds, as in k-means|| (Bahmani et al. 2012,
-arXiv:1203.6402), because K rounds of one seed would take K passes. Lloyd's iterations follow. All operations are on the
-global batch: under `jit` over a mesh the result equals that of one device.
+Seeds are drawn with probability proportional to the squared distance to the nearest seed (k-means++, Arthur &
+Vassilvitskii 2007), in a few rounds of many seeds (k-means||, Bahmani et al. 2012, arXiv:1203.6402), because one seed
+per round would take K passes. Lloyd's iterations follow. All operations are on the global batch.
 """
 
 from typing import Literal
@@ -11,10 +10,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Mask, PerEmbedding, PerRow, Rows
 from vqrae_jax.quantizers.base import Sample
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
@@ -25,24 +24,16 @@ ITERATIONS = 5  # of Lloyd; on image features further iterations hardly change t
 
 
 def kmeans(
-    key: PRNGKeyArray,
-    z: Float[AnyArray, "N C"],
-    codebook: Float[AnyArray, "K C"],
-    distance: Distance = "l2",
-    mask: Bool[AnyArray, " N"] | None = None,
-) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
+    key: PRNGKeyArray, z: Rows, codebook: Codebook, mask: Mask, distance: Distance = "l2"
+) -> tuple[Codebook, PerEmbedding]:
     """Returns K embeddings and the number of latents of each.
 
     With fewer latents than embeddings, surplus embeddings repeat latents and count none.
 
     Args:
-      key: draws the seeds.
       z: latents, of unit length if the distance is "cosine". Rows outside `mask` may be NaN.
       codebook: gives K and the sharding; its values are not read.
-      distance: as in `nearest`.
-      mask: latents that count; None: all.
     """
-    mask = jnp.ones(len(z), bool) if mask is None else mask
     codebook = _draw_seeds(key, z, codebook, mask)
 
     # The search is float32 from the start: in a loop around a bfloat16 screening, XLA would store all rows in bfloat16.
@@ -59,27 +50,22 @@ def kmeans(
 
 
 def start_codebook(
-    starts: Bool[AnyArray, ""],
-    key: PRNGKeyArray,
-    sample: Sample,
-    codebook: Float[AnyArray, "K C"],
-    counts: Float[AnyArray, " K"],
-    start: Start,
-    distance: Distance,
-) -> tuple[Float[Array, "K C"], Float[Array, " K"]]:
+    module: nn.Module, starts: Bool[AnyArray, ""], sample: Sample, codebook: Codebook, counts: PerEmbedding
+) -> tuple[Codebook, PerEmbedding]:
     """Returns embeddings made from latents and the number of latents of each if `starts`, otherwise the arguments.
 
     Args:
+      module: has the attributes `distance`, and `start`: "kmeans" clusters latents; "data" takes random ones, with
+        counts of zero.
       sample: is computed only if `starts`. For "cosine" its latents are scaled to unit length.
-      start: "kmeans" clusters the latents; "data" takes random latents, with counts of zero.
-      key, distance: as in `kmeans`.
     """
+    key = module.make_rng("codes")
 
     def make(_, state):
         z, mask = sample()
-        z = unit(z) if distance == "cosine" else z
-        if start == "kmeans":
-            return kmeans(key, z, state[0], distance, mask)
+        z = unit(z) if module.distance == "cosine" else z
+        if module.start == "kmeans":
+            return kmeans(key, z, state[0], mask, module.distance)
         rows = draw(key, mask.astype(jnp.float32), len(codebook))
         return jnp.where(mask[rows][:, None], z[rows], 0.0), jnp.zeros_like(counts)
 
@@ -94,12 +80,11 @@ def start_variable(
     if module.start == "normal" or module.is_initializing():
         return
     starts, counts = (begun.value == 0) & (count > 0), jnp.zeros(len(codebook.value))
-    key = module.make_rng("codes")
-    codebook.value, _ = start_codebook(starts, key, sample, codebook.value, counts, module.start, module.distance)
+    codebook.value, _ = start_codebook(module, starts, sample, codebook.value, counts)
     begun.value = begun.value | starts
 
 
-def draw(key: PRNGKeyArray, weights: Float[AnyArray, " N"], count: int) -> Int[Array, " count"]:
+def draw(key: PRNGKeyArray, weights: PerRow, count: int) -> Int[Array, " count"]:
     """Draws indices with probability proportional to the weights, without repetition until all are drawn.
 
     They are the largest of log weight + Gumbel noise (Efraimidis & Spirakis 2006), equal on every device.
@@ -109,9 +94,7 @@ def draw(key: PRNGKeyArray, weights: Float[AnyArray, " N"], count: int) -> Int[A
     return order[jnp.arange(count) % len(order)]
 
 
-def _draw_seeds(
-    key: PRNGKeyArray, z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], mask: Bool[AnyArray, " N"]
-) -> Float[Array, "K C"]:
+def _draw_seeds(key: PRNGKeyArray, z: Rows, codebook: Codebook, mask: Mask) -> Codebook:
     size, channels = codebook.shape
     rounds = next(r for r in range(min(size, ROUNDS), 0, -1) if size % r == 0)
 
@@ -134,16 +117,11 @@ class LearnedCodebook(nn.Module):
     Random embeddings lie far from all latents: a few of them win every latent and the others never learn.
 
     `params`: offset [K, C]. `batch_stats`, unless start is "normal": first [K, C]; begun [], 1 after the first batch.
-
-    Attributes:
-      num_embeddings, channels: K and C.
-      start: as in `start_codebook`; "normal": random embeddings of about unit length, before training.
-      distance: as in `nearest`.
     """
 
     num_embeddings: int
     channels: int
-    start: Start
+    start: Start  # "normal": random embeddings of about unit length, before training
     distance: Distance
 
     def setup(self):
@@ -153,15 +131,13 @@ class LearnedCodebook(nn.Module):
             self.first = self.variable("batch_stats", "first", lambda: normal(self.make_rng("params"), shape))
             self.begun = self.variable("batch_stats", "begun", lambda: jnp.zeros((), jnp.int32))
 
-    def __call__(self) -> Float[Array, "K C"]:
-        """Returns the embeddings."""
+    def __call__(self) -> Codebook:
         return self.offset if self.start == "normal" else self.offset + self.fixed()
 
-    def fixed(self) -> Float[Array, "K C"] | float:
+    def fixed(self) -> Codebook | float:
         """Returns the part of the embeddings that gradients do not change."""
         return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
 
     def initialize(self, sample: Sample, count: Int[AnyArray, ""]) -> None:
-        """Makes the embeddings, as `Quantizer.initialize`."""
         if self.start != "normal":
             start_variable(self, self.first, self.begun, sample, count)

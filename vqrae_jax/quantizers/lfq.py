@@ -7,12 +7,12 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows, Scalar
 from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batch_metrics, flatten, masked_mean
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import entropies
 from vqrae_jax.quantizers.estimators import straight_through
 from vqrae_jax.quantizers.nearest import unit
@@ -44,13 +44,9 @@ class LFQ(Quantizer):
             raise ConfigError(f"must be 1 to {MAX_BITS} bits", field="channels", value=self.channels)
         super().__post_init__()
 
-    @property
-    def num_embeddings(self) -> int:
-        """K = 2^C."""
-        return 2**self.channels
+    num_embeddings = property(lambda self: 2**self.channels)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; train makes no difference."""
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.spherical else flat
         bits = flat > 0
@@ -65,13 +61,10 @@ class LFQ(Quantizer):
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
-        """Returns the corners of `indices`."""
         bits = indices[..., None] // self._basis() % 2 == 1
         return jnp.where(bits, self._size(), -self._size())
 
-    def _entropies(
-        self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def _entropies(self, flat: Rows, finite: Mask) -> tuple[Scalar, Scalar]:
         """Returns the mean entropy of a soft assignment and the entropy of the mean soft assignment, in nats."""
         # |z + a|^2 - |z - a|^2 = 4 a z for the two values of one bit.
         on = jax.nn.sigmoid(4 * self._size() * flat / self.temperature)

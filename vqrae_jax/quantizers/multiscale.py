@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.resize import resize
 
@@ -26,18 +26,13 @@ class MultiScale(Wrapper):
     latents that are not finite, and a cell without a finite latent is ignored. The gradient is the mean of the
     scales': each passes what its grid holds through its quantizer and its parameters, and the rest unchanged, so that
     straight-through quantizers are one straight-through in total. The loss is the mean of the scales' as well.
-
-    Attributes:
-      quantizer: of every scale.
-      channels: C.
-      grids: side of every grid, increasing; the last is that of the latents.
     """
 
     decodes_prefixes = True
 
     quantizer: Quantizer
     channels: int
-    grids: tuple[int, ...]
+    grids: tuple[int, ...]  # side of every grid, increasing; the last is that of the latents
 
     def __post_init__(self):
         if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
@@ -45,11 +40,6 @@ class MultiScale(Wrapper):
         super().__post_init__()
 
     def __call__(self, z: Float[AnyArray, "B h w C"], train: bool = False) -> Quantized:
-        """Quantizes latent grids, coarse to fine.
-
-        Raises:
-          ValueError: z is not a grid with sides grids[-1].
-        """
         side = self.grids[-1]
         if z.ndim != 4 or z.shape[1:3] != (side, side):
             raise ValueError(f"grids={self.grids} quantize latents [B, {side}, {side}, C], got shape {z.shape}")
@@ -83,11 +73,7 @@ class MultiScale(Wrapper):
         )
 
     def lookup(self, indices: Int[AnyArray, "B N"]) -> Float[Array, "B h w C"]:
-        """Returns the sum of all scales, or of the first scales if only their indices are given.
-
-        Raises:
-          ValueError: the number of indices is not that of a prefix of the scales.
-        """
+        """Returns the sum of all scales, or of the first scales if only their indices are passed."""
         ends = np.cumsum([size**2 for size in self.grids]).tolist()
         if indices.ndim != 2 or indices.shape[1] not in ends:
             raise ValueError(f"grids={self.grids} have [B, N] indices with N in {ends}, got shape {indices.shape}")
@@ -99,9 +85,7 @@ class MultiScale(Wrapper):
                 total += self._enlarge(self.quantizer.lookup(part))
         return total
 
-    def _all_cells(
-        self, grid: Float[Array, "B h w C"], mask: Bool[Array, "B h w 1"]
-    ) -> tuple[Float[Array, "N C"], Bool[Array, " N"]]:
+    def _all_cells(self, grid: Float[Array, "B h w C"], mask: Bool[Array, "B h w 1"]) -> tuple[Rows, Mask]:
         """Returns what all scales quantize if each leaves nothing of its grid, and which cells are finite."""
         rest, parts = grid, []
         for size in self.grids:

@@ -1,10 +1,9 @@
 """Exact search for the nearest embedding that never holds the N x K matrix of distances.
 
-The search visits blocks of rows and of the codebook and keeps the best result so far. It does not know the mesh: the
-layout of the blocks keeps rows that are sharded over one mesh axis and a codebook that is sharded over another on their
-devices. Every device searches its own embeddings for its own rows, and only the distance and index of the best cross
-devices. Where float32 products are slow, bfloat16 products come first (`screened`); then candidates of a sharded
-codebook cross devices as well.
+The search visits blocks of rows and of the codebook and keeps the best result so far. The layout of the blocks keeps
+sharded rows and a sharded codebook on their devices: every device searches its own embeddings for its own rows, and
+only the distance and index of the best cross devices. Where float32 products are slow, bfloat16 products come first
+(`screened`); then candidates of a sharded codebook cross devices as well.
 """
 
 import functools
@@ -17,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import screened
-from vqrae_jax.quantizers.blocks import AnyArray, Block, Screen, map_rows, split_lanes, strided
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Indices, Nearest, PerEmbedding, Rows
+from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes, strided
 
 Distance = Literal["l2", "cosine", "dot"]
 Method = Block | Screen | Literal["float32"]
@@ -30,9 +30,7 @@ GPU_SCREEN = Screen(*DEFAULT_BLOCK)
 TPU_SCREEN = Screen(None, None)
 
 
-def nearest(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], distance: Distance = "l2", block: Method | None = None
-) -> Int[Array, " N"]:
+def nearest(z: Rows, codebook: Codebook, distance: Distance = "l2", block: Method | None = None) -> Indices:
     """Returns the int32 index of the nearest embedding of each row; ties go to the lowest index.
 
     Distances are float32 for any input dtype: in bfloat16 about one token in a hundred changes its index. There is no
@@ -49,8 +47,8 @@ def nearest(
 
 
 def nearest_with_distance(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], distance: Distance = "l2", block: Method | None = None
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    z: Rows, codebook: Codebook, distance: Distance = "l2", block: Method | None = None
+) -> Nearest:
     """Returns indices as `nearest`, and squared distances for "l2", at least zero and accurate relative to |z|^2.
 
     For "cosine" and "dot" the second result is minus the largest product of z with a (unit) embedding.
@@ -62,30 +60,26 @@ def nearest_with_distance(
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score
 
 
-def nearest_other(codebook: Float[AnyArray, "K C"], sample: int = 512) -> Float[Array, " sample"]:
-    """Returns Euclidean distances from embeddings to the nearest other one: the spread of a codebook.
+def nearest_other(codebook: Codebook, sample: int = 512) -> Float[Array, " sample"]:
+    """Returns Euclidean distances from `sample` embeddings, evenly over the codebook, to the nearest other one.
 
     Their squares are accurate relative to the extent of the codebook.
-
-    Args:
-      codebook: at least two embeddings.
-      sample: number of embeddings, evenly over the codebook, that are compared with all; at most K.
     """
     codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
     codebook -= jnp.mean(codebook, axis=0)
     sample = min(sample, len(codebook))
     selected = np.arange(sample) * len(codebook) // sample
     rows, size = codebook[selected], DEFAULT_BLOCK.codes
-    blocks, numbers = strided(codebook, size), strided(jnp.arange(1, len(codebook) + 1), size)
+    numbers = jnp.arange(1, len(codebook) + 1)  # from one: zero is padding
+    blocks = [strided(x, size).swapaxes(0, 1) for x in (codebook, numbers)]
 
-    def visit(best, i):
-        part = jax.lax.dynamic_index_in_dim(blocks, i, axis=1, keepdims=False)
-        number = jax.lax.dynamic_index_in_dim(numbers, i, axis=1, keepdims=False)  # from one: zero is padding
+    def visit(best, block):
+        part, number = block
         scores = 2 * _scores(rows, part, 0.5 * jnp.sum(part**2, axis=1))
         other = (number > 0) & (number != selected[:, None] + 1)
         return jnp.minimum(best, jnp.min(jnp.where(other, scores, jnp.inf), axis=1)), None
 
-    best, _ = jax.lax.scan(visit, jnp.full(sample, jnp.inf), jnp.arange(blocks.shape[1]))
+    best, _ = jax.lax.scan(visit, jnp.full(sample, jnp.inf), blocks)
     return jnp.sqrt(jnp.maximum(best + jnp.sum(rows**2, axis=1), 0.0))
 
 
@@ -94,7 +88,7 @@ def unit(x: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
-def _search_method(block: Method | None) -> Callable[..., tuple[Int[Array, " N"], Float[Array, " N"]]]:
+def _search_method(block: Method | None) -> Callable[..., Nearest]:
     """Returns a function that finds the lowest index of the smallest offsets[k] - z @ codebook[k], and that score."""
     if isinstance(block, Screen):
         return functools.partial(screened.search, sizes=block, exact=_search_float32)
@@ -110,30 +104,22 @@ def _search_method(block: Method | None) -> Callable[..., tuple[Int[Array, " N"]
     )
 
 
-def _search_float32(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+def _search_float32(z: Rows, codebook: Codebook, offsets: PerEmbedding) -> Nearest:
     return jax.lax.platform_dependent(
-        z,
-        codebook,
-        offsets,
+        *(z, codebook, offsets),
         cpu=functools.partial(_search_blocks, block=CPU_BLOCK),
         tpu=_search_at_once,
         default=functools.partial(_search_blocks, block=DEFAULT_BLOCK),
     )
 
 
-def _search_at_once(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+def _search_at_once(z: Rows, codebook: Codebook, offsets: PerEmbedding) -> Nearest:
     """Searches in one expression, for compilers that fuse the arg-min into the product, as XLA for TPU does."""
     scores = _scores(z, codebook, offsets)
     return jnp.argmin(scores, axis=1).astype(jnp.int32), jnp.min(scores, axis=1)
 
 
-def _search_blocks(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"], block: Block
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+def _search_blocks(z: Rows, codebook: Codebook, offsets: PerEmbedding, block: Block) -> Nearest:
     lanes, lane_offsets, width = split_lanes(codebook, offsets, block.codes)
     return map_rows(lambda x: _search_lanes(x, lanes, lane_offsets, width, len(codebook)), block.rows, z)
 
@@ -166,8 +152,6 @@ def _first_minimum(scores: Float[AnyArray, "*b S"]) -> tuple[Float[Array, "*b"],
     return score, jnp.min(jnp.where(scores == score[..., None], positions, len(positions) - 1), axis=-1)
 
 
-def _scores(
-    z: Float[AnyArray, "N C"], codebook: Float[AnyArray, "K C"], offsets: Float[AnyArray, " K"]
-) -> Float[Array, "N K"]:
+def _scores(z: Rows, codebook: Codebook, offsets: PerEmbedding) -> Float[Array, "N K"]:
     """Returns half the squared distance minus |z|^2 / 2, which is equal for all embeddings."""
     return offsets - jnp.dot(z, codebook.T, precision=jax.lax.Precision.HIGHEST)

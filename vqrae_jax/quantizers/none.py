@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer
-from vqrae_jax.quantizers.blocks import AnyArray
 
 NO_CODES = "this model is a continuous autoencoder (quantizer='none') without codes; use encode and decode"
 
@@ -17,11 +17,9 @@ class NoQuantizer(Quantizer):
     num_embeddings = None
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Returns latents unchanged."""
         return Quantized(z=z, indices=None, loss=jnp.zeros(()), metrics={})
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
-        """Raises ValueError, because there are no indices."""
         raise ValueError(NO_CODES)
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, sum_metrics
-from vqrae_jax.quantizers.blocks import AnyArray
 
 
 class Product(Wrapper):
@@ -16,13 +16,9 @@ class Product(Wrapper):
 
     Indices are [*b, G], counts [G, K]; the loss is the mean of the groups'. A latent that is not finite in one group is
     ignored by that group only.
-
-    Attributes:
-      groups: the quantizers, each for C / G channels; the same object in several places shares its codebook.
-      channels: C, divisible by G.
     """
 
-    groups: tuple[Quantizer, ...]
+    groups: tuple[Quantizer, ...]  # each for C / G channels; the same object in several places shares its codebook
     channels: int
 
     def __post_init__(self):
@@ -30,12 +26,9 @@ class Product(Wrapper):
             raise ValueError(f"{len(self.groups)} groups do not divide {self.channels} channels")
         super().__post_init__()
 
-    @property
-    def quantizer(self) -> Quantizer:
-        return self.groups[0]
+    quantizer = property(lambda self: self.groups[0])
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes every group of channels."""
         outs = [group(part, train) for group, part in zip(self.groups, self._split(z), strict=True)]
         metrics = [out.metrics for out in outs]
         return Quantized(
@@ -51,11 +44,6 @@ class Product(Wrapper):
         )
 
     def lookup(self, indices: Int[AnyArray, "*b G"]) -> Float[Array, "*b C"]:
-        """Returns the embeddings of all groups, concatenated.
-
-        Raises:
-          ValueError: the last axis of the indices does not have one entry per group.
-        """
         if indices.shape[-1:] != (len(self.groups),):
             raise ValueError(f"indices need a last axis of {len(self.groups)} groups, got shape {indices.shape}")
         return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)

@@ -6,23 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
-from vqrae_jax.quantizers.blocks import AnyArray
 
 
 class Projected(Wrapper):
     """Low-dimensional embeddings use the codebook better (Yu et al. 2021, arXiv:2110.04627, "factorized codes").
 
     `params`: project_in, project_out. The variables of the inner quantizer are under `quantizer`.
-
-    Attributes:
-      quantizer: the inner quantizer, for latents of `dim` channels.
-      channels: C of the latents outside.
-      dim: channels inside.
     """
 
-    quantizer: Quantizer
-    channels: int
+    quantizer: Quantizer  # for latents of `dim` channels
+    channels: int  # of the latents outside
     dim: registry.CodebookDim
 
     def setup(self):
@@ -30,7 +25,6 @@ class Projected(Wrapper):
         self.project_out = nn.Dense(self.channels, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; loss and metrics are those of the inner quantizer."""
         flat, finite = flatten(z, self.channels)
         # NaN bypasses the projection: inside, it would reach the gradient of the kernel.
         inside = jnp.where(finite[:, None], self.project_in(flat), jnp.nan)
@@ -38,7 +32,6 @@ class Projected(Wrapper):
         return out.replace(z=self.project_out(out.z))
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
-        """Returns the projected embeddings of `indices`."""
         return self.project_out(self.quantizer.lookup(indices))
 
 

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
     # The module, or (context, **settings) -> module, which raises ConfigError with the name of the parameter.
     build: Callable[..., Quantizer]
     paper: str  # authors, year and identifier
-    purpose: str  # in one line of the documentation
+    purpose: str  # one line of the documentation
     codebook: Mapping[str, str]  # axes of the variables with one entry per embedding; a mesh splits K
     inner: bool  # residual, product and multiscale quantizers can be composed of it
     wrappers: tuple[str, ...]  # the WRAPPERS that it supports

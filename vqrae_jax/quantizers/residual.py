@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import kmeans
 from vqrae_jax.quantizers.nearest import nearest
@@ -22,27 +22,21 @@ class Residual(Wrapper):
 
     Indices are [*b, depth], counts [depth, K]. The gradient to z is the mean of the levels', one straight-through in
     total. The loss is the sum of the levels', so that z is pulled to every prefix (Lee et al. 2022, arXiv:2203.01941).
-
-    Attributes:
-      levels: the quantizers, all with the same K and C; the same object in several places shares its codebook. A
-        codebook that all levels share starts from what all levels quantize.
-      channels: C.
-      dropout: in training, the share of images (entries of the leading axis) that use only a random prefix of 1 to
-        depth - 1 levels; the other indices are -1. Draws from the rng stream "codes".
     """
 
     decodes_prefixes = True
 
+    # All of the same K and C. The same object in several places shares its codebook; one that all levels share starts
+    # from what all levels quantize.
     levels: tuple[Quantizer, ...]
     channels: int
+    # In training, the share of images (entries of the leading axis) that use only a random prefix of 1 to depth - 1
+    # levels; the other indices are -1. Draws from the rng stream "codes".
     dropout: float = 0.0
 
-    @property
-    def quantizer(self) -> Quantizer:
-        return self.levels[0]
+    quantizer = property(lambda self: self.levels[0])
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents level by level."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
             self._initialize_shared(jax.lax.stop_gradient(flat), finite)
@@ -73,11 +67,7 @@ class Residual(Wrapper):
         )
 
     def lookup(self, indices: Int[AnyArray, "*b depth"]) -> Float[Array, "*b C"]:
-        """Returns the sum of the embeddings; with fewer levels, or -1 for missing ones, a coarser latent.
-
-        Raises:
-          ValueError: more indices per latent than levels.
-        """
+        """Returns the sum of the embeddings; with fewer levels, or -1 for missing ones, a coarser latent."""
         depth = indices.shape[-1]
         if depth > len(self.levels):
             raise ValueError(f"indices have {depth} levels, the quantizer has {len(self.levels)}")
@@ -87,7 +77,7 @@ class Residual(Wrapper):
             total += jnp.where(present, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
-    def _initialize_shared(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+    def _initialize_shared(self, flat: Rows, finite: Mask) -> None:
         """Starts a shared codebook from latents and residuals: one from latents alone is far from all residuals."""
         level, depth = self.levels[0], len(self.levels)
         if depth > 1 and all(other is level for other in self.levels) and level.embeddings() is not None:
@@ -106,12 +96,12 @@ class Residual(Wrapper):
 
 
 def _residuals(
-    keys: Key[Array, " depth"], z: Float[Array, "N C"], mask: Bool[Array, " N"], size: int
+    keys: Key[Array, " depth"], z: Rows, mask: Mask, size: int
 ) -> tuple[Float[Array, "M C"], Bool[Array, " M"]]:
     """Returns what each level quantizes if it has `size` embeddings of its own, and the mask of these rows."""
 
     def quantize(rest: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codebook, _ = kmeans(key, rest, jnp.zeros((size, rest.shape[1])), mask=mask)
+        codebook, _ = kmeans(key, rest, jnp.zeros((size, rest.shape[1])), mask)
         return rest - gather_rows(codebook, nearest(rest, codebook)), rest
 
     _, residuals = jax.lax.scan(quantize, z, keys)

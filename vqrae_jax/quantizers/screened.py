@@ -1,8 +1,7 @@
 """Exact nearest embeddings at nearly the cost of bfloat16 products, for matrix units that are slow in float32.
 
-bfloat16 products rule out all but a few embeddings, which are compared in float32. The error of such a product is
-bounded (Cauchy-Schwarz), which proves for nearly every row that no other embedding is nearer. The remaining rows, any
-number of them, are searched in float32.
+bfloat16 products rule out all but a few embeddings, which are compared in float32. A bound of their error proves for
+nearly every row that no other embedding is nearer. The remaining rows, any number of them, are searched in float32.
 """
 
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
+from vqrae_jax.quantizers.arrays import Codebook, Mask, Nearest, PerEmbedding, PerRow, Rows
 from vqrae_jax.quantizers.blocks import Screen, map_rows, split_lanes
 
 CANDIDATES = 4  # embeddings of each row that are compared in float32
@@ -19,33 +19,20 @@ SETTLED_ROWS = 4096  # rows whose candidates exist at once, or a thirty-second o
 GROUPS = 256  # of rows; doubtful rows are gathered within their group, so without leaving their device
 PARTS = 32  # of each group, searched again one part at a time while any row is doubtful; of real features 2 % are
 
-Result = tuple[Int[Array, " N"], Float[Array, " N"]]
 Best = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 # The neutral element of `_merge`: infinite scores at valid indices.
 NO_SCORES = (np.float32(np.inf), np.int32(0), np.float32(np.inf), np.int32(0), np.float32(np.inf))
 
 
-def search(
-    z: Float[Array, "N C"],
-    codebook: Float[Array, "K C"],
-    offsets: Float[Array, " K"],
-    sizes: Screen,
-    exact: Callable[..., Result],
-) -> Result:
-    """Returns the lowest index of the smallest offsets[k] - z @ codebook[k], and that score.
-
-    Args:
-      sizes: numbers of rows and embeddings that are screened at once.
-      exact: (rows of z, codebook, offsets) -> the same in float32.
-    """
+def search(z: Rows, codebook: Codebook, offsets: PerEmbedding, sizes: Screen, exact: Callable[..., Nearest]) -> Nearest:
+    """Returns the lowest index of the smallest offsets[k] - z @ codebook[k], and that score, as `exact` in float32."""
     lanes, lane_offsets, width = split_lanes(codebook, offsets, sizes.codes or len(codebook))
     low_lanes = _to_bfloat16(lanes)
-    candidates, floor = map_rows(
-        lambda x: _screen(x, low_lanes, lane_offsets, width, len(codebook)), sizes.rows or len(z), z
-    )
+    rows, size = sizes.rows or len(z), len(codebook)
+    candidates, floor = map_rows(lambda x: _screen(x, low_lanes, lane_offsets, width, size), rows, z)
     settled = max(SETTLED_ROWS, len(z) // 32)
-    index, score = map_rows(lambda *rows: _settle(*rows, codebook, offsets), settled, z, candidates)
+    index, score = map_rows(lambda *parts: _settle(*parts, codebook, offsets), settled, z, candidates)
     # A row that is not finite has no nearest embedding and need not be searched again.
     doubtful = ~(score + _error_bound(z, codebook) < floor) & jnp.isfinite(jnp.sum(z, axis=1))
     return _search_doubtful(z, doubtful, (index, score), lambda rows: exact(rows, codebook, offsets))
@@ -80,11 +67,11 @@ def _screen(
     count, length = offsets.shape
     low = _to_bfloat16(x)
 
-    def compare(part: BFloat16[Array, "L S C"], offset: Float[Array, "L S"]) -> Best:
+    def compare(part, offset):
         products = jnp.einsum("rc,lsc->rls", low, part, preferred_element_type=jnp.float32)
         return _smallest(offset - products)
 
-    def visit(best: Best, i: jax.Array) -> tuple[Best, None]:
+    def visit(best, i):
         part, offset = (jax.lax.dynamic_slice_in_dim(a, i * width, width, axis=1) for a in (lanes, offsets))
         first, first_at, second, second_at, third = compare(part, offset)
         return _merge(best, (first, first_at + i * width, second, second_at + i * width, third)), None
@@ -107,12 +94,10 @@ def _screen(
     return jnp.concatenate(candidates, axis=1), jnp.minimum(jnp.min(scores, axis=1), jnp.min(third, axis=1))
 
 
-def _settle(
-    z: Float[Array, "R C"], candidates: Int[Array, "R M"], codebook: Float[Array, "K C"], offsets: Float[Array, " K"]
-) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+def _settle(z: Rows, candidates: Int[Array, "N M"], codebook: Codebook, offsets: PerEmbedding) -> Nearest:
     """Returns the best of the candidates in float32."""
 
-    def visit(best: tuple[jax.Array, jax.Array], index: Int[Array, " R"]) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def visit(best, index):
         score = offsets[index] - jnp.sum(z * codebook[index], axis=1)
         better = (score < best[1]) | ((score == best[1]) & (index < best[0]))
         return (jnp.where(better, index, best[0]), jnp.where(better, score, best[1])), None
@@ -121,10 +106,10 @@ def _settle(
     return jax.lax.scan(visit, initial, candidates.T)[0]
 
 
-def _error_bound(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float[Array, " N"]:
+def _error_bound(z: Rows, codebook: Codebook) -> PerRow:
     """Bounds the difference of both scores: |(z - z') e + z' (e - e')| with rounded z', e', plus rounding of sums."""
 
-    def length(x: jax.Array) -> jax.Array:
+    def length(x):
         return jnp.sqrt(jnp.sum(x**2, axis=1))
 
     # The same rounding as `_to_bfloat16` by another operation: one conversion with two uses would be stored.
@@ -134,15 +119,13 @@ def _error_bound(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float
     return length(z - rounded) * longest + length(rounded) * largest + sums
 
 
-def _search_doubtful(
-    z: Float[Array, "N C"], doubtful: Bool[Array, " N"], result: Result, exact: Callable[[Float[Array, "M C"]], Result]
-) -> Result:
+def _search_doubtful(z: Rows, doubtful: Mask, result: Nearest, exact: Callable[[Rows], Nearest]) -> Nearest:
     """Replaces the results of doubtful rows by those of the exact search, some rows of every group at a time."""
     groups = min(GROUPS, len(z) & -len(z))
     rows = z.reshape(groups, -1, z.shape[1])
     replace = jax.vmap(lambda old, at, new: old.at[at].set(new))
 
-    def visit(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def visit(state):
         doubtful, *result = state
         at = jnp.argsort(~doubtful, axis=1)[:, : -(-rows.shape[1] // PARTS)]
         selected = jnp.take_along_axis(rows, at[..., None], axis=1)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, check_distance, flatten, vq_loss
-from vqrae_jax.quantizers.blocks import AnyArray
 from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.kmeans import start_variable
@@ -19,9 +19,9 @@ from vqrae_jax.quantizers.nearest import nearest, unit
 class SimVQ(Quantizer):
     """Embeddings are W e + b with fixed e: one gradient moves all of them, so none stays unused.
 
-    In the paper e is random. Frozen features have a large mean, and in many channels random directions are all far from
-    them: two of 2,048 such embeddings then win every latent, and the loss pulls all latents to these two. So here e
-    comes from the first training batch, and W and the projection of the input start as the identity.
+    In the paper e is random. Random directions are all far from frozen features, which have a large mean: two of 2,048
+    embeddings then win every latent. So here e comes from the first training batch, and W and the projection of the
+    input start as the identity.
 
     `params`: codebook_projection (W, b) and, with input_projection, input_projection. `batch_stats`: codebook [K, C],
     the fixed vectors e; begun [], 1 once they are made.
@@ -61,7 +61,6 @@ class SimVQ(Quantizer):
             self.projection = nn.Dense(self.channels, **dense, name="input_projection")
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; the first call with train=True makes the fixed vectors."""
         flat, finite = flatten(z, self.channels)
         flat = self.projection(flat) if self.input_projection else flat
         flat = unit(flat) if self.distance == "cosine" else flat
@@ -82,17 +81,15 @@ class SimVQ(Quantizer):
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
-        """Makes the fixed vectors from latents behind the projection of the input, which starts as the identity."""
         start_variable(self, self.codebook, self.begun, sample, count)
 
-    def embeddings(self) -> Float[Array, "K C"]:
-        """Returns the projected embeddings, of unit length for "cosine"."""
+    def embeddings(self) -> Codebook:
         # The whole codebook even for a few indices: a product of another shape could round differently.
         embeddings = self.codebook_projection(self.codebook.value)
         return unit(embeddings) if self.distance == "cosine" else embeddings
 
 
-def _identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "C C"]:
+def _identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: Any) -> Float[Array, "C C"]:
     return jnp.eye(*shape, dtype=dtype)
 
 

@@ -1,17 +1,19 @@
 """Rows of a codebook by index and sums of latents by index, with little memory and deterministic."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vqrae_jax.quantizers.blocks import AnyArray
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Indices, Mask, Rows
 
 ONE_HOT_BLOCK = 512  # embeddings whose one-hot columns exist at once
 GATHER_STEPS = 16  # by which the temporary memory of `gather_rows` is smaller than its result
 GATHER_TILE = 8  # rows that a TPU stores together
 
 
-def gather_rows(codebook: Float[AnyArray, "K C"], indices: Int[AnyArray, " N"]) -> Float[Array, "N C"]:
+def gather_rows(codebook: Codebook, indices: Indices) -> Rows:
     """Returns codebook[indices] exactly, without a gradient.
 
     If a mesh axis splits the codebook, every device fills in the rows that it holds and the devices add up. At once,
@@ -41,12 +43,7 @@ def code_counts(
     return jax.ops.segment_sum(ones, flat, num_embeddings)
 
 
-def code_totals(
-    z: Float[AnyArray, "N C"],
-    indices: Int[AnyArray, " N"],
-    num_embeddings: int,
-    mask: Bool[AnyArray, " N"] | None = None,
-) -> Float[Array, "K C"]:
+def code_totals(z: Rows, indices: Indices, num_embeddings: int, mask: Mask | None = None) -> Codebook:
     """Returns the float32 sum of the latents of each index, over the rows in `mask`; other rows may be NaN.
 
     A scatter-add adds in a fixed order on CPU and TPU. On a GPU its order is that of arrival, which changes the last
@@ -54,18 +51,12 @@ def code_totals(
     """
     if mask is not None:
         indices = jnp.where(mask, indices, num_embeddings)  # beyond the end: dropped, without a copy of z
-    return jax.lax.platform_dependent(
-        z.astype(jnp.float32),
-        indices,
-        cpu=lambda z, i: jax.ops.segment_sum(z, i, num_embeddings),
-        tpu=lambda z, i: jax.ops.segment_sum(z, i, num_embeddings),
-        default=lambda z, i: one_hot_totals(z, i, num_embeddings),
-    )
+    scatter = functools.partial(jax.ops.segment_sum, num_segments=num_embeddings)
+    product = functools.partial(one_hot_totals, num_embeddings=num_embeddings)
+    return jax.lax.platform_dependent(z.astype(jnp.float32), indices, cpu=scatter, tpu=scatter, default=product)
 
 
-def one_hot_totals(
-    z: Float[AnyArray, "N C"], indices: Int[AnyArray, " N"], num_embeddings: int, block: int = ONE_HOT_BLOCK
-) -> Float[Array, "K C"]:
+def one_hot_totals(z: Rows, indices: Indices, num_embeddings: int, block: int = ONE_HOT_BLOCK) -> Codebook:
     """Returns the same as `code_totals` by products with blocks of the one-hot matrix; drops indices out of range.
 
     The products are bfloat16, which is fast, and exact: a one has no rounding, and a latent is the sum of three

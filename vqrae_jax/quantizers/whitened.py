@@ -4,12 +4,12 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
-from vqrae_jax.quantizers.blocks import AnyArray
 
 EPS = 1e-5  # smallest variance of an axis, relative to the largest: axes of less variance are not amplified further
 
@@ -21,15 +21,10 @@ class Whitened(Wrapper):
     [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted [], 1 once they are known. The first training
     batch gives them, unless they are set by `fitted_state`, for example from a file of latent statistics. Before that
     the first `dim` channels pass unchanged.
-
-    Attributes:
-      quantizer: the inner quantizer, for latents of `dim` channels.
-      channels: C of the latents outside.
-      dim: number of axes.
     """
 
-    quantizer: Quantizer
-    channels: int
+    quantizer: Quantizer  # for latents of `dim` channels
+    channels: int  # of the latents outside
     dim: Annotated[
         int,
         registry.Setting(
@@ -50,7 +45,6 @@ class Whitened(Wrapper):
         self.fitted = self.variable("batch_stats", "fitted", lambda: jnp.zeros((), jnp.int32))
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        """Quantizes latents; loss and metrics are those of the inner quantizer, in whitened units."""
         flat, finite = flatten(z, self.channels)
         if train and not self.is_initializing():
             self._fit(jax.lax.stop_gradient(flat), finite)
@@ -60,13 +54,12 @@ class Whitened(Wrapper):
         return out.replace(z=self._undo(out.z))
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
-        """Returns the latents of `indices`, outside the whitened space."""
         return self._undo(self.quantizer.lookup(indices))
 
     def _undo(self, inside: Float[Array, "*b D"]) -> Float[Array, "*b C"]:
         return _dot(inside * self.deviation.value, self.basis.value.T) + self.mean.value
 
-    def _fit(self, flat: Float[Array, "N C"], finite: Bool[Array, " N"]) -> None:
+    def _fit(self, flat: Rows, finite: Mask) -> None:
         """Computes the axes from the first batch that has finite latents."""
 
         def fit():
@@ -95,7 +88,6 @@ def fitted_state(
       mean: of the latents.
       basis: orthonormal columns, by decreasing variance; n >= dim.
       variance: of the latents along them.
-      dim: number of axes of the result.
     """
     variance = jnp.maximum(variance[:dim], EPS * variance[0])
     return {
