@@ -19,14 +19,9 @@ def pullback(name, z, embeddings, cotangent):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_values_are_the_embeddings_bit_for_bit(name, pairs):
+def test_values_are_the_embeddings_which_receive_no_gradient(name, pairs):
     z, embeddings = pairs
     np.testing.assert_array_equal(jax.jit(ESTIMATORS[name])(1e4 * z, embeddings), embeddings)
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_embeddings_receive_no_gradient(name, pairs):
-    z, embeddings = pairs
     gradient = jax.grad(lambda c: jnp.sum(ESTIMATORS[name](jnp.asarray(z), c) ** 2))(jnp.asarray(embeddings))
     np.testing.assert_array_equal(gradient, np.zeros_like(embeddings))
 

@@ -34,16 +34,11 @@ def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ties_go_to_the_even_index(golden, case):
+def test_ties_go_to_the_even_index_and_lookup_lists_the_grid(golden, case):
     arrays, module = load(golden, case)
     out = module.apply({}, arrays["tie_z"])
     np.testing.assert_array_equal(out.indices, arrays["tie_indices"])
     np.testing.assert_array_equal(out.z, arrays["tie_quantized"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_lookup_lists_the_grid(golden, case):
-    arrays, module = load(golden, case)
     points = module.apply({}, jnp.arange(module.num_embeddings), method="lookup")
     np.testing.assert_array_equal(points, arrays["codebook"])
 

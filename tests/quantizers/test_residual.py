@@ -7,9 +7,9 @@ from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.gumbel import GumbelQuantizer
 from vqrae_jax.quantizers.ibq import IBQ
 from vqrae_jax.quantizers.multiscale import MultiScale, averaging_matrix
-from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import ABSENT, Residual
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.wrappers import Projected
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,11 @@ search = jax.jit(nearest_with_distance, static_argnames="block")
 @functools.partial(jax.jit, static_argnames="sizes")
 def screen(z, codebook, sizes=WHOLE):
     """Returns indices, REPEATED for rows that the exact search receives."""
-    offsets = 0.5 * jnp.sum(codebook**2, axis=1)
-    return screened.search(z, codebook, offsets, sizes, lambda x, *_: (jnp.full(len(x), REPEATED), jnp.zeros(len(x))))[
-        0
-    ]
+
+    def exact(z, *_):
+        return jnp.full(len(z), REPEATED), jnp.zeros(len(z))
+
+    return screened.search(z, codebook, 0.5 * jnp.sum(codebook**2, axis=1), sizes, exact)[0]
 
 
 @pytest.mark.parametrize("sizes", [WHOLE, Screen(512, 256), Screen(100, 96)])

@@ -48,19 +48,15 @@ pytestmark = [
 def compile_step(*arguments):
     left_out = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     env = {name: value for name, value in os.environ.items() if name not in left_out}
+    library = pathlib.Path(LIBTPU.submodule_search_locations[0]) / "libtpu.so"
     env |= {
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LIBRARY_PATH": str(pathlib.Path(LIBTPU.submodule_search_locations[0]) / "libtpu.so"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+        "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LIBRARY_PATH": str(library),
+    }  # fmt: skip
+    command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
-from vqrae_jax.quantizers.whitened import fitted_state
+from vqrae_jax.quantizers.wrappers import fitted_state
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from vqrae_jax.quantizers.lfq import LFQ
 from vqrae_jax.quantizers.multiscale import MultiScale
 from vqrae_jax.quantizers.none import NoQuantizer
 from vqrae_jax.quantizers.product import Product
-from vqrae_jax.quantizers.projected import Projected
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
-from vqrae_jax.quantizers.whitened import Whitened
+from vqrae_jax.quantizers.wrappers import Projected, Whitened

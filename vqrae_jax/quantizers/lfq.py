@@ -16,7 +16,7 @@ from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batc
 from vqrae_jax.quantizers.codebook_losses import entropies
 from vqrae_jax.quantizers.estimators import straight_through
 from vqrae_jax.quantizers.nearest import unit
-from vqrae_jax.quantizers.projected import Projected
+from vqrae_jax.quantizers.wrappers import Projected
 
 MAX_BITS = MAX_EMBEDDINGS.bit_length() - 1
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
-from vqrae_jax.quantizers.whitened import Whitened, fitted_state
+from vqrae_jax.quantizers.wrappers import Whitened, fitted_state
 
 
 def test_latents_are_quantized_in_their_leading_axes_at_variance_one(train):

@@ -1,7 +1,8 @@
-"""Quantization in the dominant principal subspace of frozen features (DINO-Tok: Jia et al. 2025, arXiv:2511.20565)."""
+"""Quantizers around another one: learned linear maps, and the dominant principal subspace of frozen features."""
 
 from typing import Annotated
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +15,38 @@ from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
 EPS = 1e-5  # smallest variance of an axis, relative to the largest: axes of less variance are not amplified further
 
 
+class Projected(Wrapper):
+    """Low-dimensional embeddings use the codebook better (Yu et al. 2021, arXiv:2110.04627, "factorized codes").
+
+    `params`: project_in, project_out. The variables of the inner quantizer are under `quantizer`.
+    """
+
+    quantizer: Quantizer  # for latents of `dim` channels
+    channels: int  # of the latents outside
+    dim: registry.CodebookDim
+
+    def setup(self):
+        self.project_in = nn.Dense(self.dim, precision=jax.lax.Precision.HIGHEST)
+        self.project_out = nn.Dense(self.channels, precision=jax.lax.Precision.HIGHEST)
+
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
+        flat, finite = flatten(z, self.channels)
+        # NaN bypasses the projection: inside, it would reach the gradient of the kernel.
+        inside = jnp.where(finite[:, None], self.project_in(flat), jnp.nan)
+        out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
+        return out.replace(z=self.project_out(out.z))
+
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
+        return self.project_out(self.quantizer.lookup(indices))
+
+
 class Whitened(Wrapper):
     """Latents are projected onto their first principal axes and scaled to variance one, and are quantized there.
 
-    Distances then weigh all axes equally, and the dropped axes are decoded as their mean. State in `batch_stats`: mean
-    [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted [], 1 once they are known. The first training
-    batch gives them, unless they are set by `fitted_state`, for example from a file of latent statistics. Before that
-    the first `dim` channels pass unchanged.
+    Distances then weigh all axes equally, and the dropped axes are decoded as their mean (DINO-Tok, Jia et al. 2025,
+    arXiv:2511.20565). State in `batch_stats`: mean [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted
+    [], 1 once they are known. The first training batch gives them, unless they are set by `fitted_state`, for example
+    from a file of latent statistics. Before that the first `dim` channels pass unchanged.
     """
 
     quantizer: Quantizer  # for latents of `dim` channels
@@ -76,7 +102,7 @@ class Whitened(Wrapper):
             variable.value = fitted[name]
 
 
-registry.WRAPPERS["whitening_dim"] = Whitened
+registry.WRAPPERS.update(codebook_dim=Projected, whitening_dim=Whitened)
 
 
 def fitted_state(
