@@ -18,10 +18,8 @@ def decoder(golden):
     """The golden decoder and the width of its latents."""
     config = json.loads((golden / "decoder" / "config.json").read_text())
     params = json.loads((golden / "decoder" / "params.json").read_text())
-    width, depth, heads, mlp = (
-        config[f"decoder_{n}"] for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    )
-    blocks = BlocksConfig(width, depth, heads, mlp, norm_eps=config["layer_norm_eps"])
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    blocks = BlocksConfig(*(config[f"decoder_{name}"] for name in names), norm_eps=config["layer_norm_eps"])
     grid = round(params["num_patches"] ** 0.5)
     return Decoder(blocks, grid, params["patch_size"], mean=(0.0,) * 3, std=(1.0,) * 3), params["latent_dim"]
 

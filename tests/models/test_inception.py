@@ -1,8 +1,4 @@
-"""The network of the Frechet inception distance equals one written in PyTorch from its publication.
-
-`golden/inception` has names and shapes of the file, the recipe of random weights, and results of PyTorch 2.13 for two
-images.
-"""
+"""The network of the Frechet inception distance equals one in PyTorch, recorded in `golden/inception`."""
 
 import json
 import re
@@ -37,17 +33,11 @@ def random_file(recipe):
     rng, state = np.random.default_rng(recipe["seed"]), {}
     for name, shape in recipe["shapes"].items():
         x = rng.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 4:
-            x *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
-        elif name == "fc.weight":
-            x *= np.float32(0.05)
-        elif name.endswith("running_var"):
-            x = 1 + 0.5 * np.tanh(x)
-        elif name.endswith("bn.weight"):
-            x = 1 + 0.2 * np.tanh(x)
+        if name.endswith(("running_var", "bn.weight")):
+            state[name] = 1 + (0.5 if name.endswith("running_var") else 0.2) * np.tanh(x)
         else:
-            x *= np.float32(0.1)
-        state[name] = x
+            scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.05 if name == "fc.weight" else 0.1
+            state[name] = x * np.float32(scale)
     return state
 
 

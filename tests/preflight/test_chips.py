@@ -14,15 +14,13 @@ def test_listed_topologies_parse():
     assert set(GPUS) | set(SHAPES) == set(CHIPS)
 
 
-@pytest.mark.parametrize(
-    "name", ["v5e", "v5e:3x3", "v3:4x4", "gpu:8", "gpu:7xh100", "gpu:8xh300", "cpu:0", "cpu:x", ""]
-)
-def test_error_of_an_unknown_topology_lists_those_that_exist(name):
-    with pytest.raises(ConfigError) as error:
-        parse_topology(name)
-    assert (error.value.field, error.value.value) == ("--topology", name)
-    for existing in ("v5e:16x16", "v5p:4x4x4", "v4:2x2x1", "v6e:8x8", "h200", "cpu:64"):
-        assert existing in error.value.message
+def test_error_of_an_unknown_topology_lists_those_that_exist():
+    for name in ("v5e", "v5e:3x3", "v3:4x4", "gpu:8", "gpu:7xh100", "gpu:8xh300", "cpu:0", "cpu:x", ""):
+        with pytest.raises(ConfigError) as error:
+            parse_topology(name)
+        assert (error.value.field, error.value.value) == ("--topology", name)
+        names = ("v5e:16x16", "v5p:4x4x4", "v4:2x2x1", "v6e:8x8", "h200", "cpu:64")
+        assert all(existing in error.value.message for existing in names)
 
 
 def test_rings_are_axes_of_16_or_of_multiples_of_four():

@@ -1,5 +1,7 @@
 """Counted FLOPs equal closed forms."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,7 @@ def test_convolutions_and_their_gradients():
     assert total(traced(gradient, x)) == 2 * 2 * macs / 4
 
 
-def test_only_loops_of_known_length_count():
+def test_only_loops_of_known_length_count_and_the_longest_branch():
     x = jnp.zeros((4, 4))
 
     def loops(x, n):
@@ -86,8 +88,8 @@ def test_only_loops_of_known_length_count():
         return jax.lax.fori_loop(0, n, lambda _, x: x @ x, known)
 
     assert total(traced(loops, x, 3)) == 5 * 128
-    chosen = traced(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x)
-    assert total(chosen) == 2 * 128
+    branches = traced(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x)
+    assert total(branches) == 2 * 128
 
 
 def test_unused_operations_do_not_count():
@@ -105,19 +107,14 @@ def test_unused_operations_do_not_count():
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("gpu", 3), ("tpu", 2)])
 def test_one_branch_of_a_platform_switch_counts(platform, products):
     def program(x):
-        return jax.lax.platform_dependent(
-            x, cpu=lambda x: x @ x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x @ x @ x
-        )
+        branches = {"cpu": lambda x: x @ x, "tpu": lambda x: x @ x @ x, "default": lambda x: x @ x @ x @ x}
+        return jax.lax.platform_dependent(x, **branches)
 
     assert total(traced(program, jnp.zeros((4, 4)), platform=platform)) == products * 128
 
 
 def test_quantizer_step_on_a_cpu_is_one_product():
-    layer = EMAQuantizer(num_embeddings=2048, channels=16, start="normal")
-    z, keys = jnp.zeros((1024, 16)), {"codes": jax.random.key(0)}
+    layer, z = EMAQuantizer(num_embeddings=2048, channels=16, start="normal"), jnp.zeros((1024, 16))
     variables = jax.eval_shape(layer.init, jax.random.key(0), z)
-
-    def train(variables, z):
-        return layer.apply(variables, z, True, mutable=["batch_stats"], rngs=keys)
-
+    train = functools.partial(layer.apply, train=True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)})
     assert total(traced(train, variables, z)) == 2 * 1024 * 2048 * 16

@@ -14,21 +14,21 @@ from vqrae_jax.preflight import hlo
 LINE = "  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add"
 
 
-@pytest.mark.parametrize(
-    ("text", "groups"),
-    [
-        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
-        ("[2,2]<=[4]", ((0, 1), (2, 3))),
-        ("[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6), (1, 3, 5, 7))),
-        ("mesh['axis_0'=8] {'axis_0'}", (tuple(range(8)),)),
-        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
-        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}", ((3, 1), (0, 2))),
-        ("mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("mesh['a'=8] {'a':(1)2}", ((0, 4), (1, 5), (2, 6), (3, 7))),
-    ],
-)
+GROUPS = {
+    "{{0,1},{2,3}}": ((0, 1), (2, 3)),
+    "[2,2]<=[4]": ((0, 1), (2, 3)),
+    "[2,4]<=[4,2]T(1,0)": ((0, 2, 4, 6), (1, 3, 5, 7)),
+    "mesh['axis_0'=8] {'axis_0'}": (tuple(range(8)),),
+    "mesh['axis_0'=4,'axis_1'=2] {'axis_1'}": ((0, 1), (2, 3), (4, 5), (6, 7)),
+    "mesh['axis_0'=4,'axis_1'=2] {'axis_0'}": ((0, 2, 4, 6), (1, 3, 5, 7)),
+    "mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}": ((0, 1), (2, 3), (4, 5), (6, 7)),
+    "mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}": ((3, 1), (0, 2)),
+    "mesh['a'=8] {'a':(2)2}": ((0, 2), (1, 3), (4, 6), (5, 7)),
+    "mesh['a'=8] {'a':(1)2}": ((0, 4), (1, 5), (2, 6), (3, 7)),
+}
+
+
+@pytest.mark.parametrize(("text", "groups"), GROUPS.items())
 def test_groups_are_read_in_every_format(text, groups):
     line = LINE.replace("{}", text).replace("{{0}}", "{0}")
     program = hlo.Program(f"ENTRY %main (y: f32[8]) -> f32[8] {{\n  %y = f32[8]{{0}} parameter(0)\n{line}\n}}\n", 8)
