@@ -34,10 +34,7 @@ def convert(
       prefix: prefix of the names in the file; names without it are accepted too.
 
     Returns:
-      The tree, float32 numpy arrays.
-
-    Raises:
-      WeightsError: lists all tensors that are missing, unexpected or of another shape.
+      The tree, float32 numpy arrays. An error lists all tensors that are missing, unexpected or of another shape.
     """
     filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in flatten_dict(target, sep="/").items()}
     arrays, converted = unstack_blocks(filled), set()  # views, one per block

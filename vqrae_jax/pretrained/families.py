@@ -23,15 +23,13 @@ class Family:
 
 def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of Dinov2Model and Dinov2WithRegistersModel."""
-    width, gated = config["hidden_size"], config["use_swiglu_ffn"]
-    mlp = int(width * config["mlp_ratio"])
+    gated, mlp = config["use_swiglu_ffn"], int(config["hidden_size"] * config["mlp_ratio"])
+    config = config | {"intermediate_size": mlp}
+    if gated:  # the hidden width of SwiGLU is two thirds, rounded up to a multiple of eight
+        config |= {"intermediate_size": (int(mlp * 2 / 3) + 7) // 8 * 8, "hidden_act": "silu"}
     registers = config["model_type"] == "dinov2_with_registers"
-    # The SwiGLU hidden width is two thirds, rounded up to a multiple of eight.
-    mlp = (int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp
-    act = "silu" if gated else activation(config)
     return {
-        "blocks": {**_blocks(config), "mlp": mlp, "act": act, "gated": gated, "layer_scale": True},
-        **_grid(config),
+        **_vit(config, gated=gated, layer_scale=True),
         "registers": config["num_register_tokens"] if registers else 0,
         "antialias": registers,
     }
@@ -42,16 +40,9 @@ def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
     if not (config["mlp_bias"] and config["proj_bias"]):
         raise WeightsError("a DINOv3 encoder without mlp_bias or proj_bias is not supported")
     unbiased = tuple(name for name in ("query", "key", "value") if not config[f"{name}_bias"])
-    return {
-        "blocks": {
-            **_blocks(config),
-            "mlp": config["intermediate_size"],
-            "act": activation(config),
-            "gated": config["use_gated_mlp"],
-            "layer_scale": True,
-            "unbiased": unbiased,
-        },
-        "patch": config["patch_size"],
+    fields = _vit(config | {"image_size": 0}, gated=config["use_gated_mlp"], layer_scale=True, unbiased=unbiased)
+    del fields["grid"]
+    return fields | {
         "pos": "rope",
         "rope_theta": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
         "registers": config["num_register_tokens"],
@@ -60,17 +51,14 @@ def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of the vision tower of SigLIP or fixed-resolution SigLIP 2, with or without text tower."""
-    config = config.get("vision_config", config)
-    blocks = {**_blocks(config), "mlp": config["intermediate_size"], "act": activation(config)}
-    return {"blocks": blocks, **_grid(config), "cls": False}
+    return _vit(config.get("vision_config", config)) | {"cls": False}
 
 
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of the encoder of ViTMAEForPreTraining; nothing is masked here."""
     if not config["qkv_bias"]:
         raise WeightsError("a MAE encoder without qkv_bias is not supported")
-    blocks = {**_blocks(config), "mlp": config["intermediate_size"], "act": activation(config)}
-    return {"blocks": blocks, **_grid(config)}
+    return _vit(config)
 
 
 def activation(config: dict[str, Any]) -> str:
@@ -81,17 +69,15 @@ def activation(config: dict[str, Any]) -> str:
     return names[config["hidden_act"]]
 
 
-def _blocks(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "norm_eps": config["layer_norm_eps"],
-    }
-
-
-def _grid(config: dict[str, Any]) -> dict[str, Any]:
-    return {"patch": config["patch_size"], "grid": config["image_size"] // config["patch_size"]}
+def _vit(config: dict[str, Any], **block_fields: Any) -> dict[str, Any]:
+    """Returns the fields that all families share."""
+    blocks = {
+        "width": config["hidden_size"], "depth": config["num_hidden_layers"], "heads": config["num_attention_heads"],
+        "mlp": config["intermediate_size"], "act": activation(config),
+        "norm_eps": config["layer_norm_eps"], **block_fields,
+    }  # fmt: skip
+    patch = config["patch_size"]
+    return {"blocks": blocks, "patch": patch, "grid": config["image_size"] // patch}
 
 
 _BLOCK = "vit/block#/"
@@ -195,9 +181,6 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
       family: kind of the encoder.
       config: config.json of a hub folder, with transformers' defaults.
       source: the folder, hub id or config field, for messages.
-
-    Raises:
-      WeightsError: config.json lacks a field or describes an impossible network.
     """
     try:
         fields = family.describe(config)

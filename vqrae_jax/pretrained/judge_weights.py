@@ -36,27 +36,23 @@ _INCEPTION_BLOCKS = {
     "Mixed_5b": _A, "Mixed_5c": _A, "Mixed_5d": _A, "Mixed_6a": _B, "Mixed_6b": _C, "Mixed_6c": _C, "Mixed_6d": _C,
     "Mixed_6e": _C, "Mixed_7a": _D, "Mixed_7b": _E, "Mixed_7c": _E,
 }  # fmt: skip
-_INCEPTION_STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _INCEPTION_LAYERS = [
-    *_INCEPTION_STEM,
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"),
     *(f"{block}.{branch}" for block, branches in _INCEPTION_BLOCKS.items() for branch in branches.split()),
 ]
 
 
-def _inception_rows(name: str) -> Table:
-    path = name.replace(".", "/")
-    return [
-        Row(f"{name}.conv.weight", f"{path}/conv/kernel"),
-        Row(f"{name}.bn.weight", f"{path}/norm/scale"),
-        Row(f"{name}.bn.bias", f"{path}/norm/bias"),
-        Row(f"{name}.bn.running_mean", f"{path}/norm/mean"),
-        Row(f"{name}.bn.running_var", f"{path}/norm/var"),
-        Row(f"{name}.bn.num_batches_tracked", None),
-    ]
-
-
+_INCEPTION_PARAMETERS = {
+    "conv.weight": "conv/kernel", "bn.weight": "norm/scale", "bn.bias": "norm/bias", "bn.running_mean": "norm/mean",
+    "bn.running_var": "norm/var",
+}  # fmt: skip
 INCEPTION_TABLE: Table = [
-    *(row for name in _INCEPTION_LAYERS for row in _inception_rows(name)),
+    *(
+        Row(f"{layer}.{name}", f"{layer.replace('.', '/')}/{path}")
+        for layer in _INCEPTION_LAYERS
+        for name, path in _INCEPTION_PARAMETERS.items()
+    ),
+    *(Row(f"{layer}.bn.num_batches_tracked", None) for layer in _INCEPTION_LAYERS),
     Row("fc.weight", "fc/kernel"),
     Row("fc.bias", "fc/bias"),
     Row("AuxLogits.*", None),
@@ -82,9 +78,7 @@ TRUNK_TABLE: Table = [
     *(Row(f"{name}.*", None) for name in ("classifier", "pre_logits", "head")),
 ]
 HEADS_TABLE: Table = [
-    Row(f"{prefix}{stage}.{name}", f"head{stage}")
-    for stage in range(5)
-    for prefix, name in (("lin", "model.1.weight"), ("lins.", "model.1.weight"))
+    Row(f"{prefix}{stage}.model.1.weight", f"head{stage}") for stage in range(5) for prefix in ("lin", "lins.")
 ]
 
 
@@ -101,10 +95,8 @@ def read_lpips(
     trunk_tensors = sources.read_state_dict(trunk, f"{field}.trunk")
     heads_tensors = sources.read_state_dict(heads, f"{field}.heads")
     heads_target = {name: tree for name, tree in target.items() if name != "trunk"}
-    return {
-        "trunk": convert(trunk_tensors, TRUNK_TABLE, target["trunk"], source=trunk),
-        **convert(heads_tensors, HEADS_TABLE, heads_target, source=heads),
-    }
+    params = convert(heads_tensors, HEADS_TABLE, heads_target, source=heads)
+    return params | {"trunk": convert(trunk_tensors, TRUNK_TABLE, target["trunk"], source=trunk)}
 
 
 HEAD_WIDTH = 64  # of all released DINO networks (Caron et al. 2021)

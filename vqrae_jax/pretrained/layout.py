@@ -28,13 +28,9 @@ def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def from_file(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the file's tensor as float32 of `shape`.
-
-    Raises:
-      ValueError: its shape in the file is another one; axes of length one are ignored.
-    """
+    """Returns the file's tensor as float32 of `shape`; raises ValueError if shapes differ in more than axes of one."""
     expected = file_shape(path, shape)
-    if _without_ones(tensor.shape) != _without_ones(expected):
+    if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
         raise ValueError(f"{tuple(tensor.shape)} in the file, {expected} expected for {path}")
     if _is_convolution(path):
         tensor = np.moveaxis(tensor.reshape(expected), (1, 0), (-2, -1))
@@ -61,15 +57,8 @@ def _is_convolution(path: str) -> bool:
     return re.search(r"conv\w*/kernel$", path) is not None
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
-
-
 def unstack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Splits arrays stacked over blocks, given by path: `blocks/a` [L, ...] becomes `block00/a`, `block01/a`, ...
-
-    Numpy arrays become views.
-    """
+    """Splits arrays stacked over blocks into views: `blocks/a` [L, ...] becomes `block00/a`, `block01/a`, ..."""
     single = {}
     for path, array in flat.items():
         if match := re.match(r"(.*/)?blocks/(.*)", path):

@@ -47,7 +47,7 @@ QUANTIZER_TABLES: dict[str, Table] = {
         *dense_rows("fsq_unprojection.mlp.3", "params/quantizer/expand/hidden1"),
         *norm_rows("fsq_unprojection.mlp.4", "params/quantizer/expand/norm1"),
         *dense_rows("fsq_unprojection.mlp.6", "params/quantizer/expand/out"),
-        # Constants that follow from the levels, see `fsq_constants`.
+        # Constants that follow from the levels, see `_fsq_constants`.
         *(Row(f"quantizer.{name}", None) for name in ("codebook", "basis", "scales")),
     ],
 }
@@ -73,11 +73,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and 
 
 
 def name_table(encoder_cls: str, quantizer: str) -> Table:
-    """Returns the table of a whole model, onto paths of `variables`.
-
-    Raises:
-      WeightsError: the PyTorch VQRAE has no such quantizer.
-    """
+    """Returns the table of a whole model, onto paths of `variables`."""
     if quantizer not in QUANTIZER_TABLES:
         raise WeightsError(
             f"the PyTorch VQRAE has only the quantizers {', '.join(QUANTIZER_TABLES)}",
@@ -91,25 +87,19 @@ def name_table(encoder_cls: str, quantizer: str) -> Table:
     ]
 
 
-def fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
+def _fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
     """Returns the buffers of PyTorch's FSQ: all codes in units of levels, index weights and half ranges per channel."""
     scales = (np.asarray(levels, np.float32) - 1) / 2
-    steps = np.stack(np.meshgrid(*(np.arange(n) for n in levels), indexing="ij"), -1).reshape(-1, len(levels))
+    steps = np.indices(levels).reshape(len(levels), -1).T
     basis = np.asarray([math.prod(levels[i + 1 :]) for i in range(len(levels))], np.int64)
-    return {
-        "quantizer.codebook": (steps - scales).astype(np.float32),
-        "quantizer.basis": basis,
-        "quantizer.scales": scales,
-    }
+    codebook = (steps - scales).astype(np.float32)
+    return {"quantizer.codebook": codebook, "quantizer.basis": basis, "quantizer.scales": scales}
 
 
 def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
     """Returns the state dict of a checkpoint: `checkpoint` itself, or its part `weights` ("model" or "ema").
 
     With "ema", the codebook and its statistics come from "model". Prefixes of PyTorch's wrappers are removed.
-
-    Raises:
-      WeightsError: the checkpoint lacks `weights`, or contains something other than tensors.
     """
     parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
     selected = checkpoint
@@ -138,11 +128,8 @@ def convert_state_dict(
     Args:
       tensors: a state dict, with the names of transformers 4 or 5.
       encoder_cls, quantizer: as in the config.
-      target: shapes of the variables, decoder blocks not stacked.
+      target: shapes of the variables, with stacked blocks.
       source: where the tensors come from, for messages.
-
-    Raises:
-      WeightsError: lists all tensors that are missing, unexpected or of another shape.
     """
     flat = flatten_dict(target, sep="/")
     stored = {path: leaf for path, leaf in flat.items() if path not in STATE and not path.startswith(LATENT)}
@@ -181,7 +168,7 @@ def build_state_dict(
         log.warning("%s", NO_REGISTERS)
         width = state[REGISTERS.replace("register_tokens", "cls_token")].shape[-1]
         state[REGISTERS] = np.zeros((1, 4, width), np.float32)
-    return state | (fsq_constants(fsq_levels) if quantizer == "fsq" else {})
+    return state | (_fsq_constants(fsq_levels) if quantizer == "fsq" else {})
 
 
 def build_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:

@@ -19,12 +19,7 @@ Tensors = Mapping[str, np.ndarray]
 def read_tensors(file: pathlib.Path, field: str) -> Mapping[str, Any]:
     """Reads a .safetensors, .npz, Flax .msgpack or PyTorch file (.pt, .pth, .bin; possibly a dict of dicts).
 
-    Args:
-      file: its suffix is the format.
-      field: the config field or flag that names it, for messages.
-
-    Raises:
-      WeightsError: missing, damaged, of another format, or a pickle that would run code.
+    `field` is the config field or flag that names it, for messages. A pickle that would run code is refused.
     """
     readers = {".safetensors": lambda file, field: Safetensors([file], field)}
     readers |= {".npz": _read_npz, ".msgpack": _read_msgpack} | dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
@@ -145,6 +140,5 @@ def _explain(file: pathlib.Path, field: str, kind: str) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        raise WeightsError(
-            f"{file} is not {kind} ({type(error).__name__}: {first_line(error)})", field=field
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise WeightsError(f"{file} is not {kind} ({reason})", field=field) from error

@@ -22,12 +22,7 @@ PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
 def fetch_folder(name: str, field: str) -> pathlib.Path:
-    """Returns the folder of a pretrained model: `name` itself, or a copy from a bucket or the hub.
-
-    Args:
-      name: local path, address (gs://...) or hub id ("facebook/dinov2-base").
-      field: the config field that names it.
-    """
+    """Returns a local folder as it is, or a copy from a bucket (gs://...) or the hub ("facebook/dinov2-base")."""
     local = storage.download(name)
     if local.is_dir():
         return local
@@ -51,12 +46,7 @@ def fetch_folder(name: str, field: str) -> pathlib.Path:
 
 
 def fetch_file(name: str, field: str) -> pathlib.Path:
-    """Returns one file: `name` itself, or a copy from a bucket or the hub.
-
-    Args:
-      name: local path, address (gs://...), or a file inside a hub repository ("owner/name/path/to/model.pt").
-      field: the config field that names it.
-    """
+    """Returns a local file as it is, or a copy from a bucket (gs://...) or the hub ("owner/name/path/to/model.pt")."""
     local = storage.download(name)
     if local.is_file():
         return local
@@ -156,28 +146,24 @@ def read_weights(folder: pathlib.Path, field: str) -> Tensors:
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise WeightsError(f"{folder} has none of {', '.join(WEIGHTS)}", field=field)
-    return _read_shards(file, field) if file.suffix == ".json" else read_tensors(file, field)
-
-
-def _read_shards(index: pathlib.Path, field: str) -> Tensors:
-    weight_map = read_json(index, field).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise WeightsError(f"{index} has no weight_map from tensors to files", field=field)
+    if file.suffix != ".json":
+        return read_tensors(file, field)
+    weight_map = read_json(file, field).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise WeightsError(f"{file} has no weight_map from tensors to files", field=field)
     # Only files next to the index are read, whatever folder the index names.
-    names = sorted({pathlib.PurePath(file).name for file in weight_map.values()})
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent or not names:
-        raise WeightsError(f"{index} names missing shards: {', '.join(absent) or 'it lists no file'}", field=field)
-    return Safetensors([index.parent / name for name in names], field)
+    shards = sorted({pathlib.PurePath(shard).name for shard in weight_map.values()})
+    absent = [name for name in shards if not (folder / name).is_file()]
+    if absent or not shards:
+        raise WeightsError(f"{file} names missing shards: {', '.join(absent) or 'it lists no file'}", field=field)
+    return Safetensors([folder / name for name in shards], field)
 
 
 def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
     """Reads mean and/or variance of the latents, channel last: [C] or [h, w, C].
 
-    Args:
-      path: an .npz file (arrays mean and/or var, channel last), or the .pt file of the PyTorch VQRAE (a dict; channel
-        first, mean may be None).
-      field: the config field that names it.
+    The file is .npz (arrays mean and/or var, channel last), or the PyTorch VQRAE's .pt (a dict; channel first, mean may
+    be None).
     """
     file = fetch_file(path, field)
     arrays = {k: v for k, v in read_tensors(file, field).items() if isinstance(v, np.ndarray)}

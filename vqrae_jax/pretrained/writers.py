@@ -25,9 +25,6 @@ def to_state_dict(tree: Mapping[str, Any], table: Table, transformers: Transform
       tree: parameters or variables, with stacked blocks.
       table: rows of names and paths.
       transformers: version whose in-memory names to write. Hub files and most checkpoints have the names of 4.
-
-    Raises:
-      WeightsError: the table has no name for some of the tree.
     """
     flat = unstack_blocks({path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()})
     depths: dict[str, int] = {}  # number of blocks by the path in front of them
@@ -90,11 +87,7 @@ def content_hash(tree: Mapping[str, Any]) -> str:
 
 
 def push_to_hub(write: Callable[[pathlib.Path], Any], repo_id: str, private: bool, token: str | None) -> str:
-    """Uploads a folder to a model repository of the hub and returns its address; `write` writes the folder's files.
-
-    Raises:
-      WeightsError: no network, no permission to write, or not logged in.
-    """
+    """Uploads a folder to a model repository of the hub and returns its address; `write` writes the folder's files."""
     import huggingface_hub
 
     with tempfile.TemporaryDirectory(prefix="vqrae-jax-") as folder:
