@@ -19,8 +19,7 @@ from vqrae_jax.config import Config, from_dict
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import Run, open_run
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import jit_step, place_horizon
+from vqrae_jax.train.task import TrainState, jit_step, place_horizon
 
 LOG_EVERY = 20
 

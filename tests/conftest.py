@@ -46,10 +46,10 @@ def golden() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def assert_same():
     """Two trees with the same paths and equal arrays."""
-    from flax.traverse_util import flatten_dict
+    from jax.tree_util import keystr, tree_leaves_with_path
 
     def check(actual, expected):
-        actual, expected = (flatten_dict(tree, sep="/") for tree in (actual, expected))
+        actual, expected = ({keystr(path): x for path, x in tree_leaves_with_path(t)} for t in (actual, expected))
         assert set(actual) == set(expected)
         for name in actual:
             np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)

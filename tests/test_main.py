@@ -10,7 +10,7 @@ import pytest
 
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.train.summary import IMAGE_FILE
+from vqrae_jax.train.loop import IMAGE_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -17,15 +17,12 @@ def rows():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, COUNT)
     return {
-        "index": np.arange(COUNT),
-        "mask": np.ones(COUNT, bool),
-        "label": label,
-        "psnr": rng.uniform(10, 30, COUNT),
+        "index": np.arange(COUNT), "mask": np.ones(COUNT, bool), "label": label, "psnr": rng.uniform(10, 30, COUNT),
         "code": rng.normal(size=(COUNT, 4)) + 5 * label[:, None],
         "inception/image": rng.normal(size=(COUNT, WIDTH)),
         "inception/reconstruction": rng.normal(size=(COUNT, WIDTH)) + 0.5,
         "scores/reconstruction": rng.normal(size=(COUNT, 10)),
-    }
+    }  # fmt: skip
 
 
 def accumulated(rows, batch, **options):
@@ -90,9 +87,7 @@ def test_best_median_and_worst(rows):
     np.testing.assert_array_equal(examples["best"], ranked[:3])
     np.testing.assert_array_equal(examples["worst"], ranked[-3:])
     assert ranked[31] in examples["median"] or ranked[29] in examples["median"]
-    assert {group: len(members) for group, members in accumulator.select_examples(100).items()} == dict.fromkeys(
-        examples, COUNT
-    )
+    assert [len(members) for members in accumulator.select_examples(100).values()] == [COUNT] * 3
 
 
 def test_too_few_images_are_a_warning(rows, caplog):

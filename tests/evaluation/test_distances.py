@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance
-from vqrae_jax.evaluation.moments import Gaussian, Moments
-from vqrae_jax.evaluation.probe import linear_probe
+from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance, linear_probe
+from vqrae_jax.evaluation.moments import Gaussian
 
 
 def gaussian(seed, count, width=24):
@@ -15,20 +14,14 @@ def gaussian(seed, count, width=24):
 
 
 def moments(rows):
-    m = Moments()
-    m.add(rows)
-    return m.gaussian()
-
-
-def scipy_distance(a, b):
-    (m, s, _), (n, t, _) = moments(a), moments(b)
-    return (m - n) @ (m - n) + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+    return Gaussian(rows.mean(0), np.cov(rows, rowvar=False))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frechet_distance_equals_scipy(seed):
-    a, b = gaussian(seed, 200), gaussian(seed + 10, 300)
-    assert frechet_distance(moments(a), moments(b)) == pytest.approx(scipy_distance(a, b), rel=1e-6)
+    (m, s, _), (n, t, _) = a, b = moments(gaussian(seed, 200)), moments(gaussian(seed + 10, 300))
+    expected = (m - n) @ (m - n) + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_commuting_covariances():
@@ -43,9 +36,8 @@ def test_frechet_distance_of_commuting_covariances():
 def test_frechet_distance_with_fewer_samples_than_dimensions():
     """A set has distance 0 from itself; pairs of points on orthogonal lines have the sum of their variances."""
     few = gaussian(0, 6)
-    assert frechet_distance(moments(few), moments(few)) == pytest.approx(
-        0, abs=1e-9 * np.trace(moments(few).covariance)
-    )
+    tolerance = 1e-9 * np.trace(moments(few).covariance)
+    assert frechet_distance(moments(few), moments(few)) == pytest.approx(0, abs=tolerance)
     a, b = (scale * np.eye(24)[[i]] * np.array([[1.0], [-1.0]]) for i, scale in ((0, 1), (1, 2)))
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(2 + 8)
 
@@ -54,26 +46,22 @@ def test_kernel_distance_is_unbiased(monkeypatch):
     x, y = gaussian(0, 7, 5), gaussian(1, 9, 5) + 1
 
     def kernel(a, b):
-        return (a @ b / 5 + 1) ** 3
+        return (a @ b.T / 5 + 1) ** 3
 
-    def mean_of_pairs(a):
-        return np.mean([kernel(u, v) for i, u in enumerate(a) for j, v in enumerate(a) if i != j])
-
-    between = np.mean([kernel(u, v) for u in x for v in y])
-    expected = mean_of_pairs(x) + mean_of_pairs(y) - 2 * between
+    within = sum(kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y))
+    expected = within - 2 * kernel(x, y).mean()
     assert kernel_distance(x, y) == pytest.approx(expected)
     monkeypatch.setattr("vqrae_jax.evaluation.distances.BLOCK", 2)
     assert kernel_distance(x, y) == pytest.approx(expected)
 
 
 def test_inception_score_of_certain_predictions_is_the_number_of_classes():
-    score = InceptionScore(splits=2)
+    certain, uncertain = InceptionScore(splits=2), InceptionScore(splits=1)
     for part in np.split(np.arange(20), 4):
-        score.add(np.eye(5)[part // 4] * 100, part)
-    assert score.result() == pytest.approx((5, 0))
-    score = InceptionScore(splits=1)
-    score.add(np.zeros((8, 5)), np.arange(8))
-    assert score.result() == pytest.approx((1, 0))
+        certain.add(np.eye(5)[part // 4] * 100, part)
+    uncertain.add(np.zeros((8, 5)), np.arange(8))
+    assert certain.result() == pytest.approx((5, 0))
+    assert uncertain.result() == pytest.approx((1, 0))
 
 
 def test_inception_score_equals_its_definition():

@@ -15,8 +15,8 @@ from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
+from vqrae_jax.evaluation.distances import linear_probe
 from vqrae_jax.evaluation.evaluate import Evaluator
-from vqrae_jax.evaluation.probe import linear_probe
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import open_run, save_checkpoint
@@ -71,17 +71,13 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     assert evaluated["eval/images"] == 64
     psnr = -10 * np.log10(((reconstructions - images) ** 2).mean((1, 2, 3))).mean()
     assert evaluated["eval/psnr"] == pytest.approx(psnr, rel=1e-5)
-    similarities = [
-        structural_similarity(
-            x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1,
-            win_size=11,
-        )
-        for x, y in zip(images, reconstructions, strict=True)
-    ]  # fmt: skip
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "win_size": 11}
+    settings |= {"data_range": 1, "channel_axis": -1}
+    pairs = zip(images, reconstructions, strict=True)
+    similarities = [structural_similarity(x, y, **settings) for x, y in pairs]
     assert evaluated["eval/ssim"] == pytest.approx(np.mean(similarities), abs=1e-5)
     s, t = (np.cov(x, rowvar=False) for x in (a, b))
-    difference = a.mean(0) - b.mean(0)
-    distance = difference @ difference + np.trace(s) + np.trace(t) - 2 * np.trace(scipy.linalg.sqrtm(s @ t).real)
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
     assert evaluated["eval/encoder_rfd"] == pytest.approx(distance, rel=1e-4)
     probe = linear_probe(rows["code"], batch["label"])
     assert evaluated["eval/probe_accuracy"] == pytest.approx(probe["accuracy"])
@@ -96,8 +92,8 @@ def test_metrics_and_protocol_are_written(config, workdir, evaluated):
     written = json.loads((workdir / EVALUATION_FILE).read_text())
     assert {"step": written["step"], **written["metrics"]} == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
     protocol = written["protocol"]
-    assert protocol["networks"]["encoder"]["features"] == 20
-    assert len(protocol["networks"]["encoder"]["sha256"]) == 64
+    encoder = protocol["networks"]["encoder"]
+    assert (encoder["features"], len(encoder["sha256"])) == (20, 64)
     assert protocol["jax"] == jax.__version__
     assert "32 pixels" in protocol["crop"]
     assert "ValidationPhotographs(crops=64" in protocol["data"]
@@ -108,7 +104,7 @@ def test_metrics_and_protocol_are_written(config, workdir, evaluated):
         assert (workdir / report.FOLDER / file).stat().st_size > 1000
 
 
-def test_the_checkpoint_may_be_deleted_during_the_evaluation(config, workdir, tmp_path, monkeypatch):
+def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, workdir, tmp_path, monkeypatch):
     """A run that trains at the same time keeps only its last checkpoints."""
     copy, evaluate = tmp_path / "run", Evaluator.evaluate
     shutil.copytree(workdir, copy)
@@ -119,7 +115,9 @@ def test_the_checkpoint_may_be_deleted_during_the_evaluation(config, workdir, tm
         return result
 
     monkeypatch.setattr(Evaluator, "evaluate", evaluate_and_delete)
-    loop.evaluate(config(images=10, metrics=()), copy, jax.devices()[:1])
+    metrics = loop.evaluate(config(images=10, metrics=()), copy, jax.devices()[:1])
+    assert metrics["eval/images"] == 10
+    assert not [name for name in metrics if "encoder" in name or "probe" in name]
     protocol = json.loads((copy / EVALUATION_FILE).read_text())["protocol"]
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
@@ -132,21 +130,12 @@ def test_every_metric_has_a_description(evaluated):
     assert report._description("eval/bits_per_image") != report._description("eval/entropy_bits_per_image")
 
 
-def test_a_number_of_images_is_evaluated(config, workdir):
-    metrics = loop.evaluate(config(images=10, metrics=()), workdir, jax.devices()[:1])
-    assert metrics["eval/images"] == 10
-    assert not [name for name in metrics if "encoder" in name or "probe" in name]
-
-
 def test_what_only_training_needs_is_not_read(config, workdir, evaluated):
     """Neither the networks of the loss nor the state of optimizer and discriminator."""
     settings = config()
-    loss = {"perceptual": PerceptualConfig(weight=1.0, trunk="none/such")}
-    adversary = {"discriminator": "dino", "path": "none/such"}
-    update = {"loss": loss, "adversary": adversary}
-    settings = settings.model_copy(
-        update={name: getattr(settings, name).model_copy(update=fields) for name, fields in update.items()}
-    )
+    loss = settings.loss.model_copy(update={"perceptual": PerceptualConfig(weight=1.0, trunk="none/such")})
+    adversary = settings.adversary.model_copy(update={"discriminator": "dino", "path": "none/such"})
+    settings = settings.model_copy(update={"loss": loss, "adversary": adversary})
     with open_run(settings, workdir, jax.devices()[:1], evaluate_step=0) as (run, state):
         assert state.params == state.adversary == {}
         metrics = run.evaluator.evaluate(state.inference(), run.frozen).metrics

@@ -34,13 +34,10 @@ def test_psnr_equals_scikit_image(images):
 @pytest.mark.parametrize("size", [(64, 64), (40, 23)])
 def test_ssim_equals_scikit_image(images, size):
     originals, noisy = (x[:, : size[0], : size[1]] for x in images)
-    expected = [
-        structural_similarity(
-            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1,
-            win_size=11,
-        )
-        for a, b in zip(originals.astype(np.float64), np.clip(noisy, 0, 1).astype(np.float64), strict=True)
-    ]  # fmt: skip
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "win_size": 11}
+    settings |= {"data_range": 1, "channel_axis": -1}
+    pairs = zip(originals.astype(np.float64), np.clip(noisy, 0, 1).astype(np.float64), strict=True)
+    expected = [structural_similarity(a, b, **settings) for a, b in pairs]
     np.testing.assert_allclose(ssim(noisy, originals), expected, atol=1e-5, rtol=0)
     np.testing.assert_allclose(ssim(originals, originals), 1, atol=1e-6)
 
@@ -60,17 +57,14 @@ def test_health():
     assert (levels["usage"], levels["dead"]) == (0.75, 1)
 
 
-@pytest.mark.parametrize(
-    ("counts", "share", "message"),
-    [
-        ([3, 1, 0, 0], 0.5, None),
-        ([4, 0, 0, 0], 0.5, "1 of 4 codes"),
-        ([4, 0, 0, 0], 0.0, None),
-        ([0] * 7 + [1] + [0] * 992, 0.5, None),  # one latent cannot use more than one code
-        ([0, 0, 0, 0], 0.5, None),
-        ([[2, 2], [4, 0]], 0.6, "level 1"),
-    ],
-)
+@pytest.mark.parametrize(("counts", "share", "message"), [
+    ([3, 1, 0, 0], 0.5, None),
+    ([4, 0, 0, 0], 0.5, "1 of 4 codes"),
+    ([4, 0, 0, 0], 0.0, None),
+    ([0] * 7 + [1] + [0] * 992, 0.5, None),  # one latent cannot use more than one code
+    ([0, 0, 0, 0], 0.5, None),
+    ([[2, 2], [4, 0]], 0.6, "level 1"),
+])  # fmt: skip
 def test_alarm(counts, share, message):
     result = alarm(np.array(counts), share)
     assert result is None if message is None else message in result

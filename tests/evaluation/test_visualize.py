@@ -14,8 +14,8 @@ def test_each_index_has_its_own_color():
 
 
 def test_a_grid_that_does_not_divide_the_image_is_centered():
-    assert visualize.code_map(np.zeros((5, 5), int), 32).shape == (32, 32, 3)
-    assert visualize.code_map(np.zeros((64, 64), int), 32).shape == (32, 32, 3)
+    for side in (5, 64):
+        assert visualize.code_map(np.zeros((side, side), int), 32).shape == (32, 32, 3)
 
 
 def test_bytes_are_rounded_and_clipped():
@@ -52,7 +52,6 @@ def test_marked_cells_have_a_frame_and_nothing_else_changes():
 
 def test_tiles_keep_their_pixels():
     tiles = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
-    assert visualize.image_grid(tiles, 3).shape[0] == 2 * (2 + visualize.GAP) + 3 * visualize.GAP
     line = visualize.strip(list(tiles), 5)
     assert line.shape[0] == 6
     np.testing.assert_array_equal(line[::3, :6:3], tiles[0])
@@ -60,10 +59,8 @@ def test_tiles_keep_their_pixels():
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "pdf", "svg"])
 def test_curves_show_their_values(format):
-    flat, steep = ([1.0, 1.0], [0.0, 1.0])
-    assert visualize.curves({"a": {"x": ([0, 1], flat)}}, format) != visualize.curves(
-        {"a": {"x": ([0, 1], steep)}}, format
-    )
+    flat, steep = (visualize.curves({"a": {"x": ([0, 1], y)}}, format) for y in ([1.0, 1.0], [0.0, 1.0]))
+    assert flat != steep
 
 
 def test_a_value_that_is_not_finite_is_a_gap_and_every_chart_has_its_place():

@@ -3,7 +3,6 @@
 Each image has one gray level, ten times its number. A step that runs again after a restart must get the same images.
 """
 
-import os
 import pathlib
 import sys
 
@@ -12,7 +11,7 @@ import jax
 from vqrae_jax import main, sharding
 from vqrae_jax.train import loop
 
-workdir = next(argument.removeprefix("--workdir=") for argument in sys.argv if argument.startswith("--workdir="))
+workdir = pathlib.Path(next(a.removeprefix("--workdir=") for a in sys.argv if a.startswith("--workdir=")))
 jit_step = loop.jit_step
 
 
@@ -21,8 +20,8 @@ def noting_step(task, mesh):
 
     def step(state, frozen, batch, horizon):
         numbers = " ".join(str(n) for n in sharding.own_rows(batch["image"])[:, 0, 0, 0] // 10)
-        note = pathlib.Path(workdir) / "seen" / f"{jax.process_index()}-{int(state.step) + 1}"
-        os.makedirs(note.parent, exist_ok=True)
+        note = workdir / "seen" / f"{jax.process_index()}-{int(state.step) + 1}"
+        note.parent.mkdir(exist_ok=True)
         if note.exists() and note.read_text() not in ("", numbers):
             raise AssertionError(f"{note.name}: {note.read_text()} became {numbers}")
         note.write_text(numbers)

@@ -21,20 +21,19 @@ ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1, "cutout": 0.2}
 PERCEPTUAL = {"network": "encoder", "weight": 1.0, "architecture": ENCODER, "input_size": 32}
 MODEL = {"quantizer_params": {"codebook_dim": 8}, "decoder_features": (0,)}
-RECIPE = {"model": MODEL, "adversary": PATCH, "loss": {
-    "perceptual": PERCEPTUAL, "feature_weight": 0.5, "distill_weight": 2.0,
-}}  # fmt: skip
+LOSS = {"perceptual": PERCEPTUAL, "feature_weight": 0.5, "distill_weight": 2.0}
+RECIPE = {"model": MODEL, "adversary": PATCH, "loss": LOSS}
 NOTHING = {"pixel_weight": 0.0, "vq_weight": 0.0}
 
 
-def images(steps=3, size=8):
-    low = np.random.default_rng(0).uniform(size=(steps, size, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
+def images():
+    low = np.random.default_rng(0).uniform(size=(3, 8, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
     return (low * 255).astype(np.uint8)
 
 
-def run(task, state=None):
+def run(task):
     """Yields state, metrics and frozen networks after each step, without end; the step is compiled once."""
-    state, frozen = task.init() if state is None else state, task.frozen()
+    state, frozen = task.init(), task.frozen()
     placements = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(task.mesh))
     step, horizon = jax.jit(task.step, out_shardings=placements), place_horizon(task.config.train.steps, task.mesh)
     for batch in itertools.cycle(images()):
@@ -46,11 +45,6 @@ def take(steps, running):
     """Returns the last state of some steps, the metrics of all, and the frozen networks."""
     states, metrics, frozen = zip(*itertools.islice(running, steps), strict=True)
     return states[-1], list(metrics), frozen[-1]
-
-
-def assert_same(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +75,7 @@ TERMS = {  # term -> its config, and the parts and heads of the decoder that it 
 )
 def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     loss, adversary, parts, heads = TERMS[term]
-    config = tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary)
-    task = TokenizerTask.build(config, one_mesh)
+    task = TokenizerTask.build(tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary), one_mesh)
     state, frozen = task.init(), task.frozen()
     if term == "distill":  # student and teacher are the same at the start
         state.params["encoder"] = jax.tree.map(lambda x: 1.1 * x, state.params["encoder"])
@@ -143,7 +136,7 @@ def test_one_backward_pass_equals_two(whole, assert_close):
         assert_close(ours["decoder"][name]["kernel"], expected, 1e-5, name)
 
 
-def test_frozen_networks_do_not_change(whole):
+def test_frozen_networks_do_not_change(whole, assert_same):
     """Over 100 steps: the networks of the loss and the parts of the model that do not train."""
     task, (before, running), *_ = whole
     _, _, frozen = take(97, running)
@@ -163,10 +156,10 @@ def test_all_metrics_are_returned(whole):
     assert state.adversary["lecam"]["real"] != 0
 
 
-def test_terms_wait_for_their_start(tiny, one_mesh, whole):
+def test_terms_wait_for_their_start(tiny, one_mesh, whole, assert_same):
     """Before, nothing changes, bit for bit."""
     late = {"start_steps": 1, "generator_start_steps": 2, "disc_updates": 2}
-    loss = {**RECIPE["loss"], "perceptual": {**PERCEPTUAL, "start_steps": 2}}
+    loss = {**LOSS, "perceptual": {**PERCEPTUAL, "start_steps": 2}}
     task = TokenizerTask.build(tiny(model=MODEL, loss=loss, adversary={**PATCH, **late}), one_mesh)
     start = jax.device_get(task.init().adversary)
     running = run(task)
@@ -174,13 +167,10 @@ def test_terms_wait_for_their_start(tiny, one_mesh, whole):
     assert_same(first.adversary, start)
     state, metrics, _ = take(2, running)
     metrics = [first_metrics, *metrics]
-    perceptual, fooling, turns = (
-        [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")
-    )
-    assert perceptual == fooling == [False, False, True]
-    assert turns == [False, True, True]
-    count = jax.tree.leaves(state.adversary["opt_state"])[0]
-    assert int(count) == 4
+    active = {n: [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")}
+    assert active["loss/perceptual"] == active["gan/weight"] == [False, False, True]
+    assert active["gan/discriminator"] == [False, True, True]
+    assert int(jax.tree.leaves(state.adversary["opt_state"])[0]) == 4
 
 
 def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
@@ -190,12 +180,10 @@ def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_c
     task = TokenizerTask.build(tiny(adversary=plain), one_mesh)
     state, real = task.init().adversary, images()[0] / 255
     update = jax.jit(task.adversary.update)
-    results = []
-    for parts in (1, 2):
-        halves = [x.reshape(parts, 8 // parts, 32, 32, 3) for x in (fake, real)]
-        results.append(update(state, {}, *halves, 0, 6, jax.random.key(1))[1])
-    assert_close(results[1]["gan/discriminator"], results[0]["gan/discriminator"], 1e-5)
-    assert_close(results[1]["gan/grad_norm"], results[0]["gan/grad_norm"], 1e-4)
+    halves = ([x.reshape(parts, 8 // parts, 32, 32, 3) for x in (fake, real)] for parts in (1, 2))
+    whole, split = (update(state, {}, *x, 0, 6, jax.random.key(1))[1] for x in halves)
+    assert_close(split["gan/discriminator"], whole["gan/discriminator"], 1e-5)
+    assert_close(split["gan/grad_norm"], whole["gan/grad_norm"], 1e-4)
 
 
 @pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -242,9 +230,8 @@ def test_terms_check_what_they_need(tiny, change, field):
 
 
 def test_a_trunk_split_by_fsdp_keeps_tokens_with_their_images(golden):
-    config = AdversaryConfig(
-        discriminator="dino", path=str(golden / "discriminator" / "dino_bn.npz"), trunk_heads=2, taps=(1, 2)
-    )
+    path = str(golden / "discriminator" / "dino_bn.npz")
+    config = AdversaryConfig(discriminator="dino", path=path, trunk_heads=2, taps=(1, 2))
     mesh = sharding.make_mesh(8, 1)
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding.over_data(mesh))
 

@@ -1,6 +1,8 @@
 """Three optimizer steps equal those of the PyTorch VQRAE."""
 
 import json
+from functools import reduce
+from operator import getitem
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ LEAVES = {  # name in the PyTorch VQRAE -> our path, and the function that maps 
     "trainable_cls_token": (("cls",), np.asarray),
 }
 TOLERANCE = {"final__": 4e-6, "ema_final__": 1e-6}  # absolute: 2 % of a step, three times the numerical noise
+METRICS = {"loss/pixel": "rec_loss", "loss/vq": "vq_loss", "loss/total": "total_loss", "learning_rate": "lr",
+           "grad_norm": "grad_norm"}  # fmt: skip
 STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
 
 
@@ -29,18 +33,11 @@ def build(golden, case, mesh):
     params = json.loads((folder / "params.json").read_text())["params"]
     settings = json.loads((folder / f"{case}_summary.json").read_text())["config"]
     scheduler = settings["training"].get("scheduler", {})
+    same = {name: params[name] for name in ("encoder_input_size", "decoder_patch_size", "num_embeddings")}
+    paths = {name: str(golden / params[name]) for name in ("encoder_config_path", "decoder_config_path")}
+    start = {"codebook_init": "normal", "revival_threshold": 0.0, "quantizer_params": {"decay_warmup": False}}
     sections = {
-        "model": {
-            "encoder_config_path": str(golden / params["encoder_config_path"]),
-            "encoder_input_size": params["encoder_input_size"],
-            "decoder_config_path": str(golden / params["decoder_config_path"]),
-            "decoder_patch_size": params["decoder_patch_size"],
-            "decoder_train_pos_embed": True,
-            "num_embeddings": params["num_embeddings"],
-            "codebook_init": "normal",
-            "revival_threshold": 0.0,
-            "quantizer_params": {"decay_warmup": False},
-        },
+        "model": {**same, **paths, **start, "decoder_train_pos_embed": True},
         "data": {"image_size": 32, "batch_size": 4},
         "optimizer": {
             "learning_rate": settings["training"]["optimizer"]["lr"],
@@ -60,17 +57,9 @@ def build(golden, case, mesh):
     state, frozen = task.init(), task.frozen()
     source, prefix = (recorded, "warm_") if case.startswith("warm") else (start, "quantizer.")
     quantizer = state.batch_stats["quantizer"] | {ours: source[prefix + theirs] for ours, theirs in STATE.items()}
-    params = jax.tree.map(jnp.asarray, {"decoder": decoder})
-    state = state.replace(
-        params=params, ema_params=params, batch_stats=jax.tree.map(jnp.asarray, {"quantizer": quantizer})
-    )
+    params, stats = jax.tree.map(jnp.asarray, ({"decoder": decoder}, {"quantizer": quantizer}))
+    state = state.replace(params=params, ema_params=params, batch_stats=stats)
     return task, state, frozen, recorded
-
-
-def leaf(tree, path):
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,30 +67,21 @@ def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
     task, state, frozen, recorded = build(golden, case, one_mesh)
     images = np.load(golden / "train_steps" / "batches.npz")["images"]
     start = state
-    gradient = jax.jit(task.gradients)
-    grads, *_ = gradient(state, frozen, images[0], jax.random.key(0), state.batch_stats)
+    grads, *_ = jax.jit(task.gradients)(state, frozen, images[0], jax.random.key(0), state.batch_stats)
     step = jax.jit(task.step)
     for i, batch in enumerate(np.round(images * 255).astype(np.uint8)):
         state, metrics = step(state, frozen, {"image": batch}, 100)
-        for ours, theirs in (
-            ("loss/pixel", "rec_loss"),
-            ("loss/vq", "vq_loss"),
-            ("loss/total", "total_loss"),
-            ("learning_rate", "lr"),
-            ("grad_norm", "grad_norm"),
-        ):
+        for ours, theirs in METRICS.items():
             assert_close(metrics[ours], recorded[theirs][i], 1e-5, f"{ours} of step {i}")
-        np.testing.assert_array_equal(
-            metrics["counts"], np.bincount(recorded["indices"][i].ravel(), minlength=len(metrics["counts"]))
-        )
+        counts = np.bincount(recorded["indices"][i].ravel(), minlength=len(metrics["counts"]))
+        np.testing.assert_array_equal(metrics["counts"], counts)
     for name, (path, convert_layout) in LEAVES.items():
-        assert_close(
-            convert_layout(leaf(grads["decoder"], path)), recorded[f"grad_step0__{name}"], 1e-5, f"gradient of {name}"
-        )
+        gradient = convert_layout(reduce(getitem, path, grads["decoder"]))
+        assert_close(gradient, recorded[f"grad_step0__{name}"], 1e-5, f"gradient of {name}")
         # Compares changes, not weights: three steps change them little.
         for ours, theirs in ((state.params, "final__"), (state.ema_params, "ema_final__")):
-            before = convert_layout(leaf(start.params["decoder"], path))
-            moved = convert_layout(leaf(ours["decoder"], path)) - before
+            before = convert_layout(reduce(getitem, path, start.params["decoder"]))
+            moved = convert_layout(reduce(getitem, path, ours["decoder"])) - before
             error = np.abs(moved - (recorded[theirs + name] - before)).max()
             assert error <= TOLERANCE[theirs], f"{theirs}{name}: {error:.1e}"
     for ours, theirs in STATE.items():

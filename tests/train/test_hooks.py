@@ -13,8 +13,7 @@ import pytest
 from vqrae_jax import checkpoint, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import hooks, loop
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.summary import log_memory
+from vqrae_jax.train.task import TrainState
 
 
 def event(step, metrics=None, **flags):
@@ -74,9 +73,8 @@ def test_guard_names_the_first_bad_step_and_its_terms(tmp_path):
 
     def step(number, *bad, log=False):
         metrics = {n: jnp.asarray(np.nan if n in bad else 1.0) for n in ("loss/vq", "loss/pixel", "grad_norm")}
-        guard.after_step(
-            event(number, {**metrics, "counts": jnp.zeros(4), "codebook/dead": jnp.asarray(np.nan)}, log=log)
-        )
+        ignored = {"counts": jnp.zeros(4), "codebook/dead": jnp.asarray(np.nan)}
+        guard.after_step(event(number, metrics | ignored, log=log))
 
     step(1)
     step(2, log=True)
@@ -147,7 +145,7 @@ def test_profiler_traces_the_requested_steps(tmp_path, monkeypatch, steps, start
     calls, step = [], start
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
-    with contextlib.closing(hooks.Hooks(hooks.Profiler(steps, tmp_path))) as profiler:
+    with contextlib.closing(hooks.Profiler(steps, tmp_path)) as profiler:
         for step in range(start + 1, 7):
             profiler.before_step(step)
             profiler.after_step(event(step))
@@ -156,12 +154,10 @@ def test_profiler_traces_the_requested_steps(tmp_path, monkeypatch, steps, start
 
 def test_memory_is_that_of_one_device(caplog):
     mesh = sharding.make_mesh(4, 2)
-    tree = {
-        "a": jax.device_put(np.zeros((8, 6), np.float32), sharding.over_data(mesh)),
-        "b": jax.device_put(np.float32(1), sharding.replicated(mesh)),
-    }
+    placements = {"a": sharding.over_data(mesh), "b": sharding.replicated(mesh)}
+    tree = jax.device_put({"a": np.zeros((8, 6), np.float32), "b": np.float32(1)}, placements)
     assert sharding.device_bytes(tree) == 8 * 6 * 4 // 4 + 4
     with caplog.at_level(logging.INFO):
-        log_memory(TrainState(0, tree, {}, {}, {}), {})
-    assert "params 52 B" in caplog.text
-    assert "total 52 B" in caplog.text
+        loop.log_memory(TrainState(0, tree, {}, {}, {}), {})
+    assert "params 52 bytes" in caplog.text
+    assert "total 52 bytes" in caplog.text

@@ -28,9 +28,8 @@ def test_schedules_equal_the_pytorch_vqrae(golden, case):
     names = {"decay_start_epoch": "warmup_epochs", "decay_end_epoch": "decay_end_epochs", "base_lr": "learning_rate",
              "final_lr": "final_learning_rate", "type": "schedule"}  # fmt: skip
     images = 4 * recorded["steps_per_epoch"] + 3  # the last batch of an epoch is dropped
-    whole = from_dict(
-        Config, {"data": {"batch_size": 4}, "optimizer": {names.get(name, name): value for name, value in s.items()}}
-    )
+    optimizer = {names.get(name, name): value for name, value in s.items()}
+    whole = from_dict(Config, {"data": {"batch_size": 4}, "optimizer": optimizer})
     rate = jax.jit(functools.partial(learning_rate, epochs_to_steps(whole, lambda: images).optimizer))
     np.testing.assert_allclose([rate(i, 10**6) for i in recorded["steps"]], recorded["lr"], rtol=1e-5)
 

@@ -4,7 +4,6 @@ import logging
 import shutil
 
 import jax
-import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, sharding
@@ -45,17 +44,12 @@ def train_one_step(run, state):
     return jax.device_get(state)
 
 
-def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
-
 def damage(item):
     for file in item.rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog):
+def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog, assert_same):
     folder = copied / "checkpoints"
     damage(folder / "2" / "train")
     with caplog.at_level(logging.WARNING), opened(copied) as (run, state):
@@ -68,7 +62,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog):
     assert checkpoint.completed_steps(folder) == [1, 2]
     shutil.rmtree(folder / "2")
     with opened(copied) as (run, state):
-        assert_equal(train_one_step(run, state), again)
+        assert_same(train_one_step(run, state), again)
 
 
 def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, tiny, one_device):
@@ -99,16 +93,12 @@ def test_no_run_starts_again_over_damaged_checkpoints(copied, opened):
     assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"model": {"num_embeddings": 64}}, r"codebook \(32, .* of \(64, "),
-        ({"model": {"quantizer": "fsq"}}, r"missing .*quantizer/"),
-        ({"train": {"trainable": ("quantizer", "decoder")}}, r"unexpected .*encoder/"),
-        ({"adversary": PATCH}, r"missing .*adversary/.*\n.*start_from="),
-    ],
-    ids=["size", "quantizer", "part", "term"],
-)
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"model": {"num_embeddings": 64}}, r"codebook \(32, .* of \(64, "),
+    ({"model": {"quantizer": "fsq"}}, r"missing .*quantizer/"),
+    ({"train": {"trainable": ("quantizer", "decoder")}}, r"unexpected .*encoder/"),
+    ({"adversary": PATCH}, r"missing .*adversary/.*\n.*start_from="),
+], ids=["size", "quantizer", "part", "term"])  # fmt: skip
 def test_another_config_is_not_damage(copied, opened, changed, message):
     """The differing leaves are named, and every checkpoint keeps its name."""
     with pytest.raises(CheckpointError, match=message) as error, opened(copied, **changed):
@@ -117,7 +107,7 @@ def test_another_config_is_not_damage(copied, opened, changed, message):
     assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
 
 
-def test_clipping_can_be_switched(opened, tmp_path):
+def test_clipping_can_be_switched(opened, tmp_path, assert_same):
     """As the message of the NaN guard recommends; both optimizers keep their moments."""
     unclipped = {"optimizer": {"clip_norm": 0.0}, "adversary": PATCH}
     clipped = {"optimizer": {"clip_norm": 1.0}, "adversary": {**PATCH, "optimizer": {"clip_norm": 1.0}}}
@@ -125,7 +115,7 @@ def test_clipping_can_be_switched(opened, tmp_path):
         expected = train_one_step(run, state)
     for sections in (clipped, unclipped):
         with opened(tmp_path, **sections) as (run, state):
-            assert_equal(state, expected)
+            assert_same(state, expected)
             expected = train_one_step(run, state)
     assert expected.step == 3
 
@@ -136,22 +126,24 @@ def initial(tiny, one_mesh):
     return lambda **train: jax.device_get(TokenizerTask.build(tiny(train=train), one_mesh).init())
 
 
-def test_a_run_starts_from_parts_of_another(trained, opened, initial):
+def test_a_run_starts_from_parts_of_another(trained, opened, initial, assert_same):
     with opened(trained) as (_, state):
         source = jax.device_get(state)
     everything = initial(start_from=str(trained))
     assert int(everything.step) == 0
-    assert_equal(everything.inference(), source.inference())
+    assert_same(everything.inference(), source.inference())
     fresh, part = initial(), initial(start_from=str(trained), start_parts=("decoder",))
-    assert_equal(part.params, {**fresh.params, "decoder": source.ema_params["decoder"]})
-    assert_equal(part.batch_stats, fresh.batch_stats)
+    assert_same(part.params, {**fresh.params, "decoder": source.ema_params["decoder"]})
+    assert_same(part.batch_stats, fresh.batch_stats)
     renames = {f"decoder/blocks/norm{i}": f"decoder/blocks/norm{3 - i}" for i in (1, 2)}
     swapped = initial(start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
     blocks = source.ema_params["decoder"]["blocks"]
-    assert_equal(swapped["blocks"], {**blocks, "norm1": blocks["norm2"], "norm2": blocks["norm1"]})
+    assert_same(swapped["blocks"], {**blocks, "norm1": blocks["norm2"], "norm2": blocks["norm1"]})
 
 
 def test_a_start_that_does_not_fit_is_an_error(trained, initial):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        initial(start_from=str(trained / "nowhere"))
     with pytest.raises(CheckpointError, match=r"missing \(2\): .*pred"):
         initial(start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
     with pytest.raises(ConfigError) as error:

@@ -15,8 +15,7 @@ STEPS = 3
 
 
 def batches(size=8):
-    rng = np.random.default_rng(0)
-    low = rng.uniform(size=(STEPS, size, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
+    low = np.random.default_rng(0).uniform(size=(STEPS, size, 4, 4, 3)).repeat(8, 2).repeat(8, 3)
     return [{"image": (x * 255).astype(np.uint8)} for x in low]
 
 
@@ -54,25 +53,21 @@ def test_fsdp_splits_weights_and_never_activations(tiny):
     assert "all-gather" in program
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow),
-     pytest.param({"data": 8, "model": 1}, marks=pytest.mark.slow),
-     pytest.param({"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}, marks=pytest.mark.slow),
-     {"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1}],
-)  # fmt: skip
+@pytest.mark.parametrize("mesh", [
+    pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow),
+    pytest.param({"data": 8, "model": 1}, marks=pytest.mark.slow),
+    pytest.param({"data": 4, "model": 2, "fsdp": True, "fsdp_min_size": 1}, marks=pytest.mark.slow),
+    {"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1},
+])  # fmt: skip
 def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
-    config = tiny(mesh=mesh)
-    (grads, stats, losses), state = train(
-        config, sharding.make_mesh(mesh["data"], mesh["model"], slices=mesh.get("slices", 1))
-    )
+    devices = sharding.make_mesh(mesh["data"], mesh["model"], slices=mesh.get("slices", 1))
+    (grads, stats, losses), state = train(tiny(mesh=mesh), devices)
     np.testing.assert_allclose(losses, single[2], rtol=1e-5)
     for name in ("codebook", "counts", "sums"):
         assert_close(stats["quantizer"][name], single[1]["quantizer"][name], 1e-5, name)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(single[0]))
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(single[0]), strict=True
-    ):
+    leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(single[0]), strict=True)
+    for (path, ours), theirs in leaves:
         # Gradients that are zero in exact arithmetic (key biases) have no scale of their own.
         scale = max(np.abs(theirs).max(), 1e-3 * largest)
         assert np.abs(ours - theirs).max() <= 1e-5 * scale, jax.tree_util.keystr(path)
@@ -82,20 +77,18 @@ def test_eight_devices_equal_one(tiny, single, mesh, assert_close):
         assert state.opt_state[0].mu["decoder"]["blocks"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
-def test_frozen_parts_do_not_change(tiny, one_mesh):
-    config = tiny(train={"trainable": ("quantizer", "decoder")})
-    task = TokenizerTask.build(config, one_mesh)
+def test_frozen_parts_do_not_change(tiny, one_mesh, assert_same):
+    task = TokenizerTask.build(tiny(train={"trainable": ("quantizer", "decoder")}), one_mesh)
     state, frozen = task.init(), task.frozen()
     assert set(state.params) == {"decoder"}
     assert set(frozen) == {"encoder"}
     before = jax.device_get(frozen)
     state, _ = jax.jit(task.step)(state, frozen, sharding.place_batch(batches()[0], one_mesh), 6)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
+    assert_same(frozen, before)
 
 
 def test_accumulation_equals_the_mean_of_its_parts(tiny, assert_close, one_mesh):
-    config = tiny(optimizer={"accumulate": 2})
-    task = TokenizerTask.build(config, one_mesh)
+    task = TokenizerTask.build(tiny(optimizer={"accumulate": 2}), one_mesh)
     state, frozen = task.init(), task.frozen()
     images = jnp.asarray(batches()[0]["image"]) / 255
     key = jax.random.key(3)
@@ -138,15 +131,9 @@ def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
 def test_padding_does_not_count(tiny, one_mesh):
     task = TokenizerTask.build(tiny(), one_mesh)
     state, frozen = task.init(), task.frozen()
-    images = batches()[0]["image"]
-    evaluate = jax.jit(task.evaluate)
-
-    def counts(images, mask):
-        return jax.device_get(evaluate(state.inference(), frozen, {"image": images, "mask": mask}))["counts"]
-
-    padded = images.copy()
-    padded[5:] = 0
-    a, b = (counts(x, np.arange(8) < 5) for x in (images, padded))
+    images, mask, evaluate = batches()[0]["image"], np.arange(8) < 5, jax.jit(task.evaluate)
+    padded = images * mask[:, None, None, None]
+    a, b = (evaluate(state.inference(), frozen, {"image": x, "mask": mask})["counts"] for x in (images, padded))
     assert a.sum() == 5 * 16
     np.testing.assert_array_equal(a, b)
 

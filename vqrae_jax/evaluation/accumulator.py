@@ -4,12 +4,11 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from vqrae_jax.evaluation import codebook_health
-from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance
+from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance, linear_probe
 from vqrae_jax.evaluation.moments import Gaussian, Moments
-from vqrae_jax.evaluation.probe import linear_probe
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +22,11 @@ class Accumulator:
     """Metrics over images that arrive in batches of any size and order, in one or several processes.
 
     Of each image only scores and pooled latents are stored, and features if its index is below `kernel_images`.
+    `metrics` adds to `warnings`, sentences about metrics that cannot be computed or compared.
 
     Args:
       count: approximate number of images to come; it sets the number of splits of the Inception score.
       references: by network, the feature statistics of other images than those that were reconstructed.
-      kernel_images: number of images that the kernel distance uses.
-
-    Attributes:
-      warnings: sentences about metrics that cannot be computed or compared; `metrics` adds to them.
     """
 
     def __init__(self, count: int, references: Mapping[str, Gaussian] | None = None, kernel_images: int = 5_000):
@@ -41,12 +37,11 @@ class Accumulator:
         self._score = InceptionScore(max(count // SPLIT, 1))
 
     def add(self, rows: Rows) -> None:
-        """Adds a batch.
+        """Adds a batch of arrays [B, ...].
 
-        Args:
-          rows: arrays [B, ...]: `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips,
-            `NETWORK/image` and `NETWORK/reconstruction` (features), `scores/reconstruction` (Inception's class scores),
-            `code` (pooled quantized latents) and `label`.
+        They are `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips, `NETWORK/image`
+        and `NETWORK/reconstruction` (features), `scores/reconstruction` (Inception's class scores), `code` (pooled
+        quantized latents) and `label`.
         """
         mask = np.asarray(rows["mask"], bool)
         rows = {name: np.asarray(values)[mask] for name, values in rows.items()}
@@ -78,7 +73,6 @@ class Accumulator:
         return {f"{part}:{name}": values for part, arrays in parts.items() for name, values in arrays.items()}
 
     def merge_arrays(self, arrays: Rows) -> None:
-        """Adds the images of another accumulator, from its `arrays`."""
         parts: dict[str, dict[str, np.ndarray]] = {}
         for path, values in arrays.items():
             part, name = path.split(":")
@@ -91,15 +85,10 @@ class Accumulator:
 
     @property
     def images(self) -> int:
-        """Number of images added."""
         return sum(map(len, self._stored.get("index", [])))
 
     def metrics(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, float]:
-        """Computes all metrics by name; `report.DESCRIPTIONS` says what each of them is.
-
-        Args:
-          counts: how often each index was chosen; adds the metrics of the codebook.
-        """
+        """Computes all metrics of `report.DESCRIPTIONS`, those of the codebook from how often each index was chosen."""
         values = {name: float(self.scores(name).mean(dtype=np.float64)) for name in SCORES if self.has_scores(name)}
         values["images"] = self.images
         for side in self._moments:
@@ -120,15 +109,12 @@ class Accumulator:
     def has_scores(self, name: str) -> bool:
         return name in self._stored
 
-    def scores(self, name: str) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
-        """Returns psnr, ssim, lpips or index of each image, in the order of the dataset."""
-        return self._sorted(name)
+    def scores(self, name: str) -> Shaped[np.ndarray, "n ..."]:
+        """Returns what is stored of each image, in the order of the dataset: psnr, ssim, lpips, index, code, label."""
+        return np.concatenate(self._stored[name])[np.argsort(np.concatenate(self._stored["index"]))]
 
     def select_examples(self, count: int) -> dict[str, Int[np.ndarray, " n"]]:
-        """Returns positions in `scores` of the best, median and worst images by LPIPS, or by PSNR without it.
-
-        Each group has at most `count` images, best first.
-        """
+        """Returns positions of up to `count` best, median and worst images by LPIPS, or by PSNR without it."""
         error = self.scores("lpips") if self.has_scores("lpips") else -self.scores("psnr")
         order = np.argsort(error, kind="stable")
         count = min(count, len(order))
@@ -137,7 +123,7 @@ class Accumulator:
 
     def _distances(self, network: str) -> dict[str, float]:
         prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")
-        values = {f"{network}_cosine": float(self._sorted(f"{network}_cosine").mean())}
+        values = {f"{network}_cosine": float(self.scores(f"{network}_cosine").mean())}
         if self.images < 2:
             self._warn(f"{network}: distances between distributions need at least two images")
             return values
@@ -159,7 +145,7 @@ class Accumulator:
             )
 
     def _probe(self) -> dict[str, float]:
-        features, labels = self._sorted("code"), self._sorted("label")
+        features, labels = self.scores("code"), self.scores("label")
         labelled = labels >= 0
         classes, counts = np.unique(labels[labelled], return_counts=True)
         if len(classes) < 2 or counts.max() < 2:
@@ -169,10 +155,6 @@ class Accumulator:
             )
             return {}
         return {f"probe_{name}": value for name, value in linear_probe(features[labelled], labels[labelled]).items()}
-
-    def _sorted(self, name: str) -> np.ndarray:
-        """Returns an array that is stored for every image, in the order of the dataset."""
-        return np.concatenate(self._stored[name])[np.argsort(np.concatenate(self._stored["index"]))]
 
     def _warn(self, text: str) -> None:
         log.warning("%s", text)

@@ -1,11 +1,11 @@
 """Codebook statistics from the number of times that each index was chosen."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 
 def health(counts: Int[np.ndarray, "*levels K"]) -> dict[str, float]:
-    """Returns how well one or several codebooks are used, from the number of times that each index was chosen.
+    """Returns how well one or several codebooks are used.
 
     Returns:
       usage: fraction of indices chosen at least once, in [0, 1].
@@ -14,7 +14,8 @@ def health(counts: Int[np.ndarray, "*levels K"]) -> dict[str, float]:
       dead: number of indices never chosen; the sum over levels, while the others are means over levels.
     """
     levels = np.asarray(counts, np.float64).reshape(-1, np.shape(counts)[-1])
-    entropy = _entropy_bits(levels / np.maximum(levels.sum(1, keepdims=True), 1))
+    share = levels / np.maximum(levels.sum(1, keepdims=True), 1)
+    entropy = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1)
     return {
         "usage": float((levels > 0).mean()),
         "perplexity": float(np.exp2(entropy).mean()),
@@ -39,7 +40,3 @@ def alarm(counts: Int[np.ndarray, "*levels K"], share: float) -> str | None:
         f"ALARM: only {used[worst]} of {levels.shape[1]} codes{level} are in use, below {share:.1%} of the "
         f"{possible[worst]} that {levels[worst].sum()} latents can use"
     )
-
-
-def _entropy_bits(share: Float[np.ndarray, "levels K"]) -> Float[np.ndarray, " levels"]:
-    return -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1)

@@ -1,4 +1,4 @@
-"""Distances between sets of features, and the Inception score of a set of class scores."""
+"""Distances between sets of features, the Inception score of class scores, and a linear classifier on features."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from vqrae_jax.evaluation.moments import Gaussian
 
 BLOCK = 1024  # rows of a kernel matrix that exist at once
+FIT_SHARE = 0.8  # share of the images that the linear classifier is fitted to; it predicts the others
+PENALTIES = tuple(float(10**e) for e in np.arange(-6, 3.5, 0.5))  # relative to the mean variance of a feature
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -57,16 +59,14 @@ class InceptionScore:
 
     def __init__(self, splits: int):
         self._splits = splits
-        self._counts = self._negentropy = np.zeros(splits)
-        self._share = np.zeros((splits, 1))
+        self._sums = {"counts": np.zeros(splits), "negentropy": np.zeros(splits), "share": np.zeros((splits, 1))}
 
     @property
     def count(self) -> int:
-        """Number of images added."""
-        return int(self._counts.sum())
+        return int(self._sums["counts"].sum())
 
     def add(self, logits: Float[np.ndarray, "n classes"], index: Int[np.ndarray, " n"]) -> None:
-        """Adds the class scores of n images, given their indices in the dataset."""
+        """Adds the class scores of n images and their indices in the dataset."""
         logits = np.asarray(logits, np.float64)
         logits = logits - logits.max(1, keepdims=True)
         log_share = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -77,17 +77,37 @@ class InceptionScore:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the state as arrays, for `merge_arrays` in another process."""
-        return {"counts": self._counts, "negentropy": self._negentropy, "share": self._share}
+        return self._sums
 
     def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Adds the images of another InceptionScore with the same number of splits, from its `arrays`."""
-        self._counts = self._counts + arrays["counts"]
-        self._negentropy = self._negentropy + arrays["negentropy"]
-        self._share = self._share + arrays["share"]
+        """Adds the images of another InceptionScore with the same number of splits."""
+        self._sums = {name: total + arrays[name] for name, total in self._sums.items()}
 
     def result(self) -> tuple[float, float]:
         """Returns mean and standard deviation over the splits; each needs at least one image."""
-        marginal = self._share / self._counts[:, None]
+        counts, negentropy, share = self._sums.values()
+        marginal = share / counts[:, None]
         log_marginal = np.log(np.where(marginal > 0, marginal, 1))
-        scores = np.exp(self._negentropy / self._counts - (marginal * log_marginal).sum(1))
+        scores = np.exp(negentropy / counts - (marginal * log_marginal).sum(1))
         return float(scores.mean()), float(scores.std())
+
+
+def linear_probe(features: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"], seed: int = 0) -> dict[str, float]:
+    """Fits a ridge classifier to a random share of the images and returns its accuracy on the others.
+
+    The penalty is the one with the least leave-one-out error on the fitted images, so nothing is tuned on the others.
+    `chance` is the accuracy of always predicting the most frequent class.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+
+    order = np.random.default_rng(seed).permutation(len(labels))
+    fit, test = np.split(order, [round(FIT_SHARE * len(order))])
+    x = np.asarray(features, np.float64)
+    x = x - x[fit].mean(0)
+    scale = max(x[fit].var(0).mean(), 1e-30) * len(fit)
+    classifier = RidgeClassifierCV([penalty * scale for penalty in PENALTIES]).fit(x[fit], labels[fit])
+    classes, counts = np.unique(labels[fit], return_counts=True)
+    return {
+        "accuracy": float((classifier.predict(x[test]) == labels[test]).mean()),
+        "chance": float((classes[counts.argmax()] == labels[test]).mean()),
+    }

@@ -49,8 +49,7 @@ class Evaluator:
     """The networks, references and compiled programs of an evaluation; they are read and built once.
 
     The constructor reads files and waits for no other process; call `prepare` once before `evaluate`. Batches are split
-    over the mesh and images stay on their devices. Each process accumulates its own rows in float64; at the end every
-    process receives the sums of all.
+    over the mesh. Each process accumulates its own rows in float64; at the end every process receives the sums of all.
     """
 
     def __init__(
@@ -80,11 +79,7 @@ class Evaluator:
         self._reconstruct = jax.jit(lambda *args: task.evaluate(*args)["reconstruction"], out_shardings=replicated)
 
     def prepare(self) -> None:
-        """Computes the references that are folders of images; every process calls it and reads its share of the images.
-
-        Raises:
-          DataError: fewer than two images can be read.
-        """
+        """Computes the references that are folders of images; every process reads its share of the images."""
         for name, batches in self._folders.items():
             field, path = self._reference(name)
             moments = reference.compute_feature_moments(self._networks, self._params, batches, self._mesh)[name]
@@ -100,15 +95,10 @@ class Evaluator:
         return {"data.eval_path": self._batches.listing()} | references
 
     def first_images(self) -> dict[str, jax.Array]:
-        """Returns the images of the first batch, placed on the mesh."""
         return sharding.place_batch({"image": next(iter(self._batches))["image"]}, self._mesh)
 
     def evaluate(self, variables: Any, frozen: Any) -> EvaluationResult:
-        """Evaluates a model on all validation images.
-
-        Raises:
-          DataError: none of the images can be read.
-        """
+        """Evaluates a model on all validation images."""
         settings = self._batches.count, self._references, self._config.evaluation.kernel_images
         local, accumulator, counts, pending = Accumulator(*settings), Accumulator(*settings), None, None
         for number, batch in enumerate(self._batches):
@@ -182,7 +172,6 @@ class Evaluator:
         return sharding.place_batch({n: batch[n] for n in ("image", "mask", "label")} | {"index": index}, self._mesh)
 
     def _reference(self, name: str) -> tuple[str, str | None]:
-        """Returns the config field of a network's reference, and its value."""
         return f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
 
     def _read_reference(self, name: str) -> None:

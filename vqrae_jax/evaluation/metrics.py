@@ -13,10 +13,7 @@ Images = Float[Array, "B H W 3"] | Float[np.ndarray, "B H W 3"]
 
 
 def psnr(reconstruction: Images, image: Images) -> Float[Array, " B"]:
-    """Returns the peak signal-to-noise ratio of each image in decibels.
-
-    Both arguments are in [0, 1]; the reconstruction is clipped. Equal images have 100 dB instead of infinity.
-    """
+    """Returns the peak signal-to-noise ratio of each image in [0, 1] in dB, at most 100; clips reconstructions."""
     return jnp.minimum(dm_pix.psnr(jnp.clip(reconstruction, 0, 1), image), 100.0)
 
 
@@ -26,9 +23,6 @@ def ssim(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     Both arguments are in [0, 1]; the reconstruction is clipped. Computed per channel over the positions where the whole
     window lies inside the image, with population variances, as scikit-image (gaussian_weights=True,
     use_sample_covariance=False) and torchmetrics do.
-
-    Raises:
-      ValueError: a side is shorter than the window.
     """
     if min(image.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {image.shape[1:3]}")

@@ -16,7 +16,6 @@ class Gaussian(NamedTuple):
     count: int | None = None  # number of features they were estimated from, if that is known
 
     def digest(self) -> str:
-        """Returns the SHA-256 of mean and covariance."""
         return hashlib.sha256(np.float64(self.mean).tobytes() + np.float64(self.covariance).tobytes()).hexdigest()
 
 
@@ -39,7 +38,6 @@ class Moments:
         self.mean = self.products = np.zeros(())
 
     def add(self, rows: Float[np.ndarray, "n ..."]) -> None:
-        """Adds rows; an empty array changes nothing."""
         if not len(rows):
             return
         rows = np.asarray(rows, np.float64)
@@ -48,7 +46,7 @@ class Moments:
         self.merge(len(rows), mean, (rows**2).sum(0) if self.diagonal else rows.T @ rows)
 
     def merge(self, count: int, mean: Float[np.ndarray, "*D"], products: Float[np.ndarray, "..."]) -> None:
-        """Adds `count` rows of which mean and products are known; see the attributes."""
+        """Adds `count` rows of which mean and products are known."""
         if not count:
             return
         mean, products = np.asarray(mean, np.float64), np.asarray(products, np.float64)
@@ -64,7 +62,6 @@ class Moments:
         return {"count": np.asarray(self.count), "mean": self.mean, "products": self.products}
 
     def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Adds the rows of another `Moments`, from its `arrays`."""
         self.merge(int(arrays["count"]), arrays["mean"], arrays["products"])
 
     def gaussian(self) -> Gaussian:

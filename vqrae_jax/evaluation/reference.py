@@ -24,14 +24,9 @@ def write_reference(path: pathlib.Path, gaussian: Gaussian) -> None:
 
 
 def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
-    """Reads the statistics of an .npz; its other arrays (ADM's files hold images too) are not read.
+    """Reads the statistics of D = `width` features; other arrays (ADM's files hold images too) are not read.
 
-    Args:
-      width: D of the features that they are compared with.
-      field: the config field that names the file, for messages.
-
-    Raises:
-      WeightsError: the file is missing, damaged, lacks an array, or is of features of another size.
+    The messages of errors name `field`, the config field of the path.
     """
 
     def error(message: str) -> WeightsError:
@@ -49,10 +44,8 @@ def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
         raise error(f"expected the arrays mu and sigma; the file holds {', '.join(names) or 'nothing'}")
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
     if mean.shape != (width,) or covariance.shape != (width, width):
-        raise error(
-            f"mu has shape {mean.shape} and sigma {covariance.shape}, but this network has {width} features; the file "
-            "was computed with another network"
-        )
+        shapes = f"mu has shape {mean.shape} and sigma {covariance.shape}"
+        raise error(f"{shapes}, but this network has {width} features; the file was computed with another network")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise error("mu or sigma is not finite")
     return Gaussian(mean, covariance, int(arrays["count"]) if "count" in arrays else None)
@@ -61,10 +54,7 @@ def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
 def compute_feature_moments(
     networks: judges.MetricNetworks, params: Any, batches: Iterable[dict[str, Any]], mesh: Mesh
 ) -> dict[str, Moments]:
-    """Computes the moments of the features of every network over batches from `pipeline.evaluation_batches`.
-
-    Batches are split over the mesh. Each process adds its own rows, and receives the sums of all.
-    """
+    """Computes the moments of the features of every network over all batches, which are split over the mesh."""
     local: dict[str, Moments] = {}
 
     @functools.partial(jax.jit, out_shardings=sharding.over_data(mesh))

@@ -58,12 +58,9 @@ figcaption {{ color: #667; font-size: 13px }} pre {{ white-space: pre-wrap; font
 
 
 def write_report(
-    workdir: storage.Path,
-    step: int,
-    result: EvaluationResult,
-    protocol: dict[str, Any],
+    workdir: storage.Path, step: int, result: EvaluationResult, protocol: dict[str, Any],
     examples: dict[str, list[Example]],
-) -> None:
+) -> None:  # fmt: skip
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
     content = {"step": step, "metrics": result.metrics, "warnings": result.accumulator.warnings, "protocol": protocol}
     storage.write_bytes(workdir / EVALUATION_FILE, (json.dumps(content, indent=2) + "\n").encode())

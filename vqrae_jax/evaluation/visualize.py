@@ -35,11 +35,9 @@ def code_map(indices: Int[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "{
 
 
 def code_grid(indices: Int[np.ndarray, "..."], side: int | None = None) -> Int[np.ndarray, "h w"]:
-    """Returns the indices of one image as a grid: the first of several levels, the last of several scales.
+    """Returns indices [N], [h, w] or [h, w, levels] of one image as a grid, of the first level and the last scale.
 
-    Args:
-      indices: [N], [h, w] or [h, w, levels].
-      side: of the last scale; None: [N] is one square grid.
+    `side` is that of the last scale; None: [N] is one square grid.
     """
     if indices.ndim == 1:
         side = side or round(len(indices) ** 0.5)
@@ -61,13 +59,9 @@ def reconstruction_grid(
     columns: int = 2,
     show: Sequence[str] = ("input", "reconstruction", "codes"),
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Arranges examples in rows: input | reconstruction | difference | code map of each.
+    """Arranges `columns` examples per row: input | reconstruction | difference | code map, those of KINDS in `show`.
 
-    Args:
-      indices: see `code_grid`; None leaves the code maps out.
-      grid: side of the code grid.
-      columns: examples per row.
-      show: which of KINDS; the order is that of KINDS.
+    `grid` is the side of the code grid, see `code_grid`; without `indices` there are no code maps.
     """
     factor = max(TILE // images.shape[1], 1)
     parts = zip(KINDS, (images, reconstructions, difference_map(images, reconstructions)), strict=False)
@@ -75,7 +69,11 @@ def reconstruction_grid(
     if indices is not None and "codes" in show:
         parts.append(np.stack([code_map(code_grid(x, grid), images.shape[1] * factor) for x in indices]))
     examples = [_row(tiles) for tiles in zip(*parts, strict=True)]
-    return _stack(examples, columns, gap=4 * GAP)
+    examples += [np.full_like(examples[0], BACKGROUND)] * (-len(examples) % columns)
+    rows = [_row(examples[i : i + columns], 4 * GAP) for i in range(0, len(examples), columns)]
+    space = np.full((GAP, rows[0].shape[1], 3), BACKGROUND, np.uint8)
+    canvas = np.concatenate([part for row in rows for part in (row, space)])
+    return np.pad(canvas, ((2 * GAP, GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=BACKGROUND)
 
 
 def difference_map(
@@ -88,12 +86,7 @@ def difference_map(
 def mark_cells(
     image: UInt8[np.ndarray, "H W 3"], grid: int, boxes: Sequence[tuple[int, int, int, int]]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a copy with frames around cells of a grid.
-
-    Args:
-      grid: cells along each side.
-      boxes: (top, left, bottom, right) in cells, the last two exclusive.
-    """
+    """Returns a copy with frames around boxes (top, left, bottom, right), the last two exclusive, of a grid's cells."""
     marked, (H, W) = image.copy(), image.shape[:2]
     for top, left, bottom, right in boxes:
         y0, x0, y1, x1 = (round(n * side / grid) for n, side in ((top, H), (left, W), (bottom, H), (right, W)))
@@ -107,11 +100,6 @@ def mark_cells(
 def strip(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> UInt8[np.ndarray, "S X 3"]:
     """Arranges small images of one size in a row, enlarged to at least `side` pixels."""
     return _row([enlarge(tile, side) for tile in tiles], gap=2 * GAP)
-
-
-def image_grid(tiles: UInt8[np.ndarray, "N h w 3"], columns: int) -> UInt8[np.ndarray, "Y X 3"]:
-    """Arranges images in rows of `columns`."""
-    return _stack(list(tiles), columns, gap=GAP)
 
 
 def histogram(heights: Shaped[np.ndarray, " n"], title: str, x_label: str) -> UInt8[np.ndarray, "Y X 3"]:
@@ -130,14 +118,7 @@ def histogram(heights: Shaped[np.ndarray, " n"], title: str, x_label: str) -> UI
 
 
 def curves(charts: Mapping[str, Curves], format: str) -> bytes:
-    """Plots one chart per title over steps; values that are not finite leave a gap.
-
-    Args:
-      format: pdf, svg, png, jpg or webp.
-
-    Returns:
-      The content of the file.
-    """
+    """Returns a file (pdf, svg, png, jpg or webp) with one chart per title over steps; NaN leaves a gap."""
     figure, all_axes = _charts(list(charts), "step")
     for axes, lines in zip(all_axes, charts.values(), strict=True):
         for i, (label, (x, y)) in enumerate(lines.items()):
@@ -179,12 +160,3 @@ def _colors(indices: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
 def _row(tiles: Sequence[np.ndarray], gap: int = GAP) -> np.ndarray:
     space = np.full((len(tiles[0]), gap, 3), BACKGROUND, np.uint8)
     return np.concatenate([part for tile in tiles for part in (tile, space)][:-1], axis=1)
-
-
-def _stack(tiles: Sequence[np.ndarray], columns: int, gap: int) -> np.ndarray:
-    """Arranges tiles in rows of `columns`, the last one filled up with background, and adds a margin."""
-    tiles = [*tiles, *[np.full_like(tiles[0], BACKGROUND)] * (-len(tiles) % columns)]
-    rows = [_row(tiles[i : i + columns], gap) for i in range(0, len(tiles), columns)]
-    space = np.full((GAP, rows[0].shape[1], 3), BACKGROUND, np.uint8)
-    grid = np.concatenate([part for row in rows for part in (row, space)])
-    return np.pad(grid, ((2 * GAP, GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=BACKGROUND)

@@ -23,10 +23,7 @@ State = dict[str, Any]  # params, opt_state, spectral, lecam
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """A discriminator in training; `network.params` are the parts of it that do not train.
-
-    Images are [b, H, W, 3] in [0, 1]; `step` is that of the tokenizer.
-    """
+    """A discriminator in training on images [b, H, W, 3] in [0, 1]; `network.params` do not train."""
 
     config: AdversaryConfig
     network: judges.FrozenNetwork
@@ -42,15 +39,11 @@ class Adversary:
         return make_optimizer(self.config.optimizer, rate)
 
     def init(self, key: jax.Array) -> State:
-        """Returns the state before the first update."""
         variables = self.network.module.init(key, jnp.zeros((1, 32, 32, 3)))
         params = {name: tree for name, tree in variables["params"].items() if name not in self.network.params}
-        return {
-            "params": params,
-            "opt_state": self.optimizer.init(params),
-            "spectral": variables.get(SPECTRAL, {}),
-            "lecam": {"real": jnp.zeros(()), "fake": jnp.zeros(())},
-        }
+        lecam = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
+        opt_state, spectral = self.optimizer.init(params), variables.get(SPECTRAL, {})
+        return {"params": params, "opt_state": opt_state, "spectral": spectral, "lecam": lecam}
 
     def generator_loss(self, state: State, frozen: Any, reconstruction: jax.Array, key: jax.Array) -> jax.Array:
         """Returns the generator's loss, which is small if the discriminator takes reconstructions for real images."""
@@ -64,16 +57,13 @@ class Adversary:
     ) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
         """Returns the weighted adversarial term, its gradient with respect to the reconstruction, and metrics.
 
-        Args:
-          gradient: of the other terms with respect to the reconstruction.
-          pull_to_last_layer: maps a gradient with respect to the reconstruction to that of the decoder's last kernel.
+        `gradient` is that of the other terms; `pull_to_last_layer` maps a gradient with respect to the reconstruction
+        to that of the decoder's last kernel.
         """
         config = self.config
-        loss = functools.partial(self.generator_loss, state, frozen, key=key)
+        loss = jax.value_and_grad(functools.partial(self.generator_loss, state, frozen, key=key))
         zeros = (jnp.zeros(()), jnp.zeros_like(reconstruction))
-        value, slope = run_from(
-            config.generator_start_steps, step, lambda: jax.value_and_grad(loss)(reconstruction), zeros
-        )
+        value, slope = run_from(config.generator_start_steps, step, lambda: loss(reconstruction), zeros)
         weight = jnp.where(step >= config.generator_start_steps, config.weight, 0.0)
         if config.adaptive:
             norms = (pull_to_last_layer(gradient), pull_to_last_layer(slope))
@@ -84,11 +74,7 @@ class Adversary:
         self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array,
         step: jax.Array, horizon: jax.Array, key: jax.Array,
     ) -> tuple[State, Metrics]:  # fmt: skip
-        """Takes `disc_updates` optimizer steps on the tokenizer's new reconstructions, from step `start_steps` on.
-
-        Args:
-          reconstructions, images: [parts, b, H, W, 3], split into micro-batches.
-        """
+        """Takes `disc_updates` optimizer steps on micro-batches [parts, b, H, W, 3], from step `start_steps` on."""
 
         def run() -> tuple[State, Metrics]:
             new, metrics = state, {}
@@ -96,8 +82,7 @@ class Adversary:
                 new, metrics = self._update(new, frozen, reconstructions, images, horizon, update_key)
             return new, metrics
 
-        metrics = jax.eval_shape(run)[1]
-        unchanged = (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics))
+        unchanged = (state, jax.tree.map(jnp.zeros_like, jax.eval_shape(run)[1]))
         return run_from(self.config.start_steps, step, run, unchanged)
 
     def loss(

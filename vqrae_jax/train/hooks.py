@@ -1,6 +1,5 @@
 """Everything that only watches a run: times, log lines, NaN guard, profile, heartbeat, watchdog, progress bar."""
 
-import contextlib
 import dataclasses
 import faulthandler
 import io
@@ -23,8 +22,7 @@ from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.errors import StorageError, UserError
 from vqrae_jax.evaluation import codebook_health
 from vqrae_jax.progress import progress_bar
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, is_sum
+from vqrae_jax.train.task import Metrics, TrainState, is_sum
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +53,13 @@ class Hook:
         """Observes a step; may wait for the device only if the event logs, evaluates or saves."""
 
     def close(self) -> None:
-        """Ends the observation; called once at the end of the run, after errors too."""
-
-
-class Hooks(Hook):
-    """Several hooks, called in order and closed in reverse order, each despite errors of the others."""
-
-    def __init__(self, *hooks: Hook):
-        self._hooks = hooks
-
-    def before_step(self, step: int) -> None:
-        for hook in self._hooks:
-            hook.before_step(step)
-
-    def after_step(self, event: StepEvent) -> None:
-        for hook in self._hooks:
-            hook.after_step(event)
-
-    def close(self) -> None:
-        with contextlib.ExitStack() as closing:
-            for hook in self._hooks:
-                closing.callback(hook.close)
+        """Ends the observation, once at the end of the run, after errors too."""
 
 
 class StepTimer(Hook):
     """Sums metrics on the device and times steps, between two log lines.
 
-    The host waits for the end of a step only after it has dispatched the next one. So the device never waits for the
-    host, and the ends that the host sees give the times of the steps.
+    The host waits for the end of a step only after it has dispatched the next one, so the device never waits for it.
     """
 
     def __init__(self, batch_size: int, codebook_alarm: float = 0.0):
@@ -92,20 +69,14 @@ class StepTimer(Hook):
         self._pending = False  # whether a newer step has not been waited for
         self._reset()
 
-    def _reset(self) -> None:
-        self._total: Metrics | None = None
-        self._steps, self._seconds, self._waited = 0, [], 0.0
-
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Iterates over batches; the time for one counts as waiting if the device then has nothing left to do."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             if self._since is not None and all(x.is_ready() for x in jax.tree.leaves(self._total)):
                 self._waited += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def after_step(self, event: StepEvent) -> None:
         if self._since is None:  # the first step after a pause may compile or wait: it is not timed
@@ -128,11 +99,7 @@ class StepTimer(Hook):
             self._since = time.perf_counter()
 
     def flush(self) -> dict[str, float]:
-        """Returns the metrics since the last call; warns if few codes are in use.
-
-        They are means of scalars, sums of events, codebook health, images per second, percentiles of the times of
-        steps, and `data_wait`, the share of the time that steps waited for data.
-        """
+        """Returns metrics and times since the last call, and the share of the time that steps waited for data."""
         self._wait_for_step()
         total = jax.device_get(self._total)
         counts = total.pop("counts", None)
@@ -144,11 +111,14 @@ class StepTimer(Hook):
         if self._seconds:
             spent = sum(self._seconds)
             values["images_per_second"] = self._batch_size * len(self._seconds) / spent
-            for q in (50, 90, 99):
-                values[f"step_seconds/p{q}"] = float(np.percentile(self._seconds, q))
+            values |= {f"step_seconds/p{q}": float(np.percentile(self._seconds, q)) for q in (50, 90, 99)}
             values["data_wait"] = min(self._waited / spent, 1.0)
         self._reset()
         return values
+
+    def _reset(self) -> None:
+        self._total: Metrics | None = None
+        self._steps, self._seconds, self._waited = 0, [], 0.0
 
     def _wait_for_step(self) -> None:
         if self._pending:
@@ -159,12 +129,9 @@ class StepTimer(Hook):
 
 
 class Logger(Hook):
-    """Writes a line of metrics at every event that logs; warns once if data is slow.
+    """Passes step and metrics to its `outputs` at every event that logs; warns once if data is slow.
 
-    Args:
-      state_metrics: returns metrics of the state that are computed only for the log.
-      skipped: returns the number of unreadable images that this process has skipped.
-      outputs: receive the step and the values.
+    `state_metrics` is computed only then; `skipped` returns the number of images that this process could not read.
     """
 
     def __init__(
@@ -199,33 +166,27 @@ class Logger(Hook):
                 )  # fmt: skip
         if wait > WAIT_WARNING and not self._warned:
             self._warned = True
-            log.warning(
-                "steps wait for data %.0f %% of the time; raise data.workers or data.threads, or store smaller images",
-                100 * wait,
-            )
+            remedy = "raise data.workers or data.threads, or store smaller images"
+            log.warning("steps wait for data %.0f %% of the time; %s", 100 * wait, remedy)
         return values
 
 
 class NaNGuard(Hook):
-    """Stops a run whose losses are not finite, before such a state is logged, evaluated or saved.
-
-    It remembers on the device in which step each metric was first not finite, and reads that before such events.
-    """
+    """Stops a run whose losses are not finite, before such a state is logged, evaluated or saved."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._first: Metrics = {}
-        self._update = jax.jit(_first_bad)
+        self._first: Metrics = {}  # on the device: the step in which each metric was first not finite
+        self._update = jax.jit(_update_first)
 
     def after_step(self, event: StepEvent) -> None:
         watched = {n: v for n, v in event.metrics.items() if n.startswith(("loss/", "gan/", "grad_norm"))}
-        first = self._first or {n: np.int32(NEVER) for n in watched}
+        first = self._first or dict.fromkeys(watched, np.int32(NEVER))
         self._first = self._update(first, watched, np.int32(event.step))
         if not (event.log or event.evaluate or event.save):
             return
         first = {n: int(step) for n, step in jax.device_get(self._first).items()}
-        step = min(first.values(), default=NEVER)
-        if step == NEVER:
+        if (step := min(first.values(), default=NEVER)) == NEVER:
             return
         self._checkpoints.wait()  # the last one may still be being written
         resume = "No checkpoint is complete; the same command starts again"
@@ -238,19 +199,17 @@ class NaNGuard(Hook):
         )
 
 
-def _first_bad(first: Metrics, metrics: Metrics, step: jax.Array) -> Metrics:
+def _update_first(first: Metrics, metrics: Metrics, step: jax.Array) -> Metrics:
     return {n: jnp.where(jnp.isfinite(metrics[n]), first[n], jnp.minimum(first[n], step)) for n in first}
 
 
 class Heartbeat(Hook):
-    """Writes workdir/heartbeat/<process>.json: {"step", "time": seconds since the epoch, "process", "processes"}.
-
-    It is written at most every ten seconds and at the end. An old file means a process that hangs or is gone.
-    """
+    """Writes workdir/heartbeat/<process>.json at most every ten seconds; an old file means a process that hangs."""
 
     def __init__(self, workdir: storage.Path, step: int = 0):
-        self._content = {"step": step, "time": 0.0, "process": jax.process_index(), "processes": jax.process_count()}
-        self._path = workdir / "heartbeat" / f"{jax.process_index()}.json"
+        process = jax.process_index()
+        self._content = {"step": step, "time": 0.0, "process": process, "processes": jax.process_count()}  # Unix time
+        self._path = workdir / "heartbeat" / f"{process}.json"
         self._last = -HEARTBEAT_SECONDS
 
     def after_step(self, event: StepEvent) -> None:
@@ -268,10 +227,7 @@ class Heartbeat(Hook):
 
 
 class Watchdog(Hook):
-    """Prints the stack of every thread to standard error after each `seconds` without a step; 0: never.
-
-    Evaluation and saving count as part of the step before them.
-    """
+    """Prints all stacks after each `seconds` (0: never) without a step, with which evaluation and saving count."""
 
     def __init__(self, seconds: int | float, file: io.TextIOWrapper | None = None):
         self._seconds, self._file = seconds, file or sys.__stderr__
@@ -321,7 +277,6 @@ class ProgressBar(Hook):
         self._bar.update(self._task, completed=event.step)
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Shows the values of a log line."""
         text = "  ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
         if "codebook/usage" in values:
             text += f"  codes {values['codebook/usage']:.0%}"

@@ -1,11 +1,19 @@
 """The training loop."""
 
 import contextlib
-import functools
 import logging
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Column, Table
 
 from vqrae_jax import checkpoint, distributed, sharding, storage
 from vqrae_jax.config import Config
@@ -15,24 +23,25 @@ from vqrae_jax.evaluation import report
 from vqrae_jax.train import hooks
 from vqrae_jax.train.metric_writers import MetricWriters
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.stop import Stopped, StopSignal
-from vqrae_jax.train.summary import IMAGE_FILE, log_memory, print_summary
-from vqrae_jax.train.task import jit_step, place_horizon
+from vqrae_jax.train.task import TrainState, jit_step, place_horizon
 
 log = logging.getLogger(__name__)
+
+IMAGE_FILE = "reconstructions.png"  # in a workdir: validation images and their reconstructions
+
+
+class Stopped(Exception):
+    """The run stopped early on request, with everything saved. Not an error."""
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"stopped at step {step}, which is saved")
 
 
 def train(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, profile_steps: range = range(0)
 ) -> dict[str, float]:
-    """Trains to config.train.steps, from the newest checkpoint if there is one.
-
-    Args:
-      profile_steps: steps that are traced for TensorBoard's profile tab.
-
-    Returns:
-      The metrics of the last evaluation; empty without validation images.
+    """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation's metrics.
 
     Raises:
       Stopped: after SIGTERM, Ctrl-C or a preemption notice; the last step is saved.
@@ -48,23 +57,27 @@ def train(
         if start:
             writers.mark_resumed(start)
         timer = hooks.StepTimer(run.config.data.batch_size, settings.codebook_alarm)
-        watching = stack.enter_context(contextlib.closing(_build_hooks(run, timer, writers, start, profile_steps)))
-        stop = stack.enter_context(StopSignal())
+        watching = _make_hooks(run, timer, writers, start, profile_steps)
+        for hook in watching:
+            stack.callback(hook.close)
+        stop_requested = stack.enter_context(_stop_requests())
 
         train_step, horizon = jit_step(run.task, run.mesh), place_horizon(settings.steps, run.mesh)
         batches = timer.timed(sharding.place_batch({"image": batch["image"]}, run.mesh) for batch in run.batches)
         step, metrics = start, {}
         for step, batch in zip(range(start + 1, settings.steps + 1), batches, strict=False):
-            watching.before_step(step)
+            for hook in watching:
+                hook.before_step(step)
             state, step_metrics = train_step(state, run.frozen, batch, horizon)
-            last, stopped = step == settings.steps, stop.requested(step)
+            last, stopped = step == settings.steps, stop_requested(step)
             event = hooks.StepEvent(
                 step, state, step_metrics,
                 log=step % settings.log_every == 0 or last,
                 evaluate=(step % settings.evaluate_every == 0 and not stopped) or last,
                 save=step % settings.checkpoint_every == 0 or last or stopped,
             )  # fmt: skip
-            watching.after_step(event)
+            for hook in watching:
+                hook.after_step(event)
             if event.evaluate:
                 metrics = _evaluate_and_log(run, state, step, writers)
             if event.save:
@@ -77,24 +90,56 @@ def train(
     if step < settings.steps:
         raise Stopped(step)
     if first:
-        print_summary(step, metrics, run.workdir, run.checkpoints.folder)
+        _print_summary(step, metrics, run)
     return metrics
 
 
-def _build_hooks(run: Run, timer: hooks.StepTimer, writers: MetricWriters, start: int, profile: range) -> hooks.Hooks:
+def log_memory(state: TrainState, frozen: Any) -> None:
+    """Logs the bytes that the parts of the state and the frozen networks take on each device."""
+    trees = {name: tree for name, tree in vars(state).items() if name != "step"} | {"frozen": frozen}
+    sizes = {name: sharding.device_bytes(tree) for name, tree in trees.items()}
+    parts = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
+    log.info("memory per device: %s; total %s", parts, decimal(sum(sizes.values())))
+
+
+def _make_hooks(run: Run, timer: hooks.StepTimer, writers: MetricWriters, start: int, steps: range) -> list[hooks.Hook]:
     settings = run.config.train
-    state_metrics = jax.jit(run.task.log_metrics, out_shardings=sharding.replicated(run.mesh))
-    state_metrics = functools.partial(state_metrics, frozen=run.frozen)
+    log_metrics = jax.jit(run.task.log_metrics, out_shardings=sharding.replicated(run.mesh))
     bar = hooks.ProgressBar(settings.steps, start, jax.process_index() == 0)
-    return hooks.Hooks(
+    return [
         timer,
         hooks.NaNGuard(run.checkpoints),
         hooks.Watchdog(settings.hang_seconds),
         hooks.Heartbeat(run.workdir, start),
         bar,
-        hooks.Logger(timer, state_metrics, lambda: run.skipped.count, writers.scalars, bar.show),
-        hooks.Profiler(profile, writers.tensorboard),
-    )
+        hooks.Logger(
+            timer, lambda state: log_metrics(state, run.frozen), lambda: run.skipped.count, writers.scalars, bar.show
+        ),
+        hooks.Profiler(steps, writers.tensorboard),
+    ]
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that every process calls after every step: whether to save it and stop, the same in all.
+
+    SIGTERM and Ctrl-C only request a stop, and a second Ctrl-C interrupts as usual. With several processes JAX handles
+    SIGTERM: it notifies all of them and agrees on a step that all can reach.
+    """
+    received = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread() and not distributed.is_connected():
+        handlers = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(received) or multihost_utils.reached_preemption_sync_point(step)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWriters) -> dict[str, float]:
@@ -110,17 +155,27 @@ def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWri
     return metrics
 
 
+def _print_summary(step: int, metrics: dict[str, float], run: Run) -> None:
+    """Prints the validation metrics of a finished run, and where its files are."""
+    columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, title=f"step {step}", show_header=False, title_justify="left")
+    if metrics:
+        table.add_row("validation PSNR", f"{metrics['eval/psnr']:.2f} dB over {metrics['eval/images']} images")
+    if "eval/codebook_usage" in metrics:
+        dead = metrics["eval/codebook_dead"]
+        table.add_row("codebook usage", f"{metrics['eval/codebook_usage']:.1%} of the codes ({dead:.0f} unused)")
+        table.add_row("perplexity", f"{metrics['eval/codebook_perplexity']:.0f}")
+    table.add_row("images", str(run.workdir / IMAGE_FILE))
+    table.add_row("checkpoints", str(run.checkpoints.folder))
+    table.add_row("log", str(run.workdir / report.METRICS_FILE))
+    table.add_row("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}")
+    Console().print(table)
+
+
 def evaluate(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None
 ) -> dict[str, float]:
-    """Evaluates a checkpoint (default: the newest) on the validation images, and writes the files of a report.
-
-    Returns:
-      Its step and metrics.
-
-    Raises:
-      DamagedError: the checkpoint cannot be read; no other replaces it.
-    """
+    """Evaluates a checkpoint (default: the newest), writes the files of a report, and returns step and metrics."""
     path = distributed.run_together(lambda: checkpoint.find_checkpoint(workdir, step))
     if path.parent != storage.resolve_path(workdir) / checkpoint.FOLDER:
         message = f"expected the workdir of a run; choose this checkpoint with --step={path.name}"
@@ -135,6 +190,6 @@ def evaluate(
         if jax.process_index() == 0:
             source = {"checkpoint": str(path), "revision": git_revision()}
             report.write_report(run.workdir, step, result, run.evaluator.protocol(result) | source, examples)
-            page = run.workdir / report.FOLDER / "index.html"
-            log.info("wrote %s and %s", run.workdir / report.EVALUATION_FILE, page)
+            files = run.workdir / report.EVALUATION_FILE, run.workdir / report.FOLDER / "index.html"
+            log.info("wrote %s and %s", *files)
     return {"step": step, **result.metrics}

@@ -9,11 +9,13 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vqrae_jax import storage
 from vqrae_jax.errors import ConfigError
@@ -26,12 +28,10 @@ COPY_SECONDS = 60.0  # between copies of the log to a bucket
 
 
 class MetricWriters:
-    """All writers of one run.
+    """All writers of one run; with active=False, as in all processes except the first, nothing is written.
 
-    metrics.jsonl has one object per line: {"step": ..., "time": seconds since the epoch, name: value, ...}.
-
-    Logs for a bucket are written to a temporary folder and copied. With active=False, as in all processes except the
-    first, nothing is written. `tensorboard` is the folder of TensorBoard's files.
+    metrics.jsonl has one object per line: {"step": ..., "time": seconds since the epoch, name: value, ...}. Logs for a
+    bucket are written to a temporary folder and copied. `tensorboard` is the folder of TensorBoard's files.
     """
 
     def __init__(self, workdir: storage.Path, config: dict[str, Any], wandb_project: str | None, active: bool = True):
@@ -44,98 +44,69 @@ class MetricWriters:
         for name in (METRICS_FILE, WANDB_FILE):  # a resumed run continues these files
             self._mirror.restore(name)
         self._lines = _open_lines(folder / METRICS_FILE)
-        self._events = EventFile(self.tensorboard)
+        self.tensorboard.mkdir(exist_ok=True)
+        # Without the suffix two runs that start in the same second share a file.
+        name, suffix = str(self.tensorboard / "events"), f".{uuid.uuid4().hex[:8]}"
+        self._events: EventsWriter | None = EventsWriter(name, filename_suffix=suffix)
         self._wandb = _start_wandb(wandb_project, folder, workdir.name, config) if wandb_project else None
 
     def mark_resumed(self, step: int) -> None:
         """Makes TensorBoard hide what was logged of later steps, which will be logged again."""
-        if not self._active:
-            return
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        self._events.add(step + 1, session_log=SessionLog(status=SessionLog.START))
+        if self._active:
+            self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of metrics."""
         if not self._active:
             return
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._lines.flush()
-        from tensorboardX import summary
-
         for name, value in values.items():
-            self._events.add(step, summary=summary.scalar(name, value))
+            self._write_event(step, summary=summary.scalar(name, value))
         if self._wandb:
             self._wandb.log(values, step=step)
         self._mirror.upload(COPY_SECONDS)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Writes an image to TensorBoard and Weights & Biases."""
         if not self._active:
             return
-        from tensorboardX import summary
-
-        self._events.add(step, summary=summary.image(name, image, dataformats="HWC"))
+        self._write_event(step, summary=summary.image(name, image, dataformats="HWC"))
         if self._wandb:
             import wandb
 
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Closes all files, and copies them to a bucket."""
         with contextlib.ExitStack() as closing:
             closing.callback(self._mirror.close)
             if self._active:
                 if self._wandb:
                     closing.callback(self._wandb.finish)
-                closing.callback(self._events.close)
-                closing.enter_context(contextlib.suppress(OSError))  # `scalars` has raised it already
+                closing.enter_context(contextlib.suppress(OSError))  # writing has reported it already
+                if self._events:
+                    closing.callback(self._events.close)
                 closing.callback(self._lines.close)
 
+    def _write_event(self, step: int, **content: Any) -> None:
+        """Writes a `summary` or a `session_log` for TensorBoard at once.
 
-class EventFile:
-    """A file of TensorBoard events that is written at once.
-
-    tensorboardX's own writer has a thread, which a full disk ends, and a queue, for which the run would then wait
-    forever. Here such an error ends this file alone: TensorBoard reads nothing after an incomplete record.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        # Without the suffix two runs that start in the same second share a file.
-        self._writer: Any = EventsWriter(str(folder / "events"), filename_suffix=f".{uuid.uuid4().hex[:8]}")
-
-    def add(self, step: int, **content: Any) -> None:
-        """Writes an event with a `summary` or a `session_log`."""
-        from tensorboardX.proto.event_pb2 import Event
-
-        event = Event(wall_time=time.time(), step=step, **content)
-        self._try(lambda writer: (writer.write_event(event), writer.flush()))
-
-    def close(self) -> None:
-        self._try(lambda writer: writer.close())
-
-    def _try(self, action: Callable[[Any], Any]) -> None:
-        if self._writer is None:
-            return
+        A full disk ends the thread of tensorboardX's own writer, and the run would then wait for its queue forever.
+        Here such an error ends this file alone: TensorBoard reads nothing after an incomplete record.
+        """
         try:
-            action(self._writer)
+            if self._events:
+                self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+                self._events.flush()
         except OSError as error:
             remedy = f"TensorBoard receives nothing more until this run is resumed; {METRICS_FILE} is complete"
-            log.warning("%s: %s; %s", self._folder, error, remedy)
-            self._writer = None
+            log.warning("%s: %s; %s", self.tensorboard, error, remedy)
+            self._events = None
 
 
 def check_wandb(project: str | None) -> None:
     """Raises ConfigError if Weights & Biases is requested and not installed."""
     if project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "Weights & Biases is not installed: pip install 'vqrae-jax[wandb]', or set it to None",
-            field="train.wandb_project", value=project,
-        )  # fmt: skip
+        message = "Weights & Biases is not installed: pip install 'vqrae-jax[wandb]', or set it to None"
+        raise ConfigError(message, field="train.wandb_project", value=project)
 
 
 def _open_lines(path: pathlib.Path) -> io.TextIOWrapper:

@@ -1,5 +1,6 @@
 """AdamW with its schedule and clipping, and the moving average of parameters."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,16 +40,14 @@ def part_rates(config: OptimizerConfig, step: ArrayLike, horizon: ArrayLike) -> 
 
 
 def make_optimizer(config: AdamWConfig, rates: Rates) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW with clipping by the global norm and weight decay on kernels only.
+    """Returns AdamW with weight decay on kernels only, and a state of the same form with clipping and without.
 
-    Its `update` takes `horizon` as a keyword. Its state has the same form with clipping and without.
+    Its `update` takes `horizon` as a keyword.
     """
     clip = optax.clip_by_global_norm(config.clip_norm)
-    adamw = optax.chain(
-        optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, _kernel_mask),
-        _scale_by_rates(rates),
-    )
+    is_kernel = functools.partial(jax.tree.map_with_path, lambda path, _: path[-1].key == "kernel")
+    decay = optax.add_decayed_weights(config.weight_decay, is_kernel)
+    adamw = optax.chain(optax.scale_by_adam(config.b1, config.b2), decay, _scale_by_rates(rates))
 
     def update(grads: Any, state: Any, params: Any, *, horizon: ArrayLike) -> tuple[Any, Any]:
         if config.clip_norm:
@@ -59,30 +58,21 @@ def make_optimizer(config: AdamWConfig, rates: Rates) -> optax.GradientTransform
 
 
 def _scale_by_rates(rates: Rates) -> optax.GradientTransformationExtraArgs:
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
-
     def update(updates: Any, state: Any, params: Any = None, *, horizon: ArrayLike) -> tuple[Any, Any]:
         rate = rates(state.count, horizon)
-        if isinstance(rate, dict):
-            scaled = {name: optax.tree.scale(-rate[name], tree) for name, tree in updates.items()}
-        else:
-            scaled = optax.tree.scale(-rate, updates)
+        by_part = rate if isinstance(rate, dict) else dict.fromkeys(updates, rate)
+        scaled = {name: optax.tree.scale(-by_part[name], tree) for name, tree in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )
 
 
 def ema_decay(config: OptimizerConfig, step: ArrayLike) -> jax.Array:
     """Returns the decay of the moving average after optimizer step 0, 1, ..."""
-    warm = (1 + step) / (10 + step)
-    return jnp.minimum(config.ema_decay, warm) if config.ema_warmup else jnp.asarray(config.ema_decay)
+    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step) if config.ema_warmup else 1.0)
 
 
 def update_ema(ema: Any, params: Any, decay: ArrayLike) -> Any:
-    """Returns decay * ema + (1 - decay) * params."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-
-
-def _kernel_mask(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

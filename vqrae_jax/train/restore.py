@@ -11,7 +11,7 @@ from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import TrainConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
-from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,6 @@ def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None
 
     Damaged checkpoints are reported and renamed, so that their steps can be saved again. With `only`, the model of that
     step is read and nothing else; no other checkpoint replaces it, because metrics belong to the requested step.
-
-    Raises:
-      DamagedError: `only` cannot be read.
-      CheckpointError: there are checkpoints but none can be read, or they are of another architecture.
     """
     damaged = {}
     for step in reversed(checkpoints.steps) if only is None else (only,):
@@ -44,10 +40,8 @@ def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None
         remedy = f"--step={others[-1]} evaluates another (available: {others})" if others else "it is the only one"
         raise DamagedError(f"{damaged[only]}; {remedy}")
     if damaged:
-        raise CheckpointError(
-            f"none of the checkpoints in {checkpoints.folder} can be read; use another --workdir to start again:\n"
-            + "\n".join(damaged.values())
-        )
+        message = f"none of the checkpoints in {checkpoints.folder} can be read; use another --workdir to start again:"
+        raise CheckpointError("\n".join([message, *damaged.values()]))
     return None
 
 
@@ -76,18 +70,12 @@ def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] 
 
 
 def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the part of a model's variables `shapes` that `config.start_from` gives.
+    """Returns the part of a model's variables `shapes` that `config.start_from` gives; checks that it fits.
 
     `own`, the shapes of the model in a checkpoint of this run, include it; the other run may then be deleted.
-
-    Raises:
-      CheckpointError: no checkpoint, or one that does not fit; every differing leaf is named.
-      ConfigError: a part that the checkpoint does not have.
     """
     if own is not None:
-        return {
-            kind: {n: tree for n, tree in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()
-        }
+        return {kind: {n: x for n, x in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()}
     path = checkpoint.find_checkpoint(config.start_from)
     checkpoint.read_meta(path)
     saved = unflatten_dict({name: shape for name, (_, shape) in _start_leaves(config, path).items()}, sep="/")
@@ -103,9 +91,8 @@ def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any
 def read_start(config: TrainConfig, target: dict[str, Any]) -> dict[str, Any]:
     """Reads the arrays of `start_shapes` onto the shapes and shardings of `target`."""
     path = checkpoint.find_checkpoint(config.start_from)
-    leaves = _start_leaves(config, path)
-    flat_target = flatten_dict(target, sep="/")
-    saved_target = unflatten_dict({saved: flat_target[name] for name, (saved, _) in leaves.items()}, sep="/")
+    leaves, flat = _start_leaves(config, path), flatten_dict(target, sep="/")
+    saved_target = unflatten_dict({saved: flat[name] for name, (saved, _) in leaves.items()}, sep="/")
     arrays = flatten_dict(checkpoint.read_model(path, saved_target, partial=True), sep="/")
     log.info("read %d arrays from %s", len(leaves), path)
     renamed = {name: arrays[saved] for name, (saved, _) in leaves.items()}
@@ -114,16 +101,12 @@ def read_start(config: TrainConfig, target: dict[str, Any]) -> dict[str, Any]:
 
 def _start_leaves(config: TrainConfig, path: storage.Path) -> dict[str, tuple[str, Any]]:
     """Maps the name of every leaf to take to its name and shape in the checkpoint."""
-    saved = {
-        _rename(name, config.start_renames): (name, shape)
-        for name, shape in flatten_dict(checkpoint.saved_shapes(path), sep="/").items()
-    }
+    flat = flatten_dict(checkpoint.saved_shapes(path), sep="/")
+    saved = {_rename(name, config.start_renames): (name, shape) for name, shape in flat.items()}
     parts = {name.split("/")[1] for name in saved}
     if missing := sorted(set(config.start_parts) - parts):
-        raise ConfigError(
-            f"{path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}",
-            field="train.start_parts", value=config.start_parts,
-        )  # fmt: skip
+        message = f"{path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}"
+        raise ConfigError(message, field="train.start_parts", value=config.start_parts)
     return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
 
 

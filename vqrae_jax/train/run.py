@@ -21,8 +21,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.train import restore
 from vqrae_jax.train.metric_writers import check_wandb
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Task
+from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,9 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config,
-    workdir: str | os.PathLike,
-    devices: list[jax.Device] | None = None,
+    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None,
     evaluate_step: int | None = None,
-) -> Iterator[tuple[Run, TrainState]]:
+) -> Iterator[tuple[Run, TrainState]]:  # fmt: skip
     """Opens a run and its state: the newest checkpoint of the workdir, or a new state.
 
     With `evaluate_step` it opens that checkpoint for evaluation. Nothing is then read or written that only training
@@ -63,25 +60,27 @@ def open_run(
         listings = evaluator.listings() if evaluator else {}
         listings |= {"data.path": batches.listing()} if batches else {}
         distributed.check_equal(listings, "give all of them the same images, as each reads its share of all")
-    train = config.train
-    checkpoints = Checkpoints(
-        workdir, train.keep_last, train.keep_best, train.keep_every, read_only=evaluate_step is not None
-    )
+    train, evaluating = config.train, evaluate_step is not None
+    checkpoints = Checkpoints(workdir, train.keep_last, train.keep_best, train.keep_every, read_only=evaluating)
     completed = False
     try:
         if evaluator:
             evaluator.prepare()
         shapes, frozen = task.shapes(), task.frozen()
-        if config.mesh.fsdp:
-            _warn_unsplit(sharding.left_whole(shapes, mesh, config.mesh.fsdp_min_size), mesh)
+        if config.mesh.fsdp and (whole := sharding.left_whole(shapes, mesh, config.mesh.fsdp_min_size)):
+            log.warning(
+                "mesh.fsdp cannot split %d arrays (%.2f GiB per device), because mesh.data=%d divides none of their "
+                "dimensions (%s); choose a mesh.data that does, for example with a larger mesh.model",
+                len(whole), sum(whole.values()) / 2**30, mesh.shape["data"], max(whole, key=whole.get),
+            )  # fmt: skip
         resumed = restore.resume(checkpoints, shapes, evaluate_step)
         state = task.init() if resumed is None else resumed[0]
         if resumed is not None:
             step = int(state.step)
-            _warn_config_changes(config, checkpoints.folder / str(step), evaluate_step is not None)
+            _warn_config_changes(config, checkpoints.folder / str(step), evaluating)
             if batches is not None:
                 batches.set_state(resumed[1])
-            log.info("%s step %d of %s", "evaluating" if batches is None else "resumed from", step, checkpoints.folder)
+            log.info("%s step %d of %s", "evaluating" if evaluating else "resumed from", step, checkpoints.folder)
         yield Run(config, workdir, mesh, task, frozen, checkpoints, batches, skipped, evaluator), state
         completed = True
     finally:
@@ -109,15 +108,12 @@ def _prepare(
     batches = None
     if training:
         batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=skipped, **split)
-    folder = workdir / checkpoint.FOLDER
-    own = restore.own_shapes(folder, evaluate_step) if config.train.start_from else None
+    own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step) if config.train.start_from else None
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
     task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
-    evaluator = None
-    if validation is not None:
-        metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
-        evaluator = Evaluator(config, task, mesh, validation, metrics)
+    metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
+    evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
     checkpoint.check_writable(workdir)
     return config, mesh, task, batches, evaluator
 
@@ -132,23 +128,12 @@ def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, float]) -> N
 
 def git_revision() -> str | None:
     """Returns the revision of the source tree, with a + if it has changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    options = {"cwd": pathlib.Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
     try:
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        return subprocess.check_output(command, **options).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision.stdout.strip()
-
-
-def _warn_unsplit(leaves: dict[str, int], mesh: Mesh) -> None:
-    if leaves:
-        log.warning(
-            "mesh.fsdp cannot split %d arrays (%.2f GiB per device), because mesh.data=%d divides none of their "
-            "dimensions (%s); choose a mesh.data that does, for example with a larger mesh.model",
-            len(leaves), sum(leaves.values()) / 2**30, mesh.shape["data"], max(leaves, key=leaves.get),
-        )  # fmt: skip
 
 
 def _warn_config_changes(config: Config, path: storage.Path, evaluating: bool) -> None:

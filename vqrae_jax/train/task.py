@@ -1,17 +1,45 @@
-"""The interface between the training loop and what it trains."""
+"""The interface between the training loop and what it trains: state, metrics and task."""
 
 from typing import Any, Protocol, runtime_checkable
 
+import flax.struct
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from vqrae_jax import runtime, sharding
-from vqrae_jax.train.state import TrainState
 
 # Scalars [], averaged over a logging window, and integers (events, and "counts" [..., K] of the indices), summed.
 Metrics = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One pytree, donated from step to step. Frozen networks are not part of it."""
+
+    step: Any  # int32 []: number of optimizer steps done
+    params: dict[str, Any]  # the subtrees that train
+    ema_params: dict[str, Any]  # their moving average, and the subtrees from train.start_from that do not train
+    batch_stats: dict[str, Any]  # mutable collections: codebook and its statistics
+    opt_state: Any
+    # params, opt_state, spectral (power iteration) and lecam (moving averages) of the discriminator; empty without one
+    adversary: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+    def inference(self) -> dict[str, Any]:
+        """Returns the variables of the model: EMA parameters and the LIVE batch_stats."""
+        return {"params": self.ema_params, "batch_stats": self.batch_stats}
+
+    def rest(self) -> dict[str, Any]:
+        """Returns what only resuming needs."""
+        rest = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        return {**rest, "adversary": self.adversary} if self.adversary else rest
+
+    @classmethod
+    def join(cls, inference: dict[str, Any], rest: dict[str, Any]) -> "TrainState":
+        """Builds the state from the results of `inference` and `rest`."""
+        return cls(ema_params=inference["params"], batch_stats=inference["batch_stats"], **rest)
 
 
 def is_sum(metric: Any) -> bool:
@@ -21,7 +49,7 @@ def is_sum(metric: Any) -> bool:
 
 @runtime_checkable
 class Task(Protocol):
-    """A model with its training step, evaluation and images for the log. Only `sample_images` is impure."""
+    """A model with its training step, evaluation and images for the log."""
 
     def shapes(self) -> TrainState:
         """Returns the train state as jax.ShapeDtypeStruct with shardings."""
@@ -35,22 +63,20 @@ class Task(Protocol):
     def frozen_shapes(self) -> Any:
         """Returns the frozen networks as jax.ShapeDtypeStruct with shardings."""
 
-    def step(
-        self, state: TrainState, frozen: Any, batch: dict[str, jax.Array], horizon: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, frozen: Any, batch: Batch, horizon: jax.Array) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step; `horizon` is the int32 number of steps of the run, with which schedules end."""
 
-    def evaluate(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
+    def evaluate(self, variables: Any, frozen: Any, batch: Batch) -> Metrics:
         """Measures a batch of images, of which `mask` [B] marks padding by False.
 
-        Returns "counts" [..., K], how often each index was chosen except in padding, and rows [B, ...]:
-        "reconstruction" [B, H, W, 3], "code" (a vector per image) and any scores.
+        Returns "counts" [..., K] of the indices without padding, and rows [B, ...]: "reconstruction" [B, H, W, 3],
+        "code" (a vector per image) and any scores.
         """
 
     def log_metrics(self, state: TrainState, frozen: Any) -> Metrics:
         """Returns metrics of the state that are too expensive for every step."""
 
-    def sample_images(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> UInt8[np.ndarray, "H W 3"]:
+    def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Returns a picture for the log, computed from the first images of a batch; every process calls it."""
 
 
@@ -64,5 +90,4 @@ def jit_step(task: Task, mesh: Mesh) -> Any:
 
 
 def place_horizon(steps: int, mesh: Mesh) -> jax.Array:
-    """Returns the `horizon` of a step."""
     return sharding.place_array(np.asarray(steps, np.int32), sharding.replicated(mesh))

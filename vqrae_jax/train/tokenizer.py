@@ -16,17 +16,14 @@ from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.objective import LossInputs
 from vqrae_jax.train.optim import ema_decay, part_rates, update_ema
-from vqrae_jax.train.state import TrainState
-from vqrae_jax.train.task import Metrics, is_sum
+from vqrae_jax.train.task import Batch, Metrics, TrainState, is_sum
 from vqrae_jax.train.tokenizer_state import PARTS, TokenizerVariables
 
 
 class TokenizerTask(TokenizerVariables):
     """Trains a tokenizer to reconstruct images: a `task.Task`."""
 
-    def step(
-        self, state: TrainState, frozen: Any, batch: dict[str, jax.Array], horizon: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, frozen: Any, batch: Batch, horizon: jax.Array) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step of the tokenizer, and the updates of the discriminator that belong to it."""
         key = jax.random.fold_in(self.key, state.step)
         images = self.micro_batches(to_float(batch["image"]))
@@ -52,12 +49,12 @@ class TokenizerTask(TokenizerVariables):
     ) -> tuple[Any, Any, jax.Array, Metrics]:
         """Returns the gradients of a micro-batch in [0, 1], the updated batch_stats, reconstructions, and metrics.
 
-        The adversarial term needs no second backward pass: the gradients of both losses with respect to the
-        reconstruction are weighted by their norms at the decoder's last layer, added, and pulled back once.
+        The gradients of the other terms and of the adversarial one with respect to the reconstruction are weighted by
+        their norms at the decoder's last layer, added, and pulled back once.
         """
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
-            variables = {"params": self._all_params(frozen, state, params), "batch_stats": batch_stats}
+            variables = self._variables(frozen, state.ema_params | params, batch_stats)
             noise, codes = jax.random.split(key)
             out, updated = self.built.module.apply(
                 variables, images, train=True, method="forward", mutable=["batch_stats"],
@@ -94,15 +91,14 @@ class TokenizerTask(TokenizerVariables):
         self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
     ) -> tuple[Any, Any, jax.Array, Metrics]:
         """Averages `gradients` over micro-batches [parts, b, H, W, 3]; the codebook is updated after each of them."""
+        gradients = functools.partial(self.gradients, state, frozen)
         if len(images) == 1:
-            grads, batch_stats, reconstruction, metrics = self.gradients(
-                state, frozen, images[0], key, state.batch_stats
-            )
+            grads, batch_stats, reconstruction, metrics = gradients(images[0], key, state.batch_stats)
             return grads, batch_stats, reconstruction[None], metrics
 
         def add(carry: tuple[Any, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], Any]:
             total, batch_stats = carry
-            grads, batch_stats, reconstruction, metrics = self.gradients(state, frozen, *part, batch_stats)
+            grads, batch_stats, reconstruction, metrics = gradients(*part, batch_stats)
             total = jax.tree.map(lambda t, g: t + g / len(images), total, grads)
             # Only the discriminator needs the reconstructions.
             return (total, batch_stats), (reconstruction if self.adversary else None, metrics)
@@ -118,8 +114,7 @@ class TokenizerTask(TokenizerVariables):
         parts = self.config.optimizer.accumulate
         return images.reshape(len(images) // parts, parts, *images.shape[1:]).swapaxes(0, 1)
 
-    def evaluate(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Metrics:
-        """Measures a batch of images; see `Task.evaluate`."""
+    def evaluate(self, variables: Any, frozen: Any, batch: Batch) -> Metrics:
         images = to_float(batch["image"])
         out = self._reconstruct(variables, frozen, images)
         z = out.quantized.z
@@ -130,22 +125,21 @@ class TokenizerTask(TokenizerVariables):
         }
         if min(images.shape[1:3]) >= WINDOW:
             rows["ssim"] = ssim(out.reconstruction, images)
-        if "counts" in out.quantized.metrics:
-            shape = out.quantized.metrics["counts"].shape
-            rows["counts"] = masked_counts(out.quantized.indices, shape, batch["mask"])
+        if (counts := out.quantized.metrics.get("counts")) is not None:
+            rows["counts"] = masked_counts(out.quantized.indices, counts.shape, batch["mask"])
         return rows
 
     def log_metrics(self, state: TrainState, frozen: Any) -> Metrics:
         """Returns the mean distance of an embedding to its nearest other one, if there is a codebook."""
-        variables = {"params": self._all_params(frozen, state, state.params), "batch_stats": state.batch_stats}
+        variables = self._variables(frozen, state.ema_params | state.params, state.batch_stats)
         codebook = self.built.module.apply(variables, method=lambda model: model.quantizer.embeddings())
         return {} if codebook is None or len(codebook) < 2 else {"codebook/distance": nearest_other(codebook).mean()}
 
-    def sample_images(self, variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> UInt8[np.ndarray, "H W 3"]:
+    def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Returns a grid of the first images of a batch, their reconstructions, differences and indices."""
-        images, reconstructions, indices = jax.device_get(self._jit_samples(variables, frozen, batch["image"]))
-        reconstructions = visualize.to_uint8(reconstructions)
-        return visualize.reconstruction_grid(images, reconstructions, indices, self.built.module.encoder.grid)
+        images, decoded, indices = jax.device_get(self._jit_samples(variables, frozen, batch["image"]))
+        grid = self.built.module.encoder.grid
+        return visualize.reconstruction_grid(images, visualize.to_uint8(decoded), indices, grid)
 
     @functools.cached_property
     def _jit_samples(self) -> Any:
@@ -157,12 +151,10 @@ class TokenizerTask(TokenizerVariables):
         return jax.jit(samples, out_shardings=sharding.replicated(self.mesh))
 
     def _reconstruct(self, variables: Any, frozen: Any, images: jax.Array) -> Any:
-        params = {n: frozen[n] for n in PARTS if n in frozen} | variables["params"]
-        return self.built.module.apply({**variables, "params": params}, images, method="forward")
+        return self.built.module.apply(self._variables(frozen, **variables), images, method="forward")
 
-    def _all_params(self, frozen: Any, state: TrainState, params: Any) -> Any:
-        parts = {n: frozen[n] for n in PARTS if n in frozen}
-        return {**parts, **{n: tree for n, tree in state.ema_params.items() if n not in params}, **params}
+    def _variables(self, frozen: Any, params: Any, batch_stats: Any) -> Any:
+        return {"params": {n: frozen[n] for n in PARTS if n in frozen} | params, "batch_stats": batch_stats}
 
 
 def to_float(image: jax.Array) -> jax.Array:
@@ -171,10 +163,7 @@ def to_float(image: jax.Array) -> jax.Array:
 
 
 def masked_counts(indices: jax.Array, shape: tuple[int, ...], mask: jax.Array) -> jax.Array:
-    """Counts each index in the images whose mask [B] is True.
-
-    The result has the `shape` [K], or [depth, K] for indices [B, ..., depth].
-    """
+    """Counts each index in the images whose mask [B] is True; `shape` is [K], or [depth, K] for [B, ..., depth]."""
     levels = indices[..., None] if len(shape) == 1 else indices
     mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (levels.ndim - 2)), levels.shape[:-1])
     return jax.vmap(lambda level: code_counts(level, shape[-1], mask), in_axes=-1)(levels).reshape(shape)

@@ -21,7 +21,7 @@ from vqrae_jax.train import restore
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.objective import Objective
 from vqrae_jax.train.optim import make_optimizer, part_rates
-from vqrae_jax.train.state import TrainState
+from vqrae_jax.train.task import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,10 @@ PARTS = ("encoder", "quantizer", "decoder")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerVariables:
-    """Encoder, quantizer, decoder and the networks of the loss.
+    """Encoder, quantizer, decoder and the networks of the loss; `Task` documents the methods.
 
-    `Task` documents the methods. The parameters of a part are in the train state if the part is
-    in `config.train.trainable`, only in its `ema_params` if it comes from `train.start_from` and does not train, and
-    among the frozen networks otherwise.
+    The parameters of a part are in the train state if it is in `config.train.trainable`, only in `ema_params` if it
+    comes from `train.start_from` and does not train, and among the frozen networks otherwise.
     """
 
     config: Config
@@ -48,33 +47,39 @@ class TokenizerVariables:
     def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> "TokenizerVariables":
         """Reads the pretrained weights, and checks that model, data and training fit together.
 
-        Without `weights` only descriptions are read: enough for `shapes` and `frozen_shapes`. With `own`, the shapes
-        of the model in a checkpoint of this run, `train.start_from` is not read.
+        Without `weights` only descriptions are read, enough for `shapes` and `frozen_shapes`. With `own`, the shapes of
+        the model in a checkpoint of this run, `train.start_from` is not read.
         """
-        model = config.model if "quantizer" in config.train.trainable else _with_frozen_codebook(config.model)
+        model = config.model
+        if "quantizer" not in config.train.trainable:  # the codebook then does not change within a step either
+            params = model.quantizer_params.model_copy(update={"frozen": True})
+            model = model.model_copy(update={"quantizer_params": params})
         built = builder.build_tokenizer(model, weights=weights, mesh=mesh)
         _warn_unread(config.model, built.module.encoder)
-        start = (
-            restore.start_shapes(config.train, builder.variable_shapes(built), own) if config.train.start_from else None
-        )
+        start = None
+        if config.train.start_from:
+            start = restore.start_shapes(config.train, builder.variable_shapes(built), own)
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = builder.freeze_encoder(built)
         output, size, grid = built.image_size, config.data.image_size, built.module.decoder.grid
         if output != size:
+            factors = f"model.decoder_patch_size={config.model.decoder_patch_size} x a latent grid of {grid}"
             patch = f"model.decoder_patch_size={size // grid} or " if size % grid == 0 else ""
-            raise ConfigError(
-                f"the decoder's output has {output} pixels (model.decoder_patch_size={config.model.decoder_patch_size} "
-                f"x a latent grid of {grid}); set {patch}data.image_size={output}",
-                field="data.image_size", value=size,
-            )  # fmt: skip
-        objective = Objective.build(config, built.module, mesh, weights)
-        adversary = None
+            message = f"the decoder's output has {output} pixels ({factors}); set {patch}data.image_size={output}"
+            raise ConfigError(message, field="data.image_size", value=size)
+        perceptual, adversary = config.loss.perceptual, None
+        network = judges.build_perceptual(perceptual, mesh, weights) if perceptual.weight else None
+        objective = Objective(config, built.module.encoder, network)
         if config.adversary.discriminator != "none":
             network = judges.build_discriminator(config.adversary, mesh, weights, config.model.attention)
             adversary = Adversary(config.adversary, network)
         task = cls(config, mesh, built, objective, adversary, start)
         task._check_parts(weights)
         return task
+
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.config.train.seed)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +101,6 @@ class TokenizerVariables:
         return jax.jit(self._create, out_shardings=shardings, donate_argnums=(0, 1))(params, batch_stats, self.key)
 
     def frozen(self) -> Any:
-        """Returns the parts that neither train nor come from train.start_from, and the networks of the loss."""
         networks = builder.initial_params(self.built, self.key, self._frozen_parts, self._shardings)
         if self._has_teacher:
             networks["teacher"] = builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
@@ -110,12 +114,7 @@ class TokenizerVariables:
         return self._with_shardings(networks | self._judges)
 
     @property
-    def key(self) -> jax.Array:
-        return jax.random.key(self.config.train.seed)
-
-    @property
-    def _started(self) -> tuple[str, ...]:
-        """Parts that come from train.start_from; they are in the checkpoint even if they do not train."""
+    def _started(self) -> tuple[str, ...]:  # parts that come from train.start_from
         return tuple(self.start["params"]) if self.start else ()
 
     @property
@@ -123,15 +122,15 @@ class TokenizerVariables:
         return [n for n in PARTS if n not in self.config.train.trainable + self._started]
 
     @property
-    def _has_teacher(self) -> bool:
-        """True if the pretrained encoder is needed in addition to the one that trains."""
-        return self.objective.needs_teacher and "encoder" not in self._frozen_parts
+    def _has_teacher(self) -> bool:  # the pretrained encoder, in addition to the one that trains
+        loss = self.config.loss
+        return bool(loss.feature_weight or loss.distill_weight) and "encoder" not in self._frozen_parts
 
     @property
     def _judges(self) -> dict[str, Any]:
-        """Frozen parameters of the networks of the loss."""
-        adversary = {"discriminator": self.adversary.network.params} if self.adversary else {}
-        return self.objective.frozen() | adversary
+        discriminator = self.adversary.network if self.adversary else None
+        networks = {"perceptual": self.objective.perceptual, "discriminator": discriminator}
+        return {name: network.params for name, network in networks.items() if network}
 
     def _create(self, params: Any, batch_stats: Any, key: jax.Array) -> TrainState:
         trained = {n: tree for n, tree in params.items() if n in self.config.train.trainable}
@@ -154,15 +153,10 @@ class TokenizerVariables:
     def _shardings(self, tree: Any) -> Any:
         return sharding.shardings(tree, self.mesh, self.config.mesh.fsdp, self.config.mesh.fsdp_min_size)
 
-    def _with_shardings(self, shapes: Any) -> Any:
+    def _with_shardings(self, tree: Any) -> Any:
         return jax.tree.map(
-            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, self._shardings(shapes)
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self._shardings(tree)
         )
-
-
-def _with_frozen_codebook(model: ModelConfig) -> ModelConfig:
-    """Returns the same model with a codebook that does not change within a step, from one scale to the next, either."""
-    return model.model_copy(update={"quantizer_params": model.quantizer_params.model_copy(update={"frozen": True})})
 
 
 def _warn_unread(model: ModelConfig, encoder: Encoder) -> None:
