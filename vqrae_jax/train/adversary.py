@@ -57,8 +57,7 @@ class Adversary:
     ) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
         """Returns the weighted adversarial term, its gradient with respect to the reconstruction, and metrics.
 
-        `gradient` is that of the other terms; `pull_to_last_layer` maps a gradient with respect to the reconstruction
-        to that of the decoder's last kernel.
+        `gradient` is that of the other terms; `pull_to_last_layer` maps one to that of the decoder's last kernel.
         """
         config = self.config
         loss = jax.value_and_grad(functools.partial(self.generator_loss, state, frozen, key=key))

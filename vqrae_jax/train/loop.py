@@ -156,7 +156,6 @@ def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWri
 
 
 def _print_summary(step: int, metrics: dict[str, float], run: Run) -> None:
-    """Prints the validation metrics of a finished run, and where its files are."""
     columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
     table = Table(*columns, title=f"step {step}", show_header=False, title_justify="left")
     if metrics:

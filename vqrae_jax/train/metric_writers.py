@@ -87,10 +87,9 @@ class MetricWriters:
                 closing.callback(self._lines.close)
 
     def _write_event(self, step: int, **content: Any) -> None:
-        """Writes a `summary` or a `session_log` for TensorBoard at once.
+        """Writes a `summary` or a `session_log` at once; an error ends this file, which TensorBoard reads no further.
 
         A full disk ends the thread of tensorboardX's own writer, and the run would then wait for its queue forever.
-        Here such an error ends this file alone: TensorBoard reads nothing after an incomplete record.
         """
         try:
             if self._events:

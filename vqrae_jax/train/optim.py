@@ -40,10 +40,7 @@ def part_rates(config: OptimizerConfig, step: ArrayLike, horizon: ArrayLike) -> 
 
 
 def make_optimizer(config: AdamWConfig, rates: Rates) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW with weight decay on kernels only, and a state of the same form with clipping and without.
-
-    Its `update` takes `horizon` as a keyword.
-    """
+    """Returns AdamW with weight decay on kernels only; its state has the same form with clipping and without."""
     clip = optax.clip_by_global_norm(config.clip_norm)
     is_kernel = functools.partial(jax.tree.map_with_path, lambda path, _: path[-1].key == "kernel")
     decay = optax.add_decayed_weights(config.weight_decay, is_kernel)

@@ -49,8 +49,7 @@ def open_run(
 ) -> Iterator[tuple[Run, TrainState]]:  # fmt: skip
     """Opens a run and its state: the newest checkpoint of the workdir, or a new state.
 
-    With `evaluate_step` it opens that checkpoint for evaluation. Nothing is then read or written that only training
-    needs, because another run may be saving there.
+    With `evaluate_step` it opens that checkpoint, and nothing that only training needs: another run may save there.
     """
     workdir, skipped = storage.resolve_path(workdir), pipeline.Skipped()
     prepare = functools.partial(_prepare, config, workdir, devices, evaluate_step, skipped)

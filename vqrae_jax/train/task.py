@@ -43,7 +43,6 @@ class TrainState:
 
 
 def is_sum(metric: Any) -> bool:
-    """Returns whether a metric is summed over a window instead of averaged."""
     return bool(np.issubdtype(metric.dtype, np.integer))
 
 

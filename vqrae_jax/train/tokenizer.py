@@ -49,8 +49,7 @@ class TokenizerTask(TokenizerVariables):
     ) -> tuple[Any, Any, jax.Array, Metrics]:
         """Returns the gradients of a micro-batch in [0, 1], the updated batch_stats, reconstructions, and metrics.
 
-        The gradients of the other terms and of the adversarial one with respect to the reconstruction are weighted by
-        their norms at the decoder's last layer, added, and pulled back once.
+        The gradients of the adversarial and of the other terms with respect to the reconstruction are pulled back once.
         """
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
