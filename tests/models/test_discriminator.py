@@ -1,6 +1,7 @@
 """The DINO discriminator equals PyTorch's; spectral norm and PatchGAN follow their definitions."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -51,9 +52,8 @@ def read(golden, case):
     assert fields["blocks"]["mlp"] == recipe["embed_dim"] * recipe["mlp_ratio"]
     trunk = ViTConfig(BlocksConfig(**fields.pop("blocks")), **fields)
     norm = {"bn": "batch", "gn": "group"}[arch["norm_type"]]
-    module = DinoDiscriminator(
-        trunk, tuple(arch["key_depths"]), arch["ks"], norm, arch["norm_eps"], arch["using_spec_norm"]
-    )
+    settings = tuple(arch["key_depths"]), arch["ks"], norm, arch["norm_eps"], arch["using_spec_norm"]
+    module = DinoDiscriminator(trunk, *settings)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     params, vectors = heads(dict(np.load(folder / f"{case}_state.npz")), flatten_dict(shapes["params"]))
     params["trunk"] = convert_dino(tensors, shapes["params"]["trunk"], str(file))
@@ -84,38 +84,28 @@ def test_equals_pytorch(golden, assert_close, case):
     images = np.load(golden / "discriminator" / "images.npz")
     fake, real = jnp.asarray(images["images_64"]), jnp.asarray(images["real_64"])
 
-    @jax.jit
-    def evaluate(variables, image):
-        def generator(x):
-            logits = module.apply(variables, x)
-            return -logits.mean(), logits
+    def generator(image, variables):
+        logits = module.apply(variables, image)
+        return -logits.mean(), logits
 
-        return jax.value_and_grad(generator, has_aux=True)(image)
-
-    (loss, logits), gradient = evaluate(variables, fake)
+    evaluate = jax.jit(jax.value_and_grad(generator, has_aux=True))
+    (loss, logits), gradient = evaluate(fake, variables)
     assert_close(logits, recorded["logits_eval_64"], 2e-5)
-    assert_close(evaluate(variables, images["images_224"])[0][1], recorded["logits_eval_224"], 2e-5)
+    assert_close(evaluate(images["images_224"], variables)[0][1], recorded["logits_eval_224"], 2e-5)
     assert loss == pytest.approx(float(recorded["g_loss"]), abs=2e-6)
     assert rms(gradient / 2, recorded["grad_images_64"]) <= 1e-3  # recorded for images in [-1, 1]
 
-    @jax.jit
-    def train(variables, image):
-        return module.apply(variables, image, train=True, mutable=[SPECTRAL])
+    train = functools.partial(module.apply, train=True, mutable=[SPECTRAL])
 
-    @jax.jit
-    def step(variables):
-        """Computes the discriminator's step: reconstructions first, then images."""
+    def discriminate(params, state):  # reconstructions first, then images
+        logits_fake, state = train({**state, "params": params}, fake)
+        logits_real, state = train({**state, "params": params}, real)
+        return hinge_discriminator(logits_real, logits_fake), (logits_fake, logits_real, state)
 
-        def loss(params):
-            logits_fake, state = module.apply({**variables, "params": params}, fake, train=True, mutable=[SPECTRAL])
-            logits_real, state = module.apply({**state, "params": params}, real, train=True, mutable=[SPECTRAL])
-            return hinge_discriminator(logits_real, logits_fake), (logits_fake, logits_real, state)
-
-        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
-
-    logits, state = train(variables, fake)
+    logits, state = jax.jit(train)(variables, fake)
     assert_close(logits, recorded["logits_train_64"], 2e-5)
-    (loss, (logits_fake, logits_real, after)), grads = step({**variables, **state})
+    step = jax.jit(jax.value_and_grad(discriminate, has_aux=True))
+    (loss, (logits_fake, logits_real, after)), grads = step(variables["params"], state)
     assert_close(logits_fake, recorded["d_logits_fake"], 2e-5)
     assert_close(logits_real, recorded["d_logits_real"], 2e-5)
     assert loss == pytest.approx(float(recorded["d_loss"]), abs=2e-6)

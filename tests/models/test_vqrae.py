@@ -19,8 +19,7 @@ LOSS_TOLERANCE = {"fsq": 1e-4}
 
 def build(golden, case, weights="model", **changes):
     """Builds the model of one golden case; returns it and its variables."""
-    config = golden_config(golden, case, **changes)
-    state = dict(np.load(golden / "vqrae" / case / "model.npz"))
+    config, state = golden_config(golden, case, **changes), dict(np.load(golden / "vqrae" / case / "model.npz"))
     checkpoint = {"model": state}
     if weights == "ema":
         checkpoint["ema"] = state | dict(np.load(golden / "vqrae" / case / "ema.npz"))
@@ -28,16 +27,17 @@ def build(golden, case, weights="model", **changes):
     return built.module, variables
 
 
+def load_io(golden, case):
+    return np.load(golden / "vqrae" / case / "io.npz")
+
+
 def golden_config(golden, case, **changes):
     recorded = json.loads((golden / "vqrae" / case / "params.json").read_text())["params"]
     fields = {name: value for name, value in recorded.items() if name in ModelConfig.model_fields}
-    stat = "normalization_stat_path"
-    paths = {
-        "encoder_config_path": str(golden / recorded["encoder_config_path"]),
-        "encoder_params": {},
-        "decoder_config_path": str(golden / "vqrae" / "decoder_config"),
-        stat: str(golden / "vqrae" / case / "stat.npz") if recorded[stat] else None,
-    }
+    paths = {"encoder_config_path": str(golden / recorded["encoder_config_path"]), "encoder_params": {}}
+    paths["decoder_config_path"] = str(golden / "vqrae" / "decoder_config")
+    if recorded["normalization_stat_path"]:
+        paths["normalization_stat_path"] = str(golden / "vqrae" / case / "stat.npz")
     if case == "rae":
         paths["quantizer"] = "none"
     if recorded.get("use_simvq"):
@@ -56,7 +56,7 @@ def call(module, variables, method, *args):
 @pytest.mark.parametrize("image", ["main", "native", "other"])
 def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
-    io = np.load(golden / "vqrae" / case / "io.npz")
+    io = load_io(golden, case)
     x = io[f"images_{image}"]
 
     @jax.jit
@@ -78,7 +78,7 @@ def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
 @pytest.mark.parametrize("image", ["main", "native", "other"])
 def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
     module, variables = build(golden, "rae")
-    io = np.load(golden / "vqrae" / "rae" / "io.npz")
+    io = load_io(golden, "rae")
     x = io[f"images_{image}"]
     latent = call(module, variables, "encode", x)
     assert_close(jnp.moveaxis(latent, -1, 1), io[f"z_{image}"], 1e-4, "latent")  # resized images
@@ -88,16 +88,16 @@ def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
 
 def test_continuous_autoencoder_has_no_indices(golden):
     module, variables = build(golden, "rae")
-    with pytest.raises(ValueError, match=r"quantizer='none'.*no codes"):
-        module.apply(variables, jnp.zeros((1, 32, 32, 3)), method="encode_to_indices")
-    with pytest.raises(ValueError, match=r"quantizer='none'.*no codes"):
-        module.apply(variables, jnp.zeros((1, 4, 4), int), method="decode_from_indices")
+    arguments = {"encode_to_indices": jnp.zeros((1, 32, 32, 3)), "decode_from_indices": jnp.zeros((1, 4, 4), int)}
+    for method, argument in arguments.items():
+        with pytest.raises(ValueError, match="quantizer='none'"):
+            module.apply(variables, argument, method=method)
     _, losses = module.apply(variables, jnp.zeros((1, 32, 32, 3)), return_loss=True)
     assert losses["vq_loss"] == 0
 
 
 def test_ema_weights_of_a_pytorch_checkpoint(golden, assert_close, caplog):
-    io = np.load(golden / "vqrae" / "rae" / "io.npz")
+    io = load_io(golden, "rae")
     module, variables = build(golden, "rae", weights="ema")
     assert_close(call(module, variables, None, io["images_main"]), io["ema_recon_main"], 1e-4)
     assert "codebook" not in caplog.text
@@ -118,20 +118,14 @@ def test_the_affine_norm_of_pytorch_dinov3_is_reported(golden, caplog):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_equal_pytorch(golden, assert_close, case):
+def test_losses_equal_pytorch_and_decoding_indices_equals_the_forward_pass(golden, assert_close, case):
     module, variables = build(golden, case)
-    io = np.load(golden / "vqrae" / case / "io.npz")
-    _, losses = jax.jit(lambda v, x: module.apply(v, x, return_loss=True))(variables, io["images_main"])
+    io = load_io(golden, case)
+    images = io["images_main"]
+    reconstruction, losses = jax.jit(lambda v, x: module.apply(v, x, return_loss=True))(variables, images)
     assert set(losses) == {"recon_loss", "vq_loss", "total_loss"}
     for name, value in losses.items():
         assert_close(value, io[name], LOSS_TOLERANCE.get(case, 1e-5), name)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_decoding_indices_equals_the_forward_pass(golden, assert_close, case):
-    module, variables = build(golden, case)
-    io = np.load(golden / "vqrae" / case / "io.npz")
-    reconstruction = call(module, variables, None, io["images_main"])
     decoded = call(module, variables, "decode_from_indices", io["indices_main"])
     assert_close(decoded, reconstruction, 1e-6)
     assert_close(decoded, io["recon_main"], TOLERANCE.get(case, 1e-5))
@@ -144,7 +138,7 @@ def test_return_loss_needs_images_of_the_output_size(golden):
 
 
 def test_tokens_instead_of_a_grid(golden, assert_close):
-    images = np.load(golden / "vqrae" / "ema_vq_2d" / "io.npz")["images_main"]
+    images = load_io(golden, "ema_vq_2d")["images_main"]
     module, variables = build(golden, "ema_vq_2d")
     flat, _ = build(golden, "ema_vq_2d", reshape_to_2d=False, quantize_before_reshape=True)
     latent, tokens = (call(m, variables, "encode", images) for m in (module, flat))
@@ -154,7 +148,7 @@ def test_tokens_instead_of_a_grid(golden, assert_close):
 
 
 def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
-    images = np.load(golden / "vqrae" / "ema_vq_2d" / "io.npz")["images_main"]
+    images = load_io(golden, "ema_vq_2d")["images_main"]
     module, variables = build(golden, "ema_vq_2d", noise_tau=0.8)
     quiet, _ = build(golden, "ema_vq_2d")
     np.testing.assert_array_equal(call(module, variables, "encode", images), call(quiet, variables, "encode", images))
@@ -172,10 +166,8 @@ def test_shapes_of_the_full_size_model():
         "model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "patch_size": 14, "image_size": 518,
     }  # fmt: skip
-    config = ModelConfig(
-        encoder_config_path=None, encoder_params={"architecture": architecture}, decoder_config_path="ViT-XL"
-    )
-    built = build_tokenizer(config)
+    encoder = {"encoder_config_path": None, "encoder_params": {"architecture": architecture}}
+    built = build_tokenizer(ModelConfig(**encoder, decoder_config_path="ViT-XL"))
     shapes = variable_shapes(built)
     assert shapes["batch_stats"]["quantizer"]["codebook"].shape == (8192, 768)
     assert built.image_size == 256
