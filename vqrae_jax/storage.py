@@ -61,9 +61,8 @@ def convert_errors(path: str | os.PathLike, action: str) -> Iterator[None]:
     except Exception as error:  # gcsfs and its network library raise many kinds
         if not is_remote(path):
             raise
-        raise StorageError(
-            f"cannot be {action} ({type(error).__name__}: {first_line(error)}); {_CHECK_ACCESS}", field=os.fspath(path)
-        ) from error
+        problem = f"cannot be {action} ({type(error).__name__}: {first_line(error)}); {_CHECK_ACCESS}"
+        raise StorageError(problem, field=os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -154,11 +153,7 @@ def download(path: str | os.PathLike) -> pathlib.Path:
 
 
 class Mirror:
-    """A local folder for logs, which are appended to; its files are uploaded if `target` is in a bucket.
-
-    Attributes:
-      folder: `target` if it is local, otherwise a temporary folder.
-    """
+    """A `folder` for logs, which are appended to: `target`, or a temporary one that is uploaded to a bucket."""
 
     def __init__(self, target: Path):
         self.folder, self._target, self._scratch = target, target, None

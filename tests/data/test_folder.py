@@ -18,17 +18,10 @@ def write_files(folder, *names):
 
 
 def test_images_are_listed_in_a_fixed_order_without_hidden_files(tmp_path):
-    write_files(
-        tmp_path, "b/2.JPG", "b/1.png", "a ü/猫.webp", "top.GIF", "a ü/notes.txt", ".hidden.png", ".cache/x.png"
-    )
+    write_files(tmp_path, "b/2.JPG", "b/1.png", "a ü/猫.webp", "top.GIF", "notes.txt", ".hidden.png", ".cache/x.png")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # listed once
     files = [os.path.relpath(path, tmp_path).replace(os.sep, "/") for path in list_images(tmp_path)]
     assert files == ["a ü/猫.webp", "b/1.png", "b/2.JPG", "top.GIF"]
-
-
-def test_a_folder_linked_into_itself_is_listed_once(tmp_path):
-    write_files(tmp_path, "a.png")
-    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert len(list_images(tmp_path)) == 1
 
 
 def test_folders_without_images_are_refused(tmp_path):

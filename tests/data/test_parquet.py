@@ -54,13 +54,10 @@ def test_the_listing_depends_on_the_files(tables, tmp_path):
     assert Tables(tmp_path).listing(4) != before
 
 
-def test_bare_bytes_without_labels(tmp_path):
+def test_bare_bytes_without_labels_and_rows_without_bytes(tmp_path):
     pq.write_table(pa.table({"jpg": pa.array([b"a", b"b"]), "caption": ["x", "y"]}), tmp_path / "a.parquet")
     source = Tables(tmp_path / "a.parquet")
     assert [source[i] for i in range(2)] == [{"image": b"a", "label": -1}, {"image": b"b", "label": -1}]
-
-
-def test_a_row_without_bytes_is_an_image_error(tmp_path):
     rows = pa.array([{"bytes": None, "path": "elsewhere.png"}], IMAGE)
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
     with pytest.raises(ImageError):
@@ -88,16 +85,11 @@ def test_damage_is_an_image_error_and_failures_are_os_errors(tables, tmp_path, m
     assert source[0]["label"] == 0
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"text": ["a"]}, "text: string"),
-        ({"a": [b"a"], "b": [b"b"]}, "a: binary, b: binary"),
-        ({"image": pa.array([], pa.binary())}, "no rows"),
-    ],
-)
-def test_tables_without_images_are_refused(tmp_path, columns, message):
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+@pytest.mark.parametrize("columns", [{"text": ["a"]}, {"a": [b"a"], "b": [b"b"]}, {"image": pa.array([], pa.binary())}])
+def test_tables_without_images_are_refused(tmp_path, columns):
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "a.parquet")
+    message = ", ".join(f"{column.name}: {column.type}" for column in table.schema) if len(table) else "no rows"
     with pytest.raises(DataError, match=message) as error:
         Tables(tmp_path)
     assert error.value.field == "data.path"

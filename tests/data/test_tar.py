@@ -1,7 +1,6 @@
 """WebDataset shards: each image once, with its label; damaged or changed shards are noticed."""
 
 import io
-import json
 import os
 import tarfile
 
@@ -56,32 +55,18 @@ def test_records_are_images_with_labels(shards, cache, png):
 def test_members_are_grouped_by_name_and_others_are_ignored(tmp_path):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    path = write_tar(
-        tmp_path / "a.tar",
-        [
-            ("x/1.cls", b"7"),
-            ("x/1.JPG", b"first"),
-            ("x/1.png", b"second of this name"),
-            ("x/1.seg.png", b"a mask"),
-            ("y/1.webp", b"another folder"),
-            ("../../etc/2.png", b"an unsafe name"),
-            ("a" * 200 + "/ü 猫.png", b"long"),
-            ("bad.png", b"bad label"),
-            ("bad.cls", b"seven"),
-            ("._1.png", b"hidden"),
-            ("notes.txt", b"text"),
-        ],
-    )
+    members = [
+        ("x/1.cls", b"7"), ("x/1.JPG", b"first"), ("x/1.png", b"second of this name"), ("x/1.seg.png", b"a mask"),
+        ("y/1.webp", b"another folder"), ("../../etc/2.png", b"an unsafe name"), ("a" * 200 + "/ü 猫.png", b"long"),
+        ("bad.png", b"bad label"), ("bad.cls", b"seven"), ("._1.png", b"hidden"), ("notes.txt", b"text"),
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
     with tarfile.open(path, "a") as archive:
         archive.addfile(link)
     source = TarShards(path)
-    assert {record["image"]: record["label"] for record in (source[i] for i in range(len(source)))} == {
-        b"first": 7,
-        b"another folder": -1,
-        b"an unsafe name": -1,
-        b"long": -1,
-        b"bad label": -1,
-    }
+    labels = {record["image"]: record["label"] for record in (source[i] for i in range(len(source)))}
+    unlabelled = (b"another folder", b"an unsafe name", b"long", b"bad label")
+    assert labels == {b"first": 7} | dict.fromkeys(unlabelled, -1)
     keys = {source.key(i) for i in range(len(source))}
     assert keys == {"x/1", "y/1", "../../etc/2", "a" * 200 + "/ü 猫", "bad"}
 
@@ -173,20 +158,14 @@ def test_images_that_are_cut_short_or_too_large_are_image_errors(shards, monkeyp
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_shuffles_all_shards_and_resumes(shards, workers):
-    data = DataConfig(
-        source="webdataset", path=f"{shards}/train-{{0..2}}.tar", image_size=8, batch_size=5, workers=workers
-    )
+def test_training_shuffles_all_shards(shards, workers):
+    sizes = {"image_size": 8, "batch_size": 5, "workers": workers}
+    data = DataConfig(source="webdataset", path=f"{shards}/train-{{0..2}}.tar", **sizes)
     batches = train_batches(data, seed=0)
-    first = [next(batches) for _ in range(4)]
-    for k in (0, 2):
-        assert sorted(np.concatenate([first[k]["label"], first[k + 1]["label"]])) == list(range(10))
-    assert all((batch["image"][:, 0, 0, 0] == 20 * batch["label"]).all() for batch in first)
-    resumed = train_batches(data, seed=0)
-    resumed.set_state(json.loads('{"images": 15}'))
-    assert (next(resumed)["label"] == first[3]["label"]).all()
+    pair = [next(batches) for _ in range(2)]
     batches.close()
-    resumed.close()
+    assert sorted(np.concatenate([batch["label"] for batch in pair])) == list(range(10))
+    assert all((batch["image"][:, 0, 0, 0] == 20 * batch["label"]).all() for batch in pair)
 
 
 def test_shards_in_a_bucket(shards, bucket, png):

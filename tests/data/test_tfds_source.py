@@ -61,7 +61,9 @@ def test_both_formats_have_the_same_records(split):
 
 
 def test_records_are_images_with_labels(kind):
-    records = list(prepared(kind))
+    source = prepared(kind)
+    records = list(source)
+    assert list(pickle.loads(pickle.dumps(source))) == records
     assert len({record["image"] for record in records}) == 16
     assert {record["label"] for record in records} == {0, 1, 2, 3}
     for record in records:
@@ -82,16 +84,9 @@ def test_datasets_are_found_by_name_version_and_folder(kind):
     assert repr(Prepared(name, FIXTURES, "train")) == repr(prepared(kind))
 
 
-def test_sources_are_pickled(kind):
-    source = prepared(kind)
-    source[3]
-    assert list(pickle.loads(pickle.dumps(source))) == list(source)
-
-
 def test_training_and_evaluation(kind):
-    data = DataConfig(
-        source="tfds", path=str(FIXTURES / f"waves_{kind}"), image_size=32, batch_size=8, eval_batch_size=3, threads=2
-    )
+    sizes = {"image_size": 32, "batch_size": 8, "eval_batch_size": 3, "threads": 2}
+    data = DataConfig(source="tfds", path=str(FIXTURES / f"waves_{kind}"), **sizes)
     batch = next(train_batches(data, seed=0))
     assert batch["image"].shape == (8, 32, 32, 3)
     assert set(batch["label"].tolist()) <= {0, 1, 2, 3}
@@ -131,25 +126,19 @@ def change_features(folder, change):
     file.write_text(json.dumps(features))
 
 
-def test_errors_of_features_list_the_features(copy):
+def test_datasets_without_8_bit_images_are_refused(copy):
+    depth = {"dtype": "float32", "encodingFormat": "png", "shape": {"dimensions": ["-1", "-1", "1"]}}
+    change_features(copy, lambda features: features["image"]["image"].update(depth))
+    with pytest.raises(DataError, match="float32"):
+        Prepared(None, copy, "train")
     change_features(copy, lambda features: features.pop("image"))
     with pytest.raises(DataError, match="id: Text, label: ClassLabel"):
         Prepared(None, copy, "train")
 
 
-def test_float_images_are_refused(copy):
-    depth = {"dtype": "float32", "encodingFormat": "png", "shape": {"dimensions": ["-1", "-1", "1"]}}
-    change_features(copy, lambda features: features["image"]["image"].update(depth))
-    with pytest.raises(DataError, match="float32"):
-        Prepared(None, copy, "train")
-
-
-def test_labels_are_minus_one_without_a_class_label(copy):
+def test_labels_are_minus_one_without_a_class_label_and_missing_files_are_named(copy, kind):
     change_features(copy, lambda features: features.pop("label"))
     assert {record["label"] for record in Prepared(None, copy, "train")} == {-1}
-
-
-def test_missing_files_are_named(copy, kind):
     (file,) = copy.glob("*-train*")
     file.unlink()
     with pytest.raises(DataError, match=rf"1 of 1 files .*{kind}"):

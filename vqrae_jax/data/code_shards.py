@@ -90,10 +90,8 @@ def _read_parquet(path: pathlib.Path) -> Columns:
 
     table = pyarrow.parquet.ParquetFile(path).read()
     shape = json.loads(table.schema.metadata[b"code_shape"])
-    codes = table["codes"].combine_chunks().flatten().to_numpy()
-    return Columns(
-        table["index"].to_numpy(), table["id"].to_pylist(), table["label"].to_numpy(), codes.reshape(-1, *shape)
-    )
+    codes = table["codes"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
+    return Columns(table["index"].to_numpy(), table["id"].to_pylist(), table["label"].to_numpy(), codes)
 
 
 def _write_webdataset(path: pathlib.Path, columns: Columns) -> None:

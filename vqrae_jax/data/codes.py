@@ -41,7 +41,6 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
         return -(-self.images // self.shard_size)
 
     def file_name(self, shard: int) -> str:
@@ -121,11 +120,7 @@ class Codes:
     """
 
     def __init__(self, path: str | os.PathLike, cached: int | None = None):
-        """
-        Args:
-          path: folder of a tokenized dataset.
-          cached: number of shards that are kept in memory; None: all.
-        """
+        """`cached`: number of shards that are kept in memory; None: all."""
         self.path = storage.resolve_path(path)
         self.manifest = _read_manifest(self.path)
         self.plan = _parse_plan(self.manifest, self.path)
@@ -144,10 +139,7 @@ class Codes:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        try:
-            index = operator.index(index)
-        except TypeError:
-            raise TypeError(f"codes[{index!r}]: expected an integer; shards() returns many records at once") from None
+        index = operator.index(index)  # raises TypeError for slices and arrays; `shards` returns many records at once
         shard, row = locate(self._ends, index + len(self) if index < 0 else index)
         columns = self._load_shard(shard)
         return {
@@ -187,8 +179,7 @@ class Codes:
 def _check_plan(folder: storage.Path, plan: Plan) -> None:
     """Raises DataError unless the manifest in the folder has this plan."""
     existing = _parse_plan(_read_manifest(folder), folder)
-    names = [field.name for field in dataclasses.fields(Plan)]
-    differing = [name for name in names if getattr(existing, name) != getattr(plan, name)]
+    differing = [name for name, value in vars(plan).items() if getattr(existing, name) != value]
     if existing.listing is not None and differing == ["listing"]:
         raise DataError(
             f"was started with other files: the names or sizes of the {plan.images} images of {plan.source} have "

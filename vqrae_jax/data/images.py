@@ -164,15 +164,10 @@ def flip(image: AnyImage) -> AnyImage:
     return image[:, ::-1] if isinstance(image, np.ndarray) else image.transpose(Transpose.FLIP_LEFT_RIGHT)
 
 
-def _flip_views(image: AnyImage, size: int) -> UInt8[np.ndarray, "2 {size} {size} 3"]:
-    square = np.asarray(center_crop(image, size))
-    return np.stack([square, flip(square)])
-
-
 # (image, size) -> uint8 [views, size, size, 3]
 VIEWS = {
     "one": lambda image, size: np.asarray(center_crop(image, size))[None],
-    "flip": _flip_views,
+    "flip": lambda image, size: np.stack([square := np.asarray(center_crop(image, size)), flip(square)]),
     "ten-crop": ten_crop,
 }
 

@@ -1,10 +1,7 @@
 """Tables with encoded images, in the formats of Hugging Face `datasets`: Parquet, or the Arrow files of `save_to_disk`.
 
-Arrow files are mapped into memory. Parquet is read by row groups, of which the last few are cached: a shuffled epoch
-reads a row group for nearly every image, which is fast for row groups of a few megabytes only.
-
-`datasets` itself is not used because it writes a second copy of Parquet files to its Arrow cache, also with
-keep_in_memory (5.2.0), and its streaming has neither random access nor a length.
+Arrow files are mapped into memory, Parquet is read by row groups. `datasets` itself is not used because it writes a
+second copy of Parquet files to its Arrow cache, also with keep_in_memory (5.2.0), and its streaming has no length.
 """
 
 import functools
@@ -95,7 +92,10 @@ class Tables(Source):
 
 
 class ParquetReader:
-    """The row groups of Parquet files: `read` returns one; the last few are cached."""
+    """The row groups of Parquet files: `read` returns one; the last few are cached.
+
+    A shuffled epoch reads a row group for nearly every image, which is fast for row groups of a few megabytes only.
+    """
 
     def __init__(self, names: list[str]):
         import pyarrow.parquet

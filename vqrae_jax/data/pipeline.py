@@ -33,7 +33,7 @@ def training_source(data: Any) -> Source:
 
 
 def evaluation_source(data: Any) -> Source | None:
-    """Returns the validation images of a `config.DataConfig`; None if it names none."""
+    """Returns the validation images of a `config.DataConfig`, or None."""
     if data.source == "photographs":
         return validation_photographs(data.image_size)
     if data.source == "tfds":
@@ -74,12 +74,7 @@ def train_batches(
     return TrainBatches(images, source, skipped or Skipped(), data, process_index, process_count)
 
 
-def count_training_images(data: Any) -> int:
-    """Returns the number of training images, including those that cannot be read."""
-    return len(training_source(data))
-
-
-class TrainBatches:
+class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """An endless iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]}, label -1 without one.
 
     Its state is the number of images that all processes together have used. It can be restored with any number of
@@ -92,9 +87,6 @@ class TrainBatches:
         self._images, self._source, self._skipped, self._data = images, source, skipped, data
         self._share = slice(process_index, None, process_count)
         self._position, self._iterator = 0, None
-
-    def __iter__(self) -> "TrainBatches":
-        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Skipped:
-    """The unreadable images of one source, each counted once; the first few are logged by name."""
+    """The unreadable images of one source, each counted once; the first few are logged and listed in `names`."""
 
     def __init__(self):
         self._names = {}
@@ -32,7 +32,6 @@ class Skipped:
 
     @property
     def names(self) -> list[str]:
-        """Names of the first few."""
         return list(self._names.values())[:_MAX_NAMED]
 
     def __contains__(self, index: int) -> bool:
@@ -106,7 +105,6 @@ class Masked:
     ):
         """
         Args:
-          skipped: counts the images that cannot be read.
           size: side of the crops in pixels.
           count: number of images of `source` to use, the first ones.
           length: number of records, at least `count`.

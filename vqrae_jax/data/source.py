@@ -43,14 +43,7 @@ class Source:
 
 
 def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[int, int]:
-    """Finds a record in files or row groups that follow one another; IndexError without one.
-
-    Args:
-      ends: number of records up to and including each group.
-
-    Returns:
-      The number of the group and the record's number in it.
-    """
+    """Returns the group (file or row group) of a record and its row there; group i ends before record `ends[i]`."""
     total = int(ends[-1]) if len(ends) else 0
     if not 0 <= index < total:
         raise IndexError(f"record {index} of {total}")

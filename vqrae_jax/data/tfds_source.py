@@ -118,26 +118,19 @@ def _open_records(builder: Any, split: str, field: str) -> Sequence[bytes]:
     tfds = _tfds()
     kinds, formats, dataset = tfds.core.FileFormat, builder.info.available_file_formats(), builder.info.full_name
     if not {kinds.ARRAY_RECORD, kinds.TFRECORD} & formats:
-        raise DataError(
-            f"{dataset} at {builder.data_dir} is stored as {', '.join(sorted(kind.value for kind in formats)) or '?'}; "
-            "supported formats are array_record and tfrecord: `tfds build --file_format=array_record`",
-            field="data.name",
-        )
+        stored = ", ".join(sorted(kind.value for kind in formats)) or "?"
+        problem = f"{dataset} at {builder.data_dir} is stored as {stored}; supported are array_record and tfrecord"
+        raise DataError(f"{problem} (`tfds build --file_format=array_record`)", field="data.name")
+    if kinds.ARRAY_RECORD in formats and storage.is_remote(builder.data_dir):
+        problem = "array_record files must be on a local disk; copy them, mount the bucket (gcsfuse), or use tfrecord"
+        raise DataError(problem, field="data.path", value=str(builder.data_dir))
     splits = ", ".join(f"{name} ({info.num_examples})" for name, info in sorted(builder.info.splits.items()))
     try:
         records = None
         if kinds.ARRAY_RECORD in formats:
-            if storage.is_remote(builder.data_dir):
-                raise DataError(
-                    "array_record files are read from local disks only; mount the bucket (gcsfuse), copy the folder, "
-                    "or prepare the dataset as tfrecord",
-                    field="data.path", value=str(builder.data_dir),
-                )  # fmt: skip
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             records = builder.as_data_source(split, deserialize_method=raw, file_format=kinds.ARRAY_RECORD)
         parts = builder.info.splits[split].file_instructions
-    except DataError:
-        raise
     except (ValueError, KeyError, AssertionError) as error:
         problem = f"not a split of {dataset}; it has {splits}, and parts of them as in 'train[:90%]'"
         raise DataError(problem, field=field, value=split) from error

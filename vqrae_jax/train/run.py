@@ -96,7 +96,7 @@ def _prepare(
     """Builds what each process builds by itself; no collective operation, which would wait for a failed process."""
     training = evaluate_step is None
     if training:
-        config = epochs_to_steps(config, lambda: pipeline.count_training_images(config.data))
+        config = epochs_to_steps(config, lambda: len(pipeline.training_source(config.data)))
         check_wandb(config.train.wandb_project)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices, config.mesh.slices)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
