@@ -100,8 +100,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         """Returns the state, which JSON can represent."""
         return {"images": self._position}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continues from a state of `get_state`."""
+    def set_state(self, state: Any) -> None:
+        """Continues from a state of `get_state`; DataError if it is another object."""
         position = state.get("images") if isinstance(state, dict) else None
         if not isinstance(position, int) or position < 0:
             raise DataError(

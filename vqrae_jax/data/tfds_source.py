@@ -113,8 +113,8 @@ def _prepared_folder(path: str | None) -> str:
     return os.path.join(path, max(versions, key=_tfds().core.Version))
 
 
-def _open_records(builder: Any, split: str, field: str) -> Sequence[bytes]:
-    """Returns the serialized examples of a split in random access."""
+def _open_records(builder: Any, split: str, field: str) -> Any:
+    """Returns the serialized examples of a split in random access; they have `len` and integer indices."""
     tfds = _tfds()
     kinds, formats, dataset = tfds.core.FileFormat, builder.info.available_file_formats(), builder.info.full_name
     if not {kinds.ARRAY_RECORD, kinds.TFRECORD} & formats:
