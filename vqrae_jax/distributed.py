@@ -180,7 +180,9 @@ def check_equal(
     text = json.dumps(values, sort_keys=True, default=str)
     if len(set(exchange(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
-    first, *rest = [dict(_flatten(json.loads(text))) for text in exchange(text)]
+    from flax.traverse_util import flatten_dict
+
+    first, *rest = [flatten_dict(json.loads(text), keep_empty_nodes=True, sep=".") for text in exchange(text)]
     lines = [f"the processes do not agree; {remedy}:"]
     for i, other in enumerate(rest, 1):
         lines += [
@@ -227,11 +229,3 @@ def _join_messages(messages: list[str]) -> str:
     if len(indices) == 1 and len(indices[next(iter(indices))]) == len(messages):
         return messages[0]
     return "\n".join(f"process {', '.join(map(str, which))}: {text}" for text, which in indices.items())
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -56,13 +56,14 @@ TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TP
 
 
 def set_environment(**variables: str) -> None:
-    """Sets environment variables of this process, for libraries that read them when they are imported."""
-    os.environ.update(variables)
+    """Sets environment variables that the user has not set, for libraries that read them when they are imported."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def start() -> None:
     """Prepares the process for JAX: memory of the C library, absent TPUs, compile cache. Call it before JAX starts."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns if PyTorch is absent
+    set_environment(TRANSFORMERS_NO_ADVISORY_WARNINGS="1")  # transformers warns if PyTorch is absent
     keep_freed_memory()
     skip_absent_tpu()
     enable_compilation_cache()
@@ -97,23 +98,12 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vqrae_jax"
 
 
-def disable_tensorflow_paths() -> None:
-    """Makes etils read buckets through fsspec; it loads TensorFlow for them where that is installed."""
-    os.environ.setdefault("EPATH_USE_TF", "false")
-
-
-def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib.Path | None:
-    """Caches compiled programs in `folder`, so that the next process with the same program starts at once.
+def enable_compilation_cache() -> pathlib.Path | None:
+    """Caches compiled programs, so that the next process with the same program starts at once; returns the folder.
 
     JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false switches
-    the cache off. A folder that cannot be written is a warning.
-
-    Args:
-      folder: None: `compiled` in `cache_folder()`. Each kind of CPU has a subfolder, because programs for the CPU use
-        the instructions of the machine that compiled them.
-
-    Returns:
-      The folder in use, or None.
+    the cache off. A folder that cannot be written is a warning. Each kind of CPU has a folder of its own, because
+    programs for the CPU use the instructions of the machine that compiled them.
     """
     import jax
 
@@ -121,7 +111,7 @@ def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib
         return None
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
-    folder = pathlib.Path(folder or cache_folder() / "compiled") / _cpu()
+    folder = cache_folder() / "compiled" / _cpu()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,7 +141,7 @@ def malloc_environment() -> dict[str, str]:
 
 
 def skip_absent_tpu(devices: str | os.PathLike = "/dev") -> bool:
-    """Makes JAX use the CPU at once on a machine that has libtpu (to compile for TPUs elsewhere) but no accelerator.
+    """Makes JAX use the CPU where libtpu is installed (to compile for TPUs) without an accelerator; returns whether.
 
     JAX otherwise asks libtpu for chips, which prints a page of errors. Changes nothing if there is a TPU device, a
     variable that TPU machines set, a choice of platforms (JAX_PLATFORMS) or a plugin for GPUs. Call it before JAX
@@ -159,9 +149,6 @@ def skip_absent_tpu(devices: str | os.PathLike = "/dev") -> bool:
 
     Args:
       devices: folder in which the system lists its devices; for tests.
-
-    Returns:
-      Whether JAX was restricted to the CPU.
     """
     import jax
 
@@ -200,8 +187,7 @@ def has_libtpu() -> bool:
 
 def describe_absent_tpu(accelerator_type: str) -> None:
     """Sets the variables with which libtpu compiles for a TPU that this machine does not have."""
-    for name, value in {**LIBTPU_VARIABLES, "TPU_ACCELERATOR_TYPE": accelerator_type}.items():
-        os.environ.setdefault(name, value)
+    set_environment(**LIBTPU_VARIABLES, TPU_ACCELERATOR_TYPE=accelerator_type)
 
 
 def use_cpus(count: int | None = None) -> None:

@@ -45,7 +45,7 @@ def resolve_path(path: str | os.PathLike) -> Path:
         import gcsfs  # noqa: F401
     except ImportError:
         raise StorageError("gs:// needs gcsfs: pip install 'vqrae-jax[gcs]'", field=os.fspath(path)) from None
-    runtime.disable_tensorflow_paths()
+    runtime.set_environment(EPATH_USE_TF="false")  # where TensorFlow is installed, etils would load it
     from etils import epath
 
     return epath.Path(path)

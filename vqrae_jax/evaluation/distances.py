@@ -38,16 +38,13 @@ def kernel_distance(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) ->
     their sizes. Both sets need at least two rows. KID is often reported times 1,000.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    within = sum((_kernel_sum(z, z) - _diagonal_sum(z)) / (len(z) * (len(z) - 1)) for z in (x, y))
+    diagonals = [(((z * z).sum(1) / z.shape[1] + 1) ** 3).sum() for z in (x, y)]
+    within = sum((_kernel_sum(z, z) - d) / (len(z) * (len(z) - 1)) for z, d in zip((x, y), diagonals, strict=True))
     return float(within - 2 * _kernel_sum(x, y) / (len(x) * len(y)))
 
 
 def _kernel_sum(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> float:
     return sum(((x[i : i + BLOCK] @ y.T / x.shape[1] + 1) ** 3).sum() for i in range(0, len(x), BLOCK))
-
-
-def _diagonal_sum(x: Float[np.ndarray, "n D"]) -> float:
-    return (((x * x).sum(1) / x.shape[1] + 1) ** 3).sum()
 
 
 class InceptionScore:
