@@ -22,7 +22,7 @@ folder = enable_compilation_cache()
 print(folder)
 import jax, jax.numpy as jnp
 jax.jit(lambda x: sum(jnp.sin(x @ x + i) @ x for i in range(40)))(jnp.ones((8, 8)))
-print(len(list(folder.iterdir())) if folder else None)
+print(len(list(folder.glob("jit__lambda*-cache"))) if folder else None)
 """
 
 

@@ -32,7 +32,6 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      workdir: of the run.
       keep_last: number of newest checkpoints that are kept.
       keep_best: number of checkpoints with the highest "psnr" that are kept, of those saved with metrics.
       keep_every: checkpoints whose step is a multiple of it are kept; 0: none.
@@ -172,13 +171,7 @@ def saved_shapes(path: storage.Path, item: str = "model") -> Any:
 
 
 def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
-    """Reads the `model` item onto the shapes and shardings of `target`.
-
-    Args:
-      path: folder of one checkpoint.
-      target: tree of jax.ShapeDtypeStruct.
-      partial: whether the checkpoint may have leaves that `target` lacks.
-    """
+    """Reads the `model` item onto the shapes and shardings of `target`; `partial` allows it more leaves than these."""
     if not partial:
         check_shapes(saved_shapes(path), target, path)
         return _read_item(path, "model", target)

@@ -1,4 +1,4 @@
-"""Images and charts of what a tokenizer does, as uint8 arrays."""
+"""Images and charts of a tokenizer, as uint8 arrays."""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -168,7 +168,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of what determines the meaning of a code: encoder, quantizer and their settings, not the decoder."""
+        """SHA-256 of encoder, quantizer and their settings, which determine the meaning of a code, not the decoder."""
         if self.config is None:
             raise DataError("a tokenizer without a config has no hash: pass config=, or load it from its folder")
         values = self.config.model_dump(mode="json")

@@ -38,16 +38,16 @@ def preflight(
         futures = [pool.submit(program) for program in plan.programs()]
         fits = futures[0].result().fits
         remaining = (0 if fits else 2) if count is None else count
-        others = []
+        compiled = []
         for other in _alternative_plans(plan, fits, devices):
             if other.argument_bytes() > target.memory:
-                others.append((other, None))
+                compiled.append((other, None))
             elif remaining:
                 remaining -= 1
-                others.append((other, pool.submit(other.compile_train)))
+                compiled.append((other, pool.submit(other.compile_train)))
         report = Report(
             target, plan.setup, config.train.steps, [future.result() for future in futures],
-            [(other.setup, future and future.result()) for other, future in others],
+            [(other.setup, future and future.result()) for other, future in compiled],
         )  # fmt: skip
     if json_path:
         report.save(json_path)

@@ -36,8 +36,8 @@ def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None
             return resumed
         damaged[step] = reasons[0]
     if only is not None:
-        others = [step for step in checkpoints.steps if step != only]
-        remedy = f"--step={others[-1]} evaluates another (available: {others})" if others else "it is the only one"
+        rest = [step for step in checkpoints.steps if step != only]
+        remedy = f"--step={rest[-1]} evaluates another (available: {rest})" if rest else "it is the only one"
         raise DamagedError(f"{damaged[only]}; {remedy}")
     if damaged:
         message = f"none of the checkpoints in {checkpoints.folder} can be read; use another --workdir to start again:"
