@@ -36,10 +36,7 @@ def page(trained):
 
 @pytest.fixture(scope="module")
 def loaded(page, files):
-    session = demo.Session()
-    for slot, name in enumerate("ab"):
-        session = page.load(session, slot, str(files / f"{name}.png"))
-    return session
+    return page.load(page.load(demo.Session(), 0, str(files / "a.png")), 1, str(files / "b.png"))
 
 
 def test_a_loaded_image_is_shown_with_its_codes(page, loaded, files):
@@ -85,14 +82,11 @@ def test_a_file_that_is_not_an_image_changes_only_the_message(page, loaded, file
     assert page.click(demo.Session(), 0, 0.5, 0.5, paste=False) == demo.Session()
 
 
-@pytest.mark.parametrize("port", [0, 99999])
-def test_an_invalid_port_is_an_error(port):
-    with pytest.raises(ConfigError) as error:
-        demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
-    assert (error.value.field, error.value.value) == ("--port", port)
-
-
-def test_without_gradio_the_error_names_the_extra(monkeypatch, page):
+def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, page):
+    for port in (0, 99999):
+        with pytest.raises(ConfigError) as error:
+            demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
+        assert (error.value.field, error.value.value) == ("--port", port)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ConfigError, match=r"vqrae-jax\[demo\]"):
         demo.build_blocks(page)

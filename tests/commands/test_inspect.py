@@ -40,22 +40,16 @@ def test_the_model_comes_first_and_nothing_twice(trained, tmp_path, capsys):
     order = [output.index(name) for name in ("model.grid", "metrics.eval/psnr", "config.train.steps", "protocol.crop")]
     assert order == sorted(order)
     assert "protocol.model" not in output
-
-
-def test_json_and_the_whole_config(trained, capsys):
-    run(trained, "--json", "--config")
+    run(workdir, "--json", "--config")
     assert json.loads(capsys.readouterr().out)["config"]["model"]["commitment_cost"] == 0.25
 
 
-def test_a_folder_whose_encoder_is_not_available_is_described_as_far_as_possible(untrained, tmp_path):
+def test_a_folder_without_its_encoder_is_described_as_far_as_possible_and_an_empty_one_is_an_error(untrained, tmp_path):
     folder = untrained().save_pretrained(tmp_path / "saved")
     file = folder / "config.json"
     file.write_text(file.read_text().replace(untrained().config.encoder_config_path, "/missing"))
     description = run(folder)
     assert "/missing" in description["encoder"]
     assert description["parameters"]["params/decoder"] > 0
-
-
-def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(CheckpointError):
         run(tmp_path)

@@ -34,9 +34,10 @@ def test_metrics_are_read_by_rising_steps_and_the_later_line_counts(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
-def test_the_command_plots_the_metrics_of_the_run(workdir, tmp_path, suffix, start, capsys):
+def test_the_command_plots_the_metrics_of_the_run(trained, tmp_path, suffix, start, capsys):
     output = tmp_path / "out" / f"curves{suffix}"
-    assert run(workdir, output) == ["loss", "validation PSNR (dB)"]
+    titles = run(trained, output)
+    assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(titles)
     assert output.read_bytes().startswith(start)
     assert suffix != ".png" or len(np.unique(images.read_image(output))) > 2
     assert capsys.readouterr().err == ""
@@ -52,10 +53,8 @@ def test_several_runs_share_a_chart(workdir, tmp_path):
 def test_another_suffix_and_a_run_without_metrics_are_errors(tmp_path):
     missing, empty = tmp_path / "missing", write(tmp_path / "run", ["{}"])
     for folder, output, field in (
-        (missing, "x.tiff", "--output"),
-        (missing, "x.png", "--workdir"),
-        (empty, "x.png", "--show"),
-    ):
+        (missing, "x.tiff", "--output"), (missing, "x.png", "--workdir"), (empty, "x.png", "--show"),
+    ):  # fmt: skip
         with pytest.raises(DataError) as error:
             run(folder, tmp_path / output)
         assert error.value.field == field
@@ -68,8 +67,3 @@ def test_a_pattern_without_a_match_is_reported_and_the_others_are_plotted(workdi
     assert "eval/psnr, loss/total" in message
     with pytest.raises(DataError, match="eval/psnr"):
         run(workdir, tmp_path / "x.png", "--show=wrong/*")
-
-
-def test_a_real_run_can_be_plotted(trained, tmp_path):
-    titles = run(trained, tmp_path / "x.png")
-    assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(titles)

@@ -1,13 +1,13 @@
+import io
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vqrae_jax import Tokenizer
-from vqrae_jax.commands import reconstruct
+from vqrae_jax.commands import command_line, reconstruct
 from vqrae_jax.data import images
 from vqrae_jax.errors import UserError
 
@@ -16,8 +16,8 @@ from vqrae_jax.errors import UserError
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for i, name in enumerate(("a.png", "ü b.jpg", "c.webp")):
-        images.write_image(folder / name, rng.integers(0, 255, (40 + i, 50, 3), np.uint8))
+    for i, name in enumerate(("a.png", "ü b.jpg", "c.webp", "d.avif")):
+        Image.fromarray(rng.integers(0, 255, (40 + i, 50, 3), np.uint8)).save(folder / name)
     (folder / "broken.png").write_bytes(b"not an image")
     return folder
 
@@ -40,23 +40,24 @@ def test_one_image(trained, folder, tmp_path, capsys):
 
 def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys):
     run(trained, "--image", folder, "--output", tmp_path / "all.jpg")
-    assert "skipped 1 unreadable" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "skipped 1 unreadable" in message
+    assert "broken.png" in message
     written = run(trained, "--image", folder, "--output", tmp_path / "many", "--only")
-    assert [path.name for path in written] == ["00000_a.png", "00001_c.png", "00002_ü b.png"]
+    assert [path.name for path in written] == ["00000_a.png", "00001_c.png", "00002_d.png", "00003_ü b.png"]
     assert images.read_image(written[0]).shape == (32, 32, 3)
 
 
-def test_a_name_that_is_not_utf_8(trained, tmp_path):
-    file = tmp_path / "caf\udce9.png"
+def test_a_name_that_is_not_utf_8(trained, tmp_path, monkeypatch):
+    file, report = tmp_path / "caf\udce9.png", tmp_path / "metrics.json"
     images.write_image(file, np.zeros((32, 32, 3), np.uint8))
-    report = tmp_path / "metrics.json"
-    arguments = [f"--checkpoint={trained}", f"--image={file}", f"--output={tmp_path}", f"--metrics={report}"]
-    process = subprocess.run(
-        [sys.executable, "-m", "vqrae_jax.commands.reconstruct", *arguments],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert rb"caf\udce9.png: PSNR" in process.stdout
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(command_line.runtime, "start", lambda: None)
+    arguments = [f"--image={file}", f"--output={tmp_path}", f"--metrics={report}"]
+    command_line.run(lambda: run(trained, *arguments))
+    output.flush()
+    assert rb"caf\udce9.png: PSNR" in output.buffer.getvalue()
     assert list(json.loads(report.read_text())["images"]) == [str(file)]
 
 

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.config import Config, from_dict
-from vqrae_jax.errors import ConfigError
 from vqrae_jax.pretrained import families, tables
 from vqrae_jax.pretrained.layout import file_shape, unstack_blocks
 from vqrae_jax.pretrained.released import ARCHITECTURES
@@ -147,19 +145,5 @@ def test_released_files_fill_the_model(part, published, table, entries):
 
 
 def test_every_config_is_valid():
-    names = {path.stem for path in CONFIGS.glob("*.py")}
-    assert names.issuperset(TRAINING)
-    for name in names:
-        load(name)
-
-
-@pytest.mark.parametrize("text", ["ViT-XL", "ViT-XL,", ",256", "ViT-XL,0", "ViT-XL,200", "ViT-XL,big"])
-def test_bad_decoder_and_size_raise(text):
-    with pytest.raises(ConfigError, match=re.escape(repr(text))):
-        load("dinov2_b", text)
-
-
-def test_size_without_a_released_decoder_raises():
-    with pytest.raises(ConfigError) as error:
-        load("rae_dinov2_b", "384")
-    assert (error.value.field, error.value.value) == ("--config", "384")
+    for path in CONFIGS.glob("*.py"):
+        load(path.stem)

@@ -10,10 +10,6 @@ def tokenizer(untrained):
     return untrained()
 
 
-def random_indices(tokenizer, seed):
-    return np.random.default_rng(seed).integers(0, tokenizer.codebook_size, tokenizer.code_shape)
-
-
 def test_paste_cuts_at_the_edge():
     target, source = np.zeros((4, 4), int), np.arange(1, 17).reshape(4, 4)
     pasted = editing.paste(target, source, (1, 0, 3, 3), (2, 2))
@@ -25,7 +21,7 @@ def test_paste_cuts_at_the_edge():
 @pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}, {"quantize_before_reshape": True}])
 def test_blend_begins_and_ends_with_its_images(untrained, fields):
     tokenizer = untrained(**fields)
-    first, second = random_indices(tokenizer, 0), random_indices(tokenizer, 1)
+    first, second = np.random.default_rng(0).integers(0, tokenizer.codebook_size, (2, *tokenizer.code_shape))
     steps = editing.blend(tokenizer, first, second, [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(steps[[0, 2]], [first, second])
     assert steps[1].shape == tokenizer.code_shape
@@ -35,19 +31,16 @@ def test_blend_begins_and_ends_with_its_images(untrained, fields):
 
 
 def test_middle_of_a_blend_is_the_code_nearest_to_the_mean(tokenizer):
-    first, second = random_indices(tokenizer, 0), random_indices(tokenizer, 1)
-    middle = editing.blend(tokenizer, first, second, [0.5])[0]
+    pair = np.random.default_rng(0).integers(0, 24, (2, 4, 4))
+    middle = editing.blend(tokenizer, *pair, [0.5])[0]
     table = np.concatenate([tokenizer.lookup(np.full((1, 4, 4), k))[:, 0, 0] for k in range(24)])
-    mean = (table[first] + table[second]) / 2
-    distance = ((mean[..., None, :] - table) ** 2).sum(-1)
+    distance = ((table[pair].mean(0)[..., None, :] - table) ** 2).sum(-1)
     chosen = np.take_along_axis(distance, middle[..., None], -1)[..., 0]
     np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_nearest_patches_are_ordered_without_the_patch_itself():
-    latents = np.zeros((2, 2, 2, 1))
-    latents[0, :, :, 0] = [[0, 5], [1, 9]]
-    latents[1, :, :, 0] = [[0, 7], [8, 6]]
+    latents = np.asarray([[[0, 5], [1, 9]], [[0, 7], [8, 6]]], float)[..., None]
     assert editing.nearest_patches(latents, (0, 0, 0), 3) == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert len(editing.nearest_patches(latents, (0, 0, 0), 99)) == 7
 
@@ -59,9 +52,9 @@ def test_decoded_patch_is_the_center_of_a_uniform_image(tokenizer):
 
 
 def test_indices_without_positions_are_refused(untrained, tokenizer):
-    with pytest.raises(DataError, match="positions"):
-        editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))
     with pytest.raises(DataError, match="several codes"):
         editing.decode_patches(untrained(quantizer="residual"), np.zeros(1, int))
     with pytest.raises(DataError, match="one image"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])
+    with pytest.raises(DataError, match="positions"):
+        editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))

@@ -25,25 +25,42 @@ def images():
     return np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
 
 
-def test_shapes_and_ranges(tokenizer, images):
+def test_shapes_ranges_and_properties(tokenizer, images):
+    assert (tokenizer.grid, tokenizer.downsampling, tokenizer.code_dtype) == (4, 8, np.uint16)
+    assert (tokenizer.bits_per_image, tokenizer.image_size) == (4 * 4 * 5, 32)
+    assert repr(tokenizer) == "Tokenizer(image_size=32, code_shape=(4, 4), codebook_size=32)"
     indices = tokenizer.encode_to_indices(images)
-    assert indices.shape == (3, tokenizer.grid, tokenizer.grid) == (3, 4, 4)
-    assert indices.dtype == np.int32
+    assert (indices.shape, indices.dtype) == ((3, *tokenizer.code_shape), np.int32) == ((3, 4, 4), np.int32)
     assert 0 <= indices.min() <= indices.max() < tokenizer.codebook_size == 32
     decoded = tokenizer.decode_from_indices(indices)
-    assert decoded.shape == (3, tokenizer.image_size, tokenizer.image_size, 3) == (3, 32, 32, 3)
+    assert decoded.shape == (3, 32, 32, 3)
     assert 0 <= decoded.min() <= decoded.max() <= 1
-    np.testing.assert_allclose(tokenizer.reconstruct(images), decoded, atol=1e-5)
+    np.testing.assert_array_equal(tokenizer.reconstruct(images), decoded)
+    np.testing.assert_array_equal(tokenizer.lookup(indices), tokenizer.encode(images))
     np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(images)), decoded, atol=1e-5)
+    assert tokenizer.encode_to_indices(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 4, 4)
+    assert tokenizer.decode_from_indices(np.zeros((0, 4, 4), np.int64)).shape == (0, 32, 32, 3)
+    stream = tokenizer.stream("encode_to_indices", iter([images[:2], images[1:]]))
+    for result, expected in zip(stream, (indices[:2], indices[1:]), strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
-def test_bytes_jax_arrays_and_other_sizes(tokenizer, images):
-    as_bytes = (images * 255).astype(np.uint8)
-    np.testing.assert_array_equal(
-        tokenizer.encode_to_indices(as_bytes), tokenizer.encode_to_indices(jnp.asarray(as_bytes) / 255)
-    )
-    assert tokenizer.encode_to_indices(np.zeros((2, 50, 40, 3), np.uint8)).shape == (2, 4, 4)
-    assert tokenizer.encode_to_indices(jnp.zeros((1, 32, 32, 3), jnp.bfloat16)).shape == (1, 4, 4)
+def test_images_of_any_kind_and_size(tokenizer, images):
+    encode, same = tokenizer.encode_to_indices, np.testing.assert_array_equal
+    as_bytes, rng = (images * 255).astype(np.uint8), np.random.default_rng(1)
+    same(encode(as_bytes), encode(jnp.asarray(as_bytes) / 255))
+    assert encode(np.zeros((2, 50, 40, 3), np.uint8)).shape == (2, 4, 4)
+    assert encode(jnp.zeros((1, 32, 32, 3), jnp.bfloat16)).shape == (1, 4, 4)
+    arrays = [rng.integers(0, 256, size, np.uint8) for size in ((32, 32, 3), (70, 50, 3), (20, 41, 3))]
+    expected = encode(np.stack([image_files.center_crop(x, 32) for x in arrays]))
+    pil = [Image.fromarray(x) for x in arrays]
+    for mixed in (arrays, pil, [pil[0], arrays[1], jnp.asarray(arrays[2])]):
+        same(encode(mixed), expected)
+    same(encode(pil[1]), expected[1:2])
+    gray = arrays[0][..., 0]
+    same(encode(Image.fromarray(gray)), encode(gray[None, ..., None].repeat(3, -1)))
+    with pytest.raises(DataError, match=r"images\[1\].*\(32, 32\)"):
+        encode([arrays[0], gray])
 
 
 @pytest.fixture
@@ -90,79 +107,37 @@ def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
 
 
 @pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "model": 2, "slices": 2}], ids=["one", "slices"])
-def test_on_a_mesh(trained, images, mesh):
+def test_on_a_mesh(tokenizer, trained, images, mesh):
     mesh = sharding.make_mesh(**mesh)
-    one, sharded = Tokenizer.load(trained), Tokenizer.load(trained, mesh=mesh)
-    np.testing.assert_array_equal(sharded.encode_to_indices(images), one.encode_to_indices(images))
-    np.testing.assert_allclose(sharded.reconstruct(images), one.reconstruct(images), atol=1e-5)
-    assert sharded.hash == one.hash
+    sharded = Tokenizer.load(trained, mesh=mesh)
+    np.testing.assert_array_equal(sharded.encode_to_indices(images), tokenizer.encode_to_indices(images))
+    np.testing.assert_allclose(sharded.reconstruct(images), tokenizer.reconstruct(images), atol=1e-5)
+    assert sharded.hash == tokenizer.hash
     with pytest.raises(ConfigError, match=r"batch_size=6: .* 4"):
         Tokenizer.load(trained, mesh=mesh, batch_size=6)
 
 
-def test_reconstruct_decodes_the_indices(tokenizer, images):
-    indices = tokenizer.encode_to_indices(images)
-    np.testing.assert_array_equal(tokenizer.reconstruct(images), tokenizer.decode_from_indices(indices))
-    np.testing.assert_array_equal(tokenizer.lookup(indices), tokenizer.encode(images))
-
-
-def test_properties(tokenizer):
-    assert (tokenizer.grid, tokenizer.downsampling, tokenizer.codebook_size) == (4, 8, 32)
-    assert tokenizer.bits_per_image == 4 * 4 * 5
-    assert tokenizer.code_shape == (4, 4)
-    assert tokenizer.code_dtype == np.uint16
-    assert repr(tokenizer) == "Tokenizer(image_size=32, code_shape=(4, 4), codebook_size=32)"
-
-
-def test_pil_images_and_lists_of_any_sizes(tokenizer):
-    rng = np.random.default_rng(1)
-    arrays = [rng.integers(0, 256, size, np.uint8) for size in ((32, 32, 3), (70, 50, 3), (20, 41, 3))]
-    expected = tokenizer.encode_to_indices(np.stack([image_files.center_crop(x, 32) for x in arrays]))
-    pil = [Image.fromarray(x) for x in arrays]
-    np.testing.assert_array_equal(tokenizer.encode_to_indices(arrays), expected)
-    np.testing.assert_array_equal(tokenizer.encode_to_indices(pil), expected)
-    np.testing.assert_array_equal(tokenizer.encode_to_indices([pil[0], arrays[1], jnp.asarray(arrays[2])]), expected)
-    np.testing.assert_array_equal(tokenizer.encode_to_indices(pil[1]), expected[1:2])
-    gray = Image.fromarray(arrays[0][..., 0])
-    np.testing.assert_array_equal(
-        tokenizer.encode_to_indices(gray), tokenizer.encode_to_indices(arrays[0][None, ..., :1].repeat(3, -1))
-    )
-    with pytest.raises(DataError, match=r"images\[1\].*\(32, 32\)"):
-        tokenizer.encode_to_indices([arrays[0], arrays[0][..., 0]])
-
-
 def test_pytorch_tensors(tokenizer, images):
     torch = pytest.importorskip("torch")
-    tensor, expected = torch.tensor(images), tokenizer.encode_to_indices(images)
-    assert tensor.dtype == torch.float32
-    np.testing.assert_array_equal(tokenizer.encode_to_indices(tensor.requires_grad_()), expected)
-    np.testing.assert_array_equal(tokenizer.encode_to_indices(list(tensor)), expected)
-    np.testing.assert_array_equal(tokenizer.decode_from_indices(torch.tensor(expected)), tokenizer.reconstruct(images))
-    latents = torch.tensor(tokenizer.encode(images), requires_grad=True)
-    np.testing.assert_array_equal(tokenizer.decode(latents), tokenizer.decode(tokenizer.encode(images)))
+    encode, same = tokenizer.encode_to_indices, np.testing.assert_array_equal
+    tensor, expected = torch.tensor(images), encode(images)
+    same(encode(tensor.requires_grad_()), expected)
+    same(encode(list(tensor)), expected)
+    same(tokenizer.decode_from_indices(torch.tensor(expected)), tokenizer.reconstruct(images))
+    latents = tokenizer.encode(images)
+    same(tokenizer.decode(torch.tensor(latents, requires_grad=True)), tokenizer.decode(latents))
     rounded = tensor.bfloat16()
-    np.testing.assert_array_equal(
-        tokenizer.encode_to_indices(rounded), tokenizer.encode_to_indices(rounded.detach().float().numpy())
-    )
+    same(encode(rounded), encode(rounded.detach().float().numpy()))
 
 
-def test_fit_model_leaves_the_resize_to_the_encoder(trained):
-    tokenizer, images = Tokenizer.load(trained, fit="model"), np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
+def test_fit_model_and_jax_output(trained):
+    tokenizer = Tokenizer.load(trained, fit="model", output="jax")
+    images = np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
     direct = tokenizer.function("encode_to_indices")(tokenizer.variables, images.astype(np.float32))
     np.testing.assert_array_equal(tokenizer.encode_to_indices(images), direct)
+    assert isinstance(tokenizer.encode_to_indices(images), jax.Array)
     with pytest.raises(DataError, match="one size"):
         tokenizer.encode_to_indices([images[0], images[0, 1:]])
-
-
-def test_empty_batches(tokenizer):
-    assert tokenizer.encode_to_indices(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 4, 4)
-    assert tokenizer.decode_from_indices(np.zeros((0, 4, 4), np.int64)).shape == (0, 32, 32, 3)
-
-
-def test_jax_output_stays_on_the_device(trained, images):
-    tokenizer = Tokenizer.load(trained, output="jax")
-    assert isinstance(tokenizer.reconstruct(images), jax.Array)
-    assert tokenizer.reconstruct(images).shape == (3, 32, 32, 3)
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -174,12 +149,6 @@ def test_invalid_option_is_refused_before_anything_is_read(field, value):
     with pytest.raises(ConfigError) as caught:
         Tokenizer.load("missing folder", **{field: value})
     assert (caught.value.field, caught.value.value) == (field, value)
-
-
-def test_stream_equals_single_calls(tokenizer, images):
-    batches = [images[:2], images[1:]]
-    for result, batch in zip(tokenizer.stream("encode_to_indices", iter(batches)), batches, strict=True):
-        np.testing.assert_array_equal(result, tokenizer.encode_to_indices(batch))
 
 
 def test_pure_functions(tokenizer, images):
@@ -214,27 +183,21 @@ def test_saved_and_loaded(tokenizer, images, tmp_path):
 
 
 def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):
-    def changed(part):
-        params = dict(tokenizer.trained["params"])
-        if part == "codes":
-            stats = jax.tree.map(lambda x: x + 1, tokenizer.trained["batch_stats"])
-            return Tokenizer(tokenizer.module, {"params": params, "batch_stats": stats}, tokenizer.config).hash
-        params[part] = jax.tree.map(lambda x: x + 1, params[part])
-        return Tokenizer(tokenizer.module, {**tokenizer.trained, "params": params}, tokenizer.config).hash
+    shifted = jax.tree.map(lambda x: x + 1, tokenizer.trained)
 
-    assert changed("decoder") == tokenizer.hash
-    assert changed("encoder") != tokenizer.hash
-    assert changed("codes") != tokenizer.hash
+    def changed(collection, part):
+        variables = {**tokenizer.trained, collection: {**tokenizer.trained[collection]}}
+        variables[collection][part] = shifted[collection][part]
+        return Tokenizer(tokenizer.module, variables, tokenizer.config).hash
+
+    assert changed("params", "decoder") == tokenizer.hash
+    assert changed("params", "encoder") != tokenizer.hash
+    assert changed("batch_stats", "quantizer") != tokenizer.hash
     with pytest.raises(DataError, match="config="):
         _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
 
 
-def test_damaged_or_missing_tokenizer(tokenizer, tmp_path):
-    folder = tokenizer.save_pretrained(tmp_path / "cut")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])  # an interrupted download
-    with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        Tokenizer.load(folder)
+def test_missing_tokenizer(tmp_path):
     with pytest.raises(WeightsError, match=r"--checkpoint='nobody/nothing'"):
         Tokenizer.load("nobody/nothing")
     with pytest.raises(CheckpointError, match="missing"):

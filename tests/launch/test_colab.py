@@ -36,13 +36,13 @@ def run(parameters, folder):
 
 @pytest.mark.parametrize("start", ["tokenizer", pytest.param("training", marks=pytest.mark.slow)])
 def test_it_runs_from_top_to_bottom(trained, tmp_path, start):
-    trained_here = {"STEPS": 8, "WORKDIR": str(tmp_path / "run")}
-    notebook = run({"TOKENIZER": str(trained)} if start == "tokenizer" else trained_here, NOTEBOOK.parent)
+    training = {"STEPS": 8, "WORKDIR": str(tmp_path / "run")}
+    notebook = run({"TOKENIZER": str(trained)} if start == "tokenizer" else training, NOTEBOOK.parent)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     printed = "".join(output.get("text", "") for output in outputs)
     assert "bits per image" in printed
-    assert len(re.findall(r"images per second", printed)) == 4
+    assert printed.count("images per second") == 4
 
 
 def test_outside_a_checkout_it_needs_the_repository(tmp_path):

@@ -106,15 +106,14 @@ def test_invalid_request_exits_with_2_before_anything_runs(script, variables, na
     assert "+ " not in process.stderr
 
 
-def test_create_uses_the_runtime_of_the_generation():
-    runtimes = {
-        "v4-32": "tpu-ubuntu2204-base", "v5litepod-256": "v2-alpha-tpuv5-lite", "v5p-128": "v2-alpha-tpuv5",
-        "v6e-64": "v2-alpha-tpuv6e",
-    }  # fmt: skip
-    for kind, runtime in runtimes.items():
-        (command,) = commands(launch("tpu/create.sh", **POD | {"TYPE": kind, "SPOT": "1"}))
-        assert command.startswith("gcloud compute tpus queued-resources create pod --project=p --zone=us-west4-a")
-        assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot"} <= set(command.split())
+@pytest.mark.parametrize(("kind", "runtime"), [
+    ("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-256", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"),
+    ("v6e-64", "v2-alpha-tpuv6e"),
+])  # fmt: skip
+def test_create_uses_the_runtime_of_the_generation(kind, runtime):
+    (command,) = commands(launch("tpu/create.sh", **POD | {"TYPE": kind, "SPOT": "1"}))
+    assert command.startswith("gcloud compute tpus queued-resources create pod --project=p --zone=us-west4-a")
+    assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot"} <= set(command.split())
 
 
 def test_watch_and_delete_print_all_commands():
@@ -178,17 +177,27 @@ def test_watch_repeats_only_what_can_succeed(fake, gcloud, code, steps):
 
 
 @PLATFORMS
-def test_jobset_restarts_unless_the_exit_code_is_2(kind, size):
-    process = launch("gke/submit.sh", kind, **JOB, **size, RESTARTS="7")
+def test_jobset_restarts_unless_the_exit_code_is_2_and_passes_arguments_unchanged(kind, size):
+    arguments = [
+        "--config.data.path=gs://b/train", '--config.evaluation.metrics=("lpips",)', "--profile_steps", "10:13",
+        "--config.data.name=a b: 'c' \\d {e}", "two\nlines", "$(INDEX) ${HOME} $$ #",
+    ]  # fmt: skip
+    process = launch("gke/submit.sh", kind, *arguments, **JOB, **size, RESTARTS="7")
     job, policy = parse_job(process), yaml.safe_load(process.stdout)["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    (rule,) = job["podFailurePolicy"]["rules"]
-    (container,) = job["template"]["spec"]["containers"]
+    (rule,), pod = job["podFailurePolicy"]["rules"], job["template"]["spec"]
+    (container,) = pod["containers"]
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
-    assert job["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes requires it for this policy
+    assert pod["restartPolicy"] == "Never"  # Kubernetes requires it for this policy
+    passed = container["args"][-len(arguments) :]
+    assert [argument.replace("$$", "$") for argument in passed] == arguments  # as Kubernetes does
+    assert "$$(INDEX)" in passed[-1]
+    # Worker processes need shared memory: by default it has 64 MB, and a process that writes more is killed.
+    (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    assert {"name": name, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 
 
 @pytest.mark.parametrize(
@@ -199,42 +208,19 @@ def test_jobset_of_a_slice_has_a_pod_per_host(topology, hosts, chips):
     assert commands(process) == ["kubectl apply -f -"]
     job = parse_job(process)
     pod = job["template"]["spec"]
+    (container,) = pod["containers"]
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
-    assert pod["containers"][0]["args"] == RUN
+    assert (container["resources"]["limits"], container["args"]) == ({"google.com/tpu": chips}, RUN)
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
-def test_jobset_of_gpus_names_the_coordinator():
+def test_jobset_of_gpus_names_the_coordinator_and_goes_to_kubectl(fake):
     job = parse_job(launch("gke/submit.sh", "gpu", **JOB, NODES="4"))
     arguments = job["template"]["spec"]["containers"][0]["args"]
     assert arguments == [*RUN, "--coordinator=pod-node-0-0.pod:12345", "--processes=4", "--process=$(INDEX)"]
-
-
-@PLATFORMS
-def test_arguments_of_the_training_are_passed_unchanged(kind, size):
-    arguments = [
-        "--config.data.path=gs://b/train", '--config.evaluation.metrics=("lpips",)', "--profile_steps", "10:13",
-        "--config.data.name=a b: 'c' \\d {e}", "two\nlines", "$(INDEX) ${HOME} $$ #",
-    ]  # fmt: skip
-    job = parse_job(launch("gke/submit.sh", kind, *arguments, **JOB, **size))
-    passed = job["template"]["spec"]["containers"][0]["args"][-len(arguments) :]
-    assert [argument.replace("$$", "$") for argument in passed] == arguments  # as Kubernetes does
-    assert "$$(INDEX)" in passed[-1]
-
-
-@PLATFORMS
-def test_pods_have_shared_memory_for_worker_processes(kind, size):
-    pod = parse_job(launch("gke/submit.sh", kind, **JOB, **size))["template"]["spec"]
-    (container,) = pod["containers"]  # has 64 MB by default, and a process that writes more is killed
-    (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
-    assert {"name": name, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
-
-
-def test_submit_passes_the_jobset_to_kubectl(fake):
     path = fake("kubectl", 'cat > "$(dirname "$CALLS")/jobset"')
-    assert launch("gke/submit.sh", "tpu", dry=False, PATH=path, **JOB, TOPOLOGY="4x4").returncode == 0
+    assert launch("gke/submit.sh", "gpu", dry=False, PATH=path, **JOB, NODES="4").returncode == 0
     assert fake.calls() == ["kubectl apply -f -"]
 
 
@@ -257,11 +243,9 @@ def test_slurm_saves_and_requeues_at_the_time_limit(fake):
 
 
 def test_local_processes_share_one_run():
-    run = ["--config=c", "--workdir=w"]
-    command = "exec python -m vqrae_jax.main --config=c --workdir=w"
-    assert commands(launch("local.sh", *run)) == [command]
-    several = sorted(commands(launch("local.sh", *run, PROCESSES="2")))
-    assert several == [f"{command} --coordinator=localhost:12345 --processes=2 --process={i}" for i in range(2)]
+    several = sorted(commands(launch("local.sh", "--config=c", "--workdir=w", PROCESSES="2")))
+    command = "exec python -m vqrae_jax.main --config=c --workdir=w --coordinator=localhost:12345 --processes=2"
+    assert several == [f"{command} --process={i}" for i in range(2)]
 
 
 @pytest.mark.parametrize("run", ["--config=c --workdir=w", "--config c --workdir w", "-config=c -workdir w"])
