@@ -1,7 +1,7 @@
 """The model card (README.md) of a saved tokenizer."""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +10,6 @@ from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation.metrics import psnr
 from vqrae_jax.inference.inputs import FittedImages
-
-if TYPE_CHECKING:
-    from vqrae_jax.inference.tokenizer import Tokenizer
 
 IMAGE = "reconstructions.png"
 MAX_SHOWN = 8  # images in IMAGE
@@ -41,7 +38,7 @@ images = tokenizer.{decode}({codes})  # [B, {size}, {size}, 3] in [0, 1]
 """
 
 
-def write_card(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: FittedImages | None = None) -> None:
+def write_card(tokenizer: Any, folder: pathlib.Path, name: str, images: FittedImages | None = None) -> None:
     """Writes README.md to `folder`, and with `images` a figure of their reconstructions and metrics on them.
 
     `name` is the path or hub id that the example loads.
@@ -67,7 +64,7 @@ def write_card(tokenizer: "Tokenizer", folder: pathlib.Path, name: str, images: 
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _describe(tokenizer: "Tokenizer") -> list[tuple[str, Any]]:
+def _describe(tokenizer: Any) -> list[tuple[str, Any]]:
     config, provenance, grid = tokenizer.config, tokenizer.provenance, tokenizer.grid
     rows: list[tuple[str, Any]] = [("quantizer", config.quantizer), ("grid", f"{grid} x {grid}")]
     if tokenizer.has_codes:
@@ -78,7 +75,7 @@ def _describe(tokenizer: "Tokenizer") -> list[tuple[str, Any]]:
     return rows + [(key, f"{value:.4g}") for key, value in provenance.get("metrics", {}).items()]
 
 
-def _write_figure(tokenizer: "Tokenizer", folder: pathlib.Path, images: FittedImages) -> list[tuple[str, Any]]:
+def _write_figure(tokenizer: Any, folder: pathlib.Path, images: FittedImages) -> list[tuple[str, Any]]:
     """Plots the first images; returns metrics on all of them."""
     originals = images[:]
     if originals.dtype != np.uint8:
