@@ -20,10 +20,14 @@ def shapes():
     config = ModelConfig(encoder_config_path=None, decoder_config_path="ViT-XL", encoder_params={"architecture": {
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 14, "image_size": 518,
     }})  # fmt: skip
-    return variable_shapes(build_tokenizer(config))
+    built = build_tokenizer(config)
+    assert built.image_size == 256
+    return variable_shapes(built)
 
 
 def test_every_large_leaf_has_a_rule(shapes):
+    assert shapes["batch_stats"]["quantizer"]["codebook"].shape == (8192, 768)
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"]["decoder"])) > 4e8
     assert sharding.unmatched(shapes, min_size=1024) == []
     assert sharding.unmatched({"new_module": {"weights": jnp.zeros(2048)}}, 1024) == ["new_module/weights"]
 
@@ -70,25 +74,15 @@ def test_leaves_that_fsdp_cannot_split():
     assert sharding.left_whole(placed, sharding.make_mesh(1, 8), size) == {}
 
 
-@pytest.mark.parametrize(
-    ("sizes", "field", "value"),
-    [
-        ({"model": 3}, "mesh.model", 3),
-        ({"data": 3, "model": 2}, "mesh.data", 3),
-        ({"slices": 3}, "mesh.slices", 3),
-    ],
-)
-def test_a_mesh_that_does_not_fit_the_devices(sizes, field, value):
-    with pytest.raises(ConfigError, match=" 8") as error:
-        sharding.make_mesh(**sizes)
-    assert (error.value.field, error.value.value) == (field, value)
-
-
-@pytest.mark.parametrize(("batch", "accumulate", "slices"), [(10, 2, 1), (6, 1, 2)])
-def test_a_batch_that_does_not_divide(batch, accumulate, slices):
-    with pytest.raises(ConfigError) as error:
-        sharding.check_batch(batch, accumulate, sharding.make_mesh(-1, 2, slices=slices), "data.eval_batch_size")
-    assert (error.value.field, error.value.value) == ("data.eval_batch_size", batch)
+def test_a_mesh_or_a_batch_that_does_not_fit_the_devices():
+    for field, sizes in (("model", {"model": 3}), ("data", {"data": 3, "model": 2}), ("slices", {"slices": 3})):
+        with pytest.raises(ConfigError, match=" 8") as error:
+            sharding.make_mesh(**sizes)
+        assert (error.value.field, error.value.value) == (f"mesh.{field}", 3)
+    for batch, accumulate, slices in ((10, 2, 1), (6, 1, 2)):
+        with pytest.raises(ConfigError) as error:
+            sharding.check_batch(batch, accumulate, sharding.make_mesh(-1, 2, slices=slices), "data.batch_size")
+        assert (error.value.field, error.value.value) == ("data.batch_size", batch)
 
 
 def test_slices_split_batches_and_nothing_else(shapes):

@@ -65,12 +65,11 @@ def test_pytorch_computes_the_same(stage, capsys):
 
 def test_difference_is_relative_and_a_share_for_indices():
     ours = {"indices": np.array([1.0, 2, 3]), "loss": np.array([0.5])}
-    assert speed.compute_difference(ours, ours) == 0
-    assert speed.compute_difference(ours, {"indices": np.array([1.0, 2, 4])}) == pytest.approx(1 / 3)
-    assert speed.compute_difference(ours, {"loss": np.array([0.25])}) == pytest.approx(1.0)
+    for theirs, expected in ((ours, 0), ({"indices": np.array([1.0, 2, 4])}, 1 / 3), ({"loss": np.array([0.25])}, 1)):
+        assert speed.compute_difference(ours, theirs) == pytest.approx(expected)
 
 
-def test_errors_of_the_pytorch_process_are_reported(tmp_path, capsys):
+def test_invalid_arguments_and_errors_of_the_pytorch_process_are_reported(tmp_path, capsys):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -81,9 +80,6 @@ def test_errors_of_the_pytorch_process_are_reported(tmp_path, capsys):
         benchmark.main(arguments)
     assert exit_info.value.code == 1
     assert "No module named torch" in capsys.readouterr().err
-
-
-def test_invalid_arguments_are_rejected():
     with pytest.raises(SystemExit):
         benchmark.main(["encode"])
     with pytest.raises(ConfigError) as error:

@@ -17,21 +17,18 @@ from vqrae_jax.models.perceptual import LPIPS
 CLS = [[-0.46199018, 1.7107866, 0.29818735, 0.07764289], [-0.63822585, 0.8279656, 0.41295925, 0.49820557]]
 
 
-def encoder_features(golden, name, pool, images):
-    settings = {"encoder_path": str(golden / "encoders" / name), "encoder_input_size": 56, "encoder_pool": pool}
-    nets = judges.load_metric_networks(EvaluationConfig(**settings), ("encoder",))
-    return jax.jit(nets.features)(nets.params, images)["encoder"]
-
-
 def test_encoder_features_equal_pytorch(golden, assert_close):
-    io = np.load(golden / "encoders" / "dinov2_with_registers" / "io.npz")
-    mean = encoder_features(golden, "dinov2_with_registers", "mean", io["images_56"])
-    assert_close(mean, io["features_affine_56"].mean(1), 1e-5)
-    cls = encoder_features(golden, "dinov2_with_registers", "cls", io["images_56"])
-    assert_close(cls[:, :4], np.array(CLS), 1e-5)
+    folder = golden / "encoders" / "dinov2_with_registers"
+    io = np.load(folder / "io.npz")
+    for pool, expected in (("mean", io["features_affine_56"].mean(1)), ("cls", np.array(CLS))):
+        settings = EvaluationConfig(encoder_path=str(folder), encoder_input_size=56, encoder_pool=pool)
+        nets = judges.load_metric_networks(settings, ("encoder",))
+        features = jax.jit(nets.features)(nets.params, io["images_56"])["encoder"]
+        assert_close(features[:, : expected.shape[1]], expected, 1e-5, pool)
 
 
 def test_results_of_the_metric_networks():
+    """Reconstructions are rounded to bytes."""
     modules = {"lpips": LPIPS(), "inception": Inception()}
     image = jax.ShapeDtypeStruct((3, 64, 48, 3), np.float32)
     params = {"lpips": jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]}
@@ -41,9 +38,6 @@ def test_results_of_the_metric_networks():
         "lpips": (3,), "inception/image": (3, 2048), "inception/reconstruction": (3, 2048),
         "scores/reconstruction": (3, 1008),
     }  # fmt: skip
-
-
-def test_reconstructions_are_rounded_to_bytes():
     image = jnp.array([-0.3, 0.1, 0.5, 2.0]).reshape(1, 4, 1, 1).repeat(3, -1)
     np.testing.assert_allclose(judges.to_bytes(image)[0, :, 0, 0] * 255, [0, 26, 128, 255])
 
@@ -64,22 +58,19 @@ def test_missing_weights_name_the_field_and_the_metric_to_leave_out(metric, sett
     assert f"'{metric}' out of evaluation.metrics" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
-        ({"encoder_cls": "SigLIP2wNorm", "encoder_path": "siglip"}, "evaluation.encoder_pool"),  # has no class token
-        ({"encoder_path": "dinov2", "encoder_input_size": 30}, "evaluation.encoder_input_size"),
-        ({"encoder_path": "siglip"}, "evaluation.encoder_cls"),
-    ],
-)
-def test_an_encoder_that_does_not_fit_is_named_by_the_fields_of_evaluation(golden, settings, field):
-    settings = settings | {"encoder_path": str(golden / "encoders" / settings["encoder_path"])}
-    with pytest.raises(ConfigError) as error:
-        judges.load_metric_networks(EvaluationConfig(**settings), ("encoder",))
-    assert error.value.field == field
+def test_an_encoder_that_does_not_fit_is_named_by_the_fields_of_evaluation(golden):
+    for encoder, settings, field in (
+        ("siglip", {"encoder_cls": "SigLIP2wNorm"}, "encoder_pool"),  # has no class token
+        ("dinov2", {"encoder_input_size": 30}, "encoder_input_size"),
+        ("siglip", {}, "encoder_cls"),
+    ):
+        settings = EvaluationConfig(encoder_path=str(golden / "encoders" / encoder), **settings)
+        with pytest.raises(ConfigError) as error:
+            judges.load_metric_networks(settings, ("encoder",))
+        assert error.value.field == f"evaluation.{field}"
 
 
-def test_reference_files_round_trip(tmp_path):
+def test_reference_files_round_trip_and_others_are_refused(tmp_path):
     path, gaussian = tmp_path / "new" / "reference.npz", Gaussian(np.arange(3.0), np.eye(3), 7)
     reference.write_reference(path, gaussian)
     again = reference.read_reference(path, 3, "evaluation.inception_reference")
@@ -87,9 +78,6 @@ def test_reference_files_round_trip(tmp_path):
     assert again.digest() == gaussian.digest()
     np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=np.zeros(2))  # the format of ADM
     assert reference.read_reference(path, 3, "evaluation.inception_reference").count is None
-
-
-def test_references_that_do_not_fit(tmp_path):
     files = {
         "another network": {"mu": np.zeros(4), "sigma": np.eye(4)}, "other names": {"mean": np.zeros(3)},
         "not finite": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},

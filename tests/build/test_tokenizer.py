@@ -21,7 +21,7 @@ def random_encoder(**changes):
 
 def pretrained_encoder(golden, **changes):
     folder = str(golden / "encoders" / "dinov2_with_registers")
-    return random_encoder(**{"encoder_config_path": folder, "encoder_params": {}, "encoder_input_size": 56} | changes)
+    return random_encoder(encoder_config_path=folder, encoder_params={}, encoder_input_size=56, **changes)
 
 
 def test_pretrained_parts_are_read_and_the_others_are_random(golden):
@@ -33,7 +33,7 @@ def test_pretrained_parts_are_read_and_the_others_are_random(golden):
     jax.tree.map(np.testing.assert_array_equal, again["decoder"], params["decoder"])
 
 
-def test_a_setting_that_does_not_fit_is_named():
+def test_a_setting_that_does_not_fit_and_a_description_that_cannot_be_read_are_named(golden):
     for changes, field, message in (
         ({"encoder_input_size": 30}, "encoder_input_size", "24 and 32"),
         ({"encoder_params": {}}, "encoder_params.architecture", "hidden_size"),
@@ -46,9 +46,6 @@ def test_a_setting_that_does_not_fit_is_named():
         with pytest.raises(ConfigError, match=message) as error:
             build_tokenizer(random_encoder(**changes))
         assert error.value.field == f"model.{field}"
-
-
-def test_a_description_that_cannot_be_read_is_named():
     for changes, message in (
         ({"encoder_params": {"architecture": ARCHITECTURE | {"num_attention_heads": 7}}}, "num_attention_heads=7"),
         ({"encoder_params": {"architecture": ARCHITECTURE | {"num_hidden_layers": 0}}}, "num_hidden_layers"),
@@ -58,6 +55,9 @@ def test_a_description_that_cannot_be_read_is_named():
     ):
         with pytest.raises(WeightsError, match=message):
             build_tokenizer(random_encoder(**changes))
+    with pytest.raises(ConfigError, match=r"model\.encoder_cls='Dinov2withNorm'$") as error:
+        build_tokenizer(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
+    assert (error.value.field, error.value.value) == ("model.encoder_cls", "SigLIP2wNorm")
 
 
 def test_latent_statistics_must_fit_the_latent(tmp_path):
@@ -98,7 +98,7 @@ def test_whitening_uses_the_principal_axes_of_the_file(tmp_path):
         quantizer(moments | axes | {"pca_var": np.ones(5, np.float32)}, **params)
 
 
-def test_a_decoder_config_that_does_not_fit(tmp_path):
+def test_a_decoder_config_that_does_not_fit_is_named(tmp_path):
     fields = {"decoder_hidden_size": 30, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({**fields, "decoder_intermediate_size": 8}))
     with pytest.raises(ConfigError, match=r"decoder_hidden_size=30 .* decoder_num_attention_heads=4"):
@@ -106,12 +106,6 @@ def test_a_decoder_config_that_does_not_fit(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="lacks decoder_intermediate_size"):
         build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
-
-
-def test_another_family_is_refused(golden):
-    with pytest.raises(ConfigError, match=r"model\.encoder_cls='Dinov2withNorm'$") as error:
-        build_tokenizer(pretrained_encoder(golden, encoder_cls="SigLIP2wNorm"))
-    assert (error.value.field, error.value.value) == ("model.encoder_cls", "SigLIP2wNorm")
 
 
 def test_bfloat16_keeps_parameters_losses_and_gradients_in_float32():

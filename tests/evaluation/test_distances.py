@@ -44,27 +44,21 @@ def test_frechet_distance_with_fewer_samples_than_dimensions():
 
 def test_kernel_distance_is_unbiased(monkeypatch):
     x, y = gaussian(0, 7, 5), gaussian(1, 9, 5) + 1
-
-    def kernel(a, b):
-        return (a @ b.T / 5 + 1) ** 3
-
-    within = sum(kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y))
-    expected = within - 2 * kernel(x, y).mean()
+    within = sum(((a @ a.T / 5 + 1) ** 3)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y))
+    expected = within - 2 * ((x @ y.T / 5 + 1) ** 3).mean()
     assert kernel_distance(x, y) == pytest.approx(expected)
     monkeypatch.setattr("vqrae_jax.evaluation.distances.BLOCK", 2)
     assert kernel_distance(x, y) == pytest.approx(expected)
 
 
-def test_inception_score_of_certain_predictions_is_the_number_of_classes():
+def test_inception_score_equals_its_definition():
+    """It is the number of classes for certain predictions."""
     certain, uncertain = InceptionScore(splits=2), InceptionScore(splits=1)
     for part in np.split(np.arange(20), 4):
         certain.add(np.eye(5)[part // 4] * 100, part)
     uncertain.add(np.zeros((8, 5)), np.arange(8))
     assert certain.result() == pytest.approx((5, 0))
     assert uncertain.result() == pytest.approx((1, 0))
-
-
-def test_inception_score_equals_its_definition():
     logits = np.random.default_rng(0).normal(size=(30, 6)) * 2
     score = InceptionScore(splits=3)
     score.add(logits[11:], np.arange(11, 30))
@@ -81,10 +75,6 @@ def test_linear_probe_finds_linear_classes_only():
     assert linear_probe(features, labels)["accuracy"] > 0.9
     assert linear_probe(rng.normal(size=(400, 10)), labels)["accuracy"] < 0.4
     assert linear_probe(features, labels) == linear_probe(features * 1000 + 5, labels)
-
-
-def test_linear_probe_with_more_features_than_images():
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1], 20)
+    labels = np.repeat([0, 1], 20)  # more features than images
     features = rng.normal(size=(40, 100)) + 2 * labels[:, None]
     assert linear_probe(features, labels)["accuracy"] == 1

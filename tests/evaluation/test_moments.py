@@ -24,8 +24,7 @@ def moments_of(batches, diagonal=False):
     return moments
 
 
-@pytest.mark.parametrize("batch", [1, 7, 256, 10_000])
-@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize(("batch", "shards"), [(1, 3), (7, 8), (256, 1), (256, 3), (10_000, 1)])
 def test_any_split_equals_numpy(rows, batch, shards):
     total = Moments()
     for shard in (rows[i::shards] for i in range(shards)):
@@ -39,8 +38,7 @@ def test_any_split_equals_numpy(rows, batch, shards):
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
 def test_rows_on_a_mesh_are_read_once_each(rows, mesh):
     """Devices along "model" hold the same rows."""
-    data, model, slices = mesh
-    placement = sharding.over_data(sharding.make_mesh(data, model, slices=slices))
+    placement = sharding.over_data(sharding.make_mesh(*mesh[:2], slices=mesh[2]))
     moments = moments_of(sharding.own_rows(jax.device_put(batch, placement)) for batch in np.split(rows, 10))
     assert moments.count == 10_000
     expected = np.cov(rows.astype(np.float64), rowvar=False)

@@ -11,16 +11,12 @@ K = 7
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_nothing_is_hidden_at_the_start_and_everything_at_the_end(schedule):
-    time = jnp.linspace(0, 1, 101)
-    share = masking.hidden_share(time, schedule)
+def test_masked_rows_follow_the_schedule(schedule):
+    """Nothing is hidden at the start, and everything at the end."""
+    share = masking.hidden_share(jnp.linspace(0, 1, 101), schedule)
     assert share[0] == 0
     np.testing.assert_allclose(share[-1], 1)
     assert np.all(np.diff(share) > 0)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_masked_rows_follow_the_schedule(schedule):
     indices = jax.random.randint(jax.random.key(0), (256, 400), 0, K)
     masked = masking.mask(jax.random.key(1), indices, K, schedule)
     assert np.array_equal(masked.hidden, masked.indices == K)
@@ -32,23 +28,15 @@ def test_masked_rows_follow_the_schedule(schedule):
     np.testing.assert_allclose(np.median(masked.weight), np.median(slope / expected), rtol=0.05)
 
 
-def test_cross_entropy_is_in_nats():
+def test_cross_entropy_is_in_nats_and_its_mean_is_over_hidden_indices():
     logits = jnp.asarray([[[0.0, jnp.log(3.0)], [5.0, 5.0]]], jnp.bfloat16)
     nats = masking.cross_entropy(logits, jnp.asarray([[1, 0]]))
     assert nats.dtype == jnp.float32
     np.testing.assert_allclose(nats, [[np.log(4 / 3), np.log(2)]], rtol=5e-3)
-
-
-def test_mean_over_hidden_indices():
     nats = jnp.asarray([[1.0, jnp.inf], [3.0, 5.0]])
     masked = masking.Masked(None, jnp.asarray([[True, False], [True, True]]), None)
     assert masking.masked_mean(nats, masked) == 3
     assert masking.masked_mean(nats, masked._replace(hidden=jnp.zeros((2, 2), bool))) == 0
-
-
-def independent(indices):
-    """Logits of independent, uniform indices."""
-    return jnp.zeros((*indices.shape, K))
 
 
 def twins(indices):
@@ -58,7 +46,7 @@ def twins(indices):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize(("predict", "share"), [(independent, 1.0), (twins, 0.5)])
+@pytest.mark.parametrize(("predict", "share"), [(lambda x: jnp.zeros((*x.shape, K)), 1.0), (twins, 0.5)])
 def test_the_bound_is_the_entropy_for_an_exact_predictor(predict, share, schedule):
     first = jax.random.randint(jax.random.key(0), (4096, 1), 0, K)
     indices = jnp.concatenate([first, first], axis=1)

@@ -71,12 +71,9 @@ def test_temperature_scales_logits():
         np.testing.assert_allclose(shares, jax.nn.softmax(logits / temperature), atol=0.03)
 
 
-def test_guidance_extrapolates():
+def test_guidance_extrapolates_and_zero_steps_are_refused():
     one, other = (lambda indices, x=x: jnp.full((*indices.shape, K), x) for x in (3.0, 1.0))
     assert np.all(guided(one, other, 0.0)(hidden(1, 1)) == 3)
     assert np.all(guided(one, other, 2.0)(hidden(1, 1)) == 7)
-
-
-def test_zero_steps_are_refused():
     with pytest.raises(ValueError, match="steps=0"):
         sample(twins, jax.random.key(0), hidden(1, 2), K, 0)

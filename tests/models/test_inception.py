@@ -14,13 +14,10 @@ from vqrae_jax.resize import resize
 
 
 @pytest.fixture(scope="module")
-def recipe(golden):
-    return json.loads((golden / "inception" / "recipe.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def io(golden):
-    return np.load(golden / "inception" / "io.npz")
+def recorded(golden):
+    """The recipe of the weights, and PyTorch's inputs and outputs."""
+    folder = golden / "inception"
+    return json.loads((folder / "recipe.json").read_text()), np.load(folder / "io.npz")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,11 @@ def random_file(recipe):
     return state
 
 
-def test_features_and_scores_equal_pytorch(recipe, io, shapes, tmp_path, assert_close):
+def test_features_and_scores_equal_pytorch(recorded, shapes, tmp_path, assert_close):
+    recipe, io = recorded
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    learned = [x for path, x in leaves if not re.search("mean|var", jax.tree_util.keystr(path))]
+    assert sum(x.size for x in learned) == recipe["parameters"] == 23_850_960
     np.savez(tmp_path / "inception.npz", **random_file(recipe))
     params = read_inception(shapes, str(tmp_path / "inception.npz"), "evaluation.inception_path")
     images = io["images"].astype(np.float32) / 255
@@ -58,15 +59,10 @@ def test_features_and_scores_equal_pytorch(recipe, io, shapes, tmp_path, assert_
     assert_close(logits, io["logits"], 1e-4, "logits")
 
 
-def test_resize_equals_tensorflow_1(io, assert_close):
+def test_resize_equals_tensorflow_1(recorded, assert_close):
+    _, io = recorded
     resized = resize(io["images"].astype(np.float32), 299, 299, "bilinear_tf1")
     assert_close(resized[:, ::37, ::41], io["resized_rows"], 1e-5)
-
-
-def test_number_of_parameters_without_fixed_statistics(recipe, shapes):
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    learned = [x for path, x in leaves if not re.search("mean|var", jax.tree_util.keystr(path))]
-    assert sum(x.size for x in learned) == recipe["parameters"] == 23_850_960
 
 
 def test_another_network_is_refused(shapes, tmp_path):

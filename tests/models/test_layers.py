@@ -7,8 +7,6 @@ from scipy.stats import norm
 
 from vqrae_jax.models.layers import attend, gelu
 
-X = np.linspace(-12, 12, 4001)
-
 
 def test_attention_equals_jax_and_stays_finite_for_large_scores():
     query, key, value = 30 * jax.random.normal(jax.random.key(0), (3, 2, 17, 4, 8))
@@ -21,11 +19,10 @@ def test_attention_equals_jax_and_stays_finite_for_large_scores():
 
 
 def test_gelu_and_its_derivative_equal_the_definition():
+    X = np.linspace(-12, 12, 4001)
     value, slope = jax.jit(lambda x: jax.jvp(gelu, (x,), (jnp.ones_like(x),)))(jnp.asarray(X, jnp.float32))
     np.testing.assert_allclose(value, X * norm.cdf(X), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(slope, norm.cdf(X) + X * norm.pdf(X), rtol=1e-6, atol=1e-6)
-
-
-def test_gelu_in_half_precision_rounds_once():
+    # In half precision it rounds once.
     x = jnp.asarray(X, jnp.bfloat16)
     np.testing.assert_array_equal(jax.jit(gelu)(x), jax.jit(gelu)(x.astype(jnp.float32)).astype(jnp.bfloat16))

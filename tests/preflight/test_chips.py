@@ -23,10 +23,7 @@ def test_error_of_an_unknown_topology_lists_those_that_exist():
         assert all(existing in error.value.message for existing in names)
 
 
-def test_rings_are_axes_of_16_or_of_multiples_of_four():
+def test_rings_are_axes_of_16_or_of_multiples_of_four_and_a_gpu_is_host_and_index():
     assert [parse_topology("v5e:8x16").is_ring(axis) for axis in (0, 1)] == [False, True]
     assert [parse_topology("v5p:2x4x4").is_ring(axis) for axis in (0, 1, 2)] == [False, True, True]
-
-
-def test_position_of_a_gpu_is_host_and_index():
     assert positions(parse_topology("gpu:16xh100"))[7:9] == [(0, 7), (1, 0)]

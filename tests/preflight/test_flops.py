@@ -44,11 +44,7 @@ def test_transformer_blocks(remat):
     forward = traced(module.apply, params, x)
     assert total(forward) == L * BLOCK
     assert {(p.part, p.kind) for p in forward} == {("decoder", "highest")}
-
-    def loss(params, x):
-        return module.apply(params, x).sum()
-
-    step = traced(jax.value_and_grad(loss, argnums=(0, 1)), params, x)
+    step = traced(jax.value_and_grad(lambda *args: module.apply(*args).sum(), argnums=(0, 1)), params, x)
     assert total(step, backward=False) == L * BLOCK
     # Twice the forward pass; recomputation skips the last product of the mlp, which no gradient needs.
     recomputed = BLOCK - 2 * B * N * D * MLP if remat else 0
@@ -56,12 +52,8 @@ def test_transformer_blocks(remat):
 
 
 def test_time_depends_on_precision():
-    def program(x, y):
-        half = x.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)
-        return half, x @ y, jnp.dot(x, y, precision="highest")
-
-    x = jnp.zeros((8, 8))
-    products = traced(program, x, x)
+    x, half = jnp.zeros((8, 8)), jnp.zeros((8, 8), jnp.bfloat16)
+    products = traced(lambda x, half: (half @ half, x @ x, jnp.dot(x, x, precision="highest")), x, half)
     assert {p.kind: p.flops for p in products} == {"bfloat16": 1024, "default": 1024, "highest": 1024}
     chip = Chip(0.0, 512.0, {"default": 1.0, "highest": 6.0}, 0.0, 0.0, 0.0)
     assert compute_seconds(products, 2, chip) == (1 + 1 + 6) * 1024 / (2 * 512)
@@ -69,25 +61,25 @@ def test_time_depends_on_precision():
 
 def test_convolutions_and_their_gradients():
     x, kernel = jnp.zeros((2, 12, 12, 8)), jnp.zeros((3, 3, 8, 16))
-    convolve = nn.Conv(16, (3, 3), use_bias=False)
-    macs = 2 * 12 * 12 * 16 * 3 * 3 * 8
-    assert total(traced(convolve.apply, {"params": {"kernel": kernel}}, x)) == 2 * macs
-    strided = nn.Conv(16, (3, 3), strides=2, use_bias=False)
-    assert total(traced(strided.apply, {"params": {"kernel": kernel}}, x)) == 2 * macs / 4
-    grouped = nn.Conv(16, (3, 3), feature_group_count=4, use_bias=False)
-    assert total(traced(grouped.apply, {"params": {"kernel": kernel[:, :, :2]}}, x)) == 2 * macs / 4
-    gradient = jax.value_and_grad(lambda x: strided.apply({"params": {"kernel": kernel}}, x).sum())
-    assert total(traced(gradient, x)) == 2 * 2 * macs / 4
+    flops = 2 * 2 * 12 * 12 * 16 * 3 * 3 * 8
+
+    def convolve(x, kernel=kernel, **options):
+        return nn.Conv(16, (3, 3), use_bias=False, **options).apply({"params": {"kernel": kernel}}, x)
+
+    strided = functools.partial(convolve, strides=2)
+    assert total(traced(convolve, x)) == flops
+    assert total(traced(strided, x)) == flops / 4
+    assert total(traced(functools.partial(convolve, kernel=kernel[:, :, :2], feature_group_count=4), x)) == flops / 4
+    assert total(traced(jax.value_and_grad(lambda x: strided(x).sum()), x)) == 2 * flops / 4
 
 
 def test_only_loops_of_known_length_count_and_the_longest_branch():
     x = jnp.zeros((4, 4))
 
-    def loops(x, n):
-        known = jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x)
-        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, known)
+    def loop(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
 
-    assert total(traced(loops, x, 3)) == 5 * 128
+    assert total(traced(lambda x, n: loop(loop(x, 5), n), x, 3)) == 5 * 128
     branches = traced(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x)
     assert total(branches) == 2 * 128
 
@@ -95,21 +87,14 @@ def test_only_loops_of_known_length_count_and_the_longest_branch():
 def test_unused_operations_do_not_count():
     """The gradient of the last layer alone is one product, although autodiff goes through both layers."""
     first, last, x = jnp.zeros((16, 8)), jnp.zeros((8, 4)), jnp.zeros((10, 16))
-
-    def at_last(first, last):
-        _, pull = jax.vjp(lambda a, b: jnp.tanh(x @ a) @ b, first, last)
-        return pull(jnp.ones((10, 4)))[1]
-
-    products = traced(at_last, first, last)
-    assert total(products) == 2 * 10 * 16 * 8 + 2 * 10 * 8 * 4
+    pull = traced(lambda a, b: jax.vjp(lambda a, b: jnp.tanh(x @ a) @ b, a, b)[1](jnp.ones((10, 4)))[1], first, last)
+    assert total(pull) == 2 * 10 * 16 * 8 + 2 * 10 * 8 * 4
 
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("gpu", 3), ("tpu", 2)])
 def test_one_branch_of_a_platform_switch_counts(platform, products):
-    def program(x):
-        branches = {"cpu": lambda x: x @ x, "tpu": lambda x: x @ x @ x, "default": lambda x: x @ x @ x @ x}
-        return jax.lax.platform_dependent(x, **branches)
-
+    branches = {"cpu": lambda x: x @ x, "tpu": lambda x: x @ x @ x, "default": lambda x: x @ x @ x @ x}
+    program = functools.partial(jax.lax.platform_dependent, **branches)
     assert total(traced(program, jnp.zeros((4, 4)), platform=platform)) == products * 128
 
 

@@ -10,24 +10,16 @@ def seconds(kind, topology, group):
     return network_seconds(Collective(kind, (tuple(group),), 1e9, 1.0), topology, positions(topology))
 
 
-def test_rings_use_the_whole_link_and_open_lines_half():
+def test_rings_use_the_whole_link_and_open_lines_half_and_gpus_of_several_hosts_the_network():
     link = CHIPS["v5e"].link
     assert seconds("all-reduce", "v5e:16x16", range(256)) == pytest.approx(2 * 255 / 256 * 1e9 / (2 * link))
     assert seconds("all-gather", "v5e:16x16", range(16)) == pytest.approx(15 / 16 * 1e9 / link)  # one row
     assert seconds("all-gather", "v5e:2x4", range(8)) == pytest.approx(7 / 8 * 1e9 / link)  # two open lines
     assert seconds("reduce-scatter", "v5e:16x16", range(2)) == pytest.approx(1 / 2 * 1e9 / (link / 2))  # part of a row
     assert seconds("all-gather", "v5p:4x4x4", range(64)) == pytest.approx(63 / 64 * 1e9 / (3 * CHIPS["v5p"].link))
-
-
-def test_gpus_of_several_hosts_use_the_network():
     chip = CHIPS["h200"]
     assert seconds("all-gather", "gpu:16xh200", range(8)) == pytest.approx(7 / 8 * 1e9 / chip.link)
     assert seconds("all-gather", "gpu:16xh200", range(16)) == pytest.approx(15 / 16 * 1e9 / chip.network)
-
-
-def test_slowest_resource_is_the_bound():
-    bounds = Roofline(compute=2.0, memory=3.0, network=1.0)
-    assert (bounds.bound, bounds.fastest, bounds.slowest) == ("memory", 3.0, 4.0)
 
 
 def test_weak_scaling_covers_8_to_256_chips():
@@ -44,7 +36,9 @@ def test_weak_scaling_covers_8_to_256_chips():
     assert weak_scaling(collectives, parse_topology("cpu:8")) == []
 
 
-def test_scaling_efficiency():
+def test_the_slowest_resource_is_the_bound_and_scaling_efficiency():
+    bounds = Roofline(compute=2.0, memory=3.0, network=1.0)
+    assert (bounds.bound, bounds.fastest, bounds.slowest) == ("memory", 3.0, 4.0)
     assert scaling_efficiency(0.2, 0.1, 0.1) == (1, 1)
     assert scaling_efficiency(0.2, 0.3, 0.1) == pytest.approx((0.3 / 0.5, 0.2 / 0.3))
     assert scaling_efficiency(0.2, 0.1) == pytest.approx((0.2 / 0.3, 1))

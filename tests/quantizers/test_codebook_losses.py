@@ -8,15 +8,6 @@ import pytest
 from vqrae_jax.quantizers import EMAQuantizer, Projected
 from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 
-all_rows = jnp.ones(6, bool)
-
-
-def full_matrix_diversity(z, codebook, mask, temperature):
-    """Computes the same with the N x K matrix."""
-    logits = -((z[:, None] - codebook[None]) ** 2).sum(-1) / temperature
-    mean = (jax.nn.softmax(logits, axis=-1) * mask[:, None]).sum(0) / mask.sum()
-    return jnp.log(len(codebook)) + jnp.sum(mean * jnp.log(mean))
-
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 def test_diversity_in_blocks_equals_that_of_the_whole_matrix(rows, assert_close):
@@ -24,7 +15,12 @@ def test_diversity_in_blocks_equals_that_of_the_whole_matrix(rows, assert_close)
     z, codebook = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (90, 20))
     mask = jnp.asarray(np.arange(90) % 3 > 0)
     blocked = functools.partial(diversity, mask=mask, temperature=0.7, block=rows * 20)
-    simple = functools.partial(full_matrix_diversity, mask=mask, temperature=0.7)
+
+    def simple(z, codebook):
+        logits = -((z[:, None] - codebook[None]) ** 2).sum(-1) / 0.7
+        mean = (jax.nn.softmax(logits, axis=-1) * mask[:, None]).sum(0) / mask.sum()
+        return jnp.log(len(codebook)) + jnp.sum(mean * jnp.log(mean))
+
     ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1)))(z, codebook) for f in (blocked, simple))
     assert_close(ours[0], theirs[0], 1e-5)
     for a, b in zip(ours[1], theirs[1], strict=True):
@@ -33,15 +29,14 @@ def test_diversity_in_blocks_equals_that_of_the_whole_matrix(rows, assert_close)
 
 
 def test_diversity_of_hard_assignments():
-    """Far corners make assignments hard: one latent per embedding costs 0, one embedding for all costs log K."""
-    corners = 100 * jnp.eye(6)
-    np.testing.assert_allclose(diversity(corners, corners, all_rows, 1.0), 0, atol=1e-6)
-    same = jnp.tile(corners[:1], (6, 1))
-    np.testing.assert_allclose(diversity(same, corners, all_rows, 1.0), np.log(6), rtol=1e-6)
-    half = corners[jnp.asarray([0, 0, 0, 1, 1, 1])]
-    np.testing.assert_allclose(diversity(half, corners, all_rows, 1.0), np.log(3), rtol=1e-6)
-    # Equal embeddings have equal shares of any latents.
-    np.testing.assert_allclose(diversity(half, jnp.zeros((6, 6)), all_rows, 1.0), 0, atol=1e-6)
+    """Far corners make assignments hard; equal embeddings have equal shares of any latents."""
+    corners, mask = 100 * jnp.eye(6), jnp.ones(6, bool)
+    for rows, codebook, cost in (
+        (range(6), corners, 0), ([0] * 6, corners, np.log(6)), ([0, 0, 0, 1, 1, 1], corners, np.log(3)),
+        ([0, 0, 0, 1, 1, 1], 0 * corners, 0),
+    ):  # fmt: skip
+        loss = diversity(corners[jnp.asarray(rows)], codebook, mask, 1.0)
+        np.testing.assert_allclose(loss, cost, rtol=1e-6, atol=1e-6)
 
 
 def test_memory_of_diversity_does_not_grow_with_the_product():

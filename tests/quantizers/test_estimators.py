@@ -19,28 +19,21 @@ def pullback(name, z, embeddings, cotangent):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_values_are_the_embeddings_which_receive_no_gradient(name, pairs):
+def test_values_are_the_embeddings_which_receive_no_gradient_and_gradients_are_finite(name, pairs):
     z, embeddings = pairs
     np.testing.assert_array_equal(jax.jit(ESTIMATORS[name])(1e4 * z, embeddings), embeddings)
     gradient = jax.grad(lambda c: jnp.sum(ESTIMATORS[name](jnp.asarray(z), c) ** 2))(jnp.asarray(embeddings))
     np.testing.assert_array_equal(gradient, np.zeros_like(embeddings))
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_gradients_are_finite_for_zero_and_opposite_vectors(name):
+    # Zero and opposite vectors.
     z = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     embeddings = jnp.asarray([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert np.isfinite(pullback(name, z, embeddings, jnp.ones_like(z))).all()
 
 
-def test_straight_through_passes_the_gradient(pairs):
+def test_straight_through_passes_the_gradient_and_rotation_rotates_z_to_its_embedding(pairs, assert_close):
+    """For rotation J^T J = (|embedding| / |z|)^2, det J > 0, and J^T maps the embedding to z."""
     z, embeddings = pairs
     np.testing.assert_array_equal(pullback("straight_through", z, embeddings, embeddings), embeddings)
-
-
-def test_rotation_scales_and_rotates_z_to_its_embedding(pairs, assert_close):
-    """J^T J = (|embedding| / |z|)^2, det J > 0, and J^T maps the embedding to z."""
-    z, embeddings = pairs
     for row, embedding in zip(z[:8], embeddings[:8], strict=True):
         jacobian = np.stack([pullback("rotation", row, embedding, e) for e in np.eye(6, dtype=np.float32)])
         scale = np.linalg.norm(embedding) / np.linalg.norm(row)
@@ -54,11 +47,9 @@ def test_rotation_scales_and_rotates_z_to_its_embedding(pairs, assert_close):
 def test_nonfinite_latents_do_not_change_other_gradients(name, kind, pairs):
     z = jnp.asarray(pairs[0])
     module = kind(16, 6, estimator=name)
-    variables = module.init(jax.random.key(0), z)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
 
-    def gradient(z):
-        return jax.grad(lambda z: jnp.sum(jnp.sin(module.apply(variables, z).z)))(z)
-
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(jnp.sin(module.apply(variables, z).z))))
     result = gradient(jnp.concatenate([jnp.full((8, 6), jnp.nan), z]))
     np.testing.assert_allclose(result[8:], gradient(z), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(result[:8], np.zeros((8, 6)))

@@ -41,18 +41,15 @@ def test_kmeans_start_uses_the_codebook_and_random_start_does_not(name, train):
 def test_only_the_first_finite_batch_makes_the_codebook(name, start):
     module, rngs = MODULES[name](start=start), {"codes": jax.random.key(1)}
     step = jax.jit(lambda v, z: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs)[1])
+    embeddings = jax.jit(functools.partial(module.apply, method="embeddings"))
     variables = jax.jit(module.init)(jax.random.key(0), clusters()[:1])
-
-    def train(variables, z):
+    codebooks = [embeddings(variables)]
+    for z in (jnp.full_like(clusters(), jnp.nan), clusters(), clusters(seed=7) + 3):
         variables = {**variables, **step(variables, z)}
-        return variables, np.asarray(module.apply(variables, method="embeddings"))
-
-    before = np.asarray(module.apply(variables, method="embeddings"))
-    skipped, same = train(variables, jnp.full_like(clusters(), jnp.nan))
-    np.testing.assert_array_equal(same, before)
-    initialized, first = train(skipped, clusters())
+        codebooks.append(embeddings(variables))
+    before, skipped, first, later = codebooks
+    np.testing.assert_array_equal(skipped, before)
     assert np.abs(first - before).max() > 1
-    _, later = train(initialized, clusters(seed=7) + 3)
     np.testing.assert_array_equal(later, first)
 
 

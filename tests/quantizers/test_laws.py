@@ -67,67 +67,53 @@ def trained(name):
     """Returns variables after two training steps, so that no leaf has its initial value."""
     variables = jit(MODULES[name].init)(jax.random.key(0), z())
     for step in range(2):
-        _, state = train(name)(variables, z(), jax.random.key(step))
+        _, state = train(name, variables, z(), jax.random.key(step))
         variables = {**variables, **state}
     return variables
 
 
-@functools.cache
-def train(name):
-    module = MODULES[name]
-    return jit(lambda v, z, key: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": key}))
+@functools.partial(jit, static_argnums=0)
+def train(name, variables, latents, key):
+    return MODULES[name].apply(variables, latents, True, mutable=["batch_stats"], rngs={"codes": key})
 
 
-@functools.cache
-def evaluate(name):
-    module = MODULES[name]
-    return jit(lambda v, z: module.apply(v, z, mutable=["batch_stats"]))
+@functools.partial(jit, static_argnums=0)
+def evaluate(name, variables, latents):
+    return MODULES[name].apply(variables, latents, mutable=["batch_stats"])
 
 
-@functools.cache
-def lookup(name):
-    return jit(functools.partial(MODULES[name].apply, method="lookup"))
-
-
-@functools.cache
-def gradient(name):
-    module = MODULES[name]
-
-    def scalar(params, latents, variables):
-        variables = {**variables, "params": params}
-        out, _ = module.apply(variables, latents, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(5)})
-        return out.loss + jnp.sum(jnp.sin(out.z))
-
-    return jit(jax.grad(scalar, (0, 1)))
+@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=(1, 2))
+def gradient(name, params, latents, variables):
+    variables, rngs = {**variables, "params": params}, {"codes": jax.random.key(5)}
+    out, _ = MODULES[name].apply(variables, latents, True, mutable=["batch_stats"], rngs=rngs)
+    return out.loss + jnp.sum(jnp.sin(out.z))
 
 
 @each
-def test_lookup_is_the_exact_inverse(name):
+def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
+    """Evaluation has no random numbers."""
     variables = trained(name)
+    lookup = jit(functools.partial(MODULES[name].apply, method="lookup"))
     for scale in (1.0, 100.0):
-        out, _ = evaluate(name)(variables, z(scale))
+        out, after = evaluate(name, variables, z(scale))
         assert out.indices.dtype == jnp.int32
-        np.testing.assert_array_equal(lookup(name)(variables, out.indices), out.z)
-
-
-@each
-def test_evaluation_changes_no_state_and_draws_no_random_numbers(name):
-    variables = trained(name)
-    _, after = evaluate(name)(variables, z())
+        assert out.z.shape == z().shape
+        np.testing.assert_array_equal(lookup(variables, out.indices), out.z)
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
 @kinds
 def test_bfloat16_latents_have_the_indices_of_their_float32_values(name):
     low = jnp.asarray(z(), jnp.bfloat16)
-    outs = [evaluate(name)(trained(name), x)[0] for x in (low, low.astype(jnp.float32))]
+    outs = [evaluate(name, trained(name), x)[0] for x in (low, low.astype(jnp.float32))]
     np.testing.assert_array_equal(outs[0].indices, outs[1].indices)
     assert outs[0].z.dtype == outs[0].loss.dtype == jnp.float32
 
 
 @each
 def test_counts_and_metrics(name):
-    out, _ = train(name)(trained(name), z(), jax.random.key(3))
+    out, _ = train(name, trained(name), z(), jax.random.key(3))
     counts, indices = np.asarray(out.metrics["counts"]), np.asarray(out.indices)
     assert counts.dtype == np.int32
     assert counts.sum() == (indices >= 0).sum()
@@ -142,38 +128,33 @@ def test_nonfinite_latents_are_counted_and_change_nothing_else(name):
     variables = trained(name)
     bad = z().copy()
     bad[0, 1, 2, 0], bad[3, 3, 3, 1], bad[5, 0, 0, 2] = np.nan, np.inf, -np.inf
-    out, after = train(name)(variables, bad, jax.random.key(3))
+    out, after = train(name, variables, bad, jax.random.key(3))
     assert out.metrics["nonfinite"] == 3 or name == "product"  # whose groups count their own channels
     assert out.metrics["nonfinite"] >= 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
-    gradients = gradient(name)(variables.get("params", {}), bad, variables)
+    gradients = gradient(name, variables.get("params", {}), bad, variables)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 @each
 def test_every_parameter_and_the_latents_receive_a_gradient(name):
     variables = trained(name)
-    params, latents = gradient(name)(variables.get("params", {}), z(), variables)
+    params, latents = gradient(name, variables.get("params", {}), z(), variables)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(params))
     assert np.mean(np.any(latents, axis=-1)) > 0.9
 
 
 @each
-def test_the_protocol_is_complete(name):
+def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
+    """Leaves with an axis of length K are split over "model", by the `codebook` axes of the registry."""
     module = MODULES[name]
-    assert module.has_indices
-    assert isinstance(module.num_embeddings, int)
+    assert (module.has_indices, type(module.num_embeddings)) == (True, int)
     assert module.decodes_prefixes == name.startswith(("residual", "multiscale"))
     embeddings = jit(functools.partial(module.apply, method="embeddings"))(trained(name))
     if embeddings is not None:
         assert len(embeddings) == module.num_embeddings
         assert np.isfinite(embeddings).all()
     assert (embeddings is None) == (name.startswith(("fsq", "lfq", "bsq")) or name == "multiscale_lfq")
-
-
-@each
-def test_a_mesh_splits_every_variable_with_one_row_per_embedding(name, mesh):
-    """Leaves with an axis of length K are split over "model", by the `codebook` axes of the registry."""
     variables = {kind: {"quantizer": tree} for kind, tree in trained(name).items()}
     assert sharding.unmatched(variables) == []
     leaves, shardings = jax.tree.leaves(variables), jax.tree.leaves(sharding.shardings(variables, mesh))
@@ -190,7 +171,7 @@ def test_eight_devices_give_the_results_of_one(name, mesh):
         lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
         in_shardings=(placed, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
     )
-    one, one_state = train(name)(alone, z(), jax.random.key(7))
+    one, one_state = train(name, alone, z(), jax.random.key(7))
     many, many_state = step(jax.device_put(alone, placed), z(), jax.random.key(7))
     np.testing.assert_array_equal(one.indices, many.indices)
     np.testing.assert_array_equal(one.metrics["counts"], many.metrics["counts"])

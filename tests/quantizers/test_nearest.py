@@ -59,15 +59,18 @@ def test_bfloat16_rows_have_the_indices_of_their_float32_values():
     np.testing.assert_array_equal(search(low, codebook), search(low.astype(jnp.float32), codebook))
 
 
-@pytest.mark.parametrize("block", [None, Block(64, 128)])
+@pytest.mark.parametrize("block", [None, Block(64, 128), Screen(None, None)])
 @pytest.mark.parametrize("codebook_axes", [P(), P("model")], ids=["replicated", "sharded"])
 def test_a_sharded_search_exchanges_one_distance_and_index_per_row(codebook_axes, block, mesh, crossings):
+    """A screened search exchanges one bit, and the candidates of a sharded codebook."""
     z, codebook = arrays(1024, 2048, 8)
     rows, split = NamedSharding(mesh, P("data")), NamedSharding(mesh, codebook_axes)
     program = jax.jit(lambda z, c: nearest(z, c, "l2", block), in_shardings=(rows, split), out_shardings=rows)
     operations = crossings(program.lower(z, codebook).compile().as_text())
-    assert bool(operations) == (codebook_axes != P())
-    assert all(kind == "all-reduce" and size <= len(z) // 4 for kind, size in operations)
+    screens, sharded = isinstance(block, Screen), codebook_axes != P()
+    assert bool(operations) == (sharded or screens)
+    assert all(size <= ((z.size if screens else len(z)) // 4 if sharded else 1) for _, size in operations)
+    assert screens or all(kind == "all-reduce" for kind, _ in operations)
     np.testing.assert_array_equal(program(z, codebook), search(z, codebook))
 
 

@@ -17,22 +17,21 @@ def z():
     return np.random.default_rng(0).normal(size=(16, 4, 4, 6)).astype(np.float32)
 
 
-def decode_prefixes(module, variables, z, prefixes):
-    """Returns the indices, the lookup function and the errors of prefixes, which decrease."""
+LEVELS = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6)
+SCALES = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
+
+
+@pytest.mark.parametrize(("module", "prefixes"), [(LEVELS, (1, 2, 3)), (SCALES, (1, 5, 21))], ids=["levels", "scales"])
+def test_longer_prefixes_decode_closer(z, train, module, prefixes):
+    _, variables = train(module, z, 6)
     indices = jax.jit(module.apply)(variables, z).indices
     lookup = jax.jit(lambda i: module.apply(variables, i, method="lookup"))
     errors = [np.mean((lookup(indices[..., :length]) - z) ** 2) for length in prefixes]
     assert errors[0] > errors[1] > errors[2]
-    return indices, lookup
-
-
-def test_longer_prefixes_of_levels_decode_closer(z, train):
-    module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6)
-    _, variables = train(module, z, 6)
-    indices, lookup = decode_prefixes(module, variables, z, (1, 2, 3))
-    cut = indices.at[..., 2].set(ABSENT)
-    np.testing.assert_array_equal(lookup(cut), lookup(indices[..., :2]))
-    with pytest.raises(ValueError, match="4"):
+    assert indices.shape[-1] == prefixes[2]
+    if module is LEVELS:
+        np.testing.assert_array_equal(lookup(indices.at[..., 2].set(ABSENT)), lookup(indices[..., :2]))
+    with pytest.raises(ValueError, match="4" if module is LEVELS else "1, 5, 21"):
         lookup(np.zeros((2, 4), np.int32))
 
 
@@ -49,28 +48,12 @@ def test_a_shared_codebook_starts_from_latents_and_residuals(z, inner, train):
 
 
 def test_dropout_keeps_one_prefix_per_image(z, train):
-    module = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6, dropout=1.0)
-    out, _ = train(module, z)
+    out, _ = train(LEVELS.clone(dropout=1.0), z)
     present = np.asarray(out.indices) != ABSENT
     depth = present.sum(-1)
     assert set(np.unique(depth)) == {1, 2}
     assert (depth == depth[:, :1, :1]).all()
     np.testing.assert_array_equal(present, np.arange(3) < depth[..., None])
-
-
-def test_the_gradient_does_not_grow_with_depth(z):
-    module = Residual(tuple(FSQ((5,) * 6, 6, adapter="none") for _ in range(3)), 6)
-    gradient = jax.vjp(lambda z: module.apply({}, z).z, z)[1](np.ones_like(z))[0]
-    np.testing.assert_allclose(gradient, 2 * np.ones_like(z), rtol=1e-6)  # each level scales by (5 - 1) / 2
-
-
-def test_longer_prefixes_of_scales_decode_closer(z, train):
-    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
-    _, variables = train(module, z, 6)
-    indices, lookup = decode_prefixes(module, variables, z, (1, 5, 21))
-    assert indices.shape == (16, 21)
-    with pytest.raises(ValueError, match="1, 5, 21"):
-        lookup(indices[:, :7])
 
 
 @pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ, GumbelQuantizer])
@@ -82,7 +65,10 @@ def test_initial_embeddings_of_scales_differ(z, inner, train):
     assert len(np.unique(embeddings.round(4), axis=0)) == 16
 
 
-def test_the_gradient_of_scales_is_one_straight_through(z):
+def test_the_gradient_of_levels_and_scales_is_one_straight_through(z):
+    module = Residual(tuple(FSQ((5,) * 6, 6, adapter="none") for _ in range(3)), 6)
+    gradient = jax.grad(lambda z: module.apply({}, z).z.sum())(z)
+    np.testing.assert_allclose(gradient, 2 * np.ones_like(z), rtol=1e-6)  # each level scales by (5 - 1) / 2
     module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 3, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)
     cotangent = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
@@ -99,11 +85,10 @@ def test_projections_of_scales_receive_the_mean_of_their_gradients(z):
 
 
 def test_nonfinite_latents_are_ignored_by_their_cells_only(z, train):
-    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
-    _, variables = train(module, z, 6)
+    _, variables = train(SCALES, z, 6)
     bad = z.copy()
     bad[0, 1, 2, 3], bad[5, :2, :2, 0] = np.nan, np.inf  # one latent; all four of a cell of the grid of two
-    out = jax.jit(lambda z: module.apply(variables, z))(bad)
+    out = jax.jit(SCALES.apply)(variables, bad)
     assert out.metrics["nonfinite"] == 5
     assert out.metrics["counts"].sum() == 16 * (1 + 4 + 16) - 5 - 1
     assert np.isfinite(out.z).all()

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from vqrae_jax.quantizers import screened
 from vqrae_jax.quantizers.blocks import Screen
@@ -43,10 +41,8 @@ def test_rows_that_are_not_searched_again_are_exact(spread, sizes):
     settled = indices != REPEATED
     np.testing.assert_array_equal(indices[settled], expected[settled])
     np.testing.assert_array_equal(search(z, codebook, block=sizes)[0], expected)
-
-
-def test_few_rows_are_searched_again():
-    assert np.mean(screen(*latents(32_768, 512, 48)) == REPEATED) < 0.1
+    if (spread, sizes) == (1.0, WHOLE):
+        assert settled.mean() > 0.9
 
 
 def test_embeddings_that_are_equal_in_bfloat16_are_searched_again():
@@ -86,27 +82,11 @@ def test_nonfinite_rows_get_a_valid_index():
     np.testing.assert_array_equal(indices[3::2], search(z[3::2], codebook)[0])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_smallest_returns_the_three_smallest_scores(seed):
-    rng = np.random.default_rng(seed)
-    scores = rng.integers(0, 6, (40, 12)).astype(np.float32)
+def test_smallest_returns_the_three_smallest_scores():
+    scores = np.random.default_rng(0).integers(0, 6, (200, 12)).astype(np.float32)
     first, at_first, second, at_second, third = (np.asarray(x) for x in screened._smallest(jnp.asarray(scores)))
-    order = np.argsort(scores, axis=1, kind="stable")
-    rows = np.arange(40)
-    np.testing.assert_array_equal(at_first, order[:, 0])
-    np.testing.assert_array_equal(at_second, order[:, 1])
-    np.testing.assert_array_equal(np.stack([first, second, third]), [scores[rows, order[:, i]] for i in range(3)])
-
-
-@pytest.mark.parametrize("codebook_axes", [P(), P("model")], ids=["replicated", "sharded"])
-def test_rows_stay_on_their_devices(codebook_axes, mesh, crossings):
-    """Devices exchange one bit, and candidates of a sharded codebook."""
-    z, codebook = latents(1024, 2048, 8)
-    rows, split = NamedSharding(mesh, P("data")), NamedSharding(mesh, codebook_axes)
-    program = jax.jit(lambda z, c: nearest(z, c, block=WHOLE), in_shardings=(rows, split), out_shardings=rows)
-    operations = crossings(program.lower(z, codebook).compile().as_text())
-    assert max(size for _, size in operations) <= (1 if codebook_axes == P() else z.size // 4)
-    np.testing.assert_array_equal(program(z, codebook), search(z, codebook)[0])
+    np.testing.assert_array_equal(np.stack([at_first, at_second]).T, np.argsort(scores, axis=1, kind="stable")[:, :2])
+    np.testing.assert_array_equal(np.stack([first, second, third]).T, np.sort(scores, axis=1)[:, :3])
 
 
 @pytest.mark.parametrize(("platform", "screens"), [("cpu", False), ("tpu", True), ("cuda", True)])

@@ -1,6 +1,5 @@
 """The training step of the EMA quantizer, compiled for TPU topologies on a machine without one."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,22 +8,21 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from vqrae_jax import runtime
+
 MIB, GIB = 2**20, 2**30
 HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB}
-LIBTPU = importlib.util.find_spec("libtpu")
 
 # Prints bytes per chip as JSON: arguments (the latents and the state) and temporaries.
 COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from vqrae_jax import sharding
+from vqrae_jax.preflight import chips, programs
 from vqrae_jax.quantizers.ema import EMAQuantizer
 
-topology, chips, model, N, K, C = sys.argv[1], *map(int, sys.argv[2:])
-devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)[:chips]
-mesh = sharding.make_mesh(-1, model, devices)
+topology, count, model, N, K, C = sys.argv[1], *map(int, sys.argv[2:])
+mesh = sharding.make_mesh(-1, model, programs.abstract_devices(chips.parse_topology(topology))[:count])
 module = EMAQuantizer(K, C)
 state = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, C))), jax.random.key(0))
 placed = {"batch_stats": sharding.shardings({"quantizer": state["batch_stats"]}, mesh)["quantizer"]}
@@ -41,20 +39,15 @@ print(json.dumps({"arguments": memory.argument_size_in_bytes, "temporaries": mem
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(LIBTPU is None, reason="needs the compiler for TPU: pip install libtpu"),
+    pytest.mark.skipif(not runtime.has_libtpu(), reason="libtpu is not installed (pip install libtpu)"),
 ]
 
 
 def compile_step(*arguments):
     left_out = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     env = {name: value for name, value in os.environ.items() if name not in left_out}
-    library = pathlib.Path(LIBTPU.submodule_search_locations[0]) / "libtpu.so"
-    env |= {
-        "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LIBRARY_PATH": str(library),
-    }  # fmt: skip
     command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=pathlib.Path(__file__).parents[2])
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

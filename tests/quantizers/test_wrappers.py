@@ -22,8 +22,7 @@ def test_latents_are_quantized_in_their_leading_axes_at_variance_one(train):
     assert np.all(errors.mean(0) < 0.2 * np.asarray([100, 0.01]))
 
 
-def test_training_does_not_change_axes_that_were_set():
-    """Two of four axes are used."""
+def test_training_does_not_change_two_of_four_axes_that_were_set():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(5, 4)))[0].astype(np.float32)
     state = fitted_state(np.full(5, 3.0, np.float32), basis, np.float32([16, 4, 1, 0.25]), 2)
