@@ -22,7 +22,7 @@ PARSE = {gpu.BENCHMARK: speed.parse, gpu.LOOP: end_to_end.parse}
 @pytest.mark.parametrize("script", ["gpu", "quantizer_table", "quantizer_speed"])
 def test_scripts_have_a_help(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{script}.py", "--help"])
-    monkeypatch.setattr(sys, "path", sys.path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit):
         runpy.run_path(f"benchmarks/{script}.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("usage: ")
