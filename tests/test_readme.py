@@ -56,8 +56,8 @@ def test_commands_name_existing_arguments(command):
     source = pathlib.Path(importlib.util.find_spec(module).origin)
     if source.name == "__init__.py":
         source = source.with_name("__main__.py")
-    parse = getattr(importlib.import_module(module), "parse", None)
-    parsed = parse and "--help" not in arguments and parse(arguments)
+    parser = getattr(importlib.import_module(module), "parser", None)
+    parsed = parser and "--help" not in arguments and parser.parse_args(arguments)
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config."):
