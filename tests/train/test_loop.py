@@ -162,11 +162,11 @@ def save_checkpoint(run, state, metrics):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     save(run, state, metrics)
 loop.save_checkpoint = save_checkpoint
-loop.train(tiny_config(), sys.argv[1])
+loop.train(tiny_config(), sys.argv[1], jax.devices()[:1])
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
     assert f"{tmp_path / 'checkpoints' / '3'}" in done.stderr
