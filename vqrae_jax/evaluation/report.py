@@ -103,5 +103,5 @@ def _description(name: str) -> str:
     return DESCRIPTIONS[max(matches, key=len)] if matches else ""
 
 
-def _format(value: float) -> str:
+def _format(value: float | int) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer
 from vqrae_jax.quantizers.none import NO_CODES
 
-Images = Float[Array, "B H W 3"]
+Images = Float[AnyArray, "B H W 3"]
 Reconstructions = Float[Array, "B S S 3"]
-Latents = Float[Array, "B *n C"]  # n is h, w, or N tokens
+Latents = Float[AnyArray, "B ... C"]  # a grid h, w, or N tokens
 
 
 @flax.struct.dataclass
