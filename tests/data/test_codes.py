@@ -1,6 +1,10 @@
 """Shards of codes: what is written is read, and damaged or missing shards are named."""
 
 import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
 import pickle
 import unittest.mock
 
@@ -67,6 +71,26 @@ def test_writing_twice_gives_the_same_bytes(tmp_path, form):
         write_dataset(tmp_path / name, make_plan(form))
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_no_flipped_bit_is_read(tmp_path, form):
+    plan, rng = make_plan(form), np.random.default_rng(0)
+    manifest = write_dataset(tmp_path, plan)
+    for name, tries in ((plan.file_name(0), 60), (codes.MANIFEST, 100)):
+        whole = (tmp_path / name).read_bytes()
+        for position in rng.integers(0, 8 * len(whole), tries):
+            damaged = bytearray(whole)
+            damaged[position // 8] ^= 1 << position % 8
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                dataset = codes.Codes(tmp_path)
+                dataset[0]
+            except DataError:
+                continue
+            assert name == codes.MANIFEST, f"bit {position}"
+            assert {**dataset.manifest, "sha256": manifest["sha256"]}.items() >= manifest.items()  # only its name
+        (tmp_path / name).write_bytes(whole)
 
 
 @pytest.mark.parametrize("form", SUFFIXES)
@@ -171,3 +195,66 @@ def test_other_folders_and_files_are_refused(tmp_path):
     with pytest.raises(DataError) as error:
         codes.start_dataset(tmp_path, make_plan())
     assert error.value.field == "--output"
+
+
+NESTED = "replaced by deeply nested lists"
+EDITS = {
+    "deleted": ..., "null": None, "-1": -1, "0": 0, "x": "x", "[]": [], "{}": {}, "1e30": 1e30, "10**40": 10**40,
+    "nested": NESTED, "true": True, "../x": "../x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_manifest_is_one_error(tmp_path, edit):
+    """With the checksum as it was, every edit is refused; with a new one, each that contradicts anything."""
+    write_dataset(tmp_path, make_plan(listing="1" * 64), unreadable=[3])
+    file = tmp_path / codes.MANIFEST
+    whole, records = file.read_text(), list(codes.Codes(tmp_path))
+    fields = [(name,) for name in json.loads(whole)] + [("shards", 1, name) for name in json.loads(whole)["shards"][0]]
+    for path in fields:
+        for digest in ("kept", "new"):
+            manifest = json.loads(whole)
+            target = manifest if len(path) == 1 else manifest["shards"][path[1]]
+            before = target.pop(path[-1])
+            if EDITS[edit] is not ...:
+                target[path[-1]] = EDITS[edit]
+            if digest == "new" and path != ("sha256",):
+                manifest["sha256"] = codes._digest(manifest)
+            for depth in (50, 900, 100_000) if edit == "nested" else (1,):
+                text = json.dumps(manifest).replace(json.dumps(NESTED), "[" * depth + "]" * depth)
+                file.write_text(text)
+                same = EDITS[edit] is before or (path == ("sha256",) and EDITS[edit] in (..., None))
+                with contextlib.suppress(DataError) if digest == "new" or same else pytest.raises(DataError) as error:
+                    assert list(map(str, codes.Codes(tmp_path))) == list(map(str, records))
+                assert error is None or (error.value.field == str(file) and len(str(error.value)) < 1000), path
+                with pytest.raises(DataError):
+                    codes.start_dataset(tmp_path, make_plan(tokenizer="2" * 64))
+
+
+def rows(index, **changes):
+    return dataclasses.replace(columns(index), **changes)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        rows([0, 1, 1, 3]), rows([0, 2, 1, 3]), rows([0, 1, 2, 4]), rows([-1, 0, 1, 2]),
+        rows(range(4), codes=np.full((4, 2, 2), 100_000, np.int32)),
+        rows(range(4), codes=np.full((4, 2, 2), -1, np.int32)),
+        rows(range(4), codes=np.zeros((4, 2, 3), np.int32)), rows(range(4), codes=np.zeros((4, 2, 2), np.uint16)),
+        rows(range(4), label=np.zeros(3, np.int32)), rows(range(4), id=["a"]),
+    ],
+)  # fmt: skip
+def test_codes_out_of_range_and_repeated_images_are_refused(tmp_path, shard):
+    plan = make_plan()
+    write_dataset(tmp_path, plan)
+    file = tmp_path / plan.file_name(0)
+    codes.write_shard(tmp_path, plan, 0, shard)
+    manifest = json.loads((tmp_path / codes.MANIFEST).read_text())
+    manifest["shards"][0]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    del manifest["sha256"]
+    (tmp_path / codes.MANIFEST).write_text(json.dumps(manifest))
+    for action in (lambda: codes.Codes(tmp_path)[0], lambda: codes.finish_dataset(tmp_path, plan)):
+        with pytest.raises(DataError) as error:
+            action()
+        assert error.value.field == str(file)

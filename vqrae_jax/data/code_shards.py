@@ -82,13 +82,14 @@ def _write_parquet(path: pathlib.Path, columns: Columns) -> None:
         "codes": pa.FixedSizeListArray.from_arrays(pa.array(columns.codes.reshape(-1)), length),
     })  # fmt: skip
     shape = json.dumps(columns.codes.shape[1:]).encode()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({b"code_shape": shape}), path)
+    table = table.replace_schema_metadata({b"code_shape": shape})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True)
 
 
 def _read_parquet(path: pathlib.Path) -> Columns:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(path).read()
+    table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
     shape = json.loads(table.schema.metadata[b"code_shape"])
     codes = table["codes"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
     return Columns(table["index"].to_numpy(), table["id"].to_pylist(), table["label"].to_numpy(), codes)

@@ -1,7 +1,8 @@
 """A tokenized dataset, local or in a bucket: shards of codes with labels and ids, and a manifest; read without JAX.
 
 A shard holds the codes of a fixed range of images, so that its content depends on the images and the tokenizer only.
-manifest.json describes the codes and, once all shards exist, their counts and checksums.
+manifest.json describes the codes and, once all shards exist, their counts and checksums; `Codes` compares each shard
+with its checksum before it is read.
 """
 
 import dataclasses
@@ -11,33 +12,42 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import pydantic
 
 from vqrae_jax import storage
 from vqrae_jax.data.code_shards import SUFFIXES, WRITERS, Columns, Format, read_shard
+from vqrae_jax.data.images import VIEWS
 from vqrae_jax.data.source import locate
 from vqrae_jax.errors import DataError
 
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
+
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**48, strict=True)]
+Positive = Annotated[int, pydantic.Field(ge=1, lt=2**48, strict=True)]
+Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+Text = pydantic.InstanceOf[str]  # may have lone surrogates, which `str` rejects: names of files that are not UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The description of a tokenized dataset: everything that determines the content of its shards."""
 
-    tokenizer: str  # hash of the tokenizer
-    source: str  # description of the source of images
-    images: int  # number of images of the source, including those that cannot be read
-    views: str  # crops of an image, a name in `images.VIEWS`
-    code_shape: tuple[int, ...]  # of one image, with a leading axis if there are several views
-    code_dtype: str
-    codebook_size: int
-    image_size: int  # side of the decoded images in pixels
+    tokenizer: Sha256  # hash of the tokenizer
+    source: Text  # description of the source of images
+    images: Count  # number of images of the source, including those that cannot be read
+    views: Literal[tuple(VIEWS)]  # crops of an image, a name in `images.VIEWS`
+    code_shape: tuple[Positive, ...]  # of one image, with a leading axis if there are several views
+    code_dtype: Literal["uint16", "int32"]
+    codebook_size: Positive
+    image_size: Positive  # side of the decoded images in pixels
     format: Format
-    shard_size: int  # images per shard
-    listing: str | None = None  # hash of `Source.listing`; older manifests have none
+    shard_size: Positive  # images per shard
+    listing: Sha256 | None = None  # hash of `Source.listing`; older manifests have none
 
     @property
     def shards(self) -> int:
@@ -49,6 +59,25 @@ class Plan:
     def image_range(self, shard: int) -> tuple[int, int]:
         """Returns the first image of a shard and the one after its last."""
         return shard * self.shard_size, min((shard + 1) * self.shard_size, self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the manifest describes it."""
+
+    file: str
+    first: Count  # image of the source
+    count: Count  # rows
+    sha256: Sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """The fields that manifest.json has in addition to the plan once the dataset is complete."""
+
+    count: Count  # rows of all shards
+    skipped: tuple[Count, ...]  # images that could not be read
+    shards: tuple[ShardEntry, ...]
 
 
 def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
@@ -63,8 +92,7 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
     elif any(file.name.startswith("codes-") for file in (folder.iterdir() if folder.is_dir() else ())):
         raise DataError(f"has codes without {MANIFEST}; use another folder", field="--output", value=os.fspath(folder))
     else:
-        manifest = {**dataclasses.asdict(plan), "complete": False}
-        storage.write_bytes(folder / MANIFEST, _to_json(manifest), durable=True)
+        _write_manifest(folder, {**dataclasses.asdict(plan), "complete": False})
     return [shard for shard in range(plan.shards) if not (folder / plan.file_name(shard)).is_file()]
 
 
@@ -98,14 +126,16 @@ def finish_dataset(
     shards, skipped = [], []
     for shard in range(plan.shards):
         path, (start, stop) = folder / plan.file_name(shard), plan.image_range(shard)
-        index = read_shard(path).index
+        columns = read_shard(path)
+        _check_columns(columns, plan, shard, path)
+        index = columns.index
         skipped += sorted(set(range(start, stop)) - set(index.tolist()))
         shards.append({"file": path.name, "first": start, "count": len(index), "sha256": _sha256(path)})
     manifest = {
         **dataclasses.asdict(plan), "complete": True, "count": sum(s["count"] for s in shards), "skipped": skipped,
         **({"skipped_ids": [key(index) for index in skipped]} if key else {}), "shards": shards,
     }  # fmt: skip
-    storage.write_bytes(folder / MANIFEST, _to_json(manifest), durable=True)
+    manifest = _write_manifest(folder, manifest)
     for file in folder.iterdir():
         if file.name.startswith(".codes-"):  # temporary files of processes that were killed
             file.unlink(missing_ok=True)
@@ -123,15 +153,18 @@ class Codes:
         """`cached`: number of shards that are kept in memory; None: all."""
         self.path = storage.resolve_path(path)
         self.manifest = _read_manifest(self.path)
-        self.plan = _parse_plan(self.manifest, self.path)
+        self.plan = _parse(Plan, self.manifest, self.path)
         if not self.manifest["complete"]:
-            exist = sum((self.path / self.plan.file_name(shard)).is_file() for shard in range(self.plan.shards))
+            exist = sum(file.name.startswith("codes-") for file in self.path.iterdir())
             raise DataError(
                 f"not complete: {exist} of {self.plan.shards} shards exist; repeat the command that tokenizes, which "
                 "continues where it stopped",
                 field=os.fspath(self.path),
             )
-        self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]], dtype=np.int64)
+        contents = _parse(Contents, self.manifest, self.path)
+        _check_contents(contents, self.plan, self.path)
+        self._entries, self._verified = contents.shards, set()
+        self._ends = np.cumsum([entry.count for entry in self._entries], dtype=np.int64)
         self._cached = cached
         self._load_shard = functools.lru_cache(None if cached is None else max(cached, 1))(self._read_shard)
 
@@ -149,15 +182,12 @@ class Codes:
 
     def shards(self) -> Iterator[Columns]:
         """Iterates over the content of all shards in order, without caching."""
-        yield from map(self._read_shard, range(len(self.manifest["shards"])))
+        yield from map(self._read_shard, range(len(self._entries)))
 
     def verify(self) -> None:
-        """Compares the shards with their checksums; a DataError names the first that differs."""
-        for shard in self.manifest["shards"]:
-            path = self.path / shard["file"]
-            if not path.is_file() or _sha256(path) != shard["sha256"]:
-                problem = f"missing, or not the file that {MANIFEST} describes; copy or create it again"
-                raise DataError(problem, field=os.fspath(path))
+        """Compares all shards with their checksums; a DataError names the first that differs."""
+        for number in range(len(self._entries)):
+            self._verify_shard(number)
 
     def __repr__(self) -> str:
         return f"Codes({os.fspath(self.path)!r}, images={len(self)}, code_shape={self.plan.code_shape})"
@@ -166,19 +196,66 @@ class Codes:
         return Codes, (os.fspath(self.path), self._cached)  # another process reads the shards itself
 
     def _read_shard(self, number: int) -> Columns:
-        shard = self.manifest["shards"][number]
-        columns = read_shard(self.path / shard["file"])
-        actual = (len(columns), columns.codes.shape[1:], columns.codes.dtype.name)
-        expected = (shard["count"], self.plan.code_shape, self.plan.code_dtype)
-        if actual != expected and shard["count"]:
-            problem = f"has {actual}, but {MANIFEST} has {expected} (count, shape, dtype); create it again"
-            raise DataError(problem, field=os.fspath(self.path / shard["file"]))
+        path, count = self.path / self._entries[number].file, self._entries[number].count
+        if number not in self._verified:  # once in each process, as reading a file again is not free
+            self._verify_shard(number)
+            self._verified.add(number)
+        columns = read_shard(path)
+        if len(columns) != count:
+            problem = f"has {len(columns)} rows, but {MANIFEST} has {count}; create it again"
+            raise DataError(problem, field=os.fspath(path))
+        _check_columns(columns, self.plan, number, path)
         return columns
+
+    def _verify_shard(self, number: int) -> None:
+        path = self.path / self._entries[number].file
+        local = storage.download(path)
+        if not local.is_file():
+            raise DataError("no such file; copy the shard again", field=os.fspath(path))
+        if _sha256(local) != self._entries[number].sha256:
+            if storage.is_remote(path):
+                local.unlink()  # the copy may be damaged, not the original: another attempt downloads it again
+            problem = f"damaged, or not the file that {MANIFEST} describes; copy or create it again"
+            raise DataError(problem, field=os.fspath(path))
+
+
+def _check_contents(contents: Contents, plan: Plan, folder: storage.Path) -> None:
+    """Raises DataError if fields of the manifest contradict each other; names of shards do not leave the folder."""
+    expected = [(plan.file_name(i), *plan.image_range(i)) for i in range(min(len(contents.shards), plan.shards))]
+    rows = zip(contents.shards, expected, strict=False)
+    matching = sum((e.file, e.first) == (name, start) and e.count <= stop - start for e, (name, start, stop) in rows)
+    conditions = {
+        "shards": len(contents.shards) == plan.shards == matching,
+        "count": contents.count == sum(entry.count for entry in contents.shards),
+        "skipped": len({i for i in contents.skipped if i < plan.images}) == plan.images - contents.count,
+    }
+    if wrong := [name for name, holds in conditions.items() if not holds]:
+        problem = f"{wrong[0]} contradicts the other fields; restore the file that was written"
+        raise DataError(problem, field=os.fspath(folder / MANIFEST))
+
+
+def _check_columns(columns: Columns, plan: Plan, shard: int, path: storage.Path) -> None:
+    """Raises DataError unless a shard has codes of the plan's kind for images of its range, each once."""
+    if not len(columns):
+        return
+    index, codes, (start, stop) = columns.index, columns.codes, plan.image_range(shard)
+    actual = codes.shape[1:], codes.dtype.name
+    if actual != (expected := (plan.code_shape, plan.code_dtype)):
+        problem = f"has codes of shape and dtype {actual}, but {MANIFEST} has {expected}"
+    elif not len(index) == len(columns.id) == len(columns.label) == len(codes):
+        problem = "has columns of different lengths"
+    elif (np.diff(index) <= 0).any() or index[0] < start or index[-1] >= stop:
+        problem = f"has images that are repeated, not in order, or not in [{start}, {stop})"
+    elif codes.min(initial=0) < 0 or codes.max(initial=0) >= plan.codebook_size:
+        problem = f"has codes that are not in [0, {plan.codebook_size})"
+    else:
+        return
+    raise DataError(f"{problem}; delete it and tokenize again", field=os.fspath(path))
 
 
 def _check_plan(folder: storage.Path, plan: Plan) -> None:
     """Raises DataError unless the manifest in the folder has this plan."""
-    existing = _parse_plan(_read_manifest(folder), folder)
+    existing = _parse(Plan, _read_manifest(folder), folder)
     differing = [name for name, value in vars(plan).items() if getattr(existing, name) != value]
     if existing.listing is not None and differing == ["listing"]:
         raise DataError(
@@ -194,28 +271,51 @@ def _check_plan(folder: storage.Path, plan: Plan) -> None:
 
 
 def _read_manifest(folder: storage.Path) -> dict[str, Any]:
+    """Reads manifest.json and compares it with its checksum; older manifests have none."""
     file = folder / MANIFEST
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no {MANIFEST}; expected the folder of a tokenized dataset", field=os.fspath(folder)) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read: {error}", field=os.fspath(file)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot be read as JSON: {error}", field=os.fspath(file)) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("complete"), bool):
+        raise DataError("complete is missing or not true or false", field=os.fspath(file))
+    _parse(Plan, manifest, folder)  # names a field that is wrong, which the checksum cannot
+    if manifest.get("sha256", digest := _digest(manifest)) != digest:
+        problem = "was edited or damaged: it differs from its own checksum; restore the file that was written"
+        raise DataError(problem, field=os.fspath(file))
+    return manifest
 
 
-def _parse_plan(manifest: dict[str, Any], folder: storage.Path) -> Plan:
+def _write_manifest(folder: storage.Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes manifest.json with its checksum; returns its content."""
+    manifest |= {"sha256": _digest(manifest)}
+    # Bytes of paths that are not UTF-8 become escapes.
+    content = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    storage.write_bytes(folder / MANIFEST, content, durable=True)
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Returns the SHA-256 of all fields but "sha256", whatever their order."""
+    fields = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(kind: type[T], manifest: dict[str, Any], folder: storage.Path) -> T:
     try:
-        values = {"listing": None} | manifest
-        values = {field.name: values[field.name] for field in dataclasses.fields(Plan)}
-        return Plan(**{**values, "code_shape": tuple(values["code_shape"])})
-    except (KeyError, TypeError) as error:
-        problem = f"does not describe codes: {error} is missing or wrong"
+        return _adapter(kind).validate_python(manifest)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        problem = f"{name} is missing or wrong ({first['msg'].lower()}); restore the file that was written"
         raise DataError(problem, field=os.fspath(folder / MANIFEST)) from None
 
 
-def _to_json(values: dict[str, Any]) -> bytes:
-    # Bytes of paths that are not UTF-8 become escapes.
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+@functools.cache
+def _adapter(kind: type) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(kind)
 
 
 def _sha256(path: storage.Path) -> str:
