@@ -5,13 +5,20 @@ parameters and the live batch_stats), `train` (the rest of the train state), `da
 (config, version, revision). Writing is asynchronous and atomic: the folder of a step gets its name, or in a bucket its
 completion mark, only once it is complete. Every process of a run saves its part of the arrays; each reads what it needs
 by itself, so that no process waits for one that fails.
+
+Every item has the SHA-256 of its files, which are compared before they are used: neither Orbax nor TensorStore notices
+a changed bit in an array.
 """
 
+import functools
+import json
 import logging
+import operator
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +32,37 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 COMPLETE = "commit_success.txt"  # Orbax's completion mark in buckets, where a folder cannot be renamed atomically
+DIGESTS = "digests.json"  # in each item: the SHA-256 of its other files, by name
 MAX_NAMES = 8  # names listed of each kind in an error
+
+
+class _Hashed:
+    """Adds digests to what an Orbax handler saves.
+
+    Each process hashes the arrays that it has written, in the background; process 0 hashes the rest, which Orbax writes
+    last, before the checkpoint gets its name.
+    """
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[ocp.future.Future]:
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [ocp.future.ChainedFuture(futures or [], functools.partial(_hash_own_files, directory))]
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        digests = {}
+        for part in sorted(directory.glob("digests.*.json")):
+            digests |= json.loads(part.read_text())
+            part.unlink()
+        digests |= _hash_files(directory, storage.file_versions(directory).keys() - digests.keys())
+        (directory / DIGESTS).write_text(json.dumps(digests))
+
+
+class _HashedArrays(_Hashed, ocp.StandardCheckpointHandler):
+    pass
+
+
+class _HashedJson(_Hashed, ocp.JsonCheckpointHandler):
+    pass
 
 
 class Checkpoints:
@@ -48,21 +85,28 @@ class Checkpoints:
     ):
         self.read_only = read_only
         self.folder = storage.resolve_path(workdir) / FOLDER if read_only else check_writable(workdir)
+        score = operator.itemgetter("psnr")
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
-            policies.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["psnr"], n=keep_best, keep_checkpoints_without_metrics=False
-                )
-            )
+            best = {"get_metric_fn": score, "n": keep_best, "keep_checkpoints_without_metrics": False}
+            policies.append(ocp.checkpoint_managers.BestN(**best))
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=score,  # otherwise Orbax does not save the metrics, and a resumed run would not know the best
+            lightweight_initialize=read_only,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ("model", "train"):
+            handlers.add(item, ocp.args.StandardSave, _HashedArrays())
+        for item, name in (("data", None), ("meta", None), ("metrics", "metrics")):
+            handlers.add(item, ocp.args.JsonSave, _HashedJson(name))
+        for step in () if read_only else completed_steps(self.folder):
+            _check_metrics(self.folder / str(step))
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
     @property
     def steps(self) -> list[int]:
@@ -81,7 +125,7 @@ class Checkpoints:
             model=ocp.args.StandardSave(model),
             train=ocp.args.StandardSave(train),
             data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(meta | {"digests": "sha256"}),
         )
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics), f"saving step {step}")
 
@@ -149,13 +193,27 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage
     return folder / str(steps[-1] if step is None else step)
 
 
+def verify(path: storage.Path, *items: str, share: int = 0, shares: int = 1) -> None:
+    """Compares the files of items of the checkpoint at `path` with the digests that were saved with them.
+
+    Files are hashed once for each size and time of change. With `shares`, only one share of them is hashed.
+
+    Raises:
+      DamagedError: a file is missing, unexpected or changed. Checkpoints of versions without digests pass.
+    """
+    for item in items:
+        versions = _guarded_read(path, lambda item=item: storage.file_versions(path / item))
+        _verify_versions(path, item, tuple(sorted(versions.items())), share, shares)
+
+
 def read_meta(path: storage.Path) -> dict[str, Any]:
     """Returns config, version and revision of the checkpoint at `path`.
 
     Raises:
-      DamagedError: the item cannot be read.
+      DamagedError: the item cannot be read or has changed.
       CheckpointError: a newer version of this package wrote it.
     """
+    verify(path, "meta")
     meta = _read_json(path / "meta", "config")
     if _version_numbers(meta["version"]) > _version_numbers(__version__):
         raise CheckpointError(
@@ -165,15 +223,21 @@ def read_meta(path: storage.Path) -> dict[str, Any]:
 
 
 def saved_shapes(path: storage.Path, item: str = "model") -> Any:
-    """Returns the `model` or `train` item of the checkpoint at `path` as a tree of jax.ShapeDtypeStruct."""
+    """Verifies the `model` or `train` item of the checkpoint at `path`; returns a tree of jax.ShapeDtypeStruct."""
+    verify(path, item)
+    return _read_shapes(path, item)
+
+
+def _read_shapes(path: storage.Path, item: str) -> Any:
     tree = _guarded_read(path, lambda: ocp.StandardCheckpointHandler().metadata(path / item).tree)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
     """Reads the `model` item onto the shapes and shardings of `target`; `partial` allows it more leaves than these."""
+    saved = saved_shapes(path)
     if not partial:
-        check_shapes(saved_shapes(path), target, path)
+        check_shapes(saved, target, path)
         return _read_item(path, "model", target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
@@ -182,6 +246,8 @@ def read_model(path: storage.Path, target: Any, partial: bool = False) -> Any:
 
 def read_checkpoint(path: storage.Path, model: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shapes and shardings of `model` and `train`, whatever mesh it was saved on.
+
+    Its items `model`, `train` and `data` must have been verified: several processes share that work.
 
     Returns:
       model, train and data state; None for train where `train` is None.
@@ -195,10 +261,12 @@ def read_checkpoint(path: storage.Path, model: Any, train: Any) -> tuple[Any, An
     start = f"--config.train.start_from={path.parent.parent}"
     remedy = f"use the config it was trained with, or another workdir with {start}, which loads the model"
     rest = None
-    check_shapes(saved_shapes(path), model, path, remedy=f"{remedy}, or with train.start_parts the parts that fit")
+    check_shapes(
+        _read_shapes(path, "model"), model, path, remedy=f"{remedy}, or with train.start_parts the parts that fit"
+    )
     if train is not None:
         difference = "has this model, but other optimizers, loss terms or trained parts"
-        check_shapes(saved_shapes(path, "train"), train, path, difference, f"{remedy} and nothing else")
+        check_shapes(_read_shapes(path, "train"), train, path, difference, f"{remedy} and nothing else")
         rest = _read_item(path, "train", train)
     return _read_item(path, "model", model), rest, _read_json(path / "data", "data state")
 
@@ -273,6 +341,52 @@ def check_shared(workdir: str | os.PathLike) -> None:
     distributed.run_together(check_exists)
     if distributed.process_index() == 0:
         probe.unlink()
+
+
+def _check_metrics(path: storage.Path) -> None:
+    """Raises CheckpointError for damaged metrics, which Orbax reads without a check, to find the best checkpoints."""
+    folder = path / "metrics"
+    try:
+        if folder.is_dir():
+            verify(path, "metrics")
+    except DamagedError as error:
+        remedy = "delete this folder; the checkpoint itself is complete, but no longer counts among the best"
+        raise CheckpointError(f"{error.message}: {remedy}", field=str(folder)) from error
+
+
+def _hash_own_files(item: storage.Path) -> None:
+    """Writes the digests of the arrays that this process has written to an item that is not complete yet."""
+    process = jax.process_index()
+    folder = f"ocdbt.process_{process}"
+    if names := [f"{folder}/{name}" for name in storage.file_versions(item / folder)]:
+        (item / f"digests.{process}.json").write_text(json.dumps(_hash_files(item, names)))
+
+
+def _hash_files(folder: storage.Path, names: Iterable[str]) -> dict[str, str]:
+    names = sorted(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing and reading release the interpreter
+        return dict(zip(names, threads.map(lambda name: storage.hash_file(folder / name), names), strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _verify_versions(path: storage.Path, item: str, versions: tuple[tuple[str, Any], ...], share: int, shares: int):
+    names = {name for name, _ in versions} - {COMPLETE}
+    if DIGESTS not in names:
+        if "digests" in _read_json(path / "meta", "config"):
+            raise DamagedError(f"{path} cannot be read ({item}/{DIGESTS} is missing); the checkpoint is damaged")
+        if item == "model":
+            log.warning(
+                "%s has no digests, so damage to its arrays cannot be noticed: an earlier version saved it", path
+            )
+        return
+    expected = _guarded_read(path, lambda: dict(json.loads((path / item / DIGESTS).read_text())))
+    different = expected.keys() ^ (names - {DIGESTS})
+    if not different:
+        digests = _guarded_read(path, lambda: _hash_files(path / item, sorted(expected)[share::shares]))
+        different = {name for name, digest in digests.items() if digest != expected[name]}
+    if different:
+        reason = f"{item}/{min(different)} is not the file that was saved"
+        raise DamagedError(f"{path} cannot be read ({reason}); the checkpoint is damaged")
 
 
 def _read_item(path: storage.Path, item: str, target: Any) -> Any:

@@ -235,6 +235,24 @@ def open_file(path: str) -> Any:
         return _RemoteFile(system.open(name, "rb"), path)
 
 
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's content; raises OSError if it is missing or not readable."""
+    with open_file(os.fspath(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_versions(folder: Path) -> dict[str, tuple[int, Any]]:
+    """Maps the names of all files below a folder, relative to it, to their sizes and times; none if it is missing."""
+    if not is_remote(folder):
+        files = {file: file.stat() for file in pathlib.Path(folder).rglob("*") if file.is_file()}
+        return {file.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for file, stat in files.items()}
+    system, path = _file_system(os.fspath(folder), "data.path")
+    with _os_errors(os.fspath(folder)):
+        system.invalidate_cache(path)
+        infos = system.find(path, detail=True, update_cache=False)
+    return {name.removeprefix(f"{path}/"): (info["size"], info.get("generation")) for name, info in infos.items()}
+
+
 def file_size(path: str) -> int:
     """Returns the number of bytes of a file; raises OSError if it is missing or not readable."""
     with open_file(path) as file:

@@ -1,8 +1,8 @@
 """The variables that a run starts with: its newest readable checkpoint, or parts of another run's model."""
 
-import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,6 +12,8 @@ from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import TrainConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
 from vqrae_jax.train.task import TrainState
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +29,15 @@ def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None
     damaged = {}
     for step in reversed(checkpoints.steps) if only is None else (only,):
         path = checkpoints.folder / str(step)
-        resumed, reason = distributed.run_together(functools.partial(_read, path, target, only is not None))
-        reasons = [reason for reason in distributed.exchange(reason) if reason]
-        if not reasons:
+        _, reason = _attempt_together(lambda path=path: _verify_share(path, only is not None))
+        if not reason:
+            resumed, reason = _attempt_together(lambda path=path: _read(path, target, only is not None))
+        if not reason:
             for damaged_step, reason in damaged.items():
                 log.warning("%s; using step %d instead", reason, step)
                 checkpoints.set_aside(damaged_step)
             return resumed
-        damaged[step] = reasons[0]
+        damaged[step] = reason
     if only is not None:
         rest = [step for step in checkpoints.steps if step != only]
         remedy = f"--step={rest[-1]} evaluates another (available: {rest})" if rest else "it is the only one"
@@ -45,16 +48,30 @@ def resume(checkpoints: Checkpoints, target: TrainState, only: int | None = None
     return None
 
 
-def _read(path: storage.Path, target: TrainState, model_only: bool) -> tuple[Resumed | None, str]:
-    """Returns the content of a checkpoint, or what is wrong with it."""
-    try:
-        rest = None if model_only else target.rest()
-        model, rest, data = checkpoint.read_checkpoint(path, target.inference(), rest)
-    except DamagedError as error:
-        return None, str(error)
+def _attempt_together(action: Callable[[], T]) -> tuple[T | None, str]:
+    """Returns the result of `action`, which every process calls, or what is wrong with a checkpoint in any of them."""
+
+    def attempt() -> tuple[T | None, str]:
+        try:
+            return action(), ""
+        except DamagedError as error:
+            return None, str(error)
+
+    result, reason = distributed.run_together(attempt)
+    return result, next(filter(None, distributed.exchange(reason)), "")
+
+
+def _verify_share(path: storage.Path, model_only: bool) -> None:
+    items = ("model", "data") if model_only else ("model", "train", "data")
+    checkpoint.verify(path, *items, share=distributed.process_index(), shares=distributed.process_count())
+
+
+def _read(path: storage.Path, target: TrainState, model_only: bool) -> Resumed:
+    rest = None if model_only else target.rest()
+    model, rest, data = checkpoint.read_checkpoint(path, target.inference(), rest)
     if model_only:
         rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
-    return (TrainState.join(model, rest), data), ""
+    return TrainState.join(model, rest), data
 
 
 def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
