@@ -86,8 +86,8 @@ class Adversary:
 
     def loss(
         self, params: Any, state: State, frozen: Any, reconstruction: jax.Array, image: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, tuple[State, Metrics]]:
-        """Returns the discriminator's loss of a micro-batch, the new state except for its parameters, and metrics."""
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Returns the discriminator's loss of a micro-batch, the state of its power iterations, and metrics."""
         config = self.config
         variables = {"params": {**frozen, **params}, SPECTRAL: state["spectral"]}
         all_logits = []
@@ -99,15 +99,13 @@ class Adversary:
             all_logits.append(logits)
         fake, real = all_logits
         total = adversarial.DISCRIMINATOR[config.loss](real, fake)
-        means, lecam = {"real": real.mean(), "fake": fake.mean()}, state["lecam"]
-        metrics = {"gan/discriminator": total, "gan/logits_real": means["real"], "gan/logits_fake": means["fake"]}
+        lecam = state["lecam"]
+        metrics = {"gan/discriminator": total, "gan/logits_real": real.mean(), "gan/logits_fake": fake.mean()}
         metrics["gan/accuracy"] = 0.5 * ((real > 0).mean() + (fake < 0).mean())
         if config.lecam_weight:
             metrics["gan/lecam"] = adversarial.lecam(real, fake, lecam["real"], lecam["fake"])
             total = total + config.lecam_weight * metrics["gan/lecam"]
-        decay = config.lecam_decay
-        lecam = {n: decay * lecam[n] + (1 - decay) * jax.lax.stop_gradient(means[n]) for n in lecam}
-        return total, ({**state, "spectral": variables[SPECTRAL], "lecam": lecam}, metrics)
+        return total, (variables[SPECTRAL], metrics)
 
     def _update(
         self, state: State, frozen: Any, reconstructions: jax.Array, images: jax.Array, horizon: jax.Array,
@@ -115,21 +113,24 @@ class Adversary:
     ) -> tuple[State, Metrics]:  # fmt: skip
         gradient = jax.grad(self.loss, has_aux=True)
 
-        def add(carry: tuple[Any, State], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, State], Metrics]:
-            total, state = carry
-            grads, (state, metrics) = gradient(state["params"], state, frozen, *part)
-            return (jax.tree.map(lambda t, g: t + g / len(images), total, grads), state), metrics
+        # The power iterations depend on the parameters only, so every micro-batch starts and ends them in one state.
+        def add(carry: tuple[Any, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, Any], Metrics]:
+            grads, (spectral, metrics) = gradient(state["params"], state, frozen, *part)
+            return (jax.tree.map(lambda t, g: t + g / len(images), carry[0], grads), spectral), metrics
 
-        start = (jax.tree.map(jnp.zeros_like, state["params"]), state)
+        start = (jax.tree.map(jnp.zeros_like, state["params"]), state["spectral"])
         keys = jax.random.split(key, len(images))
         if len(images) == 1:
-            (grads, state), metrics = add(start, (reconstructions[0], images[0], keys[0]))
+            (grads, spectral), metrics = add(start, (reconstructions[0], images[0], keys[0]))
         else:
-            (grads, state), stacked = jax.lax.scan(add, start, (reconstructions, images, keys))
+            (grads, spectral), stacked = jax.lax.scan(add, start, (reconstructions, images, keys))
             metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+        decay = self.config.lecam_decay
+        lecam = {n: decay * x + (1 - decay) * metrics[f"gan/logits_{n}"] for n, x in state["lecam"].items()}
         updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"], horizon=horizon)
         params = optax.apply_updates(state["params"], updates)
-        return {**state, "params": params, "opt_state": opt_state}, {**metrics, "gan/grad_norm": optax.tree.norm(grads)}
+        state = {**state, "params": params, "opt_state": opt_state, "spectral": spectral, "lecam": lecam}
+        return state, {**metrics, "gan/grad_norm": optax.tree.norm(grads)}
 
     def _augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
         return augment(images, key, self.config.augment, self.config.cutout) if self.config.augment else images

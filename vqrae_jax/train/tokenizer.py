@@ -19,6 +19,9 @@ from vqrae_jax.train.optim import ema_decay, part_rates, update_ema
 from vqrae_jax.train.task import Batch, Metrics, TrainState, is_sum
 from vqrae_jax.train.tokenizer_state import PARTS, TokenizerVariables
 
+# Variables that are zero until data have made the others.
+STARTED = ("step", "begun", "fitted")
+
 
 class TokenizerTask(TokenizerVariables):
     """Trains a tokenizer to reconstruct images: a `task.Task`."""
@@ -46,19 +49,17 @@ class TokenizerTask(TokenizerVariables):
 
     def gradients(
         self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array, batch_stats: Any
-    ) -> tuple[Any, Any, jax.Array, Metrics]:
-        """Returns the gradients of a micro-batch in [0, 1], the updated batch_stats, reconstructions, and metrics.
+    ) -> tuple[Any, Any, jax.Array, jax.Array, Metrics]:
+        """Returns gradients, updated batch_stats, latents, reconstructions and metrics of a micro-batch in [0, 1].
 
         The gradients of the adversarial and of the other terms with respect to the reconstruction are pulled back once.
         """
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
             variables = self._variables(frozen, state.ema_params | params, batch_stats)
-            noise, codes = jax.random.split(key)
             out, updated = self.built.module.apply(
-                variables, images, train=True, method="forward", mutable=["batch_stats"],
-                rngs={"noise": noise, "codes": codes},
-            )  # fmt: skip
+                variables, images, train=True, method="forward", mutable=["batch_stats"], rngs=streams(key)
+            )
             outputs = LossInputs(out.reconstruction, out.quantized.loss, out.encoded, out.features)
             return outputs, (updated["batch_stats"], out.quantized.metrics)
 
@@ -82,31 +83,67 @@ class TokenizerTask(TokenizerVariables):
             cotangent = cotangent.replace(reconstruction=cotangent.reconstruction + gradient)
         metrics["loss/total"] = total
         (grads,) = pull_back(cotangent)
-        if "quantizer" not in self.config.train.trainable and "quantizer" in updated:
-            updated = {**updated, "quantizer": batch_stats["quantizer"]}
-        return grads, updated, jax.lax.stop_gradient(outputs.reconstruction), metrics
+        latents, reconstruction = jax.lax.stop_gradient((outputs.encoded, outputs.reconstruction))
+        return grads, self._keep_frozen(batch_stats, updated), latents, reconstruction, metrics
 
     def mean_gradients(
         self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
     ) -> tuple[Any, Any, jax.Array, Metrics]:
-        """Averages `gradients` over micro-batches [parts, b, H, W, 3]; the codebook is updated after each of them."""
+        """Averages `gradients` over micro-batches [parts, b, H, W, 3]; batch_stats change as by one large batch.
+
+        All micro-batches start from the codebook from before its update, but from after its initialization.
+        """
         gradients = functools.partial(self.gradients, state, frozen)
         if len(images) == 1:
-            grads, batch_stats, reconstruction, metrics = gradients(images[0], key, state.batch_stats)
+            grads, batch_stats, _, reconstruction, metrics = gradients(images[0], key, state.batch_stats)
             return grads, batch_stats, reconstruction[None], metrics
+        batch_stats = self._initialize(state, frozen, images, key)
 
-        def add(carry: tuple[Any, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], Any]:
-            total, batch_stats = carry
-            grads, batch_stats, reconstruction, metrics = gradients(*part, batch_stats)
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+            grads, _, encoded, reconstruction, metrics = gradients(*part, batch_stats)
             total = jax.tree.map(lambda t, g: t + g / len(images), total, grads)
             # Only the discriminator needs the reconstructions.
-            return (total, batch_stats), (reconstruction if self.adversary else None, metrics)
+            return total, (encoded, reconstruction if self.adversary else None, metrics)
 
-        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
         keys = jax.random.split(key, len(images))
-        (grads, batch_stats), (reconstructions, stacked) = jax.lax.scan(add, start, (images, keys))
-        metrics = {n: v.sum(0) if is_sum(v) else v.mean(0) for n, v in stacked.items()}
+        start = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (encoded, reconstructions, stacked) = jax.lax.scan(add, start, (images, keys))
+        batch_stats, events = self._update_statistics(state, frozen, encoded, key)
+        metrics = {n: v.sum(0) if is_sum(v) else v.mean(0) for n, v in stacked.items()} | events
         return grads, batch_stats, reconstructions, metrics
+
+    def _initialize(self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array) -> Any:
+        """Returns batch_stats in which state that starts from data is made from all micro-batches."""
+        flags = [x for path, x in jax.tree.leaves_with_path(state.batch_stats) if path[-1].key in STARTED]
+        if not flags or "quantizer" not in self.config.train.trainable:
+            return state.batch_stats
+        variables = self._variables(frozen, state.ema_params | state.params, state.batch_stats)
+
+        def encode(image: jax.Array) -> jax.Array:
+            return self.built.module.apply(variables, image, method=lambda model, x: model.encoder(x))
+
+        # A loop of zero or one steps: unlike the branches of a condition, it keeps the sharding of the codebook.
+        return jax.lax.fori_loop(
+            0, jnp.any(jnp.stack(flags) == 0).astype(jnp.int32),
+            lambda *_: self._update_statistics(state, frozen, jax.lax.map(encode, images), key)[0], state.batch_stats,
+        )  # fmt: skip
+
+    def _update_statistics(
+        self, state: TrainState, frozen: Any, encoded: jax.Array, key: jax.Array
+    ) -> tuple[Any, Metrics]:
+        """Updates batch_stats once, by latents [parts, b, h, w, C] of all micro-batches; also returns its events."""
+        variables = self._variables(frozen, state.ema_params | state.params, state.batch_stats)
+        latents = jax.lax.stop_gradient(encoded.swapaxes(0, 1).reshape(-1, *encoded.shape[2:]))
+        out, updated = self.built.module.apply(
+            variables, latents, train=True, method="quantize", mutable=["batch_stats"], rngs=streams(key)
+        )
+        events = {f"codebook/{n}": out.metrics[n] for n in ("starved", "revived") if n in out.metrics}
+        return self._keep_frozen(state.batch_stats, updated.get("batch_stats", {})), events
+
+    def _keep_frozen(self, before: Any, updated: Any) -> Any:
+        """Returns updated batch_stats, in which a quantizer that does not train is unchanged."""
+        frozen = "quantizer" not in self.config.train.trainable and "quantizer" in before
+        return {**before, **updated, **({"quantizer": before["quantizer"]} if frozen else {})}
 
     def micro_batches(self, images: jax.Array) -> jax.Array:
         """[B, ...] -> [parts, B / parts, ...]; part i has images i, i + parts, ... and so is on all devices."""
@@ -154,6 +191,12 @@ class TokenizerTask(TokenizerVariables):
 
     def _variables(self, frozen: Any, params: Any, batch_stats: Any) -> Any:
         return {"params": {n: frozen[n] for n in PARTS if n in frozen} | params, "batch_stats": batch_stats}
+
+
+def streams(key: jax.Array) -> dict[str, jax.Array]:
+    """Returns the random numbers of a forward pass in training."""
+    noise, codes = jax.random.split(key)
+    return {"noise": noise, "codes": codes}
 
 
 def to_float(image: jax.Array) -> jax.Array:
