@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vqrae_jax import Tokenizer, sharding
-from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, variable_shapes
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import images as image_files
 from vqrae_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
@@ -28,7 +28,7 @@ def images():
 def test_shapes_ranges_and_properties(tokenizer, images):
     assert (tokenizer.grid, tokenizer.downsampling, tokenizer.code_dtype) == (4, 8, np.uint16)
     assert (tokenizer.bits_per_image, tokenizer.image_size) == (4 * 4 * 5, 32)
-    assert repr(tokenizer) == "Tokenizer(image_size=32, code_shape=(4, 4), codebook_size=32)"
+    assert repr(tokenizer) == "Tokenizer(image_size=32, code_shape=(4, 4), codebook_size=32, encoder_dtype=float32)"
     indices = tokenizer.encode_to_indices(images)
     assert (indices.shape, indices.dtype) == ((3, *tokenizer.code_shape), np.int32) == ((3, 4, 4), np.int32)
     assert 0 <= indices.min() <= indices.max() < tokenizer.codebook_size == 32
@@ -80,30 +80,79 @@ def compilations(monkeypatch):
 
 
 def test_few_sizes_are_compiled(trained, images, compilations):
-    """Batch sizes are powers of two, or the fixed one."""
+    """Encoders have one size; sizes of other batches are powers of two, or the fixed one."""
     many = np.concatenate([images] * 30)
     free, fixed = Tokenizer.load(trained), Tokenizer.load(trained, batch_size=4)
-    expected = fixed.encode_to_indices(many)
+    indices = fixed.encode_to_indices(many)
     for count in (1, 2, 3, 4, 5, 70, 80, 90):
-        np.testing.assert_array_equal(fixed.encode_to_indices(many[:count]), expected[:count])
+        np.testing.assert_array_equal(fixed.encode_to_indices(many[:count]), indices[:count])
+    assert [key[1][0] for key in compilations] == [1]
+    compilations.clear()
+    expected = fixed.lookup(indices)
+    for count in (1, 5, 90):
+        np.testing.assert_array_equal(fixed.lookup(indices[:count]), expected[:count])
     assert [key[1][0] for key in compilations] == [4]
     for count in (3, 4, 64, 65, 90):
-        np.testing.assert_array_equal(free.encode_to_indices(many[:count]), expected[:count])
+        np.testing.assert_array_equal(free.lookup(indices[:count]), expected[:count])
     assert [key[1][0] for key in compilations] == [4, 4, 64]
 
 
 def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
     tokenizer = Tokenizer.load(trained)
-    many = np.concatenate([images] * 22)
-    whole = tokenizer.encode_to_indices(many)
+    many = np.concatenate([tokenizer.encode_to_indices(images)] * 22)
+    compilations.clear()
+    whole = tokenizer.decode_from_indices(many)
     needed = tokenizer._programs._compile(*compilations[0]).memory_analysis().temp_size_in_bytes
     compilations.clear()
     limited = Tokenizer.load(trained, memory_limit=needed // 4)
-    np.testing.assert_array_equal(limited.encode_to_indices(many), whole)
+    np.testing.assert_allclose(limited.decode_from_indices(many), whole, atol=1e-5)
     assert compilations[0][1][0] == 64
     assert compilations[-1][1][0] <= 16
     used = limited._programs._compile(*compilations[-1]).memory_analysis().temp_size_in_bytes
     assert used <= needed // 4 or compilations[-1][1][0] == 1
+
+
+@pytest.fixture(scope="module")
+def low(golden):
+    """A function that builds a tokenizer with 196 tokens, enough for XLA to round large batches in other ways."""
+    architecture = {
+        "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "image_size": 56,
+    }  # fmt: skip
+    config = ModelConfig(
+        encoder_config_path=None, encoder_params={"architecture": architecture}, encoder_input_size=56,
+        decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=2, num_embeddings=64,
+        dtype="bfloat16",
+    )  # fmt: skip
+    built = build_tokenizer(config)
+    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
+    return lambda **options: Tokenizer(built.module, jax.device_get(variables), config, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_codes_depend_on_neither_batch_nor_mesh(low, dtype):
+    """Bit for bit. In bfloat16 a direct call with 16 images gives codes other than one with single images."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 28, 28, 3)).astype(np.uint8)
+    tokenizer, same = low(encoder_dtype=dtype), np.testing.assert_array_equal
+    assert tokenizer.encoder_dtype == tokenizer.module.encoder.vit.blocks.dtype == dtype
+    assert tokenizer.module.decoder.blocks.dtype == "bfloat16"
+    expected = tokenizer.encode_to_indices(images)
+    assert len(np.unique(expected)) > 16
+    for size in (1, 3, 8):
+        same(np.concatenate([tokenizer.encode_to_indices(images[i : i + size]) for i in range(0, 16, size)]), expected)
+    same(tokenizer.encode_to_indices(images / np.float32(255)), expected)
+    order = np.random.default_rng(1).permutation(16)
+    same(tokenizer.encode_to_indices(images[order]), expected[order])
+    same(tokenizer.encode(images), tokenizer.lookup(expected))
+    for ways in ((8, 1), (4, 2)):
+        other = low(encoder_dtype=dtype, mesh=sharding.make_mesh(*ways), output="jax")
+        same(other.encode_to_indices(images[:11]), expected[:11])
+
+
+def test_dtype_is_part_of_the_hash(low):
+    hashes = {dtype: low(encoder_dtype=dtype).hash for dtype in ("bfloat16", "float32")}
+    assert hashes["bfloat16"] != hashes["float32"] == low().hash
+    assert low().encoding == "float32"
+    assert low(encoder_dtype="bfloat16").encoding.startswith("bfloat16, 1 images per program and device, ")
 
 
 @pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "model": 2, "slices": 2}], ids=["one", "slices"])
@@ -141,8 +190,8 @@ def test_fit_model_and_jax_output(trained):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("fit", "Crop"), ("output", "torch"), ("batch_size", 0), ("batch_size", 1.5), ("memory_limit", "8GB"),
-    ("memory_limit", -1), ("mesh", 8),
+    ("fit", "Crop"), ("output", "torch"), ("encoder_dtype", "float16"), ("batch_size", 0), ("batch_size", 1.5),
+    ("memory_limit", "8GB"), ("memory_limit", -1), ("mesh", 8),
 ])  # fmt: skip
 @pytest.mark.skipif("VQRAE_CHECK_TYPES" in os.environ, reason="the type checker refuses these values first")
 def test_invalid_option_is_refused_before_anything_is_read(field, value):

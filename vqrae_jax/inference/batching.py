@@ -1,6 +1,7 @@
 """A model's methods as compiled programs, run on any number of rows in batches of few sizes."""
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Shaped
 
 from vqrae_jax import sharding
@@ -18,6 +20,10 @@ from vqrae_jax.models.vqrae import VQRAE
 
 MAX_BATCH = 64
 DEFAULT_MEMORY = 2 << 30  # bytes, of a device that does not report its memory
+# Images per device of a program that encodes. XLA rounds products of other sizes differently, which changes codes, so
+# this is not a setting. A CPU computes single images as fast as batches.
+ENCODED, CPU_ENCODED = 8, 1
+ENCODERS = ("encode", "encode_to_indices")
 
 Rows = Any  # numpy array or inputs.FittedImages: has `shape`, `dtype`, a length, and slices that are numpy arrays
 Result = np.ndarray | jax.Array
@@ -26,21 +32,27 @@ Result = np.ndarray | jax.Array
 class Programs:
     """Compiles and runs `method(variables, rows)` of a model, on one device or over the data axes of a mesh.
 
-    Methods that decode return images clipped to [0, 1]; uint8 images are divided by 255.
+    Methods that encode always run one program, whatever the number of rows, on the same number of images per device,
+    with a copy of the encoder on every device: the result for an image depends on neither batch nor mesh. Methods that
+    decode return images clipped to [0, 1]; uint8 images are divided by 255.
+
+    Attributes:
+      encoded: images per device of programs that encode.
     """
 
     def __init__(
         self, module: VQRAE, variables: Any, mesh: Mesh | None, batch_size: int | None, memory_limit: int | None
     ):
         """See `Tokenizer`; `variables` are on their devices."""
-        self.module, self.variables = module, variables
+        self.module, self.variables, self._mesh = module, variables, mesh
         self._parts = sharding.data_ways(mesh) if mesh else 1
         leaf = jax.tree.leaves(variables)[0]
         self._sharding = sharding.over_data(mesh) if mesh else leaf.sharding
         self._batch_size = batch_size
-        statistics = min(leaf.devices(), key=lambda device: device.id).memory_stats() or {}
-        self._memory = memory_limit or statistics.get("bytes_limit", DEFAULT_MEMORY) // 2
+        device = min(leaf.devices(), key=lambda device: device.id)
+        self._memory = memory_limit or (device.memory_stats() or {}).get("bytes_limit", DEFAULT_MEMORY) // 2
         self._max_batch = max(MAX_BATCH // self._parts, 1) * self._parts
+        self.encoded = CPU_ENCODED if device.platform == "cpu" else ENCODED
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def run(self, method: str, rows: Rows, output: Literal["numpy", "jax"]) -> Shaped[Result, "rows ..."]:
@@ -52,20 +64,22 @@ class Programs:
         size = self.batch_size(method, rows)
         batches = (_pad_rows(rows[i : i + size], size) for i in range(0, len(rows), size))
         if output == "jax":
-            return jnp.concatenate([self._start(method, batch) for batch in batches])[: len(rows)]
+            return jnp.concatenate([x for batch in batches for x in self._start(method, batch)])[: len(rows)]
         return np.concatenate(list(self.stream(method, batches)))[: len(rows)]
 
     def stream(self, method: str, batches: Iterable[Shaped[np.ndarray, "b ..."]]) -> Iterator[np.ndarray]:
         """Yields results in order; one batch is computed while the previous result is copied and used."""
         pending = collections.deque()
         for batch in batches:
-            pending.append(self._start(method, batch))
+            pending.append((self._start(method, batch), len(batch)))
             if len(pending) > 1:
-                yield np.asarray(pending.popleft())
-        yield from map(np.asarray, pending)
+                yield _fetch(*pending.popleft())
+        yield from (_fetch(*item) for item in pending)
 
     def batch_size(self, method: str, rows: Rows) -> int:
         """Returns the size of batches for `rows`: the fixed one, or a power of two per device that fits into memory."""
+        if method in ENCODERS:
+            return self.encoded * (self._mesh.size if self._mesh else 1)
         if self._batch_size:
             return self._batch_size
         parts = math.ceil(len(rows) / self._parts)
@@ -78,17 +92,45 @@ class Programs:
         self._max_batch = min(self._parts << (parts.bit_length() - 1), size // 2)
         return self.batch_size(method, rows)
 
-    def _start(self, method: str, batch: Shaped[np.ndarray, "b ..."]) -> jax.Array:
-        program = self._compile(method, batch.shape, batch.dtype)
-        return program(self.variables, jax.device_put(batch, self._sharding))
+    def _start(self, method: str, batch: Shaped[np.ndarray, "b ..."]) -> list[jax.Array]:
+        """Starts a method on a batch; returns the results of its padded parts."""
+        if method not in ENCODERS:
+            program = self._compile(method, batch.shape, batch.dtype)
+            return [program(self.variables, jax.device_put(batch, self._sharding))]
+        size, (variables, split) = self.batch_size(method, batch), self._encoder
+        program = self._compile(method, (size, *batch.shape[1:]), np.float32)
+        parts = (_pad_rows(batch[i : i + size], size) for i in range(0, len(batch), size))
+        return [program(variables, _to_float(jax.device_put(part, split))) for part in parts]
+
+    @functools.cached_property
+    def _encoder(self) -> tuple[Any, jax.sharding.Sharding]:
+        """Returns the variables without the decoder, whole on every device, and the sharding of their images."""
+        params = {name: tree for name, tree in self.variables["params"].items() if name != "decoder"}
+        variables = {**self.variables, "params": params}
+        if self._mesh is None:
+            return variables, self._sharding
+        variables = jax.device_put(variables, sharding.replicated(self._mesh))
+        return variables, NamedSharding(self._mesh, P(self._mesh.axis_names))
 
     def _compile(self, method: str, shape: tuple[int, ...], dtype: Any) -> Any:
         key = (method, shape, np.dtype(dtype))
         if key not in self._compiled:
-            function = jax.jit(functools.partial(_call, self.module, method), out_shardings=self._sharding)
-            batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
-            self._compiled[key] = function.lower(self.variables, batch).compile()
+            function, variables, split = functools.partial(_call, self.module, method), self.variables, self._sharding
+            if method in ENCODERS:
+                function = functools.partial(_call, _without_sharding(self.module), method)
+                variables, split = self._encoder
+                if self._mesh:
+                    rows = P(self._mesh.axis_names)
+                    function = jax.shard_map(
+                        function, mesh=self._mesh, in_specs=(P(), rows), out_specs=rows, check_vma=False
+                    )
+            batch = jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+            self._compiled[key] = jax.jit(function, out_shardings=split).lower(variables, batch).compile()
         return self._compiled[key]
+
+
+def _fetch(parts: list[jax.Array], count: int) -> np.ndarray:
+    return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
 def _pad_rows(batch: np.ndarray, size: int) -> np.ndarray:
@@ -128,8 +170,27 @@ def resample_encoder(module: VQRAE, variables: Any) -> tuple[VQRAE, Any]:
     return module.clone(encoder=encoder), {**variables, "params": {**params, "encoder": resampled}}
 
 
+def set_encoder_dtype(module: VQRAE, dtype: str) -> VQRAE:
+    """Returns the model with an encoder whose activations have `dtype`."""
+    attention = module.encoder.vit.blocks.attention if dtype == "bfloat16" else "xla"
+    return _with_blocks(module, dtype=dtype, attention=attention)
+
+
+def _without_sharding(module: VQRAE) -> VQRAE:
+    return _with_blocks(module, shard_activations=None)
+
+
+def _with_blocks(module: VQRAE, **fields: Any) -> VQRAE:
+    vit = module.encoder.vit
+    vit = dataclasses.replace(vit, blocks=dataclasses.replace(vit.blocks, **fields))
+    return module.clone(encoder=module.encoder.clone(vit=vit))
+
+
+@jax.jit
+def _to_float(images: jax.Array) -> jax.Array:
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
 def _call(module: VQRAE, method: str, variables: Any, x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.uint8:
-        x = x.astype(jnp.float32) / 255
     result = module.apply(variables, x, method=method)
     return jnp.clip(result, 0, 1) if method.startswith("decode") else result

@@ -24,6 +24,7 @@ from vqrae_jax.pretrained import writers
 from vqrae_jax.quantizers.registry import all_settings
 
 Output = Literal["numpy", "jax"]
+EncoderDtype = Literal["float32", "bfloat16"]
 Result = np.ndarray | jax.Array  # numpy by default, jax with output="jax"
 
 METHODS = ("encode", "encode_to_indices", "lookup", "decode", "decode_from_indices")
@@ -41,11 +42,13 @@ class Tokenizer:
     Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are of numpy,
     JAX or PyTorch, uint8 or floats in [0, 1], of any size; `fit` makes them squares of `image_size` pixels. Results are
     numpy arrays, or JAX arrays with output="jax". Decoded images are float32 in [0, 1], [B, S, S, 3], S = image_size.
-    Any number of images is processed in padded batches of few sizes (powers of two), so few programs are compiled.
+    Any number of images is processed in padded batches of few sizes, so few programs are compiled. The codes of an
+    image depend on neither its batch nor the mesh, in any dtype.
 
     Attributes:
       module, variables: the model as it runs, with the encoder's position grid resampled to its input size.
       trained: the variables as they were trained and are saved.
+      encoder_dtype: dtype of the encoder's activations, which is not necessarily that of training.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Tokenizer:
         memory_limit: int | None = None,
         fit: Fit = "crop",
         output: Output = "numpy",
+        encoder_dtype: EncoderDtype = "float32",
     ):
         """
         Args:
@@ -71,18 +75,28 @@ class Tokenizer:
           frozen: whether the encoder is the pretrained one that `config` names.
           provenance: version, step, data and metrics of the training run, for the model card.
           mesh: mesh to compute on; None: the devices of the variables. Batches are split over all axes but "model".
-          batch_size: images per batch; None: powers of two up to 64 that fit into `memory_limit`.
-          memory_limit: bytes per device for the intermediate values of a program; None: half of the device's memory.
+          batch_size: images per batch that is decoded; None: powers of two up to 64 that fit into `memory_limit`.
+          memory_limit: bytes per device for the intermediate values of a program that decodes; None: half of the
+            device's memory.
           fit: "crop" takes the central square of an image, "pad" shows the whole image on the encoder's mean color,
             "stretch" changes its proportions; all resample bicubically with antialiasing. "model" leaves images, which
             must have one size, to the encoder's resize, as in the PyTorch VQRAE (bicubic without antialiasing).
           output: "numpy", or "jax" to leave results on the device.
+          encoder_dtype: "bfloat16" is several times as fast on TPUs and GPUs, but a few percent of its codes differ
+            from those of float32, and between kinds of devices. It is part of `hash`.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output)
+        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = batching.place_variables(variables, mesh)
+        module = batching.set_encoder_dtype(module, encoder_dtype)
         self.module, self.variables = batching.resample_encoder(module, self.trained)
-        self.fit, self.output, self.batch_size, self.memory_limit = fit, output, batch_size, memory_limit
+        self.encoder_dtype, self.fit, self.output, self.batch_size, self.memory_limit = (
+            encoder_dtype,
+            fit,
+            output,
+            batch_size,
+            memory_limit,
+        )
 
     @classmethod
     def load(
@@ -95,6 +109,7 @@ class Tokenizer:
         memory_limit: int | None = None,
         fit: Fit = "crop",
         output: Output = "numpy",
+        encoder_dtype: EncoderDtype = "float32",
     ) -> "Tokenizer":
         """Loads a tokenizer from a run's workdir, a checkpoint, a saved folder or a hub id.
 
@@ -103,26 +118,26 @@ class Tokenizer:
         Args:
           path: local path, address (gs://...) or hub id ("owner/name").
           step: checkpoint of a workdir; None: the newest.
-          mesh, batch_size, memory_limit, fit, output: see the constructor.
+          mesh, batch_size, memory_limit, fit, output, encoder_dtype: see the constructor.
 
         Raises:
           ConfigError: an option is invalid; nothing has been read.
           CheckpointError: no complete checkpoint exists, or it does not fit its config.
           WeightsError: the encoder's weights are not available, the folder is damaged, or the hub cannot be reached.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output)
+        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
         location = locate(path, step)
         module, variables = read_model(location, mesh)
         return cls(
             module, variables, location.config, frozen=location.frozen, provenance=location.provenance, mesh=mesh,
-            batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output,
+            batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output, encoder_dtype=encoder_dtype,
         )  # fmt: skip
 
     from_pretrained = load
 
     def __repr__(self) -> str:
         codes = f"code_shape={self.code_shape}, codebook_size={self.codebook_size}" if self.has_codes else "no codes"
-        return f"Tokenizer(image_size={self.image_size}, {codes})"
+        return f"Tokenizer(image_size={self.image_size}, {codes}, encoder_dtype={self.encoder_dtype})"
 
     @property
     def has_codes(self) -> bool:
@@ -168,11 +183,16 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of encoder, quantizer and their settings, which determine the meaning of a code, not the decoder."""
+        """SHA-256 of encoder, quantizer and their settings, which determine the meaning of a code, not the decoder.
+
+        The dtype of the encoder is among them, unless the model was trained and encodes in float32.
+        """
         if self.config is None:
             raise DataError("a tokenizer without a config has no hash: pass config=, or load it from its folder")
         values = self.config.model_dump(mode="json")
         settings = {name: functools.reduce(dict.__getitem__, name.split("."), values) for name in HASHED_FIELDS}
+        if (self.config.dtype, self.encoder_dtype) != ("float32", "float32"):
+            settings["encoder_dtype"] = self.encoder_dtype
         parts = ("encoder", "quantizer", "latent")
         trees = {f"{kind}/{part}": tree[part] for kind, tree in self.trained.items() for part in parts if part in tree}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -181,6 +201,8 @@ class Tokenizer:
 
     def encode(self, images: Any) -> Float[Result, "B ..."]:
         """Returns quantized latents [B, h, w, C], as `decode` takes them ([B, h*w, C] with reshape_to_2d=False)."""
+        if self.has_codes:
+            return self.lookup(self.encode_to_indices(images))
         return self._run("encode", self.fit_images(images))
 
     def encode_to_indices(self, images: Any) -> Int[Result, "B ..."]:
@@ -229,8 +251,8 @@ class Tokenizer:
     def stream(self, method: str, batches: Iterable[Shaped[np.ndarray, "_ ..."]]) -> Iterator[np.ndarray]:
         """Yields the results of batches in order; one is computed while the previous result is copied and used.
 
-        Nothing is checked, resized or padded: images are [B, S, S, 3], uint8 or float32 in [0, 1]. Each shape of batch
-        is compiled once.
+        Nothing is checked or resized: images are [B, S, S, 3], uint8 or float32 in [0, 1]. Methods that do not encode
+        are compiled once for each shape of batch.
         """
         return self._programs.stream(method, batches)
 
@@ -263,6 +285,14 @@ class Tokenizer:
         save = functools.partial(self.save_pretrained, images=images, name=repo_id)
         return writers.push_to_hub(save, repo_id, private, token)
 
+    @property
+    def encoding(self) -> str:
+        """Arithmetic that decides codes: the dtype, and in bfloat16 also the shape of the programs and the device."""
+        if self.encoder_dtype == "float32":
+            return "float32"
+        device = jax.tree.leaves(self.variables)[0].devices().pop().device_kind
+        return f"bfloat16, {self._programs.encoded} images per program and device, {device}"
+
     @functools.cached_property
     def _programs(self) -> batching.Programs:
         return batching.Programs(self.module, self.variables, self.mesh, self.batch_size, self.memory_limit)
@@ -292,7 +322,7 @@ class Tokenizer:
         return indices.astype(np.int32)
 
 
-def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, output: Any) -> None:
+def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, output: Any, encoder_dtype: Any) -> None:
     is_mesh = isinstance(mesh, jax.sharding.Mesh)
     parts = sharding.data_ways(mesh) if is_mesh else 1
     valid_batch = isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % parts == 0
@@ -301,6 +331,7 @@ def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, outp
     for field, value, valid, expected in (
         ("fit", fit, fit in get_args(Fit), f"one of {', '.join(map(repr, get_args(Fit)))}"),
         ("output", output, output in get_args(Output), f"one of {', '.join(map(repr, get_args(Output)))}"),
+        ("encoder_dtype", encoder_dtype, encoder_dtype in get_args(EncoderDtype), "'float32' or 'bfloat16'"),
         ("mesh", mesh, mesh is None or is_mesh, "a jax.sharding.Mesh, for example of vqrae_jax.sharding.make_mesh()"),
         ("batch_size", batch_size, batch_size is None or valid_batch, multiple),
         ("memory_limit", memory_limit, memory_limit is None or valid_limit, "a number of bytes, such as 8 * 1024**3"),
