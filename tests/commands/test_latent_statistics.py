@@ -1,9 +1,13 @@
+import jax
 import numpy as np
 import pytest
 
 from vqrae_jax import sharding
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.commands.latent_statistics import estimate, latent_statistics, parser, summarize
-from vqrae_jax.errors import UserError
+from vqrae_jax.config import DataConfig, ModelConfig, from_dict
+from vqrae_jax.data import pipeline
+from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.pretrained.sources import read_latent_statistics, read_principal_axes
 
 
@@ -61,3 +65,37 @@ def test_the_command_writes_what_the_model_reads(golden, tmp_path, capsys):
         with pytest.raises(UserError) as error:
             run(*arguments, *others)
         assert error.value.field == field
+
+
+@pytest.mark.parametrize(("layers", "fusion"), [("-1", "mean"), ("0,-1", "mean"), ("0,-1", "sum"), ("0,-1", "concat")])
+def test_normalized_latents_have_mean_zero_and_deviation_one(golden, tmp_path, layers, fusion):
+    output = tmp_path / "stats.npz"
+    encoder = {"encoder_config_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 56}
+    run(
+        f"--encoder={encoder['encoder_config_path']}", f"--output={output}", "--size=56", f"--layers={layers}",
+        f"--fusion={fusion}", "--source=photographs", "--limit=8", "--batch=8", "--components=4",
+    )  # fmt: skip
+    params = {"layers": [int(layer) for layer in layers.split(",")], "fusion": fusion}
+
+    def build(**changes):
+        decoder = {"decoder_config_path": "ViT-S", "normalization_stat_path": str(output)}
+        fields = encoder | decoder | {"encoder_params": params} | changes
+        return build_tokenizer(from_dict(ModelConfig, fields))
+
+    built = build()
+    (batch,) = pipeline.evaluation_batches(DataConfig(source="photographs", image_size=56, eval_batch_size=8), limit=8)
+    latents = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, batch["image"] / 255)
+    latents = (
+        built.module.clone(reshape_to_2d=True).bind({"batch_stats": {"latent": built.latent_stats}}).normalize(latents)
+    )
+    np.testing.assert_allclose(np.mean(latents, (0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(np.std(latents, (0, 1, 2)), 1, rtol=1e-2)
+    others = [
+        {**params, "layers": [1]},
+        {**params, "normalize": False},
+        {**params, "fusion": "sum" if fusion == "mean" else "mean"},
+    ]
+    for change in [*({"encoder_params": other} for other in others), {"encoder_input_size": 112}]:
+        with pytest.raises(ConfigError) as error:
+            build(**change)
+        assert error.value.field == "model.normalization_stat_path"

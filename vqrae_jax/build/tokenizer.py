@@ -54,8 +54,9 @@ def build_tokenizer(
     """
     encoder, folder = describe_encoder(config, mesh)
     decoder = _build_decoder(config, encoder, mesh)
-    path, field, whitening = config.normalization_stat_path, "model.normalization_stat_path", {}
+    path, field, whitening, described = config.normalization_stat_path, "model.normalization_stat_path", {}, {}
     if latent_stats is None and path:
+        described = _check_statistics(config, encoder)
         whitening = _read_whitening(config, encoder)
         latent_stats = sources.read_latent_statistics(path, field)
     latent_stats = latent_stats or {}
@@ -71,10 +72,36 @@ def build_tokenizer(
     )  # fmt: skip
     built = BuiltTokenizer(module, decoder.image_size, {}, latent_stats, whitening)
     if weights and folder is not None:
-        built.pretrained["encoder"] = read_encoder(config, encoder, folder)
+        built.pretrained["encoder"] = params = read_encoder(config, encoder, folder)
+        if described.get("sha256", digest := writers.content_hash(params)) != digest:
+            raise ConfigError("describes latents of an encoder with other weights", field=field, value=path)
     if weights and config.pretrained_decoder_path:
         built.pretrained["decoder"] = _read_decoder(config, variable_shapes(built)["params"]["decoder"])
     return built
+
+
+def describe_latents(config: ModelConfig, encoder: Encoder) -> dict[str, Any]:
+    """Returns the settings that determine latents, for files of their statistics; JSON values."""
+    return {
+        "encoder_cls": config.encoder_cls, "layers": [layer % encoder.vit.blocks.depth for layer in encoder.layers],
+        "fusion": encoder.fusion, "normalize": encoder.normalize, "encoder_input_size": encoder.input_size,
+    }  # fmt: skip
+
+
+def _check_statistics(config: ModelConfig, encoder: Encoder) -> dict[str, Any]:
+    """Raises ConfigError if the file of statistics describes other latents; returns its description."""
+    path, field = config.normalization_stat_path, "model.normalization_stat_path"
+    described, own = sources.read_latent_description(path, field), describe_latents(config, encoder)
+    if described is None:
+        if config.encoder_params.layers != (-1,):
+            log.warning("%s=%s does not name its latents; they must be of layers=%s", field, path, encoder.layers)
+        return {}
+    differing = [name for name in own if described.get(name) != own[name]]
+    if differing:
+        values = ", ".join(f"{name}={described.get(name)!r} instead of {own[name]!r}" for name in differing)
+        message = f"describes latents of {values}: run `vqrae latent-statistics` with the settings of this model"
+        raise ConfigError(message, field=field, value=path)
+    return described
 
 
 def freeze_encoder(built: BuiltTokenizer) -> BuiltTokenizer:

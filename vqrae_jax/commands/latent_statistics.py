@@ -1,9 +1,12 @@
 """Computes mean, variance and principal axes of an encoder's latents over images, for `model.normalization_stat_path`.
 
 vqrae latent-statistics --encoder=facebook/dinov2-base --data=/data/train --output=stats.npz
+
+The file names the latents that it describes (encoder, layers, fusion, input size), and models with others refuse it.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 
@@ -14,21 +17,32 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from vqrae_jax import sharding, storage
-from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
+from vqrae_jax.build.tokenizer import build_tokenizer, describe_latents, freeze_encoder
 from vqrae_jax.commands import command_line
 from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation.moments import Moments
+from vqrae_jax.pretrained import writers
 
 ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they set
     "data.image_size": "--size", "model.encoder_input_size": "--size", "model.encoder_config_path": "--encoder",
+    "model.encoder_params.layers": "--layers",
 }  # fmt: skip
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Parses a value of --layers."""
+    return tuple(int(layer) for layer in text.split(","))
+
 
 parser = command_line.Parser("latent-statistics", __doc__.partition("\n\n")[0])
 parser.add("--encoder", "hub id or local folder: value of model.encoder_config_path", required=True)
 parser.add_encoder_class("model.encoder_cls")
 parser.add_count("--size", "pixels: value of model.encoder_input_size", 224)
+parser.add("--layers", "value of model.encoder_params.layers, such as 2,6,-1", default=(-1,), type=layers)
+parser.add("--fusion", "value of model.encoder_params.fusion", default="mean", choices=["sum", "mean", "concat"])
+parser.add("--no-normalize", "model.encoder_params.normalize=False", action="store_true")
 parser.add_data()
 parser.add("--output", "file to write, .npz", required=True)
 parser.add("--per-position", "mean and variance per position: [h, w, C]", action="store_true")
@@ -43,7 +57,12 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if output.suffix != ".npz":
         raise DataError("its suffix must be .npz", field="--output", value=args.output)
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
-    built = freeze_encoder(build_tokenizer(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S"})))
+    features = {"layers": args.layers, "fusion": args.fusion, "normalize": not args.no_normalize}
+    config = from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S", "encoder_params": features})
+    built = build_tokenizer(config)
+    description = describe_latents(config, built.module.encoder) | {"encoder": args.encoder}
+    description["sha256"] = writers.content_hash(built.pretrained["encoder"])
+    built = freeze_encoder(built)
     params = {"params": jax.device_put(built.pretrained["encoder"])}
     mesh = sharding.make_mesh()
     batch_size = -(-args.batch // mesh.size) * mesh.size
@@ -57,7 +76,7 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     result = summarize(channels, positions if args.per_position else None, args.components)
     with storage.stage_output(output) as file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **result)
+        np.savez(file, latent=json.dumps(description), **result)
     share = result["pca_var"].sum() * channels.count / np.trace(channels.products)
     print(f"{images} images; {len(result['pca_var'])} axes hold {share:.1%} of the variance; wrote {output}")
     return result

@@ -4,6 +4,7 @@
 missing, damaged or cannot be downloaded.
 """
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -174,6 +175,21 @@ def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
         shapes = {k: np.shape(v) for k, v in arrays.items()}
         raise WeightsError(f"{file} has {shapes}; expected mean and/or var per channel or per position", field=field)
     return stats
+
+
+def read_latent_description(path: str, field: str) -> dict[str, Any] | None:
+    """Reads the description of the latents that a file of statistics is of; None for files without one."""
+    file = fetch_file(path, field)
+    text = read_tensors(file, field).get("latent")
+    if text is None:
+        return None
+    try:
+        values = json.loads(str(text))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} does not describe its latents: {text!r}; create it again", field=field)
+    return values
 
 
 def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
