@@ -1,9 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
 from vqrae_jax.commands import codebook
 from vqrae_jax.data import images
-from vqrae_jax.errors import DataError
+from vqrae_jax.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -11,16 +12,26 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-def test_metrics_are_those_of_the_codes(untrained, pixels):
-    tokenizer = untrained(quantizer="residual")
+@pytest.mark.parametrize("quantizer", [
+    "residual", "product", "multiscale", pytest.param("simvq", marks=pytest.mark.slow), "fsq",
+])  # fmt: skip
+def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
+    """Counts and error are those of the quantizer, of all levels."""
+    tokenizer = untrained(quantizer=quantizer)
     metrics, charts = codebook.analyze(tokenizer, pixels)
-    first = tokenizer.encode_to_indices(pixels / np.float32(255))[..., 0]
-    assert metrics["usage"] == pytest.approx(len(np.unique(first)) / 24)
-    assert (metrics["images"], metrics["codes"]) == (5, 24)
+    out = jax.jit(lambda v, x: tokenizer.module.apply(v, x, method="forward"))(tokenizer.variables, pixels / 255)
+    expected = out.quantized.metrics
+    assert metrics["quantization_error"] == pytest.approx(float(expected["quantization_error"]), rel=1e-4)
+    assert metrics["usage"] == pytest.approx(np.mean(np.asarray(expected["counts"]) > 0))
+    assert (metrics["images"], metrics["codes"]) == (5, tokenizer.codebook_size)
     assert all(chart.dtype == np.uint8 and chart.ndim == 3 for chart in charts.values())
     assert set(charts) == {"use", "map", "patches", "positions"}
-    with pytest.raises(DataError, match="Product"):
-        codebook.analyze(untrained(quantizer="product"), pixels)
+
+
+def test_a_continuous_autoencoder_has_no_report(untrained, pixels):
+    with pytest.raises(ConfigError) as error:
+        codebook.analyze(untrained(quantizer="none"), pixels)
+    assert error.value.field == "--checkpoint"
 
 
 def test_charts():

@@ -21,9 +21,10 @@ from vqrae_jax import storage
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
-from vqrae_jax.errors import DataError
+from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.quantizers.base import Wrapper
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -59,23 +60,31 @@ def report(args: argparse.Namespace) -> dict[str, float | int]:
 def analyze(
     tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]
 ) -> tuple[dict[str, float | int], dict[str, UInt8[np.ndarray, "..."]]]:
-    """Computes the metrics and charts of the report; those of the first level if there are several."""
-    latents, indices, quantized = (np.concatenate(parts) for parts in zip(*_encode(tokenizer, images), strict=True))
-    size = tokenizer.codebook_size
-    counts, embeddings = np.bincount(indices.ravel(), minlength=size), _lookup(tokenizer, np.arange(size))
-    errors = ((latents - quantized) ** 2).sum(-1)
+    """Computes the metrics and charts of the report.
+
+    The metrics are those of the training log, means over batches. Charts are of the first level or group, or of the
+    finest scale, and of its embeddings before any projection.
+    """
+    if not tokenizer.has_codes:
+        problem = 'is a continuous autoencoder (quantizer "none"), whose use of codes cannot be reported'
+        raise ConfigError(problem, field="--checkpoint")
+    indices, distances, levels, errors = (
+        np.concatenate(parts) for parts in zip(*_encode(tokenizer, images), strict=True)
+    )
+    size, levels = tokenizer.codebook_size, levels.sum(0)
+    counts, embeddings = np.bincount(indices.ravel(), minlength=size), _embeddings(tokenizer)
     metrics = {
         "images": len(images),
         "codes": size,
-        **codebook_health.health(counts),
-        "quantization_error": float(errors.mean() / latents.var(axis=(0, 1, 2)).sum()),
+        **codebook_health.health(levels),
+        "quantization_error": float(errors.mean()),
         **measure_spacing(embeddings[counts > 0]),
     }
     title = f"{(counts > 0).sum()} of {size} codes in use"
     charts = {
         "use": visualize.histogram(np.sort(counts)[::-1], title, "codes, most used first"),
         "map": map_chart(embeddings, counts),
-        "patches": visualize.enlarge(patches_chart(images, indices, errors, counts), PATCH * min(CODES, size)),
+        "patches": visualize.enlarge(patches_chart(images, indices, distances, counts), PATCH * min(CODES, size)),
         "positions": positions_chart(indices, size),
     }
     return metrics, charts
@@ -133,32 +142,35 @@ def positions_chart(indices: Int[np.ndarray, "B h w"], size: int) -> UInt8[np.nd
 
 
 def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields latents [b, h, w, C], indices of the first level [b, h, w] and their vectors [b, h, w, C]."""
+    """Yields, for each batch, indices and squared errors [b, h, w], counts [1, *levels, K] and relative errors [b]."""
     module, grid = tokenizer.module, tokenizer.grid
 
-    @jax.jit
-    def encode(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latents = module.apply(variables, images, method=lambda model, x: model.encoder(x))
-        return latents, module.apply(variables, images, method="encode_to_indices")
+    def quantize(model: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        latents = model.encoder(images)
+        return latents, model.quantize(latents)
 
+    encode = jax.jit(lambda variables, images: module.apply(variables, images, method=quantize))
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH].astype(np.float32) / 255
-        latents, indices = (np.asarray(x) for x in encode(tokenizer.variables, batch))
-        levels, rest = divmod(indices.size, len(batch) * grid**2)
-        if rest:
-            raise DataError(f"codes of shape {indices.shape} have no {grid}x{grid} grid, which the report needs")
-        if levels > 1 and not module.quantizer.decodes_prefixes:
-            raise DataError(f"{type(module.quantizer).__name__} has no vectors of single codes, which the report needs")
-        first = indices.reshape(len(batch), grid, grid, -1)[..., 0]
-        yield latents.reshape(len(batch), grid, grid, -1), first, _lookup(tokenizer, first)
+        latents, out = jax.device_get(encode(tokenizer.variables, batch))
+        tokens = out.indices.reshape(len(batch), -1)
+        depth = out.metrics["counts"].size // tokenizer.codebook_size
+        first = tokens[:, ::depth][:, -(grid**2) :]  # levels are interleaved, scales one after the other
+        distances = np.sum((latents.reshape(out.z.shape) - out.z) ** 2, axis=-1)
+        error = np.full(len(batch), out.metrics["quantization_error"])
+        yield *(x.reshape(-1, grid, grid) for x in (first, distances)), out.metrics["counts"][None], error
 
 
-def _lookup(tokenizer: Tokenizer, indices: Int[np.ndarray, "*b"]) -> Float[np.ndarray, "*b C"]:
-    """Returns the vectors of codes of the first level."""
-    if tokenizer.module.quantizer.decodes_prefixes:
-        indices = indices[..., None]
-    vectors = tokenizer.module.apply(tokenizer.variables, indices, method=lambda model, i: model.quantizer.lookup(i))
-    return np.asarray(vectors)
+def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:
+    """Returns the vectors that the quantizer inside all wrappers compares latents with."""
+
+    def lookup(model: Any, indices: Int[jax.Array, " K"]) -> Float[jax.Array, "K C"]:
+        quantizer = model.quantizer
+        while isinstance(quantizer, Wrapper):
+            quantizer = quantizer.quantizer
+        return quantizer.lookup(indices)
+
+    return np.asarray(tokenizer.module.apply(tokenizer.variables, np.arange(tokenizer.codebook_size), method=lookup))
 
 
 def _read_images(args: argparse.Namespace, size: int) -> UInt8[np.ndarray, "B {size} {size} 3"]:
