@@ -34,7 +34,12 @@ def test_an_array_of_codes_and_views(trained, photos, tmp_path):
     assert np.abs(images.read_image(written[0]) / 255 - expected).max() <= 0.5 / 255 + 1e-5
 
     arguments = [f"--checkpoint={trained}", f"--data={photos}", f"--output={tmp_path / 'codes'}", "--views=flip"]
-    tokenize.tokenize(tokenize.parser.parse_args([*arguments, "--limit=2"]))
+    low = [*arguments, "--limit=2", "--encoder-dtype=bfloat16"]
+    manifest = tokenize.tokenize(tokenize.parser.parse_args(low))
+    assert manifest["encoding"].startswith("bfloat16")
+    assert manifest["tokenizer"] == Tokenizer.load(trained, encoder_dtype="bfloat16").hash
+    with pytest.raises(DataError, match="encoding"):  # codes of two dtypes are not mixed
+        tokenize.tokenize(tokenize.parser.parse_args(low[:-1]))
     names = [path.name for path in run(trained, tmp_path / "codes", tmp_path / "views")]
     assert names == ["00000000_0.png", "00000000_1.png", "00000001_0.png", "00000001_1.png"]
 

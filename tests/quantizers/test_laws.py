@@ -17,9 +17,9 @@ from vqrae_jax.quantizers.registry import QUANTIZERS
 K, C, GRID = 16, 6, 4
 
 
-def build(quantizer, codebook_init="kmeans", **params):
+def build(quantizer, codebook_init="kmeans", size=K, **params):
     params = QuantizerParams(**{"groups": 2, "depth": 2, "grids": (2, 4), **params})
-    model = ModelConfig(quantizer=quantizer, num_embeddings=K, codebook_init=codebook_init, quantizer_params=params)
+    model = ModelConfig(quantizer=quantizer, num_embeddings=size, codebook_init=codebook_init, quantizer_params=params)
     return create(model, C, GRID)
 
 
@@ -134,6 +134,36 @@ def test_nonfinite_latents_are_counted_and_change_nothing_else(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
     gradients = gradient(name, variables.get("params", {}), bad, variables)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@each
+def test_latents_of_any_size_keep_state_and_indices_valid(name):
+    """bfloat16 reaches from 1e-40 to 3e38, whose squares have no value in float32."""
+    rng = np.random.default_rng(0)
+    extreme = z() * 10.0 ** rng.integers(-40, 39, z().shape[:3])[..., None]
+    extreme[0, 0] = [[0.0], [np.inf], [np.nan], [1e-45]]
+    extreme = np.asarray(jnp.asarray(extreme, jnp.bfloat16), np.float32)
+    fresh = jit(MODULES[name].init)(jax.random.key(0), z())
+    for variables in (fresh, trained(name)):
+        for latents in (extreme, 1e-30 * z()):
+            out, state = train(name, variables, latents, jax.random.key(1))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, state)))
+            assert np.all((np.asarray(out.indices) >= -1) & (np.asarray(out.indices) < MODULES[name].num_embeddings))
+            variables = {**variables, **state}
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    ["ema", *(pytest.param(n, marks=pytest.mark.slow) for n in ("simvq", "gumbel", "ibq", "residual", "product"))],
+)
+def test_a_codebook_of_one_embedding(quantizer):
+    module = build(quantizer, size=1)
+    variables, apply = jit(module.init)(jax.random.key(0), z()), jit(module.apply, static_argnames=("train", "mutable"))
+    for key in range(2):
+        out, state = apply(variables, z(), train=True, mutable=("batch_stats",), rngs={"codes": jax.random.key(key)})
+        variables = {**variables, **state}
+        assert not np.any(out.indices)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, variables)))
 
 
 @each

@@ -94,7 +94,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("residual", "product", "simvq") else n for n in STATEFUL]
+    "name", [n if n in ("ema", "gumbel") else pytest.param(n, marks=pytest.mark.slow) for n in STATEFUL]
 )
 def test_accumulation_equals_one_large_batch(tiny, one_mesh, assert_close, name):
     """State is made from the whole batch and updated by it once; every part quantizes with the same codebook."""

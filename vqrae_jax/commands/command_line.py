@@ -82,6 +82,16 @@ class Parser(argparse.ArgumentParser):
         choices = get_args(EncoderClass)
         self.add("--encoder-cls", f"value of {field}", default=choices[0], choices=choices, metavar="ENCODER_CLS")
 
+    def add_encoder_dtype(self) -> None:
+        """Adds --encoder-dtype, an argument of `Tokenizer.load` that decides codes."""
+        choices = ["float32", "bfloat16"]
+        self.add(
+            "--encoder-dtype",
+            "bfloat16: faster on TPUs and GPUs, with other codes",
+            default=choices[0],
+            choices=choices,
+        )
+
     def add_batch_and_limit(self, batch: int) -> None:
         self.add_count("--batch", "images per batch", batch)
         self.add_count("--limit", "use the first LIMIT images only")

@@ -40,7 +40,8 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
         raise DataError(f"the rows of the array {path} have no ids; leave --names out", field="--names", value="id")
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch)
+    dtype = "bfloat16" if dataset is not None and dataset.plan.encoding.startswith("bfloat16") else "float32"
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch, encoder_dtype=dtype)
     if dataset is None:
         array = _read_array(storage.download(path))
         total, shards = len(array), [([f"{i:08d}" for i in range(len(array))], array)]

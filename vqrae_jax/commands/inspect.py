@@ -29,6 +29,7 @@ parser = command_line.Parser("inspect", "Shows the config, sizes, metrics and or
 parser.add_checkpoint()
 parser.add("--config", "show every field of the config, not only changed ones", action="store_true")
 parser.add("--hash", "show the hash of the tokenizer too; reads all weights", action="store_true")
+parser.add_encoder_dtype()
 parser.add("--json", "print one JSON object instead of a table", action="store_true")
 
 
@@ -49,7 +50,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         "protocol": protocol,
     }
     if args.hash:
-        description["hash"] = Tokenizer.load(args.checkpoint, args.step).hash
+        description["hash"] = Tokenizer.load(args.checkpoint, args.step, encoder_dtype=args.encoder_dtype).hash
     if args.json:
         print(json.dumps(description, indent=1, ensure_ascii=False))
     else:

@@ -39,6 +39,7 @@ parser.add(
 parser.add_count("--limit", "use the first LIMIT images only")
 parser.add_count("--shard-size", "images per shard", SHARD)
 parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default")
+parser.add_encoder_dtype()
 parser.add_count("--threads", "threads that read and crop images", 4)
 parser.add("--processes", "number of processes; by default those of the TPU pod, SLURM or Open MPI job", type=int)
 parser.add("--process", "index of this process, from 0", type=int)
@@ -60,7 +61,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     source = pipeline.evaluation_source(command_line.data_config(args))
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh)
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh, encoder_dtype=args.encoder_dtype)
     plan = build_plan(args, tokenizer, len(source))
     plan = dataclasses.replace(plan, listing=source.listing(plan.images)["names"])
     # The default is a power of two of images per device, with at most VIEWS views in all.
@@ -101,6 +102,7 @@ def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> c
         image_size=tokenizer.image_size,
         format=args.format,
         shard_size=args.shard_size,
+        encoding=tokenizer.encoding,
     )
 
 

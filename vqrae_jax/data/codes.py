@@ -48,6 +48,7 @@ class Plan:
     format: Format
     shard_size: Positive  # images per shard
     listing: Sha256 | None = None  # hash of `Source.listing`; older manifests have none
+    encoding: Text = "float32"  # arithmetic of the encoder, see `Tokenizer.encoding`
 
     @property
     def shards(self) -> int:

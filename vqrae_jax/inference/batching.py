@@ -1,7 +1,6 @@
 """A model's methods as compiled programs, run on any number of rows in batches of few sizes."""
 
 import collections
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -117,7 +116,7 @@ class Programs:
         if key not in self._compiled:
             function, variables, split = functools.partial(_call, self.module, method), self.variables, self._sharding
             if method in ENCODERS:
-                function = functools.partial(_call, _without_sharding(self.module), method)
+                function = functools.partial(_call, self.module.replace_blocks(shard_activations=None), method)
                 variables, split = self._encoder
                 if self._mesh:
                     rows = P(self._mesh.axis_names)
@@ -173,17 +172,7 @@ def resample_encoder(module: VQRAE, variables: Any) -> tuple[VQRAE, Any]:
 def set_encoder_dtype(module: VQRAE, dtype: str) -> VQRAE:
     """Returns the model with an encoder whose activations have `dtype`."""
     attention = module.encoder.vit.blocks.attention if dtype == "bfloat16" else "xla"
-    return _with_blocks(module, dtype=dtype, attention=attention)
-
-
-def _without_sharding(module: VQRAE) -> VQRAE:
-    return _with_blocks(module, shard_activations=None)
-
-
-def _with_blocks(module: VQRAE, **fields: Any) -> VQRAE:
-    vit = module.encoder.vit
-    vit = dataclasses.replace(vit, blocks=dataclasses.replace(vit.blocks, **fields))
-    return module.clone(encoder=module.encoder.clone(vit=vit))
+    return module.replace_blocks(dtype=dtype, attention=attention)
 
 
 @jax.jit

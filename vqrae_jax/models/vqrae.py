@@ -1,5 +1,6 @@
 """VQRAE, the tokenizer: image -> frozen encoder -> latent -> quantizer -> quantized latent -> decoder -> image."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -124,6 +125,13 @@ class VQRAE(nn.Module):
     ) -> Reconstructions | tuple[Reconstructions, Float[Array, "B g g F"] | None]:
         """Decodes latents, as `encode` returns them, to images; see `Decoder`."""
         return self.decoder(self.latent.undo(_to_grid(latent)), with_features)
+
+    @nn.nowrap
+    def replace_blocks(self, **fields: Any) -> "VQRAE":
+        """Returns a copy whose encoder has other settings of its blocks, see `BlocksConfig`."""
+        vit = self.encoder.vit
+        vit = dataclasses.replace(vit, blocks=dataclasses.replace(vit.blocks, **fields))
+        return self.clone(encoder=self.encoder.clone(vit=vit))
 
     def _add_noise(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         sigma_key, noise_key = jax.random.split(self.make_rng("noise"))

@@ -132,13 +132,14 @@ class Plan:
         return self._compile("evaluate", size, program, variables, frozen, batch)
 
     def compile_tokenize(self) -> Cost:
-        """Compiles the encoding of one batch of validation images to indices."""
+        """Compiles the encoding of one batch of validation images to indices, in float32 as `Tokenizer` does it."""
         size = self.config.data.eval_batch_size
+        module = self.task.built.module.replace_blocks(dtype="float32", attention="xla")
 
         def tokenize(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
             parts = {n: frozen[n] for n in PARTS if n in frozen}
             variables = {**variables, "params": {**parts, **variables["params"]}}
-            return self.task.built.module.apply(variables, to_float(batch["image"]), method="encode_to_indices")
+            return module.apply(variables, to_float(batch["image"]), method="encode_to_indices")
 
         variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         return self._compile("tokenize", size, jax.jit(tokenize), variables, frozen, self._batch(size))

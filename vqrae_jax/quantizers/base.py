@@ -14,6 +14,7 @@ from vqrae_jax.quantizers.arrays import AnyArray, Indices, Mask, Rows, Scalar
 from vqrae_jax.quantizers.statistics import code_counts
 
 MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
+LARGEST = 1e12  # of a latent's values
 
 # Computes the latents from which a codebook starts [N, C], and which rows are finite [N].
 Sample = Callable[[], tuple[Rows, Mask]]
@@ -27,8 +28,8 @@ class Quantized:
     indices: Any  # Int32 [*b], or [*b, depth] with several indices per latent; None without indices
     loss: Any  # Float []: weighted, to be added to the training loss
     # "counts" Int32 [K] (or [depth, K]): how often each index was chosen in this batch. "nonfinite" Int32 []: latents
-    # with NaN or Inf. "quantization_error" Float []: mean squared error relative to the variance of the latents.
-    # Further scalars: integers count events of this step ("revived" embeddings), floats describe it.
+    # with NaN, Inf or values beyond LARGEST. "quantization_error" Float []: mean squared error relative to the variance
+    # of the latents. Further scalars: integers count events of this step ("revived" embeddings), floats describe it.
     metrics: dict[str, Any]
 
 
@@ -38,7 +39,7 @@ class Quantizer(nn.Module):
     Every quantizer has the attribute or property `num_embeddings`: the codebook size K, None if it has no indices.
 
     Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
-    state; NaN and Inf in z are counted in the metrics and change neither state nor loss.
+    state; NaN and Inf in z (and values beyond LARGEST) are counted in the metrics and change neither state nor loss.
 
     Trained arrays are in `params`, other state in `batch_stats`; random numbers come from the rng stream "codes".
     """
@@ -74,11 +75,14 @@ class Wrapper(Quantizer):
 
 
 def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Rows, Mask]:
-    """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient."""
+    """Returns latents as float32 rows, and which rows are finite; the other rows become zero without gradient.
+
+    Rows with a value beyond LARGEST count as not finite, because sums of squares must be finite.
+    """
     if z.shape[-1] != channels:
         raise ValueError(f"the quantizer expects latents of {channels} channels, got shape {z.shape}")
     flat = z.reshape(-1, channels).astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(flat), axis=-1)
+    finite = jnp.all(jnp.abs(flat) <= LARGEST, axis=-1)
     return jnp.where(finite[:, None], flat, 0.0), finite
 
 
