@@ -13,7 +13,7 @@ def pixels():
 
 
 @pytest.mark.parametrize("quantizer", [
-    "residual", "product", "multiscale", pytest.param("simvq", marks=pytest.mark.slow), "fsq",
+    "simvq", "product", "multiscale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsq", "residual", "bsq")),
 ])  # fmt: skip
 def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
     """Counts and error are those of the quantizer, of all levels."""

@@ -7,7 +7,7 @@ from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.commands.latent_statistics import estimate, latent_statistics, parser, summarize
 from vqrae_jax.config import DataConfig, ModelConfig, from_dict
 from vqrae_jax.data import pipeline
-from vqrae_jax.errors import ConfigError, UserError
+from vqrae_jax.errors import ConfigError, UserError, WeightsError
 from vqrae_jax.pretrained.sources import read_latent_statistics, read_principal_axes
 
 
@@ -67,8 +67,11 @@ def test_the_command_writes_what_the_model_reads(golden, tmp_path, capsys):
         assert error.value.field == field
 
 
-@pytest.mark.parametrize(("layers", "fusion"), [("-1", "mean"), ("0,-1", "mean"), ("0,-1", "sum"), ("0,-1", "concat")])
-def test_normalized_latents_have_mean_zero_and_deviation_one(golden, tmp_path, layers, fusion):
+@pytest.mark.parametrize(("layers", "fusion"), [
+    ("0,1,-1", "mean"), ("0,1,-1", "concat"),
+    *(pytest.param(layers, fusion, marks=pytest.mark.slow) for layers, fusion in (("-1", "mean"), ("0,1,-1", "sum"))),
+])  # fmt: skip
+def test_normalized_latents_have_mean_zero_and_deviation_one(golden, tmp_path, caplog, layers, fusion):
     output = tmp_path / "stats.npz"
     encoder = {"encoder_config_path": str(golden / "encoders" / "dinov2"), "encoder_input_size": 56}
     run(
@@ -85,9 +88,7 @@ def test_normalized_latents_have_mean_zero_and_deviation_one(golden, tmp_path, l
     built = build()
     (batch,) = pipeline.evaluation_batches(DataConfig(source="photographs", image_size=56, eval_batch_size=8), limit=8)
     latents = jax.jit(built.module.encoder.apply)({"params": built.pretrained["encoder"]}, batch["image"] / 255)
-    latents = (
-        built.module.clone(reshape_to_2d=True).bind({"batch_stats": {"latent": built.latent_stats}}).normalize(latents)
-    )
+    latents = built.module.bind({"batch_stats": {"latent": built.latent_stats}}).normalize(latents)
     np.testing.assert_allclose(np.mean(latents, (0, 1, 2)), 0, atol=1e-3)
     np.testing.assert_allclose(np.std(latents, (0, 1, 2)), 1, rtol=1e-2)
     others = [
@@ -99,3 +100,11 @@ def test_normalized_latents_have_mean_zero_and_deviation_one(golden, tmp_path, l
         with pytest.raises(ConfigError) as error:
             build(**change)
         assert error.value.field == "model.normalization_stat_path"
+    arrays = dict(np.load(output))
+    for text, kind in (('{"layers": ', WeightsError), (str(arrays["latent"])[:-2] + '0"}', ConfigError)):
+        np.savez(output, **arrays | {"latent": text})
+        with pytest.raises(kind):  # a damaged description, and other weights
+            build()
+    np.savez(output, mean=arrays["mean"], var=arrays["var"])
+    build()
+    assert len(caplog.records) == (layers != "-1")
