@@ -115,7 +115,13 @@ def freeze_encoder(built: BuiltTokenizer) -> BuiltTokenizer:
 
 def variable_shapes(built: BuiltTokenizer) -> dict[str, Any]:
     """Returns all variables as jax.ShapeDtypeStruct, without computing them."""
-    return {"batch_stats": {}, **jax.eval_shape(_initializer(built.module), jax.random.key(0))}
+    leaves, treedef = _shapes_of_module(built.module)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@functools.lru_cache(maxsize=64)  # tracing a forward pass takes seconds, and every start needs the shapes several times
+def _shapes_of_module(module: VQRAE) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+    return jax.tree.flatten({"batch_stats": {}, **jax.eval_shape(_initializer(module), jax.random.key(0))})
 
 
 def initial_params(
@@ -141,22 +147,22 @@ def initial_variables(
     random = {"params": {n: shapes["params"][n] for n in names if n not in pretrained}}
     if batch_stats:
         random["batch_stats"] = shapes["batch_stats"]
-    init = _initializer(built.module)
-
-    def create(key: jax.Array) -> dict[str, Any]:
-        variables = {"batch_stats": {}, **init(key)}
-        if built.latent_stats:
-            variables["batch_stats"]["latent"] = {n: jnp.asarray(v) for n, v in built.latent_stats.items()}
-        if built.whitening:
-            variables["batch_stats"]["quantizer"] |= built.whitening
-        return {kind: {n: variables[kind][n] for n in trees} for kind, trees in random.items()}
-
     created = random  # empty trees
     if any(random.values()):
-        created = jax.jit(create, out_shardings=placement(random) if placement else None)(key)
+        state = {"latent": built.latent_stats, "quantizer": built.whitening}
+        names = tuple((kind, n) for kind, trees in random.items() for n in trees)
+        create = jax.jit(_create, static_argnums=(0, 1), out_shardings=placement(random) if placement else None)
+        created = {kind: {} for kind in random} | create(built.module, names, key, state)
     if placement:
         pretrained = jax.tree.map(sharding.place_array, pretrained, placement(pretrained))
     return {**created, "params": created["params"] | pretrained}
+
+
+def _create(module: VQRAE, names: tuple[tuple[str, str], ...], key: jax.Array, state: dict[str, Arrays]) -> Any:
+    """Creates the subtrees `names`, pairs of a collection and a part; `state` replaces values in batch_stats."""
+    variables = {"batch_stats": {}, **_initializer(module)(key)}
+    variables["batch_stats"] |= {n: variables["batch_stats"].get(n, {}) | tree for n, tree in state.items() if tree}
+    return unflatten_dict({(kind, n): variables[kind][n] for kind, n in names})
 
 
 def _initializer(module: VQRAE) -> Callable[[jax.Array], Any]:
