@@ -28,8 +28,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-if os.environ.get("VQRAE_CHECK_TYPES"):
-    jaxtyping.install_import_hook("vqrae_jax", "beartype.beartype")
+jaxtyping.install_import_hook("vqrae_jax", "beartype.beartype")  # shapes and types of every annotation are checked
 
 from vqrae_jax.runtime import keep_freed_memory
 
@@ -138,6 +137,14 @@ def untrained(golden):
         return tokenizers[key]
 
     return build
+
+
+@pytest.fixture
+def unchecked_types():
+    """Turns the checks of annotations off, for arguments that the package itself refuses."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import os
 import pathlib
 
 import jax
@@ -193,7 +192,7 @@ def test_fit_model_and_jax_output(trained):
     ("fit", "Crop"), ("output", "torch"), ("encoder_dtype", "float16"), ("batch_size", 0), ("batch_size", 1.5),
     ("memory_limit", "8GB"), ("memory_limit", -1), ("mesh", 8),
 ])  # fmt: skip
-@pytest.mark.skipif("VQRAE_CHECK_TYPES" in os.environ, reason="the type checker refuses these values first")
+@pytest.mark.usefixtures("unchecked_types")
 def test_invalid_option_is_refused_before_anything_is_read(field, value):
     with pytest.raises(ConfigError) as caught:
         Tokenizer.load("missing folder", **{field: value})
