@@ -30,7 +30,7 @@ import pytest
 
 jaxtyping.install_import_hook("vqrae_jax", "beartype.beartype")  # shapes and types of every annotation are checked
 
-from vqrae_jax.runtime import keep_freed_memory
+from vqrae_jax.runtime import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()
 

@@ -35,7 +35,7 @@ def test_every_large_leaf_has_a_rule(shapes):
 def test_optimizer_and_ema_follow_their_parameters(shapes):
     mesh = sharding.make_mesh(4, 2)
     params = shapes["params"]["decoder"]
-    state = jax.eval_shape(make_optimizer(OptimizerConfig(), 1e-3).init, params)
+    state = jax.eval_shape(make_optimizer(OptimizerConfig(), lambda count, horizon: 1e-3).init, params)
     placement = sharding.shardings(params, mesh, fsdp=True)
     for moment in (state[0].mu, state[0].nu):
         assert sharding.shardings(moment, mesh, fsdp=True) == placement

@@ -147,12 +147,12 @@ def initial_variables(
     random = {"params": {n: shapes["params"][n] for n in names if n not in pretrained}}
     if batch_stats:
         random["batch_stats"] = shapes["batch_stats"]
-    created = random  # empty trees
-    if any(random.values()):
+    created = {kind: {} for kind in random}
+    if random := {kind: trees for kind, trees in random.items() if trees}:
         state = {"latent": built.latent_stats, "quantizer": built.whitening}
         names = tuple((kind, n) for kind, trees in random.items() for n in trees)
         create = jax.jit(_create, static_argnums=(0, 1), out_shardings=placement(random) if placement else None)
-        created = {kind: {} for kind in random} | create(built.module, names, key, state)
+        created |= create(built.module, names, key, state)
     if placement:
         pretrained = jax.tree.map(sharding.place_array, pretrained, placement(pretrained))
     return {**created, "params": created["params"] | pretrained}

@@ -87,7 +87,7 @@ class Accumulator:
     def images(self) -> int:
         return sum(map(len, self._stored.get("index", [])))
 
-    def metrics(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, float]:
+    def metrics(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, int | float]:
         """Computes all metrics of `report.DESCRIPTIONS`, those of the codebook from how often each index was chosen."""
         values = {name: float(self.scores(name).mean(dtype=np.float64)) for name in SCORES if self.has_scores(name)}
         values["images"] = self.images
@@ -121,7 +121,7 @@ class Accumulator:
         middle = (len(order) - count) // 2
         return {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :]}
 
-    def _distances(self, network: str) -> dict[str, float]:
+    def _distances(self, network: str) -> dict[str, int | float]:
         prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")
         values = {f"{network}_cosine": float(self.scores(f"{network}_cosine").mean())}
         if self.images < 2:
@@ -144,7 +144,7 @@ class Accumulator:
                 f"Frechet distance is too large and comparable only for this number; {network}_kernel is unbiased"
             )
 
-    def _probe(self) -> dict[str, float]:
+    def _probe(self) -> dict[str, int | float]:
         features, labels = self.scores("code"), self.scores("label")
         labelled = labels >= 0
         classes, counts = np.unique(labels[labelled], return_counts=True)

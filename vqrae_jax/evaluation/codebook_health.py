@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def health(counts: Int[np.ndarray, "*levels K"]) -> dict[str, float]:
+def health(counts: Int[np.ndarray, "*levels K"]) -> dict[str, int | float]:
     """Returns how well one or several codebooks are used.
 
     Returns:

@@ -89,7 +89,9 @@ class InceptionScore:
         return float(scores.mean()), float(scores.std())
 
 
-def linear_probe(features: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"], seed: int = 0) -> dict[str, float]:
+def linear_probe(
+    features: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"], seed: int = 0
+) -> dict[str, int | float]:
     """Fits a ridge classifier to a random share of the images and returns its accuracy on the others.
 
     The penalty is the one with the least leave-one-out error on the fitted images, so nothing is tuned on the others.

@@ -34,14 +34,14 @@ class Example:
     index: int  # in the dataset
     image: UInt8[np.ndarray, "S S 3"]
     reconstruction: Float[np.ndarray, "S S 3"]
-    scores: dict[str, float]
+    scores: dict[str, int | float]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
     """The outcome of one pass over the validation images."""
 
-    metrics: dict[str, float]  # "eval/NAME": value, see `Accumulator.metrics`
+    metrics: dict[str, int | float]  # "eval/NAME": value, see `Accumulator.metrics`
     accumulator: Accumulator  # with scores per image, and warnings
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window, in pixels
 K1, K2 = 0.01, 0.03
 
-Images = Float[Array, "B H W 3"] | Float[np.ndarray, "B H W 3"]
+Images = Float[Array | np.ndarray, "B H W C"]
 
 
 def psnr(reconstruction: Images, image: Images) -> Float[Array, " B"]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.resize import resize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of images in [0, 1]
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
         return self.input_size // self.vit.patch
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def __call__(self, image: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Encodes images in [0, 1]."""
         blocks = self.vit.blocks
         if self.input_size is not None:
@@ -90,7 +91,7 @@ class PooledEncoder(nn.Module):
     pool: Literal["cls", "mean"]
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    def __call__(self, image: Float[AnyArray, "B H W 3"]) -> Float[Array, "B D"]:
         """Returns float32 features of images in [0, 1]."""
         image = resize(image, self.input_size, self.input_size, "bicubic_antialias")
         image = (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)

@@ -7,8 +7,9 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import matmul_precision
+from vqrae_jax.quantizers.arrays import AnyArray
 
-Images = Float[Array, "B H W 3"]
+Images = Float[AnyArray, "B H W 3"]
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
 # Mean and standard deviation of ImageNet as LPIPS defines them, for images in [-1, 1].

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.models.layers import ACTIVATIONS, Heads, attend
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.resize import resize
 
 Tokens = Float[Array, "B N D"]
@@ -65,7 +66,7 @@ class ViTConfig:
         return int(self.cls) + self.registers
 
 
-def patchify(image: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w PPC"]:
+def patchify(image: Float[AnyArray, "B H W C"], patch: int) -> Float[Array, "B h w PPC"]:
     """Cuts images into patches of patch * patch * C values, in the order row, column, channel."""
     B, H, W, C = image.shape
     if H % patch or W % patch:
@@ -207,7 +208,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], taps: tuple[int, ...], keep_prefix: bool = False
+        self, image: Float[AnyArray, "B H W 3"], taps: tuple[int, ...], keep_prefix: bool = False
     ) -> tuple[list[Tokens], tuple[int, int]]:
         """Returns the tokens of the blocks `taps`, of which 0 is the first, and the patch grid (h, w).
 
@@ -240,7 +241,7 @@ class ViT(nn.Module):
         return [tokens if keep_prefix else tokens[:, c.prefix :] for tokens in outputs], (h, w)
 
 
-def resample_positions(cfg: ViTConfig, table: Float[Array, "1 n D"], h: int, w: int) -> Float[Array, "1 m D"]:
+def resample_positions(cfg: ViTConfig, table: Float[AnyArray, "1 n D"], h: int, w: int) -> Float[AnyArray, "1 m D"]:
     """Resamples a table of positions (cls first, then the grid by rows) to a grid of h x w, as PyTorch does."""
     if (h, w) == (cfg.grid, cfg.grid):
         return table

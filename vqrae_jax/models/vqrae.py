@@ -168,6 +168,6 @@ class LatentNormalization(nn.Module):
         mean, deviation = self._moments()
         return z * deviation + mean
 
-    def _moments(self) -> tuple[jax.Array | float, jax.Array | float]:
+    def _moments(self) -> tuple[AnyArray | float, AnyArray | float]:
         mean = self.stats["mean"].value if "mean" in self.stats else 0.0
         return mean, jnp.sqrt(self.stats["var"].value + self.eps) if "var" in self.stats else 1.0

@@ -123,7 +123,7 @@ class Program:
         counts = root.opcode == "compare" and "direction=LT" in root.attributes and len(limits) == 1
         return int(limits[0]) if counts and limits[0].isdigit() else 0
 
-    def _read(self, computation: str, op: Instruction) -> float:
+    def _read(self, computation: str, op: Instruction) -> int | float:
         body = self.computations[computation]
         sizes = [_bytes(body[o].shape, on_chip=False) for o in op.operands if o in body]
         if op.opcode == "async-start":

@@ -98,7 +98,7 @@ class StepTimer(Hook):
         if self._since is not None:
             self._since = time.perf_counter()
 
-    def flush(self) -> dict[str, float]:
+    def flush(self) -> dict[str, int | float]:
         """Returns metrics and times since the last call, and the share of the time that steps waited for data."""
         self._wait_for_step()
         total = jax.device_get(self._total)
@@ -136,7 +136,7 @@ class Logger(Hook):
 
     def __init__(
         self, timer: StepTimer, state_metrics: Callable[[TrainState], Metrics], skipped: Callable[[], int],
-        *outputs: Callable[[int, dict[str, float]], None],
+        *outputs: Callable[[int, dict[str, int | float]], None],
     ):  # fmt: skip
         self._timer, self._state_metrics, self._skipped, self._outputs = timer, state_metrics, skipped, outputs
         self._warned = False
@@ -151,7 +151,7 @@ class Logger(Hook):
         if event.evaluate or event.save:
             self._timer.pause()
 
-    def combine(self, values: dict[str, float]) -> dict[str, float]:
+    def combine(self, values: dict[str, int | float]) -> dict[str, int | float]:
         """Combines the values of all processes: the longest wait for data, the sum of skipped images."""
         wait = values.get("data_wait", 0.0)
         if jax.process_count() > 1:
@@ -276,7 +276,7 @@ class ProgressBar(Hook):
     def after_step(self, event: StepEvent) -> None:
         self._bar.update(self._task, completed=event.step)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
+    def show(self, step: int, values: dict[str, int | float]) -> None:
         text = "  ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
         if "codebook/usage" in values:
             text += f"  codes {values['codebook/usage']:.0%}"

@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 def train(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, profile_steps: range = range(0)
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Trains to config.train.steps, from the newest checkpoint if there is one; returns the last evaluation's metrics.
 
     Raises:
@@ -142,7 +142,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(number, handler)
 
 
-def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWriters) -> dict[str, float]:
+def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWriters) -> dict[str, int | float]:
     if run.evaluator is None:
         return {}
     variables = state.inference()
@@ -155,7 +155,7 @@ def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWri
     return metrics
 
 
-def _print_summary(step: int, metrics: dict[str, float], run: Run) -> None:
+def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None:
     columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
     table = Table(*columns, title=f"step {step}", show_header=False, title_justify="left")
     if metrics:
@@ -173,7 +173,7 @@ def _print_summary(step: int, metrics: dict[str, float], run: Run) -> None:
 
 def evaluate(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Evaluates a checkpoint (default: the newest), writes the files of a report, and returns step and metrics."""
     path = distributed.run_together(lambda: checkpoint.find_checkpoint(workdir, step))
     if path.parent != storage.resolve_path(workdir) / checkpoint.FOLDER:

@@ -55,7 +55,7 @@ class MetricWriters:
         if self._active:
             self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: dict[str, int | float]) -> None:
         if not self._active:
             return
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")

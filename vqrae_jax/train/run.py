@@ -117,7 +117,7 @@ def _prepare(
     return config, mesh, task, batches, evaluator
 
 
-def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, float]) -> None:
+def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, int | float]) -> None:
     """Starts to save the state and the position of the input; `metrics` of the validation images choose the best."""
     step, config = int(state.step), run.config.model_dump(mode="json")
     meta = {"config": config, "version": __version__, "revision": git_revision(), "step": step}

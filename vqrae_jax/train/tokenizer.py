@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vqrae_jax import sharding
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.evaluation.metrics import WINDOW, psnr, ssim
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.objective import LossInputs
@@ -88,7 +89,7 @@ class TokenizerTask(TokenizerVariables):
 
     def mean_gradients(
         self, state: TrainState, frozen: Any, images: jax.Array, key: jax.Array
-    ) -> tuple[Any, Any, jax.Array, Metrics]:
+    ) -> tuple[Any, Any, jax.Array | None, Metrics]:
         """Averages `gradients` over micro-batches [parts, b, H, W, 3]; batch_stats change as by one large batch.
 
         All micro-batches start from the codebook from before its update, but from after its initialization.
@@ -199,7 +200,7 @@ def streams(key: jax.Array) -> dict[str, jax.Array]:
     return {"noise": noise, "codes": codes}
 
 
-def to_float(image: jax.Array) -> jax.Array:
+def to_float(image: UInt8[AnyArray, "*b H W 3"]) -> Float[AnyArray, "*b H W 3"]:
     """Converts uint8 to [0, 1]; on the device, because bytes are four times cheaper to transfer."""
     return image.astype(jnp.float32) / 255
 
