@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
@@ -59,7 +60,7 @@ def validation(config, workdir):
         networks = judges.load_metric_networks(run.config.evaluation, ("encoder",))
         features = [
             np.asarray(networks.features(networks.params, judges.to_bytes(x))["encoder"], np.float64)
-            for x in (to_float(batch["image"]), rows["reconstruction"])
+            for x in (to_float(jnp.asarray(batch["image"])), rows["reconstruction"])
         ]
         return batch, jax.device_get(rows), features
 
