@@ -241,6 +241,11 @@ def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):
     assert changed("params", "decoder") == tokenizer.hash
     assert changed("params", "encoder") != tokenizer.hash
     assert changed("batch_stats", "quantizer") != tokenizer.hash
+    statistics = [{**tokenizer.trained["batch_stats"], "latent": {"mean": np.full(16, x, np.float32)}} for x in (0, 1)]
+    hashes = [
+        Tokenizer(tokenizer.module, {**tokenizer.trained, "batch_stats": s}, tokenizer.config).hash for s in statistics
+    ]
+    assert len({tokenizer.hash, *hashes}) == 3
     with pytest.raises(DataError, match="config="):
         _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
 

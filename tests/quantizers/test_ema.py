@@ -114,6 +114,21 @@ def test_kmeans_start_fits_the_batch_and_the_next_step_changes_nothing(clusters)
         np.testing.assert_allclose(state["codebook"], embeddings, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.6])
+def test_the_decay_warms_up_from_a_mean_of_all_batches(clusters, decay):
+    """The decay of step t is t / (t + 1), up to `decay`; the initial codebook counts as the first batch."""
+    module, variables = fresh(clusters[0], start="normal", revival_threshold=0.0, decay=decay)
+    counts, sums = (np.asarray(variables["batch_stats"][name], np.float64) for name in ("counts", "sums"))
+    for t, z in enumerate(clusters, 1):
+        out, variables = train(module, variables, z)
+        rate = min(t / (t + 1), decay)
+        selected = np.eye(64)[np.asarray(out.indices)]
+        counts = rate * counts + (1 - rate) * selected.sum(0)
+        sums = rate * sums + (1 - rate) * selected.T @ z
+        np.testing.assert_allclose(variables["batch_stats"]["counts"], counts, rtol=1e-5)
+        np.testing.assert_allclose(variables["batch_stats"]["sums"], sums, rtol=1e-4, atol=1e-4)
+
+
 def test_data_start_takes_latents_of_the_first_batch(clusters):
     module, variables = fresh(clusters[0], start="data")
     out, after = train(module, variables, clusters[0])

@@ -104,6 +104,20 @@ def test_weight_decay_touches_kernels_only():
     assert not np.any(updates["pos_embed"])
 
 
+def test_two_steps_of_adamw_by_hand():
+    """Distinct b1 and b2 (Loshchilov & Hutter 2017, arXiv:1711.05101), with optax's epsilon."""
+    config, gradients = OptimizerConfig(b1=0.8, b2=0.9, weight_decay=0.1), [np.float32(3), np.float32(-1)]
+    optimizer = make_optimizer(config, lambda step, horizon: 0.5)
+    params = {"a": {"kernel": jnp.ones(1)}}
+    state, (x, first, second) = optimizer.init(params), (1.0, 0.0, 0.0)
+    for t, gradient in enumerate(gradients, 1):
+        updates, state = optimizer.update({"a": {"kernel": jnp.full(1, gradient)}}, state, params, horizon=2)
+        params = jax.tree.map(jnp.add, params, updates)
+        first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient**2
+        x -= 0.5 * (first / (1 - 0.8**t) / (np.sqrt(second / (1 - 0.9**t)) + 1e-8) + 0.1 * x)
+        np.testing.assert_allclose(params["a"]["kernel"], x, rtol=1e-5)
+
+
 def test_ema_decay_warms_up():
     warm = [float(ema_decay(OptimizerConfig(ema_decay=0.9), s)) for s in (0, 10, 10**6)]
     assert warm == pytest.approx([0.1, 11 / 20, 0.9])

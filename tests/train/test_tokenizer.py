@@ -87,6 +87,21 @@ def test_frozen_parts_do_not_change(tiny, one_mesh, assert_same):
     assert_same(frozen, before)
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "gumbel", "multiscale"])
+def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, quantizer, one_mesh):
+    """Means, annealed temperatures and whitening are inputs of the step that it returns as they are."""
+    model = {"quantizer": quantizer, "quantizer_params": {"whitening_dim": 8, "grids": (2, 4)}}
+    task = TokenizerTask.build(tiny(model=model, train={"trainable": ("decoder",)}), one_mesh, weights=False)
+    state, image = task.shapes(), jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)
+    step = jax.make_jaxpr(task.step)(state, task.frozen_shapes(), {"image": image}, 6).jaxpr
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    unchanged = {
+        jax.tree_util.keystr(path) for path, x, y in zip(leaves, step.invars, step.outvars, strict=False) if x is y
+    }
+    stats = jax.tree_util.tree_leaves_with_path({"batch_stats": state.batch_stats})
+    assert unchanged == {jax.tree_util.keystr(path).replace("['batch_stats']", ".batch_stats", 1) for path, _ in stats}
+
+
 STATEFUL = {
     "ema": {}, "ema_whitened": {"whitening_dim": 4}, "residual": {"depth": 2}, "product": {},
     "multiscale": {"grids": (1, 4)}, "simvq": {}, "gumbel": {"anneal_steps": 4},
