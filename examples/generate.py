@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer, codes = Tokenizer.load(args.checkpoint), Codes(args.codes)
     shape = codes[0]["codes"].shape
-    classes = 1 + max(int(columns.label.max()) for columns in codes.shards())
+    classes = len(codes.plan.classes or ()) or 1 + max(int(columns.label.max()) for columns in codes.shards())
     blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
     model = Generator(blocks, tokenizer.codebook_size, int(np.prod(shape)), classes)
     variables, _ = train(model, batches(codes, args.batch), args.steps)

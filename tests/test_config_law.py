@@ -248,8 +248,8 @@ def opened(config: Config, **options: Any):
         calls.update(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         return Mock(steps=[])
 
-    def prepared(*arguments):
-        calls["prepared"].append(arguments)
+    def prepared(*arguments, keys=None):
+        calls["prepared"].append((*arguments, keys))
         return Folder("images/a")
 
     def read_options(num_threads, **rest):
@@ -440,6 +440,8 @@ LAW: dict[str, Entry] = {
     "data.path": Entry("images/b", run, "batches"),
     "data.eval_path": Entry("images/b", run, "validation"),
     "data.name": Entry("photos", run, "prepared", {"data.source": "tfds"}),
+    "data.image_key": Entry("photo", run, "prepared", {"data.source": "tfds"}),
+    "data.label_key": Entry("fine", run, "prepared", {"data.source": "tfds"}),
     "data.train_split": Entry("train[:50%]", run, "prepared", {"data.source": "tfds"}),
     "data.eval_split": Entry("test", run, "prepared", {"data.source": "tfds"}),
     "data.image_size": Entry(24, run, "batches validation"),

@@ -215,6 +215,20 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
     return [folder.rstrip("/") + name for name in names]
 
 
+def list_folders(folder: str, field: str) -> list[str]:
+    """Returns the names of the folders directly in a folder, sorted; hidden ones are left out."""
+    if is_remote(folder):  # a bucket has no empty folders
+        system, path = _file_system(folder, field)
+        with convert_errors(folder, "read"):
+            folders = [entry["name"] for entry in system.ls(path, detail=True) if entry["type"] == "directory"]
+    elif os.path.isdir(folder):
+        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    else:
+        raise DataError("does not exist or is not a folder", field=field, value=folder)
+    names = (name.rstrip("/").rpartition("/")[2] for name in folders)
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
     """Returns bytes [start, end) of a file, fewer if it ends earlier; OSError if it is missing or not readable."""
     if not is_remote(path):

@@ -54,6 +54,30 @@ def test_all_formats_hold_the_same(trained, photos, tokenized, tmp_path, form):
         assert expected == record
 
 
+def test_classes_keep_the_numbers_of_another_folder_or_dataset(trained, photos, tokenized, tmp_path):
+    val = tmp_path / "val"
+    images.write_image(val / "dog" / "1.png", np.zeros((32, 32, 3), np.uint8))
+    for number, classes in enumerate(([], [f"--classes={photos}"], [f"--classes={tokenized}"])):
+        run(trained, val, tmp_path / f"{number}", *classes)
+        dataset = codes.Codes(tmp_path / f"{number}")
+        assert dataset.plan.classes == (("cat ü", "dog") if classes else ("dog",))
+        assert dataset[0]["label"] == len(classes)
+    (val / "bat").mkdir()  # moves the numbers
+    with pytest.raises(DataError, match="classes"):
+        run(trained, val, tmp_path / "0")
+    with pytest.raises(DataError, match="bat") as error:
+        run(trained, val, tmp_path / "2", f"--classes={tokenized}")
+    assert error.value.field == "--classes"
+    for arguments, kind, field in (
+        ([f"--classes={val / 'dog'}"], DataError, "--classes"), (["--classes=/missing"], DataError, "--classes"),
+        (["--source=webdataset", f"--classes={photos}"], ConfigError, "--source"),
+        (["--label-key=cls"], ConfigError, "--label-key"),
+    ):  # fmt: skip
+        with pytest.raises(kind) as error:
+            run(trained, val, tmp_path / "3", *arguments)
+        assert error.value.field == field
+
+
 def test_names_that_are_not_utf_8_are_ids_too(trained, tmp_path, capsys):
     folder, output = tmp_path / "data \udcfc", tmp_path / "codes"
     images.write_image(folder / "caf\udce9.png", np.zeros((32, 32, 3), np.uint8))

@@ -7,6 +7,8 @@ import tracemalloc
 import pytest
 
 from vqrae_jax import storage
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data import pipeline
 from vqrae_jax.data.folder import Folder, list_images
 from vqrae_jax.errors import DataError, ImageError
 
@@ -46,9 +48,50 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 def test_subfolders_are_classes_in_sorted_order(tmp_path):
     write_files(tmp_path, "dög/1.png", "cat/deep/2.png", "cat/1.png", "eel/3.gif", "no images/readme.txt", "loose.png")
     source = Folder(tmp_path)
-    assert source.classes == ["cat", "dög", "eel"]
+    assert source.classes == ("cat", "dög", "eel", "no images")
     labels = {record["image"].decode(): record["label"] for record in source}
     assert labels == {"cat/1.png": 0, "cat/deep/2.png": 0, "dög/1.png": 1, "eel/3.gif": 2, "loose.png": -1}
+
+
+@pytest.mark.parametrize("missing", ["a", "b", "c", "image of b"])
+def test_a_class_without_images_moves_no_number(tmp_path, caplog, missing):
+    write_files(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in "abc"))
+    (tmp_path / "val" / missing[-1] / "1.png").unlink()
+    if not missing.startswith("image"):
+        (tmp_path / "val" / missing).rmdir()
+    (tmp_path / "train" / "b" / "1.png").unlink()
+    data = DataConfig(path=str(tmp_path / "train"), eval_path=str(tmp_path / "val"))
+    for source in (pipeline.training_source(data), pipeline.evaluation_source(data)):
+        assert source.classes == ("a", "b", "c")
+        for i in range(len(source)):
+            assert source[i]["label"] == "abc".index(source.key(i)[0])
+    assert "train': subfolders without readable images have class numbers as well: b" in caplog.text
+    assert ("val': subfolders without" in caplog.text) == missing.startswith("image")
+
+
+def test_unknown_classes_have_numbers_after_those_of_training(tmp_path, caplog):
+    write_files(tmp_path, "train/b/1.png", "train/d/1.png", "val/a/1.png", "val/b/1.png", "val/c/1.png")
+    data = DataConfig(path=str(tmp_path / "train"), eval_path=str(tmp_path / "val"))
+    source = pipeline.evaluation_source(data)
+    assert source.classes == ("b", "d", "a", "c")
+    assert [record["label"] for record in source] == [2, 0, 3]
+    assert "a, c" in caplog.text
+    caplog.clear()
+    missing = data.model_copy(update={"path": str(tmp_path / "missing")})  # as on a machine that only evaluates
+    assert pipeline.evaluation_source(missing).classes == ("a", "b", "c")
+    assert "does not exist" in caplog.text
+    write_files(tmp_path, "flat/x.png")
+    flat = data.model_copy(update={"path": str(tmp_path / "flat")})
+    assert pipeline.evaluation_source(flat).classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"), [("train val", True), ("Test train devkit", True), ("train", True), ("bus train", False)]
+)
+def test_folders_with_names_of_splits_are_reported(tmp_path, caplog, names, warned):
+    write_files(tmp_path, *(f"{name}/1.png" for name in names.split()))
+    assert len(Folder(tmp_path).classes) == len(names.split())
+    assert ("names of splits" in caplog.text) == warned
 
 
 def test_unsupported_formats_are_counted_in_one_warning(tmp_path, caplog):
@@ -79,6 +122,7 @@ def test_keys_of_names_that_are_not_utf_8_are_escaped(tmp_path):
 def test_millions_of_names_fit_in_memory_and_in_pickles(monkeypatch):
     names = [f"/data/n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(20_000)]
     monkeypatch.setattr(storage, "list_files", lambda *_: list(names))
+    monkeypatch.setattr(storage, "list_folders", lambda *_: [])
     tracemalloc.start()
     try:
         source = Folder("/data")

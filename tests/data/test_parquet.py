@@ -1,5 +1,6 @@
 """Parquet and Arrow files in the layouts of Hugging Face `datasets`."""
 
+import json
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ from vqrae_jax.config import DataConfig
 from vqrae_jax.data import parquet
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.pipeline import train_batches
+from vqrae_jax.data.source import Keys
 from vqrae_jax.errors import DataError, ImageError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -62,6 +64,33 @@ def test_bare_bytes_without_labels_and_rows_without_bytes(tmp_path):
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
     with pytest.raises(ImageError):
         Tables(tmp_path)[0]
+
+
+def test_columns_can_be_named_and_those_in_use_are_logged(tmp_path, caplog):
+    names = {"fine": {"names": ["a", "b"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": names}})}
+    columns = {"image": [b"i"], "mask": [b"m"], "fine": [1], "coarse": [0], "label": ["cat"]}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    source = Tables(tmp_path)  # "label" holds strings, and one column has names of classes
+    assert (source[0], source.classes) == ({"image": b"i", "label": 1}, ("a", "b"))
+    source = Tables(tmp_path, "data.path", Keys("mask", "coarse"))
+    assert (source[0], source.classes) == ({"image": b"m", "label": 0}, None)
+    for field, keys in (("data.label_key", Keys(label="label")), ("data.image_key", Keys("fine"))):
+        with pytest.raises(DataError, match="coarse: int64") as error:
+            Tables(tmp_path, "data.path", keys)
+        assert error.value.field == field
+    assert not caplog.text
+    for damaged in (
+        "[",
+        "[]",
+        '{"info": {"features": 3}}',
+        '{"info": {"features": {"fine": {"names": 3}}}}',
+        "[" * 9999,
+    ):
+        table = pa.table(columns).replace_schema_metadata({"huggingface": damaged})
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert (Tables(tmp_path)[0]["label"], Tables(tmp_path).classes) == (-1, None)
+    assert "labels None" in caplog.text
 
 
 def test_damage_is_an_image_error_and_failures_are_os_errors(tables, tmp_path, monkeypatch):

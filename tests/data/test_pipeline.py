@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import pathlib
 import resource
 import subprocess
@@ -102,6 +103,23 @@ def test_the_parts_of_all_processes_make_up_the_batch_of_one(processes, workers)
     for k, batch in enumerate(whole):
         for key in ("image", "label"):
             assert np.array_equal(np.concatenate([part[k][key] for part in parts]), batch[key])
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_and_the_next_batch_the_same(grays):
+    batches = train_batches(folder(grays, workers=1), seed=0)
+    take(batches, 1)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(DataError) as error:
+        take(batches, 100)
+    assert error.value.field == "data.workers"
+    state = batches.get_state()
+    batches.close()
+    expected = train_batches(folder(grays), seed=0)
+    take(expected, state["images"] // 4)
+    assert equal(take(batches, 2), take(expected, 2))  # with a new worker
+    batches.close()
 
 
 def test_runs_resume_exactly_with_other_numbers_of_processes_and_workers(grays):

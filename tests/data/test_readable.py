@@ -55,6 +55,23 @@ def test_damaged_and_missing_images_are_masked_and_counted(pauses):
     assert not pauses
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": np.full((8, 8, 3), np.nan, np.float32)}, {"image": np.ones((8, 8, 3))},
+        {"image": np.ones((8, 8, 3), int)}, {"image": np.zeros((8, 8), np.uint8)},
+        {"image": np.zeros((0, 8, 3), np.uint8)}, {"label": 2**40},
+    ],
+)  # fmt: skip
+def test_arrays_that_are_not_images_are_skipped(record, monkeypatch):
+    original = Images.__getitem__
+    monkeypatch.setattr(Images, "__getitem__", lambda self, i: original(self, i) | (record if i == 3 else {}))
+    skipped = Skipped()
+    assert levels(masked(Images(), skipped)) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert skipped.names == ["image 3"]
+    assert Replaced(Images())[3]["image"][0, 0, 0] == 4
+
+
 def test_short_failures_are_retried(pauses):
     skipped = Skipped()
     assert levels(masked(Images(n3=[STALE, ConnectionResetError()]), skipped)) == list(range(10))

@@ -10,6 +10,7 @@ import pytest
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import tar
 from vqrae_jax.data.pipeline import train_batches
+from vqrae_jax.data.source import Keys
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.errors import DataError, ImageError
 
@@ -69,6 +70,64 @@ def test_members_are_grouped_by_name_and_others_are_ignored(tmp_path):
     assert labels == {b"first": 7} | dict.fromkeys(unlabelled, -1)
     keys = {source.key(i) for i in range(len(source))}
     assert keys == {"x/1", "y/1", "../../etc/2", "a" * 200 + "/ü 猫", "bad"}
+
+
+def read(path, *keys):
+    source = TarShards(path, "data.path", Keys(*keys))
+    return {source.key(i): (source[i]["image"].decode(), source[i]["label"]) for i in range(len(source))}
+
+
+def test_images_with_further_dots_in_their_names_are_loaded(tmp_path, caplog):
+    names = ["b.1.jpg", "b.1.cls", "n/b.2.JPG", "c.seg.png", "c.jpg", "2.left.jpg", "2.right.jpg", "2.cls", "c.cls"]
+    path = write_tar(tmp_path / "a.tar", [(name, b"7" if name.endswith("cls") else name.encode()) for name in names])
+    expected = {
+        "b.1": ("b.1.jpg", 7), "n/b.2": ("n/b.2.JPG", -1), "c": ("c.jpg", 7), "2.left": ("2.left.jpg", 7),
+        "2.right": ("2.right.jpg", 7),
+    }  # fmt: skip
+    for _ in range(2):  # the second time from the cached index
+        caplog.clear()
+        assert read(path) == expected
+        assert "4 of 5 images have an integer label in .cls" in caplog.text
+        assert "1 images belong to samples with another image" in caplog.text
+    assert read(path, "seg.png") == {"c": ("c.seg.png", 7)}
+    assert read(path, "LEFT.jpg") == {"2": ("2.left.jpg", 7)}
+
+
+def test_members_of_images_and_labels_can_be_named(tmp_path, caplog):
+    members = [("1.jpg", b"a"), ("1.json", b'{"label": 3, "fine": {}}'), ("1.lab.txt", b" 4\n"), ("1.txt", b"a cat")]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert read(path) == {"1": ("a", -1)}
+    assert "jpg (1), json (1), lab.txt (1), txt (1)" in caplog.text
+    assert read(path, None, "json.label") == {"1": ("a", 3)}
+    assert read(path, None, "lab.txt") == {"1": ("a", 4)}
+    for field, *keys in (
+        ("data.label_key", None, "txt"), ("data.label_key", None, "json.fine"), ("data.label_key", None, "json.coarse"),
+        ("data.label_key", None, "cls"), ("data.image_key", "png", None),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="json \\(1\\)") as error:
+            read(path, *keys)
+        assert error.value.field == field
+    for damaged in (b"1" * 5000, b"99999999999", b"-2", b"[" * 50_000):
+        path = write_tar(tmp_path / "a.tar", [("1.jpg", b"a"), ("1.cls", damaged), ("1.json", damaged)])
+        assert read(path) == {"1": ("a", -1)}
+        with pytest.raises(DataError):
+            read(path, None, "json.label")
+
+
+def test_no_member_leaves_the_archive(tmp_path):
+    """Members are read in place: nothing is extracted, and links and devices are not followed."""
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    path = write_tar(tmp_path / "shards" / "a.tar", [("../x.png", b"x"), ("/tmp/y.png", b"y"), ("n/../../z.png", b"z")])
+    kinds = {"sym": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "dev": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
+    with tarfile.open(path, "a") as archive:
+        for name, kind in kinds.items():
+            for ending in ("png", "cls"):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.type, member.linkname = kind, "../secret.png"
+                archive.addfile(member)
+    assert read(path) == {"../x": ("x", -1), "tmp/y": ("y", -1), "n/../../z": ("z", -1)}
+    files = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert {name for name in files if not name.startswith("cache/")} == {"secret.png", "shards/a.tar"}
 
 
 def test_changed_shards_and_damaged_indices_are_indexed_again(shards, cache):

@@ -15,6 +15,7 @@ from vqrae_jax.config import DataConfig
 from vqrae_jax.data.images import read_image
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Replaced, Skipped
+from vqrae_jax.data.source import Keys
 from vqrae_jax.data.tfds_source import Part, Prepared, TFRecords
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 
@@ -143,6 +144,17 @@ def test_labels_are_minus_one_without_a_class_label_and_missing_files_are_named(
     file.unlink()
     with pytest.raises(DataError, match=rf"1 of 1 files .*{kind}"):
         Prepared(None, copy, "train")
+
+
+def test_features_can_be_named(copy):
+    source = Prepared(None, copy, "train")
+    assert source.classes == ("0", "1", "2", "3")
+    change_features(copy, lambda features: features.update(fine=features.pop("label"), photo=features.pop("image")))
+    assert Prepared(None, copy, "train", "data.train_split", Keys("photo", "fine")).classes == source.classes
+    for field, keys in (("data.label_key", Keys(label="id")), ("data.image_key", Keys("id"))):
+        with pytest.raises(DataError, match="fine: ClassLabel") as error:
+            Prepared(None, copy, "train", "data.train_split", keys)
+        assert error.value.field == field
 
 
 def test_only_damaged_records_are_skipped(copy, kind):

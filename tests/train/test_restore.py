@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from unittest import mock
 
 import jax
 import pytest
@@ -10,8 +11,8 @@ from vqrae_jax import checkpoint, sharding
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
-from vqrae_jax.train.run import open_run, save_checkpoint
-from vqrae_jax.train.task import jit_step, place_horizon
+from vqrae_jax.train.run import Run, open_run, save_checkpoint
+from vqrae_jax.train.task import TrainState, jit_step, place_horizon
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1}
@@ -42,6 +43,14 @@ def train_one_step(run, state):
     save_checkpoint(run, state, {})
     run.checkpoints.wait()
     return jax.device_get(state)
+
+
+def test_checkpoints_have_the_names_of_the_classes(tiny):
+    batches = mock.Mock(classes=("cat", "dog"), **{"get_state.return_value": {"images": 8}})
+    run = mock.Mock(spec=Run, config=tiny(), batches=batches, checkpoints=mock.Mock())
+    save_checkpoint(run, mock.Mock(spec=TrainState, step=1), {})
+    (meta,) = [value for value in run.checkpoints.save.call_args.args if isinstance(value, dict) and "step" in value]
+    assert meta["classes"] == ("cat", "dog")
 
 
 def damage(item):

@@ -21,7 +21,7 @@ T = TypeVar("T")
 SOURCES = get_args(DataConfig.model_fields["source"].annotation)
 DATA_ARGUMENTS = {  # by the config fields that they set
     "data.eval_path": "--data", "data.path": "--data", "data.source": "--source", "data.name": "--name",
-    "data.eval_split": "--split",
+    "data.eval_split": "--split", "data.image_key": "--image-key", "data.label_key": "--label-key",
 }  # fmt: skip
 
 
@@ -71,11 +71,13 @@ class Parser(argparse.ArgumentParser):
         self.add("--step", "step of the checkpoint; the newest by default", type=int)
 
     def add_data(self) -> None:
-        """Adds --data, --source, --name and --split, which name images as the data section of a config does."""
+        """Adds --data, --source and more, which name images as the data section of a config does."""
         self.add("--data", "images: a folder, or the value of data.path for another --source")
         self.add("--source", ", ".join(SOURCES), default="folder")
         self.add("--name", "value of data.name, for sources that need it")
         self.add("--split", "split of a dataset that has splits", default="train")
+        self.add("--image-key", "value of data.image_key: the member, column or feature with images")
+        self.add("--label-key", "value of data.label_key")
 
     def add_encoder_class(self, field: str) -> None:
         """Adds --encoder-cls, which sets a config field."""
@@ -112,6 +114,7 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
     if not args.split:
         raise ConfigError("name a split of the dataset", field="--split", value=args.split)
     values = {"source": args.source, "path": args.data, "eval_path": args.data, "name": args.name}
+    values |= {"image_key": args.image_key, "label_key": args.label_key}
     return from_dict(DataConfig, values | {"eval_split": args.split} | fields)
 
 

@@ -10,6 +10,8 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import os
+import reprlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax import distributed, sharding
+from vqrae_jax import distributed, sharding, storage
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import code_shards, codes, images, pipeline
 from vqrae_jax.data.readable import Skipped
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 VIEWS = 32  # views per batch and device
@@ -31,6 +33,7 @@ LISTED = 5  # skipped images whose ids are printed
 parser = command_line.Parser("tokenize", __doc__.partition("\n\n")[0])
 parser.add_checkpoint()
 parser.add_data()
+parser.add("--classes", "numbering of the class folders: that of another folder, or of a dataset of codes")
 parser.add("--output", "folder for the codes", required=True)
 parser.add("--format", default="npz", choices=list(code_shards.SUFFIXES))
 parser.add(
@@ -58,12 +61,16 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         process, processes = distributed.process_index(), distributed.process_count()
     if not 0 <= process < processes:
         raise ConfigError(f"must be less than --processes={processes}", field="--process", value=process)
-    source = pipeline.evaluation_source(command_line.data_config(args))
+    classes = read_classes(args.classes) if args.classes else None
+    source = pipeline.evaluation_source(command_line.data_config(args), classes)
+    if classes and (unknown := source.classes[len(classes) :]):
+        problem = f"lacks the class folders {reprlib.repr(unknown)} of --data; pass the folder that has all of them"
+        raise DataError(problem, field="--classes", value=args.classes)
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
     tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh, encoder_dtype=args.encoder_dtype)
     plan = build_plan(args, tokenizer, len(source))
-    plan = dataclasses.replace(plan, listing=source.listing(plan.images)["names"])
+    plan = dataclasses.replace(plan, listing=source.listing(plan.images)["names"], classes=source.classes)
     # The default is a power of two of images per device, with at most VIEWS views in all.
     batch = args.batch or len(devices) << max((VIEWS // count_views(plan.views)).bit_length() - 1, 0)
     # By default the last batch of a shard is padded, so that shards do not depend on the number of devices.
@@ -84,6 +91,16 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         rest = f" and more, listed in {codes.MANIFEST}" if len(skipped) > LISTED else ""
         print(f"skipped {len(skipped)} unreadable images: {ids}{rest}", file=sys.stderr)
     return manifest
+
+
+def read_classes(path: str) -> tuple[str, ...]:
+    """Returns the names of the class folders in a folder, or of the classes in a dataset of codes, by their numbers."""
+    folder = storage.resolve_path(path)
+    classes = codes.read_plan(folder).classes if (folder / codes.MANIFEST).is_file() else None
+    classes = classes or storage.list_folders(os.fspath(folder), "--classes")
+    if not classes:
+        raise DataError("has no class folders, or codes without names of classes", field="--classes", value=path)
+    return tuple(classes)
 
 
 def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> codes.Plan:

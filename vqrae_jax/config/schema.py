@@ -131,6 +131,10 @@ class DataConfig(Section):
     path: str | None = None
     eval_path: str | None = None  # validation images, see path; None: no evaluation
     name: str | None = None  # tfds: name of the dataset, as in "imagenet2012"; None for a prepared folder
+    # webdataset: endings of members, as "seg.png", "cls" or "json.label" (a field of .json); parquet: columns; tfds:
+    # features. None: the usual ones, see docs/train.md.
+    image_key: str | None = None
+    label_key: str | None = None
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
     image_size: Positive = 256  # pixels, square

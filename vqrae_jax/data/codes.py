@@ -11,6 +11,7 @@ import hashlib
 import json
 import operator
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -49,6 +50,7 @@ class Plan:
     shard_size: Positive  # images per shard
     listing: Sha256 | None = None  # hash of `Source.listing`; older manifests have none
     encoding: Text = "float32"  # arithmetic of the encoder, see `Tokenizer.encoding`
+    classes: tuple[Text, ...] | None = None  # names of labels 0, 1, ...; None if they are not known
 
     @property
     def shards(self) -> int:
@@ -220,6 +222,11 @@ class Codes:
             raise DataError(problem, field=os.fspath(path))
 
 
+def read_plan(folder: storage.Path) -> Plan:
+    """Reads the plan of a dataset, complete or not."""
+    return _parse(Plan, _read_manifest(folder), folder)
+
+
 def _check_contents(contents: Contents, plan: Plan, folder: storage.Path) -> None:
     """Raises DataError if fields of the manifest contradict each other; names of shards do not leave the folder."""
     expected = [(plan.file_name(i), *plan.image_range(i)) for i in range(min(len(contents.shards), plan.shards))]
@@ -256,7 +263,7 @@ def _check_columns(columns: Columns, plan: Plan, shard: int, path: storage.Path)
 
 def _check_plan(folder: storage.Path, plan: Plan) -> None:
     """Raises DataError unless the manifest in the folder has this plan."""
-    existing = _parse(Plan, _read_manifest(folder), folder)
+    existing = read_plan(folder)
     differing = [name for name, value in vars(plan).items() if getattr(existing, name) != value]
     if existing.listing is not None and differing == ["listing"]:
         raise DataError(
@@ -266,7 +273,8 @@ def _check_plan(folder: storage.Path, plan: Plan) -> None:
         )  # fmt: skip
     differing = [name for name in differing if name != "listing"]  # a hash explains nothing
     if differing:
-        values = ", ".join(f"{name} ({getattr(existing, name)!r}, now {getattr(plan, name)!r})" for name in differing)
+        values = {name: [reprlib.repr(getattr(plan, name)) for plan in (existing, plan)] for name in differing}
+        values = ", ".join(f"{name} ({old}, now {new})" for name, (old, new) in values.items())
         problem = f"has codes that differ in {values}; use another folder, or delete it"
         raise DataError(problem, field="--output", value=os.fspath(folder))
 

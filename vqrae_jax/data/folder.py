@@ -3,6 +3,7 @@
 import collections
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +17,8 @@ _UNSUPPORTED = (
     ".apng", ".arw", ".avifs", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe",
     ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raw", ".rw2", ".svg", ".tga",
 )  # fmt: skip
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 _log = logging.getLogger(__name__)
 
@@ -42,15 +45,20 @@ def list_images(folder: str | os.PathLike, field: str = "data.path") -> list[str
 class Folder(Source):
     """The images in a folder and its subfolders.
 
-    The label is the number of the top-level subfolder, among those with images in sorted order; an image directly in
-    the folder has -1.
+    The label is the number of the top-level subfolder among all of them, also those without images, in sorted order; an
+    image directly in the folder has -1. If no subfolder has images, `classes` has no names.
     """
 
-    def __init__(self, path: str | os.PathLike, field: str = "data.path"):
+    def __init__(self, path: str | os.PathLike, field: str = "data.path", classes: Sequence[str] = ()):
+        """`classes`: names that have the first numbers, as those of the training images; unknown subfolders follow."""
         self.path = os.fspath(path)
         start = len(os.path.join(self.path, ""))
         files = [os.fsencode(file[start:]) for file in list_images(self.path, field)]
-        self.classes = sorted(map(os.fsdecode, set(map(_top_folder, files)) - {None}))
+        used = set(map(os.fsdecode, set(map(_top_folder, files)) - {None}))
+        names = sorted(used.union(storage.list_folders(self.path or ".", field) if used else ()))
+        unknown = sorted(set(names).difference(classes))
+        self.classes = (*classes, *unknown)
+        _warn_folders(f"{field}={self.path!r}", names, used, unknown if classes else [])
         labels = {None: -1} | {os.fsencode(name): label for label, name in enumerate(self.classes)}
         # Arrays and one bytes object: ten million strings take gigabytes, again in each worker process.
         self._labels = np.fromiter((labels[_top_folder(file)] for file in files), np.int32, len(files))
@@ -85,6 +93,21 @@ class Folder(Source):
 
     def __repr__(self) -> str:
         return f"Folder({self.path!r}, images={len(self)}, classes={len(self.classes)})"
+
+
+def _warn_folders(path: str, names: list[str], used: set[str], unknown: list[str]) -> None:
+    """Warns of subfolders that may not be the classes that the user has in mind."""
+    splits = [name for name in names if name.lower() in _SPLITS]
+    warnings = {
+        "subfolders without readable images have class numbers as well": [name for name in names if name not in used],
+        "subfolders that are not among the known classes have the numbers after them": unknown,
+        "subfolders are classes, but these have names of splits; give the path of one of them":
+            splits if len(splits) > 1 or splits == names else [],
+    }  # fmt: skip
+    for text, affected in warnings.items():
+        if affected:
+            more = f" and {len(affected) - 5} more" if len(affected) > 5 else ""
+            _log.warning("%s: %s: %s%s", path, text, ", ".join(affected[:5]), more)
 
 
 def _top_folder(file: bytes) -> bytes | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.source import Source, list_shards, locate
+from vqrae_jax.data.source import USUAL, Keys, Source, list_shards, locate, select_columns
 from vqrae_jax.errors import DataError, ImageError
 
 _CACHED = 8  # row groups
@@ -26,10 +26,10 @@ class Tables(Source):
     """The rows of .parquet or .arrow files, file after file.
 
     The image is the column "image" or the only one that holds bytes, bare or as {"bytes", "path"}; the label is the
-    integer column "label".
+    integer column "label" or the only one that has names of classes.
     """
 
-    def __init__(self, path: str | os.PathLike, field: str = "data.path"):
+    def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL):
         self.path = os.fspath(path)
         self._files = list_shards(path, (".parquet", ".arrow"), field)
         suffixes = {name.rpartition(".")[2] for name in self._files}
@@ -47,7 +47,9 @@ class Tables(Source):
         self._ends = np.cumsum(self._rows)
         if not len(self):
             raise DataError("no rows", field=field, value=self.path)
-        self._columns = _find_columns(reader.schema, self.path, field)
+        names = _class_names(reader.schema)
+        self._columns = _find_columns(reader.schema, names, repr(self.path), field, keys)
+        self.classes = names.get(self._columns[1])
         if reader.mean_bytes > _LARGE:
             _log.warning(
                 "%s=%r: row groups have %.0f MB on average and a shuffled epoch reads one for each image; write "
@@ -164,8 +166,9 @@ def _arrow_batches(name: str) -> list[Any]:
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
-def _find_columns(schema: Any, path: str, field: str) -> tuple[str, str | None]:
-    """Returns the names of the columns of images and of labels (None if there are no labels)."""
+def _find_columns(
+    schema: Any, classes: dict[str, tuple[str, ...]], source: str, field: str, keys: Keys
+) -> tuple[str, str | None]:
     import pyarrow
 
     def holds_images(kind: Any) -> bool:
@@ -174,9 +177,17 @@ def _find_columns(schema: Any, path: str, field: str) -> tuple[str, str | None]:
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
     images = [column.name for column in schema if holds_images(column.type)]
-    if "image" not in images and len(images) != 1:
-        problem = "several columns of bytes, none of them called image" if images else "no column of encoded images"
-        columns = ", ".join(f"{column.name}: {column.type}" for column in schema)
-        raise DataError(f"{problem}; the columns are {columns}", field=field, value=path)
-    has_labels = "label" in schema.names and pyarrow.types.is_integer(schema.field("label").type)
-    return "image" if "image" in images else images[0], "label" if has_labels else None
+    integers = [column.name for column in schema if pyarrow.types.is_integer(column.type)]
+    labels = [name for name in integers if name in classes]
+    kinds = {column.name: str(column.type) for column in schema}
+    return select_columns(source, kinds, images, integers, labels, keys, field)
+
+
+def _class_names(schema: Any) -> dict[str, tuple[str, ...]]:
+    """Returns the names of the classes that `datasets` stores, by column."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
+        names = {name: feature["names"] for name, feature in features if "names" in feature}
+        return {name: tuple(map(str, values)) for name, values in names.items()}
+    except (AttributeError, TypeError, KeyError, ValueError, RecursionError):
+        return {}

@@ -1,24 +1,28 @@
 """Batches of uint8 images: endless and shuffled for training, in order for evaluation and tokenizing."""
 
 import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from vqrae_jax import storage
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.images import VIEWS, adm_center_crop, adm_random_crop, center_crop, flip, random_crop
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.photographs import training_photographs, validation_photographs
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
-from vqrae_jax.data.source import Source
+from vqrae_jax.data.source import Keys, Source
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.data.tfds_source import Prepared
-from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.errors import ConfigError, DataError, UserError
 
 SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
+
+_log = logging.getLogger(__name__)
 
 
 def training_source(data: Any) -> Source:
@@ -26,19 +30,52 @@ def training_source(data: Any) -> Source:
     if data.source == "photographs":
         return training_photographs()
     if data.source == "tfds":
-        return Prepared(data.name, data.path, data.train_split, "data.train_split")
+        return Prepared(data.name, data.path, data.train_split, "data.train_split", **_keys(data))
     if not data.path:
         raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
-    return SOURCES[data.source](data.path, "data.path")
+    return SOURCES[data.source](data.path, "data.path", **_keys(data))
 
 
-def evaluation_source(data: Any) -> Source | None:
-    """Returns the validation images of a `config.DataConfig`, or None."""
+def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source | None:
+    """Returns the validation images of a `config.DataConfig`, or None.
+
+    Class folders have the numbers that they have in the training images.
+
+    Args:
+      classes: names that have the first numbers instead.
+    """
     if data.source == "photographs":
         return validation_photographs(data.image_size)
     if data.source == "tfds":
-        return Prepared(data.name, data.path, data.eval_split, "data.eval_split") if data.eval_split else None
-    return SOURCES[data.source](data.eval_path, "data.eval_path") if data.eval_path else None
+        split = data.name, data.path, data.eval_split, "data.eval_split"
+        return Prepared(*split, **_keys(data)) if data.eval_split else None
+    if not data.eval_path:
+        return None
+    options = _keys(data)
+    if data.source == "folder":
+        options["classes"] = classes or _training_classes(data)
+    elif classes:
+        problem = "has class numbers of its own; only those of folders can be set"
+        raise ConfigError(problem, field="data.source", value=data.source)
+    return SOURCES[data.source](data.eval_path, "data.eval_path", **options)
+
+
+def _training_classes(data: Any) -> list[str]:
+    if not data.path or data.path == data.eval_path:
+        return []
+    try:
+        return storage.list_folders(data.path, "data.path")
+    except UserError as error:  # the machine that evaluates may lack the training images
+        _log.warning("%s; classes have numbers of their own in data.eval_path", error)
+        return []
+
+
+def _keys(data: Any) -> dict[str, Keys]:
+    keys = Keys(data.image_key, data.label_key)
+    for name, key in zip(("image_key", "label_key"), keys, strict=True):
+        if key and data.source == "folder":
+            raise ConfigError("is for the sources webdataset, parquet and tfds", field=f"data.{name}", value=key)
+    return {"keys": keys} if any(keys) else {}
 
 
 def train_batches(
@@ -91,7 +128,13 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             self._iterator = iter(self._from_position())
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:  # the only kind of grain, also for a process that was killed
+            if "terminated unexpectedly" not in str(error):
+                raise
+            problem = "a worker process was killed, perhaps for lack of memory; run again, or use fewer workers"
+            raise DataError(problem, field="data.workers", value=self._data.workers) from error
         self._skipped.add_replaced(batch.pop("unreadable"), self._source)
         self._position += self._data.batch_size
         return batch
@@ -110,6 +153,11 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             )
         self.close()
         self._position = position
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the labels, see `Source`."""
+        return self._source.classes
 
     def listing(self) -> dict[str, int | str]:
         """Returns the number of images and a hash of their names, to compare the images of processes."""

@@ -153,10 +153,15 @@ class Masked:
 
 def _decode(source: Source, index: int, min_side: int | None = None) -> dict:
     record = _read(source, index)
-    image = record["image"]
-    if not isinstance(image, np.ndarray):
+    image, label = record["image"], record["label"]
+    if not -(2**31) <= label < 2**31:
+        raise ImageError(f"the class number {label} has more than 32 bits")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ImageError(f"an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
+    else:
         image = read_pil_image(image, min_side)
-    return {"image": image, "label": np.int32(record["label"])}
+    return {"image": image, "label": np.int32(label)}
 
 
 def _read(source: Source, index: int) -> dict:

@@ -2,8 +2,11 @@
 
 import fnmatch
 import hashlib
+import logging
 import os
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -12,6 +15,18 @@ from vqrae_jax import storage
 from vqrae_jax.errors import DataError, ImageError
 
 _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
+
+_log = logging.getLogger(__name__)
+
+
+class Keys(NamedTuple):
+    """The members, columns or features that hold images and labels; None: the usual ones of the format."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL = Keys()
 
 
 class Source:
@@ -23,7 +38,12 @@ class Source:
     `source[index]` returns {"image": encoded bytes or uint8 [H, W, 3], "label": int}, with label -1 without one.
     It raises ImageError for a damaged or missing image and OSError if the disk or bucket fails. `len(source)` includes
     those images; `source.name(index)` describes one in messages.
+
+    Attributes:
+      classes: the names of labels 0, 1, ...; None if they are not known.
     """
+
+    classes: tuple[str, ...] | None = None
 
     def key(self, index: int) -> str:
         """Returns the id of a record: its number if it has no name."""
@@ -40,6 +60,36 @@ class Source:
             digest.update(f"{self.key(index)}\n".encode())
         digest.update(self.fingerprint(count))
         return {"images": count, "names": digest.hexdigest()}
+
+
+def select_columns(
+    source: str, kinds: Mapping[str, str], images: list[str], integers: list[str], labels: list[str], keys: Keys,
+    field: str,
+) -> tuple[str, str | None]:  # fmt: skip
+    """Returns the names of the columns of images and of labels (None if there are no labels), and logs them.
+
+    The image is the column "image" or the only one of `images`; the label is "label" or the only one of `labels`.
+
+    Args:
+      source: what has the columns, for messages.
+      kinds: the types of all columns by their names, for messages.
+      images, integers, labels: names of the columns that hold images, integers, and numbers of classes.
+      keys: other columns to use.
+      field: config field or argument that `source` comes from.
+    """
+    listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    for kind, key, accepted in (("image", keys.image, images), ("label", keys.label, integers)):
+        if key and key not in accepted:
+            problem = f"not among the {kind}s ({', '.join(accepted)}) of {source}; all columns are {listed}"
+            raise DataError(problem, field=f"data.{kind}_key", value=key)
+    if not keys.image and "image" not in images and len(images) != 1:
+        problem = "several columns of images, none of them called image" if images else "no column of encoded images"
+        raise DataError(f"{source} has {problem}; its columns are {listed}", field=field)
+    image = keys.image or ("image" if "image" in images else images[0])
+    label = keys.label or ("label" if "label" in integers else labels[0] if len(labels) == 1 else None)
+    level = logging.INFO if label or len(kinds) == 1 else logging.WARNING
+    _log.log(level, "%s: images are %s, labels %s; the columns are %s", source, image, label, listed)
+    return image, label
 
 
 def locate(ends: Int[np.ndarray, " groups"], index: int | np.integer) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.source import Source, locate, read_range
+from vqrae_jax.data.source import USUAL, Keys, Source, locate, read_range, select_columns
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 
 _LENGTH = struct.Struct("<Q")
@@ -21,17 +21,22 @@ class Prepared(Source):
     The image is the feature "image" or the only image feature, the label the feature "label" or the only class label.
     """
 
-    def __init__(self, name: str | None, path: str | os.PathLike | None, split: str, field: str = "data.train_split"):
+    def __init__(
+        self, name: str | None, path: str | os.PathLike | None, split: str, field: str = "data.train_split",
+        keys: Keys = USUAL,
+    ):  # fmt: skip
         """
         Args:
           name: for example "imagenet2012" or "dataset/config:1.2.3"; None if `path` is the prepared folder itself.
           path: the data_dir that contains `name` (None: the default of TFDS), or the prepared folder.
           split: a split expression of TFDS, for example "train[:90%]".
           field: config field or argument that `split` comes from.
+          keys: other features of images and labels.
         """
         builder = _builder(name, path)
         self._dataset, self._split = builder.info.full_name, split
-        self._image, self._label = _find_features(builder)
+        self._image, self._label = _find_features(builder, keys)
+        self.classes = tuple(getattr(builder.info.features[self._label], "names", ())) or None if self._label else None
         self._records = _open_records(builder, split, field)
 
     def __len__(self) -> int:
@@ -146,22 +151,24 @@ def _open_records(builder: Any, split: str, field: str) -> Any:
     return records or TFRecords([Part(name, part.skip, part.take) for name, part in zip(names, parts, strict=True)])
 
 
-def _find_features(builder: Any) -> tuple[str, str | None]:
-    """Returns the names of the features of images and of labels (None if there are no labels)."""
+def _find_features(builder: Any, keys: Keys) -> tuple[str, str | None]:
     tfds = _tfds()
     dataset, features = builder.info.full_name, builder.info.features
     features = dict(sorted(features.items())) if hasattr(features, "items") else {}  # their order is not fixed
-    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    if "image" not in images and len(images) != 1:
-        problem = "several image features, none of them called image" if images else "no image feature"
-        listed = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in features.items())
-        raise DataError(f"{dataset} has {problem}; its features are {listed}", field="data.name")
-    image = "image" if "image" in images else images[0]
+
+    def names(kind: type) -> list[str]:
+        return [name for name, feature in features.items() if isinstance(feature, kind)]
+
+    kinds, labels = (
+        {name: type(feature).__name__ for name, feature in features.items()},
+        names(tfds.features.ClassLabel),
+    )
+    integers = labels + [name for name in names(tfds.features.Scalar) if np.dtype(features[name].np_dtype).kind in "iu"]
+    image, label = select_columns(dataset, kinds, names(tfds.features.Image), integers, labels, keys, "data.name")
     dtype = np.dtype(features[image].np_dtype).name
     if dtype not in ("uint8", "uint16"):
         raise DataError(f"{dataset} has {image} as {dtype}; expected uint8 or uint16", field="data.name")
-    labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    return image, "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    return image, label
 
 
 class Part(NamedTuple):

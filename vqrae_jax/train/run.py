@@ -121,6 +121,7 @@ def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, int | float]
     """Starts to save the state and the position of the input; `metrics` of the validation images choose the best."""
     step, config = int(state.step), run.config.model_dump(mode="json")
     meta = {"config": config, "version": __version__, "revision": git_revision(), "step": step}
+    meta["classes"] = run.batches.classes  # names of the labels
     scores = {"psnr": metrics["eval/psnr"]} if "eval/psnr" in metrics else None
     run.checkpoints.save(step, state.inference(), state.rest(), run.batches.get_state(), meta, scores)
 
