@@ -1,8 +1,12 @@
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -322,3 +326,40 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="file") as error:
         Checkpoints(tmp_path / "file")
     assert error.value.field == "--workdir"
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+def test_a_user_without_permission_reads_and_gets_one_error(folder, monkeypatch):
+    with tempfile.TemporaryDirectory() as name:  # the folders of tmp_path are closed to other users
+        workdir = pathlib.Path(name)
+        save(workdir, {1: None}).close()
+        path = checkpoint.find_checkpoint(workdir)
+        read_everything(path)
+        checkpoint.check_writable(workdir)
+        user = os.geteuid()
+        for writable in (workdir, workdir / "checkpoints"):
+            writable.chmod(0o777)
+        (workdir / folder).chmod(0o555)
+        try:
+            os.seteuid(user or 65534)
+            read_everything(path)
+            with pytest.raises(CheckpointError, match=str(workdir / folder)) as error:
+                checkpoint.check_writable(workdir)
+        finally:
+            os.seteuid(user)
+            (workdir / folder).chmod(0o777)
+        assert error.value.field == "--workdir"
+
+
+def test_a_clock_that_goes_back_changes_nothing(tmp_path, monkeypatch):
+    clock, now = itertools.count(1), time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 10.0 * next(clock))
+    checkpoints = save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_last=1)
+    assert checkpoints.steps == [1, 3]
+    checkpoints.close()
+    for file in tmp_path.rglob("*"):
+        os.utime(file, (2e9, 2e9))
+    checkpoints = save(tmp_path, {4: 1.0}, keep_last=1)
+    assert checkpoints.steps == [1, 4]
+    checkpoints.close()
+    assert read_everything(checkpoint.find_checkpoint(tmp_path, step=1))[2] == {"next_index": 1}

@@ -297,23 +297,24 @@ def check_shapes(
 
 
 def check_writable(workdir: str | os.PathLike) -> storage.Path:
-    """Creates the folder of checkpoints in `workdir`, writes a file to it, and returns it.
+    """Creates the folder of checkpoints in `workdir`, writes a file to both, and returns the folder.
 
     Raises:
       CheckpointError: no permission, no space, or a file of that name.
       StorageError: no permission for the bucket.
     """
     folder = storage.resolve_path(workdir) / FOLDER
-    probe = folder / ".writable"  # the same name in every process, so that all report the same error
     try:
         with storage.convert_errors(folder, "written"):
             if not storage.is_remote(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"may be deleted")
-            probe.unlink(missing_ok=True)
+            for probe in (folder.parent / ".writable", folder / ".writable"):  # the same error in every process
+                probe.write_bytes(b"may be deleted")
+                probe.unlink(missing_ok=True)
     except OSError as error:
+        path = error.filename or folder
         raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror}); choose another folder", field="--workdir"
+            f"{path} cannot be written ({error.strerror}); choose another folder", field="--workdir"
         ) from error
     return folder
 

@@ -100,6 +100,20 @@ def write_bytes(path: str | os.PathLike, content: bytes, durable: bool = False) 
             temporary.write_bytes(content)
 
 
+def create_file(path: Path, content: bytes) -> bool:
+    """Writes a file unless one of that name exists; returns whether it did, which is true in one program only."""
+    try:
+        if is_remote(path):
+            system, name = _file_system(os.fspath(path), "--workdir")
+            system.pipe_file(name, content, mode="create")
+        else:
+            with open(path, "xb") as file:
+                file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
 def apply_umask(path: pathlib.Path) -> None:
     """Gives a local file the permissions of new files in its folder; some libraries restrict them to the owner."""
     sample = path.with_name(f".{uuid.uuid4().hex}")  # reading the umask itself changes it for other threads

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from vqrae_jax.config import DataConfig
 from vqrae_jax.data.images import adm_center_crop
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
 from vqrae_jax.data.readable import Skipped
+from vqrae_jax.data.source import Source
 from vqrae_jax.errors import ConfigError, DataError, UserError
 
 
@@ -255,6 +257,34 @@ def test_listings_depend_on_names_and_numbers_of_images(grays):
     (grays / "3.png").rename(grays / "33.png")
     assert not any(a == b for a, b in zip(listings(), before, strict=True))
     assert [listing["images"] for listing in listings()] == [10, 9]
+
+
+def test_resuming_with_other_images_is_a_warning(grays, caplog):
+    state = json.loads(json.dumps(train_batches(folder(grays), seed=0).get_state()))
+
+    def warnings(state):
+        caplog.clear()
+        train_batches(folder(grays), seed=1).set_state(state)
+        return [record.getMessage() for record in caplog.records]
+
+    assert not warnings(state)
+    assert not warnings({"images": 4})  # of a version without listings
+    (grays / "3.png").rename(grays / "33.png")
+    assert "saved with 10, and there are 10 of other names" in warnings(state)[0]
+    shutil.copy(grays / "4.png", grays / "44.png")
+    assert "saved with 10, and there are 11;" in warnings(state)[0]
+
+
+def test_sampled_listings_notice_moved_records():
+    class Numbers(Source):
+        def __init__(self, keys):
+            self.key = lambda index: str(keys[index])
+
+    numbers = list(range(1000))
+    sampled = Numbers(numbers).listing(1000, 10)
+    assert sampled == Numbers(numbers).listing(1000, 10)
+    assert sampled != Numbers([-1, *numbers[:-1]]).listing(1000, 10)  # one added at the start, one removed at the end
+    assert Numbers(numbers).listing(1000, 1000) == Numbers(numbers).listing(1000)
 
 
 def test_unusable_configs_are_refused(grays):

@@ -9,8 +9,9 @@ import pytest
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import export
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.errors import CheckpointError, ConfigError, WeightsError
 from vqrae_jax.inference import pytorch_checkpoint, saving, stablehlo
+from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 
@@ -69,6 +70,10 @@ def test_changed_and_damaged_folders_are_refused(golden, tmp_path):
     config, _, variables = pretrained(golden)
     path = saving.save_folder(tmp_path, config, variables, frozen=True)
     content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, "version": "0.0.1"}))
+    with pytest.raises(WeightsError, match="sha256"):
+        Tokenizer.load(path)
+    del content["sha256"]  # the changes are intended
     for change, message in (
         ({"encoder": content["encoder"] | {"sha256": "0" * 64}}, r"0{64}"),
         ({"model": content["model"] | {"num_embeddings": 33}},
@@ -81,6 +86,27 @@ def test_changed_and_damaged_folders_are_refused(golden, tmp_path):
         (path / "config.json").write_text(json.dumps({k: v for k, v in (content | change).items() if v is not None}))
         with pytest.raises(WeightsError, match=message):
             Tokenizer.load(path)
+
+
+def test_changed_bits_of_a_folder_are_noticed(golden, tmp_path, caplog):
+    config, _, variables = pretrained(golden)
+    path, rng = saving.save_folder(tmp_path, config, variables, frozen=True), np.random.default_rng(0)
+    for name, tries in (("config.json", 60), ("model.safetensors", 20)):
+        data = (path / name).read_bytes()
+        for position, bit in zip(rng.integers(len(data), size=tries), rng.integers(8, size=tries), strict=True):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            (path / name).write_bytes(changed)
+            with pytest.raises((WeightsError, CheckpointError)):
+                saving.stored_shapes(locate(path).path)
+        (path / name).write_bytes(data)
+    saving.stored_shapes(path)
+    assert not caplog.records
+    content = json.loads((path / "config.json").read_text())
+    del content["sha256"]  # as in folders of versions without digests
+    (path / "config.json").write_text(json.dumps(content))
+    saving.stored_shapes(locate(path).path)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize("changes", [

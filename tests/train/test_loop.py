@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, sharding
+from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import hooks, loop
 from vqrae_jax.train.run import open_run
@@ -188,3 +189,39 @@ def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
     assert stopped.value.step == 2
     assert checkpoint.find_checkpoint(tmp_path).name == "2"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_signals_during_evaluation_and_saving(tiny, tmp_path, one_device, monkeypatch):
+    """The step after SIGTERM is saved; a second Ctrl-C ends the run with what is complete, unlocked and readable."""
+
+    def send(*numbers):
+        def patched(original):
+            def call(*args, **kwargs):
+                result = original(*args, **kwargs)
+                for number in numbers:
+                    signal.raise_signal(number)
+                return result
+
+            return call
+
+        return patched
+
+    config = tiny(train={"steps": 5, "log_every": 1, "evaluate_every": 1, "checkpoint_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", send(signal.SIGTERM)(Evaluator.evaluate))
+        with pytest.raises(loop.Stopped) as stopped:
+            loop.train(config, tmp_path, one_device)
+    assert stopped.value.step == int(checkpoint.find_checkpoint(tmp_path).name) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", send(signal.SIGTERM)(checkpoint.Checkpoints.save))
+        with pytest.raises(loop.Stopped) as stopped:
+            loop.train(config, tmp_path, one_device)
+    assert stopped.value.step == int(checkpoint.find_checkpoint(tmp_path).name) == 4
+    with monkeypatch.context() as patch:
+        interrupts = send(signal.SIGINT, signal.SIGINT)
+        patch.setattr(checkpoint.Checkpoints, "save", interrupts(checkpoint.Checkpoints.save))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path, one_device)
+    assert checkpoint.find_checkpoint(tmp_path).name == "5"
+    assert not (tmp_path / "run.lock").exists()
+    assert Tokenizer.load(tmp_path).provenance["step"] == 5

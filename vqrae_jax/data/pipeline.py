@@ -20,9 +20,10 @@ from vqrae_jax.data.tar import TarShards
 from vqrae_jax.data.tfds_source import Prepared
 from vqrae_jax.errors import ConfigError, DataError, UserError
 
-SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
+log = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
+SAMPLED_KEYS = 100_000  # of the training images, to notice on resuming that they changed; 0.1 s
+SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
 
 
 def training_source(data: Any) -> Source:
@@ -66,7 +67,7 @@ def _training_classes(data: Any) -> list[str]:
     try:
         return storage.list_folders(data.path, "data.path")
     except UserError as error:  # the machine that evaluates may lack the training images
-        _log.warning("%s; classes have numbers of their own in data.eval_path", error)
+        log.warning("%s; classes have numbers of their own in data.eval_path", error)
         return []
 
 
@@ -139,18 +140,29 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self._position += self._data.batch_size
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Returns the state, which JSON can represent."""
-        return {"images": self._position}
+    def get_state(self) -> dict[str, Any]:
+        """Returns the state, which JSON can represent, with a description of the images to compare on resuming."""
+        return {"images": self._position, "listing": self._sampled_listing}
 
     def set_state(self, state: Any) -> None:
-        """Continues from a state of `get_state`; DataError if it is another object."""
+        """Continues from a state of `get_state`, with a warning if the images changed.
+
+        Raises:
+          DataError: it is another object.
+        """
         position = state.get("images") if isinstance(state, dict) else None
         if not isinstance(position, int) or position < 0:
             raise DataError(
                 f"the checkpoint has the input state {state!r}, expected one such as {{'images': 25600}}; resume with "
                 "the version that wrote it"
             )
+        before, now = state.get("listing"), self._sampled_listing
+        if before not in (None, now):
+            log.warning(
+                "the training images changed: the checkpoint was saved with %s, and there are %d%s; as their order "
+                "changes with them, the rest of this epoch repeats some images and leaves out others",
+                before.get("images"), now["images"], " of other names" if before.get("images") == now["images"] else "",
+            )  # fmt: skip
         self.close()
         self._position = position
 
@@ -158,6 +170,10 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def classes(self) -> tuple[str, ...] | None:
         """The names of the labels, see `Source`."""
         return self._source.classes
+
+    @functools.cached_property
+    def _sampled_listing(self) -> dict[str, int | str]:
+        return self._source.listing(len(self._source), SAMPLED_KEYS)
 
     def listing(self) -> dict[str, int | str]:
         """Returns the number of images and a hash of their names, to compare the images of processes."""

@@ -20,6 +20,7 @@ from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_step
 from vqrae_jax.data import pipeline
 from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.train import restore
+from vqrae_jax.train.lock import lock_workdir
 from vqrae_jax.train.metric_writers import check_wandb
 from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -52,17 +53,24 @@ def open_run(
     With `evaluate_step` it opens that checkpoint, and nothing that only training needs: another run may save there.
     """
     workdir, skipped = storage.resolve_path(workdir), pipeline.Skipped()
-    prepare = functools.partial(_prepare, config, workdir, devices, evaluate_step, skipped)
-    config, mesh, task, batches, evaluator = distributed.run_together(prepare)
-    checkpoint.check_shared(workdir)
-    if distributed.process_count() > 1:
-        listings = evaluator.listings() if evaluator else {}
-        listings |= {"data.path": batches.listing()} if batches else {}
-        distributed.check_equal(listings, "give all of them the same images, as each reads its share of all")
-    train, evaluating = config.train, evaluate_step is not None
-    checkpoints = Checkpoints(workdir, train.keep_last, train.keep_best, train.keep_every, read_only=evaluating)
-    completed = False
-    try:
+    with contextlib.ExitStack() as closing:
+        prepare = functools.partial(_prepare, config, workdir, devices, evaluate_step, skipped, closing)
+        config, mesh, task, batches, evaluator = distributed.run_together(prepare)
+        checkpoint.check_shared(workdir)
+        if distributed.process_count() > 1:
+            listings = evaluator.listings() if evaluator else {}
+            listings |= {"data.path": batches.listing()} if batches else {}
+            distributed.check_equal(listings, "give all of them the same images, as each reads its share of all")
+        train, evaluating = config.train, evaluate_step is not None
+        checkpoints = Checkpoints(workdir, train.keep_last, train.keep_best, train.keep_every, read_only=evaluating)
+
+        @closing.push
+        def close_checkpoints(error_type: type | None, *_: Any) -> None:
+            if error_type is None or distributed.process_count() == 1:  # otherwise it may wait for ended processes
+                checkpoints.close()
+
+        if batches is not None:
+            closing.callback(batches.close)
         if evaluator:
             evaluator.prepare()
         shapes, frozen = task.shapes(), task.frozen()
@@ -81,19 +89,16 @@ def open_run(
                 batches.set_state(resumed[1])
             log.info("%s step %d of %s", "evaluating" if evaluating else "resumed from", step, checkpoints.folder)
         yield Run(config, workdir, mesh, task, frozen, checkpoints, batches, skipped, evaluator), state
-        completed = True
-    finally:
-        with contextlib.ExitStack() as closing:
-            if completed or distributed.process_count() == 1:  # otherwise it may wait for processes that are gone
-                closing.callback(checkpoints.close)
-            if batches is not None:
-                closing.callback(batches.close)
 
 
 def _prepare(
-    config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | None, skipped: pipeline.Skipped
-) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:
-    """Builds what each process builds by itself; no collective operation, which would wait for a failed process."""
+    config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | None, skipped: pipeline.Skipped,
+    closing: contextlib.ExitStack,
+) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:  # fmt: skip
+    """Builds what each process builds by itself; no collective operation, which would wait for a failed process.
+
+    A run locks its workdir before it reads weights, and `closing` unlocks it at the end.
+    """
     training = evaluate_step is None
     if training:
         config = epochs_to_steps(config, lambda: len(pipeline.training_source(config.data)))
@@ -107,13 +112,15 @@ def _prepare(
     batches = None
     if training:
         batches = pipeline.train_batches(config.data, seed=config.train.seed, skipped=skipped, **split)
+    checkpoint.check_writable(workdir)
+    if training and distributed.process_index() == 0:
+        closing.enter_context(lock_workdir(workdir))
     own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step) if config.train.start_from else None
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
     task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
     metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
     evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
-    checkpoint.check_writable(workdir)
     return config, mesh, task, batches, evaluator
 
 
