@@ -110,7 +110,7 @@ def _read(path: storage.Path) -> dict[str, Any] | None:
 
 
 def _machine() -> dict[str, str]:
-    """Returns what tells machines apart: host, boot and, as containers may share both, the namespace of process ids."""
+    """Returns what identifies a machine: host, boot and, as containers may share both, the namespace of process ids."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": platform.node(), "boot": boot, "namespace": os.readlink("/proc/self/ns/pid")}
@@ -119,7 +119,7 @@ def _machine() -> dict[str, str]:
 
 
 def _start_time(pid: Any) -> str | None:
-    """Returns when a process of this machine started, which tells it from a later one of that number; None: no such."""
+    """Returns when a process of this machine started, as a later one may get its number; None: it does not exist."""
     try:
         state, *values = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
