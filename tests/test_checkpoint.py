@@ -59,8 +59,10 @@ def test_round_trip(workdir):
     checkpoints = save(workdir, {1: None})
     model, train = trees(1.0)
     checkpoints.close()
-    restored = checkpoint.read_checkpoint(checkpoint.find_checkpoint(workdir), shapes(model), shapes(train))
+    path = checkpoint.find_checkpoint(workdir)
+    restored = checkpoint.read_checkpoint(path, shapes(model), shapes(train))
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
+    assert "vqrae_jax" not in (path / "_CHECKPOINT_METADATA").read_text()  # other programs can read it
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):

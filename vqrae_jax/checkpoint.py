@@ -58,11 +58,11 @@ class _Hashed:
 
 
 class _HashedArrays(_Hashed, ocp.StandardCheckpointHandler):
-    pass
+    typestr = ocp.StandardCheckpointHandler.typestr  # for other programs, which read checkpoints by these names
 
 
 class _HashedJson(_Hashed, ocp.JsonCheckpointHandler):
-    pass
+    typestr = ocp.JsonCheckpointHandler.typestr
 
 
 class Checkpoints:
