@@ -72,12 +72,16 @@ def test_an_encoder_that_does_not_fit_is_named_by_the_fields_of_evaluation(golde
 
 def test_reference_files_round_trip_and_others_are_refused(tmp_path):
     path, gaussian = tmp_path / "new" / "reference.npz", Gaussian(np.arange(3.0), np.eye(3), 7)
-    reference.write_reference(path, gaussian)
-    again = reference.read_reference(path, 3, "evaluation.inception_reference")
+    network = {"network": "Dinov2withNorm", "pool": "cls", "path": "/here", "sha256": "0"}
+    reference.write_reference(path, gaussian, network)
+    again = reference.read_reference(path, 3, "evaluation.inception_reference", {**network, "path": "/elsewhere"})
+    for name, value in (("pool", "mean"), ("sha256", "1")):
+        with pytest.raises(WeightsError, match=f'"{name}": "{value}"'):
+            reference.read_reference(path, 3, "evaluation.encoder_reference", {**network, name: value})
     assert again.count == 7
     assert again.digest() == gaussian.digest()
     np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=np.zeros(2))  # the format of ADM
-    assert reference.read_reference(path, 3, "evaluation.inception_reference").count is None
+    assert reference.read_reference(path, 3, "evaluation.inception_reference", network).count is None
     files = {
         "another network": {"mu": np.zeros(4), "sigma": np.eye(4)}, "other names": {"mean": np.zeros(3)},
         "not finite": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
@@ -88,5 +92,5 @@ def test_reference_files_round_trip_and_others_are_refused(tmp_path):
     (tmp_path / "no arrays.npz").write_bytes(b"PK")
     for name in (*files, "no arrays", "absent"):
         with pytest.raises(WeightsError) as error:
-            reference.read_reference(tmp_path / f"{name}.npz", 3, "evaluation.encoder_reference")
+            reference.read_reference(tmp_path / f"{name}.npz", 3, "evaluation.encoder_reference", network)
         assert error.value.field == "evaluation.encoder_reference", name

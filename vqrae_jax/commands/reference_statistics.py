@@ -58,7 +58,7 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
         raise DataError(f"has {moments.count} readable images; two are needed", field="--data", value=args.data)
     gaussian = moments.gaussian()
     with storage.stage_output(output) as file:
-        reference.write_reference(file, gaussian)
+        reference.write_reference(file, gaussian, nets.protocol[name])
     width = len(gaussian.mean)
     few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""
     print(f"{moments.count} images{few}; wrote {output}")

@@ -180,7 +180,10 @@ class Evaluator:
         if path is None:
             return
         if not storage.resolve_path(path).is_dir():
-            self._references[name] = reference.read_reference(storage.download(path), self._widths[name], field)
+            network = self._networks.protocol[name]
+            self._references[name] = reference.read_reference(
+                storage.download(path), self._widths[name], field, network
+            )
             return
         data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
         share, shares = sharding.data_share(self._mesh)

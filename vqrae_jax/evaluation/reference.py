@@ -1,9 +1,10 @@
 """Statistics of the features of a set of images in an .npz with `mu` and `sigma`, as pytorch-fid and ADM write it."""
 
 import functools
+import json
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,16 +18,17 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation.moments import Gaussian, Moments
 
 
-def write_reference(path: pathlib.Path, gaussian: Gaussian) -> None:
-    """Writes `mu` [D], `sigma` [D, D], and `count`, which other readers ignore."""
+def write_reference(path: pathlib.Path, gaussian: Gaussian, network: Mapping[str, Any]) -> None:
+    """Writes `mu` [D], `sigma` [D, D], and `count` and the description of the network, which other readers ignore."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, count=gaussian.count)
+    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, count=gaussian.count, network=_identity(network))
 
 
-def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
+def read_reference(path: pathlib.Path, width: int, field: str, network: Mapping[str, Any]) -> Gaussian:
     """Reads the statistics of D = `width` features; other arrays (ADM's files hold images too) are not read.
 
-    The messages of errors name `field`, the config field of the path.
+    A file that names another network than `network` is refused, and many files name none. The messages of errors name
+    `field`, the config field of the path.
     """
 
     def error(message: str) -> WeightsError:
@@ -35,7 +37,7 @@ def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
-            arrays = {name: np.asarray(file[name]) for name in ("mu", "sigma", "count") if name in names}
+            arrays = {name: np.asarray(file[name]) for name in ("mu", "sigma", "count", "network") if name in names}
     except FileNotFoundError:
         raise error("the file does not exist; expected an .npz or a folder of images") from None
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as reason:
@@ -46,9 +48,16 @@ def read_reference(path: pathlib.Path, width: int, field: str) -> Gaussian:
     if mean.shape != (width,) or covariance.shape != (width, width):
         shapes = f"mu has shape {mean.shape} and sigma {covariance.shape}"
         raise error(f"{shapes}, but this network has {width} features; the file was computed with another network")
+    if "network" in arrays and (other := str(arrays["network"])) != (own := _identity(network)):
+        raise error(f"the file was computed with the network {other}, not with {own}; compute it again")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise error("mu or sigma is not finite")
     return Gaussian(mean, covariance, int(arrays["count"]) if "count" in arrays else None)
+
+
+def _identity(network: Mapping[str, Any]) -> str:
+    """Returns the description of a network without the place of its weights, which may differ between machines."""
+    return json.dumps({name: value for name, value in network.items() if name != "path"}, sort_keys=True)
 
 
 def compute_feature_moments(
