@@ -42,7 +42,9 @@ def test_report_has_a_row_per_stage(tmp_path, capsys):
 def test_step_without_quantizer_shares_the_training_state():
     args = speed.parse(["train_step", *TINY, "--share"])
     stage, _ = stages.build("train_step", args)
-    assert all(np.ndim(x) <= 2 for name, x in stage.tensors.items() if "block" in name or "layer" in name)
+    blocks = [x for name, x in stage.tensors.items() if "block" in name or "layer" in name]
+    assert blocks
+    assert all(np.ndim(x) <= 2 for x in blocks)
     bare = stages.without_quantizer(stage, args)
     stage.call()
     codebook = np.asarray(stage.call.state.batch_stats["quantizer"]["codebook"])

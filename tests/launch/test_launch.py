@@ -303,6 +303,7 @@ def test_dockerfiles_install_an_extra_that_exists(name):
     project = (LAUNCH.parent / "pyproject.toml").read_text()
     assert all(f"\n{extra} = [" in project for extra in extras.split(","))
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
+    assert copied
     assert all((LAUNCH.parent / part).exists() for parts in copied for part in parts)
 
 

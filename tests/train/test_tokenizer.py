@@ -148,7 +148,8 @@ QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
 def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
     """Step, evaluation and images for the log, in shapes only; the quantizers' arithmetic has its own tests."""
     params = {"grids": (1, 2, 4)} if quantizer == "multiscale" else {}
-    task = TokenizerTask.build(tiny(model={"quantizer": quantizer, "quantizer_params": params}), one_mesh)
+    model = {"quantizer": quantizer, "quantizer_params": params}
+    task = TokenizerTask.build(tiny(model=model, optimizer={"accumulate": 2}), one_mesh)
     state = task.shapes()
     image = jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)
     after, metrics = jax.eval_shape(task.step, state, {}, {"image": image}, jnp.asarray(6))
