@@ -164,7 +164,7 @@ def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Itera
 def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:
     """Returns the vectors that the quantizer inside all wrappers compares latents with."""
 
-    def lookup(model: Any, indices: Int[jax.Array, " K"]) -> Float[jax.Array, "K C"]:
+    def lookup(model: Any, indices: Int[np.ndarray, " K"]) -> Float[jax.Array, "K C"]:
         quantizer = model.quantizer
         while isinstance(quantizer, Wrapper):
             quantizer = quantizer.quantizer
