@@ -58,7 +58,7 @@ class Folder(Source):
         names = sorted(used.union(storage.list_folders(self.path or ".", field) if used else ()))
         unknown = sorted(set(names).difference(classes))
         self.classes = (*classes, *unknown)
-        _warn_folders(f"{field}={self.path!r}", names, used, unknown if classes else [])
+        _warn_folders(self.path, names, used, unknown if classes else [])
         labels = {None: -1} | {os.fsencode(name): label for label, name in enumerate(self.classes)}
         # Arrays and one bytes object: ten million strings take gigabytes, again in each worker process.
         self._labels = np.fromiter((labels[_top_folder(file)] for file in files), np.int32, len(files))
@@ -107,7 +107,7 @@ def _warn_folders(path: str, names: list[str], used: set[str], unknown: list[str
     for text, affected in warnings.items():
         if affected:
             more = f" and {len(affected) - 5} more" if len(affected) > 5 else ""
-            _log.warning("%s: %s: %s%s", path, text, ", ".join(affected[:5]), more)
+            _log.warning("%r: %s: %s%s", path, text, ", ".join(affected[:5]), more)
 
 
 def _top_folder(file: bytes) -> bytes | None:
