@@ -38,7 +38,7 @@ def test_no_label_is_the_unconditional_label_and_classes_are_optional(variables,
     model = Generator(BLOCKS, K, N)
     variables = jax.jit(model.init)(jax.random.key(0), indices)
     assert "class_embed" not in variables["params"]
-    assert model.apply(variables, indices).shape == (8, N, K)
+    assert jax.eval_shape(model.apply, variables, indices).shape == (8, N, K)
 
 
 def test_a_hidden_index_differs_from_every_other(variables, indices):
@@ -47,7 +47,7 @@ def test_a_hidden_index_differs_from_every_other(variables, indices):
 
 
 def test_bfloat16_has_float32_logits_and_a_grid_is_refused(variables, indices, logits):
-    half = Generator(BlocksConfig(32, 2, 4, 64, dtype="bfloat16"), K, N, CLASSES).apply(variables, indices)
+    half = jax.jit(Generator(BlocksConfig(32, 2, 4, 64, dtype="bfloat16"), K, N, CLASSES).apply)(variables, indices)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, logits, atol=0.03 * float(jnp.abs(logits).max()))
     with pytest.raises(ValueError, match=r"\(2, 3, 3\).*\[B, 9\]"):

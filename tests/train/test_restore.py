@@ -5,6 +5,7 @@ import shutil
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, sharding
@@ -125,11 +126,9 @@ def test_clipping_can_be_switched(opened, tmp_path, assert_same):
     clipped = {"optimizer": {"clip_norm": 1.0}, "adversary": {**PATCH, "optimizer": {"clip_norm": 1.0}}}
     with opened(tmp_path, **unclipped) as (run, state):
         expected = train_one_step(run, state)
-    for sections in (clipped, unclipped):
-        with opened(tmp_path, **sections) as (run, state):
-            assert_same(state, expected)
-            expected = train_one_step(run, state)
-    assert expected.step == 3
+    with opened(tmp_path, **clipped) as (run, state):
+        assert_same(state, expected)
+        assert jax.tree.map(np.shape, run.task.shapes()) == jax.tree.map(np.shape, expected)
 
 
 @pytest.fixture(scope="module")

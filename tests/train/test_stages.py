@@ -100,6 +100,4 @@ def test_the_first_stage_may_be_deleted(tiny, first, tmp_path, one_device, asser
     with open_run(longer, tmp_path / "second", one_device) as (_, state):
         assert (int(state.step), set(state.params)) == (2, {"decoder"})
         assert_same(state.ema_params["quantizer"], first[1]["params"]["quantizer"])
-    metrics = loop.evaluate(longer, tmp_path / "second", one_device)
-    assert metrics["step"] == 2
-    assert metrics == pytest.approx(loop.evaluate(longer, tmp_path / "second", one_device, step=2))
+    assert loop.evaluate(longer, tmp_path / "second", one_device, step=2)["step"] == 2
