@@ -20,7 +20,6 @@ import pydantic
 
 from vqrae_jax import storage
 from vqrae_jax.data.code_shards import SUFFIXES, WRITERS, Columns, Format, read_shard
-from vqrae_jax.data.images import VIEWS
 from vqrae_jax.data.source import locate
 from vqrae_jax.errors import DataError
 
@@ -41,7 +40,7 @@ class Plan:
     tokenizer: Sha256  # hash of the tokenizer
     source: Text  # description of the source of images
     images: Count  # number of images of the source, including those that cannot be read
-    views: Literal[tuple(VIEWS)]  # crops of an image, a name in `images.VIEWS`
+    views: Literal["one", "flip", "ten-crop"]  # crops of an image, a name in `images.VIEWS`
     code_shape: tuple[Positive, ...]  # of one image, with a leading axis if there are several views
     code_dtype: Literal["uint16", "int32"]
     codebook_size: Positive
