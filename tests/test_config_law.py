@@ -25,6 +25,7 @@ from jax.interpreters import partial_eval
 from vqrae_jax import checkpoint, sharding
 from vqrae_jax.build import judges
 from vqrae_jax.build import tokenizer as builder
+from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import Config, Section, epochs_to_steps, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.folder import Folder
@@ -36,7 +37,7 @@ from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.registry import QUANTIZERS, WRAPPERS, all_settings, settings_of
 from vqrae_jax.train import hooks, loop
 from vqrae_jax.train import run as opening
-from vqrae_jax.train.task import TrainState
+from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -90,6 +91,8 @@ def small_networks():
     with pytest.MonkeyPatch.context() as patch:
         for module in (vit, decoder):
             patch.setattr(module, "run_blocks", lambda cfg, x, rope=None, taps=(): (x, [x] * len(taps)))
+        # Shapes without blocks are not kept for others.
+        patch.setattr(builder, "_shapes_of_module", functools.cache(builder._shapes_of_module.__wrapped__))
         yield patch
 
 
@@ -214,10 +217,13 @@ def metric_network(config: Config) -> dict[str, Any]:
     }
 
 
-class Task:
+STATE = TrainState(0, {}, {}, {}, {})
+
+
+class Darker(Task):
     """A task without a model: reconstructions are darker images."""
 
-    shapes = frozen = init = staticmethod(lambda: TrainState(0, {}, {}, {}, {}))
+    shapes = frozen = init = staticmethod(lambda: STATE)
 
     def evaluate(self, variables, frozen, batch):
         image = batch["image"] / 255
@@ -246,7 +252,7 @@ def opened(config: Config, **options: Any):
 
     def policies(workdir, keep_last, keep_best, keep_every, **_):
         calls.update(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
-        return Mock(steps=[])
+        return Mock(Checkpoints, steps=[])
 
     def prepared(*arguments, keys=None):
         calls["prepared"].append((*arguments, keys))
@@ -258,7 +264,7 @@ def opened(config: Config, **options: Any):
 
     original = grain.ReadOptions
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening.TokenizerTask, "build", lambda *_, **__: Task())
+        patch.setattr(opening.TokenizerTask, "build", lambda *_, **__: Darker())
         patch.setattr(opening, "Checkpoints", policies)
         patch.setattr(opening.restore, "resume", lambda *_: None)
         patch.setattr(judges, "load_metric_networks", load)
@@ -300,25 +306,28 @@ def events(config: Config) -> dict[str, Any]:
     batches = iter([{"image": np.zeros((8, 1, 1, 3), np.uint8)}] * 100)
     config = epochs_to_steps(config, lambda: IMAGES)
     mesh = sharding.make_mesh()
-    opened = Mock(config=config, workdir=pathlib.Path("run"), mesh=mesh, task=Mock(), frozen={}, batches=batches)
-    state = TrainState(0, {}, {}, {}, {})
-    timer = Mock(timed=lambda batches: batches, after_step=lambda e: e.log and seen["logged"].append(e.step))
+    checkpoints = Mock(Checkpoints)
+    opened = Mock(opening.Run, config=config, workdir=pathlib.Path("run"), mesh=mesh, task=Darker(), frozen={})
+    opened.configure_mock(batches=batches, checkpoints=checkpoints, evaluator=None, skipped=Mock())
+    timer = Mock(hooks.StepTimer, timed=lambda batches: batches)
+    timer.after_step = lambda event: event.log and seen["logged"].append(event.step)
 
     def dispatch(state, frozen, batch, horizon):
         seen["horizon"] = int(horizon)
         return state.replace(step=state.step + 1), {}
 
+    writers = Mock(loop.MetricWriters, tensorboard=pathlib.Path("run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_run", lambda *_: contextlib.nullcontext((opened, state)))
+        patch.setattr(loop, "open_run", lambda *_: contextlib.nullcontext((opened, STATE)))
         patch.setattr(loop, "jit_step", lambda task, mesh: dispatch)
-        patch.setattr(loop, "MetricWriters", lambda w, c, project, first: seen.update(wandb=project) or Mock())
+        patch.setattr(loop, "MetricWriters", lambda w, c, project, first: seen.update(wandb=project) or writers)
         patch.setattr(loop, "_evaluate_and_log", lambda run, state, step, writers: seen["evaluated"].append(step) or {})
         patch.setattr(loop, "save_checkpoint", lambda run, state, metrics: seen["saved"].append(state.step))
         patch.setattr(loop, "_print_summary", lambda *_: None)
         patch.setattr(hooks, "StepTimer", lambda size, alarm: seen.update(images=size, alarm=alarm) or timer)
         patch.setattr(hooks, "Watchdog", lambda seconds: seen.update(hang=seconds) or hooks.Hook())
         for name in ("NaNGuard", "Heartbeat", "ProgressBar", "Logger", "Profiler"):
-            patch.setattr(hooks, name, Mock())
+            patch.setattr(hooks, name, lambda *_: Mock(hooks.Hook, show=None))
         loop.train(config, "run")
     return seen
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqrae_jax.quantizers.base import relative_error
 from vqrae_jax.quantizers.statistics import code_counts, code_totals, gather_rows, one_hot_totals
 
 
@@ -39,3 +40,14 @@ def test_statistics_equal_numpy(block, assert_close):
     assert_close(jax.jit(code_totals, static_argnums=2)(z, indices, 60), totals, 1e-6)
     assert_close(one_hot_totals(z, indices, 60, block), totals, 1e-6)
     np.testing.assert_array_equal(code_counts(jnp.asarray(indices), 60, jnp.asarray(mask)), counts)
+
+
+def test_the_quantization_error_is_relative_to_the_variance_of_the_latents():
+    """One for an embedding at their mean, whatever their unit and origin; rows outside the mask do not count."""
+    rng = np.random.default_rng(0)
+    z, mask = rng.normal(size=(20, 3)).astype(np.float32), np.arange(20) < 15
+    quantized = z + 0.1 * rng.normal(size=z.shape).astype(np.float32)
+    expected = ((z - quantized)[:15] ** 2).mean() / z[:15].var(0).mean()
+    assert relative_error(z, quantized, mask) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(50 * z + 7, 50 * quantized + 7, mask) == pytest.approx(expected, rel=1e-3)
+    assert relative_error(z, np.broadcast_to(z[:15].mean(0), z.shape), mask) == pytest.approx(1, rel=1e-4)
