@@ -6,6 +6,7 @@ import os
 import pathlib
 import runpy
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -145,6 +146,16 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def deadline():
+    """Fails a test that hangs, after ten seconds."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -11,11 +11,15 @@ import os
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint, storage
-from vqrae_jax.commands import plot
-from vqrae_jax.errors import CheckpointError, StorageError
+from vqrae_jax import checkpoint, config, storage
+from vqrae_jax.commands import detokenize, plot
+from vqrae_jax.data.codes import Codes
+from vqrae_jax.data.parquet import Tables
+from vqrae_jax.data.tar import TarShards
+from vqrae_jax.errors import CheckpointError, ConfigError, DataError, StorageError, UserError, WeightsError
+from vqrae_jax.evaluation import reference
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.pretrained import sources
+from vqrae_jax.pretrained import readers, sources
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import open_run
 
@@ -52,6 +56,52 @@ def test_files_have_the_permissions_of_the_umask(umask, mode, tmp_path):
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"written": mode, "private": mode}
+
+
+@pytest.fixture(params=["pipe", "/dev/zero", "/dev/fd"])
+def irregular(request, tmp_path, deadline):
+    """A function that makes a path of the name of a file that is a pipe, a device or a folder."""
+
+    def make(name):
+        if request.param == "pipe":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).symlink_to(request.param)
+        return tmp_path / name
+
+    return make
+
+
+def test_only_regular_files_are_read(irregular, monkeypatch):
+    for action in (storage.read_bytes, storage.file_size, storage.check_regular):
+        with pytest.raises(OSError, match="regular") as error:
+            action(str(irregular(action.__name__)))
+        assert storage.is_unusable(error.value)
+    monkeypatch.setattr(storage, "check_regular", lambda *_: None)  # a pipe replaces the file after this check
+    with pytest.raises(OSError, match=r"regular|directory"):
+        storage.open_file(irregular("later"))
+
+
+def test_files_that_users_name_are_regular(irregular):
+    for name, read, kind in (
+        ("a.parquet", Tables, DataError), ("a.arrow", Tables, DataError), ("a.tar", TarShards, DataError),
+        ("a.npy", detokenize._read_array, DataError), ("config.json", lambda p: Tokenizer.load(p.parent), UserError),
+        ("a.json", lambda path: readers.read_json(path, "field"), WeightsError),
+        ("a.npz", lambda path: readers.read_tensors(path, "field"), WeightsError),
+        ("b.npz", lambda path: reference.read_reference(path, 3, "field", {}), WeightsError),
+        ("a.py", config.load_config_file, ConfigError), ("manifest.json", lambda path: Codes(path.parent), DataError),
+    ):  # fmt: skip
+        path = irregular(name)
+        with pytest.raises(kind):
+            read(path if read not in (Tables, TarShards, config.load_config_file) else str(path))
+        path.unlink()
+
+
+def test_files_over_the_limit_are_not_read(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(9))
+    assert storage.read_bytes(str(tmp_path / "file"), limit=9) == bytes(9)
+    with pytest.raises(OSError, match="9 bytes"):
+        storage.read_bytes(str(tmp_path / "file"), limit=8)
 
 
 def test_downloads_follow_changes(buckets):

@@ -32,7 +32,7 @@ def resize(x: Float[AnyArray, "*b H W C"], height: int, width: int, method: Meth
 def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]:
     """Returns the weights that resample n_in samples to n_out; every row sums to one."""
     if method == "bicubic_antialias":
-        return _antialiased_matrix(n_in, n_out)
+        return antialiased_matrix(n_in, n_out, slice(None))
     kernel, taps = (_cubic, range(-1, 3)) if method == "bicubic" else (_triangle, range(2))
     shift = 0.0 if method == "bilinear_tf1" else 0.5
     centre = (np.arange(n_out) + shift) * (n_in / n_out) - shift
@@ -46,11 +46,11 @@ def matrix(n_in: int, n_out: int, method: Method) -> Float[np.ndarray, "out in"]
     return weights.astype(np.float32)
 
 
-def _antialiased_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "out in"]:
-    """Drops taps outside the image and renormalizes the others."""
+def antialiased_matrix(n_in: int, n_out: int, rows: slice) -> Float[np.ndarray, "rows in"]:
+    """Returns rows of `matrix` for bicubic_antialias: taps outside the image are dropped, the others renormalized."""
     step = n_in / n_out
     stretch = max(step, 1.0)
-    centre = (np.arange(n_out) + 0.5) * step
+    centre = (np.array(range(n_out)[rows]) + 0.5) * step
     first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)
     last = np.minimum((centre + 2 * stretch + 0.5).astype(int), n_in)
     source = np.arange(n_in)

@@ -6,14 +6,18 @@ object in a bucket, and a folder is only a common prefix of names.
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import io
 import logging
 import os
 import pathlib
+import stat
 import tempfile
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +25,12 @@ from vqrae_jax import runtime
 from vqrae_jax.errors import ConfigError, DataError, StorageError, first_line
 
 log = logging.getLogger(__name__)
+
+_UNPACKED, _RATIO = 2**30, 20  # an archive may unpack to this number of bytes or to this multiple of its size
+_UNUSABLE = {  # errors of single files
+    errno.EACCES, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT,
+    errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+}  # fmt: skip
 
 Path = Any  # pathlib.Path or etils.epath.Path, as returned by `resolve_path`
 
@@ -243,10 +253,20 @@ def list_folders(folder: str, field: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """Returns bytes [start, end) of a file, fewer if it ends earlier; OSError if it is missing or not readable."""
+def is_unusable(error: OSError) -> bool:
+    """Returns whether the file of an error is missing or not meant to be read, and not the disk or bucket at fault."""
+    return isinstance(error, FileNotFoundError) or error.errno in _UNUSABLE
+
+
+def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
+    """Raises OSError unless a local path is a regular file (the end of a pipe or device may never come) of `limit`."""
+    _check_status(path, os.stat(path), limit)
+
+
+def read_bytes(path: str, start: int = 0, end: int | None = None, limit: int | None = None) -> bytes:
+    """Returns bytes [start, end) of a file, fewer if it ends earlier; see `open_file`."""
     if not is_remote(path):
-        with open(path, "rb") as file:
+        with open_file(path, limit) as file:
             file.seek(start)
             return file.read(-1 if end is None else end - start)
     system, name = _file_system(path, "data.path")
@@ -254,10 +274,15 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
         return system.cat_file(name, start=start, end=end)
 
 
-def open_file(path: str) -> Any:
-    """Opens a file for reading and seeking; raises OSError, now or later, if it is missing or not readable."""
+def open_file(path: str | os.PathLike, limit: int | None = None) -> Any:
+    """Opens a file for reading and seeking; raises OSError, now or later, if it is missing or not readable.
+
+    A local path that is not a regular file, or has more than `limit` bytes, is an OSError too.
+    """
+    path = os.fspath(path)
     if not is_remote(path):
-        return open(path, "rb")
+        check_regular(path, limit)
+        return open(path, "rb", opener=functools.partial(_open_regular, limit=limit))
     system, name = _file_system(path, "data.path")
     with _os_errors(path):
         return _RemoteFile(system.open(name, "rb"), path)
@@ -279,6 +304,14 @@ def file_versions(folder: Path) -> dict[str, tuple[int, Any]]:
         system.invalidate_cache(path)
         infos = system.find(path, detail=True, update_cache=False)
     return {name.removeprefix(f"{path}/"): (info["size"], info.get("generation")) for name, info in infos.items()}
+
+
+def check_unpacked(path: str | os.PathLike) -> None:
+    """Raises OSError if a zip archive (.npz, .pt) unpacks to far more than its size, as numbers never do."""
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > max(_UNPACKED, _RATIO * os.path.getsize(path)):
+        raise OSError(errno.EFBIG, f"unpacks to {total} bytes", os.fspath(path))
 
 
 def file_size(path: str) -> int:
@@ -315,12 +348,36 @@ def _os_errors(path: str) -> Iterator[None]:
         raise kind(f"{path!r}: {type(error).__name__}: {first_line(error)}") from error
 
 
+def _open_regular(path: str, flags: int, limit: int | None) -> int:
+    """Opens a file as `os.open` does; a pipe that has replaced it since a check neither blocks nor is read."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _check_status(path, os.fstat(descriptor), limit)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_status(path: str | os.PathLike, status: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENODEV
+        raise OSError(kind, "is not a regular file", os.fspath(path))
+    if limit is not None and status.st_size > limit:
+        raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than the limit of {limit}", os.fspath(path))
+
+
 def _list_local(folder: str, field: str, recursive: bool) -> list[str]:
     if not os.path.isdir(folder or "."):
         problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(problem, field=field, value=folder)
     files, visited = [], set()
-    for parent, folders, names in os.walk(folder or ".", followlinks=True):
+
+    def fail(error: OSError) -> None:
+        problem = f"{error.filename!r} cannot be listed ({error.strerror}); its images would be missing"
+        raise DataError(problem, field=field, value=folder) from error
+
+    for parent, folders, names in os.walk(folder or ".", followlinks=True, onerror=fail):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()

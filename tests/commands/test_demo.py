@@ -114,7 +114,7 @@ def served(trained, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [f"--checkpoint={trained}", f"--port={port}", "--max-upload=1"]
+    arguments = [f"--checkpoint={trained}", f"--port={port}", "--max-upload=1", "--allow-host", "proxy.example"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vqrae_jax.commands.demo", *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(temporary)},
@@ -146,6 +146,25 @@ def test_large_uploads_and_other_files_of_the_machine_are_rejected(served):
     assert response.status_code == 413
     for path in (ROOT / "README.md", "/etc/hostname"):
         assert httpx.get(f"{served[0]}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_only_the_page_itself_may_send_requests(served):
+    httpx = pytest.importorskip("httpx")
+    port = int(served[0].rstrip("/").rpartition(":")[2])
+    for host, origin, status in (
+        (f"127.0.0.1:{port}", None, 200), (f"localhost:{port}", f"http://localhost:{port}", 200),
+        (f"proxy.example:{port}", f"https://proxy.example:{port}", 200), ("[::1]", "http://[::1]", 200),
+        ("evil.example", None, 403), (f"evil.example:{port}", f"http://evil.example:{port}", 403),
+        (f"127.0.0.1:{port}", "http://evil.example", 403), (f"127.0.0.1:{port}", "null", 403),
+        (f"127.0.0.1:{port}", f"http://localhost:{port}", 403), (f"127.0.0.1:{port}", "http://127.0.0.1:1", 403),
+        ("localhost.evil.example", None, 403), ("[", None, 403), ("", None, 403),
+    ):  # fmt: skip
+        headers = {"host": host} | ({} if origin is None else {"origin": origin})
+        assert httpx.get(served[0], headers=headers).status_code == status, headers
+        response = httpx.post(served[0] + "gradio_api/upload", headers=headers, files={"files": ("x.txt", b"x")})
+        assert response.status_code == status, headers
+    assert not demo.is_same_origin([], ["localhost"])
+    assert not demo.is_same_origin([(b"host", b"localhost"), (b"host", b"127.0.0.1")], ["localhost"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 import tracemalloc
 
 import pytest
@@ -10,6 +11,8 @@ from vqrae_jax import storage
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.folder import Folder, list_images
+from vqrae_jax.data.images import MAX_BYTES
+from vqrae_jax.data.readable import Replaced, Skipped
 from vqrae_jax.errors import DataError, ImageError
 
 
@@ -136,3 +139,56 @@ def test_millions_of_names_fit_in_memory_and_in_pickles(monkeypatch):
     assert [source.name(i) for i in (0, 150, 19_999)] == [repr(names[i]) for i in (0, 150, 19_999)]
     with pytest.raises(IndexError):
         source.name(20_000)
+
+
+@pytest.fixture
+def hostile(tmp_path, png, monkeypatch, deadline):
+    """A folder with one readable image."""
+    (tmp_path / "a good.png").write_bytes(png(7))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    (tmp_path / "itself.png").symlink_to("itself.png")
+    (tmp_path / "dangling.png").symlink_to("nothing")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link to a folder.png").symlink_to("folder.png")
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+    (tmp_path / "forbidden.png").write_bytes(png(7))
+    os_open = os.open
+
+    def open_permitted(path, *args, **kwargs):  # root may read every file
+        if str(path).endswith("forbidden.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return os_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_permitted)
+    return tmp_path
+
+
+def test_files_that_cannot_be_opened_are_skipped_and_counted(hostile):
+    source, skipped = Folder(hostile), Skipped()
+    assert len(source) == 8  # and no folder
+    (batch,) = pipeline.ordered_batches(source, [0], len(source), 8, "one", 2, skipped)
+    assert batch["mask"].tolist() == [True] + [False] * 7
+    assert skipped.count == 7
+    record = Replaced(source)[1]
+    assert record["image"].getpixel((0, 0)) == (7, 7, 7)
+    assert record["unreadable"].count("cannot be opened") == 7
+
+
+def test_folders_that_cannot_be_listed_are_errors(tmp_path, monkeypatch):
+    write_files(tmp_path, "a/1.png", "b/2.png")
+    scandir = os.scandir
+
+    def fail(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(DataError) as error:
+        Folder(tmp_path, "data.eval_path")
+    assert error.value.field == "data.eval_path"

@@ -3,6 +3,8 @@
 import io
 import os
 import pathlib
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -85,6 +87,73 @@ def test_gray_levels_sixteen_bits_palettes_and_cmyk_are_converted(image, tmp_pat
     assert np.array_equal(read_image(encode(palette, "PNG")), np.asarray(palette.convert("RGB")))
     result = read_image(encode(Image.fromarray(image).convert("CMYK"), "JPEG", quality=100))
     assert np.abs(result.astype(int) - image).mean() < 3
+
+
+def tiff(samples, bits, photometric=1, sample_format=1, order="<"):
+    """Encodes one row of packed gray samples with a given bit depth."""
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 1, 279: len(samples),
+            339: sample_format}  # fmt: skip
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + samples
+
+
+def png(row, bits, color_type, width, transparent=None):
+    """Encodes one row of packed samples with a given bit depth and transparent color."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, color_type, 0, 0, 0))
+    color = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + head + color + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+DEEP = [0, 1000, 0x8000, 0xFFFF]
+BIG, LITTLE = np.array(DEEP, ">u2").tobytes(), np.array(DEEP, "<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [
+        (tiff(bytes.fromhex("0003e8800fff"), 12), [0, 62, 128, 255]),  # 0, 1000, 2048, 4095
+        (tiff(LITTLE, 16), [0, 4, 128, 255]),
+        (tiff(BIG, 16, order=">"), [0, 4, 128, 255]),
+        (tiff(LITTLE, 16, photometric=0), [255, 251, 127, 0]),
+        (tiff(bytes([0, 60, 128, 255]), 8, photometric=0), [255, 195, 127, 0]),
+        (tiff(b"\x01\x8f", 4), [0, 17, 136, 255]),
+        (tiff(b"\x50", 1, photometric=0), [255, 0, 255, 0]),
+        (png(BIG, 16, 0, 4), [0, 4, 128, 255]),
+        (png(BIG, 16, 0, 4, [1000]), [0, 255, 128, 255]),
+        (png(np.repeat(DEEP, 3).astype(">u2").tobytes(), 16, 2, 4, [0x8000] * 3), [0, 3, 255, 255]),
+        (png(np.array([0, 65535, 1000, 0, 32768, 65535, 0, 32768], ">u2").tobytes(), 16, 4, 4), [0, 255, 128, 127]),
+        (png(b"\x01\x8f", 4, 0, 4, [8]), [0, 17, 255, 255]),
+        (png(b"\x1b", 2, 0, 4), [0, 85, 170, 255]),
+        (png(b"\x50", 1, 0, 4, [1]), [0, 255, 0, 255]),
+        (b"P5 4 1 1023\n" + struct.pack(">4H", 0, 250, 512, 1023), [0, 62, 128, 255]),
+        (b"P5 4 1 100\n" + bytes([0, 25, 50, 100]), [0, 64, 128, 255]),
+    ],
+)
+def test_samples_are_scaled_by_the_bit_depth_of_the_file(data, levels):
+    assert read_image(data)[0, :, 0].tolist() == levels
+
+
+@pytest.mark.parametrize(("bits", "sample_format"), [(8, 2), (16, 2), (32, 1), (32, 2), (32, 3)])
+def test_samples_whose_range_is_unknown_are_refused(bits, sample_format):
+    with pytest.raises(ImageError, match="range"):
+        read_image(tiff(bytes(16), bits, sample_format=sample_format))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LA", "RGBA", "P", "PA", "1", "I;16", "RGB"])
+def test_strips_are_converted_as_the_whole_image(image, mode, monkeypatch):
+    if mode == "I;16":
+        pil = Image.fromarray(image[..., 0].astype(np.uint16) * 257)
+    else:
+        pil = Image.fromarray(np.dstack([image, image[..., 0]])).convert("RGB" if mode in "P1CMYK" else "RGBA")
+        pil = pil.convert(mode) if mode not in ("P", "PA") else pil.quantize(16).convert(mode)
+    whole = images.pil_to_array(pil)
+    monkeypatch.setattr(images, "_STRIP", 7 * 60)
+    assert np.array_equal(images.pil_to_array(pil), whole)
 
 
 def test_transparent_pixels_are_blended_with_white(image):

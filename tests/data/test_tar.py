@@ -211,7 +211,7 @@ def test_images_that_are_cut_short_or_too_large_are_image_errors(shards, monkeyp
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(ImageError):
         source[6]
-    monkeypatch.setattr(tar, "MAX_IMAGE_BYTES", 20)
+    monkeypatch.setattr(tar, "MAX_BYTES", 20)
     with pytest.raises(ImageError, match="20 bytes"):
         source[0]
 

@@ -39,6 +39,12 @@ def test_middle_of_a_blend_is_the_code_nearest_to_the_mean(tokenizer):
     np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[np.nan], [0.5, 1.5], [-0.1], 0.5])
+def test_weights_of_a_blend_are_shares(tokenizer, weights):
+    with pytest.raises(DataError, match="weights"):
+        editing.blend(tokenizer, np.zeros((4, 4), int), np.zeros((4, 4), int), weights)
+
+
 def test_nearest_patches_are_ordered_without_the_patch_itself():
     latents = np.asarray([[[0, 5], [1, 9]], [[0, 7], [8, 6]]], float)[..., None]
     assert editing.nearest_patches(latents, (0, 0, 0), 3) == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]

@@ -1,4 +1,5 @@
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, variab
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import images as image_files
 from vqrae_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
+from vqrae_jax.inference import inputs
 from vqrae_jax.inference.batching import Programs
 
 
@@ -300,6 +302,14 @@ def test_push_to_hub(tokenizer, monkeypatch):
     (np.full((1, 32, 32, 3), 1.0004), r"\[1\.0004, 1\.0004\].*clip"),
     (np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), np.nan)]), r"images\[1\].*NaN"),
     (np.full((1, 32, 32, 3), np.inf), r"images\[0\].*infinity"),
+    (np.full((1, 32, 32, 3), 1e300), r"images\[0\].*infinity"),
+    (jnp.full((1, 32, 32, 3), 3e38, jnp.bfloat16), "divide by 255"),
+    (jnp.full((1, 32, 32, 3), jnp.nan, jnp.bfloat16), "NaN"),
+    (np.zeros((1, 32, 32, 3), [("a", "f4")]), "f4"),
+    (np.zeros((1, 32, 32, 3), "V2"), "V2"),
+    (np.zeros((1, 32, 32, 3), jnp.int4), "int4"),
+    ([[[1.0], [1.0, 2.0]]], "array"),
+    ([np.zeros((1, 40_000, 3), np.float32)], "40000 pixels"),
 ])  # fmt: skip
 def test_invalid_images(tokenizer, images, message):
     with pytest.raises(DataError, match=message):
@@ -315,6 +325,38 @@ def test_invalid_images(tokenizer, images, message):
 def test_invalid_indices(tokenizer, indices, message):
     with pytest.raises(DataError, match=message):
         tokenizer.decode_from_indices(indices)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300, 1j, "x"])
+def test_invalid_latents(tokenizer, value):
+    latents = np.zeros((2, *tokenizer.encode(np.zeros((1, 32, 32, 3), np.uint8)).shape[1:])).astype(type(value))
+    latents[1, 0, 0, 0] = value
+    with pytest.raises(DataError, match="latents"):
+        tokenizer.decode(latents)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_long_images_take_little_memory(shape):
+    image = np.full((*shape, 3), 0.5, np.float32)
+    for fit in ("crop", "pad", "stretch"):
+        tracemalloc.start()
+        square = inputs.fit_image(image, 64, fit, (0.5, 0.5, 0.5))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_allclose(square, 0.5, atol=1e-5)
+        assert peak < 200e6
+
+
+def test_large_images_are_not_copied(monkeypatch):
+    """The matrices take as much as the image."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 4000, 3), np.uint8)
+    expected = inputs.fit_image(image, 32, "stretch", (0, 0, 0))
+    monkeypatch.setattr(inputs, "_STRIP", 300 * 100)
+    tracemalloc.start()
+    assert np.abs(inputs.fit_image(image, 32, "stretch", (0, 0, 0)).astype(int) - expected).max() <= 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * image.nbytes
 
 
 @pytest.mark.parametrize(("quantizer", "digest"), [

@@ -15,7 +15,9 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError
+from vqrae_jax.evaluation import reference
 from vqrae_jax.pretrained import convert, families, readers, sources
 from vqrae_jax.pretrained.tables import DECODER_TABLE
 
@@ -51,6 +53,24 @@ def serialize(suffix):
 
 def load(file):
     return convert.convert(readers.read_tensors(file, "the field"), DECODER_TABLE, TARGET, source=str(file))
+
+
+def test_files_that_unpack_to_far_more_than_their_size_are_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
+    zeros = np.zeros((1000, 1000), np.float32)
+    np.savez_compressed(tmp_path / "bomb.npz", mean=zeros, mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", zeros.tobytes())
+    torch.save({"mean": torch.zeros(1).expand(1000, 1000)}, tmp_path / "repeated.pt")
+    readers.read_tensors(tmp_path / "bomb.npz", "the field")  # a megabyte is harmless
+    monkeypatch.setattr(storage, "_UNPACKED", 1e6)
+    monkeypatch.setattr(readers, "_MAX_REPEATED", 1e6)
+    for name in ("bomb.npz", "bomb.pt", "repeated.pt"):
+        with pytest.raises(WeightsError, match=r"4000|repeats") as error:
+            sources.read_latent_statistics(str(tmp_path / name), "the field")
+        assert error.value.field == "the field"
+    with pytest.raises(WeightsError, match="unpacks"):
+        reference.read_reference(tmp_path / "bomb.npz", 3, "the field", {})
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -22,6 +22,7 @@ SOURCES = get_args(DataConfig.model_fields["source"].annotation)
 DATA_ARGUMENTS = {  # by the config fields that they set
     "data.eval_path": "--data", "data.path": "--data", "data.source": "--source", "data.name": "--name",
     "data.eval_split": "--split", "data.image_key": "--image-key", "data.label_key": "--label-key",
+    "data.max_pixels": "--max-pixels",
 }  # fmt: skip
 
 
@@ -78,6 +79,11 @@ class Parser(argparse.ArgumentParser):
         self.add("--split", "split of a dataset that has splits", default="train")
         self.add("--image-key", "value of data.image_key: the member, column or feature with images")
         self.add("--label-key", "value of data.label_key")
+        self.add_max_pixels()
+
+    def add_max_pixels(self) -> None:
+        """Adds --max-pixels, the value of data.max_pixels."""
+        self.add_count("--max-pixels", "largest number of pixels of an image", DataConfig().max_pixels)
 
     def add_encoder_class(self, field: str) -> None:
         """Adds --encoder-cls, which sets a config field."""
@@ -114,7 +120,7 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
     if not args.split:
         raise ConfigError("name a split of the dataset", field="--split", value=args.split)
     values = {"source": args.source, "path": args.data, "eval_path": args.data, "name": args.name}
-    values |= {"image_key": args.image_key, "label_key": args.label_key}
+    values |= {"image_key": args.image_key, "label_key": args.label_key, "max_pixels": args.max_pixels}
     return from_dict(DataConfig, values | {"eval_split": args.split} | fields)
 
 

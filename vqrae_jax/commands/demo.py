@@ -3,25 +3,30 @@
 vqrae demo --checkpoint=runs/quickstart
 
 A click on a patch shows its code and the patches nearest to it; a region of the second image's codes can be pasted into
-the first. Only this machine can reach the page unless --host says otherwise.
+the first. Only this machine can reach the page unless --host says otherwise, and only the page itself may send
+requests: those with another Origin, or to a Host that is not an address or a name of this machine, are refused.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import ipaddress
 import pathlib
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from vqrae_jax import runtime
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import images
-from vqrae_jax.errors import ConfigError, ImageError
+from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference import editing, inputs
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -38,6 +43,7 @@ parser = command_line.Parser("demo", "Serves a web page to look at, compare and 
 parser.add_checkpoint()
 parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
 parser.add("--port", type=int, default=7860)
+parser.add("--allow-host", "other names of this machine or of a proxy in front of it", nargs="+", default=[])
 parser.add_count("--max-upload", "largest file in MB", 10)
 
 
@@ -80,9 +86,9 @@ class Page:
             return _replace_slot(session, slot, None, HELP)
         try:
             image = images.read_image(file)
-        except ImageError:
+            image = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
+        except DataError:
             return session.change(f"**{pathlib.Path(file).name} cannot be read as an image.**")
-        image = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
         codes = editing.as_grid(tokenizer, np.asarray(tokenizer.encode_to_indices(image[None])))[0]
         loaded = self._decode(Slot(image, codes, codes, image, np.zeros(0)), codes)
         error = np.mean((loaded.reconstruction.astype(np.float64) - image) ** 2)
@@ -220,6 +226,35 @@ def build_blocks(page: Page) -> Any:
     return blocks
 
 
+class SameOrigin:
+    """ASGI middleware that refuses the requests that `is_same_origin` does not accept, with status 403."""
+
+    def __init__(self, app: Callable[..., Any], names: Collection[str]):
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        from starlette.responses import PlainTextResponse
+
+        app = self._app
+        if scope["type"] in ("http", "websocket") and not is_same_origin(scope["headers"], self._names):
+            app = PlainTextResponse("This page is not served to other hosts or origins; see --allow-host.", 403)
+        await app(scope, receive, send)
+
+
+def is_same_origin(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> bool:
+    """Returns whether a request has one Host that is an address or one of `names`, and no Origin but that Host.
+
+    A page of another site can point its own name at this machine (DNS rebinding), but it cannot be at an address.
+    """
+    values = {name: [v.decode("latin-1").lower() for n, v in headers if n == name] for name in (b"host", b"origin")}
+    with contextlib.suppress(ValueError):  # malformed addresses
+        (host,) = values[b"host"]
+        name = urlsplit(f"//{host}").hostname
+        if all(urlsplit(origin).netloc == host for origin in values[b"origin"]):
+            return name in names or bool(ipaddress.ip_address(name or ""))
+    return False
+
+
 def serve(args: argparse.Namespace) -> None:
     """Runs the command until it is interrupted."""
     if not 1 <= args.port <= 65535:
@@ -227,13 +262,17 @@ def serve(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="vqrae-jax-demo-") as folder:
         runtime.set_environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         gr = import_gradio()
+        from starlette.middleware import Middleware  # a part of Gradio
+
         page = Page(Tokenizer.load(args.checkpoint, args.step, batch_size=1))
+        names = {name.lower() for name in ("localhost", socket.gethostname(), args.host, *args.allow_host)}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # removes the folder too
         try:
             _, address, _ = build_blocks(page).launch(
                 server_name=args.host, server_port=args.port, max_file_size=f"{args.max_upload}mb", share=False,
                 quiet=True, prevent_thread_lock=True, inbrowser=False, run_history=False, enable_monitoring=False,
                 ssr_mode=False, mcp_server=False, footer_links=[],
+                app_kwargs={"middleware": [Middleware(SameOrigin, names)]},
                 theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
             )  # fmt: skip
         except OSError:

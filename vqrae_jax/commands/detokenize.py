@@ -71,8 +71,9 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
 
 def _read_array(path: pathlib.Path) -> np.ndarray:
     try:
+        storage.check_regular(path)
         return np.atleast_1d(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise DataError(f"cannot be read as an array: {error}", field="--codes", value=str(path)) from None
 
 

@@ -38,6 +38,7 @@ parser.add("--format", "of images in a folder", default="png", choices=["png", "
 parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
 parser.add("--metrics", "JSON file for the metrics of each image")
 parser.add_count("--batch", "images per batch", 32)
+parser.add_max_pixels()
 
 
 def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
@@ -64,7 +65,7 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
         return visualize.reconstruction_grid(originals, reconstructions, indices, tokenizer.grid, per_row, show)
 
     skipped, written, rows, metrics = [], [], [], {}
-    batches = _read_batches(files, tokenizer, skipped)
+    batches = _read_batches(files, tokenizer, skipped, args.max_pixels)
     for names, originals in command_line.progress(batches, len(files), "images", lambda batch: len(batch[0])):
         indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else [None] * len(names)
         decoded = tokenizer.decode_from_indices(indices) if tokenizer.has_codes else tokenizer.reconstruct(originals)
@@ -102,12 +103,14 @@ def _find_files(name: str) -> list[str]:
     raise DataError("no file matches", field="--image", value=name)
 
 
-def _read_batches(files: list[str], tokenizer: Tokenizer, skipped: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
+def _read_batches(
+    files: list[str], tokenizer: Tokenizer, skipped: list[str], max_pixels: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yields names and square images; adds the reason to `skipped` for each file that is not readable."""
     batch: list[tuple[str, np.ndarray]] = []
     for i, file in enumerate(files):
         try:
-            image = images.read_image(file)
+            image = images.read_image(file, max_pixels=max_pixels)
             square = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
             batch.append((file, square))
         except ImageError as error:

@@ -28,6 +28,7 @@ parser = command_line.Parser("reference-statistics", __doc__.partition("\n\n")[0
 parser.add("--data", "folder of images, flat or in class subfolders", required=True)
 parser.set_defaults(source="folder", name=None, split="train", image_key=None, label_key=None)
 parser.add_count("--size", "pixels: value of data.image_size", required=True)
+parser.add_max_pixels()
 network = parser.add_mutually_exclusive_group(required=True)
 network.add_argument("--inception", metavar="FILE", help="value of evaluation.inception_path")
 network.add_argument("--encoder", help="hub id or local folder: value of evaluation.encoder_path")

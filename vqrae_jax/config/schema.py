@@ -147,6 +147,8 @@ class DataConfig(Section):
     flip: bool = True  # mirror left-right with probability 1/2
     batch_size: Positive = 256  # images of one optimizer step, over all devices
     eval_batch_size: Positive = 256
+    # Larger images are skipped and counted before they are decoded, which takes about 8 bytes per pixel.
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # at most Pillow's own limit
     workers: Count = 0  # worker processes that read images; 0: threads of this process
     threads: Positive = 4
 

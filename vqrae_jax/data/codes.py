@@ -282,6 +282,8 @@ def _read_manifest(folder: storage.Path) -> dict[str, Any]:
     """Reads manifest.json and compares it with its checksum; older manifests have none."""
     file = folder / MANIFEST
     try:
+        if not storage.is_remote(file):
+            storage.check_regular(file)
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no {MANIFEST}; expected the folder of a tokenized dataset", field=os.fspath(folder)) from None

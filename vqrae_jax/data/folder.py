@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.images import SUFFIXES
+from vqrae_jax.data.images import MAX_BYTES, SUFFIXES
 from vqrae_jax.data.source import Source
 from vqrae_jax.errors import DataError, ImageError
 
@@ -71,9 +71,11 @@ class Folder(Source):
     def __getitem__(self, index: int | np.integer) -> dict:
         path = self._file(index)
         try:
-            return {"image": storage.read_bytes(path), "label": int(self._labels[index])}
-        except FileNotFoundError as error:
-            raise ImageError(f"{path!r} does not exist any more") from error
+            return {"image": storage.read_bytes(path, limit=MAX_BYTES), "label": int(self._labels[index])}
+        except OSError as error:
+            if not storage.is_unusable(error):
+                raise
+            raise ImageError(f"{path!r} cannot be opened: {error.strerror or error}") from error
 
     def key(self, index: int) -> str:
         """Returns the relative path; bytes of it that are not UTF-8 are escaped, as in caf\\xe9.png."""

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,42 +22,63 @@ _TRANSPOSE = {  # by orientation
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
+_PNG_SCALES = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # 8-bit samples of PIL / samples of the file
+_SAMPLE_FORMAT, _BITS_PER_SAMPLE, _PHOTOMETRIC = 339, 258, 262  # TIFF tags
 _MAX_RATIO = 64  # of the sides of an image that is resized as a whole
+_STRIP = 2**18  # pixels that are converted at a time
+
+MAX_BYTES = 2**28  # of an image file; larger ones are not read into memory
+MAX_PIXELS = 64_000_000  # of an image, by default; decoding and converting take up to 8 bytes for each, see docs
 
 AnyImage = UInt8[np.ndarray, "_ _ 3"] | Image.Image  # a PIL image has mode RGB
 Square = UInt8[np.ndarray, "{size} {size} 3"] | Image.Image
 
 
-def read_image(source: str | os.PathLike | bytes, min_side: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(
+    source: str | os.PathLike | bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image file, or its content, to 8-bit RGB.
 
-    EXIF orientation is applied; palettes, CMYK, grayscale and 16 bits are converted; transparent pixels are blended
+    EXIF orientation is applied; palettes, CMYK, grayscale, 12 and 16 bits are converted; transparent pixels are blended
     with white; of an animation the first frame is used. Colour profiles are not applied.
 
     Args:
       source: a path or an encoded image.
       min_side: a JPEG may be decoded 2, 4 or 8 times smaller, which is faster, as long as its short side has this
         number of pixels.
+      max_pixels: larger images are refused before they are decoded.
 
     Raises:
-      ImageError: missing, empty, truncated, not an image, or more pixels than PIL accepts.
+      ImageError: missing, empty, truncated, not a regular file or not an image, larger than `max_pixels` or
+        `MAX_BYTES`, or with samples whose range is unknown (floats, signed and 32-bit integers).
+      DataError: the memory does not suffice for the image.
     """
-    return np.array(read_pil_image(source, min_side))
+    return _to_array(read_pil_image(source, min_side, max_pixels))
 
 
-def read_pil_image(source: str | os.PathLike | bytes, min_side: int | None = None) -> Image.Image:
+def read_pil_image(
+    source: str | os.PathLike | bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Does the same as `read_image` and returns a PIL image in mode RGB, which the crops below use directly."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        name, stream = f"of {len(source)} bytes", io.BytesIO(source)
-    else:
-        name, stream = repr(os.fspath(source)), source
+    encoded = isinstance(source, bytes | bytearray | memoryview)
+    name = f"of {len(source)} bytes" if encoded else repr(os.fspath(source))
+    pixels = 0
     try:
-        with Image.open(stream, formats=_FORMATS) as image:
+        opened = io.BytesIO(source) if encoded else storage.open_file(source, MAX_BYTES)
+        with opened, Image.open(opened, formats=_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {max_pixels} pixels")
             if min_side:
                 image.draft(None, (min_side, min_side))
+            _scale_transparency(image)
             image.load()
-            return _to_rgb(_apply_orientation(image))
+            transpose, rgb = _transposition(image), _to_rgb(image)
+        del image  # its pixels are not needed any more
+        return rgb if transpose is None else rgb.transpose(transpose)
     except Exception as error:  # PIL raises many kinds for damaged files
+        if "memory" in str(error).lower() or isinstance(error, MemoryError):
+            _check_memory(pixels, name)
         raise ImageError(f"cannot read the image {name}: {_reason(source, error)}") from error
 
 
@@ -68,7 +89,8 @@ def is_pil_image(value: object) -> bool:
 def pil_to_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     """Converts a PIL image as `read_image` converts a file; ImageError if its file or pixels cannot be read."""
     try:
-        return np.array(_to_rgb(_apply_orientation(image)))
+        transpose, rgb = _transposition(image), _to_rgb(image)
+        return _to_array(rgb if transpose is None else rgb.transpose(transpose))
     except Exception as error:
         raise ImageError(f"cannot use the PIL image of mode {image.mode!r}: {error}") from error
 
@@ -214,26 +236,83 @@ def _resize_and_crop(image: AnyImage, size: int, side: int, offset: Callable[[in
     return _convert_like(image, pil.resize((size, size), Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
-def _apply_orientation(image: Image.Image) -> Image.Image:
+def _transposition(image: Image.Image) -> Transpose | None:
+    """Returns the flip or rotation that the file asks for."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        return _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata of an intact image
-        orientation = 1
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+        return None
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scales the transparent color of a PNG as PIL scales its samples."""
+    scale = _PNG_SCALES.get(image.tile[0].args, 0) if image.format == "PNG" and image.tile else 0
+    color = image.info.get("transparency")
+    if scale and color is not None:
+        samples = [int(sample * scale) for sample in (color if isinstance(color, tuple) else [color])]
+        image.info["transparency"] = tuple(samples) if isinstance(color, tuple) else samples[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; PIL's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("integers beyond 16 bits")
-        return Image.fromarray(np.round(values * (255 / 0xFFFF)).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown")
+    """Converts strip by strip, so that the pixels are in memory twice at most."""
+    convert = _conversion(image)
+    if convert is None:
+        return image
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(convert(strip), (0, top))
+    return result
+
+
+def _to_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _strips(image):
+        result[top : top + strip.height] = strip
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    """Returns a function from a strip of `image` to RGB; None if it is RGB already."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or 2 in tags.get(_SAMPLE_FORMAT, ()) or 32 in tags.get(_BITS_PER_SAMPLE, ()):
+        raise ValueError("floating-point, signed or 32-bit samples, whose range is unknown")
+    if image.mode.startswith("I"):  # PIL's own conversion clips at 255
+        largest = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        black, white = (largest, 0) if tags.get(_PHOTOMETRIC) == 0 else (0, largest)
+        return lambda strip: _integers_to_rgb(strip, black, white, image.info.get("transparency"))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _blend_with_white
+    return None if image.mode == "RGB" else lambda strip: strip.convert("RGB")
+
+
+def _integers_to_rgb(image: Image.Image, black: int, white: int, transparent: int | None) -> Image.Image:
+    values = np.asarray(image).astype(np.float32)
+    if values.min() < 0 or values.max() > max(black, white):
+        raise ValueError(f"integers beyond {max(black, white)}")
+    levels = np.round((values - black) * np.float32(255 / (white - black))).astype(np.uint8)
+    if transparent is not None:
+        levels[values == transparent] = 255
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _blend_with_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _check_memory(pixels: int, name: str) -> None:
+    """Raises DataError if the memory that an image needs is not available: PIL's error for it can mean damage."""
+    try:
+        np.empty(8 * pixels + 2**24, np.uint8)
+    except MemoryError:
+        problem = f"not enough memory to decode the image {name} of {pixels} pixels; use fewer threads or a lower limit"
+        raise DataError(problem, field="data.max_pixels") from None
 
 
 def _reason(source: Any, error: Exception) -> str:
@@ -246,4 +325,4 @@ def _reason(source: Any, error: Exception) -> str:
         return "no such file"
     if type(error).__name__ == "UnidentifiedImageError":
         return f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image, or damaged at its start"
-    return f"{error or type(error).__name__}"
+    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}"

@@ -149,7 +149,10 @@ def _is_damage(error: Exception) -> bool:
 def _open_file(name: str) -> Any:
     import pyarrow
 
-    return storage.open_file(name) if storage.is_remote(name) else pyarrow.OSFile(name)
+    if storage.is_remote(name):
+        return storage.open_file(name)
+    storage.check_regular(name)
+    return pyarrow.OSFile(name)
 
 
 def _arrow_batches(name: str) -> list[Any]:
@@ -157,6 +160,7 @@ def _arrow_batches(name: str) -> list[Any]:
 
     if storage.is_remote(name):
         raise OSError(f"{name!r} cannot be mapped into memory: copy it to a local disk, or use Parquet")
+    storage.check_regular(name)
     file = pyarrow.memory_map(name)
     try:
         reader = pyarrow.ipc.open_file(file)

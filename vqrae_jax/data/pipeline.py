@@ -31,10 +31,11 @@ def training_source(data: Any) -> Source:
     if data.source == "photographs":
         return training_photographs()
     if data.source == "tfds":
-        return Prepared(data.name, data.path, data.train_split, "data.train_split", **_keys(data))
+        split = data.name, data.path, data.train_split, "data.train_split"
+        return Prepared(*split, **_keys(data)).limited(data.max_pixels)
     if not data.path:
         raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
-    return SOURCES[data.source](data.path, "data.path", **_keys(data))
+    return SOURCES[data.source](data.path, "data.path", **_keys(data)).limited(data.max_pixels)
 
 
 def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source | None:
@@ -47,18 +48,18 @@ def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source
     """
     if data.source == "photographs":
         return validation_photographs(data.image_size)
+    if not (data.eval_split if data.source == "tfds" else data.eval_path):
+        return None
     if data.source == "tfds":
         split = data.name, data.path, data.eval_split, "data.eval_split"
-        return Prepared(*split, **_keys(data)) if data.eval_split else None
-    if not data.eval_path:
-        return None
+        return Prepared(*split, **_keys(data)).limited(data.max_pixels)
     options = _keys(data)
     if data.source == "folder":
         options["classes"] = classes or _training_classes(data)
     elif classes:
         problem = "has class numbers of its own; only those of folders can be set"
         raise ConfigError(problem, field="data.source", value=data.source)
-    return SOURCES[data.source](data.eval_path, "data.eval_path", **options)
+    return SOURCES[data.source](data.eval_path, "data.eval_path", **options).limited(data.max_pixels)
 
 
 def _training_classes(data: Any) -> list[str]:

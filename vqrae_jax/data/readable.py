@@ -108,7 +108,7 @@ class Masked:
           size: side of the crops in pixels.
           count: number of images of `source` to use, the first ones.
           length: number of records, at least `count`.
-          crop: (uint8 [H, W, 3], size) -> uint8 [..., size, size, 3].
+          crop: (PIL image or uint8 [H, W, 3], size) -> uint8 [..., size, size, 3].
         """
         self._source, self._skipped, self._crop, self._size = source, skipped, crop, size
         self._count, self._length = count, length
@@ -122,7 +122,7 @@ class Masked:
         if index < self._count and index not in self._skipped:
             try:
                 record = _decode(self._source, index)
-                image = self._crop(np.asarray(record["image"]), self._size)
+                image = np.asarray(self._crop(record["image"], self._size))
                 self._run = 0
                 return {"image": image, "label": record["label"], "mask": np.bool_(True)}
             except ImageError as error:
@@ -160,7 +160,7 @@ def _decode(source: Source, index: int, min_side: int | None = None) -> dict:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
     else:
-        image = read_pil_image(image, min_side)
+        image = read_pil_image(image, min_side, source.max_pixels)
     return {"image": image, "label": np.int32(label)}
 
 

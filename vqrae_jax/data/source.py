@@ -1,5 +1,6 @@
 """The interface of image sources, and the files of a dataset."""
 
+import copy
 import fnmatch
 import hashlib
 import logging
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vqrae_jax import storage
+from vqrae_jax.data.images import MAX_PIXELS
 from vqrae_jax.errors import DataError, ImageError
 
 _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
@@ -41,9 +43,17 @@ class Source:
 
     Attributes:
       classes: the names of labels 0, 1, ...; None if they are not known.
+      max_pixels: larger images are refused when they are decoded.
     """
 
     classes: tuple[str, ...] | None = None
+    max_pixels = MAX_PIXELS
+
+    def limited(self, max_pixels: int) -> "Source":
+        """Returns the same source with another `max_pixels`."""
+        source = copy.copy(self)
+        source.max_pixels = max_pixels
+        return source
 
     def key(self, index: int) -> str:
         """Returns the id of a record: its number if it has no name."""

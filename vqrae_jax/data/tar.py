@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqrae_jax import runtime, storage
-from vqrae_jax.data.images import SUFFIXES
+from vqrae_jax.data.images import MAX_BYTES, SUFFIXES
 from vqrae_jax.data.source import USUAL, Keys, Source, list_shards, locate, read_range
 from vqrae_jax.errors import DataError, ImageError
 
-MAX_IMAGE_BYTES = 2**28  # larger members are not read into memory
 _MAX_LABEL_BYTES = 2**16
 _THREADS = 8  # shards that are indexed at the same time
 _INDEX_VERSION = 3  # increase it when the content of an index changes: cached ones are not used then
@@ -68,8 +67,8 @@ class TarShards(Source):
     def __getitem__(self, index: int | np.integer) -> dict:
         shard = self._shard(index)
         start, size, label = (int(values[index]) for values in self._index[:3])
-        if size > MAX_IMAGE_BYTES:
-            raise ImageError(f"{size} bytes exceed the limit of {MAX_IMAGE_BYTES} bytes for an encoded image")
+        if size > MAX_BYTES:
+            raise ImageError(f"{size} bytes exceed the limit of {MAX_BYTES} bytes for an encoded image")
         return {"image": read_range(shard, start, start + size), "label": label}
 
     def key(self, index: int) -> str:

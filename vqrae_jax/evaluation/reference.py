@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vqrae_jax import distributed, sharding
+from vqrae_jax import distributed, sharding, storage
 from vqrae_jax.build import judges
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation.moments import Gaussian, Moments
@@ -35,12 +34,14 @@ def read_reference(path: pathlib.Path, width: int, field: str, network: Mapping[
         return WeightsError(message, field=field, value=str(path))
 
     try:
+        storage.check_regular(path)
+        storage.check_unpacked(path)
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             arrays = {name: np.asarray(file[name]) for name in ("mu", "sigma", "count", "network") if name in names}
     except FileNotFoundError:
         raise error("the file does not exist; expected an .npz or a folder of images") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as reason:
+    except Exception as reason:  # numpy, zipfile and zlib raise many kinds for damaged files
         raise error(f"not an .npz of plain arrays ({reason})") from None
     if not {"mu", "sigma"} <= arrays.keys():
         raise error(f"expected the arrays mu and sigma; the file holds {', '.join(names) or 'nothing'}")

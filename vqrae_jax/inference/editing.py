@@ -47,6 +47,8 @@ def blend(
     for indices in (first, second):
         if indices.shape != tokenizer.code_shape:
             raise DataError(f"indices have shape {indices.shape}; expected {tokenizer.code_shape}, one image")
+    if not (np.asarray(weights).ndim == 1 and np.all((np.asarray(weights) >= 0) & (np.asarray(weights) <= 1))):
+        raise DataError(f"weights are {weights!r}; expected a list of numbers from 0 to 1")
     w = jnp.asarray(weights, jnp.float32)
 
     def quantize_means(module: Any, pair: jax.Array) -> jax.Array:

@@ -4,12 +4,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from vqrae_jax.data import images as image_files
-from vqrae_jax.errors import DataError
-from vqrae_jax.resize import matrix
+from vqrae_jax.errors import DataError, ImageError
+from vqrae_jax.resize import antialiased_matrix
+
+_MAX_SIDE = 2**15  # pixels of an image that is resampled by matrices
+_STRIP = 2**20  # samples that are resampled at a time
 
 Fit = Literal["crop", "pad", "stretch", "model"]
 
@@ -59,24 +63,45 @@ def fit_image(
       fit: "crop" takes the central square, "pad" shows the whole image on `fill`, "stretch" changes its proportions,
         "model" returns the image unchanged.
       fill: color in [0, 1].
+
+    Raises:
+      ImageError: a side is longer than 32,768 pixels, unless an 8-bit image is cropped.
     """
-    if fit == "model" or image.shape[:2] == (size, size):
+    if image.shape[:2] == (size, size):
         return image
     if fit == "crop" and image.dtype == np.uint8:
         return image_files.center_crop(image, size)
+    if max(image.shape) > _MAX_SIDE:
+        raise ImageError(f"the image has {image.shape[0]} x {image.shape[1]} pixels; {_MAX_SIDE} is the longest side")
+    if fit == "model":
+        return image
     scales = [size / n for n in image.shape[:2]]
     if fit != "stretch":
         scales = [max(scales) if fit == "crop" else min(scales)] * 2
     sides = [(n, max(1, round(n * scale))) for n, scale in zip(image.shape[:2], scales, strict=True)]
-    weights = [matrix(before, after, "bicubic_antialias") for before, after in sides]
-    rows, columns = (w[max(len(w) - size, 0) // 2 :][:size] for w in weights)  # the central ones
-    values = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
-    values = np.clip(np.einsum("hH,HWC,wW->hwC", rows, values, columns, optimize=True), 0, 1)
+    spares = [max(after - size, 0) // 2 for _, after in sides]  # only the central rows and columns are computed
+    rows, columns = (
+        antialiased_matrix(before, after, slice(spare, spare + size))
+        for (before, after), spare in zip(sides, spares, strict=True)
+    )
+    values = np.clip(_resample(image, rows, columns), 0, 1)
     square = np.empty((size, size, 3), np.float32)
     square[:] = fill
     top, left = (size - values.shape[0]) // 2, (size - values.shape[1]) // 2
     square[top : top + values.shape[0], left : left + values.shape[1]] = values
     return (square * 255 + 0.5).astype(np.uint8) if image.dtype == np.uint8 else square
+
+
+def _resample(
+    image: Shaped[np.ndarray, "H W 3"], rows: Float[np.ndarray, "h H"], columns: Float[np.ndarray, "w W"]
+) -> Float[np.ndarray, "h w 3"]:
+    """Resamples in strips of columns, so that a large image is not copied as a whole."""
+    result = np.zeros((len(rows), len(columns), 3), np.float32)
+    width = max(1, _STRIP // image.shape[0])
+    for left in range(0, image.shape[1], width):
+        strip = image[:, left : left + width].astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
+        result += np.einsum("hH,HWC,wW->hwC", rows, strip, columns[:, left : left + width], optimize=True)
+    return result
 
 
 def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
@@ -86,9 +111,10 @@ def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
         raise DataError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_suggest(images.shape)})")
     if images.dtype == np.uint8:
         return images
-    if images.dtype.kind not in "fV":  # "V": bfloat16, which is not a subtype of np.floating
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is not a subtype of np.floating
         raise DataError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
-    images = images.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinity
+        images = images.astype(np.float32)
     low, high = (images.min(), images.max()) if images.size else (0, 1)
     if not (np.isfinite(low) and np.isfinite(high)):
         first = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
@@ -101,13 +127,31 @@ def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
     return images
 
 
+def check_latents(latents: Any, shape: tuple[int, ...]) -> Float[np.ndarray, "B ..."]:
+    """Returns latents as float32 [B, *shape]; raises DataError for other shapes, NaN and infinity."""
+    latents = as_numpy(latents)
+    real = any(jnp.issubdtype(latents.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if latents.shape[1:] != shape or not real:
+        expected = ", ".join(map(str, shape))
+        raise DataError(f"latents are {latents.dtype} {list(latents.shape)}; expected numbers [B, {expected}]")
+    with np.errstate(over="ignore"):
+        latents = latents.astype(np.float32)
+    finite = np.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
+    if not finite.all():
+        raise DataError(f"latents[{int(np.argmin(finite))}] contains NaN or infinity")
+    return latents
+
+
 def as_numpy(array: Any) -> np.ndarray:
     """Converts an array of any library; PyTorch tensors are detached and copied to the CPU."""
     torch = sys.modules.get("torch")  # imported already if the array is a tensor
     if torch is not None and isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
-    return np.asarray(array)
+    try:
+        return np.asarray(array)
+    except ValueError:  # lists of different lengths
+        return np.empty(0, object)
 
 
 def _check_element(image: Any, index: int) -> Shaped[np.ndarray, "H W 3"]:

@@ -17,7 +17,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax import sharding, storage
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference import batching, card, saving
-from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy
+from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy, check_latents
 from vqrae_jax.inference.location import locate, read_model
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
@@ -214,11 +214,8 @@ class Tokenizer:
         return self._run("encode_to_indices", self.fit_images(images))
 
     def decode(self, latents: Any) -> Float[Result, "B S S 3"]:
-        """Decodes latents of `encode` or `lookup` to images."""
-        latents, shape = as_numpy(latents).astype(np.float32), self._row_shape("encode")
-        if latents.shape[1:] != shape:
-            raise DataError(f"latents have shape {latents.shape}; expected [B, {', '.join(map(str, shape))}]")
-        return self._run("decode", latents)
+        """Decodes latents of `encode` or `lookup`, finite numbers, to images."""
+        return self._run("decode", check_latents(latents, self._row_shape("encode")))
 
     def decode_from_indices(self, indices: Any) -> Float[Result, "B S S 3"]:
         """Decodes indices of `encode_to_indices` to images; with several levels, also the first levels alone."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -11,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError, first_line
+
+_MAX_JSON = 2**28  # bytes of a JSON file
+_MAX_REPEATED = 2**30  # bytes of a tensor that repeats (a part of) its storage
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -58,8 +63,10 @@ class Safetensors(Tensors):
 
 
 def _read_npz(file: pathlib.Path, field: str) -> Tensors:
-    with _explain(file, field, "a complete npz file of plain arrays"), np.load(file, allow_pickle=False) as npz:
-        return {name: npz[name] for name in npz.files}
+    with _explain(file, field, "a complete npz file of plain arrays"):
+        storage.check_unpacked(file)
+        with np.load(file, allow_pickle=False) as npz:
+            return {name: npz[name] for name in npz.files}
 
 
 def _read_msgpack(file: pathlib.Path, field: str) -> Tensors:
@@ -95,6 +102,8 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
     def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             value = value.detach()
+            if value.nbytes > max(_MAX_REPEATED, value.untyped_storage().nbytes()):
+                raise ValueError(f"a tensor of {value.nbytes} bytes repeats a part of the file")
             if value.dtype == torch.bfloat16:  # torch does not convert it to numpy
                 return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             return value.numpy()
@@ -102,7 +111,8 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
 
     with _explain(file, field, "a PyTorch file of plain tensors (other files could run code, and are refused)"):
         # Mapped into memory where the format allows it: most of a training checkpoint is never used.
-        mapped = zipfile.is_zipfile(file)
+        if mapped := zipfile.is_zipfile(file):
+            storage.check_unpacked(file)
         try:
             loaded = to_numpy(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
         except pickle.UnpicklingError as error:  # torch's own message explains how to run the code anyway
@@ -122,7 +132,7 @@ def read_torch(file: pathlib.Path, field: str) -> dict[str, Any]:
 def read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
     """Reads a JSON object."""
     try:
-        loaded = json.loads(file.read_bytes())
+        loaded = json.loads(storage.read_bytes(os.fspath(file), limit=_MAX_JSON))
     except FileNotFoundError:
         raise WeightsError(f"{file} is missing; expected a folder or hub id that contains it", field=field) from None
     except (OSError, ValueError, RecursionError) as error:
