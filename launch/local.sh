@@ -19,6 +19,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 PROCESSES=${PROCESSES:-1}
 PORT=${PORT:-12345}
 [[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || { echo "error: PROCESSES=$PROCESSES: must be a positive integer" >&2; exit 2; }
+if [[ "$PROCESSES" != 1 ]] && (exec 3<>"/dev/tcp/localhost/$PORT") 2>/dev/null; then # its run would abort
+  echo "error: PORT=$PORT is in use, perhaps by another run; choose another" >&2
+  exit 1
+fi
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} # python -m imports the package from the checkout
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages make a step on CPUs 7 % faster

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from vqrae_jax import main
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train.loop import IMAGE_FILE
@@ -113,6 +115,12 @@ def test_steps_of_the_command_line_make_a_short_trial(tmp_path, tiny):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("train.epochs=2.0") == 1
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()][-1] == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_too_little_memory_is_one_message(error, capsys):
+    main._report(error)
+    assert re.fullmatch(r"error: out of memory .*data\.batch_size.*\n", capsys.readouterr().err)
 
 
 INTERRUPTED = """

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 
@@ -92,6 +93,7 @@ def test_flags_of_the_user_win(monkeypatch):
 ROUNDS, SIZE = 20, 40 * 2**20  # more than glibc keeps by default
 FAULTS = f"""
 import resource
+import signal
 from vqrae_jax.runtime import keep_freed_memory
 
 def faults():
@@ -202,3 +204,28 @@ def test_commands_print_no_libtpu_errors(start):
     lines = done.stderr.splitlines()
     assert all(line.startswith("error: mesh.model") for line in lines)
     assert len(lines) == (start == "main")
+
+
+BLOCKED = """
+import ctypes, signal
+from vqrae_jax import runtime
+
+signal.signal(signal.SIGINT, lambda *_: None)
+runtime.exit_at_second_interrupt(lambda: "interrupted")
+print("ready", flush=True)
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+for _ in range(2):
+    libc.pthread_mutex_lock(mutex)  # never returns to Python, like a long compilation
+"""
+
+
+def test_the_second_interrupt_ends_a_process_outside_of_python():
+    command = [sys.executable, "-c", BLOCKED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "interrupted\n"

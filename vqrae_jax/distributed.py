@@ -5,10 +5,12 @@ short texts through the service with which JAX connects processes. A collective 
 agree already, and waits forever for a process that has ended.
 """
 
+import atexit
 import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import sys
@@ -19,8 +21,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vqrae_jax import runtime
-from vqrae_jax.errors import ConfigError, DistributedError, UserError
+from vqrae_jax import peers, runtime
+from vqrae_jax.errors import ConfigError, DistributedError, UserError, first_line
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,6 +32,7 @@ CONNECT_TIMEOUT = 300  # seconds until all processes must have connected
 EXCHANGE_TIMEOUT = 1800  # seconds that the fastest process waits for the slowest, which may be reading weights
 
 _exchanges = itertools.count()
+_peers: peers.Peers | None = None
 _single = False  # `connect` found nothing to connect: this is the only process, whatever index a launcher gave it
 
 
@@ -38,6 +43,8 @@ def connect(
     timeout: float = CONNECT_TIMEOUT,
 ) -> None:
     """Connects the processes of a run. Call it before anything else uses a device.
+
+    From then on, the end of one process ends the others within seconds, with one message and exit code 1.
 
     Args:
       coordinator: host:port of process 0. JAX finds what is None by itself on TPU pods, under SLURM, Open MPI and in
@@ -61,10 +68,8 @@ def connect(
     if processes == 1:
         _single = True
         return
-    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-        raise ConfigError(
-            "expected host:port of process 0, as in 10.0.0.1:1234", field="--coordinator", value=coordinator
-        )
+    if coordinator is not None:
+        _check_coordinator(coordinator, process == 0)
     # JAX would abort with a stack trace of its own: this thread exits first, with one sentence.
     timer = threading.Timer(timeout, _exit_unconnected, (timeout,))
     timer.daemon = True
@@ -83,6 +88,8 @@ def connect(
         raise DistributedError(f"the processes of this run cannot connect: {error}") from error
     finally:
         timer.cancel()
+    if is_connected():
+        _watch_peers()
 
 
 def is_connected() -> bool:
@@ -109,7 +116,7 @@ def exchange(text: str, timeout: float = EXCHANGE_TIMEOUT) -> list[str]:
     """Returns the texts of all processes, by process index. All processes call it, equally often.
 
     Raises:
-      DistributedError: a process did not call it within `timeout` seconds.
+      DistributedError: a process did not call it within `timeout` seconds, or process 0 has another --processes.
     """
     if process_count() == 1:
         return [text]
@@ -121,6 +128,9 @@ def exchange(text: str, timeout: float = EXCHANGE_TIMEOUT) -> list[str]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise DistributedError(f"not every process answered within {timeout:.0f} s ({reason})") from error
+    if len(texts) != process_count():
+        message = f"process 0 was started with {len(texts)}; all processes need the same number"
+        raise DistributedError(message, field="--processes", value=process_count(), exit_code=2)
     return [texts[i] for i in range(process_count())]
 
 
@@ -166,13 +176,15 @@ def run_together(action: Callable[[], T]) -> T:
 
 
 def check_equal(
-    values: dict[str, Any], remedy: str = "start all of them with the same config and the same packages"
-) -> None:
+    values: dict[str, Any], remedy: str = "start all of them with the same config and the same packages",
+    exit_code: int | None = None,
+) -> None:  # fmt: skip
     """Checks that every process has the same values.
 
     Args:
       values: names and JSON-able values, sections nested.
       remedy: what the user should do about differences.
+      exit_code: of the error; 2 for differences that remain at another attempt.
 
     Raises:
       DistributedError: with the names that differ and the values of each process.
@@ -190,7 +202,13 @@ def check_equal(
             for name in sorted(first.keys() | other.keys())
             if first.get(name) != other.get(name)
         ]
-    raise DistributedError("\n".join(lines))
+    raise DistributedError("\n".join(lines), exit_code=exit_code)
+
+
+def wait_for_loss(seconds: float) -> None:
+    """Waits whether another process ends, which makes collectives fail; this process then ends with a message."""
+    if _peers and _peers.wait_for_loss(seconds):
+        threading.Event().wait()
 
 
 def exit_process(code: int) -> None:
@@ -207,6 +225,45 @@ def _state() -> Any:
     from jax._src.distributed import global_state
 
     return global_state
+
+
+def _check_coordinator(coordinator: str, is_first: bool) -> None:
+    """Checks the address, and in process 0 that its port is free: JAX shares a port with other runs, then aborts."""
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        message = "expected host:port of process 0, as in 10.0.0.1:1234"
+        raise ConfigError(message, field="--coordinator", value=coordinator)
+    if is_first:
+        try:
+            peers.open_server(int(port)).close()
+        except OSError as error:
+            message = f"process 0 cannot open the port ({os.strerror(error.errno)}); choose another in all processes"
+            raise DistributedError(message, field="--coordinator", value=coordinator) from None
+
+
+def _watch_peers() -> None:
+    """Ends this process when another one ends; sooner than JAX, which aborts with stack traces."""
+    global _peers
+    state = _state()
+    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    try:
+        _peers = peers.Peers(state.process_id, state.client, host, _exit_after_loss)
+    except (OSError, RuntimeError) as error:
+        log.warning("no connection to process 0 (%s); JAX notices the end of a process after 100 s", first_line(error))
+    else:
+        atexit.register(_peers.close)
+
+
+def _exit_after_loss(name: str) -> None:
+    index = process_index()
+    try:
+        sys.stderr.write(
+            f"error{f' (process {index})' if index else ''}: {name} has ended; the cause is in its own output or, if it"
+            " was killed, in the log of its machine. Start all processes again with the same command: a run resumes "
+            "from its newest checkpoint\n"
+        )
+    finally:
+        os._exit(DistributedError.exit_code)
 
 
 def _exit_unconnected(timeout: float) -> None:

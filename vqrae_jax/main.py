@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from vqrae_jax import __version__, distributed, runtime
 from vqrae_jax import config as config_lib
-from vqrae_jax.errors import ConfigError, DistributedError, UserError
+from vqrae_jax.errors import ConfigError, DistributedError, UserError, first_line
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config file, of configs/ or your own; override any field: --config.model.num_embeddings=16384"
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     is_first = distributed.process_index() == 0
     with runtime.log_level(logging.INFO if is_first else logging.ERROR):
         config = distributed.run_together(_load_config)
-        distributed.check_equal({**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()})
+        values = {**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()}
+        distributed.check_equal(values, exit_code=2)
         from vqrae_jax.train import loop
 
         if MODE.value == "evaluate":
@@ -84,10 +85,15 @@ def run() -> None:
     processes are connected each prints its own error.
     """
     runtime.keep_freed_memory()
+    runtime.exit_at_second_interrupt(_interrupt_message)
     # Orbax logs a page per checkpoint, and a page per thread that meets an error; --verbosity=0 shows them.
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         app.run(main, flags_parser=_parse)
+    except SystemExit as ended:  # rich raises it if standard error is closed
+        if not ended.code:
+            raise
+        _exit(ended.code)
     except KeyboardInterrupt:
         print(_interrupt_message(), file=sys.stderr)
         _exit(130)
@@ -98,8 +104,13 @@ def run() -> None:
 
 def _report(error: Exception) -> None:
     index = distributed.process_index()
+    if type(error).__name__ == "JaxRuntimeError":
+        distributed.wait_for_loss(2)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         print(f"error: no space left ({error}); make room, then run the same command again", file=sys.stderr)
+    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        remedy = "lower data.batch_size or the size of the model; docs/train.md lists what else saves memory"
+        print(f"error: out of memory ({first_line(error)}): {remedy}", file=sys.stderr)
     elif not isinstance(error, UserError):
         traceback.print_exception(error)
     elif index == 0:

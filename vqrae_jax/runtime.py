@@ -13,8 +13,11 @@ import logging
 import os
 import pathlib
 import platform
+import signal
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -177,6 +180,26 @@ def silence_closed_event_loops() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
+
+
+def exit_at_second_interrupt(message: Callable[[], str]) -> None:
+    """Ends the process with code 130 and a message at the second Ctrl-C, during a compilation too.
+
+    Python's own handlers wait until the main thread has left the compiler. Call it in the main thread.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def wait(handle: Any) -> None:  # `handle` keeps the socket open
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += reader.recv(1)[0] == signal.SIGINT
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"{message()}\n")
+        os._exit(130)
+
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=wait, args=(writer,), daemon=True, name="interrupts").start()
 
 
 def has_libtpu() -> bool:

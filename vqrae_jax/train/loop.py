@@ -168,7 +168,8 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
     table.add_row("checkpoints", str(run.checkpoints.folder))
     table.add_row("log", str(run.workdir / report.METRICS_FILE))
     table.add_row("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}")
-    Console().print(table)
+    with contextlib.suppress(SystemExit):  # rich raises it if standard output is closed, but the run is complete
+        Console().print(table)
 
 
 def evaluate(
