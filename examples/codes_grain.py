@@ -9,12 +9,14 @@ import grain
 
 from vqrae_jax.data.codes import Codes
 
+READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # in batches; grain's default reads 500 ahead
+
 
 def batches(path: str, batch_size: int, seed: int = 0) -> grain.DatasetIterator:
     """Yields {"codes": [batch, ...], "label": int32 [batch]}; `get_state` and `set_state` resume it exactly."""
     records = grain.MapDataset.source(Codes(path)).seed(seed).shuffle().repeat()
     columns = records.map(lambda record: {name: record[name] for name in ("codes", "label")})
-    return iter(columns.batch(batch_size, drop_remainder=True).to_iter_dataset())
+    return iter(columns.batch(batch_size, drop_remainder=True).to_iter_dataset(READING))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from vqrae_jax.generation.sampling import guided, sample
 from vqrae_jax.models.generator import Generator
 from vqrae_jax.models.vit import BlocksConfig
 
+READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # in batches; grain's default reads 500 ahead
 LABEL_DROPOUT = 0.1  # share of examples without their label, for classifier-free guidance
 
 
@@ -27,7 +28,7 @@ def batches(codes: Codes, batch_size: int) -> grain.DatasetIterator:
     """Yields shuffled batches forever: "codes" [B, N] and "label" [B], -1 for images without a label."""
     records = grain.MapDataset.source(codes).seed(0).shuffle().repeat()
     flat = records.map(lambda r: {"codes": r["codes"].reshape(-1).astype(np.int32), "label": np.int32(r["label"])})
-    return iter(flat.batch(batch_size, drop_remainder=True).to_iter_dataset())
+    return iter(flat.batch(batch_size, drop_remainder=True).to_iter_dataset(READING))
 
 
 def train(

@@ -148,12 +148,11 @@ def test_nothing_waits_for_the_device_between_two_log_lines(tiny, tmp_path, one_
     assert numbers[0] == numbers[1] > 0
 
 
-def test_a_full_disk_keeps_earlier_checkpoints(trained, tmp_path):
+def test_a_full_disk_keeps_earlier_checkpoints(trained, tiny, tmp_path):
     """From step 4 on files may grow to a few kilobytes only; the checkpoint of step 3 stays."""
     script = """
-import resource, sys, jax
-sys.path.insert(0, "tests")
-from conftest import tiny_config
+import json, resource, sys, jax
+from vqrae_jax import config
 from vqrae_jax.train import loop
 save = loop.save_checkpoint
 def save_checkpoint(run, state, metrics):
@@ -161,12 +160,12 @@ def save_checkpoint(run, state, metrics):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     save(run, state, metrics)
 loop.save_checkpoint = save_checkpoint
-loop.train(tiny_config(), sys.argv[1], jax.devices()[:1])
+settings = config.from_dict(config.Config, json.loads(sys.argv[2]))
+loop.train(settings, sys.argv[1], jax.devices()[:1])
 """
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAXTYPING_DISABLE": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    command = [sys.executable, "-c", script, str(tmp_path), tiny().model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
     assert f"{tmp_path / 'checkpoints' / '3'}" in done.stderr
