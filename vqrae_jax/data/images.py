@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 
 from vqrae_jax import storage
+from vqrae_jax.data.source import MAX_PIXELS
 from vqrae_jax.errors import DataError, ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -28,7 +29,6 @@ _MAX_RATIO = 64  # of the sides of an image that is resized as a whole
 _STRIP = 2**18  # pixels that are converted at a time
 
 MAX_BYTES = 2**28  # of an image file; larger ones are not read into memory
-MAX_PIXELS = 64_000_000  # of an image, by default; decoding and converting take up to 8 bytes for each, see docs
 
 AnyImage = UInt8[np.ndarray, "_ _ 3"] | Image.Image  # a PIL image has mode RGB
 Square = UInt8[np.ndarray, "{size} {size} 3"] | Image.Image

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 
 from vqrae_jax import storage
-from vqrae_jax.data.images import MAX_PIXELS
 from vqrae_jax.errors import DataError, ImageError
 
+MAX_PIXELS = 64_000_000  # of an image, by default; decoding and converting take up to 8 bytes for each, see docs
 _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 
 _log = logging.getLogger(__name__)
