@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import pathlib
 import re
@@ -9,6 +10,7 @@ from ml_collections import config_flags
 
 from vqrae_jax import config
 from vqrae_jax.config import Config, ModelConfig
+from vqrae_jax.config.schema import Section
 from vqrae_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,6 +111,54 @@ def test_errors_carry_field_and_value(values, field, value):
     with pytest.raises(ConfigError) as error:
         config.from_dict(Config, values)
     assert (error.value.field, error.value.value) == (field, value)
+
+
+def leaves(section, path=()):
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from leaves(field.annotation, (*path, name))
+        else:
+            yield (*path, name), "tuple" in str(field.annotation)
+
+
+def accepted(value):
+    """Returns the fields that accept a value, alone or in a tuple."""
+    fields = set()
+    for path, is_tuple in leaves(Config):
+        for candidate in ((value,), (value, value)) if is_tuple else (value,):
+            with contextlib.suppress(ConfigError):
+                config.from_dict(Config, functools.reduce(lambda tree, name: {name: tree}, path[::-1], candidate))
+                fields.add(".".join(path))
+    return fields
+
+
+@pytest.mark.parametrize("value", [2**63, 1e308, float("inf"), float("nan")])
+def test_no_field_accepts_absurd_numbers(value):
+    assert not accepted(value)
+
+
+def test_fields_that_accept_large_or_negative_numbers_allocate_nothing():
+    """Weights, rates, and numbers of steps or of images and devices that are compared with those that exist."""
+    harmless = re.compile(
+        r"(steps|_every|seconds|rate|weight|weight_decay|cost|_norm|_max|temperature|diversity|noise_tau|vq_epsilon|_threshold)$|"
+        r"^(data\.scale|evaluation\.images|mesh\..*|train\.(keep_.*|seed)|.*reference_batch)$"
+    )
+    assert not {field for field in accepted(10**9) if not harmless.search(field)}
+    blocks = {"model.encoder_params.layers", "model.decoder_features", "loss.perceptual.layers"}
+    assert accepted(-1) == {*blocks, "mesh.data"}
+
+
+def test_the_product_of_the_levels_is_an_int32():
+    config.from_dict(ModelConfig, {"quantizer_params": {"levels": (2,) * 30}})
+    with pytest.raises(ConfigError) as error:
+        config.from_dict(ModelConfig, {"quantizer_params": {"levels": (65_536,) * 2}})
+    assert error.value.field == "quantizer_params.levels"
+
+
+def test_epochs_are_not_more_steps_than_the_state_counts():
+    with pytest.raises(ConfigError) as error:
+        config.epochs_to_steps(Config(train={"epochs": 1e6}, data={"batch_size": 1}), lambda: 10_000)
+    assert error.value.field == "train.epochs"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def resolve_path(path: str | os.PathLike) -> Path:
     """Returns an absolute local path, or the path object of a gs:// address; both have pathlib's methods."""
     if not is_remote(path):
         return pathlib.Path(path).expanduser().absolute()
-    if not os.fspath(path).startswith("gs://"):
+    if not os.fspath(path).startswith("gs://") or not os.fspath(path)[5:].strip("/"):
         raise StorageError("runs, weights and codes must be in local folders or gs:// buckets", field=os.fspath(path))
     try:
         import gcsfs  # noqa: F401

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqrae_jax.data import images
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data import images, source
 from vqrae_jax.data.images import adm_center_crop, adm_random_crop, center_crop, flip, random_crop, read_image
 from vqrae_jax.errors import DataError, ImageError
 
@@ -82,8 +83,8 @@ def test_exif_orientation_is_applied(image, orientation):
 def test_gray_levels_sixteen_bits_palettes_and_cmyk_are_converted(image, tmp_path):
     gray, palette = image[..., 1], Image.fromarray(image).quantize(16)
     images.write_image(tmp_path / "gray.png", gray)
-    for source in (tmp_path / "gray.png", encode(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")):
-        assert np.array_equal(read_image(source), np.repeat(gray[..., None], 3, axis=-1))
+    for file in (tmp_path / "gray.png", encode(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")):
+        assert np.array_equal(read_image(file), np.repeat(gray[..., None], 3, axis=-1))
     assert np.array_equal(read_image(encode(palette, "PNG")), np.asarray(palette.convert("RGB")))
     result = read_image(encode(Image.fromarray(image).convert("CMYK"), "JPEG", quality=100))
     assert np.abs(result.astype(int) - image).mean() < 3
@@ -207,6 +208,32 @@ def test_missing_files_and_folders_are_image_errors(tmp_path):
         read_image(tmp_path / "none.png")
     with pytest.raises(ImageError, match=tmp_path.name):
         read_image(tmp_path)
+
+
+def test_a_lack_of_memory_is_no_damage(monkeypatch, image):
+    """PIL raises MemoryError for both; a lack is one if the memory that the image needs is not available either."""
+    data = encode(Image.fromarray(image), "PNG")
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ImageError):
+        read_image(data)
+    monkeypatch.setattr(images.np, "empty", fail)
+    with pytest.raises(DataError) as error:
+        read_image(data)
+    assert not isinstance(error.value, ImageError)
+    assert error.value.field == "data.max_pixels"
+
+
+def test_the_limit_of_pixels_is_checked_before_decoding(monkeypatch, image):
+    data = encode(Image.fromarray(image), "PNG")
+    assert read_image(data, max_pixels=2400).shape == (40, 60, 3)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+    with pytest.raises(ImageError, match="2399 pixels"):
+        read_image(data, max_pixels=2399)
+    assert DataConfig().max_pixels == images.MAX_PIXELS == source.Source().max_pixels
 
 
 def test_images_with_too_many_pixels_are_refused(monkeypatch, image):

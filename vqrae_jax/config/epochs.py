@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vqrae_jax.config.schema import AdamWConfig, Config, Section
+from vqrae_jax.config.schema import MAX_STEPS, AdamWConfig, Config, Section
 from vqrae_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def epochs_to_steps(config: Config, count_images: Callable[[], int]) -> Config:
       count_images: returns the number of training images; called only if the config has epochs.
 
     Raises:
-      ConfigError: train.epochs is less than one step.
+      ConfigError: train.epochs is less than one step, or epochs are more steps than the state can count.
     """
     count_images, batch, converted = functools.cache(count_images), config.data.batch_size, []
 
@@ -33,6 +33,8 @@ def epochs_to_steps(config: Config, count_images: Callable[[], int]) -> Config:
                 steps = f"{name.removesuffix('epochs')}steps"
                 changes |= {name: None, steps: int(value * (count_images() // batch))}
                 converted.append(f"{prefix}{name}={value} is {steps}={changes[steps]}")
+                if changes[steps] > MAX_STEPS:
+                    raise ConfigError(f"{converted[-1]}; at most {MAX_STEPS} steps", field=f"{prefix}{name}")
         if isinstance(section, AdamWConfig) and section.reference_batch:
             scale = batch / section.reference_batch
             rates = {n: getattr(section, n) * scale for n in ("learning_rate", "final_learning_rate")}

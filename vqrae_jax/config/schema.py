@@ -1,9 +1,11 @@
 """The schema of a run: every field, its default and its range.
 
 The model section keeps the names and the defaults of the PyTorch VQRAE. Sections are frozen. The type of a field is its
-range; conditions between fields are checked by the section that contains them.
+range; conditions between fields are checked by the section that contains them. Upper limits are far above sensible
+values: a mistyped number is refused before it becomes memory, threads or an endless loop.
 """
 
+import math
 import typing
 from typing import Annotated, Any, Literal
 
@@ -13,13 +15,18 @@ from pydantic_core import PydanticCustomError
 
 from vqrae_jax.quantizers import registry
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Epochs = NonNegative | None
+MAX_STEPS = 10**9  # below the largest int32, in which the state counts
+Positive = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Count = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Batch = Annotated[int, Field(ge=1, le=65_536)]
+Few = Annotated[int, Field(ge=1, le=1024)]  # threads, channels, images of a page
+Block = Annotated[int, Field(ge=-1024, le=1024)]  # index of a transformer block
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Epochs = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None
 Part = Literal["encoder", "quantizer", "decoder"]
 EncoderClass = Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"]
 
@@ -39,7 +46,7 @@ class EncoderParams(Section):
     """The features of the frozen encoder that are used."""
 
     normalize: bool = True  # final LayerNorm without scale and bias, as in RAE
-    layers: tuple[int, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
+    layers: tuple[Block, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
     fusion: Literal["sum", "mean", "concat"] = "mean"  # how several layers become one latent
     architecture: dict[str, Any] = {}  # fields of a hub config.json, for an encoder without pretrained weights
     # Hub id or folder of the weights, if it is not encoder_config_path; the names are the PyTorch VQRAE's.
@@ -60,7 +67,7 @@ def _annotation(annotation: Any) -> Any:
     kind, setting = _annotation(arguments[0]), arguments[-1]
     limits = {name: vars(setting)[name] for name in ("ge", "gt", "le") if vars(setting)[name] is not None}
     if kind is float:
-        limits["allow_inf_nan"] = False
+        limits = {"le": 1e9, "allow_inf_nan": False} | limits
     return Annotated[kind, Field(**limits)] if limits else kind
 
 
@@ -88,19 +95,20 @@ class ModelConfig(Section):
     # `encoder_params.architecture`.
     encoder_config_path: str | None = "facebook/dinov2-base"
     encoder_params: EncoderParams = EncoderParams()
-    encoder_input_size: Positive = 224  # pixels; images of another size are resized bicubically
+    encoder_input_size: Pixels = 224  # pixels; images of another size are resized bicubically
     decoder_config_path: str = "vit_mae-base"  # ViT-S, ViT-B, ViT-L, ViT-XL, a folder or a hub id
-    decoder_patch_size: Positive = 16  # pixels; the output is latent grid * decoder_patch_size
+    # Pixels; the output is latent grid * decoder_patch_size.
+    decoder_patch_size: Annotated[int, Field(ge=1, le=256)] = 16
     decoder_train_pos_embed: bool = False  # whether the decoder's position table trains
     pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from
-    decoder_features: tuple[int, ...] = ()  # encoder blocks that an additional head predicts
+    decoder_features: tuple[Block, ...] = ()  # encoder blocks that an additional head predicts
     noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
     reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
     normalization_stat_path: str | None = None  # .npz or .pt: mean and/or var of the latents, principal axes
     # none: the continuous autoencoder RAE
     quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"
     quantizer_params: QuantizerParams = QuantizerParams()
-    num_embeddings: Positive = 8192  # codebook size K; fsq computes it from its levels
+    num_embeddings: Annotated[int, Field(ge=1, le=2**24)] = 8192  # codebook size K; fsq computes it from its levels
     commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel
     vq_decay: Decay = 0.99  # ema
     vq_epsilon: Above0 = 1e-5  # ema
@@ -112,6 +120,13 @@ class ModelConfig(Section):
     # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; the same as xla elsewhere
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
+
+    @pydantic.model_validator(mode="after")
+    def _indices_fit_int32(self):
+        levels = self.quantizer_params.levels
+        if math.prod(levels) >= 2**31:
+            raise invalid("quantizer_params.levels", levels, "their product, the number of codes, must be below 2**31")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _cudnn_needs_bfloat16(self):
@@ -137,20 +152,20 @@ class DataConfig(Section):
     label_key: str | None = None
     train_split: str = "train"  # tfds split expressions
     eval_split: str = "validation"
-    image_size: Positive = 256  # pixels, square
+    image_size: Pixels = 256  # pixels, square
     # random: short side to image_size * resize, then a random square; adm: random crop of guided-diffusion
     crop: Literal["random", "center", "adm"] = "random"
     eval_crop: Literal["center", "adm"] = "center"  # adm: center crop of guided-diffusion
-    resize: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # short side / image_size, before the crop
+    resize: Annotated[float, Field(ge=1, le=64, allow_inf_nan=False)] = 1.0  # short side / image_size, before the crop
     # Range of the side of a random crop in source pixels / image_size, log-uniform; (1, 1): see crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
     flip: bool = True  # mirror left-right with probability 1/2
-    batch_size: Positive = 256  # images of one optimizer step, over all devices
-    eval_batch_size: Positive = 256
+    batch_size: Batch = 256  # images of one optimizer step, over all devices
+    eval_batch_size: Batch = 256
     # Larger images are skipped and counted before they are decoded, which takes about 8 bytes per pixel.
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # at most Pillow's own limit
-    workers: Count = 0  # worker processes that read images; 0: threads of this process
-    threads: Positive = 4
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # worker processes that read images; 0: threads of this process
+    threads: Few = 4
 
     @pydantic.model_validator(mode="after")
     def _scale_is_a_range(self):
@@ -172,8 +187,8 @@ class PerceptualConfig(Section):
     path: str | None = None  # encoder: hub id or folder; None: random weights of `architecture`
     encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
     architecture: dict[str, Any] = {}  # encoder without pretrained weights, as in encoder_params
-    layers: tuple[int, ...] = (-1,)  # encoder: blocks that are compared
-    input_size: Positive = 224  # encoder: pixels
+    layers: tuple[Block, ...] = (-1,)  # encoder: blocks that are compared
+    input_size: Pixels = 224  # encoder: pixels
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
 
 
@@ -209,11 +224,11 @@ class EvaluationConfig(Section):
     inception_reference: str | None = None
     encoder_cls: EncoderClass = "Dinov2withNorm"
     encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one gives FD-DINOv2
-    encoder_input_size: Positive = 224  # pixels
+    encoder_input_size: Pixels = 224  # pixels
     encoder_pool: Literal["cls", "mean"] = "cls"  # class token, or mean of the patch tokens
     encoder_reference: str | None = None
-    kernel_images: Annotated[int, Field(ge=2)] = 5_000  # the kernel distance compares all pairs of them
-    examples: Positive = 4  # images in each of the rows best, median and worst of the page
+    kernel_images: Annotated[int, Field(ge=2, le=50_000)] = 5_000  # the kernel distance compares all pairs of them
+    examples: Few = 4  # images in each of the rows best, median and worst of the page
 
 
 class AdamWConfig(Section):
@@ -244,7 +259,7 @@ class AdversaryConfig(Section):
     start_epochs: Epochs = None
     generator_start_steps: Count = 0  # steps before the decoder trains against it
     generator_start_epochs: Epochs = None
-    disc_updates: Positive = 1  # updates per step of the tokenizer
+    disc_updates: Few = 1  # updates per step of the tokenizer
     loss: Literal["hinge", "vanilla"] = "hinge"
     generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"  # vanilla: negative mean logit
     lecam_weight: NonNegative = 0.0
@@ -252,13 +267,14 @@ class AdversaryConfig(Section):
     augment: Fraction = 1.0  # probability of each of DiffAug's translation, colour and cutout
     cutout: Fraction = 0.0  # side of the cutout relative to the image
     path: str = "facebook/dino-vits8"  # dino: hub id, folder, or file of the DINO authors
-    trunk_heads: Positive | None = None  # dino: attention heads; None: one per 64 channels
-    taps: tuple[Count, ...] = (2, 5, 8, 11)  # dino: blocks with a head, in addition to the last
-    window: Positive = 9  # dino: width of a head's convolution in tokens
+    trunk_heads: Few | None = None  # dino: attention heads; None: one per 64 channels
+    # dino: blocks with a head, in addition to the last
+    taps: tuple[Annotated[int, Field(ge=0, le=1024)], ...] = (2, 5, 8, 11)
+    window: Annotated[int, Field(ge=1, le=255)] = 9  # dino: width of a head's convolution in tokens
     norm: Literal["batch", "group"] = "batch"  # batch: statistics of each image by itself
     spectral: bool = True  # spectral normalization
-    width: Positive = 64  # patch: channels of the first layer
-    layers: Positive = 3  # patch
+    width: Few = 64  # patch: channels of the first layer
+    layers: Annotated[int, Field(ge=1, le=16)] = 3  # patch
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
     optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs are counted from start_steps
 
@@ -270,7 +286,7 @@ class OptimizerConfig(AdamWConfig):
     quantizer_rate: NonNegative = 1.0
     decoder_rate: NonNegative = 1.0
     constant: tuple[Part, ...] = ()  # parts whose rate stays constant after warm-up
-    accumulate: Positive = 1  # micro-batches per optimizer step
+    accumulate: Batch = 1  # micro-batches per optimizer step
     ema_decay: Decay = 0.9978  # of the parameters
     ema_warmup: bool = True  # limits the decay of step t to (1 + t) / (10 + t), for short runs
 
@@ -281,7 +297,7 @@ class TrainConfig(Section):
     steps: Positive = 100_000
     # Passes over the training images, in place of steps; steps on the command line override epochs in a file.
     epochs: Epochs = None
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
     # Workdir or checkpoint of another run, whose EMA parameters and codebook a new run starts from, at step 0.
     start_from: str | None = None
@@ -295,14 +311,14 @@ class TrainConfig(Section):
     codebook_alarm: Fraction = 0.1  # warn if a log window uses a smaller share of the codes; 0: never
     keep_every: Count = 0  # checkpoints at multiples of this step are never deleted; 0: none
     hang_seconds: NonNegative = 900  # seconds without a step until all stacks are printed; 0: never
-    log_images: Positive = 8  # validation images in the logged grid of reconstructions
+    log_images: Few = 8  # validation images in the logged grid of reconstructions
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
 class MeshConfig(Section):
     """The mesh of devices."""
 
-    data: Annotated[int, Field(ge=-1)] = -1  # devices along "data"; -1: all that remain
+    data: Annotated[int, Field(ge=-1, le=MAX_STEPS)] = -1  # devices along "data"; -1: all that remain
     model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
     slices: Positive = 1  # TPU slices (or nodes) that split only the batch; parameters are replicated
     fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well

@@ -34,7 +34,7 @@ class FSQ(Quantizer):
     """
 
     levels: Annotated[
-        tuple[Annotated[int, registry.Setting(ge=2)], ...],
+        tuple[Annotated[int, registry.Setting(ge=2, le=65_536)], ...],
         registry.Setting("values of each quantized channel; their product is K", default=(8, 5, 5, 5), hashed=True),
     ]
     channels: int

@@ -89,7 +89,7 @@ def _build(
     temperature: registry.Temperature = 1.0,
     final_temperature: Annotated[float, registry.Setting("temperature after anneal_steps", gt=0)] = 0.1,
     anneal_steps: Annotated[
-        int, registry.Setting("optimizer steps from the first to the last temperature", ge=1)
+        int, registry.Setting("optimizer steps from the first to the last temperature", ge=1, le=10**9)
     ] = 10_000,
     orthogonality_cost: registry.OrthogonalityCost = 0.0,
 ) -> GumbelQuantizer:

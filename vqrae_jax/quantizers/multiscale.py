@@ -123,7 +123,7 @@ def _build(
     context: registry.Context,
     inner: registry.Inner = "ema",
     grids: Annotated[
-        tuple[Annotated[int, registry.Setting(ge=1)], ...],
+        tuple[Annotated[int, registry.Setting(ge=1, le=1024)], ...],
         registry.Setting("increasing sides, the last that of the latent grid; (): 1, 2, 3, ... as in VAR", hashed=True),
     ] = (),
 ) -> MultiScale:

@@ -57,7 +57,7 @@ class Product(Wrapper):
 def _build(
     context: registry.Context,
     inner: registry.Inner = "ema",
-    groups: Annotated[int, registry.Setting("groups of channels", ge=1, hashed=True)] = 2,
+    groups: Annotated[int, registry.Setting("groups of channels", ge=1, le=1024, hashed=True)] = 2,
 ) -> Product:
     channels = context.channels
     if channels % groups:

@@ -52,7 +52,7 @@ CodebookDim = Annotated[
     int,
     Setting(
         "channels of the embeddings, by learned linear maps in and out; lfq, bsq: None or log2 num_embeddings",
-        "quantizer_params.codebook_dim", ge=1, default=None, hashed=True,
+        "quantizer_params.codebook_dim", ge=1, le=65_536, default=None, hashed=True,
     ),
 ]  # fmt: skip
 Inner = Annotated[str, Setting("the quantizer that residual, product and multiscale are composed of", hashed=True)]

@@ -112,7 +112,7 @@ def _residuals(
 def _build(
     context: registry.Context,
     inner: registry.Inner = "ema",
-    depth: Annotated[int, registry.Setting("levels", ge=1, hashed=True)] = 4,
+    depth: Annotated[int, registry.Setting("levels", ge=1, le=256, hashed=True)] = 4,
     shared: Annotated[bool, registry.Setting("one codebook for all levels")] = False,
     dropout: Annotated[
         float, registry.Setting("share of images that train only a random prefix of the levels", ge=0, le=1)

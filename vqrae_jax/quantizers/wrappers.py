@@ -55,7 +55,7 @@ class Whitened(Wrapper):
         int,
         registry.Setting(
             "principal axes of the latents, scaled to variance one, from normalization_stat_path or the first batch",
-            "quantizer_params.whitening_dim", ge=1, default=None, hashed=True,
+            "quantizer_params.whitening_dim", ge=1, le=65_536, default=None, hashed=True,
         ),
     ]  # fmt: skip
 
