@@ -37,6 +37,14 @@ def test_every_file_is_a_command_that_the_help_lists_and_an_unknown_one_is_answe
     assert "'tokenize'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "65537", "1000000000", "9" * 5000, "²"])
+def test_absurd_counts_are_refused(value, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command("tokenize").parser.parse_args([f"--batch={value}"])
+    assert exit.value.code == 2
+    assert "--batch" in capsys.readouterr().err
+
+
 def test_the_list_of_commands_imports_nothing():
     script = (
         "import sys; from vqrae_jax.commands.__main__ import main; main([])\n"

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params
 from vqrae_jax.config import ModelConfig
-from vqrae_jax.errors import WeightsError
+from vqrae_jax.errors import StorageError, WeightsError
 from vqrae_jax.pretrained import convert, families, sources
 from vqrae_jax.sharding import make_mesh, shardings
 
@@ -294,3 +294,13 @@ def test_names_of_both_versions_of_transformers(golden, assert_same):
     norm = ("norm/scale", "norm/bias")
     tree = convert.convert(renamed, family.table, built.pretrained["encoder"], norm)
     assert_same(tree, built.pretrained["encoder"])
+
+
+@pytest.mark.parametrize(
+    "name", ["a/..", "../../etc", "a/b/../../../etc/passwd", "a b/c", "ä/ö", "a\0/b", "a/b\n", "--x/y",
+             "a/" + "b" * 300, "a/b?x=1", "a%2e%2e/b", "a//b", "file:///etc/passwd", "\ud800/x", "gs://"],
+)  # fmt: skip
+def test_names_that_are_no_hub_ids_are_refused(name):
+    for fetch in (sources.fetch_folder, sources.fetch_file, sources.read_state_dict):
+        with pytest.raises((WeightsError, StorageError)):
+            fetch(name, "the field")

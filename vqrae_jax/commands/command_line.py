@@ -6,6 +6,7 @@ Errors are one line on standard error; a bug keeps its traceback.
 
 import argparse
 import contextlib
+import functools
 import io
 import logging
 import sys
@@ -17,6 +18,8 @@ from vqrae_jax.config import DataConfig, EncoderClass, from_dict
 from vqrae_jax.errors import ConfigError, UserError
 
 T = TypeVar("T")
+
+MAX_BATCH = 65_536  # images; absurd numbers are refused before they become memory or threads
 
 SOURCES = get_args(DataConfig.model_fields["source"].annotation)
 DATA_ARGUMENTS = {  # by the config fields that they set
@@ -61,9 +64,9 @@ class Parser(argparse.ArgumentParser):
             help += f"{'; ' if help else ''}default: %(default)s"
         self.add_argument(name, help=help, **options)
 
-    def add_count(self, name: str, help: str, default: int | None = None, **options: Any) -> None:
-        """Adds an argument that is an integer of at least 1."""
-        self.add(name, help, default=default, type=_positive, **options)
+    def add_count(self, name: str, help: str, default: int | None = None, limit: int = 10**9, **options: Any) -> None:
+        """Adds an argument that is an integer from 1 to `limit`."""
+        self.add(name, help, default=default, type=functools.partial(_count, limit=limit), **options)
 
     def add_checkpoint(self) -> None:
         """Adds --checkpoint and --step, the arguments of `Tokenizer.load`."""
@@ -101,14 +104,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_batch_and_limit(self, batch: int) -> None:
-        self.add_count("--batch", "images per batch", batch)
+        self.add_count("--batch", "images per batch", batch, MAX_BATCH)
         self.add_count("--limit", "use the first LIMIT images only")
 
 
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text):
+def _count(text: str, limit: int) -> int:
+    if text.isdecimal() and len(text) < 20 and 1 <= int(text) <= limit:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 to {limit}")
 
 
 def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:

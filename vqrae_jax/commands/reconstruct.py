@@ -37,7 +37,7 @@ parser.add("--only", "write the bare reconstructions instead of --show", action=
 parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
 parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
 parser.add("--metrics", "JSON file for the metrics of each image")
-parser.add_count("--batch", "images per batch", 32)
+parser.add_count("--batch", "images per batch", 32, command_line.MAX_BATCH)
 parser.add_max_pixels()
 
 

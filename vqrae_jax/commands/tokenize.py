@@ -41,9 +41,9 @@ parser.add(
 )
 parser.add_count("--limit", "use the first LIMIT images only")
 parser.add_count("--shard-size", "images per shard", SHARD)
-parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default")
+parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default", limit=command_line.MAX_BATCH)
 parser.add_encoder_dtype()
-parser.add_count("--threads", "threads that read and crop images", 4)
+parser.add_count("--threads", "threads that read and crop images", 4, 1024)
 parser.add("--processes", "number of processes; by default those of the TPU pod, SLURM or Open MPI job", type=int)
 parser.add("--process", "index of this process, from 0", type=int)
 
