@@ -51,7 +51,7 @@ def end(process):
 @pytest.mark.parametrize("ended", [0, 2])
 def test_the_end_of_a_process_is_noticed_by_all(connect, ended):
     processes, losses = connect()
-    assert not processes[1].wait_for_loss(0)
+    assert not processes[1].wait_for_loss(0.0)
     end(processes[ended])
     for i in {0, 1, 2} - {ended}:
         assert losses[i].get(timeout=30) == f"process {ended} (on 127.0.0.1)"
@@ -75,7 +75,7 @@ def test_a_connection_without_the_token_is_not_a_process(connect, content):
         stranger.shutdown(socket.SHUT_WR)
         assert stranger.recv(1) == b""
     assert len(processes[0]._names) == 1
-    assert not processes[0].wait_for_loss(0)
+    assert not processes[0].wait_for_loss(0.0)
     end(processes[1])
     assert losses[0].get(timeout=30) == "process 1 (on 127.0.0.1)"
 

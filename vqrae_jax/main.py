@@ -105,7 +105,7 @@ def run() -> None:
 def _report(error: Exception) -> None:
     index = distributed.process_index()
     if type(error).__name__ == "JaxRuntimeError":
-        distributed.wait_for_loss(2)
+        distributed.wait_for_loss(2.0)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         print(f"error: no space left ({error}); make room, then run the same command again", file=sys.stderr)
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
