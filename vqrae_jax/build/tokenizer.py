@@ -73,7 +73,7 @@ def build_tokenizer(
     built = BuiltTokenizer(module, decoder.image_size, {}, latent_stats, whitening)
     if weights and folder is not None:
         built.pretrained["encoder"] = params = read_encoder(config, encoder, folder)
-        if described.get("sha256", digest := writers.content_hash(params)) != digest:
+        if "sha256" in described and described["sha256"] != writers.content_hash(params):
             raise ConfigError("describes latents of an encoder with other weights", field=field, value=path)
     if weights and config.pretrained_decoder_path:
         built.pretrained["decoder"] = _read_decoder(config, variable_shapes(built)["params"]["decoder"])
