@@ -93,6 +93,16 @@ def test_no_flipped_bit_is_read(tmp_path, form):
         (tmp_path / name).write_bytes(whole)
 
 
+def test_a_damaged_shard_of_a_complete_dataset_is_written_again(tmp_path):
+    plan = make_plan("webdataset")
+    manifest = write_dataset(tmp_path, plan)
+    file = tmp_path / plan.file_name(1)
+    file.write_bytes(file.read_bytes().replace(b"a b/", b"a c/"))  # readable, as tar files have no checksums
+    assert codes.start_dataset(tmp_path, plan) == [1]
+    assert write_dataset(tmp_path, plan) == manifest
+    assert codes.start_dataset(tmp_path, plan) == []
+
+
 @pytest.mark.parametrize("form", SUFFIXES)
 def test_damaged_and_missing_shards_are_named(tmp_path, form):
     plan = make_plan(form)

@@ -86,7 +86,7 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
     """Creates the folder and its manifest, or checks that existing shards have the same plan.
 
     Returns:
-      The numbers of the shards that are missing.
+      The numbers of the shards that are missing or, once the dataset was complete, differ from their checksums.
     """
     folder = storage.resolve_path(folder)
     if (folder / MANIFEST).is_file():
@@ -95,7 +95,13 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
         raise DataError(f"has codes without {MANIFEST}; use another folder", field="--output", value=os.fspath(folder))
     else:
         _write_manifest(folder, {**dataclasses.asdict(plan), "complete": False})
-    return [shard for shard in range(plan.shards) if not (folder / plan.file_name(shard)).is_file()]
+    manifest = _read_manifest(folder)
+    entries = _parse(Contents, manifest, folder).shards if manifest["complete"] else ()
+    digests, missing = {entry.file: entry.sha256 for entry in entries}, []
+    for shard, file in enumerate(folder / plan.file_name(shard) for shard in range(plan.shards)):
+        if not file.is_file() or (file.name in digests and _sha256(file) != digests[file.name]):
+            missing.append(shard)
+    return missing
 
 
 def write_shard(folder: str | os.PathLike, plan: Plan, shard: int, columns: Columns) -> None:
