@@ -37,6 +37,7 @@ from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.registry import QUANTIZERS, WRAPPERS, all_settings, settings_of
 from vqrae_jax.train import hooks, loop
 from vqrae_jax.train import run as opening
+from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -149,6 +150,11 @@ def model(config: Config) -> dict[str, Any]:
         return blocks(config)
 
 
+def parts(config: Config) -> dict[str, Any]:
+    module = builder.build_tokenizer(config.model, weights=False).module
+    return {"encoder": repr(module.encoder), "decoder": repr(module.decoder)}
+
+
 def weights(config: Config) -> dict[str, Any]:
     """What the model starts from: the arrays of files."""
     built = builder.build_tokenizer(config.model)
@@ -186,6 +192,18 @@ def discriminator(config: Config) -> dict[str, Any]:
         patch.setattr(judge_weights.sources, "read_state_dict", read)
         module = judges.build_discriminator(config.adversary, weights=False).module
         return {"discriminator": program(module.init_with_output, jax.random.key(0), array((1, 32, 32, 3)))}
+
+
+def discriminator_update(config: Config) -> dict[str, Any]:
+    """The optimizer of the discriminator, with its schedule."""
+    optimizer = Adversary(config.adversary, judges.FrozenNetwork(Linear(), {})).optimizer
+    params = {"layer": {"kernel": array((2, 2))}}
+    state = jax.eval_shape(optimizer.init, params)
+
+    def update(grads, state, params, horizon):
+        return optimizer.update(grads, state, params, horizon=horizon)
+
+    return {"update": program(update, params, state, params, array((), np.int32))}
 
 
 def files(config: Config) -> dict[str, Any]:
@@ -243,7 +261,7 @@ class Mean(nn.Module):
 @contextlib.contextmanager
 def opened(config: Config, **options: Any):
     """Opens a run with stand-ins for model, networks and checkpoints; yields it, and what they were called with."""
-    calls = {"metrics": None, "prepared": [], "threads": set(), "workers": 0}
+    calls = {"metrics": None, "prepared": [], "threads": [], "workers": 0}
 
     def load(evaluation, metrics, perceptual):
         calls["metrics"] = metrics
@@ -259,7 +277,7 @@ def opened(config: Config, **options: Any):
         return Folder("images/a")
 
     def read_options(num_threads, **rest):
-        calls["threads"].add(num_threads)
+        calls["threads"].append(num_threads)
         return original(num_threads=num_threads, **rest)
 
     original = grain.ReadOptions
@@ -278,11 +296,15 @@ def opened(config: Config, **options: Any):
 def run(config: Config) -> dict[str, Any]:
     """What a run opens: batches, validation images, the mesh, and how they are read."""
     with opened(config) as (run, calls):
+        calls["threads"] = []
+        batches = [next(run.batches)["image"].tobytes() for _ in range(2)]
+        training, calls["threads"] = calls["threads"], []
         return {
-            "batches": [next(run.batches)["image"].tobytes() for _ in range(2)],
+            "batches": batches,
             "validation": [(b["image"].tobytes(), b["mask"].tobytes()) for b in run.evaluator._batches],
             "references": run.evaluator.listings().keys() - {"data.eval_path"},
             "mesh": dict(run.mesh.shape),
+            "training_threads": training,
             **calls,
         }
 
@@ -444,6 +466,8 @@ LAW: dict[str, Entry] = {
     "model.quantize_before_reshape": Entry(True, model, "model", CODES),
     "model.dtype": Entry("bfloat16", model, "model latents"),
     "model.attention": Entry("cudnn", blocks, "model", {"model.dtype": "bfloat16"}),
+    "model.dtype parts": Entry("bfloat16", parts, "encoder decoder"),
+    "model.attention parts": Entry("cudnn", parts, "encoder decoder", {"model.dtype": "bfloat16"}),
     "model.remat": Entry(True, blocks, "model"),
     "data.source": Entry("webdataset", run, "batches validation"),
     "data.path": Entry("images/b", run, "batches"),
@@ -459,10 +483,11 @@ LAW: dict[str, Entry] = {
     "data.resize": Entry(1.5, run, "batches"),
     "data.scale": Entry((0.5, 1.0), run, "batches"),
     "data.flip": Entry(False, run, "batches"),
+    "data.max_pixels": Entry(6000, run, "batches validation"),
     "data.batch_size": Entry(16, run, "batches"),
     "data.eval_batch_size": Entry(8, run, "validation"),
-    "data.workers": Entry(2, run, "workers"),
-    "data.threads": Entry(2, run, "threads"),
+    "data.workers": Entry(2, run, "workers", {"data.workers": 1}),
+    "data.threads": Entry(2, run, "training_threads threads"),
     "loss.pixel": steps("l2"),
     "loss.pixel_weight": steps(2.0),
     "loss.vq_weight": steps(2.0),
@@ -500,6 +525,8 @@ LAW: dict[str, Entry] = {
     "adversary.generator_start_steps": steps(2, PATCH),
     "adversary.generator_start_epochs": steps(0.5, PATCH),
     "adversary.disc_updates": steps(2, PATCH),
+    "adversary.start_steps schedule": Entry(2, discriminator_update, "update"),
+    "adversary.disc_updates schedule": Entry(2, discriminator_update, "update"),
     "adversary.loss": steps("vanilla", PATCH),
     "adversary.generator_loss": steps("non_saturating", PATCH),
     "adversary.lecam_weight": steps(1.0, PATCH),
@@ -626,7 +653,7 @@ def folder(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("law"))
         for name in ("a", "b"):
             for i in range(20):
-                write_image(f"images/{name}/{i}.png", rng.integers(0, 256, (70, 80, 3)).astype(np.uint8))
+                write_image(f"images/{name}/{i}.png", rng.integers(0, 256, (70 + 20 * (i % 2), 80, 3)).astype(np.uint8))
             with tarfile.open(f"images/{name}/shard.tar", "w") as tar:
                 for i in range(10, 20):
                     tar.add(f"images/{name}/{i}.png")
