@@ -113,7 +113,11 @@ def finish_without_errors(children):
 
 
 def test_two_processes_equal_one(config, alone, tmp_path, one_device):
-    first, second = finish_without_errors(spawn(config, tmp_path))
+    """Training, evaluation, resuming; and errors of one process that reach both, as starting them takes long."""
+    for i in range(9):
+        images.write_image(tmp_path / "images" / f"{i}.png", np.full((32, 32, 3), i, np.uint8))
+    program = (ROOT / "tests" / "train" / "scenarios.py").read_text()
+    first, second = finish_without_errors(spawn(config, tmp_path, program=program))
     assert_same_losses(tmp_path, alone)
     assert "validation PSNR" in first[1]
     assert "memory per device: params" in first[2]
@@ -123,6 +127,10 @@ def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     for i in range(2):
         heartbeat = json.loads((tmp_path / "heartbeat" / f"{i}.json").read_text())
         assert (heartbeat["step"], heartbeat["process"], heartbeat["processes"]) == (4, i, 2)
+        results = json.loads((tmp_path / "results" / f"{i}.json").read_text())
+        assert results["metrics"] == pytest.approx(loop.evaluate(config, tmp_path, one_device), rel=1e-4)
+        assert results["missing file"] == "process 1: the network's file is gone"
+        assert "data.eval_path.images: process 0 has 9, process 1 has 8" in results["different images"]
     with open_run(config, tmp_path, one_device) as (run, state):  # one process resumes what two have saved
         assert int(state.step) == 4
         resumed = next(run.batches)["image"]
