@@ -146,11 +146,11 @@ def test_a_killed_run_continues(trained, photos, tokenized, tmp_path, monkeypatc
 def test_an_outage_stops_the_run_and_the_next_one_continues(trained, photos, tokenized, tmp_path, monkeypatch):
     read, paths = storage.read_bytes, []
 
-    def failing(path):
+    def failing(path, *arguments, **options):
         if len(paths) >= 12:
             raise TimeoutError("the server does not answer")
-        paths.append(path)
-        return read(path)
+        paths.extend([path] * str(path).endswith(".png"))
+        return read(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read_bytes", failing)
