@@ -148,13 +148,6 @@ def test_fields_that_accept_large_or_negative_numbers_allocate_nothing():
     assert accepted(-1) == {*blocks, "mesh.data"}
 
 
-def test_the_product_of_the_levels_is_an_int32():
-    config.from_dict(ModelConfig, {"quantizer_params": {"levels": (2,) * 30}})
-    with pytest.raises(ConfigError) as error:
-        config.from_dict(ModelConfig, {"quantizer_params": {"levels": (65_536,) * 2}})
-    assert error.value.field == "quantizer_params.levels"
-
-
 def test_epochs_are_not_more_steps_than_the_state_counts():
     with pytest.raises(ConfigError) as error:
         config.epochs_to_steps(Config(train={"epochs": 1e6}, data={"batch_size": 1}), lambda: 10_000)

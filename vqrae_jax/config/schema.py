@@ -5,7 +5,6 @@ range; conditions between fields are checked by the section that contains them. 
 values: a mistyped number is refused before it becomes memory, threads or an endless loop.
 """
 
-import math
 import typing
 from typing import Annotated, Any, Literal
 
@@ -108,7 +107,7 @@ class ModelConfig(Section):
     # none: the continuous autoencoder RAE
     quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"
     quantizer_params: QuantizerParams = QuantizerParams()
-    num_embeddings: Annotated[int, Field(ge=1, le=2**24)] = 8192  # codebook size K; fsq computes it from its levels
+    num_embeddings: Annotated[int, Field(ge=1, le=2**26)] = 8192  # codebook size K; fsq computes it from its levels
     commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel
     vq_decay: Decay = 0.99  # ema
     vq_epsilon: Above0 = 1e-5  # ema
@@ -120,13 +119,6 @@ class ModelConfig(Section):
     # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; the same as xla elsewhere
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
-
-    @pydantic.model_validator(mode="after")
-    def _indices_fit_int32(self):
-        levels = self.quantizer_params.levels
-        if math.prod(levels) >= 2**31:
-            raise invalid("quantizer_params.levels", levels, "their product, the number of codes, must be below 2**31")
-        return self
 
     @pydantic.model_validator(mode="after")
     def _cudnn_needs_bfloat16(self):
@@ -297,7 +289,7 @@ class TrainConfig(Section):
     steps: Positive = 100_000
     # Passes over the training images, in place of steps; steps on the command line override epochs in a file.
     epochs: Epochs = None
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")
     # Workdir or checkpoint of another run, whose EMA parameters and codebook a new run starts from, at step 0.
     start_from: str | None = None
