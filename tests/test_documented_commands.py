@@ -87,6 +87,8 @@ def shrink(module, arguments, golden):
         arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
     if module.endswith("import_pytorch"):
         return [re.sub(r"^(--config)=.*", r"\1=configs/case.py", argument) for argument in arguments]
+    if module.endswith("latent_statistics"):
+        return [*arguments, f"--size={SMALL['model.encoder_input_size']}"]
     if module == "benchmarks.quantizer_table":
         return [*arguments, "--size=56", "--steps=1", "--quantizers=none"]
     if module != "vqrae_jax.main" or "--config=configs/quickstart.py" in arguments:

@@ -199,6 +199,6 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {k: jax.make_array_from_process_local_data(over_data(mesh), v) for k, v in batch.items()}
 
 
-def place_array(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place_array(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """Places an array that every process holds; `jax.device_put` would first compare it between processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.asarray(value[index]))
