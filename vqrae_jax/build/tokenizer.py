@@ -158,7 +158,7 @@ def initial_variables(
     return {**created, "params": created["params"] | pretrained}
 
 
-def _create(module: VQRAE, names: tuple[tuple[str, str], ...], key: jax.Array, state: dict[str, Arrays]) -> Any:
+def _create(module: VQRAE, names: tuple[tuple[str, str], ...], key: jax.Array, state: dict[str, Any]) -> Any:
     """Creates the subtrees `names`, pairs of a collection and a part; `state` replaces values in batch_stats."""
     variables = {"batch_stats": {}, **_initializer(module)(key)}
     variables["batch_stats"] |= {n: variables["batch_stats"].get(n, {}) | tree for n, tree in state.items() if tree}
