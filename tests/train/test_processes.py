@@ -317,7 +317,7 @@ def wait_for_step(workdir, step, children, seconds=900):
 def test_a_preempted_process_stops_them_all(tiny, tmp_path):
     def run(steps):
         train = {"steps": steps, "log_every": 1, "evaluate_every": 10**6, "checkpoint_every": 10**6}
-        return spawn(tiny(train=train), tmp_path)
+        return spawn(tiny(train=train), tmp_path, devices=1)
 
     children = run(10**6)
     wait_for_step(tmp_path, 2, children)
