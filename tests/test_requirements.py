@@ -9,7 +9,8 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-INDIRECT = {"google", "ml_dtypes", "pydantic_core"}  # installed by tensorflow-datasets (protobuf), jax and pydantic
+# Installed by tensorflow-datasets (protobuf), jax, pydantic and gradio.
+INDIRECT = {"google", "ml_dtypes", "pydantic_core", "starlette"}
 
 
 def requirement_lines(text):

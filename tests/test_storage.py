@@ -106,16 +106,16 @@ def test_files_over_the_limit_are_not_read(tmp_path):
 
 def test_downloads_follow_changes(buckets):
     for name in ("a.npz", "b.npz"):
-        storage.write_bytes(f"gs://bucket/weights/{name}", name.encode())
-    folder = storage.download("gs://bucket/weights")
+        storage.write_bytes(f"gs://bucket/changing/{name}", name.encode())
+    folder = storage.download("gs://bucket/changing")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.npz": b"a.npz", "b.npz": b"b.npz"}
-    storage.write_bytes("gs://bucket/weights/a.npz", b"other")  # of the same size
-    storage.resolve_path("gs://bucket/weights/b.npz").unlink()
-    folder = storage.download("gs://bucket/weights")
+    storage.write_bytes("gs://bucket/changing/a.npz", b"other")  # of the same size
+    storage.resolve_path("gs://bucket/changing/b.npz").unlink()
+    folder = storage.download("gs://bucket/changing")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.npz": b"other"}
-    assert sources.fetch_file("gs://bucket/weights/a.npz", "field").read_bytes() == b"other"
+    assert sources.fetch_file("gs://bucket/changing/a.npz", "field").read_bytes() == b"other"
     with pytest.raises(sources.WeightsError):
-        sources.fetch_file("gs://bucket/weights/absent.npz", "field")
+        sources.fetch_file("gs://bucket/changing/absent.npz", "field")
 
 
 def test_a_file_replaced_during_its_download_is_downloaded_again(buckets, monkeypatch):

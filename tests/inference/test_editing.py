@@ -39,6 +39,7 @@ def test_middle_of_a_blend_is_the_code_nearest_to_the_mean(tokenizer):
     np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("weights", [[np.nan], [0.5, 1.5], [-0.1], 0.5])
 def test_weights_of_a_blend_are_shares(tokenizer, weights):
     with pytest.raises(DataError, match="weights"):

@@ -350,10 +350,10 @@ def test_long_images_take_little_memory(shape):
 def test_large_images_are_not_copied(monkeypatch):
     """The matrices take as much as the image."""
     image = np.random.default_rng(0).integers(0, 256, (300, 4000, 3), np.uint8)
-    expected = inputs.fit_image(image, 32, "stretch", (0, 0, 0))
+    expected = inputs.fit_image(image, 32, "stretch", (0.0, 0.0, 0.0))
     monkeypatch.setattr(inputs, "_STRIP", 300 * 100)
     tracemalloc.start()
-    assert np.abs(inputs.fit_image(image, 32, "stretch", (0, 0, 0)).astype(int) - expected).max() <= 1
+    assert np.abs(inputs.fit_image(image, 32, "stretch", (0.0, 0.0, 0.0)).astype(int) - expected).max() <= 1
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * image.nbytes

@@ -57,7 +57,7 @@ class Programs:
     def run(self, method: str, rows: Rows, output: Literal["numpy", "jax"]) -> Shaped[Result, "rows ..."]:
         """Runs a method on all rows, in padded batches of one size."""
         if not len(rows):
-            row = jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
+            row = jax.ShapeDtypeStruct((1, *rows.shape[1:]), np.float32 if method in ENCODERS else rows.dtype)
             result = jax.eval_shape(functools.partial(_call, self.module, method), self.variables, row)
             return np.zeros((0, *result.shape[1:]), result.dtype)
         size = self.batch_size(method, rows)
