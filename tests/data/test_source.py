@@ -139,5 +139,5 @@ def test_errors_of_buckets_name_the_field(bucket, monkeypatch):
     monkeypatch.setattr(type(bucket), "find", forbid)
     check("memory://text", DataError, "403")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)  # other tests may have used it
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)  # other tests may have used it
     check("gs://bucket/x", ConfigError, "gcsfs")
