@@ -13,10 +13,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions have no such flag
     # XLA's older emitters compile in less than half of the time (a training step in 2.4 s instead of 5.5).
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiling dominates the tests; results are within the same tolerances with XLA's optimizations (set it to 0).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Programs are compiled once per session, for all tests and processes. The process that starts the workers creates the
 # folder and deletes it; a folder that the environment names is kept.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

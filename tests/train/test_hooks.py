@@ -89,9 +89,11 @@ def test_guard_names_the_first_bad_step_and_its_terms(tmp_path):
 
 @pytest.mark.slow
 def test_a_diverging_run_stops_before_it_saves(tiny, tmp_path, one_device):
-    """The learning rate is finite for a step and far too large after it."""
-    optimizer = {"learning_rate": 1e37, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
+    """The loss is finite for a step and far too large after it; the config itself would refuse such a rate."""
+    optimizer = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
     config = tiny(optimizer=optimizer, train={"log_every": 3, "checkpoint_every": 1, "evaluate_every": 100})
+    rate = {"learning_rate": 1e37}
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=rate)})
     with pytest.raises(UserError, match=rf"step 2: .*loss/pixel.*{tmp_path}.*/1"):
         loop.train(config, tmp_path, one_device)
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [1]
