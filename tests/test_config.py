@@ -148,6 +148,13 @@ def test_fields_that_accept_large_or_negative_numbers_allocate_nothing():
     assert accepted(-1) == {*blocks, "mesh.data"}
 
 
+@pytest.mark.parametrize("value", [10**9, -(2**63), 1e308, float("nan")])
+def test_sizes_of_an_architecture_are_limited(value):
+    with pytest.raises(ConfigError, match="hidden_size") as error:
+        config.from_dict(Config, {"model": {"encoder_params": {"architecture": {"hidden_size": value}}}})
+    assert error.value.field == "model.encoder_params.architecture"
+
+
 def test_epochs_are_not_more_steps_than_the_state_counts():
     with pytest.raises(ConfigError) as error:
         config.epochs_to_steps(Config(train={"epochs": 1e6}, data={"batch_size": 1}), lambda: 10_000)

@@ -479,6 +479,7 @@ LAW: dict[str, Entry] = {
     "data.eval_split": Entry("test", run, "prepared", {"data.source": "tfds"}),
     "data.image_size": Entry(24, run, "batches validation"),
     "data.crop": Entry("center", run, "batches"),
+    "data.crop adm": Entry("adm", run, "batches", {"data.crop": "center"}),
     "data.eval_crop": Entry("adm", run, "validation"),
     "data.resize": Entry(1.5, run, "batches"),
     "data.scale": Entry((0.5, 1.0), run, "batches"),
@@ -697,7 +698,7 @@ def test_a_field_changes_what_it_should_change(path):
 def test_the_step_is_the_same_program_whatever_else_a_run_does():
     outside = {path: entry.value for path, entry in LAW.items() if entry.observe in (run, measured, evaluated, events)}
     shared = {"data.image_size", "mesh.model", "mesh.slices"}
-    other = build({path: value for path, value in outside.items() if path not in shared})
+    other = build({path: value for path, value in outside.items() if path not in shared and " " not in path})
     assert changes(step, build({}), other) == set()
 
 

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from vqrae_jax.quantizers import registry
 
+LARGEST_SIZE = 65_536  # of a network: channels, layers, pixels
 MAX_STEPS = 10**9  # below the largest int32, in which the state counts
 Positive = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Count = Annotated[int, Field(ge=0, le=MAX_STEPS)]
@@ -35,6 +36,17 @@ def invalid(field: str, value: Any, message: str) -> PydanticCustomError:
     return PydanticCustomError("field_error", "{message}", {"field": field, "value": value, "message": message})
 
 
+def _check_sizes(architecture: dict[str, Any]) -> dict[str, Any]:
+    for name, value in architecture.items():
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_SIZE:
+            raise ValueError(f"{name}={value} is not a number of at most {LARGEST_SIZE}")
+    return architecture
+
+
+# Fields of a hub config.json, for an encoder without pretrained weights.
+Architecture = Annotated[dict[str, Any], pydantic.AfterValidator(_check_sizes)]
+
+
 class Section(pydantic.BaseModel):
     """A frozen group of fields that rejects unknown names."""
 
@@ -47,7 +59,7 @@ class EncoderParams(Section):
     normalize: bool = True  # final LayerNorm without scale and bias, as in RAE
     layers: tuple[Block, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
     fusion: Literal["sum", "mean", "concat"] = "mean"  # how several layers become one latent
-    architecture: dict[str, Any] = {}  # fields of a hub config.json, for an encoder without pretrained weights
+    architecture: Architecture = {}  # of an encoder without pretrained weights
     # Hub id or folder of the weights, if it is not encoder_config_path; the names are the PyTorch VQRAE's.
     dinov2_path: str | None = None
     dinov3_path: str | None = None
@@ -178,7 +190,7 @@ class PerceptualConfig(Section):
     heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: hub id or file of version 0.1
     path: str | None = None  # encoder: hub id or folder; None: random weights of `architecture`
     encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
-    architecture: dict[str, Any] = {}  # encoder without pretrained weights, as in encoder_params
+    architecture: Architecture = {}  # encoder without pretrained weights, as in encoder_params
     layers: tuple[Block, ...] = (-1,)  # encoder: blocks that are compared
     input_size: Pixels = 224  # encoder: pixels
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
