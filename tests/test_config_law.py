@@ -9,6 +9,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import sys
 import tarfile
 import types
 from collections.abc import Callable, Mapping
@@ -384,6 +385,12 @@ def error_of(observe: Callable[[Config], dict[str, Any]]) -> Callable[[Config], 
     return error
 
 
+def without_wandb(config: Config) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)
+        return run(config)
+
+
 class Entry(NamedTuple):
     """Another value of a field, the observation, the names in it that change, and fields that it is read with.
 
@@ -586,6 +593,7 @@ LAW: dict[str, Entry] = {
     "train.hang_seconds": Entry(10.0, events, "hang"),
     "train.log_images": Entry(2, samples, "samples"),
     "train.wandb_project": Entry("a project", events, "wandb"),
+    "train.wandb_project check": Entry("a project", error_of(without_wandb), "error"),
     "mesh.data": Entry(4, error_of(run), "error"),
     "mesh.model": Entry(2, run, "mesh"),
     "mesh.slices": Entry(2, run, "mesh"),
