@@ -118,7 +118,7 @@ class Expand(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N L"]) -> Rows:
+    def __call__(self, x: Float[AnyArray, "N L"]) -> Rows:
         shape = (self.levels, FOURIER_FEATURES)
         frequencies = self.variable(
             "batch_stats", "fourier", lambda: FOURIER_SCALE * jax.random.normal(self.make_rng("params"), shape)
