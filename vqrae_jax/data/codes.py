@@ -99,7 +99,7 @@ def start_dataset(folder: str | os.PathLike, plan: Plan) -> list[int]:
     entries = _parse(Contents, manifest, folder).shards if manifest["complete"] else ()
     digests, missing = {entry.file: entry.sha256 for entry in entries}, []
     for shard, file in enumerate(folder / plan.file_name(shard) for shard in range(plan.shards)):
-        if not file.is_file() or (file.name in digests and _sha256(file) != digests[file.name]):
+        if not file.is_file() or (file.name in digests and _hash_shard(file) != digests[file.name]):
             missing.append(shard)
     return missing
 
@@ -138,7 +138,7 @@ def finish_dataset(
         _check_columns(columns, plan, shard, path)
         index = columns.index
         skipped += sorted(set(range(start, stop)) - set(index.tolist()))
-        shards.append({"file": path.name, "first": start, "count": len(index), "sha256": _sha256(path)})
+        shards.append({"file": path.name, "first": start, "count": len(index), "sha256": _hash_shard(path)})
     manifest = {
         **dataclasses.asdict(plan), "complete": True, "count": sum(s["count"] for s in shards), "skipped": skipped,
         **({"skipped_ids": [key(index) for index in skipped]} if key else {}), "shards": shards,
@@ -220,7 +220,7 @@ class Codes:
         local = storage.download(path)
         if not local.is_file():
             raise DataError("no such file; copy the shard again", field=os.fspath(path))
-        if _sha256(local) != self._entries[number].sha256:
+        if storage.hash_file(local) != self._entries[number].sha256:
             if storage.is_remote(path):
                 local.unlink()  # the copy may be damaged, not the original: another attempt downloads it again
             problem = f"damaged, or not the file that {MANIFEST} describes; copy or create it again"
@@ -334,6 +334,5 @@ def _adapter(kind: type) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(kind)
 
 
-def _sha256(path: storage.Path) -> str:
-    with open(storage.download(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_shard(path: storage.Path) -> str:
+    return storage.hash_file(storage.download(path))
