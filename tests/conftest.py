@@ -187,6 +187,17 @@ def buckets():
     store.shutdown()
 
 
+@pytest.fixture(params=["local", "bucket"])
+def workdir(request, tmp_path):
+    """An empty folder, local and in a bucket."""
+    from vqrae_jax import storage
+
+    if request.param == "local":
+        return tmp_path
+    request.getfixturevalue("buckets")
+    return storage.resolve_path(f"gs://bucket/{tmp_path.name}")
+
+
 def pytest_addoption(parser):
     parser.addoption("--network", action="store_true", help="run the tests that need the model hub")
 

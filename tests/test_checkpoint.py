@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vqrae_jax
-from vqrae_jax import checkpoint, storage
+from vqrae_jax import checkpoint
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.errors import CheckpointError, DamagedError
 
@@ -45,14 +45,6 @@ def save(folder, scores, **options):
 def shapes(tree):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-@pytest.fixture(params=["local", "bucket"])
-def workdir(request, tmp_path):
-    if request.param == "local":
-        return tmp_path
-    request.getfixturevalue("buckets")
-    return storage.resolve_path(f"gs://bucket/{tmp_path.name}")
 
 
 def test_round_trip(workdir):

@@ -26,14 +26,6 @@ def fast(monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.1)
 
 
-@pytest.fixture(params=["local", "bucket"])
-def workdir(request, tmp_path):
-    if request.param == "local":
-        return tmp_path
-    request.getfixturevalue("buckets")
-    return storage.resolve_path(f"gs://bucket/{tmp_path.name}")
-
-
 def read(workdir):
     return json.loads((workdir / lock.FILE).read_bytes())
 
