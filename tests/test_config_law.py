@@ -646,8 +646,8 @@ WRAPPED = {f"quantizer_params.{name}" for name in WRAPPERS}
 def read_by(quantizer: str) -> set[str]:
     """Returns the settings that a quantizer reads, those of its wrappers included."""
     entry = QUANTIZERS[quantizer]
-    builds = (entry.build, *(WRAPPERS[name] for name in entry.wrappers))
-    return {setting.path for build in builds for setting in settings_of(build).values()}
+    wrappers = {f"quantizer_params.{name}" for name in entry.wrappers}
+    return wrappers | {setting.path for setting in settings_of(entry.module).values()}
 
 
 def with_quantizer(quantizer: str, fields: dict[str, Any]) -> dict[str, Any]:

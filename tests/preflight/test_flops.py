@@ -99,7 +99,7 @@ def test_one_branch_of_a_platform_switch_counts(platform, products):
 
 
 def test_quantizer_step_on_a_cpu_is_one_product():
-    layer, z = EMAQuantizer(num_embeddings=2048, channels=16, start="normal"), jnp.zeros((1024, 16))
+    layer, z = EMAQuantizer(num_embeddings=2048, channels=16, codebook_init="normal"), jnp.zeros((1024, 16))
     variables = jax.eval_shape(layer.init, jax.random.key(0), z)
     train = functools.partial(layer.apply, train=True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)})
     assert total(traced(train, variables, z)) == 2 * 1024 * 2048 * 16

@@ -52,7 +52,7 @@ def test_diversity_trains_the_projection_before_an_ema_codebook():
     z = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
 
     def gradient(**settings):
-        module = Projected(EMAQuantizer(8, 3, commitment_cost=0.0, **settings), 6, 3)
+        module = Projected(EMAQuantizer(8, 3, commitment_cost=0.0, **settings), 6)
         variables = jax.jit(module.init)(jax.random.key(0), z)
         return jax.jit(jax.grad(lambda p: module.apply({**variables, "params": p}, z).loss))(variables["params"])
 

@@ -117,7 +117,7 @@ def test_kmeans_start_fits_the_batch_and_the_next_step_changes_nothing(clusters)
 @pytest.mark.parametrize("decay", [0.99, 0.6])
 def test_the_decay_warms_up_from_a_mean_of_all_batches(clusters, decay):
     """The decay of step t is t / (t + 1), up to `decay`; the initial codebook counts as the first batch."""
-    module, variables = fresh(clusters[0], start="normal", revival_threshold=0.0, decay=decay)
+    module, variables = fresh(clusters[0], codebook_init="normal", revival_threshold=0.0, vq_decay=decay)
     counts, sums = (np.asarray(variables["batch_stats"][name], np.float64) for name in ("counts", "sums"))
     for t, z in enumerate(clusters, 1):
         out, variables = train(module, variables, z)
@@ -130,7 +130,7 @@ def test_the_decay_warms_up_from_a_mean_of_all_batches(clusters, decay):
 
 
 def test_data_start_takes_latents_of_the_first_batch(clusters):
-    module, variables = fresh(clusters[0], start="data")
+    module, variables = fresh(clusters[0], codebook_init="data")
     out, after = train(module, variables, clusters[0])
     rows = {row.tobytes() for row in clusters[0]}
     assert all(row.tobytes() in rows for row in np.asarray(out.z).reshape(-1, 8))
@@ -149,7 +149,7 @@ def test_fewer_latents_than_embeddings(clusters):
 
 def test_a_random_codebook_does_not_collapse_and_revival_increases_its_use(clusters):
     def use(threshold, steps, **settings):
-        module, variables = fresh(clusters[0], start="normal", revival_threshold=threshold, **settings)
+        module, variables = fresh(clusters[0], codebook_init="normal", revival_threshold=threshold, **settings)
         revived = 0
         for step in range(steps):
             out, variables = train(module, variables, clusters[step % 4], seed=step)
@@ -157,8 +157,8 @@ def test_a_random_codebook_does_not_collapse_and_revival_increases_its_use(clust
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
         return np.count_nonzero(out.metrics["counts"]), revived
 
-    dead_use, dead_revived = use(0.0, 24, decay=0.5)
-    live_use, live_revived = use(0.2, 24, decay=0.5)
+    dead_use, dead_revived = use(0.0, 24, vq_decay=0.5)
+    live_use, live_revived = use(0.2, 24, vq_decay=0.5)
     assert dead_revived == 0 < live_revived
     assert live_use > dead_use + 8
     assert use(0.0, 8)[0] > 16  # the PyTorch VQRAE ends with two embeddings (its golden run uses 28, 2, 2, 1, 1)
@@ -166,7 +166,7 @@ def test_a_random_codebook_does_not_collapse_and_revival_increases_its_use(clust
 
 def test_revival_keeps_total_count_and_positions(clusters):
     """Embeddings in use give half of their count to a revived one and do not move."""
-    module, variables = fresh(clusters[0], start="normal", decay=0.99, decay_warmup=False)
+    module, variables = fresh(clusters[0], codebook_init="normal", vq_decay=0.99, decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.ones(64).at[:2].set(1e-6)}
     state["codebook"] = jnp.asarray(clusters[0][:64]).at[:2].set(100.0)
     state["sums"] = state["codebook"] * module._smooth(state["counts"])[:, None]
@@ -183,7 +183,7 @@ def test_revival_keeps_total_count_and_positions(clusters):
 @pytest.mark.parametrize("bad", [0, 1])
 def test_each_latent_revives_at_most_one_embedding(clusters, bad):
     """Otherwise revived embeddings would be equal."""
-    module, variables = fresh(clusters[0][:3], start="normal", decay_warmup=False)
+    module, variables = fresh(clusters[0][:3], codebook_init="normal", decay_warmup=False)
     state = variables["batch_stats"] | {"counts": jnp.full(64, 1e-6).at[0].set(1.0)}  # 63 are dead
     state["codebook"] = jnp.full((64, 8), 100.0).at[0].set(0.0)
     state["sums"] = state["codebook"] * module._smooth(state["counts"])[:, None]
@@ -240,7 +240,7 @@ def test_a_batch_without_a_finite_latent_changes_no_state(clusters, assert_same)
 
 @pytest.mark.parametrize("start", ["kmeans", "data", "normal"])
 def test_a_frozen_codebook_changes_in_the_first_batch_only(clusters, start, assert_same):
-    module, variables = fresh(clusters[0], frozen=True, start=start)
+    module, variables = fresh(clusters[0], frozen=True, codebook_init=start)
     _, skipped = train(module, variables, np.full_like(clusters[0], np.nan))
     assert_same(skipped, variables)
     first, initialized = train(module, skipped, clusters[0])

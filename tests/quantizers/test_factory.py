@@ -1,4 +1,3 @@
-import pathlib
 import typing
 
 import jax
@@ -6,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqrae_jax import quantizers as q
 from vqrae_jax.config import ModelConfig, QuantizerParams, from_dict
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.factory import create, unread
-from vqrae_jax.quantizers.registry import QUANTIZERS, all_settings
+from vqrae_jax.quantizers.registry import QUANTIZERS, all_settings, settings_of
 
 
 def build(name, num_embeddings=16, before=False, **params):
@@ -17,24 +17,34 @@ def build(name, num_embeddings=16, before=False, **params):
     return create(ModelConfig(quantizer=name, quantizer_params=QuantizerParams(**params), **fields), 12, 4)
 
 
-def test_the_config_and_the_documentation_have_every_quantizer_and_setting():
+def test_the_config_has_every_quantizer_and_setting():
     assert set(typing.get_args(ModelConfig.model_fields["quantizer"].annotation)) == set(QUANTIZERS)
     params = {f"quantizer_params.{name}" for name in QuantizerParams.model_fields}
     assert set(all_settings()) <= params | set(ModelConfig.model_fields)
-    assert all(field.description for field in QuantizerParams.model_fields.values())
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "quantizers.md").read_text(encoding="utf-8")
-    for name, entry in QUANTIZERS.items():
-        assert f"| `{name}` | " in page
-        assert entry.purpose in page
-    for path, setting in all_settings().items():
-        assert f"| `model.{path}` | " in page
-        assert setting.doc in page
+
+
+def test_the_package_exports_every_class_with_the_names_of_the_config():
+    assert {entry.module.__name__ for entry in QUANTIZERS.values()} <= vars(q).keys()
+    for entry in QUANTIZERS.values():
+        names = {name: setting.path.rpartition(".")[2] for name, setting in settings_of(entry.module).items()}
+        assert {name for name in names if name != names[name]} <= {"quantizer"}  # the config has its name as `inner`
+
+
+def test_classes_and_the_config_have_the_same_defaults():
+    ema, bits = q.EMAQuantizer(8192, 12), q.LFQ(8192)
+    modules = {
+        "ema": ema, "simvq": q.SimVQ(8192, 12), "ibq": q.IBQ(8192, 12), "gumbel": q.GumbelQuantizer(8192, 12),
+        "fsq": q.FSQ((8, 5, 5, 5), 12), "lfq": q.Projected(bits, 12), "residual": q.Residual(ema),
+        "bsq": q.Projected(bits.clone(spherical=True), 12), "product": q.Product(ema.clone(channels=6)),
+        "multiscale": q.MultiScale(ema, (1, 2, 3, 4)), "none": q.NoQuantizer(),
+    }  # fmt: skip
+    assert {name: create(ModelConfig(quantizer=name), 12, 4) for name in QUANTIZERS} == modules
 
 
 def test_defaults_and_limits_of_the_settings():
     """Flags and saved configs of earlier versions stay valid; the quantizer is that of the PyTorch VQRAE."""
     ema = create(ModelConfig(), 768, 16)
-    assert (ema.num_embeddings, ema.commitment_cost, ema.decay, ema.epsilon) == (8192, 0.25, 0.99, 1e-5)
+    assert (ema.num_embeddings, ema.commitment_cost, ema.vq_decay, ema.vq_epsilon) == (8192, 0.25, 0.99, 1e-5)
     assert QuantizerParams().model_dump() == {
         "codebook_dim": None, "whitening_dim": None, "distance": None, "estimator": "straight_through",
         "decay_warmup": True, "frozen": False, "input_projection": False, "legacy": True, "levels": (8, 5, 5, 5),
@@ -69,7 +79,7 @@ def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
         variables = {**variables, **train(variables, jax.random.key(step))}
 
     def temperature(bound):
-        return (bound.levels[0] if name == "residual" else bound.quantizer)._temperature()
+        return bound.innermost()._temperature()
 
     assert module.apply(variables, method=temperature) == pytest.approx(0.1)
 
@@ -78,7 +88,7 @@ def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
 def test_inner_bsq_has_corners_on_the_unit_sphere(name):
     module, z = build(name, inner="bsq", groups=3), jnp.ones((1, 4, 4, 12))  # four bits
     bound = module.bind(module.init(jax.random.key(0), z))
-    inner = bound.quantizer.quantizer if name != "product" else bound.quantizer
+    inner = bound.innermost()
     np.testing.assert_allclose(np.abs(inner.lookup(jnp.arange(16))), 0.5)
 
 

@@ -31,7 +31,7 @@ def clusters(seed=0):
 @pytest.mark.parametrize("name", MODULES)
 def test_kmeans_start_uses_the_codebook_and_random_start_does_not(name, train):
     for start in ("kmeans", "normal"):
-        module = MODULES[name](start=start)
+        module = MODULES[name](codebook_init=start)
         metrics = jax.jit(module.apply)(train(module, clusters())[1], clusters()).metrics
         count, error = (np.asarray(metrics["counts"]) > 0).sum(), float(metrics["quantization_error"])
         # k-means may give two clusters one embedding.
@@ -41,7 +41,7 @@ def test_kmeans_start_uses_the_codebook_and_random_start_does_not(name, train):
 @pytest.mark.parametrize("name", ["simvq", "ibq", "gumbel"])
 @pytest.mark.parametrize("start", ["kmeans", "data"])
 def test_only_the_first_finite_batch_makes_the_codebook(name, start):
-    module, rngs = MODULES[name](start=start), {"codes": jax.random.key(1)}
+    module, rngs = MODULES[name](codebook_init=start), {"codes": jax.random.key(1)}
     step = jax.jit(lambda v, z: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs)[1])
     embeddings = jax.jit(functools.partial(module.apply, method="embeddings"))
     variables = jax.jit(module.init)(jax.random.key(0), clusters()[:1])
@@ -76,7 +76,7 @@ def test_a_cosine_codebook_starts_with_unit_length(start):
 
 
 def test_ibq_with_dot_chooses_the_largest_product():
-    module = IBQ(K, C, start="normal", distance="dot")
+    module = IBQ(K, C, codebook_init="normal", distance="dot")
     z = np.random.default_rng(0).normal(size=(40, C)).astype(np.float32)
     variables = jax.jit(module.init)(jax.random.key(0), z)
     codebook = np.asarray(variables["params"]["codebook"]["offset"])

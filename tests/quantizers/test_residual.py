@@ -17,8 +17,8 @@ def z():
     return np.random.default_rng(0).normal(size=(16, 4, 4, 6)).astype(np.float32)
 
 
-LEVELS = Residual(tuple(EMAQuantizer(32, 6) for _ in range(3)), 6)
-SCALES = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 4))
+LEVELS = Residual(EMAQuantizer(32, 6), 3)
+SCALES = MultiScale(EMAQuantizer(32, 6), (1, 2, 4))
 
 
 @pytest.mark.parametrize(("module", "prefixes"), [(LEVELS, (1, 2, 3)), (SCALES, (1, 5, 21))], ids=["levels", "scales"])
@@ -41,7 +41,7 @@ def test_a_shared_codebook_starts_from_latents_and_residuals(z, inner, train):
     level = inner(64, 6, distance="l2")
 
     def first_error(depth):
-        module = Residual((level,) * depth, 6)
+        module = Residual(level, depth, shared=True)
         return jax.jit(module.apply)(train(module, z)[1], z).metrics["quantization_error"]
 
     assert first_error(3) < 0.6 * first_error(1)
@@ -59,17 +59,17 @@ def test_dropout_keeps_one_prefix_per_image(z, train):
 @pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ, GumbelQuantizer])
 def test_initial_embeddings_of_scales_differ(z, inner, train):
     """The coarsest scale alone has fewer cells than embeddings."""
-    module = MultiScale(inner(16, 6), 6, (1, 2, 4))
+    module = MultiScale(inner(16, 6), (1, 2, 4))
     _, variables = train(module, z[:4])
     embeddings = np.asarray(jax.jit(lambda v: module.apply(v, method="embeddings"))(variables))
     assert len(np.unique(embeddings.round(4), axis=0)) == 16
 
 
 def test_the_gradient_of_levels_and_scales_is_one_straight_through(z):
-    module = Residual(tuple(FSQ((5,) * 6, 6, adapter="none") for _ in range(3)), 6)
+    module = Residual(FSQ((5,) * 6, 6, adapter="none"), 3)
     gradient = jax.jit(jax.grad(lambda z: module.apply({}, z).z.sum()))(z)
     np.testing.assert_allclose(gradient, 2 * np.ones_like(z), rtol=1e-6)  # each level scales by (5 - 1) / 2
-    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 2, 3, 4))
+    module = MultiScale(EMAQuantizer(32, 6), (1, 2, 3, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)
     cotangent = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda z: (cotangent * module.apply(variables, z).z).sum()))(z)
@@ -77,7 +77,7 @@ def test_the_gradient_of_levels_and_scales_is_one_straight_through(z):
 
 
 def test_projections_of_scales_receive_the_mean_of_their_gradients(z):
-    module = MultiScale(Projected(EMAQuantizer(32, 3), 6, 3), 6, (1, 2, 4))
+    module = MultiScale(Projected(EMAQuantizer(32, 3), 6), (1, 2, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)
     gradient = jax.jit(jax.grad(lambda p: module.apply({**variables, "params": p}, z).z.sum()))(variables["params"])
     np.testing.assert_allclose(gradient["quantizer"]["project_out"]["bias"], np.full(6, 16 * 4 * 4), rtol=1e-5)
@@ -96,7 +96,7 @@ def test_nonfinite_latents_are_ignored_by_their_cells_only(z, train):
 
 def test_a_cell_is_the_mean_of_its_finite_latents(z, train):
     """Cells of equal latents do not change if some of these are not finite."""
-    module = MultiScale(EMAQuantizer(32, 6), 6, (1, 3, 4))
+    module = MultiScale(EMAQuantizer(32, 6), (1, 3, 4))
     _, variables = train(module, z)
     same = np.broadcast_to(z[:, :1, :1], z.shape).copy()
     bad = same.copy()

@@ -24,7 +24,7 @@ def load(golden, case):
         for theirs, ours in NAMES.items()
         if f"weight__{theirs}.weight" in arrays
     }
-    module = SimVQ(K, C, commitment_cost=0.3, start="normal", **CASES[case])
+    module = SimVQ(K, C, commitment_cost=0.3, codebook_init="normal", **CASES[case])
     state = {"codebook": arrays["weight__embedding.weight"], "begun": 1}
     return arrays, module, jax.tree.map(jnp.asarray, {"params": params, "batch_stats": state})
 

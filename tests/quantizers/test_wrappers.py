@@ -10,7 +10,7 @@ def test_latents_are_quantized_in_their_leading_axes_at_variance_one(train):
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(5, 5)))[0][:, :2]
     z = (7 + rng.normal(size=(1024, 2)) * [10, 0.1] @ axes.T).astype(np.float32)
-    module = Whitened(EMAQuantizer(64, 2), 5, 2)
+    module = Whitened(EMAQuantizer(64, 2), 5)
     out, variables = train(module, z, 10)
     state = variables["batch_stats"]
     np.testing.assert_allclose(state["mean"], z.mean(0), rtol=1e-4)
@@ -26,7 +26,7 @@ def test_training_does_not_change_two_of_four_axes_that_were_set():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(5, 4)))[0].astype(np.float32)
     state = fitted_state(np.full(5, 3.0, np.float32), basis, np.float32([16, 4, 1, 0.25]), 2)
-    module = Whitened(EMAQuantizer(8, 2), 5, 2)
+    module = Whitened(EMAQuantizer(8, 2), 5)
     z = rng.normal(size=(64, 5)).astype(np.float32)
     variables = jax.jit(module.init)(jax.random.key(0), z)
     variables["batch_stats"] |= state

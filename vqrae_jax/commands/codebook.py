@@ -24,7 +24,6 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.quantizers.base import Wrapper
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -165,10 +164,7 @@ def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:
     """Returns the vectors that the quantizer inside all wrappers compares latents with."""
 
     def lookup(model: Any, indices: Int[np.ndarray, " K"]) -> Float[jax.Array, "K C"]:
-        quantizer = model.quantizer
-        while isinstance(quantizer, Wrapper):
-            quantizer = quantizer.quantizer
-        return quantizer.lookup(indices)
+        return model.quantizer.innermost().lookup(indices)
 
     return np.asarray(tokenizer.module.apply(tokenizer.variables, np.arange(tokenizer.codebook_size), method=lookup))
 

@@ -36,7 +36,8 @@ class Quantized:
 class Quantizer(nn.Module):
     """Base class of all quantizers: a discrete bottleneck for vectors, independent of images.
 
-    Every quantizer has the attribute or property `num_embeddings`: the codebook size K, None if it has no indices.
+    Every quantizer has a field or property `num_embeddings`, the codebook size K, None if it has no indices; and
+    `channels` of its latents, except for `NoQuantizer`.
 
     Laws: `lookup(q(z, train=False).indices) == q(z, train=False).z`, projections included; train=False changes no
     state; NaN and Inf in z (and values beyond LARGEST) are counted in the metrics and change neither state nor loss.
@@ -59,19 +60,34 @@ class Quantizer(nn.Module):
         """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""
         return None
 
+    def innermost(self) -> "Quantizer":
+        """Returns the (first) quantizer that maps single vectors to single indices, inside of all others."""
+        return self
+
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
         """Makes the codebook from `sample`, which has `count` finite latents, unless it is already initialized."""
 
 
 class Wrapper(Quantizer):
-    """Base class of quantizers around another one, their attribute `quantizer`, or around several like it."""
+    """Base class of quantizers around another one, their field `quantizer`, or around copies of it."""
 
-    num_embeddings = property(lambda self: self.quantizer.num_embeddings)
-    has_indices = property(lambda self: self.quantizer.has_indices)
-    decodes_prefixes = property(lambda self: self.quantizer.decodes_prefixes)
+    @property
+    def num_embeddings(self) -> int | None:
+        return self.quantizer.num_embeddings
+
+    @property
+    def has_indices(self) -> bool:
+        return self.quantizer.has_indices
+
+    @property
+    def decodes_prefixes(self) -> bool:
+        return self.quantizer.decodes_prefixes
 
     def embeddings(self) -> Float[Array, "K c"] | None:
-        return self.quantizer.embeddings()
+        return self.innermost().embeddings()
+
+    def innermost(self) -> Quantizer:
+        return self.quantizer.innermost()
 
 
 def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Rows, Mask]:

@@ -38,20 +38,26 @@ class EMAQuantizer(Quantizer):
     """
 
     num_embeddings: registry.NumEmbeddings
-    channels: int
+    channels: registry.Channels
     commitment_cost: registry.CommitmentCost = 0.25
-    decay: Annotated[float, registry.Setting("decay of the running means", "vq_decay")] = 0.99
-    epsilon: Annotated[float, registry.Setting("pseudo-count of Laplace smoothing", "vq_epsilon")] = 1e-5
-    start: registry.StartSetting = "kmeans"
+    vq_decay: Annotated[
+        float, registry.Setting("decay of the running means per step, usually 0.99 to 0.999", "NAME")
+    ] = 0.99
+    vq_epsilon: Annotated[
+        float, registry.Setting("pseudo-count of every embedding, so that no mean is divided by zero", "NAME")
+    ] = 1e-5
+    codebook_init: registry.InitSetting = "kmeans"
     revival_threshold: Annotated[
         float,
-        registry.Setting("share of the mean count below which an embedding is dead; 0: none", "revival_threshold"),
+        registry.Setting(
+            "share of the mean count below which an embedding is dead and moves, usually 0.1 to 0.5", "NAME"
+        ),
     ] = 0.2
-    # A constant decay keeps the initial codebook, fitted to one batch, for 1 / (1 - decay) steps.
-    decay_warmup: Annotated[bool, registry.Setting("the decay of step t is t / (t + 1) up to vq_decay")] = True
+    # A constant decay keeps the initial codebook, fitted to one batch, for 1 / (1 - vq_decay) steps.
+    decay_warmup: Annotated[bool, registry.Setting("limit the decay of step t to t / (t + 1), for short runs")] = True
     distance: registry.DistanceSetting = "l2"  # cosine: unit length (Yu et al. 2021, arXiv:2110.04627)
     estimator: registry.EstimatorSetting = "straight_through"
-    frozen: Annotated[bool, registry.Setting("the codebook does not change after its initialization")] = False
+    frozen: Annotated[bool, registry.Setting("keep the codebook as it is after its initialization")] = False
     # Running means receive no gradient: it spreads the latents, through the layers before the quantizer.
     diversity_cost: registry.DiversityCost = 0.0
     temperature: registry.Temperature = 1.0
@@ -65,7 +71,9 @@ class EMAQuantizer(Quantizer):
         self.codebook = self.variable("batch_stats", "codebook", self._draw_codebook)
         self.counts = self.variable("batch_stats", "counts", jnp.ones, shape[:1])
         self.sums = self.variable("batch_stats", "sums", lambda: jnp.copy(self.codebook.value))
-        self.step = self.variable("batch_stats", "step", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
+        self.step = self.variable(
+            "batch_stats", "step", lambda: jnp.asarray(int(self.codebook_init == "normal"), jnp.int32)
+        )
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
@@ -95,7 +103,7 @@ class EMAQuantizer(Quantizer):
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
         """Makes the codebook, with counts and sums that the next update leaves in place."""
-        if self.start == "normal" or self.is_initializing():
+        if self.codebook_init == "normal" or self.is_initializing():
             return
         starts = (self.step.value == 0) & (count > 0)
         codebook, counts = start_codebook(self, starts, sample, self.codebook.value, self.counts.value)
@@ -115,7 +123,7 @@ class EMAQuantizer(Quantizer):
         self, updates: Bool[Array, ""], flat: Rows, finite: Mask, indices: Indices, batch_counts: Int[Array, " K"]
     ) -> Int[Array, ""]:
         """Updates the running means from finite rows, if `updates`; returns how many embeddings were revived."""
-        decay = jnp.asarray(self.decay)
+        decay = jnp.asarray(self.vq_decay)
         if self.decay_warmup:
             decay = jnp.minimum(decay, self.step.value / (self.step.value + 1))
         decay = jnp.where(updates, decay, 1.0)
@@ -158,7 +166,7 @@ class EMAQuantizer(Quantizer):
     def _smooth(self, counts: PerEmbedding) -> PerEmbedding:
         """Applies Laplace smoothing: no count is zero, and the total stays the same."""
         total = jnp.sum(counts)
-        return (counts + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
+        return (counts + self.vq_epsilon) / (total + self.num_embeddings * self.vq_epsilon) * total
 
 
 registry.register(

@@ -20,28 +20,19 @@ def create(model: Model, channels: int, grid: int) -> Quantizer:
 
     def build(name: str, channels: int, calls: int) -> Quantizer:
         entry = QUANTIZERS[name]
-        paths = {name: setting.path for name, setting in settings_of(entry.build).items()}
-        # None leaves the choice to the quantizer.
-        values = {name: value for name, path in paths.items() if (value := _value(model, path)) is not None}
-        try:
-            if isinstance(entry.build, type):
-                return entry.build(channels=channels, **values)
-            return entry.build(Context(channels, grid, model.quantize_before_reshape, build_inner, calls), **values)
-        except ConfigError as error:
-            raise error.renamed({name: f"model.{path}" for name, path in paths.items()}) from None
+        values = {name: _value(model, setting.path) for name, setting in settings_of(entry.module).items()}
+        values = {name: value for name, value in values.items() if value is not None}  # None: the quantizer's default
+        context = Context(channels, grid, model.quantize_before_reshape, params["codebook_dim"], calls, build)
+        return entry.build(context, **values)
 
-    def build_inner(channels: int, calls: int) -> Quantizer:
-        return build(params["inner"], channels, calls)
-
-    widths, names = [channels], [name for name in QUANTIZERS[model.quantizer].wrappers if params[name] is not None]
-    for name in names:
-        if name == "whitening_dim" and params[name] > channels:
-            message = f"must not exceed the {channels} channels of the latents"
-            raise ConfigError(message, field=f"model.quantizer_params.{name}", value=params[name])
-        widths.append(params[name])
-    quantizer = build(model.quantizer, widths[-1], 1)
-    for name, outside, inside in reversed(list(zip(names, widths[:-1], widths[1:], strict=True))):
-        quantizer = WRAPPERS[name](quantizer, outside, inside)
+    names = [name for name in QUANTIZERS[model.quantizer].wrappers if params[name] is not None]
+    widths = [channels, *(params[name] for name in names)]
+    try:
+        quantizer = build(model.quantizer, widths[-1], 1)
+        for name, outside in reversed(list(zip(names, widths[:-1], strict=True))):
+            quantizer = WRAPPERS[name][0](quantizer, outside)
+    except ConfigError as error:
+        raise error.renamed({path.rpartition(".")[2]: f"model.{path}" for path in all_settings()}) from None
     return quantizer
 
 

@@ -35,13 +35,22 @@ class FSQ(Quantizer):
 
     levels: Annotated[
         tuple[Annotated[int, registry.Setting(ge=2, le=65_536)], ...],
-        registry.Setting("values of each quantized channel; their product is K", default=(8, 5, 5, 5), hashed=True),
+        registry.Setting(
+            "number of values of each quantized channel, usually 5 to 8 for 4 to 6 channels; their product is K",
+            default=(8, 5, 5, 5),
+            hashed=True,
+        ),
     ]
-    channels: int
+    channels: registry.Channels
     adapter: Annotated[
-        Literal["mlp", "linear", "none"], registry.Setting("layers from the latents to the levels and back")
+        Literal["mlp", "linear", "none"],
+        registry.Setting(
+            "layers from the latents to the levels and back; linear for frozen features, with whitening_dim"
+        ),
     ] = "mlp"
-    commitment_cost: float = 1.0  # of the squared distance to the level; 0 in the paper, 1 in the PyTorch VQRAE
+    commitment_cost: Annotated[
+        float, registry.Setting("weight of the squared distance to the level; 0 in the paper, 1 in the PyTorch one", "")
+    ] = 1.0
 
     def __post_init__(self):
         if not self.levels or min(self.levels) < 2:
@@ -54,7 +63,9 @@ class FSQ(Quantizer):
             raise ConfigError(message, field="adapter", value=self.adapter)
         super().__post_init__()
 
-    num_embeddings = property(lambda self: math.prod(self.levels))
+    @property
+    def num_embeddings(self) -> int:
+        return math.prod(self.levels)
 
     def setup(self):
         if self.adapter == "mlp":

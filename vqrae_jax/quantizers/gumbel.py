@@ -1,6 +1,6 @@
 """Gumbel-softmax quantization (Jang et al. 2016, arXiv:1611.01144; DALL-E: Ramesh et al. 2021, arXiv:2102.12092)."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Rows, Scalar
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
 from vqrae_jax.quantizers.codebook_losses import orthogonality
 from vqrae_jax.quantizers.estimators import value_of
-from vqrae_jax.quantizers.kmeans import LearnedCodebook, Start
+from vqrae_jax.quantizers.kmeans import LearnedCodebook
 
 
 class GumbelQuantizer(Quantizer):
@@ -25,18 +25,28 @@ class GumbelQuantizer(Quantizer):
     draws from the rng stream "codes"; evaluation takes the likeliest index.
     """
 
-    num_embeddings: int
-    channels: int
-    temperature: float = 1.0
-    final_temperature: float = 0.1
-    anneal_steps: int = 10_000  # calls with train=True from the first to the last temperature
-    kl_cost: float = 5e-4  # weight of KL(softmax(logits) || uniform), which keeps the codebook in use
-    orthogonality_cost: float = 0.0
-    start: Start = "kmeans"  # the papers use "normal"
+    num_embeddings: registry.NumEmbeddings
+    channels: registry.Channels
+    temperature: registry.Temperature = 1.0
+    final_temperature: Annotated[
+        float, registry.Setting("temperature after anneal_steps, usually 0.1 to 0.5", gt=0)
+    ] = 0.1
+    # Of the module: calls with train=True. A level or scale that shares it calls it several times in a step.
+    anneal_steps: Annotated[
+        int,
+        registry.Setting(
+            "training steps from the first to the last temperature, usually the first fifth of a run", ge=1, le=10**9
+        ),
+    ] = 10_000
+    kl_cost: Annotated[
+        float, registry.Setting("weight of the divergence of the logits from uniform ones, usually 5e-4", "")
+    ] = 5e-4
+    orthogonality_cost: registry.OrthogonalityCost = 0.0
+    codebook_init: registry.InitSetting = "kmeans"  # the papers use "normal"
 
     def setup(self):
-        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, "l2")
-        initial = nn.initializers.lecun_normal() if self.start == "normal" else nn.initializers.zeros
+        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.codebook_init, "l2")
+        initial = nn.initializers.lecun_normal() if self.codebook_init == "normal" else nn.initializers.zeros
         self.classifier = nn.Dense(
             self.num_embeddings, precision=jax.lax.Precision.HIGHEST, kernel_init=initial, name="logits"
         )
@@ -73,7 +83,7 @@ class GumbelQuantizer(Quantizer):
 
     def _logits(self, flat: Rows) -> Float[Array, "N K"]:
         logits, first = self.classifier(flat), self.codebook.fixed()
-        if self.start == "normal":
+        if self.codebook_init == "normal":
             return logits
         return logits + jnp.dot(flat, first.T, precision=jax.lax.Precision.HIGHEST) - 0.5 * jnp.sum(first**2, axis=1)
 
@@ -82,26 +92,13 @@ class GumbelQuantizer(Quantizer):
         return self.temperature * (self.final_temperature / self.temperature) ** progress
 
 
-def _build(
-    context: registry.Context,
-    num_embeddings: registry.NumEmbeddings,
-    start: registry.StartSetting,
-    temperature: registry.Temperature = 1.0,
-    final_temperature: Annotated[float, registry.Setting("temperature after anneal_steps", gt=0)] = 0.1,
-    anneal_steps: Annotated[
-        int, registry.Setting("optimizer steps from the first to the last temperature", ge=1, le=10**9)
-    ] = 10_000,
-    orthogonality_cost: registry.OrthogonalityCost = 0.0,
-) -> GumbelQuantizer:
+def _build(context: registry.Context, anneal_steps: int, **settings: Any) -> GumbelQuantizer:
     calls = anneal_steps * context.calls
-    return GumbelQuantizer(
-        num_embeddings, context.channels, temperature, final_temperature, calls,
-        orthogonality_cost=orthogonality_cost, start=start,
-    )  # fmt: skip
+    return GumbelQuantizer(channels=context.channels, anneal_steps=calls, **settings)
 
 
 registry.register(
-    "gumbel", _build, "Jang et al. 2016, arXiv:1611.01144; Ramesh et al. 2021, arXiv:2102.12092",
+    "gumbel", GumbelQuantizer, "Jang et al. 2016, arXiv:1611.01144; Ramesh et al. 2021, arXiv:2102.12092",
     "sampled indices with an annealed temperature, as in DALL-E; N x K probabilities in training",
-    codebook={"first": "K C", "offset": "K C"}, inner=True,
+    build=_build, codebook={"first": "K C", "offset": "K C"}, inner=True,
 )  # fmt: skip

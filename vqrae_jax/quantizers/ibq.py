@@ -25,18 +25,18 @@ class IBQ(Quantizer):
     """
 
     num_embeddings: registry.NumEmbeddings
-    channels: int
+    channels: registry.Channels
     commitment_cost: registry.CommitmentCost = 0.25
-    entropy_cost: registry.EntropyCost = 0.05
+    entropy_cost: registry.EntropyCost = 0.1
     temperature: registry.Temperature = 1.0
     orthogonality_cost: registry.OrthogonalityCost = 0.0
-    start: registry.StartSetting = "kmeans"
+    codebook_init: registry.InitSetting = "kmeans"
     distance: registry.DistanceSetting = "l2"
 
     def setup(self):
         # The nearest mean need not have the largest product, so the codebook starts as means by distance.
         distance = "l2" if self.distance == "dot" else self.distance
-        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.start, distance)
+        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.codebook_init, distance)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)

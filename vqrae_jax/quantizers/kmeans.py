@@ -17,7 +17,7 @@ from vqrae_jax.quantizers.base import Sample
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
 from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
-Start = Literal["kmeans", "data", "normal"]
+CodebookInit = Literal["kmeans", "data", "normal"]
 
 ROUNDS = 8  # of seeding
 ITERATIONS = 5  # of Lloyd; on image features further iterations hardly change the error on unseen images
@@ -55,8 +55,8 @@ def start_codebook(
     """Returns embeddings made from latents and the number of latents of each if `starts`, otherwise the arguments.
 
     Args:
-      module: has the attributes `distance`, and `start`: "kmeans" clusters latents; "data" takes random ones, with
-        counts of zero.
+      module: has the attributes `distance`, and `codebook_init`: "kmeans" clusters latents; "data" takes random ones,
+        with counts of zero.
       sample: is computed only if `starts`. For "cosine" its latents are scaled to unit length.
     """
     key = module.make_rng("codes")
@@ -64,7 +64,7 @@ def start_codebook(
     def make(_, state):
         z, mask = sample()
         z = unit(z) if module.distance == "cosine" else z
-        if module.start == "kmeans":
+        if module.codebook_init == "kmeans":
             return kmeans(key, z, state[0], mask, module.distance)
         rows = draw(key, mask.astype(jnp.float32), len(codebook))
         return jnp.where(mask[rows][:, None], z[rows], 0.0), jnp.zeros_like(counts)
@@ -76,8 +76,8 @@ def start_codebook(
 def start_variable(
     module: nn.Module, codebook: nn.Variable, begun: nn.Variable, sample: Sample, count: Int[AnyArray, ""]
 ) -> None:
-    """Makes the codebook of a module with attributes `start` and `distance`, unless it has begun or `count` is zero."""
-    if module.start == "normal" or module.is_initializing():
+    """Makes the codebook of a module, see `start_codebook`, unless it has begun or `count` is zero."""
+    if module.codebook_init == "normal" or module.is_initializing():
         return
     starts, counts = (begun.value == 0) & (count > 0), jnp.zeros(len(codebook.value))
     codebook.value, _ = start_codebook(module, starts, sample, codebook.value, counts)
@@ -116,28 +116,29 @@ class LearnedCodebook(nn.Module):
 
     Random embeddings lie far from all latents: a few of them win every latent and the others never learn.
 
-    `params`: offset [K, C]. `batch_stats`, unless start is "normal": first [K, C]; begun [], 1 after the first batch.
+    `params`: offset [K, C]. `batch_stats`, unless codebook_init is "normal": first [K, C]; begun [], 1 after the first
+    batch.
     """
 
     num_embeddings: int
     channels: int
-    start: Start  # "normal": random embeddings of about unit length, before training
+    codebook_init: CodebookInit  # "normal": random embeddings of about unit length, before training
     distance: Distance
 
     def setup(self):
         shape, normal = (self.num_embeddings, self.channels), nn.initializers.normal(self.channels**-0.5)
-        self.offset = self.param("offset", normal if self.start == "normal" else nn.initializers.zeros, shape)
-        if self.start != "normal":
+        self.offset = self.param("offset", normal if self.codebook_init == "normal" else nn.initializers.zeros, shape)
+        if self.codebook_init != "normal":
             self.first = self.variable("batch_stats", "first", lambda: normal(self.make_rng("params"), shape))
             self.begun = self.variable("batch_stats", "begun", lambda: jnp.zeros((), jnp.int32))
 
     def __call__(self) -> Codebook:
-        return self.offset if self.start == "normal" else self.offset + self.fixed()
+        return self.offset if self.codebook_init == "normal" else self.offset + self.fixed()
 
     def fixed(self) -> Codebook | float:
         """Returns the part of the embeddings that gradients do not change."""
-        return 0.0 if self.start == "normal" else jax.lax.stop_gradient(self.first.value)
+        return 0.0 if self.codebook_init == "normal" else jax.lax.stop_gradient(self.first.value)
 
     def initialize(self, sample: Sample, count: Int[AnyArray, ""]) -> None:
-        if self.start != "normal":
+        if self.codebook_init != "normal":
             start_variable(self, self.first, self.begun, sample, count)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ MAX_BITS = MAX_EMBEDDINGS.bit_length() - 1
 
 
 class LFQ(Quantizer):
-    """One bit per channel, its sign: 2^C corners of a cube without a codebook. Zero counts as negative.
+    """One bit per channel, its sign: K = 2^C corners of a cube without a codebook. Zero counts as negative.
 
     The first channel is the most significant bit of the index. The gradient is straight-through.
 
@@ -31,20 +31,27 @@ class LFQ(Quantizer):
     so the first entropy is exact as a sum over bits. The second adds the entropies of groups of bits.
     """
 
-    channels: int  # number of bits, at most 24
-    commitment_cost: float = 0.25
-    entropy_cost: float = 0.1
-    diversity: float = 1.0
-    temperature: float = 1.0
-    group: int = 8  # bits whose joint distribution is exact, by 2^group probabilities per latent; BSQ has 1
-    spherical: bool = False  # BSQ: unit length, corners of the cube inside the unit sphere
+    num_embeddings: registry.NumEmbeddings
+    commitment_cost: registry.CommitmentCost = 0.25
+    entropy_cost: registry.EntropyCost = 0.1
+    diversity: Annotated[float, registry.Setting("weight of even use within entropy_cost, usually 1", ge=0)] = 1.0
+    temperature: registry.Temperature = 1.0
+    group: Annotated[
+        int,
+        registry.Setting("bits whose joint distribution is exact, by 2^group probabilities; 1 in the BSQ paper", ""),
+    ] = 8
+    spherical: Annotated[bool, registry.Setting("BSQ: unit length, corners inside the unit sphere", "")] = False
 
     def __post_init__(self):
-        if not 1 <= self.channels <= MAX_BITS:
-            raise ConfigError(f"must be 1 to {MAX_BITS} bits", field="channels", value=self.channels)
+        if self.num_embeddings not in (2**bits for bits in range(1, MAX_BITS + 1)):
+            message = f"must be a power of two from 2 to {MAX_EMBEDDINGS} for lfq and bsq"
+            raise ConfigError(message, field="num_embeddings", value=self.num_embeddings)
         super().__post_init__()
 
-    num_embeddings = property(lambda self: 2**self.channels)
+    @property
+    def channels(self) -> int:
+        """Number of bits."""
+        return self.num_embeddings.bit_length() - 1
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
@@ -86,32 +93,19 @@ class LFQ(Quantizer):
         return 2 ** np.arange(self.channels - 1, -1, -1, dtype=np.int32)
 
 
-def _build(
-    context: registry.Context,
-    spherical: bool,
-    num_embeddings: registry.NumEmbeddings,
-    commitment_cost: registry.CommitmentCost,
-    codebook_dim: registry.CodebookDim = 0,
-    entropy_cost: registry.EntropyCost = 0.1,
-    diversity: Annotated[float, registry.Setting("weight of even use within entropy_cost", ge=0)] = 1.0,
-    temperature: registry.Temperature = 1.0,
-) -> Quantizer:
-    bits = num_embeddings.bit_length() - 1
-    if 2**bits != num_embeddings or not 1 <= bits <= MAX_BITS:
-        message = f"must be a power of two from 2 to {MAX_EMBEDDINGS} for lfq and bsq"
-        raise ConfigError(message, field="num_embeddings", value=num_embeddings)
-    if codebook_dim not in (0, bits):
-        message = f"must be None or {bits}, the bits of num_embeddings={num_embeddings}"
-        raise ConfigError(message, field="codebook_dim", value=codebook_dim)
-    inner = LFQ(bits, commitment_cost, entropy_cost, diversity, temperature, spherical=spherical)
-    return inner if context.channels == bits else Projected(inner, context.channels, bits)
+def _build(context: registry.Context, spherical: bool, **settings: Any) -> Quantizer:
+    inner = LFQ(spherical=spherical, **settings)
+    if context.codebook_dim not in (None, inner.channels):
+        message = f"must be None or {inner.channels}, the bits of num_embeddings={inner.num_embeddings}"
+        raise ConfigError(message, field="codebook_dim", value=context.codebook_dim)
+    return inner if context.channels == inner.channels else Projected(inner, context.channels)
 
 
 registry.register(
-    "lfq", functools.partial(_build, spherical=False), "Yu et al. 2023, arXiv:2310.05737",
-    "signs of learned channels; no codebook, no search", inner=True,
+    "lfq", LFQ, "Yu et al. 2023, arXiv:2310.05737", "signs of learned channels; no codebook, no search",
+    build=functools.partial(_build, spherical=False), inner=True,
 )  # fmt: skip
 registry.register(
-    "bsq", functools.partial(_build, spherical=True), "Zhao et al. 2024, arXiv:2406.07548",
-    "lfq on the unit sphere, with a bounded error", inner=True,
+    "bsq", LFQ, "Zhao et al. 2024, arXiv:2406.07548", "lfq on the unit sphere, with a bounded error",
+    build=functools.partial(_build, spherical=True), inner=True,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
-from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
+from vqrae_jax.quantizers.base import Quantized, Wrapper, flatten, relative_error, sum_metrics
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.resize import resize
 
@@ -30,9 +30,17 @@ class MultiScale(Wrapper):
 
     decodes_prefixes = True
 
-    quantizer: Quantizer
-    channels: int
-    grids: tuple[int, ...]  # side of every grid, increasing; the last is that of the latents
+    quantizer: registry.Inner
+    grids: Annotated[
+        tuple[Annotated[int, registry.Setting(ge=1, le=1024)], ...],
+        registry.Setting(
+            "increasing sides, the last that of the latent grid; (): 1, 2, 3, ... as in VAR", default=(), hashed=True
+        ),
+    ]
+
+    @property
+    def channels(self) -> int:
+        return self.quantizer.channels
 
     def __post_init__(self):
         if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
@@ -119,24 +127,17 @@ def _resample(matrix: Float[np.ndarray, "t s"], z: Float[Array, "B s s C"]) -> F
     return jnp.einsum("is,jt,bstc->bijc", matrix, matrix, z, precision=jax.lax.Precision.HIGHEST)
 
 
-def _build(
-    context: registry.Context,
-    inner: registry.Inner = "ema",
-    grids: Annotated[
-        tuple[Annotated[int, registry.Setting(ge=1, le=1024)], ...],
-        registry.Setting("increasing sides, the last that of the latent grid; (): 1, 2, 3, ... as in VAR", hashed=True),
-    ] = (),
-) -> MultiScale:
+def _build(context: registry.Context, quantizer: str, grids: tuple[int, ...]) -> MultiScale:
     if context.flat:
         message = "must be False for multiscale, which resizes the latent grid"
         raise ConfigError(message, field="model.quantize_before_reshape", value=True)
     grids = grids or (*(side for side in VAR_GRIDS if side < context.grid), context.grid)
     if grids[-1] != context.grid:
         raise ConfigError(f"must end with {context.grid}, the side of the latent grid", field="grids", value=grids)
-    return MultiScale(context.build_inner(context.channels, len(grids)), context.channels, grids)
+    return MultiScale(context.build(quantizer, context.channels, len(grids)), grids)
 
 
 registry.register(
-    "multiscale", _build, "Tian et al. 2024, arXiv:2404.02905; Razavi et al. 2019, arXiv:1906.00446",
-    "grids from coarse to fine for next-scale generators; prefixes of scales decode",
+    "multiscale", MultiScale, "Tian et al. 2024, arXiv:2404.02905; Razavi et al. 2019, arXiv:1906.00446",
+    "grids from coarse to fine for next-scale generators; prefixes of scales decode", build=_build,
 )  # fmt: skip

@@ -24,6 +24,6 @@ class NoQuantizer(Quantizer):
 
 
 registry.register(
-    "none", lambda context: NoQuantizer(), "Zheng et al. 2025, arXiv:2510.11690",
-    "the continuous autoencoder RAE, without indices", wrappers=(),
+    "none", NoQuantizer, "Zheng et al. 2025, arXiv:2510.11690", "the continuous autoencoder RAE, without indices",
+    build=lambda context: NoQuantizer(), wrappers=(),
 )  # fmt: skip

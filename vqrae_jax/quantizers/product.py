@@ -18,18 +18,20 @@ class Product(Wrapper):
     ignored by that group only.
     """
 
-    groups: tuple[Quantizer, ...]  # each for C / G channels; the same object in several places shares its codebook
-    channels: int
+    quantizer: registry.Inner  # for C / G channels; each group has a copy
+    groups: Annotated[
+        int, registry.Setting("groups of channels, each with a codebook; usually 2 to 8", ge=1, le=1024, hashed=True)
+    ] = 2
 
-    def __post_init__(self):
-        if not self.groups or self.channels % len(self.groups):
-            raise ValueError(f"{len(self.groups)} groups do not divide {self.channels} channels")
-        super().__post_init__()
+    @property
+    def channels(self) -> int:
+        return self.groups * self.quantizer.channels
 
-    quantizer = property(lambda self: self.groups[0])
+    def setup(self):
+        self.parts = tuple(self.quantizer.copy(name=f"groups_{i}") for i in range(self.groups))
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
-        outs = [group(part, train) for group, part in zip(self.groups, self._split(z), strict=True)]
+        outs = [part(latents, train) for part, latents in zip(self.parts, self._split(z), strict=True)]
         metrics = [out.metrics for out in outs]
         return Quantized(
             z=jnp.concatenate([out.z for out in outs], axis=-1),
@@ -44,28 +46,27 @@ class Product(Wrapper):
         )
 
     def lookup(self, indices: Int[AnyArray, "*b G"]) -> Float[Array, "*b C"]:
-        if indices.shape[-1:] != (len(self.groups),):
-            raise ValueError(f"indices need a last axis of {len(self.groups)} groups, got shape {indices.shape}")
-        return jnp.concatenate([group.lookup(indices[..., i]) for i, group in enumerate(self.groups)], axis=-1)
+        if indices.shape[-1:] != (self.groups,):
+            raise ValueError(f"indices need a last axis of {self.groups} groups, got shape {indices.shape}")
+        return jnp.concatenate([part.lookup(indices[..., i]) for i, part in enumerate(self.parts)], axis=-1)
+
+    def innermost(self) -> Quantizer:
+        return self.parts[0].innermost()
 
     def _split(self, z: Float[AnyArray, "*b C"]) -> list[Float[Array, "*b c"]]:
         if z.shape[-1] != self.channels:
             raise ValueError(f"the quantizer expects latents of {self.channels} channels, got shape {z.shape}")
-        return jnp.split(z, len(self.groups), axis=-1)
+        return jnp.split(z, self.groups, axis=-1)
 
 
-def _build(
-    context: registry.Context,
-    inner: registry.Inner = "ema",
-    groups: Annotated[int, registry.Setting("groups of channels", ge=1, le=1024, hashed=True)] = 2,
-) -> Product:
+def _build(context: registry.Context, quantizer: str, groups: int) -> Product:
     channels = context.channels
     if channels % groups:
         raise ConfigError(f"must divide the {channels} channels of the latents", field="groups", value=groups)
-    return Product(tuple(context.build_inner(channels // groups, 1) for _ in range(groups)), channels)
+    return Product(context.build(quantizer, channels // groups, 1), groups)
 
 
 registry.register(
-    "product", _build, "Jegou et al. 2011, doi:10.1109/TPAMI.2010.57",
-    "many combinations from small codebooks; several indices per token",
+    "product", Product, "Jegou et al. 2011, doi:10.1109/TPAMI.2010.57",
+    "many combinations from small codebooks; several indices per token", build=_build,
 )  # fmt: skip

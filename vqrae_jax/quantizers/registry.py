@@ -6,19 +6,21 @@ The config schema, the factory, the hash of a tokenizer, the sharding table and 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.estimators import Estimator
+from vqrae_jax.quantizers.kmeans import CodebookInit
 from vqrae_jax.quantizers.nearest import Distance
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Metadata that makes a field of a module, or a parameter of a build function, a setting of the config."""
+    """Metadata of a field of a module: its documentation, and the field of the config that sets it."""
 
     doc: str = ""  # one line for the schema and the documentation
-    # The config field, relative to `model`; fields of `model` itself keep the type and default of the schema.
+    # The config field, relative to `model`; fields of `model` itself keep the type and default of the schema. "": the
+    # config does not have this field of the module.
     path: str = "quantizer_params.NAME"
     ge: int | None = None  # the accepted range
     gt: int | None = None
@@ -28,34 +30,65 @@ class Setting:
     annotation: Any = None  # filled in by `settings_of`
 
 
-# Settings that several quantizers read, with one type, default and meaning.
-StartSetting = Annotated[
-    Literal["kmeans", "data", "normal"],
-    Setting("initial codebook: k-means of the first batch, latents of it, or random numbers", "codebook_init"),
+# Fields of several modules, with one type, default and meaning.
+Channels = Annotated[int, Setting("channels C of the latents", "")]
+Inside = Annotated[Quantizer, Setting("quantizer of the latents inside; its channels are theirs", "")]
+InitSetting = Annotated[
+    CodebookInit,
+    Setting("initial codebook: k-means of the first batch, random latents of it, or random numbers", "NAME"),
 ]
-NumEmbeddings = Annotated[int, Setting("codebook size K", "num_embeddings", hashed=True)]
-CommitmentCost = Annotated[float, Setting("weight of the pull of latents to their embeddings", "commitment_cost")]
+NumEmbeddings = Annotated[
+    int, Setting("codebook size K, usually 1,024 to 65,536; a power of two for lfq and bsq", "NAME", hashed=True)
+]
+CommitmentCost = Annotated[
+    float, Setting("weight of the squared distance from latents to their embeddings, usually 0.25 to 1", "NAME")
+]
 DistanceSetting = Annotated[
     Distance,
-    Setting("l2, cosine (directions only) or dot (ibq); None: cosine for simvq, else l2", default=None, hashed=True),
+    Setting(
+        "distance of the search: l2, cosine (directions only) or dot (ibq); None: cosine for simvq, l2 otherwise",
+        default=None, hashed=True,
+    ),
+]  # fmt: skip
+EstimatorSetting = Annotated[
+    Estimator, Setting("gradient of the choice of an embedding: that of the identity, or rotated with the embedding")
 ]
-EstimatorSetting = Annotated[Estimator, Setting("gradient that a latent receives through the choice of its embedding")]
-Temperature = Annotated[float, Setting("temperature of the soft assignments or of the softmax over embeddings", gt=0)]
+Temperature = Annotated[
+    float, Setting("temperature of the soft assignments or of the softmax over embeddings, usually 0.01 to 1", gt=0)
+]
 DiversityCost = Annotated[
-    float, Setting("weight of log K minus the entropy of the mean soft assignment of the batch", ge=0)
+    float, Setting("weight of log K minus the entropy of the mean soft assignment, usually 0 to 0.1", ge=0)
 ]
 EntropyCost = Annotated[
-    float, Setting("weight of the entropies that make assignments certain and use even", ge=0, default=0.1)
+    float,
+    Setting(
+        "weight of the entropies that make assignments certain and use even, usually 0.05 to 0.1", ge=0, default=0.1
+    ),
 ]
-OrthogonalityCost = Annotated[float, Setting("weight of the mean squared cosine between embeddings", ge=0)]
+OrthogonalityCost = Annotated[
+    float, Setting("weight of the mean squared cosine between embeddings, usually 0 to 10", ge=0)
+]
 CodebookDim = Annotated[
     int,
     Setting(
-        "channels of the embeddings, by learned linear maps in and out; lfq, bsq: None or log2 num_embeddings",
-        "quantizer_params.codebook_dim", ge=1, le=65_536, default=None, hashed=True,
+        "channels of the embeddings, usually 8 to 64, behind learned linear maps; None: those of the latents, for lfq "
+        "and bsq log2 num_embeddings", ge=1, le=65_536, default=None, hashed=True,
     ),
 ]  # fmt: skip
-Inner = Annotated[str, Setting("the quantizer that residual, product and multiscale are composed of", hashed=True)]
+WhiteningDim = Annotated[
+    int,
+    Setting(
+        "number of principal axes of the latents that are used, scaled to variance one, usually 16 to 64; from "
+        "normalization_stat_path or the first batch; None: no whitening", ge=1, le=65_536, default=None, hashed=True,
+    ),
+]  # fmt: skip
+Inner = Annotated[
+    Quantizer,
+    Setting(
+        "quantizer of each level, group or scale, with the settings of its own", "quantizer_params.inner",
+        default="ema", hashed=True,
+    ),
+]  # fmt: skip
 
 
 class Context(NamedTuple):
@@ -64,14 +97,16 @@ class Context(NamedTuple):
     channels: int
     grid: int  # side of the latent grid
     flat: bool  # latents are rows [B, N, C] instead of grids
-    build_inner: Callable[[int, int], Quantizer]  # (channels, calls per step) -> the quantizer that `inner` names
+    codebook_dim: int | None  # if it is set, it has already changed `channels`
     calls: int  # of the quantizer in one training step
+    build: Callable[[str, int, int], Quantizer]  # (name, channels, calls) -> the quantizer of that name
 
 
 class Entry(NamedTuple):
     """One registered quantizer."""
 
-    # The module, or (context, **settings) -> module, which raises ConfigError with the name of the parameter.
+    module: type[Quantizer]
+    # (context, **settings of the module) -> module; raises ConfigError with the name of the setting.
     build: Callable[..., Quantizer]
     paper: str  # authors, year and identifier
     purpose: str  # one line of the documentation
@@ -81,34 +116,33 @@ class Entry(NamedTuple):
 
 
 QUANTIZERS: dict[str, Entry] = {}
-# Modules around a quantizer by the config field of their `dim`, which is None without the wrapper; outer ones first.
-WRAPPERS: dict[str, type[Any]] = {}
+# (module around a quantizer, setting) by the config field of the channels inside, None without it; outer ones first.
+WRAPPERS: dict[str, tuple[type[Any], Any]] = {}
 
 
 def register(
-    name: str, build: Callable[..., Quantizer], paper: str, purpose: str, *, codebook: Mapping[str, str] | None = None,
-    inner: bool = False, wrappers: tuple[str, ...] = ("whitening_dim", "codebook_dim"),
+    name: str, module: type[Quantizer], paper: str, purpose: str, *, build: Callable[..., Quantizer] | None = None,
+    codebook: Mapping[str, str] | None = None, inner: bool = False,
+    wrappers: tuple[str, ...] = ("whitening_dim", "codebook_dim"),
 ) -> None:  # fmt: skip
     """Adds an `Entry` under `name`, a value of `model.quantizer`."""
-    QUANTIZERS[name] = Entry(build, paper, purpose, codebook or {}, inner, wrappers)
+    build = build or (lambda context, **settings: module(channels=context.channels, **settings))
+    QUANTIZERS[name] = Entry(module, build, paper, purpose, codebook or {}, inner, wrappers)
 
 
-def settings_of(build: Callable[..., Quantizer]) -> dict[str, Setting]:
-    """Returns the settings of a module or a build function by the names of its fields or parameters."""
-    result = {}
-    for name, parameter in inspect.signature(build).parameters.items():
-        for setting in getattr(parameter.annotation, "__metadata__", ()):
-            path, default = setting.path.replace("NAME", name), setting.default
-            default = parameter.default if default is ... else default
-            result[name] = dataclasses.replace(setting, path=path, default=default, annotation=parameter.annotation)
-    return result
+def settings_of(module: type[Quantizer]) -> dict[str, Setting]:
+    """Returns the fields of a module that the config sets, by name."""
+    parameters = inspect.signature(module).parameters.items()
+    fields = {name: _complete(name, parameter.annotation, parameter.default) for name, parameter in parameters}
+    return {name: setting for name, setting in fields.items() if setting.path}
 
 
 def all_settings() -> dict[str, Setting]:
     """Returns the settings of all quantizers and wrappers by their path."""
-    result: dict[str, Setting] = {}
-    for build in (*WRAPPERS.values(), *(entry.build for entry in QUANTIZERS.values())):
-        for setting in settings_of(build).values():
+    wrappers = [_complete(name, annotation, None) for name, (_, annotation) in WRAPPERS.items()]
+    result = {setting.path: setting for setting in wrappers}
+    for entry in QUANTIZERS.values():
+        for setting in settings_of(entry.module).values():
             path, other = setting.path, result.setdefault(setting.path, setting)
             same = (setting.annotation, setting.default) == (other.annotation, other.default)
             if path.startswith("quantizer_params.") and not same:
@@ -120,3 +154,10 @@ def all_settings() -> dict[str, Setting]:
 def codebook_axes() -> dict[str, str]:
     """Returns the axes of all variables with one entry per embedding, by the end of their path."""
     return {name: axes for entry in QUANTIZERS.values() for name, axes in entry.codebook.items()}
+
+
+def _complete(name: str, annotation: Any, default: Any) -> Setting:
+    """Returns the setting of a field with its path, default and annotation; without a path if the config has none."""
+    setting = next(iter(getattr(annotation, "__metadata__", ())), Setting(path=""))
+    default = default if setting.default is ... else setting.default
+    return dataclasses.replace(setting, path=setting.path.replace("NAME", name), default=default, annotation=annotation)

@@ -26,15 +26,23 @@ class Residual(Wrapper):
 
     decodes_prefixes = True
 
-    # All of the same K and C. The same object in several places shares its codebook; one that all levels share starts
-    # from what all levels quantize.
-    levels: tuple[Quantizer, ...]
-    channels: int
-    # In training, the share of images (entries of the leading axis) that use only a random prefix of 1 to depth - 1
-    # levels; the other indices are -1. Draws from the rng stream "codes".
-    dropout: float = 0.0
+    quantizer: registry.Inner  # each level has a copy
+    depth: Annotated[int, registry.Setting("number of levels, usually 2 to 8", ge=1, le=256, hashed=True)] = 4
+    # A shared codebook starts from what all levels quantize.
+    shared: Annotated[bool, registry.Setting("use one codebook for all levels")] = False
+    # An image is an entry of the leading axis. Its prefix has 1 to depth - 1 levels; the other indices are -1.
+    dropout: Annotated[
+        float,
+        registry.Setting("share of images that train only a random prefix of the levels, usually 0 to 0.5", ge=0, le=1),
+    ] = 0.0
 
-    quantizer = property(lambda self: self.levels[0])
+    @property
+    def channels(self) -> int:
+        return self.quantizer.channels
+
+    def setup(self):
+        levels = [self.quantizer.copy(name=f"levels_{i}") for i in range(1 if self.shared else self.depth)]
+        self.levels = tuple(levels * self.depth if self.shared else levels)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
@@ -69,24 +77,26 @@ class Residual(Wrapper):
     def lookup(self, indices: Int[AnyArray, "*b depth"]) -> Float[Array, "*b C"]:
         """Returns the sum of the embeddings; with fewer levels, or -1 for missing ones, a coarser latent."""
         depth = indices.shape[-1]
-        if depth > len(self.levels):
-            raise ValueError(f"indices have {depth} levels, the quantizer has {len(self.levels)}")
+        if depth > self.depth:
+            raise ValueError(f"indices have {depth} levels, the quantizer has {self.depth}")
         total = jnp.zeros((*indices.shape[:-1], self.channels))
         for i, level in enumerate(self.levels[:depth]):
             present = (indices[..., i] != ABSENT)[..., None]
             total += jnp.where(present, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
 
+    def innermost(self) -> Quantizer:
+        return self.levels[0].innermost()
+
     def _initialize_shared(self, flat: Rows, finite: Mask) -> None:
         """Starts a shared codebook from latents and residuals: one from latents alone is far from all residuals."""
-        level, depth = self.levels[0], len(self.levels)
-        if depth > 1 and all(other is level for other in self.levels) and level.embeddings() is not None:
-            keys, size = jax.random.split(self.make_rng("codes"), depth), -(-self.num_embeddings // depth)
-            level.initialize(lambda: _residuals(keys, flat, finite, size), jnp.sum(finite))
+        if self.shared and self.depth > 1 and self.embeddings() is not None:
+            keys, size = jax.random.split(self.make_rng("codes"), self.depth), -(-self.num_embeddings // self.depth)
+            self.levels[0].initialize(lambda: _residuals(keys, flat, finite, size), jnp.sum(finite))
 
     def _draw_depths(self, z: Float[AnyArray, "*b C"], train: bool) -> Int[Array, "*b"]:
         """Returns the number of levels that each latent uses."""
-        depth, shape = len(self.levels), z.shape[:-1]
+        depth, shape = self.depth, z.shape[:-1]
         if not (train and self.dropout and depth > 1) or self.is_initializing():
             return jnp.full(shape, depth)
         depth_key, drop_key = jax.random.split(self.make_rng("codes"))
@@ -109,23 +119,11 @@ def _residuals(
     return residuals.swapaxes(0, 1).reshape(-1, z.shape[1]), jnp.repeat(mask, len(keys))
 
 
-def _build(
-    context: registry.Context,
-    inner: registry.Inner = "ema",
-    depth: Annotated[int, registry.Setting("levels", ge=1, le=256, hashed=True)] = 4,
-    shared: Annotated[bool, registry.Setting("one codebook for all levels")] = False,
-    dropout: Annotated[
-        float, registry.Setting("share of images that train only a random prefix of the levels", ge=0, le=1)
-    ] = 0.0,
-) -> Residual:
-    if shared:
-        levels = (context.build_inner(context.channels, depth),) * depth
-    else:
-        levels = tuple(context.build_inner(context.channels, 1) for _ in range(depth))
-    return Residual(levels, context.channels, dropout)
+def _build(context: registry.Context, quantizer: str, depth: int, shared: bool, dropout: float) -> Residual:
+    return Residual(context.build(quantizer, context.channels, depth if shared else 1), depth, shared, dropout)
 
 
 registry.register(
-    "residual", _build, "Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941",
-    "coarse to fine: each level refines the token, and prefixes of levels decode",
+    "residual", Residual, "Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941",
+    "coarse to fine: each level refines the token, and prefixes of levels decode", build=_build,
 )  # fmt: skip

@@ -28,16 +28,17 @@ class SimVQ(Quantizer):
     """
 
     num_embeddings: registry.NumEmbeddings
-    channels: int
+    channels: registry.Channels
     commitment_cost: registry.CommitmentCost = 0.25
-    start: registry.StartSetting = "kmeans"  # "normal", the paper's: e and both projections are random
+    codebook_init: registry.InitSetting = "kmeans"  # "normal", the paper's: e and both projections are random
     distance: registry.DistanceSetting = "cosine"
     # The commitment loss can vanish by moving all latents together: frozen features then use half as many embeddings.
     input_projection: Annotated[
-        bool, registry.Setting("a learned linear map of the latents, which nothing inverts, as in the PyTorch VQRAE")
+        bool,
+        registry.Setting("map the latents by a learned linear map, which nothing inverts, as in the PyTorch VQRAE"),
     ] = False
     legacy: Annotated[
-        bool, registry.Setting("commitment_cost weighs the codebook loss, as in VQGAN and the PyTorch VQRAE")
+        bool, registry.Setting("let commitment_cost weigh the codebook loss instead, as in VQGAN and the PyTorch VQRAE")
     ] = True
     estimator: registry.EstimatorSetting = "straight_through"
     orthogonality_cost: registry.OrthogonalityCost = 0.0
@@ -53,8 +54,10 @@ class SimVQ(Quantizer):
         self.codebook = self.variable(
             "batch_stats", "codebook", lambda: scale * jax.random.normal(self.make_rng("params"), shape)
         )
-        self.begun = self.variable("batch_stats", "begun", lambda: jnp.asarray(int(self.start == "normal"), jnp.int32))
-        initial = nn.initializers.lecun_normal() if self.start == "normal" else _identity
+        self.begun = self.variable(
+            "batch_stats", "begun", lambda: jnp.asarray(int(self.codebook_init == "normal"), jnp.int32)
+        )
+        initial = nn.initializers.lecun_normal() if self.codebook_init == "normal" else _identity
         dense = {"precision": jax.lax.Precision.HIGHEST, "kernel_init": initial}
         self.codebook_projection = nn.Dense(self.channels, **dense, name="codebook_projection")
         if self.input_projection:

@@ -1,7 +1,5 @@
 """Quantizers around another one: learned linear maps, and the dominant principal subspace of frozen features."""
 
-from typing import Annotated
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
-from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten
+from vqrae_jax.quantizers.base import Quantized, Wrapper, flatten
 
 EPS = 1e-5  # smallest variance of an axis, relative to the largest: axes of less variance are not amplified further
 
@@ -21,19 +19,18 @@ class Projected(Wrapper):
     `params`: project_in, project_out. The variables of the inner quantizer are under `quantizer`.
     """
 
-    quantizer: Quantizer  # for latents of `dim` channels
-    channels: int  # of the latents outside
-    dim: registry.CodebookDim
+    quantizer: registry.Inside
+    channels: registry.Channels
 
     def setup(self):
-        self.project_in = nn.Dense(self.dim, precision=jax.lax.Precision.HIGHEST)
+        self.project_in = nn.Dense(self.quantizer.channels, precision=jax.lax.Precision.HIGHEST)
         self.project_out = nn.Dense(self.channels, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
         # NaN bypasses the projection: inside, it would reach the gradient of the kernel.
         inside = jnp.where(finite[:, None], self.project_in(flat), jnp.nan)
-        out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
+        out = self.quantizer(inside.reshape(*z.shape[:-1], -1), train)
         return out.replace(z=self.project_out(out.z))
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
@@ -44,30 +41,26 @@ class Whitened(Wrapper):
     """Latents are projected onto their first principal axes and scaled to variance one, and are quantized there.
 
     Distances then weigh all axes equally, and the dropped axes are decoded as their mean (DINO-Tok, Jia et al. 2025,
-    arXiv:2511.20565). State in `batch_stats`: mean [C], basis [C, dim] (orthonormal columns), deviation [dim]; fitted
+    arXiv:2511.20565). State in `batch_stats`: mean [C], basis [C, c] (orthonormal columns), deviation [c]; fitted
     [], 1 once they are known. The first training batch gives them, unless they are set by `fitted_state`, for example
-    from a file of latent statistics. Before that the first `dim` channels pass unchanged.
+    from a file of latent statistics. Before that the first c channels pass unchanged.
     """
 
-    quantizer: Quantizer  # for latents of `dim` channels
-    channels: int  # of the latents outside
-    dim: Annotated[
-        int,
-        registry.Setting(
-            "principal axes of the latents, scaled to variance one, from normalization_stat_path or the first batch",
-            "quantizer_params.whitening_dim", ge=1, le=65_536, default=None, hashed=True,
-        ),
-    ]  # fmt: skip
+    quantizer: registry.Inside
+    channels: registry.Channels
 
     def __post_init__(self):
-        if not 1 <= self.dim <= self.channels:
-            raise ConfigError(f"must be 1 to {self.channels} channels of the latents", field="dim", value=self.dim)
+        dim = self.quantizer.channels
+        if not 1 <= dim <= self.channels:
+            message = f"must be 1 to {self.channels}, the channels of the latents"
+            raise ConfigError(message, field="whitening_dim", value=dim)
         super().__post_init__()
 
     def setup(self):
+        dim = self.quantizer.channels
         self.mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,))
-        self.basis = self.variable("batch_stats", "basis", jnp.eye, self.channels, self.dim)
-        self.deviation = self.variable("batch_stats", "deviation", jnp.ones, (self.dim,))
+        self.basis = self.variable("batch_stats", "basis", jnp.eye, self.channels, dim)
+        self.deviation = self.variable("batch_stats", "deviation", jnp.ones, (dim,))
         self.fitted = self.variable("batch_stats", "fitted", lambda: jnp.zeros((), jnp.int32))
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
@@ -76,7 +69,7 @@ class Whitened(Wrapper):
             self._fit(jax.lax.stop_gradient(flat), finite)
         inside = _dot(flat - self.mean.value, self.basis.value) / self.deviation.value
         inside = jnp.where(finite[:, None], inside, jnp.nan)  # for the inner quantizer to count and ignore
-        out = self.quantizer(inside.reshape(*z.shape[:-1], self.dim), train)
+        out = self.quantizer(inside.reshape(*z.shape[:-1], -1), train)
         return out.replace(z=self._undo(out.z))
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
@@ -93,7 +86,7 @@ class Whitened(Wrapper):
             mean = jnp.sum(flat, axis=0) / count  # rows that are not finite are zero
             centered = jnp.where(finite[:, None], flat - mean, 0.0)
             variance, axes = jnp.linalg.eigh(_dot(centered.T, centered) / count)
-            return fitted_state(mean, axes[:, ::-1], variance[::-1], self.dim)
+            return fitted_state(mean, axes[:, ::-1], variance[::-1], self.quantizer.channels)
 
         state = {"mean": self.mean, "basis": self.basis, "deviation": self.deviation, "fitted": self.fitted}
         starts = (self.fitted.value == 0) & jnp.any(finite)
@@ -102,7 +95,9 @@ class Whitened(Wrapper):
             variable.value = fitted[name]
 
 
-registry.WRAPPERS.update(codebook_dim=Projected, whitening_dim=Whitened)
+registry.WRAPPERS.update(
+    codebook_dim=(Projected, registry.CodebookDim), whitening_dim=(Whitened, registry.WhiteningDim)
+)
 
 
 def fitted_state(
