@@ -1,6 +1,6 @@
 """The defaults of every field, from which the other configs start.
 
-The fields, their meaning and their accepted values are in `vqrae_jax/config/schema.py`. Any field can be set on the
+The fields, their meaning and their accepted values are in `docs/config.md`. Any field can be set on the
 command line: --config.model.num_embeddings=16384.
 """
 

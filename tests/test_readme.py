@@ -98,6 +98,13 @@ def test_api_document_names_every_public_function():
     assert {name for name in script["public_names"]() if f"\n### {name}\n" not in text} == set()
 
 
+def test_reference_pages_are_current():
+    """`python docs/write_reference.py` updates them; it fails if a field has no documentation."""
+    script = runpy.run_path(str(ROOT / "docs" / "write_reference.py"))
+    for path, text in script["write_pages"]().items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_blocks_run(block, golden, trained, tmp_path, monkeypatch):
     """Runs them on a short run in place of the quickstart's and on a small encoder in place of the hub's."""

@@ -1,8 +1,10 @@
 """The schema of a run: every field, its default and its range.
 
-The model section keeps the names and the defaults of the PyTorch VQRAE. Sections are frozen. The type of a field is its
-range; conditions between fields are checked by the section that contains them. Upper limits are far above sensible
-values: a mistyped number is refused before it becomes memory, threads or an endless loop.
+The comment above or behind a field is its documentation, which `python docs/write_reference.py` writes to
+docs/config.md. Settings of the quantizers are documented in their registry. The model section keeps the names and the
+defaults of the PyTorch VQRAE. Sections are frozen. The type of a field is its range; conditions between fields are
+checked by the section that contains them. Upper limits are far above sensible values: a mistyped number is refused
+before it becomes memory, threads or an endless loop.
 """
 
 import typing
@@ -54,16 +56,20 @@ class Section(pydantic.BaseModel):
 
 
 class EncoderParams(Section):
-    """The features of the frozen encoder that are used."""
+    """The features of the encoder that become latents, and an encoder without pretrained weights."""
 
-    normalize: bool = True  # final LayerNorm without scale and bias, as in RAE
-    layers: tuple[Block, ...] = (-1,)  # blocks whose patch tokens are used; -1 is the last
-    fusion: Literal["sum", "mean", "concat"] = "mean"  # how several layers become one latent
-    architecture: Architecture = {}  # of an encoder without pretrained weights
-    # Hub id or folder of the weights, if it is not encoder_config_path; the names are the PyTorch VQRAE's.
+    normalize: bool = True  # normalize every latent to mean 0 and variance 1, without trained scale and bias, as in RAE
+    # Blocks whose patch tokens are used, from 0 or from the end; usually the last, or three as in (2, 6, -1).
+    layers: tuple[Block, ...] = (-1,)
+    # Combination of several blocks into one latent; concat adds their channels.
+    fusion: Literal["sum", "mean", "concat"] = "mean"
+    # Size of an encoder with random weights, in fields of a hub config.json as {"hidden_size": 192}; only with
+    # encoder_config_path=None.
+    architecture: Architecture = {}
+    # Hub id or folder of the weights, if it is not encoder_config_path; a name of the PyTorch VQRAE.
     dinov2_path: str | None = None
-    dinov3_path: str | None = None
-    model_name: str | None = None
+    dinov3_path: str | None = None  # see dinov2_path
+    model_name: str | None = None  # see dinov2_path
 
 
 def _annotation(annotation: Any) -> Any:
@@ -101,34 +107,42 @@ QuantizerParams = _quantizer_params()
 class ModelConfig(Section):
     """image -> encoder -> quantizer -> decoder -> image."""
 
+    # Family of the encoder, with its names from the PyTorch VQRAE: DINOv2, DINOv3, SigLIP and SigLIP 2, or MAE.
     encoder_cls: EncoderClass = "Dinov2withNorm"
-    # Hub id or local folder with config.json, preprocessor_config.json and safetensors weights. None: random weights of
-    # `encoder_params.architecture`.
+    # Hub id or local folder of the encoder, with config.json, preprocessor_config.json and safetensors weights. None:
+    # random weights, of the size in encoder_params.architecture.
     encoder_config_path: str | None = "facebook/dinov2-base"
     encoder_params: EncoderParams = EncoderParams()
-    encoder_input_size: Pixels = 224  # pixels; images of another size are resized bicubically
-    decoder_config_path: str = "vit_mae-base"  # ViT-S, ViT-B, ViT-L, ViT-XL, a folder or a hub id
-    # Pixels; the output is latent grid * decoder_patch_size.
+    # Side of the images that the encoder sees, in pixels; others are resized bicubically. The latent grid is this over
+    # the patch size of the encoder: 224 / 14 = 16.
+    encoder_input_size: Pixels = 224
+    # Size of the decoder: ViT-S, ViT-B, ViT-L or ViT-XL, or a folder or hub id with config.json.
+    decoder_config_path: str = "vit_mae-base"
+    # Side of the square that the decoder predicts for a latent, in pixels, usually 16; images have grid times this.
     decoder_patch_size: Annotated[int, Field(ge=1, le=256)] = 16
-    decoder_train_pos_embed: bool = False  # whether the decoder's position table trains
-    pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from
-    decoder_features: tuple[Block, ...] = ()  # encoder blocks that an additional head predicts
-    noise_tau: NonNegative = 0.0  # latent noise in training: sigma = noise_tau * uniform(0, 1) per image
-    reshape_to_2d: bool = True  # latents [B, h, w, C]; False: [B, N, C]
-    normalization_stat_path: str | None = None  # .npz or .pt: mean and/or var of the latents, principal axes
-    # none: the continuous autoencoder RAE
-    quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"
+    decoder_train_pos_embed: bool = False  # train the position table of the decoder, which starts as sines and cosines
+    pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from, as owner/name/path/to/file
+    # Blocks of the encoder, from 0 or from the end, that an additional head of the decoder predicts.
+    decoder_features: tuple[Block, ...] = ()
+    # Noise of the latents in training: normal, of standard deviation uniform(0, noise_tau) per image; RAE has 0.8.
+    noise_tau: NonNegative = 0.0
+    reshape_to_2d: bool = True  # latents are a grid [B, h, w, C]; False: rows [B, N, C]
+    # File, .npz or .pt, of the mean, the variance and the principal axes of the latents, which normalize them.
+    normalization_stat_path: str | None = None
+    quantizer: Literal[tuple(registry.QUANTIZERS)] = "ema"  # method, see docs/quantizers.md; none: the continuous RAE
     quantizer_params: QuantizerParams = QuantizerParams()
-    num_embeddings: Annotated[int, Field(ge=1, le=2**26)] = 8192  # codebook size K; fsq computes it from its levels
-    commitment_cost: NonNegative = 0.25  # all but fsq, where it is 1, and gumbel
-    vq_decay: Decay = 0.99  # ema
-    vq_epsilon: Above0 = 1e-5  # ema
-    quantize_before_reshape: bool = False  # True: indices [B, N]; False: [B, h, w]
-    # ema, simvq, gumbel, ibq: initial codebook by k-means of the first batch, latents of it, or random as in the papers
+    quantize_before_reshape: bool = False  # quantize rows, so that indices are [B, N]; False: a grid, [B, h, w]
+    # Settings of the quantizers, documented in their registry.
+    num_embeddings: Annotated[int, Field(ge=1, le=2**26)] = 8192
+    commitment_cost: NonNegative = 0.25
+    vq_decay: Decay = 0.99
+    vq_epsilon: Above0 = 1e-5
     codebook_init: Literal["kmeans", "data", "normal"] = "kmeans"
-    revival_threshold: NonNegative = 0.2  # share of the mean EMA count below which a code is revived; 0: never
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, distances and losses stay float32
-    # cudnn: NVIDIA's fused kernel on GPUs, for dtype bfloat16; the same as xla elsewhere
+    revival_threshold: NonNegative = 0.2
+    # Type of activations; parameters, distances and losses stay float32. bfloat16 is faster on TPU and GPU and halves
+    # their memory.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Kernel of attention: XLA's, or NVIDIA's fused one, which needs a GPU and dtype bfloat16; elsewhere both are XLA's.
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False  # recompute decoder blocks in the backward pass: less memory, about a third more FLOPs
 
@@ -143,33 +157,38 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The source of images, their crops and batches."""
 
+    # Format of the images: files, tar shards, .parquet or .arrow files, a TFDS dataset, or the photographs that
+    # scikit-image and scikit-learn ship.
     source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
-    # Local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders; webdataset (.tar
-    # shards) and parquet (.parquet or .arrow files with encoded images): a folder, a file or a pattern as in
-    # "data/train-*.tar"; tfds: data_dir or prepared folder.
+    # Training images, local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders;
+    # webdataset and parquet: a folder, a file or a pattern as in "data/train-*.tar"; tfds: data_dir or prepared folder.
     path: str | None = None
-    eval_path: str | None = None  # validation images, see path; None: no evaluation
-    name: str | None = None  # tfds: name of the dataset, as in "imagenet2012"; None for a prepared folder
-    # webdataset: endings of members, as "seg.png", "cls" or "json.label" (a field of .json); parquet: columns; tfds:
-    # features. None: the usual ones, see docs/train.md.
+    eval_path: str | None = None  # validation images, in the form of path; None: no evaluation
+    name: str | None = None  # name of the TFDS dataset, as in "imagenet2012"; None for a prepared folder
+    # Ending of members (webdataset, as "seg.png"), column (parquet) or feature (tfds) that holds the images; None: the
+    # usual ones, see docs/train.md.
     image_key: str | None = None
+    # Ending, column or feature that holds integer labels, as "cls", or "json.label" for a field of a member .json.
     label_key: str | None = None
-    train_split: str = "train"  # tfds split expressions
-    eval_split: str = "validation"
-    image_size: Pixels = 256  # pixels, square
-    # random: short side to image_size * resize, then a random square; adm: random crop of guided-diffusion
+    train_split: str = "train"  # TFDS split of the training images, as in "train[:90%]"
+    eval_split: str = "validation"  # TFDS split of the validation images
+    image_size: Pixels = 256  # side of the square images after the crop, in pixels; usually 256
+    # Crop of training images: a random or the central square after resize, or guided-diffusion's random crop.
     crop: Literal["random", "center", "adm"] = "random"
-    eval_crop: Literal["center", "adm"] = "center"  # adm: center crop of guided-diffusion
-    resize: Annotated[float, Field(ge=1, le=64, allow_inf_nan=False)] = 1.0  # short side / image_size, before the crop
-    # Range of the side of a random crop in source pixels / image_size, log-uniform; (1, 1): see crop and resize.
+    eval_crop: Literal["center", "adm"] = "center"  # crop of validation images; adm: guided-diffusion's center crop
+    # Short side before the crop, relative to image_size; 1 keeps as much of the image as possible, RAE has 1.5.
+    resize: Annotated[float, Field(ge=1, le=64, allow_inf_nan=False)] = 1.0
+    # Smallest and largest side of a random crop in source pixels, relative to image_size, log-uniform. (1, 1): the crop
+    # follows crop and resize.
     scale: tuple[Above0, Above0] = (1.0, 1.0)
-    flip: bool = True  # mirror left-right with probability 1/2
-    batch_size: Batch = 256  # images of one optimizer step, over all devices
-    eval_batch_size: Batch = 256
-    # Larger images are skipped and counted before they are decoded, which takes about 8 bytes per pixel.
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # at most Pillow's own limit
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # worker processes that read images; 0: threads of this process
-    threads: Few = 4
+    flip: bool = True  # mirror left and right with probability 1/2
+    batch_size: Batch = 256  # images of one optimizer step over all devices, usually 256 to 1024
+    eval_batch_size: Batch = 256  # images of one evaluation step over all devices
+    # Most pixels of a source image; larger ones are skipped and counted. Decoding takes up to 8 bytes per pixel, and
+    # Pillow has the upper limit.
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes of each host that read images; 0: threads of the run
+    threads: Few = 4  # threads of each such process; usually the number of cores of the host
 
     @pydantic.model_validator(mode="after")
     def _scale_is_a_range(self):
@@ -181,32 +200,33 @@ class DataConfig(Section):
 class PerceptualConfig(Section):
     """A distance between two images in the features of a frozen network."""
 
-    # encoder: patch tokens of any encoder of the model section
+    # LPIPS, or the patch tokens of an encoder of any family.
     network: Literal["lpips", "encoder"] = "lpips"
-    weight: NonNegative = 0.0  # 0: switched off, no weights are read
+    weight: NonNegative = 0.0  # weight in the loss, usually 1; 0: off, and no weights are read
     start_steps: Count = 0  # steps before the term starts
-    start_epochs: Epochs = None
-    trunk: str = "timm/vgg16.tv_in1k"  # lpips: hub id or file of VGG16
-    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"  # lpips: hub id or file of version 0.1
-    path: str | None = None  # encoder: hub id or folder; None: random weights of `architecture`
-    encoder_cls: EncoderClass = "Dinov2withNorm"  # encoder
-    architecture: Architecture = {}  # encoder without pretrained weights, as in encoder_params
-    layers: tuple[Block, ...] = (-1,)  # encoder: blocks that are compared
-    input_size: Pixels = 224  # encoder: pixels
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    start_epochs: Epochs = None  # start_steps in epochs
+    trunk: str = "timm/vgg16.tv_in1k"  # hub id or file of LPIPS's VGG16
+    # Hub id or file of LPIPS's linear heads, version 0.1.
+    heads: str = "chaofengc/IQA-PyTorch-Weights/LPIPS_v0.1_vgg-a78928a0.pth"
+    path: str | None = None  # hub id or folder of the encoder; None: random weights of the size in architecture
+    encoder_cls: EncoderClass = "Dinov2withNorm"  # family of the encoder
+    architecture: Architecture = {}  # size of an encoder with random weights, as in model.encoder_params
+    layers: tuple[Block, ...] = (-1,)  # blocks of the encoder that are compared, from 0 or from the end
+    input_size: Pixels = 224  # side of the images that the encoder sees, in pixels
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; bfloat16 is faster on TPU and GPU
 
 
 class LossConfig(Section):
     """Terms of the tokenizer's loss; a weight of 0 switches a term off."""
 
-    pixel: Literal["l1", "l2"] = "l1"
-    pixel_weight: NonNegative = 1.0
-    vq_weight: NonNegative = 1.0
+    pixel: Literal["l1", "l2"] = "l1"  # mean absolute (l1) or mean squared (l2) difference of pixels in [0, 1]
+    pixel_weight: NonNegative = 1.0  # weight of the difference of pixels, usually 1
+    vq_weight: NonNegative = 1.0  # weight of the quantizer's loss, usually 1
     perceptual: PerceptualConfig = PerceptualConfig()
-    feature_weight: NonNegative = 0.0  # the decoder's prediction of model.decoder_features
-    feature_distance: Literal["cosine", "l2"] = "cosine"
-    distill_weight: NonNegative = 0.0  # keeps a trained encoder close to its frozen copy
-    distill_distance: Literal["cosine", "l2"] = "l2"
+    feature_weight: NonNegative = 0.0  # weight of the decoder's prediction of model.decoder_features, usually 0.5 to 1
+    feature_distance: Literal["cosine", "l2"] = "cosine"  # distance of predicted and true features
+    distill_weight: NonNegative = 0.0  # weight of the distance of a trained encoder's latents to its frozen copy's
+    distill_distance: Literal["cosine", "l2"] = "l2"  # distance of these latents
 
 
 Metric = Literal["lpips", "inception", "encoder", "linear_probe"]
@@ -219,114 +239,122 @@ class EvaluationConfig(Section):
     score; lpips: with the weights of loss.perceptual.trunk and heads.
     """
 
-    metrics: tuple[Metric, ...] = ("linear_probe",)  # of --mode=evaluate
-    training_metrics: tuple[Metric, ...] = ()  # of each evaluation during training
-    images: Positive | None = None  # number of validation images, from the first; None: all
+    metrics: tuple[Metric, ...] = ("linear_probe",)  # metrics of --mode=evaluate
+    training_metrics: tuple[Metric, ...] = ()  # metrics of each evaluation during training
+    # Number of validation images, from the first; None: all. rFID is usually of 50,000.
+    images: Positive | None = None
     # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
     inception_path: str | None = None
     # .npz with mu and sigma, or a folder of images, for FID; rFID compares with the validation images themselves.
     inception_reference: str | None = None
-    encoder_cls: EncoderClass = "Dinov2withNorm"
-    encoder_path: str = "facebook/dinov2-large"  # hub id or local folder; this one gives FD-DINOv2
-    encoder_input_size: Pixels = 224  # pixels
-    encoder_pool: Literal["cls", "mean"] = "cls"  # class token, or mean of the patch tokens
-    encoder_reference: str | None = None
-    kernel_images: Annotated[int, Field(ge=2, le=50_000)] = 5_000  # the kernel distance compares all pairs of them
-    examples: Few = 4  # images in each of the rows best, median and worst of the page
+    encoder_cls: EncoderClass = "Dinov2withNorm"  # family of the metric encoder
+    encoder_path: str = "facebook/dinov2-large"  # hub id or folder of the metric encoder; this one gives FD-DINOv2
+    encoder_input_size: Pixels = 224  # side of the images that the metric encoder sees, in pixels
+    encoder_pool: Literal["cls", "mean"] = "cls"  # features: the class token, or the mean of the patch tokens
+    encoder_reference: str | None = None  # the same as inception_reference, in the features of the metric encoder
+    # Number of images of the kernel distance, which compares all pairs of them.
+    kernel_images: Annotated[int, Field(ge=2, le=50_000)] = 5_000
+    examples: Few = 4  # number of images in each of the rows best, median and worst of the page
 
 
 class AdamWConfig(Section):
     """AdamW and its schedule in optimizer steps; a field in epochs (passes over the training images) replaces steps."""
 
-    learning_rate: Above0 = 2e-4
-    final_learning_rate: NonNegative = 2e-5
-    reference_batch: Positive | None = None  # the rates above are scaled by data.batch_size over this
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Count = 0
-    warmup_epochs: Epochs = None
-    decay_end_steps: Count | None = None  # None: train.steps
-    decay_end_epochs: Epochs = None
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    weight_decay: NonNegative = 0.0  # on kernels only
-    clip_norm: NonNegative = 0.0  # largest global gradient norm; 0: no clipping
+    learning_rate: Above0 = 2e-4  # rate after warm-up, usually 1e-4 to 4e-4
+    final_learning_rate: NonNegative = 2e-5  # rate at the end of the schedule, usually a tenth or less
+    # Batch size for which both rates are meant: they are multiplied by data.batch_size over this. None: as they are.
+    reference_batch: Positive | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # course of the rate between warm-up and end
+    warmup_steps: Count = 0  # steps in which the rate rises linearly from 0; usually 1 to 5 % of the run
+    warmup_epochs: Epochs = None  # warmup_steps in epochs
+    decay_end_steps: Count | None = None  # step at which the rate reaches final_learning_rate; None: train.steps
+    decay_end_epochs: Epochs = None  # decay_end_steps in epochs
+    b1: Decay = 0.9  # decay of the mean of gradients
+    b2: Decay = 0.95  # decay of the mean of squared gradients, usually 0.95 to 0.999
+    weight_decay: NonNegative = 0.0  # decoupled weight decay, on kernels only; usually 0 to 0.05
+    clip_norm: NonNegative = 0.0  # largest norm of all gradients together, usually 1; 0: no clipping
 
 
 class AdversaryConfig(Section):
     """A discriminator and its term of the tokenizer's loss."""
 
+    # Network: none; heads on a frozen DINO, as in RAE; or the PatchGAN of VQGAN, which needs no pretrained weights.
     discriminator: Literal["none", "dino", "patch"] = "none"
-    weight: NonNegative = 0.75
-    adaptive: bool = True  # multiply the weight by the ratio of gradients at the decoder's last layer
-    adaptive_max: Above0 = 1e4
+    weight: NonNegative = 0.75  # weight in the tokenizer's loss, usually 0.1 to 0.75
+    # Multiply the weight by the ratio of both losses' gradients at the last layer of the decoder, as in VQGAN.
+    adaptive: bool = True
+    adaptive_max: Above0 = 1e4  # largest ratio of the gradients
     start_steps: Count = 0  # steps before the discriminator trains
-    start_epochs: Epochs = None
-    generator_start_steps: Count = 0  # steps before the decoder trains against it
-    generator_start_epochs: Epochs = None
-    disc_updates: Few = 1  # updates per step of the tokenizer
+    start_epochs: Epochs = None  # start_steps in epochs; 6 of 16 in RAE
+    generator_start_steps: Count = 0  # steps before the decoder trains against it, at least start_steps
+    generator_start_epochs: Epochs = None  # generator_start_steps in epochs; 8 of 16 in RAE
+    disc_updates: Few = 1  # updates of the discriminator per step of the tokenizer
+    # Loss of the discriminator: hinge, or vanilla, the cross-entropy.
     loss: Literal["hinge", "vanilla"] = "hinge"
-    generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"  # vanilla: negative mean logit
-    lecam_weight: NonNegative = 0.0
-    lecam_decay: Decay = 0.999
+    # Loss of the decoder: vanilla, the negative mean logit; or non_saturating, -log sigmoid of the logits.
+    generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"
+    lecam_weight: NonNegative = 0.0  # weight of LeCam regularization, usually 0.001; 0: off
+    lecam_decay: Decay = 0.999  # decay of LeCam's running means of logits
     augment: Fraction = 1.0  # probability of each of DiffAug's translation, colour and cutout
-    cutout: Fraction = 0.0  # side of the cutout relative to the image
-    path: str = "facebook/dino-vits8"  # dino: hub id, folder, or file of the DINO authors
-    trunk_heads: Few | None = None  # dino: attention heads; None: one per 64 channels
-    # dino: blocks with a head, in addition to the last
+    cutout: Fraction = 0.0  # side of the cutout relative to the image; 0: no cutout
+    path: str = "facebook/dino-vits8"  # hub id, folder, or file of the DINO authors, of the dino network
+    trunk_heads: Few | None = None  # attention heads of the dino network; None: one per 64 channels
+    # Blocks of the dino network whose tokens are classified by a head each, in addition to the last.
     taps: tuple[Annotated[int, Field(ge=0, le=1024)], ...] = (2, 5, 8, 11)
-    window: Annotated[int, Field(ge=1, le=255)] = 9  # dino: width of a head's convolution in tokens
-    norm: Literal["batch", "group"] = "batch"  # batch: statistics of each image by itself
-    spectral: bool = True  # spectral normalization
-    width: Few = 64  # patch: channels of the first layer
-    layers: Annotated[int, Field(ge=1, le=16)] = 3  # patch
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    window: Annotated[int, Field(ge=1, le=255)] = 9  # width of the convolution of a dino head, in tokens
+    norm: Literal["batch", "group"] = "batch"  # normalize channels (batch) or 32 groups of them, per image
+    spectral: bool = True  # spectral normalization of the convolutions
+    width: Few = 64  # channels of the first layer of the patch network
+    layers: Annotated[int, Field(ge=1, le=16)] = 3  # strided convolutions of the patch network
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; bfloat16 is faster on TPU and GPU
     optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs are counted from start_steps
 
 
 class OptimizerConfig(AdamWConfig):
-    """The optimizer of the tokenizer."""
+    """AdamW of the tokenizer, with the fields of `adversary.optimizer`, and the moving average of its parameters."""
 
-    encoder_rate: NonNegative = 1.0  # learning rate of a part relative to the schedule
-    quantizer_rate: NonNegative = 1.0
-    decoder_rate: NonNegative = 1.0
-    constant: tuple[Part, ...] = ()  # parts whose rate stays constant after warm-up
-    accumulate: Batch = 1  # micro-batches per optimizer step
-    ema_decay: Decay = 0.9978  # of the parameters
-    ema_warmup: bool = True  # limits the decay of step t to (1 + t) / (10 + t), for short runs
+    encoder_rate: NonNegative = 1.0  # learning rate of the encoder relative to the schedule, usually 0.1 if it trains
+    quantizer_rate: NonNegative = 1.0  # learning rate of the quantizer relative to the schedule
+    decoder_rate: NonNegative = 1.0  # learning rate of the decoder relative to the schedule
+    constant: tuple[Part, ...] = ()  # parts whose learning rate stays constant after warm-up
+    accumulate: Batch = 1  # micro-batches of one optimizer step; more take less memory and give the same gradients
+    ema_decay: Decay = 0.9978  # decay per step of the moving average of the parameters, usually 0.99 to 0.9999
+    ema_warmup: bool = True  # limit the decay of step t to (1 + t) / (10 + t), for short runs
 
 
 class TrainConfig(Section):
     """Length, seed, logging and checkpoints of a run."""
 
-    steps: Positive = 100_000
+    steps: Positive = 100_000  # optimizer steps of the run
     # Passes over the training images, in place of steps; steps on the command line override epochs in a file.
     epochs: Epochs = None
+    # Seed of the initial parameters, the order of images, their crops and all noise.
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    trainable: tuple[Part, ...] = ("quantizer", "decoder")
+    trainable: tuple[Part, ...] = ("quantizer", "decoder")  # parts that train; the others stay as they start
     # Workdir or checkpoint of another run, whose EMA parameters and codebook a new run starts from, at step 0.
     start_from: str | None = None
-    start_parts: tuple[Part, ...] = ()  # parts that are loaded from it; (): all
-    start_renames: dict[str, str] = {}  # prefix of a path in that checkpoint -> its name in this config
-    log_every: Positive = 50
-    evaluate_every: Positive = 5_000
-    checkpoint_every: Positive = 1_000
-    keep_last: Positive = 3
-    keep_best: Count = 1  # checkpoints with the highest validation PSNR
-    codebook_alarm: Fraction = 0.1  # warn if a log window uses a smaller share of the codes; 0: never
+    start_parts: tuple[Part, ...] = ()  # parts that start_from loads; (): all
+    start_renames: dict[str, str] = {}  # prefix of a path in start_from -> its name in this config
+    log_every: Positive = 50  # steps between two lines of metrics
+    evaluate_every: Positive = 5_000  # steps between two evaluations of the validation images
+    checkpoint_every: Positive = 1_000  # steps between two checkpoints, which bound what an interruption costs
+    keep_last: Positive = 3  # number of newest checkpoints that are kept
+    keep_best: Count = 1  # number of checkpoints with the highest validation PSNR that are kept
+    codebook_alarm: Fraction = 0.1  # warn if a log window uses a smaller share of the codebook; 0: never
     keep_every: Count = 0  # checkpoints at multiples of this step are never deleted; 0: none
     hang_seconds: NonNegative = 900  # seconds without a step until all stacks are printed; 0: never
     log_images: Few = 8  # validation images in the logged grid of reconstructions
-    wandb_project: str | None = None  # also log to Weights & Biases
+    wandb_project: str | None = None  # also log to this project of Weights & Biases
 
 
 class MeshConfig(Section):
     """The mesh of devices."""
 
-    data: Annotated[int, Field(ge=-1, le=MAX_STEPS)] = -1  # devices along "data"; -1: all that remain
-    model: Positive = 1  # devices along "model": attention heads, mlp and codebook are split
+    data: Annotated[int, Field(ge=-1, le=MAX_STEPS)] = -1  # devices that split the batch; -1: all that remain
+    model: Positive = 1  # devices that split attention heads, MLPs and the codebook, usually 1 to 8
     slices: Positive = 1  # TPU slices (or nodes) that split only the batch; parameters are replicated
-    fsdp: bool = False  # split parameters, optimizer and EMA over "data" as well
-    fsdp_min_size: Positive = 65_536  # arrays with fewer elements are not split
+    fsdp: bool = False  # split parameters, optimizer state and their moving average over the data axis as well
+    fsdp_min_size: Positive = 65_536  # smallest number of elements of an array that fsdp splits
 
 
 class Config(Section):
