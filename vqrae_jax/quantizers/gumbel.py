@@ -31,7 +31,7 @@ class GumbelQuantizer(Quantizer):
     final_temperature: Annotated[
         float, registry.Setting("temperature after anneal_steps, usually 0.1 to 0.5", gt=0)
     ] = 0.1
-    # Of the module: calls with train=True. A level or scale that shares it calls it several times in a step.
+    # In calls with train=True, of which a step has several if levels or scales share this quantizer.
     anneal_steps: Annotated[
         int,
         registry.Setting(
