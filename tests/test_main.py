@@ -137,21 +137,21 @@ main.run()
 """
 
 
-def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(tmp_path, trained, tiny):
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [("new", "interrupted before"), pytest.param("begun", "interrupted; step 3 is saved", marks=pytest.mark.slow)],
+)
+def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(tmp_path, trained, tiny, workdir, message):
     """The second interrupt, which does not wait for a step."""
     program, config = tmp_path / "interrupted.py", written(tmp_path / "config.py", tiny(train={"steps": 4}))
     program.write_text(INTERRUPTED)
     shutil.copytree(trained, tmp_path / "begun")
-    for workdir, message in (
-        ("new", "interrupted before"),
-        ("begun", "interrupted; step 3 is saved"),
-    ):
-        command = [sys.executable, str(program), f"--config={config}", f"--workdir={tmp_path / workdir}"]
-        env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-        assert done.returncode == 130, done.stderr
-        assert done.stderr.splitlines()[-1].startswith(message)
-        assert "Traceback" not in done.stderr
+    command = [sys.executable, str(program), f"--config={config}", f"--workdir={tmp_path / workdir}"]
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
 
 
 def test_the_quickstart_shortened(tmp_path):

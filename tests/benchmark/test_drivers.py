@@ -40,6 +40,7 @@ def test_gpu_measurements_are_valid_commands_with_their_own_folders(tmp_path):
     assert len({measurement.name for _, measurement in MEASUREMENTS}) == len(MEASUREMENTS)
 
 
+@pytest.mark.slow
 def test_gpu_report_has_results_and_errors(tmp_path, capsys):
     smaller = "--encoder=tiny --batch=2 --rounds=1 --codes=32"
     arguments = [f"--output={tmp_path}", f"--smaller={smaller}"]
@@ -86,6 +87,7 @@ def arguments(golden, tmp_path):
     return [f"--images={tmp_path}", f"--encoder={golden / 'encoders' / 'dinov2'}", "--size=56", f"--output={tmp_path}"]
 
 
+@pytest.mark.slow
 def test_quantizer_table_has_the_selected_rows(arguments, tmp_path, capsys):
     quantizer_table.main([*arguments, "--steps=2", "--quantizers=k-means,lfq"])
     report = json.loads((tmp_path / "table.json").read_text())

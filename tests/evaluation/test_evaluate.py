@@ -134,21 +134,27 @@ def test_what_only_training_needs_is_not_read(config, workdir, evaluated):
     assert {"step": 0, **metrics} == pytest.approx(evaluated, rel=1e-6)
 
 
-def test_references_from_a_folder_and_from_the_command(config, workdir, tmp_path, validation, evaluated):
+@pytest.mark.parametrize("kind", ["statistics", pytest.param("folder", marks=pytest.mark.slow)])
+def test_references_are_folders_and_statistics_of_the_command(config, workdir, tmp_path, validation, evaluated, kind):
     """With the validation images as the reference, `fd` equals `rfd`."""
-    folder, file = tmp_path / "images", tmp_path / "reference.npz"
+    source = tmp_path / "images"
     for number, image in enumerate(validation[0]["image"]):
-        write_image(folder / f"{number:02d}.png", image)
-    encoder = config().evaluation.encoder_path
-    arguments = {"data": folder, "size": 32, "encoder": encoder, "encoder-size": 28, "output": file}
-    command = reference_statistics.parser.parse_args([f"--{name}={value}" for name, value in arguments.items()])
-    assert reference_statistics.reference_statistics(command).count == 64
-    for source in (folder, file):
-        metrics = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
-        assert metrics["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
-        protocol = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]
-        reference = protocol["networks"]["encoder"]["reference"]
-        assert (reference["source"], reference["images"]) == (str(source), 64)
+        write_image(source / f"{number:02d}.png", image)
+    if kind == "statistics":
+        encoder, file = config().evaluation.encoder_path, tmp_path / "reference.npz"
+        arguments = {"data": source, "size": 32, "encoder": encoder, "encoder-size": 28, "output": file}
+        command = reference_statistics.parser.parse_args([f"--{name}={value}" for name, value in arguments.items()])
+        assert reference_statistics.reference_statistics(command).count == 64
+        source = file
+    metrics = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
+    assert metrics["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
+    protocol = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]
+    reference = protocol["networks"]["encoder"]["reference"]
+    assert (reference["source"], reference["images"]) == (str(source), 64)
+
+
+def test_a_reference_of_another_network_is_an_error(config, workdir, tmp_path):
+    file = tmp_path / "reference.npz"
     np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(WeightsError, match=r"2048.* 20 ") as error:
         loop.evaluate(config(encoder_reference=str(file)), workdir, jax.devices()[:1])

@@ -129,7 +129,7 @@ def low(golden):
     return lambda **options: Tokenizer(built.module, jax.device_get(variables), config, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_codes_depend_on_neither_batch_nor_mesh(low, dtype):
     """Bit for bit. In bfloat16 a direct call with 16 images gives codes other than one with single images."""
     images = np.random.default_rng(0).integers(0, 256, (16, 28, 28, 3)).astype(np.uint8)

@@ -73,7 +73,7 @@ def test_report_names_the_programs_that_do_not_fit_and_has_readable_durations(re
 
 @pytest.mark.slow
 def test_run_that_does_not_fit_exits_with_1(tmp_path):
-    huge = [f"--config.data.{name}={2**19}" for name in ("batch_size", "eval_batch_size")]
+    huge = [f"--config.data.{name}={2**16}" for name in ("batch_size", "eval_batch_size")]
     options = "--config=configs/quickstart.py", "--topology=cpu:2", f"--workdir={tmp_path}", "--alternatives=0"
     process = run_main(*options, *huge)
     assert process.returncode == 1, process.stderr

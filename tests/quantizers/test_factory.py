@@ -84,7 +84,9 @@ def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
     assert module.apply(variables, method=temperature) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["residual", "product", "multiscale"])
+@pytest.mark.parametrize(
+    "name", ["residual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("product", "multiscale"))]
+)
 def test_inner_bsq_has_corners_on_the_unit_sphere(name):
     module, z = build(name, inner="bsq", groups=3), jnp.ones((1, 4, 4, 12))  # four bits
     bound = module.bind(module.init(jax.random.key(0), z))

@@ -46,15 +46,17 @@ MODULES = {name: build(quantizer, **params) for name, (quantizer, params) in CAS
 # Compiling is nearly all that these tests spend time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-each = pytest.mark.parametrize("name", MODULES)
 # One case of every way in which arrays interact; the others differ in arithmetic within a token only.
-kinds = pytest.mark.parametrize(
-    "name",
-    [
-        "ema", "ema_whitened", "ema_diverse", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq", "residual_dropout",
-        "product", "multiscale",
-    ],
+KINDS = (
+    "ema", "ema_whitened", "ema_diverse", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq", "residual_dropout",
+    "product", "multiscale",
 )  # fmt: skip
+kinds = pytest.mark.parametrize("name", KINDS)
+# Every quantizer and every kind; the remaining options are run with `-m slow`.
+each = pytest.mark.parametrize(
+    "name",
+    [n if n in QUANTIZERS or n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
+)
 
 
 @functools.cache

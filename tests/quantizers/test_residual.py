@@ -35,7 +35,7 @@ def test_longer_prefixes_decode_closer(z, train, module, prefixes):
         lookup(np.zeros((2, 4), np.int32))
 
 
-@pytest.mark.parametrize("inner", [SimVQ, IBQ])
+@pytest.mark.parametrize("inner", [SimVQ, pytest.param(IBQ, marks=pytest.mark.slow)])
 def test_a_shared_codebook_starts_from_latents_and_residuals(z, inner, train):
     z = z + 3  # features have a mean, residuals have none
     level = inner(64, 6, distance="l2")
@@ -56,7 +56,9 @@ def test_dropout_keeps_one_prefix_per_image(z, train):
     np.testing.assert_array_equal(present, np.arange(3) < depth[..., None])
 
 
-@pytest.mark.parametrize("inner", [EMAQuantizer, SimVQ, IBQ, GumbelQuantizer])
+@pytest.mark.parametrize(
+    "inner", [EMAQuantizer, SimVQ, *(pytest.param(q, marks=pytest.mark.slow) for q in (IBQ, GumbelQuantizer))]
+)
 def test_initial_embeddings_of_scales_differ(z, inner, train):
     """The coarsest scale alone has fewer cells than embeddings."""
     module = MultiScale(inner(16, 6), (1, 2, 4))

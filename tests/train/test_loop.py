@@ -148,6 +148,7 @@ def test_nothing_waits_for_the_device_between_two_log_lines(tiny, tmp_path, one_
     assert numbers[0] == numbers[1] > 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_earlier_checkpoints(trained, tiny, tmp_path):
     """From step 4 on files may grow to a few kilobytes only; the checkpoint of step 3 stays."""
     script = """
@@ -189,6 +190,7 @@ def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_signals_during_evaluation_and_saving(tiny, tmp_path, one_device, monkeypatch):
     """The step after SIGTERM is saved; a second Ctrl-C ends the run with what is complete, unlocked and readable."""
 

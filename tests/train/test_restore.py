@@ -120,6 +120,7 @@ def test_another_config_is_not_damage(copied, opened, changed, message):
     assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
 
 
+@pytest.mark.slow
 def test_clipping_can_be_switched(opened, tmp_path, assert_same):
     """As the message of the NaN guard recommends; both optimizers keep their moments."""
     unclipped = {"optimizer": {"clip_norm": 0.0}, "adversary": PATCH}

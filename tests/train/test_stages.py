@@ -90,6 +90,7 @@ def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
     assert int(jax.tree.leaves(adversary["opt_state"])[0]) == 2
 
 
+@pytest.mark.slow
 def test_the_first_stage_may_be_deleted(tiny, first, tmp_path, one_device, assert_same):
     """The checkpoints of the second stage include what it started from and does not train."""
     shutil.copytree(first[0], tmp_path / "first")
