@@ -15,6 +15,7 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train.loop import IMAGE_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
 
 
 FORKS = """
@@ -35,7 +36,7 @@ for line in sys.stdin:
 def run_fork(tmp_path_factory):
     """Returns a function that runs the command in a fork of a process that has imported it: (exit code, stderr)."""
     file = tmp_path_factory.mktemp("forks") / "stderr"
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": FLAGS}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, env=env, **pipes) as server:
 
@@ -51,7 +52,7 @@ def run_fork(tmp_path_factory):
 
 def run(*arguments, **env):
     """The command as a user types it, on one device."""
-    env = {**os.environ, "XLA_FLAGS": "", **env}
+    env = {**os.environ, "XLA_FLAGS": FLAGS, **env}
     command = [sys.executable, "-m", "vqrae_jax.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
@@ -147,7 +148,7 @@ def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(tmp_path, trained
     program.write_text(INTERRUPTED)
     shutil.copytree(trained, tmp_path / "begun")
     command = [sys.executable, str(program), f"--config={config}", f"--workdir={tmp_path / workdir}"]
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1].startswith(message)

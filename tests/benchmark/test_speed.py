@@ -8,7 +8,7 @@ import pytest
 
 from vqrae_jax.benchmark import __main__ as benchmark
 from vqrae_jax.benchmark import speed, stages
-from vqrae_jax.errors import ConfigError, UserError
+from vqrae_jax.errors import ConfigError
 
 TINY = ["--encoder=tiny", "--decoder=ViT-Nano", "--codes=32", "--batch=2", "--rounds=1"]
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
@@ -76,8 +76,6 @@ def test_invalid_arguments_and_errors_of_the_pytorch_process_are_reported(tmp_pa
     program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")
     program.chmod(0o755)
     arguments = ["encoder", *TINY, "--against=pytorch", f"--torch-python={program}"]
-    with pytest.raises(UserError, match="No module named torch"):
-        speed.main(arguments)
     with pytest.raises(SystemExit) as exit_info:
         benchmark.main(arguments)
     assert exit_info.value.code == 1

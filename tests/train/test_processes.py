@@ -45,7 +45,8 @@ def spawn(config, workdir, processes=2, devices=2, arguments=(), configs=None, p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     children = []
     for i in range(processes):
         file = pathlib.Path(workdir) / f"config{i}.py"
