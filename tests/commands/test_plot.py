@@ -36,18 +36,22 @@ def test_metrics_are_read_by_rising_steps_and_the_later_line_counts(tmp_path):
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
 def test_the_command_plots_the_metrics_of_the_run(trained, tmp_path, suffix, start, capsys):
     output = tmp_path / "out" / f"curves{suffix}"
-    titles = run(trained, output)
-    assert {"loss", "validation PSNR (dB)", "share of the codes in use", "learning rate"} <= set(titles)
+    metrics = run(trained, output)
+    assert {"loss/total", "loss/pixel", "eval/psnr", "codebook/usage", "learning_rate"} <= set(metrics)
     assert output.read_bytes().startswith(start)
     assert suffix != ".png" or len(np.unique(images.read_image(output))) > 2
     assert capsys.readouterr().err == ""
 
 
-def test_several_runs_share_a_chart(workdir, tmp_path):
-    names = plot._names([str(workdir), str(tmp_path / "other" / "run")])
-    assert names == [str(workdir), str(tmp_path / "other" / "run")]
-    selected = plot.select_curves({name: plot.read_metrics(workdir) for name in names}, ("loss/*",))
-    assert list(selected) == [f"{name}: loss/total" for name in names]
+def test_several_runs_share_the_panel_of_a_metric(workdir, tmp_path, monkeypatch):
+    other = write(tmp_path / "other" / "run", ['{"step": 1, "eval/psnr": 3}'])
+    panels = {}
+    monkeypatch.setattr(plot.visualize, "curves", lambda *arguments: panels.update(arguments[0]) or b"")
+    plot.plot(plot.parser.parse_args(["--workdir", str(workdir), str(other), f"--output={tmp_path / 'x.png'}"]))
+    assert panels == {
+        "loss/total": {str(workdir): ([10, 20, 30], [0.1, 0.05, 1 / 30])},
+        "eval/psnr": {str(workdir): ([10, 20, 30], [20.0, 30.0, 40.0]), str(other): ([1], [3])},
+    }
 
 
 def test_another_suffix_and_a_run_without_metrics_are_errors(tmp_path):
@@ -61,7 +65,7 @@ def test_another_suffix_and_a_run_without_metrics_are_errors(tmp_path):
 
 
 def test_a_pattern_without_a_match_is_reported_and_the_others_are_plotted(workdir, tmp_path, capsys):
-    assert run(workdir, tmp_path / "x.png", "--show", "eval/*", "nothing") == ["eval/*"]
+    assert run(workdir, tmp_path / "x.png", "--show", "eval/*", "nothing") == ["eval/psnr"]
     message = capsys.readouterr().err
     assert "nothing" in message
     assert "eval/psnr, loss/total" in message

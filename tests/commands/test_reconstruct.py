@@ -35,7 +35,7 @@ def test_one_image(trained, folder, tmp_path, capsys):
     square = images.center_crop(images.read_image(folder / "a.png"), 32)
     different = len(np.unique(Tokenizer.load(trained).encode_to_indices(square[None])))
     assert f", 16 codes, {different} different of 32\n" in text
-    assert images.read_image(output).shape == (136, 396, 3)  # three tiles of 128, gaps and margin
+    assert images.read_image(output).shape == (198, 512, 3)  # three images of 160 pixels with titles
 
 
 def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_patterns_panels_and_metrics(trained, folder, tmp_path):
     arguments = ["--show=input,difference", f"--metrics={report}", "--format=webp", "--fit=pad"]
     written = run(trained, "--image", folder / "*.[pj]*g", "--output", tmp_path / "out", *arguments)
     assert [path.name for path in written] == ["00000_a.webp", "00001_ü b.webp"]
-    assert images.read_image(written[0]).shape == (136, 266, 3)  # two tiles of 128
+    assert images.read_image(written[0]).shape == (198, 348, 3)  # two images of 160 pixels with titles
     values = json.loads(report.read_text())
     assert set(values["images"]) == {str(folder / "a.png"), str(folder / "ü b.jpg")}
     assert values["mean"]["psnr"] == pytest.approx(np.mean([x["psnr"] for x in values["images"].values()]))
@@ -88,4 +88,4 @@ def test_invalid_arguments(trained, folder, tmp_path, monkeypatch):
 def test_a_continuous_autoencoder_reconstructs(untrained, folder, tmp_path):
     checkpoint = untrained(quantizer="none").save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
     written = run(checkpoint, "--image", folder / "a.png", "--output", tmp_path / "out.png")
-    assert images.read_image(written[0]).shape == (136, 266, 3)  # no code map
+    assert images.read_image(written[0]).shape == (198, 348, 3)  # no code map

@@ -5,14 +5,20 @@ from vqrae_jax.data.images import read_image
 from vqrae_jax.evaluation import visualize
 
 
-def test_each_index_has_its_own_color():
-    colored = visualize.code_map(np.arange(16).reshape(4, 4), 32)
-    assert colored.shape == (32, 32, 3)
-    tiles = colored[::8, ::8].reshape(16, 3)
-    assert len(np.unique(tiles, axis=0)) == 16
-    np.testing.assert_array_equal(visualize.code_map(np.full((1, 1), 5), 8)[0, 0], tiles[5])
-    for side in (5, 64):  # grids that do not divide the image
-        assert visualize.code_map(np.zeros((side, side), int), 32).shape == (32, 32, 3)
+def test_code_maps_have_the_mean_color_of_each_index():
+    """Equal indices have equal colors, in all images; other indices of any size have their own."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    indices = np.arange(32).reshape(2, 4, 4) * 10**6
+    indices[1, 2, 3] = indices[0, 0, 1]
+    maps = visualize.code_maps(indices, images)
+    assert maps.shape == images.shape
+    np.testing.assert_array_equal(maps[1, 16, 24], maps[0, 0, 8])
+    patches = np.stack([images[0, :8, 8:16], images[1, 16:24, 24:]])
+    np.testing.assert_allclose(maps[0, 0, 8], patches.mean((0, 1, 2)), atol=0.5)
+    np.testing.assert_allclose(maps[1, 0, 0], images[1, :8, :8].mean((0, 1)), atol=0.5)
+    assert (maps[:, 7::8] == visualize.BACKGROUND).all()
+    finest = np.concatenate([np.ones((2, 5), int), indices.reshape(2, 16)], axis=1)  # of several scales
+    np.testing.assert_array_equal(visualize.code_maps(finest, images, 4), maps)
 
 
 def test_grids_have_code_maps_of_tokens_and_of_several_levels_and_keep_pixels():
@@ -21,6 +27,13 @@ def test_grids_have_code_maps_of_tokens_and_of_several_levels_and_keep_pixels():
     levels = visualize.reconstruction_grid(images, images, np.zeros((3, 4, 4, 2), int))
     np.testing.assert_array_equal(flat, levels)
     assert visualize.reconstruction_grid(images, images, None).shape[1] < flat.shape[1]
+    one = visualize.reconstruction_grid(images[:1], images[:1], None, show=("input", "difference"))
+    height, width = visualize.TILE, 2 * visualize.TILE + visualize.GAP + 2 * visualize.MARGIN
+    assert one.shape[1] == width
+    assert not one[-visualize.MARGIN - height : -visualize.MARGIN, visualize.MARGIN : -visualize.MARGIN].min()
+    title = one[: -visualize.MARGIN - height]
+    for start in (0, width // 2):
+        assert title[:, start : start + width // 2].min() < 100, "every column has a title"
     tiles = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
     line = visualize.strip(list(tiles), 5)
     assert line.shape[0] == 6
@@ -54,10 +67,26 @@ def test_curves_show_their_values(format):
     assert flat != steep
 
 
-def test_charts_leave_gaps_and_histograms_show_their_values():
-    """A value that is not finite is a gap; a chart without values keeps its place."""
-    one, two = ({"a": {"x": ([0, 1, 2], [0.0, float("nan"), 1.0])}, **more} for more in ({}, {"b": {}}))
-    widths = [read_image(visualize.curves(charts, "png")).shape[1] for charts in (one, two)]
-    assert widths[1] == 2 * widths[0]
+def test_curves_have_one_color_per_run_in_all_panels_and_a_legend_inside():
+    """A value that is not finite is a gap, and a run without a metric keeps its color in the other panels."""
+    x, y = [0, 1, 2], [1.0, float("nan"), 100.0]
+    panels = {"a": {"first": (x, y), "x" * 70: (x, y)}, "b": {"x" * 70: (x, y)}}
+    image = read_image(visualize.curves(panels, "png", {"a": "%"}))
+    assert image.shape[1] == 2 * round(visualize.CHART[0] * visualize.DPI)
+    blue, orange = ((np.abs(image - np.array(rgb, int)).sum(-1) < 40) for rgb in ((60, 90, 160), (209, 96, 61)))
+    middle = image.shape[1] // 2
+    assert blue[:, :middle].any()
+    assert not blue[:, middle:].any()
+    assert orange[:, middle:].any()
+    edges = (image[0], image[-1], image[:, 0], image[:, -1])
+    assert all((edge == 255).all() for edge in edges), "the legend is cut off"
+
+
+def test_charts_show_their_values():
     rising, falling = (visualize.histogram(heights, "t", "x") for heights in (np.arange(4), np.arange(4)[::-1]))
     assert (rising != falling).any()
+    colors = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
+    points = visualize.scatter(np.arange(6.0).reshape(3, 2), colors, np.array([5.0, 1.0]), "t", ("x", "y"))
+    assert (points == (255, 0, 0)).all(-1).sum() > (points == (0, 0, 255)).all(-1).sum() > 0
+    low, high = (visualize.heat_map(np.eye(2) * scale, "t", "bits") for scale in (1, 2))
+    assert (low != high).any()

@@ -17,46 +17,46 @@ from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.evaluation.report import METRICS_FILE
 
-CHARTS = {  # title: patterns of metric names; charts without values are left out
-    "loss": ("loss/*",),
-    "validation PSNR (dB)": ("eval/psnr",),
-    "share of the codes in use": ("codebook/usage", "eval/codebook_usage"),
-    "codebook perplexity": ("codebook/perplexity", "eval/codebook_perplexity"),
-    "quantization error": ("codebook/quantization_error",),
-    "discriminator": ("gan/discriminator", "gan/accuracy"),
-    "gradient norm": ("grad_norm", "grad_norm/*"),
-    "learning rate": ("learning_rate",),
-    "images per second": ("images_per_second",),
-}
+METRICS = (  # patterns of the metrics that are shown by default
+    "loss/*", "eval/psnr", "eval/ssim", "eval/lpips", "eval/rfid", "codebook/usage", "eval/codebook_usage",
+    "codebook/perplexity", "eval/codebook_perplexity", "codebook/quantization_error", "gan/discriminator",
+    "gan/accuracy", "grad_norm", "learning_rate", "images_per_second",
+)  # fmt: skip
+UNITS = {  # by patterns of metrics
+    "*psnr": "dB", "*usage": "%", "*accuracy": "%", "data_wait": "%", "*perplexity": "codes", "*dead": "codes",
+    "*bits*": "bits", "learning_rate": "", "images_per_second": "images per second", "step_seconds/*": "s",
+}  # fmt: skip
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 parser = command_line.Parser("plot", f"Plots the curves in the {METRICS_FILE} of runs.")
-parser.add("--workdir", "workdirs of runs; several share the charts", required=True, nargs="+")
+parser.add("--workdir", "workdirs of runs, which share the panels", required=True, nargs="+")
 parser.add("--output", f"file to write: {', '.join(SUFFIXES)}", required=True)
-parser.add("--show", "one chart per pattern of metric names, as 'eval/*'; a selection by default", nargs="+")
+parser.add("--show", "patterns of the metrics to show, as 'eval/*'; a selection by default", nargs="+")
 
 
 def plot(args: argparse.Namespace) -> list[str]:
-    """Runs the command; returns the titles of the charts."""
+    """Runs the command; returns the metrics that the panels show."""
     suffix = pathlib.Path(args.output).suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"its suffix must be one of {', '.join(SUFFIXES)}", field="--output", value=args.output)
     runs = {name: read_metrics(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
-    selection = {pattern: (pattern,) for pattern in args.show} if args.show else CHARTS
-    charts = {title: select_curves(runs, patterns) for title, patterns in selection.items()}
-    empty = [title for title, curves in charts.items() if not curves]
-    charts = {title: curves for title, curves in charts.items() if curves}
-    metrics = ", ".join(sorted({name for curves in runs.values() for name in curves})) or "none"
-    if not charts:
-        raise DataError(f"no metric matches {', '.join(selection)}; {METRICS_FILE} has: {metrics}", field="--show")
+    metrics = sorted({metric for curves in runs.values() for metric in curves})
+    matches = {pattern: fnmatch.filter(metrics, pattern) for pattern in args.show or METRICS}
+    selection = list(dict.fromkeys(metric for names in matches.values() for metric in names))
+    empty = [pattern for pattern, names in matches.items() if not names]
+    problem = f"no metric matches {', '.join(empty)}; {METRICS_FILE} has: {', '.join(metrics) or 'none'}"
+    if not selection:
+        raise DataError(problem, field="--show")
     if args.show and empty:
-        print(f"--show: no metric matches {', '.join(empty)}; {METRICS_FILE} has: {metrics}", file=sys.stderr)
-    storage.write_bytes(storage.resolve_path(args.output), visualize.curves(charts, suffix[1:]))
-    print(f"wrote {args.output}: {', '.join(charts)}")
-    return list(charts)
+        print(f"--show: {problem}", file=sys.stderr)
+    panels = {metric: {run: curves[metric] for run, curves in runs.items() if metric in curves} for metric in selection}
+    units = {metric: unit for metric in panels for pattern, unit in UNITS.items() if fnmatch.fnmatch(metric, pattern)}
+    storage.write_bytes(storage.resolve_path(args.output), visualize.curves(panels, suffix[1:], units))
+    print(f"wrote {args.output}: {', '.join(panels)}")
+    return list(panels)
 
 
-def read_metrics(workdir: str | os.PathLike) -> visualize.Curves:
+def read_metrics(workdir: str | os.PathLike) -> dict[str, visualize.Curve]:
     """Reads the metrics of a run, by rising steps.
 
     A run that was resumed from an earlier checkpoint logs some steps twice: the later line counts. Lines that are not
@@ -76,16 +76,6 @@ def read_metrics(workdir: str | os.PathLike) -> visualize.Curves:
             if isinstance(value, int | float) and name != "time":
                 by_name.setdefault(name, {})[step] = value
     return {name: tuple(map(list, zip(*sorted(by_step.items()), strict=True))) for name, by_step in by_name.items()}
-
-
-def select_curves(runs: dict[str, visualize.Curves], patterns: Sequence[str]) -> visualize.Curves:
-    """Returns the curves of one chart, labeled by metric, and by run if there are several."""
-    return {
-        name if len(runs) == 1 else f"{run}: {name}": curves[name]
-        for run, curves in runs.items()
-        for name in sorted(curves)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    }
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:

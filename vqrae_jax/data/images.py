@@ -3,12 +3,12 @@
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.Image import Resampling, Transpose
 
 from vqrae_jax import storage
@@ -111,6 +111,16 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     encoded, options = io.BytesIO(), SAVE_OPTIONS[suffix]
     Image.fromarray(np.ascontiguousarray(image)).save(encoded, Image.registered_extensions()[suffix], **options)
     storage.write_bytes(path, encoded.getvalue())
+
+
+def write_text(
+    image: UInt8[np.ndarray, "H W 3"], labels: Sequence[tuple[int, int, str]], size: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns a copy with dark labels (x and y of the top left corner, text) in letters of `size` pixels."""
+    canvas, font = Image.fromarray(image), ImageFont.load_default(size)
+    for x, y, text in labels:
+        ImageDraw.Draw(canvas).text((x, y), text, (34, 34, 51), font)
+    return np.asarray(canvas)
 
 
 # Crops return an array for an array and a PIL image for a PIL image.

@@ -1,8 +1,9 @@
-"""The files of --mode=evaluate in a workdir: evaluation.json, and a page with the best, median and worst images."""
+"""Reports as web pages, and that of --mode=evaluate: evaluation.json, and the best, median and worst images."""
 
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,18 @@ DESCRIPTIONS = {  # by the last words of a metric's name; the longest match coun
     "inception_score_deviation": "standard deviation of the Inception score over splits",
     "probe_accuracy": "accuracy of a linear classifier on the quantized latents; higher is better",
     "probe_chance": "accuracy of always predicting the most frequent class",
-    "codebook_usage": "share of the codes that occur",
-    "codebook_perplexity": "2 to the power of the entropy of the codes, at most the codebook size",
-    "codebook_entropy_bits": "entropy of the codes, in bits per code",
-    "codebook_dead": "number of codes that never occur",
+    "usage": "share of the codes that occur",
+    "perplexity": "2 to the power of the entropy of the codes, at most the codebook size",
+    "entropy_bits": "entropy of the codes, in bits per code",
+    "dead": "number of codes that never occur",
     "bits_per_image": "with codes of equal length",
     "entropy_bits_per_image": "with an ideal entropy code",
-    "images": "number of images evaluated",
+    "images": "number of images",
+    "codes": "size of the codebook",
+    "quantization_error": "mean squared error of the quantized latents, relative to their variance; lower is better",
+    "code_distance": "mean distance from a code in use to the nearest other one",
+    "code_distance_median": "median of these distances",
+    "code_distance_min": "smallest of these distances; near 0 for codes that say the same",
 }
 
 _PAGE = """<!doctype html>
@@ -45,16 +51,27 @@ _PAGE = """<!doctype html>
 table {{ border-collapse: collapse }} td {{ padding: .2em 1.2em .2em 0; border-bottom: 1px solid #e4e6ea }}
 td:nth-child(2) {{ text-align: right; font-variant-numeric: tabular-nums }} td:nth-child(3) {{ color: #667 }}
 .warning {{ border-left: 4px solid #d1603d; padding-left: 1em }} .groups {{ display: flex; gap: 2em; flex-wrap: wrap }}
-.groups section {{ flex: 1 1 22em }} figure {{ margin: 0 0 1em }} img {{ width: 100%; image-rendering: pixelated }}
+.groups section {{ flex: 1 1 22em }} .wide section {{ flex-basis: 34em }} p {{ max-width: 50em }}
+figure {{ margin: 0 0 1em }} img {{ max-width: 100% }} .pixels img {{ width: 100%; image-rendering: pixelated }}
+.columns {{ display: flex; font-size: 13px }} .columns span {{ flex: 1 }} summary {{ cursor: pointer }}
 figcaption {{ color: #667; font-size: 13px }} pre {{ white-space: pre-wrap; font-size: 13px }}</style>
 <h1>{title}</h1>
 <table>{metrics}</table>
 {warnings}
-<h2>Reconstructions</h2><p>Original, reconstruction, and absolute difference times {gain}; ranked by {rank}.
-<div class="groups">{examples}</div>
-<h2>Protocol</h2><pre>{protocol}</pre>
+{body}
 </html>
 """
+_EXAMPLES = """<h2>Reconstructions</h2><p>The best, median and worst images by {rank}.
+<div class="groups pixels">{examples}</div>
+<h2>Protocol</h2><details><summary>how these values were measured</summary><pre>{protocol}</pre></details>"""
+
+
+def render_page(title: str, metrics: Mapping[str, int | float], warnings: Sequence[str], body: str) -> bytes:
+    """Returns a web page with a table of metrics and their DESCRIPTIONS; `body` is HTML, the other texts are not."""
+    rows = (f"<tr><td>{n.removeprefix('eval/')}<td>{_format(x)}<td>{_description(n)}" for n, x in metrics.items())
+    alerts = (f'<p class="warning">{html.escape(warning)}' for warning in warnings)
+    page = _PAGE.format(title=html.escape(title), metrics="".join(rows), warnings="".join(alerts), body=body)
+    return page.encode()
 
 
 def write_report(
@@ -67,25 +84,19 @@ def write_report(
     for group, members in examples.items():
         for number, example in enumerate(members):
             image_files.write_image(workdir / FOLDER / f"{group}{number}.png", _example_strip(example))
-    page = _PAGE.format(
-        title=f"{html.escape(workdir.name)}, step {step}",
-        metrics="".join(
-            f"<tr><td>{name.removeprefix('eval/')}<td>{_format(value)}<td>{_description(name)}"
-            for name, value in result.metrics.items()
-        ),
-        warnings="".join(f'<p class="warning">{html.escape(warning)}' for warning in result.accumulator.warnings),
-        gain=visualize.GAIN,
+    body = _EXAMPLES.format(
         rank="LPIPS" if "eval/lpips" in result.metrics else "PSNR",
         examples="".join(_example_section(group, members) for group, members in examples.items()),
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
-    storage.write_bytes(workdir / FOLDER / "index.html", page.encode())
+    page = render_page(f"{workdir.name}, step {step}", result.metrics, result.accumulator.warnings, body)
+    storage.write_bytes(workdir / FOLDER / "index.html", page)
 
 
 def _example_strip(example: Example) -> np.ndarray:
-    columns = ("input", "reconstruction", "difference")
-    reconstruction = visualize.to_uint8(example.reconstruction)[None]
-    return visualize.reconstruction_grid(example.image[None], reconstruction, None, columns=1, show=columns)
+    reconstruction = visualize.to_uint8(example.reconstruction)
+    tiles = [example.image, reconstruction, visualize.difference_map(example.image, reconstruction)]
+    return visualize.strip(tiles, visualize.TILE)
 
 
 def _example_section(group: str, examples: list[Example]) -> str:
@@ -95,7 +106,8 @@ def _example_section(group: str, examples: list[Example]) -> str:
         + "</figcaption></figure>\n"
         for number, e in enumerate(examples)
     )
-    return f"<section><h3>{group.capitalize()}</h3>{figures}</section>\n"
+    titles = "".join(f"<span>{visualize.TITLES.get(kind, kind)}</span>" for kind in visualize.KINDS[:3])
+    return f'<section><h3>{group.capitalize()}</h3><div class="columns">{titles}</div>{figures}</section>\n'
 
 
 def _description(name: str) -> str:

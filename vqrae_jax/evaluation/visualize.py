@@ -2,19 +2,24 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
-GAP = 2  # pixels between tiles
-TILE = 128  # smaller images are enlarged to about this side
+from vqrae_jax.data import images as image_files
+
+GAP, EXAMPLE_GAP, MARGIN = 4, 20, 12  # pixels between images, between examples, and around all
+TILE = 160  # smaller images are enlarged to at least this side
 BACKGROUND = 255
 GAIN = 4  # factor by which difference maps are amplified
 KINDS = ("input", "reconstruction", "difference", "codes")  # images of one example, in this order
+TITLES = {"difference": f"difference x {GAIN}"}  # of columns that are not called as in KINDS
 
-Curves = Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]]  # {label: (x, y)}
+Curve = tuple[Sequence[float | int], Sequence[float | int]]  # x and y
 CHART, DPI = (4.2, 2.8), 110  # inches of one chart, and pixels of an inch
 COLORS = ("#3c5aa0", "#d1603d", "#4b8f4b", "#8a5fa8", "#b08a2e", "#5b6770")
+STYLES = ("-", "--", ":")  # of more runs than colors
 FRAME = (209, 96, 61)
 
 
@@ -23,15 +28,37 @@ def to_uint8(images: Float[np.ndarray, "*b"]) -> UInt8[np.ndarray, "*b"]:
     return (np.clip(np.asarray(images, np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def code_map(indices: Int[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Renders a grid of indices as colored squares; an index has the same color in every image."""
-    side = max(size // len(indices), 1)
-    tiles = _colors(indices).repeat(side, 0).repeat(side, 1)
-    image = np.full((size, size, 3), BACKGROUND, np.uint8)
-    height, width = (min(n, size) for n in tiles.shape[:2])
-    top, left = (size - height) // 2, (size - width) // 2  # centered where the grid does not divide `size`
-    image[top : top + height, left : left + width] = tiles[:height, :width]
-    return image
+def code_maps(
+    indices: Int[np.ndarray, "B ..."], images: UInt8[np.ndarray, "B H W 3"], grid: int | None = None
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """Renders the indices of images as mosaics, in which all positions with the same index have the same color.
+
+    The color of an index is the mean of `images` over all positions that have it. Only indices that occur matter, so
+    codebooks may be of any size, and with reconstructions it is the color that the code decodes to.
+
+    Args:
+      indices: of each image, see `code_grid`.
+      images: reconstructions, or the images that were encoded; their sides are multiples of the grid's.
+      grid: side of the grid, see `code_grid`.
+    """
+    grids = np.stack([code_grid(x, grid) for x in indices])
+    colors, side = (
+        code_colors(grids, images)[np.unique(grids, return_inverse=True)[1]],
+        images.shape[1] // grids.shape[1],
+    )
+    tiles = colors.repeat(side, 1).repeat(side, 2)
+    if side >= 4:  # lines distinguish maps from images
+        tiles[:, side - 1 :: side] = tiles[:, :, side - 1 :: side] = BACKGROUND
+    return tiles
+
+
+def code_colors(grids: Int[np.ndarray, "B h w"], images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "used 3"]:
+    """Returns the mean color of the patches of each index that occurs, in rising order of the indices."""
+    B, h, w = grids.shape
+    patches = images.reshape(B, h, images.shape[1] // h, w, images.shape[2] // w, 3).mean((2, 4)).reshape(-1, 3)
+    _, number, counts = np.unique(grids.ravel(), return_inverse=True, return_counts=True)
+    sums = [np.bincount(number, channel) for channel in patches.T]
+    return (np.stack(sums, axis=1) / counts[:, None] + 0.5).astype(np.uint8)
 
 
 def code_grid(indices: Int[np.ndarray, "..."], side: int | None = None) -> Int[np.ndarray, "h w"]:
@@ -59,21 +86,24 @@ def reconstruction_grid(
     columns: int = 2,
     show: Sequence[str] = ("input", "reconstruction", "codes"),
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Arranges `columns` examples per row: input | reconstruction | difference | code map, those of KINDS in `show`.
+    """Arranges `columns` examples per row, each with titled columns: those of KINDS in `show`.
 
     `grid` is the side of the code grid, see `code_grid`; without `indices` there are no code maps.
     """
-    factor = max(TILE // images.shape[1], 1)
-    parts = zip(KINDS, (images, reconstructions, difference_map(images, reconstructions)), strict=False)
-    parts = [part.repeat(factor, 1).repeat(factor, 2) for kind, part in parts if kind in show]
-    if indices is not None and "codes" in show:
-        parts.append(np.stack([code_map(code_grid(x, grid), images.shape[1] * factor) for x in indices]))
-    examples = [_row(tiles) for tiles in zip(*parts, strict=True)]
+    parts = dict(zip(KINDS, (images, reconstructions, difference_map(images, reconstructions)), strict=False))
+    parts = {kind: enlarge(part, TILE) for kind, part in parts.items()}
+    if indices is not None:
+        parts["codes"] = code_maps(indices, parts["reconstruction"], grid)
+    kinds, columns = [kind for kind in KINDS if kind in parts and kind in show], min(columns, len(images))
+    examples = [_row(tiles) for tiles in zip(*(parts[kind] for kind in kinds), strict=True)]
     examples += [np.full_like(examples[0], BACKGROUND)] * (-len(examples) % columns)
-    rows = [_row(examples[i : i + columns], 4 * GAP) for i in range(0, len(examples), columns)]
-    space = np.full((GAP, rows[0].shape[1], 3), BACKGROUND, np.uint8)
-    canvas = np.concatenate([part for row in rows for part in (row, space)])
-    return np.pad(canvas, ((2 * GAP, GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=BACKGROUND)
+    rows = [_row(examples[i : i + columns], EXAMPLE_GAP) for i in range(0, len(examples), columns)]
+    side, size = parts["input"].shape[2], max(parts["input"].shape[2] // 16, 13)
+    starts = np.arange(columns)[:, None] * (examples[0].shape[1] + EXAMPLE_GAP) + np.arange(len(kinds)) * (side + GAP)
+    titles = np.full((round(1.5 * size), rows[0].shape[1], 3), BACKGROUND, np.uint8)
+    labels = [(int(x), 0, TITLES.get(kind, kind)) for row in starts for x, kind in zip(row, kinds, strict=True)]
+    canvas = _column([image_files.write_text(titles, labels, size), _column(rows)], 0)
+    return np.pad(canvas, ((MARGIN // 2, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=BACKGROUND)
 
 
 def difference_map(
@@ -99,64 +129,122 @@ def mark_cells(
 
 def strip(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> UInt8[np.ndarray, "S X 3"]:
     """Arranges small images of one size in a row, enlarged to at least `side` pixels."""
-    return _row([enlarge(tile, side) for tile in tiles], gap=2 * GAP)
+    return _row([enlarge(tile, side) for tile in tiles])
 
 
 def histogram(heights: Shaped[np.ndarray, " n"], title: str, x_label: str) -> UInt8[np.ndarray, "Y X 3"]:
     """Plots values as filled steps; the scale is logarithmic if the largest exceeds 100 times the median."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure, (axes,) = _charts([title], x_label)
+    figure, (axes,) = _charts([title], x_label, "times")
     edges = np.arange(len(heights) + 1)
     axes.fill_between(edges, np.append(heights, heights[-1]), step="post", color=COLORS[0], linewidth=0)
     if heights.max() > 100 * max(float(np.median(heights)), 1e-12):
         axes.set_yscale("symlog")
     axes.set_xlim(0, len(heights))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    axes.set_ylim(0)
+    return _pixels(figure)
 
 
-def curves(charts: Mapping[str, Curves], format: str) -> bytes:
-    """Returns a file (pdf, svg, png, jpg or webp) with one chart per title over steps; NaN leaves a gap."""
-    figure, all_axes = _charts(list(charts), "step")
-    for axes, lines in zip(all_axes, charts.values(), strict=True):
-        for i, (label, (x, y)) in enumerate(lines.items()):
-            markers = {"marker": "o", "markersize": 3} if len(x) < 12 else {}
-            axes.plot(x, y, color=COLORS[i % len(COLORS)], linewidth=1.4, label=label, **markers)
-        axes.grid(color="#e4e6ea", linewidth=0.6)
-        if len(lines) > 1:
-            axes.legend(fontsize=7, frameon=False)
+def scatter(
+    points: Float[np.ndarray, "n 2"],
+    colors: UInt8[np.ndarray, "used 3"],
+    areas: Float[np.ndarray, " used"],
+    title: str,
+    labels: tuple[str, str],
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """Plots the first points as discs with colors and areas (the largest first), and the remaining ones in gray."""
+    figure, (axes,) = _charts([title], *labels, size=(5.6, 5.0))
+    axes.plot(*points[len(areas) :].T, linestyle="", marker="x", markersize=3, color="#c3c8cf", zorder=0)
+    order = np.argsort(-areas, kind="stable")
+    areas = 8 + 200 * areas[order] / max(areas.max(), 1e-12)
+    axes.scatter(*points[order].T, areas, colors[order] / 255, edgecolors="#223", linewidths=0.3)
+    return _pixels(figure)
+
+
+def heat_map(values: Float[np.ndarray, "h w"], title: str, label: str) -> UInt8[np.ndarray, "Y X 3"]:
+    """Plots a grid of numbers as colors, with their scale."""
+    figure, (axes,) = _charts([title], "column", "row", size=(5.0, 4.0))
+    bar = figure.colorbar(axes.imshow(values, cmap="viridis")).ax
+    bar.set_ylabel(label, fontsize=8)
+    bar.tick_params(labelsize=7)
+    return _pixels(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, Curve]], format: str, units: Mapping[str, str] | None = None) -> bytes:
+    """Returns a file (pdf, svg, png, jpg or webp) with one panel per metric over steps; NaN leaves a gap.
+
+    Args:
+      panels: {metric: {run: curve}}; a run has the same color in all panels, and the legend names it.
+      format: suffix of the file.
+      units: of metrics that have one, for the y axis; "%" shows shares. The scale of other metrics is logarithmic if
+        they are positive and span a wide range.
+    """
+    figure, all_axes = _charts(list(panels), "step")
+    runs = list(dict.fromkeys(run for lines in panels.values() for run in lines))
+    legend = {}
+    for axes, (metric, lines) in zip(all_axes, panels.items(), strict=True):
+        for run, (x, y) in lines.items():
+            cycle, color = divmod(runs.index(run), len(COLORS))
+            marker = {"marker": "o", "markersize": 3} if len(x) < 12 else {}
+            style = STYLES[cycle % len(STYLES)]
+            (legend[run],) = axes.plot(x, y, linestyle=style, color=COLORS[color], linewidth=1.4, **marker)
+        _scale(axes, np.concatenate([np.empty(0), *(y for _, y in lines.values())]), (units or {}).get(metric))
+    columns = max(int(figure.get_figwidth() * 12 / (max(map(len, runs), default=0) + 6)), 1)
+    figure.legend(legend.values(), legend, loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format=format)
     return content.getvalue()
 
 
-def _charts(titles: Sequence[str], x_label: str):
+def _scale(axes: Any, values: Float[np.ndarray, " n"], unit: str | None) -> None:
+    """Sets the scales of a panel of curves."""
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    values = values[np.isfinite(values)]
+    axes.grid(color="#e4e6ea", linewidth=0.6)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    if unit == "%":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylim(0, 1.02)
+    elif unit is None and len(values) and values.min() > 0 and values.max() > 20 * values.min():
+        axes.set_yscale("log")
+    elif len(values) and 0 <= values.min() < values.max() / 2:
+        axes.set_ylim(bottom=0)
+    if axes.get_yscale() == "linear":
+        axes.locator_params(axis="y", nbins=6)
+    axes.set_ylabel("" if unit in (None, "%") else unit, fontsize=8)
+
+
+def _charts(titles: Sequence[str], x_label: str, y_label: str = "", size: tuple[float, float] = CHART) -> Any:
     """Returns a figure outside pyplot's global state, and its axes in up to three columns."""
     from matplotlib.figure import Figure
 
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)
-    figure = Figure((CHART[0] * columns, CHART[1] * rows), dpi=DPI, layout="constrained")
+    figure = Figure((size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for i, title in enumerate(titles):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9.5, fontweight="bold", loc="left")
         axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
     return figure, figure.axes
 
 
-def _colors(indices: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Steps of the golden ratio around the hue circle keep neighboring indices apart; lightness varies too."""
-    hue = (indices * 0.618033988749895) % 1.0
-    lightness = 0.45 + 0.35 * ((indices * 0.754877666246693) % 1.0)
-    phase = (hue[..., None] + np.array([0.0, 1 / 3, 2 / 3])) % 1.0
-    wave = 0.5 + 0.5 * np.cos(2 * np.pi * phase)
-    return to_uint8(lightness[..., None] * (0.35 + 0.65 * wave) / 0.8)
+def _pixels(figure: Any) -> UInt8[np.ndarray, "Y X 3"]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _row(tiles: Sequence[np.ndarray], gap: int = GAP) -> np.ndarray:
     space = np.full((len(tiles[0]), gap, 3), BACKGROUND, np.uint8)
     return np.concatenate([part for tile in tiles for part in (tile, space)][:-1], axis=1)
+
+
+def _column(tiles: Sequence[np.ndarray], gap: int = GAP) -> np.ndarray:
+    return _row([tile.swapaxes(0, 1) for tile in tiles], gap).swapaxes(0, 1)
