@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import pytest
 from vqrae_jax.commands import codebook
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.evaluation import report as evaluation_report
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +39,17 @@ def test_a_continuous_autoencoder_has_no_report(untrained, pixels):
 
 def test_charts():
     indices = np.zeros((4, 2, 2), int)
-    indices[:, 1, 1] = [0, 1, 2, 3]
-    positions = codebook.positions_chart(indices, 4)
-    assert positions[0, 0, 0] == 0
-    assert positions[-1, -1, 0] == 255
+    indices[:, 1, 1] = [0, 1, 2, 10**9]
+    np.testing.assert_array_equal(codebook.position_entropy(indices), [[0, 0], [0, 2]])
     pixels = np.arange(4 * 16 * 3, dtype=np.uint8).reshape(4, 4, 4, 3)
-    errors = np.ones((4, 2, 2))
+    decoded, errors = np.full_like(pixels, 7), np.ones((4, 2, 2))
     errors[2, 0, 1] = 0
-    patches = codebook.patches_chart(pixels, indices, errors, np.asarray([13, 1, 1, 1]))
-    np.testing.assert_array_equal(patches[:2, :2], pixels[2, :2, 2:])
+    patches = codebook.patches_chart(pixels, decoded, np.minimum(indices, 3), errors, np.asarray([13, 1, 1, 1]))
+    row = patches[codebook.HEADER : codebook.HEADER + codebook.PATCH, codebook.LABEL :]
+    step, scale = codebook.PATCH + codebook.visualize.GAP, codebook.PATCH // 2
+    assert (row[:, : codebook.PATCH] == 7).all()
+    np.testing.assert_array_equal(row[::scale, 2 * step :][:, : codebook.PATCH : scale], pixels[2, :2, 2:])
+    assert patches[codebook.HEADER :, : codebook.LABEL].min() < 100, "rows have labels"
 
 
 def test_the_command_writes_the_report(untrained, pixels, tmp_path, monkeypatch, capsys):
@@ -54,8 +59,16 @@ def test_the_command_writes_the_report(untrained, pixels, tmp_path, monkeypatch,
     arguments = ["--checkpoint=x", f"--data={tmp_path / 'photos'}", f"--output={tmp_path / 'report'}", "--alarm=1"]
     codebook.report(codebook.parser.parse_args(arguments))
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {"use.png", "map.png", "patches.png", "positions.png", "report.json"}
+    assert names == {"use.png", "map.png", "patches.png", "positions.png", "report.json", "index.html"}
     assert "ALARM" in capsys.readouterr().err
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "ALARM" in page
+    for name, (title, explanation) in codebook.FIGURES.items():
+        assert title in page
+        assert explanation in page
+        assert f'src="{name}.png"' in page
+    for metric in json.loads((tmp_path / "report" / "report.json").read_text()):
+        assert evaluation_report._description(metric)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as error:
         codebook.report(codebook.parser.parse_args([*arguments, f"--data={tmp_path / 'empty'}"]))

@@ -2,12 +2,13 @@
 
 vqrae codebook --checkpoint=runs/quickstart --source=photographs --output=report
 
-Writes report.json and four images: use.png, how often each code occurs; map.png, the codes on their first two principal
-axes, darker where used more; patches.png, the image patches nearest to the most used codes; positions.png, the entropy
-of the codes at each position of the grid, white for the highest.
+Writes report.json, and the page index.html, which explains four charts: map.png, the codes on their first two principal
+axes; use.png, how often each code occurs; patches.png, the most used codes and the image patches nearest to them;
+positions.png, the entropy of the codes at each position of the grid.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -23,18 +24,45 @@ from vqrae_jax.data import images as image_files
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
+from vqrae_jax.evaluation import report as report_page
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
-SIDE = 512  # pixels of square charts
 CODES, PATCHES = 16, 12  # rows and columns of patches.png
 PATCH = 40  # pixels of a patch in patches.png, at least
+LABEL, HEADER = 110, 26  # pixels of the row labels and of the titles in patches.png
+
+FIGURES = {  # title and explanation of each chart
+    "map": (
+        "Where the codes lie",
+        "Codes on the first two principal axes of the codebook. A disc is a code in use: its color is the mean of the "
+        "patches that it decodes to, its area the number of times that it occurs. Gray crosses are codes that do not "
+        "occur. Smooth changes of color show that neighboring codes decode to similar patches; crosses far from all "
+        "discs are codes that no latent is close to.",
+    ),
+    "use": (
+        "How often each code occurs",
+        "All codes, from the most to the least used. The flatter the curve, the more information a code carries. Codes "
+        "at zero do not occur in these images.",
+    ),
+    "patches": (
+        "What the most used codes stand for",
+        "One code per row: its number and its share of all positions, the mean of the patches that it decodes to, and "
+        "the image patches whose latents are nearest to it. The more alike these patches are, the clearer is the "
+        "meaning of the code.",
+    ),
+    "positions": (
+        "Where codes vary",
+        "Entropy of the codes at each position of the grid. At positions of low entropy, most images have the same few "
+        "codes, for example at plain borders.",
+    ),
+}
 
 parser = command_line.Parser("codebook", __doc__.partition("\n\n")[0])
 parser.add_checkpoint()
 parser.add_data()
-parser.add("--output", "folder for report.json and the images", required=True)
+parser.add("--output", "folder for report.json and index.html", required=True)
 parser.add_count("--limit", "use the first LIMIT images only", 1000)
 parser.add("--alarm", "warn if a smaller share of the codes is used", type=float, default=0.1)
 
@@ -50,9 +78,15 @@ def report(args: argparse.Namespace) -> dict[str, float | int]:
     storage.write_bytes(output / "report.json", json.dumps(metrics, indent=2).encode())
     for name, value in metrics.items():
         print(f"{name:>24}: {value:.4g}")
+    warnings = []
     if metrics["usage"] < args.alarm:
-        print(f"ALARM: {metrics['usage']:.1%} of the codes are used, less than {args.alarm:.1%}", file=sys.stderr)
-    print(f"wrote {output}")
+        warnings = [f"ALARM: {metrics['usage']:.1%} of the codes are used, less than {args.alarm:.1%}"]
+        print(*warnings, file=sys.stderr)
+    figures = (f'<section><h2>{FIGURES[n][0]}</h2><p>{FIGURES[n][1]}<p><img src="{n}.png" alt="">' for n in charts)
+    body = f'<div class="groups wide">{"</section>".join(figures)}</section></div>'
+    page = report_page.render_page(f"Codebook of {args.checkpoint}", metrics, warnings, body)
+    storage.write_bytes(output / "index.html", page)
+    print(f"wrote {output / 'index.html'}")
     return metrics
 
 
@@ -67,7 +101,7 @@ def analyze(
     if not tokenizer.has_codes:
         problem = 'is a continuous autoencoder (quantizer "none"), whose use of codes cannot be reported'
         raise ConfigError(problem, field="--checkpoint")
-    indices, distances, levels, errors = (
+    indices, distances, decoded, levels, errors = (
         np.concatenate(parts) for parts in zip(*_encode(tokenizer, images), strict=True)
     )
     size, levels = tokenizer.codebook_size, levels.sum(0)
@@ -81,10 +115,10 @@ def analyze(
     }
     title = f"{(counts > 0).sum()} of {size} codes in use"
     charts = {
+        "map": map_chart(embeddings, counts, visualize.code_colors(indices, decoded)),
         "use": visualize.histogram(np.sort(counts)[::-1], title, "codes, most used first"),
-        "map": map_chart(embeddings, counts),
-        "patches": visualize.enlarge(patches_chart(images, indices, distances, counts), PATCH * min(CODES, size)),
-        "positions": positions_chart(indices, size),
+        "patches": patches_chart(images, decoded, indices, distances, counts),
+        "positions": visualize.heat_map(position_entropy(indices), "entropy of each position", "bits"),
     }
     return metrics, charts
 
@@ -98,66 +132,69 @@ def measure_spacing(embeddings: Float[np.ndarray, "K C"]) -> dict[str, float]:
     return {f"code_distance{name}": float(value) for name, value in statistics.items()}
 
 
-def map_chart(embeddings: Float[np.ndarray, "K C"], counts: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "S S 3"]:
-    """Plots codes as dots in the plane of their first two principal axes."""
+def map_chart(
+    embeddings: Float[np.ndarray, "K C"], counts: Int[np.ndarray, " K"], colors: UInt8[np.ndarray, "used 3"]
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """Plots codes in the plane of their first two principal axes; `colors` are those of the codes in use."""
     centered = embeddings - embeddings.mean(0)
-    plane = centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
-    plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-    low, high = plane.min(0), plane.max(0)
-    x, y = (4 + (SIDE - 9) * (plane - low) / np.maximum(high - low, 1e-12)).astype(int).T
-    shade = np.where(counts > 0, 160 * (1 - np.log1p(counts) / np.log1p(max(counts.max(), 1))), 225).astype(np.uint8)
-    chart = np.full((SIDE, SIDE, 3), 255, np.uint8)
-    for i in np.argsort(counts, kind="stable"):  # the most used on top
-        chart[y[i] - 1 : y[i] + 2, x[i] - 1 : x[i] + 2] = shade[i]
-    return chart
+    variances, axes = np.linalg.eigh(centered.T @ centered)
+    plane = np.pad(centered @ axes[:, ::-1][:, :2], ((0, 0), (0, max(2 - axes.shape[1], 0))))
+    first, second = np.append(variances[::-1], 0)[:2] / max(variances.sum(), 1e-12)
+    labels = f"first principal axis ({first:.0%} of the variance)", f"second principal axis ({second:.0%})"
+    order = np.argsort(counts == 0, kind="stable")  # those in use first, in rising order
+    used = counts[counts > 0].astype(np.float64)
+    return visualize.scatter(plane[order], colors, used, f"{len(used)} of {len(counts)} codes in use", labels)
 
 
 def patches_chart(
     images: UInt8[np.ndarray, "B S S 3"],
+    decoded: UInt8[np.ndarray, "B S S 3"],
     indices: Int[np.ndarray, "B h w"],
     errors: Float[np.ndarray, "B h w"],
     counts: Int[np.ndarray, " K"],
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """Shows the patches whose latents are nearest to their code, a row for each of the most used codes."""
-    side = images.shape[1] // indices.shape[1]
-    rows = []
-    for code in np.argsort(-counts, kind="stable")[:CODES]:
+    """Shows a row for each of the most used codes: their mean decoded patch, and the patches nearest to them."""
+    B, h, w = indices.shape
+    side = images.shape[1] // h
+    originals, decoded = (x.reshape(B, h, side, w, side, 3).swapaxes(2, 3) for x in (images, decoded))
+    rows, labels, blank = [], [], np.full((side, side, 3), visualize.BACKGROUND, np.uint8)
+    for code in np.argsort(-counts, kind="stable")[: min(CODES, (counts > 0).sum())]:
         positions = np.argwhere(indices == code)
         nearest = positions[np.argsort(errors[tuple(positions.T)], kind="stable")][:PATCHES]
-        row = np.full((side, PATCHES * side, 3), 255, np.uint8)
-        for i, (image, y, x) in enumerate(nearest):
-            row[:, i * side : (i + 1) * side] = images[image, y * side :, x * side :][:side, :side]
-        rows.append(row)
-    return np.concatenate(rows)
+        mean = (decoded[tuple(positions.T)].mean(0) + 0.5).astype(np.uint8)
+        row = visualize.strip([mean, blank, *originals[tuple(nearest.T)], *[blank] * (PATCHES - len(nearest))], PATCH)
+        labels.append(
+            (0, HEADER + len(rows) * (len(row) + 6) + len(row) // 2 - 9, f"{code}  ({counts[code] / counts.sum():.1%})")
+        )
+        rows.append(np.pad(row, ((0, 6), (LABEL, 0), (0, 0)), constant_values=visualize.BACKGROUND))
+    start = LABEL + 2 * (len(row) + visualize.GAP)
+    labels += [(0, 0, "code"), (LABEL, 0, "decoded"), (start, 0, "nearest patches")]
+    canvas = np.pad(np.concatenate(rows), ((HEADER, 0), (0, 0), (0, 0)), constant_values=visualize.BACKGROUND)
+    return image_files.write_text(canvas, labels, 14)
 
 
-def positions_chart(indices: Int[np.ndarray, "B h w"], size: int) -> UInt8[np.ndarray, "Y X 3"]:
-    """Shows the entropy of the codes at each position in gray, black for the lowest."""
+def position_entropy(indices: Int[np.ndarray, "B h w"]) -> Float[np.ndarray, "h w"]:
+    """Returns the entropy in bits of the codes at each position."""
     B, h, w = indices.shape
-    share = np.stack([np.bincount(column, minlength=size) for column in indices.reshape(B, -1).T]) / B
-    entropy = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=1).reshape(h, w)
-    gray = (255 * (entropy - entropy.min()) / max(np.ptp(entropy), 1e-12)).astype(np.uint8)
-    return visualize.enlarge(np.repeat(gray[..., None], 3, axis=2), SIDE)
+    shares = (np.unique(column, return_counts=True)[1] / B for column in indices.reshape(B, -1).T)
+    return np.array([-np.sum(share * np.log2(share)) for share in shares]).reshape(h, w)
 
 
 def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields, for each batch, indices and squared errors [b, h, w], counts [1, *levels, K] and relative errors [b]."""
-    module, grid = tokenizer.module, tokenizer.grid
-
-    def quantize(model: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        latents = model.encoder(images)
-        return latents, model.quantize(latents)
-
-    encode = jax.jit(lambda variables, images: module.apply(variables, images, method=quantize))
+    """Yields indices and squared errors [b, h, w], reconstructions, counts [1, *levels, K], relative errors [b]."""
+    grid, forward = tokenizer.grid, functools.partial(tokenizer.module.apply, method="forward")
+    encode = jax.jit(lambda variables, images: forward(variables, images))
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH].astype(np.float32) / 255
-        latents, out = jax.device_get(encode(tokenizer.variables, batch))
+        result = jax.device_get(encode(tokenizer.variables, batch))
+        out, decoded = result.quantized, visualize.to_uint8(result.reconstruction)
         tokens = out.indices.reshape(len(batch), -1)
         depth = out.metrics["counts"].size // tokenizer.codebook_size
         first = tokens[:, ::depth][:, -(grid**2) :]  # levels are interleaved, scales one after the other
-        distances = np.sum((latents.reshape(out.z.shape) - out.z) ** 2, axis=-1)
+        distances = np.sum((result.encoded.reshape(out.z.shape) - out.z) ** 2, axis=-1)
         error = np.full(len(batch), out.metrics["quantization_error"])
-        yield *(x.reshape(-1, grid, grid) for x in (first, distances)), out.metrics["counts"][None], error
+        maps = (x.reshape(-1, grid, grid) for x in (first, distances))
+        yield *maps, decoded, out.metrics["counts"][None], error
 
 
 def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:
