@@ -1,5 +1,6 @@
-"""The actions of the page, and the page itself in a browser where Gradio, Playwright and Chromium are installed."""
+"""The server of the page, and the page itself in a browser where Gradio, Playwright and Chromium are installed."""
 
+import io
 import os
 import pathlib
 import shutil
@@ -7,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from vqrae_jax.commands import demo
+from vqrae_jax.commands.same_origin import is_same_origin
 from vqrae_jax.data import images, photographs
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.inference.edit_session import Editor, Session
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,72 +34,40 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(trained):
-    return demo.Page(Tokenizer.load(trained, batch_size=1))
+def editor(trained):
+    return Editor(Tokenizer.load(trained, batch_size=1))
 
 
-@pytest.fixture(scope="module")
-def loaded(page, files):
-    return page.load(page.load(demo.Session(), 0, str(files / "a.png")), 1, str(files / "b.png"))
+def test_the_page_begins_with_examples_where_photographs_are_installed(editor, tmp_path, monkeypatch):
+    examples = demo.load_examples()
+    session = demo.first_session(editor, examples)
+    assert all(session.slots)
+    with zipfile.ZipFile(demo.write_archive(session, str(tmp_path))) as archive:
+        assert set(archive.namelist()) == {"codes.npz", "first image.png", "second image.png", "mix.png"}
+        codes = np.load(io.BytesIO(archive.read("codes.npz")))
+        np.testing.assert_array_equal(codes["second image"], session.slots[1].codes)
+        image = images.read_image(archive.read("second image.png"))
+        np.testing.assert_array_equal(image, session.slots[1].reconstruction)
+    monkeypatch.setattr(photographs, "_find_file", lambda *_: (_ for _ in ()).throw(DataError("not installed")))
+    assert demo.load_examples() == []
+    assert demo.first_session(editor, []) == Session(message=demo.HELP)
+    assert demo.write_archive(Session(), str(tmp_path)) is None
 
 
-def test_a_loaded_image_is_shown_with_its_codes(page, loaded, files):
-    square = images.center_crop(images.read_image(files / "a.png"), 32)
-    np.testing.assert_array_equal(loaded.slots[0].codes, page.tokenizer.encode_to_indices(square[None])[0])
-    *views, nearest = page.render(loaded)
-    assert all(view.shape == (320, 320, 3) for view in views)
-    assert nearest is None
-    assert "PSNR" in loaded.message
-
-
-def test_a_selected_patch_is_marked_and_its_nearest_are_shown(page, loaded):
-    session = page.click(loaded, 1, 0.3, 0.99, paste=False)
-    assert session.selected == (1, 3, 1)
-    assert f"**{loaded.slots[1].codes[3, 1]}**" in session.message
-    before, after = page.render(loaded), page.render(session)
-    assert (before[3] != after[3]).any()
-    assert (before[1] == after[1]).all()
-    assert after[4].shape[1] > demo.NEAREST * 64
-
-
-def test_a_region_is_pasted_and_restored(page, loaded):
-    assert page.click(loaded, 0, 0.0, 0.0, paste=True).slots == loaded.slots  # no region yet
-    session = page.click(loaded, 1, 0.9, 0.9, paste=True)
-    session = page.click(session, 1, 0.6, 0.1, paste=True)
-    assert session.region == (0, 2, 4, 4)
-    session = page.click(session, 0, 0.0, 0.0, paste=True)
-    first, second = session.slots
-    np.testing.assert_array_equal(first.codes[:, :2], second.codes[:, 2:])
-    np.testing.assert_array_equal(first.codes[:, 2:], loaded.slots[0].codes[:, 2:])
-    decoded = page.tokenizer.decode_from_indices(first.codes[None])[0]
-    np.testing.assert_allclose(first.reconstruction, decoded * 255, atol=0.51)
-    restored = page.restore(session).slots[0]
-    np.testing.assert_array_equal(restored.reconstruction, loaded.slots[0].reconstruction)
-
-
-def test_a_file_that_is_not_an_image_changes_only_the_message(page, loaded, files):
-    session = page.load(loaded, 0, str(files / "text.png"))
-    assert session.slots == loaded.slots
-    assert "text.png" in session.message
-    assert str(files) not in session.message
-    assert page.load(loaded, 0, None).slots[0] is None
-    assert page.click(demo.Session(), 0, 0.5, 0.5, paste=False) == demo.Session()
-
-
-def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, page):
+def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, editor, tmp_path):
     for port in (0, 99999):
         with pytest.raises(ConfigError) as error:
             demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
         assert (error.value.field, error.value.value) == ("--port", port)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ConfigError, match=r"vqrae-jax\[demo\]"):
-        demo.build_blocks(page)
+        demo.build_blocks(editor, str(tmp_path))
 
 
-def test_a_port_in_use_is_an_error(monkeypatch, page, trained):
+def test_a_port_in_use_is_an_error(monkeypatch, editor, trained):
     pytest.importorskip("gradio", reason="the page needs the demo extra")
     monkeypatch.setattr(demo.runtime, "set_environment", lambda **_: None)
-    monkeypatch.setattr(demo.Tokenizer, "load", lambda *_, **__: page.tokenizer)
+    monkeypatch.setattr(demo.Tokenizer, "load", lambda *_, **__: editor.tokenizer)
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -115,16 +87,19 @@ def served(trained, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [f"--checkpoint={trained}", f"--port={port}", "--max-upload=1", "--allow-host", "proxy.example"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vqrae_jax.commands.demo", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(temporary)},
-    )  # fmt: skip
+    log = tmp_path_factory.mktemp("log") / "stderr.txt"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vqrae_jax.commands.demo", *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | {"TMPDIR": str(temporary)},
+        )  # fmt: skip
     try:
         assert process.stdout.readline().startswith(f"serving http://127.0.0.1:{port}/")
         yield f"http://127.0.0.1:{port}/", temporary
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not list(temporary.iterdir()), "files are left behind"
+        assert "Traceback" not in log.read_text()
     finally:
         process.kill()
         process.wait()
@@ -163,8 +138,8 @@ def test_only_the_page_itself_may_send_requests(served):
         assert httpx.get(served[0], headers=headers).status_code == status, headers
         response = httpx.post(served[0] + "gradio_api/upload", headers=headers, files={"files": ("x.txt", b"x")})
         assert response.status_code == status, headers
-    assert not demo.is_same_origin([], ["localhost"])
-    assert not demo.is_same_origin([(b"host", b"localhost"), (b"host", b"127.0.0.1")], ["localhost"])
+    assert not is_same_origin([], ["localhost"])
+    assert not is_same_origin([(b"host", b"localhost"), (b"host", b"127.0.0.1")], ["localhost"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -183,27 +158,39 @@ def test_in_a_browser(served, files, tmp_path):
             page.locator("#message", has_text=text).wait_for()
 
         def click(view, across, down):
-            box = page.locator(f"#{view} img").bounding_box()
-            page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
+            image = page.locator(f"#{view} img")
+            box = image.bounding_box()
+            image.click(position={"x": across * box["width"], "y": down * box["height"]})  # scrolls to it
 
-        for slot, name in enumerate("ab"):
+        page.wait_for_selector("#codes2 img")  # of the examples
+        page.set_input_files("#upload1 input[type=file]", files / "text.png")
+        wait_for_message("text.png")
+        for slot, name in enumerate("ba"):
             page.set_input_files(f"#upload{slot} input[type=file]", files / f"{name}.png")
-            page.wait_for_selector(f"#codes{slot} img")
-        wait_for_message("PSNR")
-        click("codes0", 0.9, 0.4)
-        wait_for_message("Row 1, column 3")
+            wait_for_message("PSNR")
+            click(f"codes{slot}", 0.9, 0.4)
+            wait_for_message("Row 1, column 3")
         page.wait_for_selector("#nearest img")
         page.click("#action >> text=paste codes")
         click("reconstruction1", 0.1, 0.1)
         wait_for_message("opposite corner")
         click("codes1", 0.4, 0.4)
         wait_for_message("2 x 2 codes selected")
-        before = page.locator("#reconstruction0 img").get_attribute("src")
-        click("codes0", 0.6, 0.6)
+        before = page.locator("#reconstruction2 img").get_attribute("src")
+        click("codes2", 0.6, 0.6)
         wait_for_message("Pasted at row 2, column 2")
-        page.wait_for_function("src => document.querySelector('#reconstruction0 img').src !== src", arg=before)
+        page.wait_for_function("src => document.querySelector('#reconstruction2 img').src !== src", arg=before)
+        with page.expect_download() as download:
+            page.click("#download")
+        assert zipfile.is_zipfile(download.value.path())
+        page.locator("#blend input[type=range]").focus()
+        page.keyboard.press("End")
+        page.locator("#blend input[type=range]").dispatch_event("pointerup")
+        wait_for_message("100% those of the second")
         page.click("#restore")
-        wait_for_message("its original codes again")
+        wait_for_message("The mix is the first image")
+        page.locator("#examples0 button").nth(1).click()
+        wait_for_message("PSNR")
         page.screenshot(path=tmp_path / "page.png")
         browser.close()
     assert len(np.unique(images.read_image(tmp_path / "page.png").reshape(-1, 3), axis=0)) > 100
