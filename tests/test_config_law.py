@@ -416,6 +416,10 @@ PERCEPTUAL = {
     "loss.perceptual.network": "encoder", "loss.perceptual.weight": 1.0, "loss.perceptual.input_size": 32,
     "loss.perceptual.architecture": ARCHITECTURE,
 }  # fmt: skip
+DECODER = {
+    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}  # fmt: skip
 FEATURES = {"model.decoder_features": (0,), "loss.feature_weight": 1.0}
 PATCH = {
     "adversary.discriminator": "patch", "adversary.width": 4, "adversary.layers": 1, "adversary.spectral": False,
@@ -452,6 +456,12 @@ LAW: dict[str, Entry] = {
     "model.encoder_params.model_name": Entry(ENCODERS["dinov2_swiglu"], weights, "pretrained", PRETRAINED),
     "model.encoder_input_size": Entry(16, model, "model latents"),
     "model.decoder_config_path": Entry("ViT-S", model, "model"),
+    "model.decoder_architecture": Entry(
+        DECODER | {"decoder_num_hidden_layers": 1},
+        model,
+        "model",
+        {"model.decoder_config_path": None, "model.decoder_architecture": DECODER},
+    ),
     "model.decoder_patch_size": Entry(16, model, "model"),
     "model.decoder_train_pos_embed": steps(True),
     "model.pretrained_decoder_path": Entry(

@@ -4,7 +4,9 @@ A message is one or two plain sentences: what is wrong, what is accepted, what t
 and its value are data, so that a command can report its own argument in place of the config field behind it.
 """
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NO_VALUE: Any = object()
@@ -77,6 +79,19 @@ class DamagedError(CheckpointError):
 
 class DistributedError(UserError):
     """Processes of one run that cannot work together; every process raises it."""
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """Ends the program with one line on standard error and an exit code if a UserError or OSError is raised in it."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,12 +1,15 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
+from vqrae_jax.build.encoder import inline_encoder
+from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.commands import export
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, WeightsError
@@ -66,6 +69,68 @@ def test_folder_names_the_frozen_encoder(golden, tmp_path, assert_same):
     assert [file.read_bytes() for file in again] == [(path / file.name).read_bytes() for file in again]
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov3", "dinov3_gated", "dinov2_with_registers_swiglu", "siglip",
+                                    "vit_mae"])  # fmt: skip
+def test_architectures_replace_paths(golden, family):
+    classes = {"dinov3": "Dinov3withNorm", "siglip": "SigLIP2wNorm", "vit_mae": "MAEwNorm"}
+    config = ModelConfig(
+        encoder_cls=classes.get(family.removesuffix("_gated"), "Dinov2withNorm"), decoder_patch_size=8,
+        encoder_config_path=str(golden / "encoders" / family), encoder_input_size=112, num_embeddings=32,
+        decoder_config_path=str(golden / "vqrae" / "decoder_config"),
+    )  # fmt: skip
+    inlined = inline_decoder(inline_encoder(config))
+    assert inlined.encoder_config_path is inlined.decoder_config_path is None
+    assert str(golden) not in inlined.model_dump_json()
+    assert build_tokenizer(inlined).module == build_tokenizer(config, weights=False).module
+    assert inline_decoder(inline_encoder(inlined)) == inlined
+
+
+def test_embedded_encoder_makes_a_folder_complete(golden, tmp_path, assert_same):
+    encoder = shutil.copytree(golden / "encoders" / "dinov2_with_registers", tmp_path / "models" / "vit")
+    statistics = {"normalization_stat_path": str(golden / "vqrae" / "ema_vq_2d" / "stat.npz")}
+    config, module, variables = pretrained(golden, encoder_config_path=str(encoder), **statistics)
+    protocol = {"data": f"Folder('{tmp_path}/val', images=3)", "networks": {"lpips": {"trunk": "~/weights/vgg.pth"}}}
+    provenance = {"version": "0.0.1", "metrics": {"eval/psnr": 20.0}, "protocol": protocol}
+    tokenizer = Tokenizer(module, variables, config, frozen=True, provenance=provenance)
+    folder = tokenizer.save_pretrained(tmp_path / "saved", name="me/tokens", embed_encoder=True)
+    shutil.rmtree(encoder)
+    again = Tokenizer.load(folder)
+    assert_same(again.trained, variables)
+    assert (again.hash, again.module) == (tokenizer.hash, tokenizer.module)
+    assert again.provenance["protocol"]["networks"]["lpips"]["trunk"] == "vgg.pth"
+    card = (folder / "README.md").read_text()
+    assert str(tmp_path) not in card + (folder / "config.json").read_text()
+    for words in ("(`vit`)", "| psnr | 20 |", "Folder('val', images=3)", "pip install", 'load("me/tokens")'):
+        assert words in card
+    again.save_pretrained(tmp_path / "again", name="me/tokens")
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    with pytest.raises(ConfigError, match="encoder="):
+        Tokenizer.load(folder, encoder=encoder)
+
+
+def test_encoder_is_named_when_loading(golden, tmp_path, caplog, assert_same):
+    encoder = shutil.copytree(golden / "encoders" / "dinov2_with_registers", tmp_path / "here")
+    config, module, variables = pretrained(golden, encoder_config_path=str(encoder))
+    tokenizer = Tokenizer(module, variables, config, frozen=True)
+    folder = tokenizer.save_pretrained(tmp_path / "saved")
+    assert str(encoder) in caplog.text  # a warning
+    with pytest.raises(ConfigError) as caught:
+        tokenizer.push_to_hub("me/tokens")
+    assert (caught.value.field, caught.value.value) == ("model.encoder_config_path", str(encoder))
+    elsewhere = encoder.rename(tmp_path / "elsewhere")
+    with pytest.raises(WeightsError, match="encoder="):
+        Tokenizer.load(folder)
+    loaded = Tokenizer.load(folder, encoder=elsewhere)
+    assert_same(loaded.trained, variables)
+    assert loaded.config.encoder_config_path == str(elsewhere)
+    weights = load_file(elsewhere / "model.safetensors")
+    weights["embeddings.cls_token"] += 1
+    save_file(weights, elsewhere / "model.safetensors")
+    with pytest.raises(WeightsError, match="content hash"):
+        Tokenizer.load(folder, encoder=elsewhere)
+
+
 def test_changed_and_damaged_folders_are_refused(golden, tmp_path):
     config, _, variables = pretrained(golden)
     path = saving.save_folder(tmp_path, config, variables, frozen=True)
@@ -91,6 +156,7 @@ def test_changed_and_damaged_folders_are_refused(golden, tmp_path):
 def test_changed_bits_of_a_folder_are_noticed(golden, tmp_path, caplog):
     config, _, variables = pretrained(golden)
     path, rng = saving.save_folder(tmp_path, config, variables, frozen=True), np.random.default_rng(0)
+    caplog.clear()  # the warning of the encoder's local path
     for name, tries in (("config.json", 60), ("model.safetensors", 20)):
         data = (path / name).read_bytes()
         for position, bit in zip(rng.integers(len(data), size=tries), rng.integers(8, size=tries), strict=True):

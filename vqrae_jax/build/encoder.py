@@ -16,6 +16,8 @@ from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained import convert, families, sources
 
+_PATHS = ("dinov2_path", "dinov3_path", "model_name")  # fields of encoder_params that may name the weights
+
 
 def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, dict[str, Any] | None]:
     """Builds the encoder and reads its pretrained parameters, which are None for an encoder that starts random."""
@@ -32,12 +34,13 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
             message = "must have hidden_size, num_hidden_layers, ... (as config.json) for a random encoder"
             raise ConfigError(message, field=field, value=params.architecture)
         description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, field)
-        folder, mean, std = None, IMAGENET_MEAN, IMAGENET_STD
+        statistics = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD} | params.architecture
+        folder, (mean, std) = None, sources.parse_image_statistics(statistics, "the architecture", field)
     else:
         if params.architecture:
             message = "is only for an encoder without pretrained weights (model.encoder_config_path=None)"
             raise ConfigError(message, field="model.encoder_params.architecture", value=params.architecture)
-        path, field = _weights_source(config)
+        path, field = weights_source(config)
         folder = sources.fetch_folder(path, field)
         description = sources.read_config(folder, field)
         mean, std = sources.read_image_statistics(folder, field)
@@ -68,17 +71,36 @@ def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) ->
     """Reads the pretrained parameters of an encoder, float32 numpy arrays, from the folder of `describe_encoder`."""
     image = jax.ShapeDtypeStruct((1, encoder.input_size, encoder.input_size, 3), jnp.float32)
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    family, (_, field) = families.FAMILIES[config.encoder_cls], _weights_source(config)
+    family, (_, field) = families.FAMILIES[config.encoder_cls], weights_source(config)
     state, optional = sources.read_weights(folder, field), ("norm/scale", "norm/bias")
     return convert.convert(state, family.table, shapes, optional=optional, source=str(folder), prefix=family.tower)
 
 
-def _weights_source(config: ModelConfig) -> tuple[str, str]:
+def weights_source(config: ModelConfig) -> tuple[str | None, str]:
     """Returns the path of the weights and its field; as in the PyTorch VQRAE, encoder_params may name them."""
-    for name in ("dinov2_path", "dinov3_path", "model_name"):
-        if path := getattr(config.encoder_params, name):
+    for name in _PATHS:
+        if config.encoder_config_path and (path := getattr(config.encoder_params, name)):
             return path, f"model.encoder_params.{name}"
     return config.encoder_config_path, "model.encoder_config_path"
+
+
+def replace_encoder(config: ModelConfig, path: str | None, architecture: dict[str, Any] | None = None) -> ModelConfig:
+    """Returns the config with the weights' path or, if that is None, the architecture of another source."""
+    params = config.encoder_params.model_copy(update=dict.fromkeys(_PATHS) | {"architecture": architecture or {}})
+    return config.model_copy(update={"encoder_config_path": path, "encoder_params": params})
+
+
+def inline_encoder(config: ModelConfig) -> ModelConfig:
+    """Returns the config of the same encoder with its architecture in place of its path, to be stored with weights."""
+    path, field = weights_source(config)
+    if path is None:
+        return config
+    folder = sources.fetch_folder(path, field)
+    description = sources.read_config(folder, field)
+    description = description.get("vision_config", description)
+    mean, std = sources.read_image_statistics(folder, field)
+    fields = {name: description[name] for name in families.ARCHITECTURE if description.get(name) is not None}
+    return replace_encoder(config, None, fields | {"image_mean": mean, "image_std": std})
 
 
 def check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:

@@ -28,6 +28,9 @@ from vqrae_jax.quantizers.wrappers import fitted_state
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
+_DECODER = (
+    "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
+)  # fmt: skip
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
 
 
@@ -171,18 +174,19 @@ def _initializer(module: VQRAE) -> Callable[[jax.Array], Any]:
 
 
 def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> Decoder:
-    path, field = config.decoder_config_path, "model.decoder_config_path"
-    if path in SIZES:
-        fields = dict(zip(("width", "depth", "heads", "mlp"), SIZES[path], strict=True), act="gelu", norm_eps=1e-12)
-    else:
-        fields = _read_decoder_config(path, field)
-    width, heads = fields["width"], fields["heads"]
+    path = config.decoder_config_path
+    values, field = _decoder_architecture(config), f"model.decoder_{'config_path' if path else 'architecture'}"
+    try:
+        width, depth, heads, mlp = (int(values[name]) for name in _DECODER)
+    except KeyError as error:
+        raise ConfigError(f"its config.json lacks {error.args[0]}", field=field, value=path or values) from None
     if width % heads or width % 4:
         message = f"decoder_hidden_size={width} must be a multiple of decoder_num_attention_heads={heads} and of 4"
-        raise ConfigError(message, field=field, value=path)
+        raise ConfigError(message, field=field, value=path or values)
     blocks = BlocksConfig(
-        **fields, remat=config.remat, dtype=config.dtype, attention=config.attention,
-        shard_activations=activation_sharding(mesh),
+        width, depth, heads, mlp, families.activation({"hidden_act": "gelu", **values}),
+        norm_eps=float(values.get("layer_norm_eps", 1e-12)), remat=config.remat, dtype=config.dtype,
+        attention=config.attention, shard_activations=activation_sharding(mesh),
     )  # fmt: skip
     check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
@@ -191,19 +195,27 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
     )  # fmt: skip
 
 
-def _read_decoder_config(path: str, field: str) -> dict[str, Any]:
-    """Reads fields of BlocksConfig from the config.json of a ViT-MAE, of which only the decoder's fields count."""
+def inline_decoder(config: ModelConfig) -> ModelConfig:
+    """Returns the config of the same decoder with its architecture in place of a folder or hub id."""
+    if config.decoder_config_path in (None, *SIZES):
+        return config
+    architecture = _decoder_architecture(config)
+    return config.model_copy(update={"decoder_config_path": None, "decoder_architecture": architecture})
+
+
+def _decoder_architecture(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a ViT-MAE's config.json that describe the decoder."""
+    path, field = config.decoder_config_path, "model.decoder_config_path"
+    if (path is None) != bool(config.decoder_architecture):
+        raise ConfigError("must be None if decoder_architecture is set, and only then", field=field, value=path)
+    if path is None:
+        return config.decoder_architecture
+    if path in SIZES:
+        return dict(zip(_DECODER, SIZES[path], strict=True))
     if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
         raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
-    config = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    try:
-        width, depth, heads, mlp = (int(config[f"decoder_{name}"]) for name in names)
-    except KeyError as error:
-        raise ConfigError(f"its config.json lacks {error.args[0]}", field=field, value=path) from None
-    act = families.activation({"hidden_act": "gelu", **config})
-    eps = float(config.get("layer_norm_eps", 1e-12))
-    return {"width": width, "depth": depth, "heads": heads, "mlp": mlp, "act": act, "norm_eps": eps}
+    values = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
+    return {name: values[name] for name in (*_DECODER, "hidden_act", "layer_norm_eps") if name in values}
 
 
 def _read_whitening(config: ModelConfig, encoder: Encoder) -> Arrays:

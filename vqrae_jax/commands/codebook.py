@@ -1,6 +1,6 @@
 """Reports how a tokenizer uses its codebook on a set of images.
 
-vqrae codebook --checkpoint=runs/quickstart --source=photographs --output=report
+vqrae codebook --checkpoint=runs/quickstart --data=/data/val --output=report
 
 Writes report.json, and the page index.html, which explains four charts: map.png, the codes on their first two principal
 axes; use.png, how often each code occurs; patches.png, the most used codes and the image patches nearest to them;
@@ -70,7 +70,7 @@ parser.add("--alarm", "warn if a smaller share of the codes is used", type=float
 @command_line.names_arguments()
 def report(args: argparse.Namespace) -> dict[str, float | int]:
     """Runs the command; returns the content of report.json."""
-    tokenizer = Tokenizer.load(args.checkpoint, args.step)
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
     metrics, charts = analyze(tokenizer, _read_images(args, tokenizer.image_size))
     output = storage.resolve_path(args.output)
     for name, chart in charts.items():

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from vqrae_jax import runtime
 from vqrae_jax.config import DataConfig, EncoderClass, from_dict
-from vqrae_jax.errors import ConfigError, UserError
+from vqrae_jax.errors import ConfigError, UserError, report_errors
 
 T = TypeVar("T")
 
@@ -41,15 +41,9 @@ def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # libraries may have set it
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be valid in the encoding of the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with report_errors():
         runtime.start()
         action()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,13 +60,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_count(self, name: str, help: str, default: int | None = None, limit: int = 10**9, **options: Any) -> None:
         """Adds an argument that is an integer from 1 to `limit`."""
-        self.add(name, help, default=default, type=functools.partial(_count, limit=limit), **options)
+        self.add(name, help, default=default, type=functools.partial(count, limit=limit), **options)
 
     def add_checkpoint(self) -> None:
-        """Adds --checkpoint and --step, the arguments of `Tokenizer.load`."""
+        """Adds --checkpoint, --step and --encoder, the arguments of `Tokenizer.load`."""
         places = "workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id"
         self.add("--checkpoint", places, required=True)
         self.add("--step", "step of the checkpoint; the newest by default", type=int)
+        self.add("--encoder", "folder or hub id of the frozen encoder's weights, in place of the one in the config")
 
     def add_data(self) -> None:
         """Adds --data, --source and more, which name images as the data section of a config does."""
@@ -95,20 +90,16 @@ class Parser(argparse.ArgumentParser):
 
     def add_encoder_dtype(self) -> None:
         """Adds --encoder-dtype, an argument of `Tokenizer.load` that decides codes."""
-        choices = ["float32", "bfloat16"]
-        self.add(
-            "--encoder-dtype",
-            "bfloat16: faster on TPUs and GPUs, with other codes",
-            default=choices[0],
-            choices=choices,
-        )
+        text, choices = "bfloat16: faster on TPUs and GPUs, with other codes", ["float32", "bfloat16"]
+        self.add("--encoder-dtype", text, default=choices[0], choices=choices)
 
     def add_batch_and_limit(self, batch: int) -> None:
         self.add_count("--batch", "images per batch", batch, MAX_BATCH)
         self.add_count("--limit", "use the first LIMIT images only")
 
 
-def _count(text: str, limit: int) -> int:
+def count(text: str, limit: int = 10**9) -> int:
+    """Returns the integer from 1 to `limit` that an argument is; a `type` of argparse."""
     if text.isdecimal() and len(text) < 20 and 1 <= int(text) <= limit:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 to {limit}")

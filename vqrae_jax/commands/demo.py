@@ -183,7 +183,8 @@ def serve(args: argparse.Namespace) -> None:
         gr = import_gradio()
         from starlette.middleware import Middleware  # a part of Gradio
 
-        blocks = build_blocks(Editor(Tokenizer.load(args.checkpoint, args.step, batch_size=1)), folder)
+        tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder, batch_size=1)
+        blocks = build_blocks(Editor(tokenizer), folder)
         names = {name.lower() for name in ("localhost", socket.gethostname(), args.host, *args.allow_host)}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # removes the folder too
         try:

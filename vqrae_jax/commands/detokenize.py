@@ -1,6 +1,6 @@
 """Decodes codes to image files, named by the number or the id of each image in the tokenized dataset.
 
-vqrae detokenize --checkpoint=runs/quickstart --codes=/data/codes --output=/data/images
+vqrae detokenize --checkpoint=runs/quickstart --codes=/data/codes --output=/data/decoded
 """
 
 import argparse
@@ -41,7 +41,9 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     if dataset is None and args.names == "id":
         raise DataError(f"the rows of the array {path} have no ids; leave --names out", field="--names", value="id")
     dtype = "bfloat16" if dataset is not None and dataset.plan.encoding.startswith("bfloat16") else "float32"
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=args.batch, encoder_dtype=dtype)
+    tokenizer = Tokenizer.load(
+        args.checkpoint, args.step, encoder=args.encoder, batch_size=args.batch, encoder_dtype=dtype
+    )
     if dataset is None:
         array = _read_array(storage.download(path))
         total, shards = len(array), [([f"{i:08d}" for i in range(len(array))], array)]

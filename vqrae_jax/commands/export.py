@@ -22,6 +22,7 @@ parser = command_line.Parser("export", "Writes a trained model for PyTorch, as a
 parser.add_checkpoint()
 parser.add("--format", required=True, choices=["pytorch", "safetensors", "stablehlo"])
 parser.add("--output", "a .pt file for pytorch, otherwise a folder", required=True)
+parser.add("--embed-encoder", "safetensors: write the frozen encoder's weights as well", action="store_true")
 parser.add("--transformers", "pytorch: version whose names the encoder gets", type=int, choices=[4, 5], default=4)
 
 
@@ -30,9 +31,9 @@ def export(args: argparse.Namespace) -> list[storage.Path]:
     output = storage.resolve_path(args.output)
     if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
         raise ConfigError("the suffix of a PyTorch checkpoint must be .pt or .pth", field="--output", value=args.output)
-    tokenizer = Tokenizer.load(args.checkpoint, args.step)
+    tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
     if args.format == "safetensors":
-        tokenizer.save_pretrained(output)
+        tokenizer.save_pretrained(output, embed_encoder=args.embed_encoder)
         written = [output / saving.CONFIG, output / saving.WEIGHTS]
     elif args.format == "stablehlo":
         with storage.stage_output(output) as folder:

@@ -1,6 +1,6 @@
 """Converts a checkpoint of the PyTorch RAE or VQRAE to a folder for `Tokenizer.load`.
 
-vqrae import-pytorch --checkpoint=0100000.pt --config=configs/dinov2_b.py --output=imported
+vqrae import-pytorch --checkpoint=ep-last.pt --config=configs/vqrae_dinov2_b.py --output=imported
 """
 
 import argparse

@@ -35,7 +35,7 @@ parser.add("--json", "print one JSON object instead of a table", action="store_t
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it shows."""
-    location = locate(args.checkpoint, args.step)
+    location = locate(args.checkpoint, args.step, args.encoder)
     config, provenance = location.run or location.config, dict(location.provenance)
     metrics, protocol = provenance.pop("metrics", {}), provenance.pop("protocol", {})
     values = config.model_dump(mode="json")
@@ -50,7 +50,9 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         "protocol": protocol,
     }
     if args.hash:
-        description["hash"] = Tokenizer.load(args.checkpoint, args.step, encoder_dtype=args.encoder_dtype).hash
+        description["hash"] = Tokenizer.load(
+            args.checkpoint, args.step, encoder=args.encoder, encoder_dtype=args.encoder_dtype
+        ).hash
     if args.json:
         print(json.dumps(description, indent=1, ensure_ascii=False))
     else:

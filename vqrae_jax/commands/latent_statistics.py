@@ -1,6 +1,6 @@
 """Computes mean, variance and principal axes of an encoder's latents over images, for `model.normalization_stat_path`.
 
-vqrae latent-statistics --encoder=facebook/dinov2-base --data=/data/train --output=stats.npz
+vqrae latent-statistics --encoder=facebook/dinov2-with-registers-base --data=/data/train --output=stats.npz
 
 The file names the latents that it describes (encoder, layers, fusion, input size), and models with others refuse it.
 """

@@ -54,7 +54,9 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     if not set(show) <= set(visualize.KINDS):
         raise ConfigError(f"expected some of {','.join(visualize.KINDS)}", field="--show", value=args.show)
     files = [file for name in args.image for file in _find_files(name)]
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, batch_size=max(1, min(args.batch, len(files))), fit=args.fit)
+    tokenizer = Tokenizer.load(
+        args.checkpoint, args.step, encoder=args.encoder, batch_size=max(1, min(args.batch, len(files))), fit=args.fit
+    )
 
     def render(rows: list[list[Any]]) -> np.ndarray:
         columns = zip(*rows, strict=True)

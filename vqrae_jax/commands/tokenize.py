@@ -1,6 +1,6 @@
 """Encodes a dataset to shards of codes with labels and ids.
 
-vqrae tokenize --checkpoint=runs/quickstart --data=/data/train --output=/data/codes
+vqrae tokenize --checkpoint=runs/quickstart --data=/data/train --output=/data/codes --format=parquet
 
 `vqrae_jax.data.codes.Codes` reads the shards, and so do the usual readers of their format. After any interruption the
 same command continues. The content of a shard does not depend on the process that writes it.
@@ -68,7 +68,9 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         raise DataError(problem, field="--classes", value=args.classes)
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
-    tokenizer = Tokenizer.load(args.checkpoint, args.step, mesh=mesh, encoder_dtype=args.encoder_dtype)
+    tokenizer = Tokenizer.load(
+        args.checkpoint, args.step, encoder=args.encoder, mesh=mesh, encoder_dtype=args.encoder_dtype
+    )
     plan = build_plan(args, tokenizer, len(source))
     plan = dataclasses.replace(plan, listing=source.listing(plan.images)["names"], classes=source.classes)
     # The default is a power of two of images per device, with at most VIEWS views in all.

@@ -63,8 +63,8 @@ class EncoderParams(Section):
     layers: tuple[Block, ...] = (-1,)
     # Combination of several blocks into one latent; concat adds their channels.
     fusion: Literal["sum", "mean", "concat"] = "mean"
-    # Size of an encoder with random weights, in fields of a hub config.json as {"hidden_size": 192}; only with
-    # encoder_config_path=None.
+    # Size of an encoder with random weights, in fields of a hub config.json as {"hidden_size": 192}, and image_mean and
+    # image_std of its preprocessor_config.json (default: ImageNet's); only with encoder_config_path=None.
     architecture: Architecture = {}
     # Hub id or folder of the weights, if it is not encoder_config_path; a name of the PyTorch VQRAE.
     dinov2_path: str | None = None
@@ -116,8 +116,12 @@ class ModelConfig(Section):
     # Side of the images that the encoder sees, in pixels; others are resized bicubically. The latent grid is this over
     # the patch size of the encoder: 224 / 14 = 16.
     encoder_input_size: Pixels = 224
-    # Size of the decoder: ViT-S, ViT-B, ViT-L or ViT-XL, or a folder or hub id with config.json.
-    decoder_config_path: str = "vit_mae-base"
+    # Size of the decoder: ViT-S, ViT-B, ViT-L or ViT-XL, or a folder or hub id with config.json; None: that of
+    # decoder_architecture.
+    decoder_config_path: str | None = "vit_mae-base"
+    # Size of the decoder, in fields of a ViT-MAE's config.json as {"decoder_hidden_size": 512}; only with
+    # decoder_config_path=None.
+    decoder_architecture: Architecture = {}
     # Side of the square that the decoder predicts for a latent, in pixels, usually 16; images have grid times this.
     decoder_patch_size: Annotated[int, Field(ge=1, le=256)] = 16
     decoder_train_pos_embed: bool = False  # train the position table of the decoder, which starts as sines and cosines

@@ -68,7 +68,7 @@ _EXAMPLES = """<h2>Reconstructions</h2><p>The best, median and worst images by {
 
 def render_page(title: str, metrics: Mapping[str, int | float], warnings: Sequence[str], body: str) -> bytes:
     """Returns a web page with a table of metrics and their DESCRIPTIONS; `body` is HTML, the other texts are not."""
-    rows = (f"<tr><td>{n.removeprefix('eval/')}<td>{_format(x)}<td>{_description(n)}" for n, x in metrics.items())
+    rows = (f"<tr><td>{n.removeprefix('eval/')}<td>{_format(x)}<td>{describe_metric(n)}" for n, x in metrics.items())
     alerts = (f'<p class="warning">{html.escape(warning)}' for warning in warnings)
     page = _PAGE.format(title=html.escape(title), metrics="".join(rows), warnings="".join(alerts), body=body)
     return page.encode()
@@ -110,7 +110,8 @@ def _example_section(group: str, examples: list[Example]) -> str:
     return f'<section><h3>{group.capitalize()}</h3><div class="columns">{titles}</div>{figures}</section>\n'
 
 
-def _description(name: str) -> str:
+def describe_metric(name: str) -> str:
+    """Returns an explanation of a metric for reports; empty for one without."""
     matches = [end for end in DESCRIPTIONS if re.search(rf"(^|[/_]){end}$", name)]
     return DESCRIPTIONS[max(matches, key=len)] if matches else ""
 

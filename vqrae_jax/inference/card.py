@@ -6,10 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vqrae_jax.build.encoder import weights_source
 from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation.metrics import psnr
+from vqrae_jax.evaluation.report import describe_metric
+from vqrae_jax.inference import saving
 from vqrae_jax.inference.inputs import FittedImages
+from vqrae_jax.pretrained import sources
 
 IMAGE = "reconstructions.png"
 MAX_SHOWN = 8  # images in IMAGE
@@ -18,13 +22,19 @@ TEMPLATE = """---
 library_name: vqrae_jax
 pipeline_tag: image-feature-extraction
 tags: [jax, flax, image-tokenizer, vqrae]
----
+{base_model}---
 
 # {title}
 
 {summary}
 
-{image}```python
+{image}## Use
+
+```bash
+pip install vqrae-jax
+```
+
+```python
 from vqrae_jax import Tokenizer
 
 tokenizer = Tokenizer.load("{name}")
@@ -32,8 +42,20 @@ tokenizer = Tokenizer.load("{name}")
 images = tokenizer.{decode}({codes})  # [B, {size}, {size}, 3] in [0, 1]
 ```
 
+## Properties
+
 | property | value |
 | --- | --- |
+{rows}
+{metrics}"""
+
+METRICS = """
+## Metrics
+
+{protocol}
+
+| metric | value | meaning |
+| --- | --- | --- |
 {rows}
 """
 
@@ -52,14 +74,17 @@ def write_card(tokenizer: Any, folder: pathlib.Path, name: str, images: FittedIm
         codes, encode, decode = "indices", "encode_to_indices", "decode_from_indices"
     else:
         latent, codes, encode, decode = "a continuous latent", "latents", "encode", "decode"
-    encoder = f"a {config.encoder_cls} encoder (`{config.encoder_config_path}`)"
-    if config.encoder_config_path is None:
+    source = weights_source(config)[0] or tokenizer.provenance.get("encoder")
+    hub_id = source if source and sources.is_hub_id(source) else None
+    encoder = f"a {config.encoder_cls} encoder (`{hub_id or saving.remove_folders(source)}`)"
+    if source is None:
         encoder = "a ViT encoder that was trained from random weights"
     text = TEMPLATE.format(
-        title=name.rpartition("/")[2], name=name, size=size, codes=codes, encode=encode, decode=decode,
+        title=name.rpartition("/")[2], base_model=f"base_model: {hub_id}\n" if hub_id else "",
+        name=name, size=size, codes=codes, encode=encode, decode=decode,
         summary=f"Encodes an image to {latent} with {encoder}, and decodes it to {size} x {size} pixels.",
         image=f"![input, reconstruction and codes]({IMAGE})\n\n" if (folder / IMAGE).is_file() else "",
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows), metrics=_describe_metrics(tokenizer.provenance),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -72,7 +97,20 @@ def _describe(tokenizer: Any) -> list[tuple[str, Any]]:
     rows += [(f"training {key}", provenance[key]) for key in ("step", "version", "revision") if provenance.get(key)]
     if data := provenance.get("data"):
         rows.append(("training data", " ".join(str(value) for value in data.values())))
-    return rows + [(key, f"{value:.4g}") for key, value in provenance.get("metrics", {}).items()]
+    return rows
+
+
+def _describe_metrics(provenance: dict[str, Any]) -> str:
+    """Returns the section of the metrics of an evaluation; empty if there was none."""
+    if not (metrics := provenance.get("metrics")):
+        return ""
+    fields = saving.remove_folders(provenance.get("protocol", {}))
+    protocol = "; ".join(f"{name}: {fields[name]}" for name in ("data", "images", "crop", "weights") if name in fields)
+    protocol = f"Protocol: {protocol}." if protocol else "Of the evaluation during training."
+    rows = (
+        f"| {name.removeprefix('eval/')} | {value:.4g} | {describe_metric(name)} |" for name, value in metrics.items()
+    )
+    return METRICS.format(protocol=protocol, rows="\n".join(rows))
 
 
 def _write_figure(tokenizer: Any, folder: pathlib.Path, images: FittedImages) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -12,13 +13,16 @@ import jax
 
 from vqrae_jax import checkpoint, storage
 from vqrae_jax import config as config_lib
+from vqrae_jax.build.encoder import replace_encoder
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params, variable_shapes
-from vqrae_jax.errors import DamagedError
+from vqrae_jax.errors import ConfigError, DamagedError, WeightsError
 from vqrae_jax.evaluation.report import EVALUATION_FILE, METRICS_FILE
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.batching import leaf_shardings
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import sources
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +36,25 @@ class Location:
     run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
 
 
-def locate(path: str | os.PathLike, step: int | None = None) -> Location:
+def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None = None) -> Location:
     """Finds a tokenizer and reads its config.
 
     Args:
       path: a run's workdir, one of its checkpoints, a saved folder (each local or gs://...), or a hub id.
       step: checkpoint of a workdir; None: the newest.
+      encoder: folder or hub id of the encoder's weights; None: the one in the config.
     """
+    location = _locate(path, step)
+    if encoder is None:
+        return location
+    if not location.frozen or location.config.encoder_config_path is None:
+        raise ConfigError("the encoder's weights are in the tokenizer's own files", field="encoder", value=encoder)
+    if location.run is not None:
+        log.warning("the checkpoint has no hash of its encoder: %s is used without a comparison", encoder)
+    return dataclasses.replace(location, config=replace_encoder(location.config, encoder))
+
+
+def _locate(path: str | os.PathLike, step: int | None) -> Location:
     local, name = storage.resolve_path(path), str(path)
     with storage.convert_errors(local, "read"):
         saved_remotely = storage.is_remote(local) and (local / saving.CONFIG).is_file()
@@ -54,7 +70,7 @@ def locate(path: str | os.PathLike, step: int | None = None) -> Location:
         meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
     run = config_lib.from_saved(config_lib.Config, meta["config"])
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
-    provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "path", "name") and v}
+    provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "name") and v}
     provenance |= _read_metrics(step_path.parent.parent, meta.get("step"))
     return Location(step_path, run.model, "encoder" not in saved["params"], provenance, run)
 
@@ -65,7 +81,7 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     The variables of a checkpoint are on `mesh`, or on this process's first device; those of a folder are numpy arrays.
     """
     if location.run is None:
-        return saving.load_folder(location.path, mesh)
+        return saving.load_folder(location.path, location.config, mesh)
     saved = checkpoint.saved_shapes(location.path)
     # A checkpoint also has parts that train.start_from loaded and that did not train.
     stored, config = {*location.run.train.trainable, *saved["params"]}, location.config
@@ -83,6 +99,18 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     untrained = [n for n in ("encoder", "quantizer", "decoder") if n not in trained]
     params = initial_params(built, key, untrained, shardings)
     return built.module, {**model, "params": {**params, **model["params"]}}
+
+
+@contextlib.contextmanager
+def suggest_encoder(location: Location) -> Iterator[None]:
+    """Adds the option that names the encoder's weights to the error of weights that cannot be read."""
+    try:
+        yield
+    except WeightsError as error:
+        if not location.frozen or not (error.field or "").startswith("model.encoder"):
+            raise
+        message = f"{error.message}; if the encoder is elsewhere, name it by encoder= (--encoder)"
+        raise WeightsError(message, field=error.field, value=error.value) from error
 
 
 @contextlib.contextmanager

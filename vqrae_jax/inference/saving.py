@@ -1,13 +1,15 @@
 """Trained models saved as folders: config.json and model.safetensors, read by `Tokenizer.load`.
 
-A frozen pretrained encoder is not in the folder: config.json has its source and the content hash that it must have. It
-also has the SHA-256 of both files, which are compared before they are used.
+A frozen pretrained encoder is not in the folder unless it is embedded: config.json has its source and the content hash
+that it must have. It also has the SHA-256 of both files, which are compared before they are used. Folders do not
+contain paths of the machine that wrote them, except that of an encoder in a local folder, with a warning.
 """
 
 import hashlib
 import json
 import logging
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -15,11 +17,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import __version__, storage
-from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
+from vqrae_jax.build.encoder import inline_encoder, weights_source
+from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.config import ModelConfig, from_saved
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import readers, writers
+from vqrae_jax.pretrained import readers, sources, writers
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ FORMAT = "vqrae_jax"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = {"format", "version", "model", "encoder", "provenance", "sha256"}  # of config.json
 FIELD = "--checkpoint"  # what names the folder, in messages
+_FOLDERS = re.compile(r"(?<![\w.~:/])(\w+:/|~|\.{1,2})?/([^\s'\"/]+/)*(?=[^\s'\"/])")  # of a path or address
 
 
 def save_folder(
@@ -37,26 +41,50 @@ def save_folder(
     Args:
       folder, config: the local folder, and the model section.
       variables: {"params", "batch_stats"} of the whole model.
-      frozen: whether the encoder is the pretrained one that the config names; it is left out.
+      frozen: whether to leave out the encoder, because it is the pretrained one that the config names.
       provenance: values for config.json: where the model comes from, its metrics.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    params, encoder = dict(variables["params"]), None
-    if frozen and config.encoder_config_path is not None:
-        digest = writers.content_hash(params.pop("encoder"))
-        encoder = {"source": config.encoder_config_path, "sha256": digest}
+    params, encoder, source = dict(variables["params"]), None, weights_source(config)[0]
+    provenance = {"version": __version__} | (provenance or {})
+    if frozen and source is not None:
+        encoder = {"source": source, "sha256": writers.content_hash(params.pop("encoder"))}
+        if local_encoder(config):
+            log.warning(
+                "the saved folder refers to the encoder in %s: save it with embed_encoder=True (--embed-encoder) for "
+                "other machines, or name the encoder there by encoder= (--encoder)", source,
+            )  # fmt: skip
+    elif source is not None:
+        config, provenance["encoder"] = inline_encoder(config), source
+    # The decoder's weights and the statistics are in the folder.
+    absent = dict.fromkeys(("pretrained_decoder_path", "normalization_stat_path"))
+    config = inline_decoder(config.model_copy(update=absent))
     content = {
         "format": FORMAT,
         "version": __version__,
-        # The decoder's weights are in the folder.
-        "model": config.model_copy(update={"pretrained_decoder_path": None}).model_dump(mode="json"),
+        "model": config.model_dump(mode="json"),
         "encoder": encoder,
-        "provenance": {"version": __version__} | (provenance or {}),
+        "provenance": remove_folders(provenance),
     }
     writers.write_safetensors({"params": params, "batch_stats": variables["batch_stats"]}, folder / WEIGHTS)
     content["sha256"] = {WEIGHTS: storage.hash_file(folder / WEIGHTS), CONFIG: _digest(content)}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def local_encoder(config: ModelConfig) -> str | None:
+    """Returns the source of the encoder's weights if it is not the hub, so that other machines do not have it."""
+    source = weights_source(config)[0]
+    return source if source is not None and not sources.is_hub_id(source) else None
+
+
+def remove_folders(value: Any) -> Any:
+    """Removes the folders of local paths and bucket addresses from the strings in JSON values; names of files stay."""
+    if isinstance(value, dict):
+        return {name: remove_folders(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [remove_folders(item) for item in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def is_saved_folder(folder: pathlib.Path) -> bool:
@@ -85,9 +113,14 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in tensors}
 
 
-def load_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
-    """Returns the module, built for `mesh`, and its variables as numpy arrays; checks the encoder's content hash."""
-    config, encoder, _ = read_description(folder)
+def load_folder(
+    folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+) -> tuple[VQRAE, dict[str, Any]]:
+    """Returns the module, built for `mesh`, and its variables as numpy arrays; checks the encoder's content hash.
+
+    `config` is that of `read_description`, or one that names another source of the same encoder.
+    """
+    encoder = read_description(folder)[1]
     tensors = _read_weights(folder)
     variables = unflatten_dict({name: np.asarray(tensors[name]) for name in tensors}, sep="/")
     variables = {"params": {}, "batch_stats": {}} | variables
@@ -98,8 +131,8 @@ def load_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> 
         if (digest := writers.content_hash(built.pretrained["encoder"])) != encoder["sha256"]:
             raise WeightsError(
                 f"{folder} was trained with an encoder of {encoder['source']} that had the content hash "
-                f"{encoder['sha256']}, but the hash is now {digest}, so its codes would have another meaning; restore "
-                "the encoder's weights",
+                f"{encoder['sha256']}, but that of {weights_source(config)[0]} is {digest}, so its codes would have "
+                "another meaning; name the original weights by encoder= (--encoder)",
                 field=FIELD,
             )
     shapes, expected = (

@@ -18,7 +18,7 @@ from vqrae_jax import sharding, storage
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference import batching, card, saving
 from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy, check_latents
-from vqrae_jax.inference.location import locate, read_model
+from vqrae_jax.inference.location import locate, read_model, suggest_encoder
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
 from vqrae_jax.quantizers.registry import all_settings
@@ -90,13 +90,8 @@ class Tokenizer:
         self.trained, self.mesh = batching.place_variables(variables, mesh)
         module = batching.set_encoder_dtype(module, encoder_dtype)
         self.module, self.variables = batching.resample_encoder(module, self.trained)
-        self.encoder_dtype, self.fit, self.output, self.batch_size, self.memory_limit = (
-            encoder_dtype,
-            fit,
-            output,
-            batch_size,
-            memory_limit,
-        )
+        self.encoder_dtype, self.fit, self.output = encoder_dtype, fit, output
+        self.batch_size, self.memory_limit = batch_size, memory_limit
 
     @classmethod
     def load(
@@ -104,6 +99,7 @@ class Tokenizer:
         path: str | os.PathLike,
         step: int | None = None,
         *,
+        encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
         batch_size: int | None = None,
         memory_limit: int | None = None,
@@ -113,11 +109,14 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Loads a tokenizer from a run's workdir, a checkpoint, a saved folder or a hub id.
 
-        Checkpoints do not contain a frozen encoder: it is read from the path or hub id in the config.
+        Neither checkpoints nor folders contain a frozen encoder, unless it was embedded: it is read from the path or
+        hub id in the config, or from `encoder`.
 
         Args:
           path: local path, address (gs://...) or hub id ("owner/name").
           step: checkpoint of a workdir; None: the newest.
+          encoder: folder or hub id of the frozen encoder's weights, in place of the one in the config. A saved folder
+            has their hash and refuses others.
           mesh, batch_size, memory_limit, fit, output, encoder_dtype: see the constructor.
 
         Raises:
@@ -126,8 +125,9 @@ class Tokenizer:
           WeightsError: the encoder's weights are not available, the folder is damaged, or the hub cannot be reached.
         """
         _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
-        location = locate(path, step)
-        module, variables = read_model(location, mesh)
+        location = locate(path, step, None if encoder is None else os.fspath(encoder))
+        with suggest_encoder(location):
+            module, variables = read_model(location, mesh)
         return cls(
             module, variables, location.config, frozen=location.frozen, provenance=location.provenance, mesh=mesh,
             batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output, encoder_dtype=encoder_dtype,
@@ -253,15 +253,17 @@ class Tokenizer:
         """
         return self._programs.stream(method, batches)
 
-    def save_pretrained(self, folder: str | os.PathLike, images: Any = None, name: str | None = None) -> storage.Path:
+    def save_pretrained(
+        self, folder: str | os.PathLike, images: Any = None, name: str | None = None, embed_encoder: bool = False
+    ) -> storage.Path:
         """Writes config.json, model.safetensors and a model card to `folder`, for `load` and the hub.
-
-        The folder does not contain a frozen pretrained encoder, only its source and content hash.
 
         Args:
           folder: local path or address (gs://...); created if it is missing.
           images: images for the card, which shows their reconstructions and metrics.
           name: path or hub id that the card's example loads; None: the folder's name.
+          embed_encoder: whether the folder also contains the weights of a frozen pretrained encoder, so that loading
+            reads nothing else; otherwise it has their source and content hash.
 
         Raises:
           DataError: the tokenizer was built without a config, or the images are invalid.
@@ -270,16 +272,32 @@ class Tokenizer:
             raise DataError("a tokenizer without a config cannot be saved: pass config=, or load it from its folder")
         target, fitted = storage.resolve_path(folder), None if images is None else self.fit_images(images)
         with storage.stage_output(target) as local:
-            saving.save_folder(local, self.config, jax.device_get(self.trained), self.frozen, self.provenance)
+            frozen = self.frozen and not embed_encoder
+            saving.save_folder(local, self.config, jax.device_get(self.trained), frozen, self.provenance)
             card.write_card(self, local, name or target.name, fitted)
         return target
 
-    def push_to_hub(self, repo_id: str, images: Any = None, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        images: Any = None,
+        private: bool = False,
+        token: str | None = None,
+        embed_encoder: bool = False,
+    ) -> str:
         """Saves the tokenizer to a repository of the model hub, created if it is missing; returns its address.
 
-        Raises WeightsError without network, login or permission to write.
+        Raises:
+          ConfigError: the encoder is in a local folder or a bucket, and would not be in the repository.
+          WeightsError: there is no network, login or permission to write.
         """
-        save = functools.partial(self.save_pretrained, images=images, name=repo_id)
+        if self.config and self.frozen and not embed_encoder and (source := saving.local_encoder(self.config)):
+            raise ConfigError(
+                "is a folder that users of the hub cannot read: pass embed_encoder=True to upload the encoder as well, "
+                "or load the tokenizer with encoder='OWNER/NAME' if the hub has the same weights",
+                field="model.encoder_config_path", value=source,
+            )  # fmt: skip
+        save = functools.partial(self.save_pretrained, images=images, name=repo_id, embed_encoder=embed_encoder)
         return writers.push_to_hub(save, repo_id, private, token)
 
     @property

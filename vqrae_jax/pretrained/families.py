@@ -8,6 +8,13 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, find_row, norm_rows
 
 DECODER = "a decoder"
+# The fields of config.json that the functions below read, and the family.
+ARCHITECTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio",
+    "patch_size", "image_size", "num_register_tokens", "hidden_act", "layer_norm_eps", "use_swiglu_ffn",
+    "use_gated_mlp", "mlp_bias", "proj_bias", "qkv_bias", "query_bias", "key_bias", "value_bias", "rope_theta",
+    "rope_parameters",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

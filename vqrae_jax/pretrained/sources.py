@@ -19,6 +19,7 @@ DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 # Hub folders often have the same weights in several formats: the first of these that exists is downloaded.
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "flax_model.msgpack"]
 TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
+Channels = tuple[float, ...]  # one value per channel
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
 
@@ -64,6 +65,11 @@ def fetch_file(name: str, field: str) -> pathlib.Path:
         return huggingface_hub.hf_hub_download(f"{owner}/{repository}", path, local_files_only=files is None)
 
     return _download(download, f"{owner}/{repository}", name, field)
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether `fetch_folder` reads `name` from the hub, so that other machines have it too."""
+    return _is_hub_path(name, 2) and not storage.resolve_path(name).is_dir()
 
 
 def _is_hub_path(name: str, parts: int) -> bool:
@@ -127,17 +133,21 @@ def complete_config(values: dict[str, Any], field: str, file: str = "") -> dict[
         raise WeightsError(f"{file}transformers cannot read this config: {first_line(error)}", field=field) from error
 
 
-def read_image_statistics(folder: pathlib.Path, field: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def read_image_statistics(folder: pathlib.Path, field: str) -> tuple[Channels, Channels]:
     """Reads mean and standard deviation per channel of images in [0, 1] from preprocessor_config.json."""
     path = folder / "preprocessor_config.json"
-    values = read_json(path, field)
+    return parse_image_statistics(read_json(path, field), str(path), field)
+
+
+def parse_image_statistics(values: Mapping[str, Any], name: str, field: str) -> tuple[Channels, Channels]:
+    """Returns image_mean and image_std of a description, which `name` names in messages."""
     try:
         mean, std = (tuple(float(x) for x in values[key]) for key in ("image_mean", "image_std"))
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise WeightsError(f"{path} lacks image_mean and image_std, three numbers each", field=field) from None
+        raise WeightsError(f"{name} lacks image_mean and image_std, three numbers each", field=field) from None
     if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise WeightsError(
-            f"{path} has image_mean={mean}, image_std={std}; expected three numbers each, std positive", field=field
+            f"{name} has image_mean={mean}, image_std={std}; expected three numbers each, std positive", field=field
         )
     return mean, std
 
