@@ -1,4 +1,6 @@
-"""python benchmarks/end_to_end.py: what input, logging and checkpoints of the training loop add to its bare step.
+"""Measures the time that input, logging and checkpoints of the training loop add to its bare step.
+
+python benchmarks/end_to_end.py
 
 The same program runs in the loop and, on one batch, alone; alone before and after the loop, so that a change of the
 machine's speed affects both.
@@ -13,8 +15,10 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
 
-from vqrae_jax import runtime, sharding
+from vqrae_jax import sharding
 from vqrae_jax.benchmark.ceilings import time_call
+from vqrae_jax.commands import command_line
+from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.train import loop
@@ -48,11 +52,14 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=240, help="steps of the loop; half as many in each bare run")
-    parser.add_argument("--batch", type=int, default=16, help="images per batch")
-    parser.add_argument("--size", type=int, default=128, help="pixels")
-    return parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=count, default=240, help="steps of the loop; half as many in each bare run")
+    parser.add_argument("--batch", type=count, default=16, help="images per batch")
+    parser.add_argument("--size", type=count, default=128, help="pixels")
+    args = parser.parse_args(arguments)
+    if args.steps < 2 * LOG_EVERY:
+        parser.error(f"--steps={args.steps}: must be at least {2 * LOG_EVERY}, for two lines of the log")
+    return args
 
 
 def build_config(steps: int, batch: int, size: int) -> Config:
@@ -87,6 +94,4 @@ def time_bare_step(run: Run, state: TrainState, batch: dict, steps: int) -> tupl
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.skip_absent_tpu()
-    main(sys.argv[1:])
+    command_line.run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,6 @@
-"""python benchmarks/gpu.py speed|recipe|quality: all measurements that need a GPU; `launch/gpu_figures.sh` runs them.
+"""Runs the measurements that need a GPU; `launch/gpu_figures.sh` runs all parts (speed, recipe, quality).
+
+python benchmarks/gpu.py speed
 
 Run it in the checkout. Each part takes less than ten minutes. Each measurement is a command in its own process, so that
 it does not inherit memory from another one; one that fails or runs out of time is a line of the report like the others.
@@ -103,7 +105,7 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(PARTS), help="which measurements")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_figures"), help="folder of the report")
     parser.add_argument("--only", help="names of measurements, separated by commas")
@@ -113,7 +115,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all measurements together")
     parser.add_argument("--smaller", default="", help="arguments added to each command, for a trial in small sizes")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    names = [measurement.name for measurement in PARTS[args.part]]
+    if args.only and (unknown := set(args.only.split(",")) - set(names)):
+        parser.error(f"--only: {args.part} has no {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
+    return args
 
 
 def build_commands(args: argparse.Namespace) -> Iterator[tuple[Measurement, list[str]]]:

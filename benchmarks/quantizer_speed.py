@@ -1,4 +1,6 @@
-"""python benchmarks/quantizer_speed.py: nearest-code search and EMA training step, relative to matrix products.
+"""Times the nearest-code search and the EMA training step, relative to matrix products.
+
+python benchmarks/quantizer_speed.py
 
 The training step is also compared with the textbook layer in PyTorch. All ratios are within one run.
 """
@@ -17,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax import runtime
 from vqrae_jax.benchmark.ceilings import time_call
 from vqrae_jax.benchmark.pytorch_process import PyTorchProcess
+from vqrae_jax.commands import command_line
+from vqrae_jax.commands.command_line import count
 from vqrae_jax.errors import UserError
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.nearest import CPU_BLOCK, nearest
@@ -29,11 +32,14 @@ REPEATS = 5
 
 def main(arguments: list[str]) -> None:
     """Prints both measurements; times are the best of REPEATS."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch")
+    parser.add_argument("--codes", type=count, default=65_536, help="codes and latents of the search")
     args = parser.parse_args(arguments)
-    measure_search(65_536, 65_536, 32)
-    measure_step(4096, 8192, 768, args.torch_python)
+    if args.codes % max(CPU_BLOCK):
+        parser.error(f"--codes={args.codes}: must be a multiple of {max(CPU_BLOCK)}, a block of the search")
+    measure_search(args.codes, args.codes, 32)
+    measure_step(args.codes // 16, args.codes // 8, 768, args.torch_python)
 
 
 def measure_search(n: int, k: int, c: int) -> None:
@@ -111,6 +117,4 @@ def _best_seconds(calls: list[Callable[[], float]]) -> list[float]:
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.skip_absent_tpu()
-    main(sys.argv[1:])
+    command_line.run(lambda: main(sys.argv[1:]))

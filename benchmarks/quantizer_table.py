@@ -1,4 +1,6 @@
-"""python benchmarks/quantizer_table.py --images=FOLDER: all quantizers at equal bits on a frozen encoder, as a table.
+"""Trains all quantizers at equal bits on a frozen encoder and prints a table.
+
+python benchmarks/quantizer_table.py --images=photographs --encoder=vit-tiny
 
 The encoder runs once. Then, for each row, the quantizer and a new decoder train together on its latents, with the same
 decoder, steps, batches and learning rates in every row.
@@ -21,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vqrae_jax import runtime
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
+from vqrae_jax.commands import command_line
+from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import DataConfig, ModelConfig, OptimizerConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
@@ -100,15 +103,15 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder with images in train/ and val/")
     parser.add_argument("--encoder", default="facebook/dinov2-small", help="model.encoder_config_path")
     parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="model.encoder_cls")
-    parser.add_argument("--size", type=int, default=224, help="pixels, model.encoder_input_size")
-    parser.add_argument("--codes", type=int, default=2048, help="codebook size: 2048 or 8192")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
-    parser.add_argument("--steps", type=int, help="number of steps instead of --epochs")
-    parser.add_argument("--limit", type=int, help="number of images of train/ and of val/; default: all")
+    parser.add_argument("--size", type=count, default=224, help="pixels, model.encoder_input_size")
+    parser.add_argument("--codes", type=count, default=2048, help="codebook size: 2048 or 8192")
+    parser.add_argument("--epochs", type=count, default=8, help="passes over the training images")
+    parser.add_argument("--steps", type=count, help="number of steps instead of --epochs")
+    parser.add_argument("--limit", type=count, help="number of images of train/ and of val/; default: all")
     parser.add_argument("--quantizers", help="rows, separated by commas; default: all")
     parser.add_argument("--output", help="folder for table.md and table.json")
     return parser.parse_args(arguments)
@@ -314,6 +317,4 @@ def lloyd(latents: Float[np.ndarray, "n h w C"], size: int) -> Float[Array, "K C
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.skip_absent_tpu()
-    main(sys.argv[1:])
+    command_line.run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,6 @@
-"""python benchmarks/tokenize_folder.py: tokenizing a folder of images from disk to disk, and the bare program.
+"""Compares tokenizing a folder of images from disk to disk with the bare program.
+
+python benchmarks/tokenize_folder.py
 
 The same batches are processed in four ways, in turns: the compiled program on images in the device's memory; reading
 and cropping alone; arrays in memory through the tokenizer, which adds the work of the host between batches; and the
@@ -20,10 +22,10 @@ import jax
 import numpy as np
 
 from benchmarks.training_input import write_photographs
-from vqrae_jax import runtime
 from vqrae_jax.benchmark.stages import DINOV2
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import command_line, tokenize
+from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.readable import Skipped
@@ -59,15 +61,15 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="workdir, exported folder or hub id; default: random weights")
     parser.add_argument("--encoder", choices=list(DINOV2), default="base", help="DINOv2 size, at 224; default: base")
-    parser.add_argument("--codes", type=int, default=8192, help="codebook size with --encoder; default: 8192")
+    parser.add_argument("--codes", type=count, default=8192, help="codebook size with --encoder; default: 8192")
     parser.add_argument("--data", help="folder of images; default: 500 x 375 crops of the shipped photographs")
-    parser.add_argument("--batch", type=int, default=tokenize.VIEWS, help="images per batch; default: %(default)s")
-    parser.add_argument("--limit", type=int, help="number of images; default: all")
-    parser.add_argument("--threads", type=int, default=4, help="threads that read and crop; default: 4")
-    parser.add_argument("--rounds", type=int, default=3, help="number of measurements, of which the best counts")
+    parser.add_argument("--batch", type=count, default=tokenize.VIEWS, help="images per batch; default: %(default)s")
+    parser.add_argument("--limit", type=count, help="number of images; default: all")
+    parser.add_argument("--threads", type=count, default=4, help="threads that read and crop; default: 4")
+    parser.add_argument("--rounds", type=count, default=3, help="number of measurements, of which the best counts")
     return parser.parse_args(arguments)
 
 
@@ -136,6 +138,4 @@ def _timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.skip_absent_tpu()
-    main(sys.argv[1:])
+    command_line.run(lambda: main(sys.argv[1:]))

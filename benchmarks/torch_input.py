@@ -1,12 +1,14 @@
-"""A PyTorch DataLoader with PIL: `python torch_input.py FOLDER SIZE BATCH WORKERS EPOCHS` prints images per CPU second.
+"""Prints images per CPU second of a PyTorch DataLoader with PIL.
+
+python benchmarks/torch_input.py photographs/train 256 64 1 3
 
 The usual transforms of torchvision, written out: short side resized to SIZE (bicubic), random square, random flip,
 floats, ImageNet normalization. It is a separate program, so that PyTorch may be in another environment than JAX.
 """
 
+import argparse
 import pathlib
 import resource
-import sys
 
 
 def main(folder: str, size: int, batch: int, workers: int, epochs: int) -> None:
@@ -56,4 +58,11 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder of images")
+    for name in ("size", "batch", "workers", "epochs"):
+        parser.add_argument(name, type=int)
+    args = parser.parse_args()
+    if not pathlib.Path(args.folder).is_dir():
+        parser.error(f"{args.folder} is not a folder")
+    main(**vars(args))

@@ -1,4 +1,7 @@
-"""python benchmarks/training_input.py: images per CPU second of the training input and of a PyTorch DataLoader."""
+"""Measures images per CPU second of the training input and of a PyTorch DataLoader.
+
+python benchmarks/training_input.py
+"""
 
 import argparse
 import os
@@ -15,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import runtime
+from vqrae_jax.commands import command_line
+from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data import images, photographs
 from vqrae_jax.data.pipeline import train_batches
@@ -26,31 +30,31 @@ MEAN, STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 
 def main(arguments: list[str]) -> None:
     """Prints images per CPU second of both, timed in turns, and the peak memory after each of three epochs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--torch-python", default=sys.executable, help="Python interpreter with torch, numpy and Pillow"
     )
     parser.add_argument("--images", help="folder of JPEG files; default: 500 x 375 crops of the shipped photographs")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a training image")
-    parser.add_argument("--batch", type=int, default=64, help="images per batch")
-    parser.add_argument("--rounds", type=int, default=3, help="number of measurements, of which the best counts")
+    parser.add_argument("--size", type=count, default=256, help="pixels of a training image")
+    parser.add_argument("--batch", type=count, default=64, help="images per batch")
+    parser.add_argument("--rounds", type=count, default=3, help="number of measurements, of which the best counts")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.images or write_photographs(pathlib.Path(scratch))
-        count = len(os.listdir(folder))
-        print(f"{count} JPEG files to {args.size} x {args.size}, batches of {args.batch}; images per CPU second:")
+        number = len(os.listdir(folder))
+        print(f"{number} JPEG files to {args.size} x {args.size}, batches of {args.batch}; images per CPU second:")
         best = dict.fromkeys(("PyTorch, one worker", "uint8 batches", "normalized float32"), 0.0)
         for _ in range(args.rounds):
             speeds = (
-                measure_pytorch(args, folder), measure_input(args, folder, count, normalized=False),
-                measure_input(args, folder, count, normalized=True),
+                measure_pytorch(args, folder), measure_input(args, folder, number, normalized=False),
+                measure_input(args, folder, number, normalized=True),
             )  # fmt: skip
             best = {name: max(before, now) for (name, before), now in zip(best.items(), speeds, strict=True)}
         pytorch = best["PyTorch, one worker"]
         for name, speed in best.items():
             ratio = f", {speed / pytorch:.2f} times PyTorch" if pytorch and speed != pytorch else ""
             print(f"  {name}: {speed:.0f}{ratio}")
-        print_memory(args, folder, count)
+        print_memory(args, folder, number)
 
 
 def write_photographs(folder: pathlib.Path, count: int = 1024) -> str:
@@ -112,6 +116,4 @@ def _data_config(args: argparse.Namespace, folder: str) -> DataConfig:
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.skip_absent_tpu()
-    main(sys.argv[1:])
+    command_line.run(lambda: main(sys.argv[1:]))

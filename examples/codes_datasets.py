@@ -3,11 +3,13 @@
 python examples/codes_datasets.py /data/codes
 """
 
+import argparse
 import json
 import pathlib
-import sys
 
 import datasets
+
+from vqrae_jax.errors import report_errors
 
 
 def load(path: str) -> datasets.Dataset:
@@ -19,5 +21,9 @@ def load(path: str) -> datasets.Dataset:
 
 
 if __name__ == "__main__":
-    records = load(sys.argv[1])
-    print(records, records[0]["codes"].shape)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codes", help="folder that vqrae tokenize has written")
+    args = parser.parse_args()
+    with report_errors():
+        records = load(args.codes)
+        print(records, records[0]["codes"].shape)

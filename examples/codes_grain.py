@@ -3,11 +3,12 @@
 python examples/codes_grain.py /data/codes
 """
 
-import sys
+import argparse
 
 import grain
 
 from vqrae_jax.data.codes import Codes
+from vqrae_jax.errors import report_errors
 
 READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # in batches; grain's default reads 500 ahead
 
@@ -20,5 +21,9 @@ def batches(path: str, batch_size: int, seed: int = 0) -> grain.DatasetIterator:
 
 
 if __name__ == "__main__":
-    batch = next(batches(sys.argv[1], 4))
-    print({name: (value.shape, value.dtype) for name, value in batch.items()})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codes", help="folder that vqrae tokenize has written")
+    args = parser.parse_args()
+    with report_errors():
+        batch = next(batches(args.codes, 4))
+        print({name: (value.shape, value.dtype) for name, value in batch.items()})

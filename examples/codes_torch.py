@@ -3,12 +3,14 @@
 python examples/codes_torch.py /data/codes
 """
 
+import argparse
 import sys
 
 import numpy as np
 import torch
 
 from vqrae_jax.data.codes import Codes
+from vqrae_jax.errors import report_errors
 
 
 class CodeDataset(torch.utils.data.Dataset):
@@ -26,5 +28,9 @@ class CodeDataset(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":
-    codes, labels = next(iter(torch.utils.data.DataLoader(CodeDataset(sys.argv[1]), batch_size=4, shuffle=True)))
-    print(codes.shape, labels.tolist(), "jax imported:", "jax" in sys.modules)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codes", help="folder that vqrae tokenize has written")
+    args = parser.parse_args()
+    with report_errors():
+        codes, labels = next(iter(torch.utils.data.DataLoader(CodeDataset(args.codes), batch_size=4, shuffle=True)))
+        print(codes.shape, labels.tolist(), "jax imported:", "jax" in sys.modules)

@@ -15,6 +15,7 @@ import optax
 from vqrae_jax import Tokenizer
 from vqrae_jax.data import images
 from vqrae_jax.data.codes import Codes
+from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampling import guided, sample
 from vqrae_jax.models.generator import Generator
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

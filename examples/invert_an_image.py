@@ -3,7 +3,7 @@
 python examples/invert_an_image.py runs/quickstart cat.png inverted.png
 """
 
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 
 from vqrae_jax import Tokenizer
 from vqrae_jax.data import images
+from vqrae_jax.errors import report_errors
 
 
 def invert(
@@ -40,9 +41,14 @@ def invert(
 
 
 if __name__ == "__main__":
-    checkpoint, source, target = sys.argv[1:]
-    tokenizer = Tokenizer.load(checkpoint)
-    square = images.center_crop(images.read_image(source), tokenizer.image_size)
-    latents, errors = invert(tokenizer, square[None] / np.float32(255))
-    images.write_image(target, (tokenizer.decode(latents)[0] * 255 + 0.5).astype(np.uint8))
-    print(f"mean squared error {errors[0]:.4f} -> {errors[-1]:.4f}, wrote {target}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="of the tokenizer")
+    parser.add_argument("image", help="image to invert")
+    parser.add_argument("output", help="image to write")
+    args = parser.parse_args()
+    with report_errors():
+        image, tokenizer = images.read_image(args.image), Tokenizer.load(args.checkpoint)
+        square = images.center_crop(image, tokenizer.image_size)
+        latents, errors = invert(tokenizer, square[None] / np.float32(255))
+        images.write_image(args.output, (tokenizer.decode(latents)[0] * 255 + 0.5).astype(np.uint8))
+        print(f"mean squared error {errors[0]:.4f} -> {errors[-1]:.4f}, wrote {args.output}")

@@ -1,4 +1,4 @@
-"""Runs every command of the README and of the pages in docs/ at a small scale, in one prepared folder.
+"""Runs every command of the README, of the pages in docs/ and of docstrings at a small scale, in one prepared folder.
 
 Hub ids of encoders are folders with tiny encoders, /data is a folder of a few images, and `shrink` replaces full-size
 settings. A command that reads the output of another documented command runs after it.
@@ -8,6 +8,7 @@ import importlib
 import logging
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -20,22 +21,42 @@ from vqrae_jax import distributed
 from vqrae_jax.data import images
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = list(dict.fromkeys(
-    part.strip()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = [  # files that run as programs and read arguments
+    *sorted(path for path in (ROOT / "vqrae_jax" / "commands").glob("*.py") if "\nmain = " in path.read_text()),
+    ROOT / "vqrae_jax" / "benchmark" / "__main__.py", *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "examples").glob("*.py")),
+]  # fmt: skip
+BLOCKS = [
+    block
     for page in PAGES if page.name != "api.md"
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    for line in block.strip().splitlines()
-    for part in line.split("&&")
+] + [  # of docstrings: "vqrae NAME" is python -m vqrae_jax.commands.NAME
+    re.sub(r"vqrae ([a-z-]+)", lambda m: f"python -m vqrae_jax.commands.{m[1].replace('-', '_')}", command)
+    for path in (*PROGRAMS, ROOT / "vqrae_jax" / "main.py", ROOT / "docs" / "write_api.py")
+    for command in re.findall(r"^(?:vqrae|python) .*$", path.read_text(encoding="utf-8").split('"""')[1], re.M)
+]  # fmt: skip
+COMMANDS = list(dict.fromkeys(
+    part.strip() for block in BLOCKS for line in block.strip().splitlines() for part in line.split("&&")
 ))  # fmt: skip
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
+BENCHMARKS = ("end_to_end", "gpu", "quantizer_speed", "tokenize_folder", "torch_input", "training_input")
 POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs these commands dry"
 NOT_RUN = {  # beginning of a command -> why it is not run here
     "pip install": "needs a package registry; .ci/run starts with it",
     "uv pip install": "needs a package registry",
+    **dict.fromkeys(("python -m venv", "source "), "prepares an installation"),
+    "ruff": "checks the style; not a requirement of the tests",
     "python -m pytest": "would run itself",
     QUICKSTART: "tests/test_main.py runs it in a process of its own",
     "python -m vqrae_jax.commands.demo": "serves until it is stopped; tests/commands/test_demo.py uses the page",
+    "python -m vqrae_jax.commands.reference_statistics --data": "needs the weights of Inception",
+    "python docs/write_api.py": "writes docs/api.md; tests/test_readme.py builds it",
+    "python examples/": "tests/examples/test_examples.py runs them",
+    **dict.fromkeys(
+        (f"python benchmarks/{name}.py" for name in BENCHMARKS), "minutes; tests/benchmark/test_drivers.py"
+    ),
+    "python -m vqrae_jax.benchmark": "minutes: tests/benchmark",
     **dict.fromkeys(("export ", "launch/", "docker ", "kubectl ", "CONFIG=", "TOPOLOGY=", "PROCESSES="), POD),
 }
 LOCAL_PATHS = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}
@@ -203,6 +224,32 @@ def test_command_runs(command, run_command, workspace, capsys):
     assert all((workspace / name.removeprefix("/")).exists() for name in outputs(command))
     if "--help" in command:
         assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_wrong_arguments_end_with_one_line(path, monkeypatch, capsys):
+    if path.stem in ("codes_torch", "codes_datasets"):
+        pytest.importorskip(path.stem.removeprefix("codes_"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(distributed, "connect", lambda *_, **__: None)
+    for arguments, code, start in ((["--nonsense=1"], 2, "usage: "), (["--help"], 0, "")):
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        output = capsys.readouterr()
+        assert ended.value.code == code
+        assert output.err.startswith(start)
+        assert ("error: " in output.err.splitlines()[-1]) if code else output.out.startswith("usage: ")
+
+
+def test_commands_in_prose_exist():
+    """`vqrae NAME --FLAG` in documents, docstrings and messages."""
+    pattern = re.compile(r"`(?:python -m vqrae_jax\.commands\.|vqrae )(\w[\w-]*)((?: --[a-z-]+)*)")
+    for path in (*PAGES, *(ROOT / "vqrae_jax").rglob("*.py")):
+        for name, options in pattern.findall(path.read_text(encoding="utf-8")):
+            if name not in ("NAME", "COMMAND"):
+                module = importlib.import_module(f"vqrae_jax.commands.{name.replace('-', '_')}")
+                assert set(options.split()) <= set(module.parser._option_string_actions), (path, name, options)
 
 
 def test_reasons_have_commands():

@@ -307,6 +307,15 @@ def test_dockerfiles_install_an_extra_that_exists(name):
     assert all((LAUNCH.parent / part).exists() for parts in copied for part in parts)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(LAUNCH)))
+def test_command_in_the_header_runs_dry(script):
+    header = script.read_text().partition("\nset -e")[0].replace("\\\n#", "")
+    for command in re.findall(r"^#   (.*launch/.*)$", header, re.M):
+        command = re.sub("sbatch --nodes=4", "bash", command)
+        process = subprocess.run(["bash", "-c", f"export DRY_RUN=1\n{command}"], capture_output=True, cwd=LAUNCH.parent)
+        assert process.returncode == 0, process.stderr
+
+
 def test_commands_of_the_page_on_pods_run_dry():
     page = (LAUNCH.parent / "docs" / "pods.md").read_text()
     printed = []

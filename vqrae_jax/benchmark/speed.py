@@ -78,7 +78,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks to save memory")
     parser.add_argument("--rounds", type=int, default=9, help="number of timed calls of each program")
     parser.add_argument("--output", help="folder for speed.json and roofline.png")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name in ("codes", "batch", "rounds"):
+        if getattr(args, name) < 1:
+            raise ConfigError("must be positive", field=f"--{name}", value=getattr(args, name))
+    return args
 
 
 def time_stage(name: str, args: argparse.Namespace, ceilings: Ceilings) -> Row:
