@@ -457,7 +457,7 @@ LAW: dict[str, Entry] = {
     "model.encoder_input_size": Entry(16, model, "model latents"),
     "model.decoder_config_path": Entry("ViT-S", model, "model"),
     "model.decoder_architecture": Entry(
-        DECODER | {"decoder_num_hidden_layers": 1},
+        DECODER | {"decoder_hidden_size": 8},
         model,
         "model",
         {"model.decoder_config_path": None, "model.decoder_architecture": DECODER},
