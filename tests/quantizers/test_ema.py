@@ -17,7 +17,12 @@ STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
 def load_pytorch(arrays, **changes):
     """Returns the quantizer and state of the PyTorch VQRAE."""
     K, C = arrays["init_embedding"].shape
-    settings = {"commitment_cost": 0.25, "start": "normal", "revival_threshold": 0.0, "decay_warmup": False} | changes
+    settings = {
+        "commitment_cost": 0.25,
+        "codebook_init": "normal",
+        "revival_threshold": 0.0,
+        "decay_warmup": False,
+    } | changes
     state = {ours: arrays[f"init_{theirs}"] for ours, theirs in STATE.items()} | {"step": np.asarray(1, np.int32)}
     return EMAQuantizer(K, C, **settings), {"batch_stats": jax.tree.map(jnp.asarray, state)}
 

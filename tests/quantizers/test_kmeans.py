@@ -60,7 +60,7 @@ def test_only_the_first_finite_batch_makes_the_codebook(name, start):
 class Started(nn.Module):
     """Returns a codebook of unit length that starts from latents."""
 
-    start: str
+    codebook_init: str
     distance: str = "cosine"
 
     def __call__(self, z):
