@@ -66,7 +66,6 @@ def set_environment(**variables: str) -> None:
 
 def start() -> None:
     """Prepares the process for JAX: memory of the C library, absent TPUs, compile cache. Call it before JAX starts."""
-    set_environment(TRANSFORMERS_NO_ADVISORY_WARNINGS="1")  # transformers warns if PyTorch is absent
     keep_freed_memory()
     skip_absent_tpu()
     enable_compilation_cache()

@@ -97,17 +97,37 @@ def test_hub_configs_leave_defaults_out(golden, copy):
     config = {"architectures": ["SiglipModel"], "model_type": "siglip", "vision_config": vision,
              "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000}}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    fields = families.describe_siglip(sources.read_config(folder, "field"))
+    fields = families.describe(families.FAMILIES["SigLIP2wNorm"], sources.read_config(folder, "field"), "a folder")
     assert (fields["patch"], fields["grid"]) == (16, 16)
     assert (fields["blocks"]["act"], fields["blocks"]["norm_eps"]) == ("gelu_tanh", 1e-6)
     config = {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
     (folder / "config.json").write_text(json.dumps(config))
-    fields = families.describe_dinov2(sources.read_config(folder, "field"))
+    fields = families.describe(families.FAMILIES["Dinov2withNorm"], sources.read_config(folder, "field"), "a folder")
     assert fields["blocks"] == {
         "width": 384, "depth": 12, "heads": 6, "mlp": 1536, "act": "gelu", "gated": False, "layer_scale": True,
         "norm_eps": 1e-6,
     }  # fmt: skip
     assert fields["grid"] == 37
+
+
+def test_defaults_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for model_type, defaults in families.DEFAULTS.items():
+        values = transformers.AutoConfig.for_model(model_type).to_dict()
+        if model_type == "dinov3_vit":  # a name of the past, which files on the hub have
+            values["rope_parameters"] = {"rope_theta": values["rope_theta"]}
+        if model_type == "siglip":
+            values, defaults = values["vision_config"], families.DEFAULTS["siglip_vision_model"]
+        if model_type.startswith("dinov2"):  # computed from mlp_ratio
+            values["intermediate_size"] = defaults["intermediate_size"]
+        assert {name: values[name] for name in defaults} == defaults, model_type
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_swiglu_ffn", "no"), ("layer_norm_eps", None), ("hidden_act", 1)])
+def test_values_of_another_type_are_refused(name, value):
+    config = {"model_type": "dinov2", name: value}
+    with pytest.raises(WeightsError, match=f"a folder.*{name} is {value!r}"):
+        families.describe(families.FAMILIES["Dinov2withNorm"], config, "a folder")
 
 
 def test_vision_tower_alone(golden, copy, assert_same):

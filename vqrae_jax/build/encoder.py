@@ -33,7 +33,7 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         if "hidden_size" not in params.architecture:
             message = "must have hidden_size, num_hidden_layers, ... (as config.json) for a random encoder"
             raise ConfigError(message, field=field, value=params.architecture)
-        description = sources.complete_config({"model_type": family.model_types[0], **params.architecture}, field)
+        description = {"model_type": family.model_types[0], **params.architecture}
         statistics = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD} | params.architecture
         folder, (mean, std) = None, sources.parse_image_statistics(statistics, "the architecture", field)
     else:

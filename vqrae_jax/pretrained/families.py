@@ -16,6 +16,26 @@ ARCHITECTURE = (
     "rope_parameters",
 )  # fmt: skip
 
+_VIT = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "hidden_act": "gelu", "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+_DINOV2 = _VIT | {"mlp_ratio": 4, "use_swiglu_ffn": False, "layer_norm_eps": 1e-6}
+_SIGLIP = _VIT | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+# Files on the hub leave out values that equal transformers' defaults: those by `model_type`, of the fields read below.
+DEFAULTS = {
+    "dinov2": _DINOV2 | {"patch_size": 14},
+    "dinov2_with_registers": _DINOV2 | {"num_register_tokens": 4},
+    "dinov3_vit": _VIT | {
+        "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5,
+        "num_register_tokens": 0, "use_gated_mlp": False, "mlp_bias": True, "proj_bias": True, "query_bias": True,
+        "key_bias": False, "value_bias": True, "rope_parameters": {"rope_theta": 100.0},
+    },
+    "siglip": {"vision_config": {}},
+    "siglip_vision_model": _SIGLIP,
+    "vit_mae": _VIT | {"layer_norm_eps": 1e-12, "qkv_bias": True},
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -58,7 +78,7 @@ def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of the vision tower of SigLIP or fixed-resolution SigLIP 2, with or without text tower."""
-    return _vit(config.get("vision_config", config)) | {"cls": False}
+    return _vit(_SIGLIP | config.get("vision_config", config)) | {"cls": False}
 
 
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
@@ -186,11 +206,11 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
 
     Args:
       family: kind of the encoder.
-      config: config.json of a hub folder, with transformers' defaults.
+      config: config.json of a hub folder; DEFAULTS complete it.
       source: the folder, hub id or config field, for messages.
     """
     try:
-        fields = family.describe(config)
+        fields = family.describe(_complete(config))
         blocks = fields["blocks"]
         width, depth, heads = blocks["width"], blocks["depth"], blocks["heads"]
         numbers = {
@@ -212,6 +232,16 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
             f"the config.json of {source} does not describe an encoder of this kind ({reason})"
         ) from error
     return fields
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the defaults to config.json; raises ValueError for values of other types than theirs."""
+    defaults = DEFAULTS[config["model_type"]]
+    for name in defaults.keys() & config.keys():
+        kind = (int, float) if type(defaults[name]) in (int, float) else type(defaults[name])
+        if not isinstance(config[name], kind):
+            raise ValueError(f"{name} is {config[name]!r}, expected a value such as {defaults[name]!r}")
+    return defaults | config
 
 
 FAMILIES = {

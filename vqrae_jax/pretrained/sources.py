@@ -115,22 +115,12 @@ def _list_files(repository: str) -> list[str] | None:
 
 
 def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
-    """Reads config.json and adds the defaults that it leaves out."""
+    """Reads config.json, which leaves out fields with default values, see `families.DEFAULTS`."""
     path = folder / "config.json"
     values = read_json(path, field)
     if not isinstance(values.get("model_type"), str):
         raise WeightsError(f"{path} has no model_type, so it is not the config of a pretrained model", field=field)
-    return complete_config(values, field, f"{path}: ")
-
-
-def complete_config(values: dict[str, Any], field: str, file: str = "") -> dict[str, Any]:
-    """Adds transformers' defaults for `values["model_type"]`."""
-    import transformers
-
-    try:
-        return transformers.AutoConfig.for_model(**values).to_dict()
-    except Exception as error:
-        raise WeightsError(f"{file}transformers cannot read this config: {first_line(error)}", field=field) from error
+    return values
 
 
 def read_image_statistics(folder: pathlib.Path, field: str) -> tuple[Channels, Channels]:
