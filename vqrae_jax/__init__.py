@@ -4,13 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqrae_jax.config import ModelConfig
     from vqrae_jax.inference.tokenizer import Tokenizer
     from vqrae_jax.models.vqrae import VQRAE
 
 __version__ = "0.1.0"
-__all__ = ["VQRAE", "Tokenizer", "__version__"]
+__all__ = ["VQRAE", "ModelConfig", "Tokenizer", "__version__"]
 
-_MODULES = {"VQRAE": "vqrae_jax.models.vqrae", "Tokenizer": "vqrae_jax.inference.tokenizer"}
+_MODULES = {
+    "ModelConfig": "vqrae_jax.config",
+    "Tokenizer": "vqrae_jax.inference.tokenizer",
+    "VQRAE": "vqrae_jax.models.vqrae",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vqrae_jax
 from vqrae_jax import Tokenizer, sharding
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, variable_shapes
 from vqrae_jax.config import ModelConfig
@@ -230,6 +231,38 @@ def test_saved_and_loaded(tokenizer, images, tmp_path):
     assert image_files.read_image(folder / "reconstructions.png").ndim == 3
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_built_from_a_config(untrained, images):
+    """Random, the parts equal those of any new model; from images, the codebook starts as training starts it."""
+    expected = untrained()
+    config = expected.config
+    tokenizer = Tokenizer.from_config(config)
+    assert tokenizer.hash == expected.hash
+    fitted = Tokenizer.from_config(config.model_dump(), images, output="jax")
+    state = fitted.variables["batch_stats"]["quantizer"]
+    assert state["step"] == 1
+    indices = fitted.encode_to_indices(images)
+    distance = np.square(np.asarray(fitted.encode(images)) - latents(fitted, images)).mean()
+    assert distance < 0.5 * np.square(expected.encode(images) - latents(expected, images)).mean()
+    assert len(np.unique(indices)) == config.num_embeddings
+    with pytest.raises(DataError, match="images"):
+        Tokenizer.from_config(config, images[:0])
+    with pytest.raises(ConfigError, match="num_embeddings"):
+        Tokenizer.from_config({"num_embedding": 8})
+
+
+def latents(tokenizer, images):
+    """Returns the encoder's output."""
+    return np.asarray(tokenizer.module.apply(tokenizer.variables, images, method=lambda m, x: m.encoder(x)))
+
+
+def test_public_names():
+    assert dir(vqrae_jax) == sorted(vqrae_jax.__all__) == ["ModelConfig", "Tokenizer", "VQRAE", "__version__"]
+    for name in vqrae_jax.__all__:
+        assert getattr(vqrae_jax, name) is not None
+    with pytest.raises(TypeError, match=r"Tokenizer\.from_config\(ModelConfig\("):
+        vqrae_jax.VQRAE(encoder_cls="Dinov2withNorm", num_embeddings=8192)
 
 
 def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):

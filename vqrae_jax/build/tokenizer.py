@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from vqrae_jax import sharding
 from vqrae_jax.build.encoder import activation_sharding, check_layers, describe_encoder, read_encoder
@@ -159,6 +160,17 @@ def initial_variables(
     if placement:
         pretrained = jax.tree.map(sharding.place_array, pretrained, placement(pretrained))
     return {**created, "params": created["params"] | pretrained}
+
+
+def start_quantizer(module: VQRAE, variables: Any, images: Float[jax.Array, "B H W 3"], key: jax.Array) -> Any:
+    """Returns variables in which state that starts from data is made from `images`, as by the first training step."""
+
+    def quantize(module: VQRAE, images: jax.Array) -> Any:
+        return module.quantize(module.encoder(images), train=True)
+
+    start = functools.partial(module.apply, method=quantize, mutable=["batch_stats"])
+    _, updated = jax.jit(start)(variables, images, rngs={"codes": key, "noise": key})
+    return {**variables, **updated}
 
 
 def _create(module: VQRAE, names: tuple[tuple[str, str], ...], key: jax.Array, state: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from vqrae_jax import sharding
 from vqrae_jax.models.encoder import resample_to_input_size
@@ -99,7 +99,7 @@ class Programs:
         size, (variables, split) = self.batch_size(method, batch), self._encoder
         program = self._compile(method, (size, *batch.shape[1:]), np.float32)
         parts = (_pad_rows(batch[i : i + size], size) for i in range(0, len(batch), size))
-        return [program(variables, _to_float(jax.device_put(part, split))) for part in parts]
+        return [program(variables, to_float(jax.device_put(part, split))) for part in parts]
 
     @functools.cached_property
     def _encoder(self) -> tuple[Any, jax.sharding.Sharding]:
@@ -176,7 +176,8 @@ def set_encoder_dtype(module: VQRAE, dtype: str) -> VQRAE:
 
 
 @jax.jit
-def _to_float(images: jax.Array) -> jax.Array:
+def to_float(images: Shaped[Result, "b H W 3"]) -> Float[jax.Array, "b H W 3"]:
+    """Converts uint8 images to floats in [0, 1]; floats are returned as they are."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 

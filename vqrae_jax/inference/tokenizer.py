@@ -1,4 +1,4 @@
-"""A trained tokenizer: images to codes and back."""
+"""A tokenizer: images to codes and back."""
 
 import functools
 import hashlib
@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import sharding, storage
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, start_quantizer
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference import batching, card, saving
 from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy, check_latents
@@ -134,6 +135,48 @@ class Tokenizer:
         )  # fmt: skip
 
     from_pretrained = load
+
+    @classmethod
+    def from_config(
+        cls,
+        config: config_lib.ModelConfig | Mapping[str, Any],
+        images: Any = None,
+        seed: int = 0,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int | None = None,
+        memory_limit: int | None = None,
+        fit: Fit = "crop",
+        output: Output = "numpy",
+        encoder_dtype: EncoderDtype = "float32",
+    ) -> "Tokenizer":
+        """Builds a tokenizer before training: a pretrained encoder, if the config names one, and random other parts.
+
+        Args:
+          config: the model section, or its fields by name.
+          images: a batch whose latents the codebook starts from, as in the first step of training. None: it is random.
+          seed: of the random parameters.
+          mesh, batch_size, memory_limit, fit, output, encoder_dtype: see the constructor.
+
+        Raises:
+          ConfigError: a field or an option is invalid.
+          WeightsError: the pretrained weights are not available.
+        """
+        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
+        if not isinstance(config, config_lib.ModelConfig):
+            config = config_lib.from_dict(config_lib.ModelConfig, dict(config))
+        built, key = build_tokenizer(config, mesh=mesh), jax.random.key(seed)
+        placement = functools.partial(batching.leaf_shardings, mesh=mesh)
+        variables = initial_variables(built, key, ("encoder", "quantizer", "decoder"), placement)
+        if images is not None:
+            fitted = FittedImages(images, built.image_size, fit, built.module.encoder.mean)
+            if not len(fitted):
+                raise DataError("no images; expected at least one", field="images")
+            variables = start_quantizer(built.module, variables, batching.to_float(fitted[:]), key)
+        return cls(
+            built.module, variables, config, frozen=config.encoder_config_path is not None, mesh=mesh,
+            batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output, encoder_dtype=encoder_dtype,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         codes = f"code_shape={self.code_shape}, codebook_size={self.codebook_size}" if self.has_codes else "no codes"

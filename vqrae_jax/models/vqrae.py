@@ -56,6 +56,15 @@ class VQRAE(nn.Module):
     latent_stats: Any = ()
     stat_eps: float = 1e-5
 
+    def __new__(cls, *args: Any, **attributes: Any):
+        """Refuses names of config fields, such as encoder_cls of the PyTorch VQRAE."""
+        if unknown := attributes.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise TypeError(
+                f"{cls.__name__} is a Linen module and has no attributes {', '.join(sorted(unknown))}; "
+                "Tokenizer.from_config(ModelConfig(encoder_cls=..., num_embeddings=...)) builds a model from a config"
+            )
+        return super().__new__(cls)
+
     def setup(self):
         self.latent = LatentNormalization(dict(self.latent_stats), self.stat_eps)
 
