@@ -7,7 +7,11 @@ import pathlib
 import runpy
 import shutil
 import signal
+import site
+import subprocess
+import sys
 import tempfile
+import venv
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -139,6 +143,33 @@ def untrained(golden):
         return tokenizers[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def run_elsewhere(tmp_path_factory):
+    """A function that runs Python in another folder, as after `pip install -e .`, and returns what it prints.
+
+    In an environment without the package, an interpreter is made that has what an editable installation adds.
+    """
+    python = sys.executable
+    try:
+        importlib.metadata.distribution("vqrae-jax")
+    except importlib.metadata.PackageNotFoundError:
+        folder = tmp_path_factory.mktemp("environment")
+        venv.create(folder)
+        (packages,) = folder.glob("lib/*/site-packages")
+        (packages / "checkout.pth").write_text("\n".join([*site.getsitepackages(), str(GOLDEN.parents[1])]))
+        python = str(folder / "bin" / "python")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments: object, folder: pathlib.Path) -> str:
+        done = subprocess.run(
+            [python, *map(str, arguments)], capture_output=True, text=True, cwd=folder, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -81,6 +81,12 @@ class DistributedError(UserError):
     """Processes of one run that cannot work together; every process raises it."""
 
 
+class InstallError(UserError, ImportError):
+    """A package of an optional feature that is not installed."""
+
+    exit_code = 2
+
+
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
     """Ends the program with one line on standard error and an exit code if a UserError or OSError is raised in it."""
@@ -92,6 +98,22 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def import_extra(extra: str, feature: str) -> Iterator[None]:
+    """Converts the error of a missing package to one that says what to install.
+
+    Args:
+      extra: optional dependencies in pyproject.toml that contain the packages imported in the block.
+      feature: what needs them, the subject of the message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        message = f"{feature} needs {package}, which is not installed: pip install 'vqrae-jax[{extra}]'"
+        raise InstallError(message) from error
 
 
 def first_line(error: BaseException) -> str:

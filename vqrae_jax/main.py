@@ -61,10 +61,10 @@ def main(argv: Sequence[str]) -> None:
     is_first = distributed.process_index() == 0
     with runtime.log_level(logging.INFO if is_first else logging.ERROR):
         config = distributed.run_together(_load_config)
-        values = {**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()}
-        distributed.check_equal(values, exit_code=2)
         from vqrae_jax.train import loop
 
+        values = {**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()}
+        distributed.check_equal(values, exit_code=2)
         if MODE.value == "evaluate":
             metrics = loop.evaluate(config, WORKDIR.value, step=STEP.value)
             if is_first:

@@ -22,7 +22,7 @@ run_on_workers 'set -e
   command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
   ~/.local/bin/uv pip install --quiet --torch-backend=cpu "torch>=2.6"
-  ~/.local/bin/uv pip install --quiet ".[tpu,gcs]"'
+  ~/.local/bin/uv pip install --quiet ".[train,tpu,gcs]"'
 run_on_workers "set -e
   mountpoint -q /mnt/bucket && exit
   if ! command -v gcsfuse >/dev/null; then

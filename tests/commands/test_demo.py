@@ -16,7 +16,7 @@ import pytest
 from vqrae_jax.commands import demo
 from vqrae_jax.commands.same_origin import is_same_origin
 from vqrae_jax.data import images, photographs
-from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.errors import ConfigError, DataError, InstallError
 from vqrae_jax.inference.edit_session import Editor, Session
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, editor, tmp_
             demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
         assert (error.value.field, error.value.value) == ("--port", port)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ConfigError, match=r"vqrae-jax\[demo\]"):
+    with pytest.raises(InstallError, match=r"vqrae-jax\[demo\]"):
         demo.build_blocks(editor, str(tmp_path))
 
 

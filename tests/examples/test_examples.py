@@ -10,6 +10,7 @@ from vqrae_jax.data import codes, images
 from vqrae_jax.data.code_shards import Columns
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
+OPTIONAL = {"codes_torch": "torch", "codes_datasets": "datasets"}  # example -> a library that it needs
 
 
 def example(name):
@@ -57,6 +58,20 @@ def test_reading_needs_no_jax(tokenized):
         "assert not {'jax', 'flax', 'grain', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=FOLDER.parent)
+
+
+def test_scripts_start_in_another_folder(tokenized, run_elsewhere, tmp_path):
+    """Imports of all examples work as scripts outside the checkout; one of them runs."""
+    names = ["generate", "invert_an_image"]
+    names += [name for name, library in OPTIONAL.items() if importlib.util.find_spec(library)]
+    script = f"""
+import runpy, sys
+for name in {names}:
+    runpy.run_path({str(FOLDER)!r} + f"/{{name}}.py")
+sys.argv[1] = {str(tokenized)!r}
+runpy.run_path({str(FOLDER / "codes_grain.py")!r}, run_name="__main__")
+"""
+    assert "(4, 2, 2)" in run_elsewhere("-c", script, "codes", folder=tmp_path)
 
 
 def test_pytorch(tokenized):

@@ -25,7 +25,7 @@ from vqrae_jax import runtime
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.same_origin import SameOrigin
 from vqrae_jax.data import images, photographs
-from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.errors import ConfigError, DataError, import_extra
 from vqrae_jax.inference.edit_session import FIRST, MIX, SECOND, STEPS, VIEW, Editor, Session
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -204,10 +204,8 @@ def serve(args: argparse.Namespace) -> None:
 
 def import_gradio() -> Any:
     """Imports Gradio, which is optional."""
-    try:
+    with import_extra("demo", "the page"):
         import gradio
-    except ImportError:
-        raise ConfigError("the page needs Gradio: pip install 'vqrae-jax[demo]'") from None
     return gradio
 
 

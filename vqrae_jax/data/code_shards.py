@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from vqrae_jax import storage
-from vqrae_jax.errors import DataError, StorageError
+from vqrae_jax.errors import DataError, InstallError, StorageError, import_extra
 
 Format = Literal["npz", "parquet", "webdataset", "array_record"]
 SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "webdataset": ".tar", "array_record": ".array_record"}
@@ -52,7 +52,7 @@ def read_shard(path: str | os.PathLike) -> Columns:
         raise DataError(problem, field=os.fspath(path))
     try:
         return READERS[kind](storage.download(path))
-    except StorageError:
+    except (StorageError, InstallError):
         raise
     except Exception as error:  # each library raises its own kinds for damaged files
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
@@ -71,8 +71,9 @@ def _read_npz(path: pathlib.Path) -> Columns:
 
 def _write_parquet(path: pathlib.Path, columns: Columns) -> None:
     """Writes codes as flat lists of a fixed length, and their shape in the metadata of the schema."""
-    import pyarrow as pa
-    import pyarrow.parquet
+    with import_extra("train", "writing Parquet files"):
+        import pyarrow as pa
+        import pyarrow.parquet
 
     length = int(np.prod(columns.codes.shape[1:]))
     table = pa.table({
@@ -87,7 +88,8 @@ def _write_parquet(path: pathlib.Path, columns: Columns) -> None:
 
 
 def _read_parquet(path: pathlib.Path) -> Columns:
-    import pyarrow.parquet
+    with import_extra("train", "reading Parquet files"):
+        import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
     shape = json.loads(table.schema.metadata[b"code_shape"])
@@ -125,8 +127,9 @@ def _read_webdataset(path: pathlib.Path) -> Columns:
 
 def _write_array_record(path: pathlib.Path, columns: Columns) -> None:
     """Writes each row as a msgpack map: index, id, label, codes (little-endian bytes), shape, dtype."""
-    import msgpack
-    from array_record.python.array_record_module import ArrayRecordWriter
+    with import_extra("train", "writing array_record files"):
+        import msgpack
+        from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
         writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
@@ -140,8 +143,9 @@ def _write_array_record(path: pathlib.Path, columns: Columns) -> None:
 
 
 def _read_array_record(path: pathlib.Path) -> Columns:
-    import msgpack
-    from array_record.python.array_record_module import ArrayRecordReader
+    with import_extra("train", "reading array_record files"):
+        import msgpack
+        from array_record.python.array_record_module import ArrayRecordReader
 
     if not path.is_file():  # the library ends the process for some files that it cannot open
         raise FileNotFoundError(path)

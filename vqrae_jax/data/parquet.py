@@ -14,7 +14,7 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.data.source import USUAL, Keys, Source, list_shards, locate, select_columns
-from vqrae_jax.errors import DataError, ImageError
+from vqrae_jax.errors import DataError, ImageError, import_extra
 
 _CACHED = 8  # row groups
 _LARGE = 2**25  # mean bytes of row groups above which shuffled reading is slow
@@ -30,6 +30,8 @@ class Tables(Source):
     """
 
     def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL):
+        with import_extra("train", "reading tables of images"):
+            import pyarrow  # noqa: F401
         self.path = os.fspath(path)
         self._files = list_shards(path, (".parquet", ".arrow"), field)
         suffixes = {name.rpartition(".")[2] for name in self._files}

@@ -90,8 +90,8 @@ def _find_file(package: str, file: str) -> str:
     path = os.path.join(os.path.dirname(spec.origin), *file.split("/")) if spec and spec.origin else None
     if path is None or not os.path.isfile(path):
         raise DataError(
-            f"{file} of {_PACKAGES[package]} is not installed; run `pip install {_PACKAGES[package]}`, or use a folder "
-            "of images (data.source='folder', data.path)",
+            f"{file} of {_PACKAGES[package]} is not installed: pip install 'vqrae-jax[train]', or use a folder of your "
+            "images (data.source='folder', data.path)",
             field="data.source", value="photographs",
         )  # fmt: skip
     return path

@@ -18,7 +18,7 @@ from vqrae_jax.data.readable import Masked, Replaced, Skipped
 from vqrae_jax.data.source import Keys, Source
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.data.tfds_source import Prepared
-from vqrae_jax.errors import ConfigError, DataError, UserError
+from vqrae_jax.errors import ConfigError, DataError, UserError, import_extra
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def train_batches(
       data: a `config.DataConfig`.
       skipped: counts the images that cannot be read; each is replaced by the next readable one.
     """
-    import grain
-
+    grain = _grain()
     _local_batch("batch_size", data.batch_size, process_count)
     if tuple(data.scale) != (1.0, 1.0) and data.resize != 1.0:
         problem = f"cannot be combined with scale={tuple(data.scale)}, which cuts original pixels; set one of them to 1"
@@ -187,7 +186,6 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             self._iterator = None
 
     def _from_position(self) -> Any:
-        import grain
         from absl import flags
 
         local = self._data.batch_size // self._share.step
@@ -198,7 +196,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             return batches
         if not flags.FLAGS.is_parsed():  # grain's workers read flags, which are not parsed in a notebook
             flags.FLAGS.mark_as_parsed()
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
+        return batches.mp_prefetch(_grain().MultiprocessingOptions(num_workers=self._data.workers))
 
 
 class EvaluationBatches:
@@ -235,9 +233,7 @@ class EvaluationBatches:
         return self._source.listing(self.count)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        import grain
-
-        batches = grain.MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._share]
+        batches = _grain().MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._share]
         return iter(batches.to_iter_dataset(_read_options(self._threads)))
 
 
@@ -270,8 +266,7 @@ def ordered_batches(
       An iterator over {"image": uint8 [size, views, S, S, 3], "label": int32 [size], "mask": bool [size], "first":
       start}. The mask is False, and the image black, after the end of the source and for images that cannot be read.
     """
-    import grain
-
+    grain = _grain()
     images = Masked(source, skipped, image_size, len(source), len(source) + size, VIEWS[views])
 
     def read_batch(start: int) -> dict[str, Any]:
@@ -309,7 +304,11 @@ def _local_batch(field: str, size: int, process_count: int) -> int:
     return size // process_count
 
 
-def _read_options(threads: int) -> Any:
-    import grain
+def _grain() -> Any:
+    with import_extra("train", "reading datasets"):
+        import grain
+    return grain
 
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)  # in batches
+
+def _read_options(threads: int) -> Any:
+    return _grain().ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)  # in batches

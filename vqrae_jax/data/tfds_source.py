@@ -9,7 +9,7 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.data.source import USUAL, Keys, Source, locate, read_range, select_columns
-from vqrae_jax.errors import ConfigError, DataError, ImageError
+from vqrae_jax.errors import ConfigError, DataError, ImageError, import_extra
 
 _LENGTH = struct.Struct("<Q")
 _HEADER, _FOOTER = 12, 4  # bytes before and after the data of a TFRecord
@@ -68,10 +68,10 @@ class Prepared(Source):
 
 
 def _tfds() -> Any:
-    import tensorflow_datasets as tfds
-
+    with import_extra("train", "the source 'tfds'"):
+        import tensorflow_datasets as tfds
     if not hasattr(tfds, "builder_from_directory"):  # after a failed import it logs the reason and is empty
-        problem = "needs tensorflow_datasets, whose import failed (see the log); run `pip install -r requirements.txt`"
+        problem = "needs tensorflow_datasets, whose import failed (see the log); run `pip install 'vqrae-jax[train]'`"
         raise DataError(problem, field="data.source", value="tfds")
     return tfds
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
+from vqrae_jax.errors import import_extra
 from vqrae_jax.evaluation.moments import Gaussian
 
 BLOCK = 1024  # rows of a kernel matrix that exist at once
@@ -97,7 +98,8 @@ def linear_probe(
     The penalty is the one with the least leave-one-out error on the fitted images, so nothing is tuned on the others.
     `chance` is the accuracy of always predicting the most frequent class.
     """
-    from sklearn.linear_model import RidgeClassifierCV
+    with import_extra("train", "the linear probe"):
+        from sklearn.linear_model import RidgeClassifierCV
 
     order = np.random.default_rng(seed).permutation(len(labels))
     fit, test = np.split(order, [round(FIT_SHARE * len(order))])

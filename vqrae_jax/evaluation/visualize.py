@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from vqrae_jax.data import images as image_files
+from vqrae_jax.errors import import_extra
 
 GAP, EXAMPLE_GAP, MARGIN = 4, 20, 12  # pixels between images, between examples, and around all
 TILE = 160  # smaller images are enlarged to at least this side
@@ -217,7 +218,8 @@ def _scale(axes: Any, values: Float[np.ndarray, " n"], unit: str | None) -> None
 
 def _charts(titles: Sequence[str], x_label: str, y_label: str = "", size: tuple[float, float] = CHART) -> Any:
     """Returns a figure outside pyplot's global state, and its axes in up to three columns."""
-    from matplotlib.figure import Figure
+    with import_extra("train", "plotting"):
+        from matplotlib.figure import Figure
 
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)

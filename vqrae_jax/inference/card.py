@@ -20,6 +20,7 @@ MAX_SHOWN = 8  # images in IMAGE
 
 TEMPLATE = """---
 library_name: vqrae_jax
+license: apache-2.0
 pipeline_tag: image-feature-extraction
 tags: [jax, flax, image-tokenizer, vqrae]
 {base_model}---

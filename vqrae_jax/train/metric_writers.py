@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vqrae_jax import storage
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, import_extra
 from vqrae_jax.evaluation.report import METRICS_FILE
+
+with import_extra("train", "training"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 log = logging.getLogger(__name__)
 
