@@ -89,6 +89,7 @@ def build_random_tokenizer(options: argparse.Namespace) -> Tokenizer:
     return Tokenizer(built.module, variables, config)
 
 
+@command_line.names_arguments()
 def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[dict[str, Callable[[], float]], int]:
     """Compiles everything.
 

@@ -28,7 +28,12 @@ SPEED = REST[-1]
 def outputs(cells):
     """Returns the number of images and whether text is printed, for each code cell."""
     kinds = [
-        collections.Counter(kind for output in cell["outputs"] for kind in output.get("data", {"text": 0}) if kind)
+        collections.Counter(
+            kind
+            for output in cell["outputs"]
+            if output.get("name") != "stderr"
+            for kind in output.get("data", {"text": ""})
+        )
         for cell in cells
         if cell["cell_type"] == "code"
     ]
