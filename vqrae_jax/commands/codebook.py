@@ -113,7 +113,7 @@ def analyze(
         "quantization_error": float(errors.mean()),
         **measure_spacing(embeddings[counts > 0]),
     }
-    title = f"{(counts > 0).sum()} of {size} codes in use"
+    title = f"{(counts > 0).sum():,} of {size:,} codes in use"
     charts = {
         "map": map_chart(embeddings, counts, visualize.code_colors(indices, decoded)),
         "use": visualize.histogram(np.sort(counts)[::-1], title, "codes, most used first"),
@@ -143,7 +143,7 @@ def map_chart(
     labels = f"first principal axis ({first:.0%} of the variance)", f"second principal axis ({second:.0%})"
     order = np.argsort(counts == 0, kind="stable")  # those in use first, in rising order
     used = counts[counts > 0].astype(np.float64)
-    return visualize.scatter(plane[order], colors, used, f"{len(used)} of {len(counts)} codes in use", labels)
+    return visualize.scatter(plane[order], colors, used, f"{len(used):,} of {len(counts):,} codes in use", labels)
 
 
 def patches_chart(

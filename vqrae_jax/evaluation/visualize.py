@@ -43,10 +43,8 @@ def code_maps(
       grid: side of the grid, see `code_grid`.
     """
     grids = np.stack([code_grid(x, grid) for x in indices])
-    colors, side = (
-        code_colors(grids, images)[np.unique(grids, return_inverse=True)[1]],
-        images.shape[1] // grids.shape[1],
-    )
+    colors = code_colors(grids, images)[np.unique(grids, return_inverse=True)[1]]
+    side = images.shape[1] // grids.shape[1]
     tiles = colors.repeat(side, 1).repeat(side, 2)
     if side >= 4:  # lines distinguish maps from images
         tiles[:, side - 1 :: side] = tiles[:, :, side - 1 :: side] = BACKGROUND
@@ -154,10 +152,11 @@ def scatter(
 ) -> UInt8[np.ndarray, "Y X 3"]:
     """Plots the first points as discs with colors and areas (the largest first), and the remaining ones in gray."""
     figure, (axes,) = _charts([title], *labels, size=(5.6, 5.0))
-    axes.plot(*points[len(areas) :].T, linestyle="", marker="x", markersize=3, color="#c3c8cf", zorder=0)
-    order = np.argsort(-areas, kind="stable")
-    areas = 8 + 200 * areas[order] / max(areas.max(), 1e-12)
-    axes.scatter(*points[order].T, areas, colors[order] / 255, edgecolors="#223", linewidths=0.3)
+    size = 3 if len(points) < 5000 else 1
+    axes.plot(*points[len(areas) :].T, linestyle="", marker="x", markersize=size, color="#c3c8cf", zorder=0)
+    order, scale = np.argsort(-areas, kind="stable"), min(1, 600 / max(len(areas), 1))  # room for all discs
+    areas = scale * (8 + 200 * areas[order] / max(areas.max(), 1e-12))
+    axes.scatter(*points[order].T, areas, colors[order] / 255, edgecolors="#223", linewidths=0.3 * scale)
     return _pixels(figure)
 
 

@@ -58,7 +58,7 @@ class Editor:
         try:
             return self.load(session, slot, images.read_image(file))
         except DataError as error:
-            reason = str(error).replace(repr(os.fspath(file)), pathlib.Path(file).name)
+            reason = str(error).replace(repr(os.fspath(file)), pathlib.Path(file).name).rstrip(".")
             return session.change(f"**{reason[:1].upper()}{reason[1:]}.**")
 
     def load(self, session: Session, slot: int, image: UInt8[np.ndarray, "H W 3"]) -> Session:
