@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
 
 from vqrae_jax import sharding
 from vqrae_jax.benchmark.ceilings import time_call
+from vqrae_jax.benchmark.machine import format_machine
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import Config, from_dict
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     in_loop = (logs[-1]["time"] - logs[0]["time"]) / (logs[-1]["step"] - logs[0]["step"])
     bare = (before + after) / 2
     wait = statistics.mean(line["data_wait"] for line in logs[1:])
+    print(format_machine())
     print(
         f"bare step {before:.4f} s before, {after:.4f} s after; in the loop {in_loop:.4f} s: {in_loop / bare - 1:+.1%}"
     )

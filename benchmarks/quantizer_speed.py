@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vqrae_jax.benchmark.ceilings import time_call
+from vqrae_jax.benchmark.machine import format_machine
 from vqrae_jax.benchmark.pytorch_process import PyTorchProcess
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.codes % max(CPU_BLOCK):
         parser.error(f"--codes={args.codes}: must be a multiple of {max(CPU_BLOCK)}, a block of the search")
+    print(format_machine())
     measure_search(args.codes, args.codes, 32)
     measure_step(args.codes // 16, args.codes // 8, 768, args.torch_python)
 
@@ -93,7 +95,8 @@ def measure_step(n: int, k: int, c: int, torch_python: str) -> None:
     print(f"train step N={n} K={k} C={c}: {ours:.3f} s, jax matmul {matmul:.3f} s, ratio {ours / matmul:.2f}")
     if pytorch:
         pytorch.close()
-        print(f"  textbook PyTorch layer {textbook[0]:.3f} s, {textbook[0] / ours:.1f} times ours")
+        ratio = f"{textbook[0]:.3f} s, {textbook[0] / ours:.1f} times ours"
+        print(f"  textbook PyTorch layer {ratio} ({pytorch.versions['torch']})")
 
 
 def blocked_matmul(z: Float[Array, "N C"], codebook: Float[Array, "K C"]) -> Float[Array, " N"]:

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from vqrae_jax.benchmark.machine import describe_machine, format_machine
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> None:
     names = args.quantizers.split(",") if args.quantizers else list(configs)
     if set(names) - set(configs):
         raise ConfigError(f"must be names of {', '.join(configs)}", field="--quantizers", value=args.quantizers)
+    print(format_machine())
     print(f"{len(train.images)} + {len(val.images)} images, {steps} steps of {BATCH}, {args.codes} codes\n")
     lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
     print(*(f"| {line} |" for line in lines), sep="\n", flush=True)
@@ -94,8 +95,8 @@ def main(arguments: list[str]) -> None:
         (output / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
         context = {
             "codes": args.codes, "steps": steps, "batch": BATCH, "train_images": len(train.images),
-            "val_images": len(val.images), "encoder": args.encoder, "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
+            "val_images": len(val.images), "encoder": args.encoder,
+            "machine": describe_machine(),
         }  # fmt: skip
         (output / "table.json").write_text(json.dumps({**context, "rows": rows}, indent=2))
         print(f"wrote {output}")

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks.training_input import write_photographs
+from vqrae_jax.benchmark.machine import format_machine
 from vqrae_jax.benchmark.stages import DINOV2
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables
 from vqrae_jax.commands import command_line, tokenize
@@ -51,8 +52,8 @@ def main(arguments: list[str]) -> None:
         for _ in range(options.rounds):
             best = {name: min(best[name], time_way()) for name, time_way in ways.items()}
     print(
-        f"{images} images in batches of {options.batch}, {tokenizer.image_size} pixels, {len(jax.local_devices())} x "
-        f"{jax.devices()[0].device_kind}; the best of {options.rounds} rounds\n\n"
+        f"{format_machine()}\n\n{images} images in batches of {options.batch}, {tokenizer.image_size} pixels; the best "
+        f"of {options.rounds} rounds\n\n"
         "| way | images per second | time / program |\n| --- | --- | --- |"
     )
     for name, seconds in best.items():

@@ -3,7 +3,8 @@
 python benchmarks/torch_input.py photographs/train 256 64 1 3
 
 The usual transforms of torchvision, written out: short side resized to SIZE (bicubic), random square, random flip,
-floats, ImageNet normalization. It is a separate program, so that PyTorch may be in another environment than JAX.
+floats, ImageNet normalization. It also prints versions. It is a separate program, so that PyTorch may be in another
+environment than JAX.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import resource
 def main(folder: str, size: int, batch: int, workers: int, epochs: int) -> None:
     """Measures the CPU time of this process and its workers, without the time to start them."""
     import numpy as np
+    import PIL
     import torch
     from PIL import Image
 
@@ -50,6 +52,7 @@ def main(folder: str, size: int, batch: int, workers: int, epochs: int) -> None:
 
     measure(1)
     print(epochs * (len(files) // batch) * batch / (measure(1 + epochs) - measure(1)))
+    print(f"torch {torch.__version__}, Pillow {PIL.__version__}")
 
 
 def _cpu_seconds() -> float:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqrae_jax.benchmark.machine import format_machine
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import DataConfig
@@ -42,17 +43,16 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.images or write_photographs(pathlib.Path(scratch))
         number = len(os.listdir(folder))
+        print(format_machine())
         print(f"{number} JPEG files to {args.size} x {args.size}, batches of {args.batch}; images per CPU second:")
         best = dict.fromkeys(("PyTorch, one worker", "uint8 batches", "normalized float32"), 0.0)
         for _ in range(args.rounds):
-            speeds = (
-                measure_pytorch(args, folder), measure_input(args, folder, number, normalized=False),
-                measure_input(args, folder, number, normalized=True),
-            )  # fmt: skip
+            versions, torch_speed = measure_pytorch(args, folder)
+            speeds = (torch_speed, *(measure_input(args, folder, number, normalized) for normalized in (False, True)))
             best = {name: max(before, now) for (name, before), now in zip(best.items(), speeds, strict=True)}
         pytorch = best["PyTorch, one worker"]
         for name, speed in best.items():
-            ratio = f", {speed / pytorch:.2f} times PyTorch" if pytorch and speed != pytorch else ""
+            ratio = f", {speed / pytorch:.2f} times PyTorch ({versions})" if pytorch and speed != pytorch else ""
             print(f"  {name}: {speed:.0f}{ratio}")
         print_memory(args, folder, number)
 
@@ -88,15 +88,16 @@ def measure_input(args: argparse.Namespace, folder: str, count: int, normalized:
     return speed
 
 
-def measure_pytorch(args: argparse.Namespace, folder: str) -> float:
-    """Returns images per CPU second of a DataLoader with one worker; 0 if this Python lacks torch or Pillow."""
+def measure_pytorch(args: argparse.Namespace, folder: str) -> tuple[str, float]:
+    """Returns versions, and images per CPU second of a DataLoader with one worker; 0 without torch or Pillow."""
     program = pathlib.Path(__file__).with_name("torch_input.py")
     command = [args.torch_python, "-P", program, folder, str(args.size), str(args.batch), "1", "3"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         print(f"  without PyTorch: {(process.stderr.strip().splitlines() or ['it gives no reason'])[-1]}")
-        return 0.0
-    return float(process.stdout)
+        return "", 0.0
+    speed, versions = process.stdout.splitlines()
+    return versions, float(speed)
 
 
 def print_memory(args: argparse.Namespace, folder: str, count: int) -> None:

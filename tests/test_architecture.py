@@ -86,12 +86,12 @@ ONLY_IN = {
 
 # Lines per room. A feature that needs more looks first for what it makes unnecessary.
 BUDGET = {
-    "__init__": 30, "benchmark": 870, "build": 579, "checkpoint": 422, "commands": 1659, "config": 751, "data": 2334,
+    "__init__": 30, "benchmark": 970, "build": 579, "checkpoint": 422, "commands": 1659, "config": 751, "data": 2334,
     "distributed": 288, "errors": 121, "evaluation": 1086, "generation": 150, "inference": 1633, "losses": 160,
     "main": 205, "models": 1141, "preflight": 1155, "pretrained": 1405, "progress": 25, "quantizers": 2326,
-    "peers": 120, "resize": 75, "runtime": 233, "sharding": 210, "storage": 406, "train": 1780,
+    "peers": 120, "resize": 75, "runtime": 240, "sharding": 210, "storage": 406, "train": 1780,
 }  # fmt: skip
-TOTAL = 19_097
+TOTAL = 19_215
 
 REPEATED = {"__init__", "__main__", "tokenizer", "encoder", "report"}  # file names of several rooms
 

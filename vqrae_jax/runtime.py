@@ -222,11 +222,18 @@ def use_cpus(count: int | None = None) -> None:
             jax.config.update("jax_num_cpu_devices", count)
 
 
+def read_cpuinfo() -> dict[str, str]:
+    """Returns the fields of the first core in /proc/cpuinfo; on other systems only its name."""
+    try:
+        first, *_ = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")
+    except OSError:
+        return {"model name": platform.processor()}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
 def _cpu() -> str:
     """Returns the architecture and a hash of the instruction sets."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
+    cpu = read_cpuinfo()
+    features = cpu.get("flags") or cpu.get("Features") or cpu.get("model name", "")
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

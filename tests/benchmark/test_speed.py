@@ -1,5 +1,6 @@
 """The stages of `vqrae_jax.benchmark`: their FLOPs, the report, and the comparison with PyTorch."""
 
+import importlib.metadata
 import importlib.util
 import json
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.benchmark import __main__ as benchmark
-from vqrae_jax.benchmark import speed, stages
+from vqrae_jax.benchmark import ceilings, speed, stages
 from vqrae_jax.errors import ConfigError
 
 TINY = ["--encoder=tiny", "--decoder=ViT-Nano", "--codes=32", "--batch=2", "--rounds=1"]
@@ -29,10 +30,14 @@ def test_flops_are_those_of_the_architecture():
 
 def test_report_has_a_row_per_stage(tmp_path, capsys):
     speed.main(["encoder", "train_step", *TINY, "--share", f"--output={tmp_path}"])
-    assert "| train_step |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| train_step |" in printed
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["stage"] for row in report["rows"]] == ["encoder", "train_step"]
     assert [row["share"] is None for row in report["rows"]] == [True, False]
+    assert {"processor", "device", "jax", "jaxlib", "numpy"} <= set(report["machine"])
+    assert all(f"{name} {value}" in printed for name, value in report["machine"].items())
+    assert report["ceilings"]["product"] in printed
     for row in report["rows"]:
         assert row["seconds"] > 0
         np.testing.assert_allclose(row["utilization"], row["tflops"] * 1e12 / report["ceilings"]["flops"])
@@ -62,7 +67,18 @@ def test_step_without_quantizer_shares_the_training_state():
 @pytest.mark.parametrize("stage", stages.NAMES)
 def test_pytorch_computes_the_same(stage, capsys):
     speed.main([stage, *TINY, "--against=pytorch"])  # raises AssertionError if it does not
-    assert "PyTorch eager / ours" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "PyTorch eager / ours" in printed
+    assert f"torch {importlib.metadata.version('torch')} (" in printed
+
+
+def test_ceilings_are_the_best_of_all_measurements(monkeypatch):
+    slow, fast = ceilings.Ceilings(1.0, 3.0, "slow"), ceilings.Ceilings(2.0, 1.0, "fast")
+    assert slow | fast == fast | slow == ceilings.Ceilings(2.0, 3.0, "fast")
+    seconds = iter([4.0, 2.0, 8.0, 9.0, 1.0])  # JAX and numpy for two shapes, the copy
+    monkeypatch.setattr(ceilings, "_best_seconds", lambda *_: next(seconds))
+    best = ceilings.measure_ceilings("float32", [(2, 3, 4), (2, 2, 2)])
+    assert (best.flops, best.product) == (2 * 2 * 3 * 4 / 2.0, "numpy, 2 x 4 by 4 x 3")
 
 
 def test_difference_is_relative_and_a_share_for_indices():

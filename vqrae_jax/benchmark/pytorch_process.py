@@ -22,6 +22,7 @@ class PyTorchProcess:
     Attributes:
       results: the first MAX_VALUES values of each result of the first call, by name.
       memory: bytes that the first call needs beyond weights and inputs.
+      versions: of PyTorch, with the instruction set that it uses, and of transformers.
     """
 
     def __init__(self, python: str, tensors: dict[str, np.ndarray], specification: dict[str, Any], compiled: bool):
@@ -51,7 +52,7 @@ class PyTorchProcess:
         )  # fmt: skip
         first = self._read()
         self.results = {name: np.asarray(values) for name, values in first["results"].items()}
-        self.memory = first["memory"]
+        self.memory, self.versions = first["memory"], first["versions"]
 
     def time_call(self) -> float:
         """Runs the stage once more and returns the seconds."""

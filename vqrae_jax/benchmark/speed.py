@@ -15,8 +15,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vqrae_jax.benchmark import stages
-from vqrae_jax.benchmark.ceilings import Ceilings, measure_ceilings, time_call
+from vqrae_jax.benchmark import ceilings, stages
+from vqrae_jax.benchmark.ceilings import Ceilings, time_call
+from vqrae_jax.benchmark.machine import describe_machine
 from vqrae_jax.benchmark.pytorch_process import PyTorchProcess
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.decoder import SIZES
@@ -32,7 +33,6 @@ class Row:
     stage: str
     seconds: float  # median of a call
     tflops: float  # reached, in 1e12 FLOPs per second
-    utilization: float  # reached FLOPs per second, relative to the measured matrix product
     intensity: float  # FLOPs per byte, by the compiler's count of bytes
     images_per_second: float
     memory: float  # GiB of temporaries
@@ -46,13 +46,20 @@ class Row:
 def main(arguments: list[str]) -> None:
     """Prints a Markdown table; --output writes it as JSON and plots the roofline."""
     args = parse(arguments)
-    rows, ceilings = [], measure_ceilings(args.dtype)
+    shapes = stages.product_shapes(args)
+    best, versions = ceilings.measure_ceilings(args.dtype, shapes), {}
+    if args.against:
+        flops, versions = measure_pytorch_products(args, shapes)
+        best |= Ceilings(flops, 0.0, "torch")
+    rows = []
     for name in args.stages:
-        rows.append(time_stage(name, args, ceilings))
+        rows.append(time_stage(name, args))
         print(f"{name}: {rows[-1].seconds:.4g} s", file=sys.stderr)
-    print(format_table(rows, ceilings, args))
+    best |= ceilings.measure_ceilings(args.dtype, shapes)  # again, because other load on the machine changes
+    machine = describe_machine(**versions)
+    print(format_table(rows, best, machine, args))
     if args.output:
-        save_report(pathlib.Path(args.output), rows, ceilings, args)
+        save_report(pathlib.Path(args.output), rows, best, machine, args)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -85,7 +92,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def time_stage(name: str, args: argparse.Namespace, ceilings: Ceilings) -> Row:
+def measure_pytorch_products(args: argparse.Namespace, shapes: list[ceilings.Shape]) -> tuple[float, dict[str, str]]:
+    """Returns the FLOPs per second of the fastest product in PyTorch, and the versions of its libraries."""
+    specification = {
+        "stage": "products", "platform": jax.default_backend(), "dtype": args.dtype, "shapes": shapes,
+        "repeats": ceilings.REPEATS,
+    }  # fmt: skip
+    process = PyTorchProcess(args.torch_python, {"latent": np.zeros(1, np.float32)}, specification, compiled=False)
+    process.close()
+    return float(process.results["flops"][0]), process.versions
+
+
+def time_stage(name: str, args: argparse.Namespace) -> Row:
     """Builds and times one stage; an AssertionError if PyTorch computes something else, so that times mean nothing."""
     if args.against and (args.lpips or args.adversary != "none"):
         raise ConfigError("cannot be combined with --lpips and --adversary, which the PyTorch stages do not implement",
@@ -111,7 +129,7 @@ def time_stage(name: str, args: argparse.Namespace, ceilings: Ceilings) -> Row:
     median, bare_median = seconds.pop("ours"), seconds.pop("bare", None)
     flops = stage.flops / median
     return Row(
-        name, median, flops / 1e12, flops / ceilings.flops, stage.flops / max(stage.bytes, 1.0), args.batch / median,
+        name, median, flops / 1e12, stage.flops / max(stage.bytes, 1.0), args.batch / median,
         stage.memory / 2**30, stage.compile_seconds, seconds,
         {n: process.memory / 2**30 for n, process in processes.items()}, difference,
         None if bare_median is None else 1 - bare_median / median,
@@ -137,23 +155,25 @@ def compute_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
     return float(max(differences))
 
 
-def format_table(rows: list[Row], ceilings: Ceilings, args: argparse.Namespace) -> str:
-    """Returns the rows as a Markdown table."""
+def format_table(rows: list[Row], best: Ceilings, machine: dict[str, str], args: argparse.Namespace) -> str:
+    """Returns the machine and the rows as a Markdown table."""
     variants = sorted({variant for row in rows for variant in row.pytorch_seconds})
     header = ["stage", "seconds", "images/s", "TFLOP/s", "of the matmul ceiling", "temporaries, GiB", "compilation, s"]
     header += [f"{what}PyTorch {v} / ours" for v in variants for what in ("", "memory: ")]
     header += ["quantizer's share"] if args.share else []
     lines = [
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, batch {args.batch}, "
-        f"DINOv2-{args.encoder} at 224 pixels, {args.decoder} at 256, {args.codes} codes. "
-        f"Ceilings: matmul {ceilings.flops / 1e12:.3g} TFLOP/s, copy {ceilings.bandwidth / 1e9:.3g} GB/s.",
+        f"{'; '.join(f'{name} {value}' for name, value in machine.items())}.",
+        "",
+        f"{args.dtype}, batch {args.batch}, DINOv2-{args.encoder} at 224 pixels, {args.decoder} at 256, "
+        f"{args.codes} codes. Ceilings: matmul {best.flops / 1e12:.3g} TFLOP/s ({best.product}), "
+        f"copy {best.bandwidth / 1e9:.3g} GB/s.",
         "",
         f"| {' | '.join(header)} |",
         f"|{' --- |' * len(header)}",
     ]
     for row in rows:
         cells = [row.stage, f"{row.seconds:.4g}", f"{row.images_per_second:.4g}", f"{row.tflops:.3g}"]
-        cells += [f"{row.utilization:.0%}", f"{row.memory:.2f}", f"{row.compile_seconds:.0f}"]
+        cells += [f"{row.tflops * 1e12 / best.flops:.0%}", f"{row.memory:.2f}", f"{row.compile_seconds:.0f}"]
         for v in variants:
             cells += [f"{row.pytorch_seconds[v] / row.seconds:.2f}"]
             cells += [f"{row.pytorch_memory[v] / row.memory:.1f}" if row.memory else ""]
@@ -162,28 +182,29 @@ def format_table(rows: list[Row], ceilings: Ceilings, args: argparse.Namespace) 
     return "\n".join(lines)
 
 
-def save_report(folder: pathlib.Path, rows: list[Row], ceilings: Ceilings, args: argparse.Namespace) -> None:
+def save_report(
+    folder: pathlib.Path, rows: list[Row], best: Ceilings, machine: dict[str, str], args: argparse.Namespace
+) -> None:
     """Writes speed.json with everything and roofline.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0].device_kind
     report = {
-        "device": device, "jax": jax.__version__, "arguments": vars(args), "ceilings": dataclasses.asdict(ceilings),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "machine": machine, "arguments": vars(args), "ceilings": dataclasses.asdict(best),
+        "rows": [dataclasses.asdict(row) | {"utilization": row.tflops * 1e12 / best.flops} for row in rows],
     }  # fmt: skip
     (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot_roofline(rows, ceilings, device, folder / "roofline.png")
+    plot_roofline(rows, best, f"{machine['device']}, {machine['processor']}", folder / "roofline.png")
 
 
-def plot_roofline(rows: list[Row], ceilings: Ceilings, device: str, path: pathlib.Path) -> None:
+def plot_roofline(rows: list[Row], best: Ceilings, title: str, path: pathlib.Path) -> None:
     """Plots FLOPs per second over FLOPs per byte (Williams et al., CACM 52(4), 2009) with the measured ceilings."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     x = np.logspace(-1, 4, 200)
-    axes.loglog(x, np.minimum(ceilings.flops, x * ceilings.bandwidth), color="black", label="measured ceilings")
+    axes.loglog(x, np.minimum(best.flops, x * best.bandwidth), color="black", label="measured ceilings")
     for row in rows:
-        axes.loglog(row.intensity, row.tflops * 1e12, "o", label=f"{row.stage} ({row.utilization:.0%})")
-    axes.set(xlabel="FLOPs per byte", ylabel="FLOPs per second", title=device)
+        axes.loglog(row.intensity, row.tflops * 1e12, "o", label=f"{row.stage} ({row.tflops * 1e12 / best.flops:.0%})")
+    axes.set(xlabel="FLOPs per byte", ylabel="FLOPs per second", title=title)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import sharding
+from vqrae_jax.benchmark.ceilings import Shape
 from vqrae_jax.build.tokenizer import initial_params
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.preflight.flops import count_products
@@ -38,6 +39,14 @@ class Stage:
     memory: int  # bytes of temporaries
     compile_seconds: float  # to trace, lower and compile it
     tensors: dict[str, np.ndarray]  # weights and inputs under PyTorch's names
+
+
+def product_shapes(args: argparse.Namespace) -> list[Shape]:
+    """Returns shapes at which to measure the limit of matrix products: those of the MLP and of the search, squares."""
+    width, tokens = DINOV2[args.encoder][0], args.batch * 257
+    sizes = (1024, 1536, 2048) if jax.default_backend() == "cpu" else (4096, 8192, 16_384)
+    model = [(tokens, 4 * width, width), (tokens, width, 4 * width), (tokens, args.codes, width)]
+    return model + [(size, size, size) for size in sizes]
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[Stage, dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Plain PyTorch implementations of the stages, timed on request: the other side of `--against=pytorch`.
 
 A separate program, `python torch_stages.py SPECIFICATION`, so that PyTorch may be in a different environment. It prints
-JSON: the results of the first call and the bytes it needed beyond weights and inputs, then for each line of input the
-seconds of one more call.
+JSON: the results of the first call, the bytes it needed beyond weights and inputs and versions, then for each line of
+input the seconds of one more call.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import resource
 import sys
@@ -213,7 +215,28 @@ def train_step(spec, tensors):
     return call
 
 
-STAGES = {"encoder": encoder, "codes": codes, "decoder": decoder, "quantizer": quantizer, "train_step": train_step}
+def products(spec, tensors):
+    """Returns a call that measures the FLOPs per second of the fastest matrix product."""
+    import torch
+
+    device, dtype = tensors["latent"].device, getattr(torch, spec["dtype"])
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def call():
+        best = 0.0
+        for m, n, k in spec["shapes"] * spec["repeats"]:
+            a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+            synchronize()
+            start = time.perf_counter()
+            torch.matmul(a, b)
+            synchronize()
+            best = max(best, 2 * m * n * k / (time.perf_counter() - start))
+        return {"flops": torch.tensor(best)}
+
+    return call
+
+
+STAGES = {f.__name__: f for f in (encoder, codes, decoder, quantizer, train_step, products)}
 
 
 def main(path):
@@ -241,7 +264,11 @@ def main(path):
     results, _ = run()
     used = memory(device, peak=True) - before
     values = {n: t.double().flatten()[: spec["max_values"]].tolist() for n, t in results.items()}
-    print(json.dumps({"memory": used, "results": values}), flush=True)
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.version.cuda
+    versions = {"torch": f"{torch.__version__} ({capability})"}
+    if importlib.util.find_spec("transformers"):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    print(json.dumps({"memory": used, "results": values, "versions": versions}), flush=True)
     for _ in sys.stdin:
         print(json.dumps({"seconds": run()[1]}), flush=True)
 
