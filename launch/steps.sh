@@ -22,6 +22,25 @@ flag_value() {
   echo "$value"
 }
 
+# secrets FUNCTION: calls FUNCTION NAME VALUE for each variable of PASS that is set. Values never go on a command line.
+secrets() {
+  local variable
+  for variable in ${PASS:-HF_TOKEN WANDB_API_KEY}; do
+    [[ -z "${!variable:-}" ]] || "$1" "$variable" "${!variable}"
+  done
+}
+
+# quote ARGUMENT...: prints arguments as further elements of a YAML list; every $ twice, as Kubernetes replaces $(NAME).
+quote() {
+  local argument escape=\\
+  for argument in "$@"; do
+    argument=${argument//"$escape"/"$escape$escape"}
+    argument=${argument//\"/"$escape\""}
+    argument=${argument//$'\n'/"${escape}n"}
+    printf ', "%s"' "${argument//\$/\$\$}"
+  done
+}
+
 # run COMMAND...: prints a command and runs it; DRY_RUN=1 only prints it.
 run() {
   printf '%s\n' "+$(printf ' %q' "$@")" >&2 # one write, because other processes may print too

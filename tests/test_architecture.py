@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "quantizers": {"resize", "errors"},
     "models": {"quantizers", "resize"},
     "pretrained": {"storage", "errors"},
-    "build": {"models", "quantizers", "pretrained", "config", "sharding", "errors"},
+    "build": {"models", "quantizers", "pretrained", "config", "sharding", "storage", "errors"},
     "evaluation": {"", "build", "config", "data", "sharding", "distributed", "storage", "errors"},
     "inference": {
         "", "build", "models", "quantizers", "pretrained", "data", "evaluation", "sharding", "checkpoint", "config",
@@ -49,11 +49,11 @@ MAY_IMPORT = {
         "", "build", "models", "quantizers", "losses", "data", "evaluation", "sharding", "checkpoint", "config",
         "distributed", "storage", "runtime", "progress", "errors",
     },
-    "preflight": {"train", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
+    "preflight": {"train", "build", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
     "benchmark": {
         "train", "build", "models", "quantizers", "pretrained", "config", "runtime", "sharding", "preflight", "errors",
     },
-    "main": {"", "train", "preflight", "config", "checkpoint", "distributed", "storage", "runtime", "errors"},
+    "main": {"", "train", "build", "preflight", "config", "checkpoint", "distributed", "storage", "runtime", "errors"},
 }  # fmt: skip
 
 # Outside library -> the rooms in which it is imported.
@@ -86,12 +86,12 @@ ONLY_IN = {
 
 # Lines per room. A feature that needs more looks first for what it makes unnecessary.
 BUDGET = {
-    "__init__": 30, "benchmark": 970, "build": 579, "checkpoint": 422, "commands": 1659, "config": 751, "data": 2334,
+    "__init__": 30, "benchmark": 970, "build": 675, "checkpoint": 422, "commands": 1659, "config": 753, "data": 2334,
     "distributed": 288, "errors": 121, "evaluation": 1086, "generation": 150, "inference": 1633, "losses": 160,
-    "main": 205, "models": 1141, "preflight": 1155, "pretrained": 1405, "progress": 25, "quantizers": 2326,
-    "peers": 120, "resize": 75, "runtime": 240, "sharding": 210, "storage": 406, "train": 1780,
+    "main": 218, "models": 1141, "preflight": 1155, "pretrained": 1413, "progress": 25, "quantizers": 2326,
+    "peers": 120, "resize": 75, "runtime": 240, "sharding": 210, "storage": 406, "train": 1820,
 }  # fmt: skip
-TOTAL = 19_215
+TOTAL = 19_381
 
 REPEATED = {"__init__", "__main__", "tokenizer", "encoder", "report"}  # file names of several rooms
 

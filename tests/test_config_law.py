@@ -344,7 +344,7 @@ def events(config: Config) -> dict[str, Any]:
         patch.setattr(loop, "open_run", lambda *_: contextlib.nullcontext((opened, STATE)))
         patch.setattr(loop, "jit_step", lambda task, mesh: dispatch)
         patch.setattr(loop, "MetricWriters", lambda w, c, project, first: seen.update(wandb=project) or writers)
-        patch.setattr(loop, "_evaluate_and_log", lambda run, state, step, writers: seen["evaluated"].append(step) or {})
+        patch.setattr(loop, "_evaluate_and_log", lambda run, state, step, *_: seen["evaluated"].append(step) or {})
         patch.setattr(loop, "save_checkpoint", lambda run, state, metrics: seen["saved"].append(state.step))
         patch.setattr(loop, "_print_summary", lambda *_: None)
         patch.setattr(hooks, "StepTimer", lambda size, alarm: seen.update(images=size, alarm=alarm) or timer)
@@ -596,6 +596,7 @@ LAW: dict[str, Entry] = {
     "train.log_every": Entry(2, events, "logged"),
     "train.evaluate_every": Entry(2, events, "evaluated"),
     "train.checkpoint_every": Entry(2, events, "saved"),
+    "train.checkpoint_minutes": Entry(1e-9, events, "saved", {"train.log_every": 1}),
     "train.keep_last": Entry(2, run, "keep_last"),
     "train.keep_best": Entry(2, run, "keep_best"),
     "train.keep_every": Entry(2, run, "keep_every"),

@@ -45,6 +45,8 @@ POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs t
 NOT_RUN = {  # beginning of a command -> why it is not run here
     "pip install": "needs a package registry; .ci/run starts with it",
     "uv pip install": "needs a package registry",
+    "hf download": "needs the model hub",
+    "gcloud ": POD,
     **dict.fromkeys(("python -m venv", "source "), "prepares an installation"),
     "ruff": "checks the style; not a requirement of the tests",
     "python -m pytest": "would run itself",

@@ -39,9 +39,11 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "10:13 traces steps 1
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "preflight"],
-    "train; evaluate the newest checkpoint of workdir; or compile for --topology and report the cost of the run",
+    ["train", "evaluate", "preflight", "weights"],
+    "train; evaluate the newest checkpoint of workdir; compile for --topology and report the cost of the run; or copy "
+    "the weights of the config to --output and print the flags that name the copies",
 )
+OUTPUT = flags.DEFINE_string("output", None, "weights: folder or gs:// address")
 STEP = flags.DEFINE_integer("step", None, "evaluate: step of the checkpoint; the newest by default", 0)
 TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8")
 JSON = flags.DEFINE_string("json", None, "preflight: output file; preflight.json in workdir by default")
@@ -56,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     if MODE.value == "preflight":
         with runtime.log_level(logging.WARNING):
             sys.exit(0 if _preflight() else 1)
+    if MODE.value == "weights":
+        _copy_weights()
+        return
     runtime.start()
     distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, START_TIMEOUT.value)
     is_first = distributed.process_index() == 0
@@ -142,7 +147,7 @@ def _check_flags(argv: Sequence[str]) -> range:
     """Checks that the flags fit together; returns the steps to profile."""
     if len(argv) > 1:
         raise ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; set fields as --config.NAME=VALUE")
-    for name in ("config", "topology" if MODE.value == "preflight" else "workdir"):
+    for name in ("config", {"preflight": "topology", "weights": "output"}.get(MODE.value, "workdir")):
         if not flags.FLAGS[name].present:
             raise ConfigError("is required, see python -m vqrae_jax.main --help", field=f"--{name}")
     if STEP.value is not None and MODE.value != "evaluate":
@@ -161,6 +166,14 @@ def _preflight() -> bool:
 
     path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
     return command.preflight(_load_config(), TOPOLOGY.value, ALTERNATIVES.value, path).fits
+
+
+def _copy_weights() -> None:
+    from vqrae_jax.build import weights
+
+    config = _load_config()
+    metrics = {*config.evaluation.metrics, *config.evaluation.training_metrics}
+    print(*weights.copy_all(weights.list_weights(config, metrics), OUTPUT.value.rstrip("/")), sep="\n")
 
 
 def _versions() -> dict[str, str]:

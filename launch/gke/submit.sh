@@ -11,9 +11,11 @@
 # TOPOLOGY     tpu: shape of the slice, such as 16x16
 # ACCELERATOR  tpu: tpu-v4-podslice, tpu-v5-lite-podslice (default), tpu-v5p-slice, tpu-v6e-slice
 #              gpu: nvidia-h100-80gb (default), nvidia-h200-141gb, ...
+# SLICES       tpu: number of slices, each on a node pool of its own (default: 1); sets mesh.slices
 # NODES        gpu: number of nodes with eight GPUs
 # SERVICE_ACCOUNT  Kubernetes service account with access to the bucket (default: default)
 # RESTARTS     maximum number of restarts (default: 100); an invalid request is not restarted
+# PASS         variables that the pods receive as a Secret if they are set (default: HF_TOKEN WANDB_API_KEY)
 # DRY_RUN=1    print the JobSet and the command without running it
 set -euo pipefail
 folder=$(dirname "${BASH_SOURCE[0]}")
@@ -28,6 +30,9 @@ case "$kind" in
       echo "error: TOPOLOGY=$TOPOLOGY: must be the shape of a slice, such as 16x16 or 4x4x4" >&2
       exit 2
     }
+    export SLICES=${SLICES:-1}
+    [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || { echo "error: SLICES=$SLICES: must be a positive integer" >&2; exit 2; }
+    [[ "$SLICES" == 1 ]] || set -- "$@" --config.mesh.slices="$SLICES"
     chips=$((${TOPOLOGY//x/*}))
     export ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}
     export CHIPS=$((chips < 4 ? chips : 4)) # per host; the 2x4 slices of v5e and v6e are one host of eight
@@ -41,20 +46,13 @@ case "$kind" in
     ;;
   *) echo "error: the first argument must be tpu or gpu" >&2; exit 2 ;;
 esac
-# Quotes arguments of the training for YAML, and doubles every $, because Kubernetes replaces $(NAME).
-quote() {
-  local argument escape=\\
-  for argument in "$@"; do
-    argument=${argument//"$escape"/"$escape$escape"}
-    argument=${argument//\"/"$escape\""}
-    argument=${argument//$'\n'/"${escape}n"}
-    printf ', "%s"' "${argument//\$/\$\$}"
-  done
-}
+encode() { printf '%s: "%s",' "$1" "$(printf %s "$2" | base64 -w0)"; }
 ARGUMENTS=$(quote "${@:2}")
 
 export NAME IMAGE CONFIG WORKDIR BUCKET ARGUMENTS TOPOLOGY=${TOPOLOGY:-}
 export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} RESTARTS=${RESTARTS:-100}
+data=$(secrets encode)
+[[ -z "$data" ]] || run kubectl apply -f - <<< "{apiVersion: v1, kind: Secret, metadata: {name: $NAME-env}, data: {$data}}"
 jobset=$(envsubst < "$folder/$kind.yaml") # variables of the pods are $(NAME), which envsubst does not replace
 [[ "${DRY_RUN:-0}" == 1 ]] && echo "$jobset"
 run kubectl apply -f - <<< "$jobset"

@@ -20,4 +20,5 @@ run_on_workers "cd ~/vqrae_jax
     while kill -0 \$before 2>/dev/null; do sleep 1; done
   fi
   echo \$\$ > train.pid
+  [ ! -f ~/vqrae_jax.env ] || . ~/vqrae_jax.env
   exec .venv/bin/python -m vqrae_jax.main $(printf '%q ' "$@")"

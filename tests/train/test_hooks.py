@@ -67,6 +67,17 @@ def test_slow_data_is_reported_once(caplog):
     assert "20 %" in record.getMessage()
 
 
+def test_a_checkpoint_is_due_by_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+    clock, never = hooks.SaveClock(2.0), hooks.SaveClock(0.0)
+    for seconds, due in ((119, False), (1, True), (60, True)):
+        now[0] += seconds
+        assert (clock.is_due(), never.is_due()) == (due, False)
+    clock.restart()
+    assert not clock.is_due()
+
+
 def test_guard_names_the_first_bad_step_and_its_terms(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     guard = hooks.NaNGuard(checkpoints)

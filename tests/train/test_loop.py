@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import checkpoint, sharding
+from vqrae_jax.data import images
 from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import hooks, loop
@@ -75,6 +76,33 @@ def test_all_files_are_written(straight):
     meta = checkpoint.read_meta(workdir / "checkpoints" / "6")
     assert meta["config"]["model"]["num_embeddings"] == 32
     assert {"revision", "version", "step"} <= meta.keys()
+
+
+def test_without_validation_images_the_grid_has_training_images(
+    tiny, tmp_path, one_device, caplog, capsys, monkeypatch
+):
+    """The grid has training images, and the table at the end names files that exist."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    for i in range(8):
+        images.write_image(tmp_path / "images" / f"{i}.png", np.full((32, 32, 3), 30 * i, np.uint8))
+    data = {"source": "folder", "path": str(tmp_path / "images"), "scale": (1, 1), "crop": "center"}
+    config, workdir = tiny(data=data, train={"steps": 1}), tmp_path / "run"
+    with caplog.at_level("INFO", "vqrae_jax"):
+        assert loop.train(config, workdir, one_device) == {}
+    assert "data.eval_path" in caplog.text
+    grid = images.read_image(workdir / "reconstructions.png")
+    assert {30 * i for i in range(8)} <= set(np.unique(grid))
+    table = capsys.readouterr().out
+    assert "training images" in table
+    assert "PSNR" not in table
+    assert [path for path in named_paths(table, workdir) if not os.path.exists(path)] == []
+    (workdir / "reconstructions.png").unlink()
+    loop.train(config, workdir, one_device)
+    assert len(named_paths(table, workdir)) - 1 == len(named_paths(capsys.readouterr().out, workdir)) == 3
+
+
+def named_paths(table, folder):
+    return re.findall(rf"{folder}\S*", table)
 
 
 def test_a_finished_run_only_evaluates(tiny, straight, one_device, caplog):

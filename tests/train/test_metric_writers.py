@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from vqrae_jax import storage
 from vqrae_jax.commands import plot
 from vqrae_jax.data.tfds_source import Part, TFRecords
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.train.metric_writers import MetricWriters, check_wandb
 
@@ -41,6 +41,16 @@ def test_a_wandb_run_belongs_to_a_workdir(wandb_runs, tmp_path, location, reques
     assert first["id"] == resumed["id"] != other["id"]
     assert {run["name"] for run in wandb_runs} == {"run1"}
     assert {run["resume"] for run in wandb_runs} == {"allow"}
+
+
+def test_wandb_without_a_key_is_one_sentence(monkeypatch, tmp_path):
+    def refuse(**_):
+        raise RuntimeError("api_key not configured (no-tty)\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(UserError, match=r"api_key.*WANDB_API_KEY") as error:
+        MetricWriters(tmp_path, {}, "project")
+    assert error.value.field == "train.wandb_project"
 
 
 def test_an_incomplete_line_does_not_damage_the_next_one(tmp_path):

@@ -120,6 +120,7 @@ def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     program = (ROOT / "tests" / "train" / "scenarios.py").read_text()
     first, second = finish_without_errors(spawn(config, tmp_path, program=program))
     assert_same_losses(tmp_path, alone)
+    assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4]  # by the clock of process 0
     assert "validation PSNR" in first[1]
     assert "memory per device: params" in first[2]
     assert "2 processes: median step" in first[2]
@@ -130,6 +131,7 @@ def test_two_processes_equal_one(config, alone, tmp_path, one_device):
         assert (heartbeat["step"], heartbeat["process"], heartbeat["processes"]) == (4, i, 2)
         results = json.loads((tmp_path / "results" / f"{i}.json").read_text())
         assert results["metrics"] == pytest.approx(loop.evaluate(config, tmp_path, one_device), rel=1e-4)
+        assert results["due"] == [False, True]
         assert results["missing file"] == "process 1: the network's file is gone"
         assert "data.eval_path.images: process 0 has 9, process 1 has 8" in results["different images"]
     with open_run(config, tmp_path, one_device) as (run, state):  # one process resumes what two have saved
@@ -316,14 +318,19 @@ def wait_for_step(workdir, step, children, seconds=900):
 
 @pytest.mark.slow
 def test_a_preempted_process_stops_them_all(tiny, tmp_path):
+    """SIGTERM twice, as srun and the daemon of SLURM send it; all have saved within the 15 s of GKE's Spot machines."""
+
     def run(steps):
         train = {"steps": steps, "log_every": 1, "evaluate_every": 10**6, "checkpoint_every": 10**6}
         return spawn(tiny(train=train), tmp_path, devices=1)
 
     children = run(10**6)
     wait_for_step(tmp_path, 2, children)
+    start = time.monotonic()
+    children[1].send_signal(signal.SIGTERM)
     children[1].send_signal(signal.SIGTERM)
     first, _ = finish_without_errors(children)
+    assert time.monotonic() - start < 15
     step = int(checkpoint.find_checkpoint(tmp_path).name)
     assert f"stopped at step {step}, which is saved. To resume:\n" in first[2]
     assert f"--workdir={tmp_path}" in first[2]

@@ -42,8 +42,7 @@ def build_perceptual(config: PerceptualConfig, mesh: Mesh | None = None, weights
 
     It will run on `mesh`; with weights=False `params` are shapes.
     """
-    remedy = "without this loss: --config.loss.perceptual.weight=0"
-    with _in_section("loss.perceptual", remedy, encoder_config_path="path", encoder_input_size="input_size"):
+    with _in_section("loss.perceptual", encoder_config_path="path", encoder_input_size="input_size"):
         if config.network == "lpips":
             return _build_lpips(config, config.dtype, weights)
         model = ModelConfig(
@@ -72,7 +71,7 @@ def build_discriminator(
     if config.discriminator == "patch":
         c = config
         return FrozenNetwork(PatchDiscriminator(c.width, c.layers, c.norm, spectral=c.spectral, dtype=c.dtype), {})
-    with _in_section("adversary", "without a discriminator: --config.adversary.discriminator=none"):
+    with _in_section("adversary"):
         if not weights and config.path in DINO:
             fields, tensors = DINO[config.path], {}
         else:
@@ -135,8 +134,7 @@ def load_metric_networks(
     }
     modules, params, protocol = {}, {}, {}
     for name in (name for name in builders if name in metrics):
-        remedy = f"without this metric: leave {name!r} out of evaluation.metrics"
-        with _in_section("evaluation", remedy, encoder_config_path="encoder_path"):
+        with _in_section("evaluation", encoder_config_path="encoder_path"):
             network = builders[name]()
         modules[name], params[name] = network.module, network.params
         protocol[name] = network.description | {"sha256": writers.content_hash(network.params)}
@@ -182,12 +180,12 @@ def _param_shapes(module: nn.Module, images: int = 1) -> Any:
 
 
 @contextlib.contextmanager
-def _in_section(section: str, remedy: str, **names: str) -> Iterator[None]:
-    """Adds a remedy to errors, and replaces fields of the model section by those of `section`, renamed by `names`."""
+def _in_section(section: str, **names: str) -> Iterator[None]:
+    """Replaces fields of the model section in errors by those of `section`, renamed by `names`."""
     try:
         yield
     except (WeightsError, ConfigError) as error:
         if (field := error.field) and field.startswith("model."):
             name = field.removeprefix("model.").removeprefix("encoder_params.")
             field = f"{section}.{names.get(name, name)}"
-        raise type(error)(f"{error.message}\n  {remedy}", field=field, value=error.value) from error
+        raise type(error)(error.message, field=field, value=error.value) from error

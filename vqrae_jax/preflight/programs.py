@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from vqrae_jax import runtime, sharding
+from vqrae_jax.build import weights
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.preflight.chips import Topology, positions
 from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.preflight.hlo import Collective, Program, mesh_axes
 from vqrae_jax.preflight.roofline import Roofline, ScaledSlice, compute_seconds, network_seconds, weak_scaling
-from vqrae_jax.pretrained.released import ARCHITECTURES
+from vqrae_jax.pretrained.released import ARCHITECTURES, DINO
+from vqrae_jax.pretrained.sources import fetch_folder
 from vqrae_jax.train.task import jit_step
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 from vqrae_jax.train.tokenizer_state import PARTS
@@ -88,6 +90,7 @@ class Plan:
     def build(cls, config: Config, topology: Topology, mesh: jax.sharding.Mesh) -> "Plan":
         """Reads descriptions of networks, but no weights."""
         config = _without_files(config)
+        weights.fetch_all([item for item in weights.list_weights(config, ()) if _is_description(item)])
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
 
     @property
@@ -249,6 +252,11 @@ def _without_files(config: Config) -> Config:
         perceptual = perceptual.model_copy(update={"path": None, "architecture": ARCHITECTURES[perceptual.path]})
     loss = config.loss.model_copy(update={"perceptual": perceptual})
     return config.model_copy(update={"model": config.model.model_copy(update=changes), "loss": loss})
+
+
+def _is_description(item: weights.Weights) -> bool:
+    """Returns whether the files describe a network that is not in `pretrained.released`."""
+    return item.fetch is fetch_folder or (item.field == "adversary.path" and item.name not in DINO)
 
 
 def _compile_to_text(traced: jax.stages.Traced, topology: Topology) -> tuple[jax.stages.Compiled, str]:

@@ -80,7 +80,7 @@ def _is_hub_path(name: str, parts: int) -> bool:
 
 def _download(download: Callable[[list[str] | None], str], repository: str, name: str, field: str) -> pathlib.Path:
     """Calls `download` with the repository's file names, or with None (use the cache) if the hub is unreachable."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
         try:
@@ -94,6 +94,9 @@ def _download(download: Callable[[list[str] | None], str], repository: str, name
                 raise unreachable from None
         return pathlib.Path(download(files))
     except Exception as error:  # the hub client raises many kinds: no network, no such model, gated, disk full
+        if isinstance(error, GatedRepoError):
+            message = f"accept its license at https://huggingface.co/{repository} and set HF_TOKEN to a token of yours"
+            raise WeightsError(message, field=field, value=name) from error
         raise WeightsError(
             f"is not a path on this machine and cannot be downloaded from the model hub ({type(error).__name__}: "
             f"{first_line(error)}); download it where there is a network and pass the local path, or set HF_HOME to a "
@@ -210,8 +213,8 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
     return axes
 
 
-def read_state_dict(name: str, field: str) -> Mapping[str, Any]:
-    """Reads the tensors of a local file or folder, a hub id (owner/name), or a file inside a hub repository."""
+def fetch_weights(name: str, field: str) -> pathlib.Path:
+    """Returns the local file or folder of weights: a path, a hub id, or a file inside a hub repository."""
     local = storage.download(name)
     if not (local.exists() or storage.is_remote(name)) and (name.startswith((".", "/", "~")) or local.parent.is_dir()):
         raise WeightsError(
@@ -219,6 +222,11 @@ def read_state_dict(name: str, field: str) -> Mapping[str, Any]:
             "up on the model hub",
             field=field, value=name,
         )  # fmt: skip
-    if local.is_dir() or (not local.exists() and _is_hub_path(name, 2)):
-        return read_weights(fetch_folder(name, field), field)
-    return read_tensors(fetch_file(name, field), field)
+    is_folder = local.is_dir() or (not local.exists() and _is_hub_path(name, 2))
+    return fetch_folder(name, field) if is_folder else fetch_file(name, field)
+
+
+def read_state_dict(name: str, field: str) -> Mapping[str, Any]:
+    """Reads the tensors of a local file or folder, a hub id (owner/name), or a file inside a hub repository."""
+    path = fetch_weights(name, field)
+    return read_weights(path, field) if path.is_dir() else read_tensors(path, field)

@@ -171,6 +171,24 @@ class Logger(Hook):
         return values
 
 
+class SaveClock:
+    """Measures the time since the last checkpoint, by the clock of process 0; `minutes` is the limit, 0: none."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._saved = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Returns whether the limit is reached. All processes call it between two steps and get the same answer."""
+        if not self._seconds:
+            return False
+        due = time.monotonic() - self._saved >= self._seconds
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(due))) if jax.process_count() > 1 else due
+
+
 class NaNGuard(Hook):
     """Stops a run whose losses are not finite, before such a state is logged, evaluated or saved."""
 

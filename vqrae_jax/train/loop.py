@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -23,11 +24,11 @@ from vqrae_jax.evaluation import report
 from vqrae_jax.train import hooks
 from vqrae_jax.train.metric_writers import MetricWriters
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
-from vqrae_jax.train.task import TrainState, jit_step, place_horizon
+from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
 
 log = logging.getLogger(__name__)
 
-IMAGE_FILE = "reconstructions.png"  # in a workdir: validation images and their reconstructions
+IMAGE_FILE = "reconstructions.png"  # in a workdir: validation images, or training images, and their reconstructions
 
 
 class Stopped(Exception):
@@ -52,11 +53,14 @@ def train(
         if start >= settings.steps:
             log.info("nothing to train: train.steps=%d are done; raise train.steps to continue", settings.steps)
         log_memory(state, run.frozen)
+        if run.evaluator is None:
+            log.info("no validation images (data.eval_path): %s will have training images", IMAGE_FILE)
         writers = MetricWriters(run.workdir, run.config.model_dump(), settings.wandb_project, first)
         stack.callback(writers.close)
         if start:
             writers.mark_resumed(start)
         timer = hooks.StepTimer(run.config.data.batch_size, settings.codebook_alarm)
+        clock = hooks.SaveClock(settings.checkpoint_minutes)
         watching = _make_hooks(run, timer, writers, start, profile_steps)
         for hook in watching:
             stack.callback(hook.close)
@@ -79,9 +83,11 @@ def train(
             for hook in watching:
                 hook.after_step(event)
             if event.evaluate:
-                metrics = _evaluate_and_log(run, state, step, writers)
-            if event.save:
+                metrics = _evaluate_and_log(run, state, step, batch, writers)
+            if event.save or (event.log and clock.is_due()):
+                timer.pause()
                 save_checkpoint(run, state, metrics if event.evaluate else {})
+                clock.restart()
             if stopped:
                 break
         run.checkpoints.wait()
@@ -142,14 +148,17 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(number, handler)
 
 
-def _evaluate_and_log(run: Run, state: TrainState, step: int, writers: MetricWriters) -> dict[str, int | float]:
-    if run.evaluator is None:
-        return {}
-    variables = state.inference()
-    metrics = run.evaluator.evaluate(variables, run.frozen).metrics
-    writers.scalars(step, metrics)
-    image = run.task.sample_images(variables, run.frozen, run.evaluator.first_images())
-    writers.image(step, "reconstructions", image)
+def _evaluate_and_log(
+    run: Run, state: TrainState, step: int, batch: Batch, writers: MetricWriters
+) -> dict[str, int | float]:
+    """Returns metrics of the validation images; logs images of them, or of the training batch if there are none."""
+    variables, metrics, images, name = state.inference(), {}, batch, "training_reconstructions"
+    if run.evaluator is not None:
+        metrics = run.evaluator.evaluate(variables, run.frozen).metrics
+        writers.scalars(step, metrics)
+        images, name = run.evaluator.first_images(), "reconstructions"
+    image = run.task.sample_images(variables, run.frozen, images)
+    writers.image(step, name, image)
     if jax.process_index() == 0:
         image_files.write_image(run.workdir / IMAGE_FILE, image)
     return metrics
@@ -164,10 +173,16 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
         dead = metrics["eval/codebook_dead"]
         table.add_row("codebook usage", f"{metrics['eval/codebook_usage']:.1%} of the codes ({dead:.0f} unused)")
         table.add_row("perplexity", f"{metrics['eval/codebook_perplexity']:.0f}")
-    table.add_row("images", str(run.workdir / IMAGE_FILE))
-    table.add_row("checkpoints", str(run.checkpoints.folder))
-    table.add_row("log", str(run.workdir / report.METRICS_FILE))
-    table.add_row("TensorBoard", f"tensorboard --logdir {run.workdir / 'tensorboard'}")
+    installed = importlib.util.find_spec("tensorboard") is not None  # tensorboardX only writes its files
+    viewer = "tensorboard --logdir {}" if installed else "{} (to view it: pip install tensorboard)"
+    for name, path, text in (
+        ("validation images" if run.evaluator else "training images", run.workdir / IMAGE_FILE, "{}"),
+        ("checkpoints", run.checkpoints.folder, "{}"),
+        ("log", run.workdir / report.METRICS_FILE, "{}"),
+        ("TensorBoard", run.workdir / "tensorboard", viewer),
+    ):
+        if storage.is_remote(path) or path.exists():
+            table.add_row(name, text.format(path))
     with contextlib.suppress(SystemExit):  # rich raises it if standard output is closed, but the run is complete
         Console().print(table)
 

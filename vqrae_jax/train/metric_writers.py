@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vqrae_jax import storage
-from vqrae_jax.errors import ConfigError, import_extra
+from vqrae_jax.errors import ConfigError, UserError, first_line, import_extra
 from vqrae_jax.evaluation.report import METRICS_FILE
 
 with import_extra("train", "training"):
@@ -126,4 +126,9 @@ def _start_wandb(project: str, folder: pathlib.Path, name: str, config: dict[str
     file = folder / WANDB_FILE
     if not file.is_file():  # runs of the same name, or of the same path on several machines, are different runs
         storage.write_bytes(file, uuid.uuid4().hex.encode())
-    return wandb.init(project=project, dir=str(folder), config=config, resume="allow", name=name, id=file.read_text())
+    options = {"dir": str(folder), "config": config, "resume": "allow", "name": name, "id": file.read_text()}
+    try:
+        return wandb.init(project=project, **options)
+    except Exception as error:  # without an API key or a network
+        message = f"Weights & Biases cannot start ({first_line(error)}); set WANDB_API_KEY, or WANDB_MODE=offline"
+        raise UserError(message, field="train.wandb_project", value=project) from error

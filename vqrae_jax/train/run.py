@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
+from vqrae_jax.build import weights
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
 from vqrae_jax.data import pipeline
@@ -118,8 +119,9 @@ def _prepare(
     own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step) if config.train.start_from else None
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
-    task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
     metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
+    weights.fetch_all(weights.list_weights(config, metrics if validation is not None else (), losses=training))
+    task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
     evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
     return config, mesh, task, batches, evaluator
 
