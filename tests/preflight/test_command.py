@@ -54,10 +54,13 @@ def test_report_of_eight_gpus(report, capsys):
     assert train["images_per_second"] == pytest.approx(8 / train["seconds"])
     assert train["images_per_second_without_overlap"] <= train["images_per_second"]
     assert tokenize["collectives"] == []
-    assert saved["alternatives"][0]["remat"]
+    assert [(other["dtype"], other["remat"]) for other in saved["alternatives"]] == [("bfloat16", False)]
+    assert train["utilization"][1] == pytest.approx(train["flops"] / (8 * 9.89e14) / train["seconds"])
+    assert ["model.dtype" in text for text in saved["advice"]] == [True, False]
     result.print()
     printed = capsys.readouterr().out
-    for word in ("arguments", "temporaries", "all-reduce", "bound by", "images/s", "Weak scaling", "data x model"):
+    words = "arguments", "temporaries", "all-reduce", "bound by", "images/s", "Weak scaling", "data x model"
+    for word in (*words, "Slow: model.dtype"):
         assert word in printed
 
 
@@ -98,11 +101,15 @@ def test_configs_of_released_encoders_need_no_hub(name):
 def test_alternatives_save_memory_only_if_the_run_does_not_fit_and_setups_divide_the_devices(tiny):
     config = tiny(mesh={"model": 1})
     smaller = list(command.alternatives(config, False))
-    assert all(other.model.remat for other in smaller)
+    assert all(other.model.dtype == "bfloat16" for other in smaller)
+    assert all(other.model.remat for other in smaller[1:])
     assert {other.optimizer.accumulate for other in smaller} == {1, 2}
     assert any(other.mesh.model == 2 for other in smaller)
     faster = list(command.alternatives(config, True))
     assert {other.data.batch_size for other in faster} == {8, 16}
+    half = faster[0]
+    assert (half.model.dtype, half.loss.perceptual.dtype, half.adversary.dtype) == ("bfloat16",) * 3
+    assert half not in command.alternatives(half, True)
     assert config not in smaller + faster
     for slices, data in ((1, 4), (2, 2)):
         setup = build_plan(tiny(mesh={"slices": slices, "model": 2})).setup

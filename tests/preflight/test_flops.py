@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from vqrae_jax.models.vit import BlocksConfig, run_blocks
-from vqrae_jax.preflight.chips import Chip
+from vqrae_jax.preflight.chips import TPU_PASSES, Chip
 from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.preflight.roofline import compute_seconds
 from vqrae_jax.quantizers.ema import EMAQuantizer
@@ -53,10 +53,12 @@ def test_transformer_blocks(remat):
 
 def test_time_depends_on_precision():
     x, half = jnp.zeros((8, 8)), jnp.zeros((8, 8), jnp.bfloat16)
-    products = traced(lambda x, half: (half @ half, x @ x, jnp.dot(x, x, precision="highest")), x, half)
-    assert {p.kind: p.flops for p in products} == {"bfloat16": 1024, "default": 1024, "highest": 1024}
-    chip = Chip(0.0, 512.0, {"default": 1.0, "highest": 6.0}, 0.0, 0.0, 0.0)
-    assert compute_seconds(products, 2, chip) == (1 + 1 + 6) * 1024 / (2 * 512)
+    products = traced(
+        lambda x, half: (half @ half, *(jnp.dot(x, x, precision=p) for p in (None, "high", "highest"))), x, half
+    )
+    assert {p.kind: p.flops for p in products} == dict.fromkeys(("bfloat16", "default", "high", "highest"), 1024)
+    chip = Chip(0.0, 512.0, TPU_PASSES, 0.0, 0.0, 0.0)
+    assert compute_seconds(products, 2, chip) == (1 + 1 + 3 + 6) * 1024 / (2 * 512)
 
 
 def test_convolutions_and_their_gradients():

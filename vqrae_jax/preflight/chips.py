@@ -21,22 +21,23 @@ class Chip:
 
     memory: float  # that a program may use
     flops: float  # bfloat16
-    passes: dict[str, float]  # time of a float32 product relative to bfloat16, by precision ("default", "highest")
+    passes: dict[str, float]  # time of a float32 product relative to bfloat16, by the precision of `flops.Product`
     bandwidth: float  # bytes from and to the device's memory
     link: float  # bytes that a device receives over one ICI axis (both directions) or over NVLink
     network: float  # bytes that a device receives over the network of the data centre
 
 
-TPU_PASSES = {"default": 1.0, "highest": 6.0}
+TPU_PASSES = {"default": 1.0, "high": 3.0, "highest": 6.0}  # numbers of bfloat16 products
+# TF32 for "default" and "high", without tensor cores for "highest".
 CHIPS = {
     "v4": Chip(30.75 * GIB, 2.75e14, TPU_PASSES, 1.2e12, 9e10, 3.1e9),
     "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9),
     "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9),
     "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10),
-    "a100": Chip(80e9, 3.12e14, {"default": 2.0, "highest": 16.0}, 2.0e12, 3e11, 2.5e10),
-    "h100": Chip(80e9, 9.89e14, {"default": 2.0, "highest": 14.8}, 3.35e12, 4.5e11, 5e10),
-    "h200": Chip(141e9, 9.89e14, {"default": 2.0, "highest": 14.8}, 4.8e12, 4.5e11, 5e10),
-    "b200": Chip(180e9, 2.25e15, {"default": 2.0, "highest": 30.0}, 7.7e12, 9e11, 5e10),
+    "a100": Chip(80e9, 3.12e14, {"default": 2.0, "high": 2.0, "highest": 16.0}, 2.0e12, 3e11, 2.5e10),
+    "h100": Chip(80e9, 9.89e14, {"default": 2.0, "high": 2.0, "highest": 14.8}, 3.35e12, 4.5e11, 5e10),
+    "h200": Chip(141e9, 9.89e14, {"default": 2.0, "high": 2.0, "highest": 14.8}, 4.8e12, 4.5e11, 5e10),
+    "b200": Chip(180e9, 2.25e15, {"default": 2.0, "high": 2.0, "highest": 30.0}, 7.7e12, 9e11, 5e10),
 }
 GPUS = ("a100", "h100", "h200", "b200")
 GPUS_PER_HOST = 8

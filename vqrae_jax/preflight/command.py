@@ -1,8 +1,8 @@
 """`--mode=preflight`: memory, speed and communication of a config on hardware that this machine does not have."""
 
 import concurrent.futures
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +10,12 @@ import jax
 
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.preflight.advice import describe_float32, describe_images, float32_fields, in_bfloat16
 from vqrae_jax.preflight.chips import parse_topology
 from vqrae_jax.preflight.programs import Plan, abstract_devices, build_mesh
 from vqrae_jax.preflight.report import Report
+
+log = logging.getLogger(__name__)
 
 THREADS = 2  # programs compiled at the same time; each needs some GB
 
@@ -27,17 +30,19 @@ def preflight(
     Args:
       topology: "v5e:16x16", "gpu:8xh200" or "cpu:8".
       count: number of alternatives to compile, each of which takes as long as the training step; None: 2 if the config
-        does not fit, otherwise 0.
+        does not fit, 1 if it fits and its networks run in float32 on TPUs or GPUs, otherwise 0.
       json_path: file for the report as JSON.
     """
     target = parse_topology(topology)
     devices = abstract_devices(target)
     plan = Plan.build(config, target, build_mesh(config, devices))
-    print(f"compiling for {topology}, which takes minutes for large models", file=sys.stderr)
+    log.info("compiling for %s, which takes minutes for large models", topology)
+    if float32 := describe_float32(config, target):
+        log.warning("%s", float32)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(program) for program in plan.programs()]
         fits = futures[0].result().fits
-        remaining = (0 if fits else 2) if count is None else count
+        remaining = (int(bool(float32)) if fits else 2) if count is None else count
         compiled = []
         for other in _alternative_plans(plan, fits, devices):
             if other.argument_bytes() > target.memory:
@@ -45,9 +50,11 @@ def preflight(
             elif remaining:
                 remaining -= 1
                 compiled.append((other, pool.submit(other.compile_train)))
+        programs = [future.result() for future in futures]
         report = Report(
-            target, plan.setup, config.train.steps, [future.result() for future in futures],
+            target, plan.setup, config.train.steps, programs,
             [(other.setup, future and future.result()) for other, future in compiled],
+            list(filter(None, [float32, describe_images(programs[0], target)])),
         )  # fmt: skip
     if json_path:
         report.save(json_path)
@@ -56,7 +63,13 @@ def preflight(
 
 
 def alternatives(config: Config, fits: bool) -> Iterator[Config]:
-    """Yields configs to try, the most promising first: faster ones if `config` fits, otherwise smaller ones."""
+    """Yields configs to try, the most promising first: faster ones if `config` fits, otherwise smaller ones.
+
+    The first has all networks in bfloat16, if they are not, and so have the others.
+    """
+    if float32_fields(config):
+        config = in_bfloat16(config)
+        yield config
     remat: dict[str, Any] = {"model": {"remat": not config.model.remat}}
     fsdp: dict[str, Any] = {"mesh": {"fsdp": not config.mesh.fsdp}}
     wider: dict[str, Any] = {"model": 2 * config.mesh.model, "data": -1}

@@ -28,7 +28,7 @@ class Product:
 
     part: str  # the network, one of PARTS or "other"
     backward: bool  # in the backward pass, which includes recomputation
-    kind: str  # "bfloat16", or the precision of float32 products ("default", "highest")
+    kind: str  # "bfloat16", or the precision of float32 products ("default", "high", "highest")
     flops: float  # over all devices, and all iterations of the loops around it
 
 
@@ -92,7 +92,9 @@ def _kind(eqn: Any) -> str:
     if all(v.aval.dtype.itemsize < 4 for v in eqn.invars[:2]):
         return "bfloat16"
     precision = str(eqn.params["precision"])  # of each side, or the name of an algorithm
-    return "highest" if "HIGHEST" in precision or "F32_F32_F32" in precision else "default"
+    if "HIGHEST" in precision or "F32_F32_F32" in precision:
+        return "highest"
+    return "high" if "HIGH" in precision else "default"
 
 
 def _part(stack: str) -> str:

@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import logging
 import math
 import pathlib
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ from vqrae_jax.pretrained.sources import fetch_folder
 from vqrae_jax.train.task import jit_step
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 from vqrae_jax.train.tokenizer_state import PARTS
+
+log = logging.getLogger(__name__)
 
 ACCELERATOR_TYPES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # any size of the kind
 
@@ -56,7 +60,7 @@ class Cost:
     collectives: list[tuple[str, str, float, int]]  # kind, mesh axes, bytes over all runs, runs; largest first
     roofline: Roofline | None = None  # None for CPUs, and for a program that the compiler rejects
     slices: list[ScaledSlice] = dataclasses.field(default_factory=list)  # empty unless only the data axis is split
-    # FLOPs relative to the most that the chips can do in the time of the step, lowest and highest.
+    # FLOPs relative to what the chips can do in bfloat16 in the time of the call, lowest and highest.
     utilization: tuple[float, float] | None = None
 
     @property
@@ -75,6 +79,7 @@ class Setup:
     remat: bool
     batch: int
     accumulate: int
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Plan:
         config, axes = self.config, self.mesh.shape
         return Setup(
             axes.get("slice", 1), axes["data"], axes["model"], config.mesh.fsdp, config.model.remat,
-            config.data.batch_size, config.optimizer.accumulate,
+            config.data.batch_size, config.optimizer.accumulate, config.model.dtype,
         )  # fmt: skip
 
     def train_arguments(self) -> tuple[Any, Any, Any, Any]:
@@ -160,6 +165,8 @@ class Plan:
         parts: dict[str, float] = collections.defaultdict(float)
         for p in products:
             parts[f"{p.part} backward" if p.backward else p.part] += p.flops
+        start = time.monotonic()
+        log.info("compiling the program %s for %s", name, self.topology.name)
         try:
             compiled, text = _compile_to_text(traced, self.topology)
         except jax.errors.JaxRuntimeError as error:
@@ -167,6 +174,8 @@ class Plan:
             if memory is None:
                 raise
             return Cost(name, images, memory, False, dict(parts), [])
+        finally:
+            log.info("compiled the program %s in %.0f s", name, time.monotonic() - start)
         stats = compiled.memory_analysis()
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
@@ -179,7 +188,8 @@ class Plan:
         bounds = Roofline(compute, hlo.memory_traffic() / chip.bandwidth, self._network_seconds(collectives))
         scales = self.mesh.size == self.mesh.shape["data"] > 1
         slices = weak_scaling(collectives, self.topology) if scales else []
-        utilization = (compute / bounds.slowest, compute / bounds.fastest)
+        useful = cost.flops / (self.mesh.size * chip.flops)
+        utilization = (useful / bounds.slowest, useful / bounds.fastest)
         return dataclasses.replace(cost, roofline=bounds, slices=slices, utilization=utilization)
 
     def _sum_collectives(self, collectives: list[Collective]) -> list[tuple[str, str, float, int]]:

@@ -24,6 +24,7 @@ class Report:
     steps: int  # of the whole run
     programs: list[Cost]  # training first
     alternatives: list[tuple[Setup, Cost | None]]  # other setups of training; None: the arguments alone do not fit
+    advice: list[str]  # settings with which the run wastes the chips
 
     @property
     def fits(self) -> bool:
@@ -42,7 +43,7 @@ class Report:
         values = {
             "topology": self.topology.name, "chips": self.topology.size, "capacity": self.topology.memory,
             "fits": self.fits, "setup": dataclasses.asdict(self.setup), "steps": self.steps, "programs": programs,
-            "alternatives": alternatives,
+            "alternatives": alternatives, "advice": self.advice,
         }  # fmt: skip
         storage.write_bytes(path, json.dumps(values, indent=2).encode())
 
@@ -57,11 +58,14 @@ class Report:
             console.print("Memory and communication are those of the programs that XLA compiles for the CPU.")
         if self.programs[0].roofline:
             console.print(
-                "Ranges: from no overlap of communication with the rest to complete overlap. Utilization is of the\n"
-                "chips' bfloat16 peak, where a float32 product counts as all bfloat16 products that it takes."
+                "Ranges: from no overlap of communication with the rest to complete overlap. Utilization: FLOPs per\n"
+                "second relative to the bfloat16 peak of the chips, of which float32 products reach at most "
+                f"{1 / self.topology.chip.passes['highest']:.0%}."
             )
         if not self.alternatives:
             console.print("--alternatives=2 also compiles two other setups; each takes about as long as this report.")
+        for text in self.advice:
+            console.print(f"Slow: {text}.", soft_wrap=True)
         console.print(self._verdict(), soft_wrap=True)
 
     def _verdict(self) -> str:
@@ -133,14 +137,14 @@ class Report:
         return table
 
     def _alternatives(self) -> Table:
-        table = _table("Setups of training", "data x model", "fsdp", "remat", "batch", "accumulate", "peak GiB", "fits",
-                       "bound by", "images/s")  # fmt: skip
+        table = _table("Setups of training", "data x model", "dtype", "fsdp", "remat", "batch", "accumulate",
+                       "peak GiB", "fits", "bound by", "images/s")  # fmt: skip
         for setup, cost in [(self.setup, self.programs[0]), *self.alternatives]:
             speed = [cost.roofline.bound, _images_per_second(cost)] if cost and cost.roofline else ["", ""]
             slices = f"{setup.slices} x " if setup.slices > 1 else ""
             table.add_row(
-                f"{slices}{setup.data} x {setup.model}", YES[setup.fsdp], YES[setup.remat], f"{setup.batch:,}",
-                str(setup.accumulate), _gib(cost.memory.peak) if cost else "too large",
+                f"{slices}{setup.data} x {setup.model}", setup.dtype, YES[setup.fsdp], YES[setup.remat],
+                f"{setup.batch:,}", str(setup.accumulate), _gib(cost.memory.peak) if cost else "too large",
                 YES[bool(cost and cost.fits)], *speed,
             )  # fmt: skip
         return table
