@@ -1,5 +1,6 @@
 """VQRAE on a frozen DINOv2-B with registers: 256 tokens per image at 256 pixels, a codebook of 8,192, L1 loss.
 
+A start for experiments with encoders and losses, in bfloat16; the full recipe is configs/vqrae_dinov2_b.py.
 The decoder is ViT-XL at 256 pixels; --config=configs/dinov2_b.py:ViT-L,512 selects another decoder and image size.
 Requires --config.data.path and access to the model hub.
 Training converges faster from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
@@ -7,6 +8,7 @@ Training converges faster from the decoder that RAE released (requires the torch
 """
 
 from vqrae_jax import config
+from vqrae_jax.config import recipes
 
 
 def get_config(decoder_and_size="ViT-XL,256"):
@@ -17,4 +19,5 @@ def get_config(decoder_and_size="ViT-XL,256"):
     c.model.encoder_input_size = pixels // 16 * 14  # 14-pixel patches give the same grid as 16-pixel patches
     c.model.decoder_config_path = decoder
     c.data.image_size = pixels
+    recipes.half_precision(c)
     return c

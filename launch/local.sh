@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on this machine. Run again, it resumes from the newest checkpoint.
 #
-#   launch/local.sh --config=configs/dinov2_b.py --workdir=runs/one --config.data.path=/data/train
+#   launch/local.sh --config=configs/vqrae_dinov2_b.py --workdir=runs/one --config.data.path=/data/train
 #
 # Relative paths start at the current folder.
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a training as a JobSet on Google Kubernetes Engine, which restarts it after a preemption. A running JobSet of
 # the same name is not changed.
-#   NAME=tokenizer IMAGE=us-docker.pkg.dev/my-project/images/vqrae:tpu CONFIG=configs/dinov2_b.py \
+#   NAME=tokenizer IMAGE=us-docker.pkg.dev/my-project/images/vqrae:tpu CONFIG=configs/vqrae_dinov2_b.py \
 #     BUCKET=my-bucket WORKDIR=/mnt/bucket/runs/one TOPOLOGY=16x16 \
 #     launch/gke/submit.sh tpu --config.data.path=gs://my-bucket/train
 # Arguments after the platform (tpu or gpu) are arguments of the training.

@@ -2,7 +2,7 @@
 # Trains on every worker of a pod and exits with the status of the training. Run again, it resumes.
 #
 #   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer \
-#     launch/tpu/train.sh --config=configs/dinov2_b.py --workdir=/mnt/bucket/runs/one
+#     launch/tpu/train.sh --config=configs/vqrae_dinov2_b.py --workdir=/mnt/bucket/runs/one
 #
 # PROJECT, ZONE, NAME, DRY_RUN: see launch/tpu/pod.sh
 set -euo pipefail

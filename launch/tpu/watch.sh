@@ -2,7 +2,7 @@
 # Creates a pod, sets it up and trains, again after every preemption, until the training is done. Run it in tmux.
 #
 #   PROJECT=my-project ZONE=us-west4-a NAME=tokenizer TYPE=v5litepod-256 SPOT=1 BUCKET=my-bucket \
-#     launch/tpu/watch.sh --config=configs/dinov2_b.py --workdir=/mnt/bucket/runs/one
+#     launch/tpu/watch.sh --config=configs/vqrae_dinov2_b.py --workdir=/mnt/bucket/runs/one
 #
 # PROJECT, ZONE, NAME, TYPE, SPOT, RUNTIME, SERVICE_ACCOUNT, WAIT, DRY_RUN: see launch/tpu/create.sh
 # BUCKET     see launch/tpu/setup.sh
