@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vqrae_jax import Tokenizer
+from vqrae_jax import Tokenizer, runtime
 from vqrae_jax.data import images
 from vqrae_jax.data.codes import Codes
 from vqrae_jax.errors import report_errors
@@ -20,6 +20,7 @@ from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampling import guided, sample
 from vqrae_jax.models.generator import Generator
 from vqrae_jax.models.vit import BlocksConfig
+from vqrae_jax.progress import progress
 
 READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # in batches; grain's default reads 500 ahead
 LABEL_DROPOUT = 0.1  # share of examples without their label, for classifier-free guidance
@@ -57,7 +58,7 @@ def train(
 
     state, losses = optimizer.init(variables), []
     chance = np.log(model.num_embeddings)
-    for i in range(steps):
+    for i in progress(range(steps), steps, "steps"):
         variables, state, value = step(variables, state, next(data), jax.random.key(i))
         losses.append(value)
         if i % 100 == 99:
@@ -80,6 +81,7 @@ def sample_codes(
     return run(variables, labels, jax.random.key(seed))
 
 
+@runtime.log_lines()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of the tokenizer")

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import Tokenizer
+from vqrae_jax import Tokenizer, runtime
 from vqrae_jax.data import images
 from vqrae_jax.errors import report_errors
+from vqrae_jax.progress import progress
 
 
 def invert(
@@ -34,7 +35,7 @@ def invert(
         return latents - learning_rate * gradient / (jnp.sqrt(jnp.mean(gradient**2)) + 1e-12), value
 
     latents, errors = jax.jit(encode)(variables, image), []
-    for _ in range(steps):
+    for _ in progress(range(steps), steps, "steps"):
         latents, value = step(latents)
         errors.append(float(value))
     return latents, errors
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     parser.add_argument("image", help="image to invert")
     parser.add_argument("output", help="image to write")
     args = parser.parse_args()
-    with report_errors():
+    with report_errors(), runtime.log_lines():
         image, tokenizer = images.read_image(args.image), Tokenizer.load(args.checkpoint)
         square = images.center_crop(image, tokenizer.image_size)
         latents, errors = invert(tokenizer, square[None] / np.float32(255))

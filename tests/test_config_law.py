@@ -349,8 +349,8 @@ def events(config: Config) -> dict[str, Any]:
         patch.setattr(loop, "_print_summary", lambda *_: None)
         patch.setattr(hooks, "StepTimer", lambda size, alarm: seen.update(images=size, alarm=alarm) or timer)
         patch.setattr(hooks, "Watchdog", lambda seconds: seen.update(hang=seconds) or hooks.Hook())
-        for name in ("NaNGuard", "Heartbeat", "ProgressBar", "Logger", "Profiler"):
-            patch.setattr(hooks, name, lambda *_: Mock(hooks.Hook, show=None))
+        for name in ("NaNGuard", "Heartbeat", "StepLog", "Logger", "Profiler"):
+            patch.setattr(hooks, name, lambda *_: Mock(hooks.Hook, show=None, first_step_seconds=None))
         loop.train(config, "run")
     return seen
 

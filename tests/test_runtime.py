@@ -2,12 +2,15 @@
 
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -201,7 +204,7 @@ def test_commands_print_no_libtpu_errors(start):
     program = f"import sys, jax; {STARTS[start]}"
     command = [sys.executable, "-c", program, "--config=configs/quickstart.py", "--workdir=x", "--config.mesh.model=99"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, cwd=ROOT)
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert all(line.startswith("error: mesh.model") for line in lines)
     assert len(lines) == (start == "main")
 
@@ -229,3 +232,31 @@ def test_the_second_interrupt_ends_a_process_outside_of_python():
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert process.stderr.read() == "interrupted\n"
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_log_lines_have_one_format_and_silences_are_reported(level, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "SILENCE", (0.02, 0.04))
+    before, lines, log = logging.getLogger().handlers, [], logging.getLogger("vqrae_jax.subject")
+    with runtime.log_lines(level):
+        log.info("compiling\nfor long")
+        deadline = time.monotonic() + (10 if level == logging.INFO else 0.2)
+        while time.monotonic() < deadline and len(lines) < 4:
+            time.sleep(0.02)
+            lines += capsys.readouterr().err.splitlines()
+        log.warning("slow")
+        logging.getLogger("library").warning("old")
+    lines += capsys.readouterr().err.splitlines()
+    assert logging.getLogger().handlers is before
+    assert [line.partition(" WARNING ")[2] for line in lines[-2:]] == ["slow", "old"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in (lines[0], *lines[2:]))
+    silences = [line for line in lines if line.endswith("still running, 0 s after: compiling")]
+    assert (len(silences) >= 2) == (level == logging.INFO)
+
+
+def test_lines_pass_a_pipe_at_once():
+    program = "from vqrae_jax import runtime\nwith runtime.log_lines(): print('\\udce9'), input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "\\udce9\n"
+        process.stdin.close()

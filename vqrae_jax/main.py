@@ -52,12 +52,12 @@ ALTERNATIVES = flags.DEFINE_integer(
 )
 
 
+@runtime.log_lines()
 def main(argv: Sequence[str]) -> None:
     """Runs the mode that the flags name."""
     profile_steps = _check_flags(argv)
     if MODE.value == "preflight":
-        with runtime.log_level(logging.WARNING):
-            sys.exit(0 if _preflight() else 1)
+        sys.exit(0 if _preflight() else 1)
     if MODE.value == "weights":
         _copy_weights()
         return

@@ -1,6 +1,6 @@
 """Everything that changes the process: memory, compile cache, compiler options, absent TPUs, environment variables.
 
-Only `main`, the commands and the benchmarks call it; nothing here happens at import.
+Only `main`, the commands, the benchmarks and the examples call it; nothing here happens at import.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import pathlib
@@ -17,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +58,68 @@ LIBTPU_VARIABLES = {
 
 # Variables that TPU machines and GKE set.
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
+
+
+SILENCE = (10.0, 60.0)  # seconds without a line until `log_lines` reports the last one: at first, and at most
+
+
+class LogHandler(logging.Handler):
+    """Prints log lines on standard error; in a silence, how long ago the last line was and what it said."""
+
+    def __init__(self):
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._last, self._time, self._event, self._closed = "the start", time.monotonic(), threading.Event(), False
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="log lines")
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._print(record)
+        self._last, self._time = record.getMessage().partition("\n")[0], time.monotonic()
+        self._event.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._event.set()
+        self._thread.join()
+        super().close()
+
+    def _print(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+
+    def _watch(self) -> None:
+        """Waits for twice the pause between the last two lines, and twice as long after each line of its own."""
+        patience, before = SILENCE[0], self._time
+        while not self._closed:
+            if self._event.wait(patience):
+                self._event.clear()
+                patience, before = self._time - before, self._time
+            elif log.isEnabledFor(logging.INFO):
+                text = f"still running, {time.monotonic() - self._time:.0f} s after: {self._last}"
+                with self.lock:
+                    self._print(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+            patience = min(max(2 * patience, SILENCE[0]), SILENCE[1])
+
+
+@contextlib.contextmanager
+def log_lines(level: int = logging.INFO) -> Iterator[None]:
+    """Prints log lines by a `LogHandler` alone; silences are reported if `level` is INFO.
+
+    Both standard streams pass on every line at once, also to files and pipes, and escape what they cannot encode.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    handler, root = LogHandler(), logging.getLogger()
+    before, root.handlers = root.handlers, [handler]  # libraries may have set some
+    try:
+        with log_level(level):
+            yield
+    finally:
+        root.handlers = before
+        handler.close()
 
 
 def set_environment(**variables: str) -> None:

@@ -113,14 +113,41 @@ def test_a_diverging_run_stops_before_it_saves(tiny, tmp_path, one_device):
 def test_heartbeat_every_ten_seconds_and_at_the_end(tmp_path):
     heartbeat = hooks.Heartbeat(tmp_path)
     for step in (1, 2, 3):
+        heartbeat.before_step(step)
         heartbeat.after_step(event(step))
     file = tmp_path / "heartbeat" / "0.json"
     content = json.loads(file.read_text())
-    assert content | {"time": 0} == {"step": 1, "time": 0, "process": 0, "processes": 1}
+    duration = {"first_step_seconds": hooks.Heartbeat(tmp_path).first_step_seconds}
+    assert content | {"time": 0} == {"step": 1, "time": 0, "process": 0, "processes": 1} | duration
     assert time.time() - content["time"] < 60
     heartbeat.close()
     assert json.loads(file.read_text())["step"] == 3
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_step_log_announces_the_compilation_and_logs_a_step_at_least_every_half_minute(tmp_path, monkeypatch, caplog):
+    """1,000 steps: the first takes 40 s, the others 7 s; metrics every tenth step. The next start knows the 40 s."""
+    now, metrics = [100.0], {"loss/total": 2.0, "loss/pixel": 1.0, "loss/vq": 1.0}
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+    heartbeat = hooks.Heartbeat(tmp_path)
+    steps_log = hooks.StepLog(1000, heartbeat.first_step_seconds)
+    with caplog.at_level(logging.INFO):
+        for step in range(1, 21):
+            for hook in (heartbeat, steps_log):
+                hook.before_step(step)
+            now[0] += 40 if step == 1 else 7
+            for hook in (heartbeat, steps_log):
+                hook.after_step(event(step, {"loss/total": jnp.float32(2)}, log=step % 10 == 0))
+            if step % 10 == 0:
+                steps_log.show(step, metrics | {"images_per_second": 12.34})
+        hooks.StepLog(1000, hooks.Heartbeat(tmp_path).first_step_seconds).before_step(21)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "minutes" in lines[0]
+    assert lines[1] == "step 1 of 1,000: total 2.0000, 40 s with compilation"
+    assert [line.split()[1] for line in lines[1:-1]] == ["1", "6", "10", "15", "20"]
+    assert "ETA 1:55:58" in lines[2]
+    assert "12.3 images/s" in lines[-2]
+    assert "about 40 s" in lines[-1]
 
 
 def test_watchdog_prints_every_stack_when_a_step_hangs(tmp_path):

@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> None:
     """Prepares the process and runs `speed`; an error of the user ends it with one line and its exit code."""
     runtime.keep_freed_memory()
     runtime.skip_absent_tpu()
-    with report_errors():
+    with report_errors(), runtime.log_lines():
         speed.main(arguments)
 
 

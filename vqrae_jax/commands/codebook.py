@@ -26,6 +26,7 @@ from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation import report as report_page
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.progress import progress
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -184,7 +185,8 @@ def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Itera
     """Yields indices and squared errors [b, h, w], reconstructions, counts [1, *levels, K], relative errors [b]."""
     grid, forward = tokenizer.grid, functools.partial(tokenizer.module.apply, method="forward")
     encode = jax.jit(lambda variables, images: forward(variables, images))
-    for start in range(0, len(images), BATCH):
+    starts = range(0, len(images), BATCH)
+    for start in progress(starts, len(starts), f"batches of {BATCH} images"):
         batch = images[start : start + BATCH].astype(np.float32) / 255
         result = jax.device_get(encode(tokenizer.variables, batch))
         out, decoded = result.quantized, visualize.to_uint8(result.reconstruction)

@@ -1,4 +1,4 @@
-"""The parts that all commands share: arguments, progress bar, error messages and exit codes.
+"""The parts that all commands share: arguments, error messages and exit codes.
 
 Exit codes: 0 success, 1 files or other resources that cannot be used, 2 invalid arguments or settings, 130 interrupted.
 Errors are one line on standard error; a bug keeps its traceback.
@@ -7,17 +7,13 @@ Errors are one line on standard error; a bug keeps its traceback.
 import argparse
 import contextlib
 import functools
-import io
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
 
 from vqrae_jax import runtime
 from vqrae_jax.config import DataConfig, EncoderClass, from_dict
 from vqrae_jax.errors import ConfigError, UserError, report_errors
-
-T = TypeVar("T")
 
 MAX_BATCH = 65_536  # images; absurd numbers are refused before they become memory or threads
 
@@ -30,18 +26,15 @@ DATA_ARGUMENTS = {  # by the config fields that they set
 
 
 def build_main(
-    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], Any], level: int = logging.WARNING
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], Any], level: int = logging.INFO
 ) -> Callable[..., None]:
     """Returns the `main(argv=None)` of a command."""
     return lambda argv=None: run(lambda: action(parser.parse_args(argv)), level)
 
 
-def run(action: Callable[[], Any], level: int = logging.WARNING) -> None:
+def run(action: Callable[[], Any], level: int = logging.INFO) -> None:
     """Runs a command in a prepared process; exits with an error message and code unless it succeeds."""
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s", force=True)  # libraries may have set it
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be valid in the encoding of the terminal
-        sys.stdout.reconfigure(errors="backslashreplace")
-    with report_errors():
+    with report_errors(), runtime.log_lines(level):
         runtime.start()
         action()
 
@@ -125,14 +118,3 @@ def names_arguments(arguments: Mapping[str, str] = DATA_ARGUMENTS) -> Iterator[N
         yield
     except UserError as error:
         raise error.renamed(arguments) from error.__cause__
-
-
-def progress(items: Iterable[T], total: int, unit: str, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """Yields `items` with a progress bar on standard error if that is a terminal; `total` is the sum of their sizes."""
-    from vqrae_jax.progress import progress_bar
-
-    with progress_bar(unit) as bar:
-        task = bar.add_task(unit, total=total)
-        for item in items:
-            yield item
-            bar.advance(task, size(item))

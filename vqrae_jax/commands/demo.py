@@ -9,6 +9,7 @@ refused.
 """
 
 import argparse
+import logging
 import pathlib
 import shutil
 import signal
@@ -209,7 +210,7 @@ def import_gradio() -> Any:
     return gradio
 
 
-main = command_line.build_main(parser, serve)
+main = command_line.build_main(parser, serve, logging.WARNING)
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from vqrae_jax.data import images
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.progress import progress
 
 THREADS = 4  # that compress images
 MAX_BYTES = 200  # of an id in a file name; most file systems allow 255 for the whole name
@@ -59,7 +60,7 @@ def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     written: list[storage.Path] = []
     with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
         batches = _batches(shards, total, args.batch)
-        for names, indices in command_line.progress(batches, total, "images", lambda batch: len(batch[0])):
+        for names, indices in progress(batches, total, "images", lambda batch: len(batch[0])):
             if dataset is not None and dataset.plan.views != "one":
                 names = [f"{name}_{view}" for name in names for view in range(indices.shape[1])]
                 indices = indices.reshape(-1, *indices.shape[2:])

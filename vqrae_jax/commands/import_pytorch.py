@@ -4,7 +4,6 @@ vqrae import-pytorch --checkpoint=ep-last.pt --config=configs/vqrae_dinov2_b.py 
 """
 
 import argparse
-import logging
 import pathlib
 
 from vqrae_jax import config as config_lib
@@ -42,7 +41,7 @@ def read_config(name: str) -> config_lib.ModelConfig:
     return config_lib.from_dict(config_lib.Config, values).model
 
 
-main = command_line.build_main(parser, import_pytorch, logging.INFO)
+main = command_line.build_main(parser, import_pytorch)
 
 if __name__ == "__main__":
     main()

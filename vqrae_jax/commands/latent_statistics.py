@@ -24,6 +24,7 @@ from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation.moments import Moments
 from vqrae_jax.pretrained import writers
+from vqrae_jax.progress import progress
 
 ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they set
     "data.image_size": "--size", "model.encoder_input_size": "--size", "model.encoder_config_path": "--encoder",
@@ -68,7 +69,9 @@ def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     batch_size = -(-args.batch // mesh.size) * mesh.size
     data = command_line.data_config(args, image_size=args.size, eval_batch_size=batch_size)
     batches = pipeline.evaluation_batches(data, limit=args.limit)
-    channels, positions = estimate(lambda image: built.module.encoder.apply(params, image), batches, mesh)
+    channels, positions = estimate(
+        lambda image: built.module.encoder.apply(params, image), progress(batches, len(batches), "batches"), mesh
+    )
     if not (images := positions.count):
         raise DataError(f"none of its {batches.count} images is readable", field="--data", value=args.data)
     if skipped := batches.count - images:

@@ -23,6 +23,7 @@ from vqrae_jax.evaluation import visualize
 from vqrae_jax.evaluation.metrics import WINDOW, psnr, ssim
 from vqrae_jax.inference import inputs
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
 
     skipped, written, rows, metrics = [], [], [], {}
     batches = _read_batches(files, tokenizer, skipped, args.max_pixels)
-    for names, originals in command_line.progress(batches, len(files), "images", lambda batch: len(batch[0])):
+    for names, originals in progress(batches, len(files), "images", lambda batch: len(batch[0])):
         indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else [None] * len(names)
         decoded = tokenizer.decode_from_indices(indices) if tokenizer.has_codes else tokenizer.reconstruct(originals)
         values = _compare(decoded, originals / np.float32(255))

@@ -25,6 +25,7 @@ from vqrae_jax.data import code_shards, codes, images, pipeline
 from vqrae_jax.data.readable import Skipped
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.progress import progress
 
 VIEWS = 32  # views per batch and device
 SHARD = 4096  # images
@@ -133,12 +134,9 @@ def write_shards(
     tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
 ) -> None:
     """Encodes and writes shards; reading (by `threads`), the device and the disk work at the same time."""
-    sizes = {shard: len(range(*plan.image_range(shard))) for shard in shards}
-    encoded = _encode_shards(tokenizer, source, plan, shards, batch, threads)
     with concurrent.futures.ThreadPoolExecutor(1) as disk:
         writing = disk.submit(lambda: None)
-        progress = command_line.progress(encoded, sum(sizes.values()), "images", lambda item: sizes[item[0]])
-        for shard, columns in progress:
+        for shard, columns in _encode_shards(tokenizer, source, plan, shards, batch, threads):
             writing.result()
             writing = disk.submit(codes.write_shard, output, plan, shard, columns)
         writing.result()
@@ -159,7 +157,8 @@ def _encode_shards(
             yield image.reshape(-1, *image.shape[2:])
 
     parts: list[code_shards.Columns] = []
-    for indices in tokenizer.stream("encode_to_indices", views()):
+    encoded = tokenizer.stream("encode_to_indices", views())
+    for indices in progress(encoded, len(starts), f"batches of {batch} images"):
         columns = pending.popleft()
         first, shard = columns["first"], columns["first"] // plan.shard_size
         stop = plan.image_range(shard)[1]

@@ -35,6 +35,7 @@ def training_source(data: Any) -> Source:
         return Prepared(*split, **_keys(data)).limited(data.max_pixels)
     if not data.path:
         raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
+    log.info("listing the images of %s", data.path)
     return SOURCES[data.source](data.path, "data.path", **_keys(data)).limited(data.max_pixels)
 
 
@@ -59,6 +60,7 @@ def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source
     elif classes:
         problem = "has class numbers of its own; only those of folders can be set"
         raise ConfigError(problem, field="data.source", value=data.source)
+    log.info("listing the images of %s", data.eval_path)
     return SOURCES[data.source](data.eval_path, "data.eval_path", **options).limited(data.max_pixels)
 
 

@@ -19,6 +19,7 @@ from vqrae_jax.evaluation import reference
 from vqrae_jax.evaluation.accumulator import SCORES, Accumulator
 from vqrae_jax.evaluation.metrics import K1, K2, SIGMA, WINDOW
 from vqrae_jax.evaluation.moments import Gaussian
+from vqrae_jax.progress import progress
 
 CROPS = {  # what `data.eval_crop` does, for the protocol
     "center": "short side resized to {size} pixels (Pillow's bicubic with antialias), central square",
@@ -101,7 +102,7 @@ class Evaluator:
         """Evaluates a model on all validation images."""
         settings = self._batches.count, self._references, self._config.evaluation.kernel_images
         local, accumulator, counts, pending = Accumulator(*settings), Accumulator(*settings), None, None
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(progress(self._batches, len(self._batches), "batches of validation images")):
             rows, batch_counts = self._evaluate(variables, frozen, self._params, self._place(number, batch))
             if batch_counts is not None:
                 counts = batch_counts if counts is None else self._add(counts, batch_counts)

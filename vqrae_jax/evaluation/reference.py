@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from vqrae_jax import distributed, sharding, storage
 from vqrae_jax.build import judges
+from vqrae_jax.data import pipeline
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation.moments import Gaussian, Moments
+from vqrae_jax.progress import progress
 
 
 def write_reference(path: pathlib.Path, gaussian: Gaussian, network: Mapping[str, Any]) -> None:
@@ -62,7 +64,7 @@ def _identity(network: Mapping[str, Any]) -> str:
 
 
 def compute_feature_moments(
-    networks: judges.MetricNetworks, params: Any, batches: Iterable[dict[str, Any]], mesh: Mesh
+    networks: judges.MetricNetworks, params: Any, batches: pipeline.EvaluationBatches, mesh: Mesh
 ) -> dict[str, Moments]:
     """Computes the moments of the features of every network over all batches, which are split over the mesh."""
     local: dict[str, Moments] = {}
@@ -71,7 +73,7 @@ def compute_feature_moments(
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         return networks.features(params, batch["image"].astype(jnp.float32) / 255), batch["mask"]
 
-    for batch in batches:
+    for batch in progress(batches, len(batches), "batches of reference images"):
         placed = sharding.place_batch({name: batch[name] for name in ("image", "mask")}, mesh)
         features, mask = jax.tree.map(sharding.own_rows, step(params, placed))
         for name in judges.FEATURES:

@@ -1,5 +1,6 @@
-"""Everything that only watches a run: times, log lines, NaN guard, profile, heartbeat, watchdog, progress bar."""
+"""Everything that only watches a run: times, log lines, NaN guard, profile, heartbeat, watchdog."""
 
+import contextlib
 import dataclasses
 import faulthandler
 import io
@@ -15,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.progress import TextColumn
 
 from vqrae_jax import storage
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.errors import StorageError, UserError
 from vqrae_jax.evaluation import codebook_health
-from vqrae_jax.progress import progress_bar
+from vqrae_jax.progress import Pace
 from vqrae_jax.train.task import Metrics, TrainState, is_sum
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
+STEP_SECONDS = 30.0  # without a line about a step
 WAIT_WARNING = 0.05  # share of the time that steps may wait for data
 NEVER = np.iinfo(np.int32).max
 
@@ -222,15 +223,27 @@ def _update_first(first: Metrics, metrics: Metrics, step: jax.Array) -> Metrics:
 
 
 class Heartbeat(Hook):
-    """Writes workdir/heartbeat/<process>.json at most every ten seconds; an old file means a process that hangs."""
+    """Writes workdir/heartbeat/<process>.json at most every ten seconds; an old file means a process that hangs.
+
+    Attributes:
+      first_step_seconds: duration of the first step, which compiles, at the last start in this workdir; None: unknown.
+    """
 
     def __init__(self, workdir: storage.Path, step: int = 0):
         process = jax.process_index()
         self._content = {"step": step, "time": 0.0, "process": process, "processes": jax.process_count()}  # Unix time
         self._path = workdir / "heartbeat" / f"{process}.json"
-        self._last = -HEARTBEAT_SECONDS
+        self._last, self._start = -HEARTBEAT_SECONDS, 0.0
+        self.first_step_seconds: float | None = None
+        with contextlib.suppress(OSError, StorageError, ValueError, KeyError, TypeError):
+            self.first_step_seconds = float(json.loads(self._path.read_bytes())["first_step_seconds"])
+
+    def before_step(self, step: int) -> None:
+        self._start = self._start or time.monotonic()
 
     def after_step(self, event: StepEvent) -> None:
+        if "first_step_seconds" not in self._content:  # `StepTimer` has waited for the first step
+            self._content["first_step_seconds"] = round(time.monotonic() - self._start, 1)
         self._content["step"] = event.step
         if time.monotonic() - self._last >= HEARTBEAT_SECONDS:
             self._last = time.monotonic()
@@ -282,27 +295,35 @@ class Profiler(Hook):
             self._tracing = False
 
 
-class ProgressBar(Hook):
-    """Shows a progress bar on a terminal, or prints one line per logged step otherwise."""
+class StepLog(Hook):
+    """Logs the first step, the metrics of every logged step, and the number of a step where those are rare."""
 
-    def __init__(self, total: int, step: int, active: bool = True):
-        self._total = total
-        self._bar = progress_bar("training", TextColumn("{task.fields[status]}"), active=active)
-        self._task = self._bar.add_task("training", total=total, completed=step, status="compiling ...")
-        self._bar.start()
+    def __init__(self, total: int, first_step_seconds: float | None = None):
+        """`first_step_seconds` is the duration of the first step, which compiles, at an earlier start."""
+        self._total, self._expected, self._pace, self._last = total, first_step_seconds, Pace(total), None
+
+    def before_step(self, step: int) -> None:
+        if self._last is None:
+            duration = "minutes for large models" if self._expected is None else f"about {self._expected:.0f} s"
+            log.info("compiling the training step (%s)", duration)
+            self._last = time.monotonic()
 
     def after_step(self, event: StepEvent) -> None:
-        self._bar.update(self._task, completed=event.step)
+        eta, seconds = self._pace.describe(event.step), time.monotonic() - self._last
+        if not eta and event.step < self._total:  # the first step
+            self._log(event.step, f"total {float(event.metrics['loss/total']):.4f}, {seconds:.0f} s with compilation")
+        elif seconds >= STEP_SECONDS and not event.log:
+            self._log(event.step, eta)
 
     def show(self, step: int, values: dict[str, int | float]) -> None:
-        text = "  ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
+        """Logs the metrics of a step."""
+        text = ", ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
         if "codebook/usage" in values:
-            text += f"  codes {values['codebook/usage']:.0%}"
+            text += f", codes {values['codebook/usage']:.0%}"
         if "images_per_second" in values:
-            text += f"  {values['images_per_second']:.0f} img/s"
-        self._bar.update(self._task, status=text)
-        if not self._bar.console.is_terminal:
-            self._bar.console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+            text += f", {values['images_per_second']:,.1f} images/s"
+        self._log(step, text + self._pace.describe(step))
 
-    def close(self) -> None:
-        self._bar.stop()
+    def _log(self, step: int, text: str) -> None:
+        log.info("step %s of %s: %s", f"{step:,}", f"{self._total:,}", text.removeprefix(", "))
+        self._last = time.monotonic()

@@ -111,15 +111,20 @@ def log_memory(state: TrainState, frozen: Any) -> None:
 def _make_hooks(run: Run, timer: hooks.StepTimer, writers: MetricWriters, start: int, steps: range) -> list[hooks.Hook]:
     settings = run.config.train
     log_metrics = jax.jit(run.task.log_metrics, out_shardings=sharding.replicated(run.mesh))
-    bar = hooks.ProgressBar(settings.steps, start, jax.process_index() == 0)
+    heartbeat = hooks.Heartbeat(run.workdir, start)
+    steps_log = hooks.StepLog(settings.steps, heartbeat.first_step_seconds)
     return [
         timer,
         hooks.NaNGuard(run.checkpoints),
         hooks.Watchdog(settings.hang_seconds),
-        hooks.Heartbeat(run.workdir, start),
-        bar,
+        heartbeat,
+        steps_log,
         hooks.Logger(
-            timer, lambda state: log_metrics(state, run.frozen), lambda: run.skipped.count, writers.scalars, bar.show
+            timer,
+            lambda state: log_metrics(state, run.frozen),
+            lambda: run.skipped.count,
+            writers.scalars,
+            steps_log.show,
         ),
         hooks.Profiler(steps, writers.tensorboard),
     ]
@@ -154,7 +159,10 @@ def _evaluate_and_log(
     """Returns metrics of the validation images; logs images of them, or of the training batch if there are none."""
     variables, metrics, images, name = state.inference(), {}, batch, "training_reconstructions"
     if run.evaluator is not None:
+        log.info("evaluating step %d on the validation images", step)
         metrics = run.evaluator.evaluate(variables, run.frozen).metrics
+        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        log.info("validation of step %d: %s", step, text)
         writers.scalars(step, metrics)
         images, name = run.evaluator.first_images(), "reconstructions"
     image = run.task.sample_images(variables, run.frozen, images)

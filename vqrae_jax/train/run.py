@@ -82,6 +82,8 @@ def open_run(
                 len(whole), sum(whole.values()) / 2**30, mesh.shape["data"], max(whole, key=whole.get),
             )  # fmt: skip
         resumed = restore.resume(checkpoints, shapes, evaluate_step)
+        if resumed is None:
+            log.info("initializing the state")
         state = task.init() if resumed is None else resumed[0]
         if resumed is not None:
             step = int(state.step)
@@ -120,6 +122,7 @@ def _prepare(
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
     metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
+    log.info("reading the weights and building the networks")
     weights.fetch_all(weights.list_weights(config, metrics if validation is not None else (), losses=training))
     task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
     evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
@@ -131,6 +134,7 @@ def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, int | float]
     step, config = int(state.step), run.config.model_dump(mode="json")
     meta = {"config": config, "version": __version__, "revision": git_revision(), "step": step}
     meta["classes"] = run.batches.classes  # names of the labels
+    log.info("saving step %d", step)
     scores = {"psnr": metrics["eval/psnr"]} if "eval/psnr" in metrics else None
     run.checkpoints.save(step, state.inference(), state.rest(), run.batches.get_state(), meta, scores)
 
