@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch", type=int, default=16, help="images per batch")
     args = parser.parse_args()
+    runtime.start()
     tokenizer, codes = Tokenizer.load(args.checkpoint), Codes(args.codes)
     shape = codes[0]["codes"].shape
     classes = len(codes.plan.classes or ()) or 1 + max(int(columns.label.max()) for columns in codes.shards())

@@ -48,6 +48,7 @@ if __name__ == "__main__":
     parser.add_argument("output", help="image to write")
     args = parser.parse_args()
     with report_errors(), runtime.log_lines():
+        runtime.start()
         image, tokenizer = images.read_image(args.image), Tokenizer.load(args.checkpoint)
         square = images.center_crop(image, tokenizer.image_size)
         latents, errors = invert(tokenizer, square[None] / np.float32(255))
