@@ -56,7 +56,7 @@ def test_report_of_eight_gpus(report, capsys):
     assert tokenize["collectives"] == []
     assert [(other["dtype"], other["remat"]) for other in saved["alternatives"]] == [("bfloat16", False)]
     assert train["utilization"][1] == pytest.approx(train["flops"] / (8 * 9.89e14) / train["seconds"])
-    assert ["model.dtype" in text for text in saved["advice"]] == [True, False]
+    assert "model.dtype" in saved["advice"][0]
     result.print()
     printed = capsys.readouterr().out
     words = "arguments", "temporaries", "all-reduce", "bound by", "images/s", "Weak scaling", "data x model"
