@@ -3,7 +3,8 @@
 # flags with which a training reads these copies.
 #
 #   WEIGHTS=$(launch/stage_weights.sh gs://my-bucket/weights --config=configs/vqrae_dinov2_b.py)
-#   launch/tpu/watch.sh --config=configs/vqrae_dinov2_b.py $WEIGHTS ...
+#
+# Add $WEIGHTS to the command of the training.
 #
 # HF_TOKEN   token of the hub, for gated weights such as DINOv3
 # PYTHON     Python interpreter (default: python)
