@@ -287,6 +287,7 @@ def opened(config: Config, **options: Any):
         patch.setattr(opening, "Checkpoints", policies)
         patch.setattr(opening.restore, "resume", lambda *_: None)
         patch.setattr(judges, "load_metric_networks", load)
+        patch.setattr(opening.weights, "fetch_all", lambda weights: [])
         patch.setattr(pipeline, "Prepared", prepared)
         patch.setattr(grain, "ReadOptions", read_options)
         patch.setattr(grain.IterDataset, "mp_prefetch", lambda data, o: calls.update(workers=o.num_workers) or data)
