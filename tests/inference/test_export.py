@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vqrae_jax.build.encoder import inline_encoder
+from vqrae_jax.build.encoder import describe_encoder, inline_encoder
 from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.commands import export
 from vqrae_jax.config import ModelConfig
@@ -83,6 +83,16 @@ def test_architectures_replace_paths(golden, family):
     assert str(golden) not in inlined.model_dump_json()
     assert build_tokenizer(inlined).module == build_tokenizer(config, weights=False).module
     assert inline_decoder(inline_encoder(inlined)) == inlined
+
+
+def test_architectures_contain_defaults(golden, tmp_path):
+    """Files on the hub leave them out."""
+    folder = shutil.copytree(golden / "encoders" / "siglip", tmp_path / "siglip")
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"patch_size": 32}}))
+    config = ModelConfig(encoder_cls="SigLIP2wNorm", encoder_config_path=str(folder), decoder_config_path="ViT-Nano")
+    inlined = inline_encoder(config)
+    assert inlined.encoder_params.architecture["hidden_size"] == 768
+    assert describe_encoder(inlined)[0] == describe_encoder(config)[0]
 
 
 def test_embedded_encoder_makes_a_folder_complete(golden, tmp_path, assert_same):

@@ -97,9 +97,12 @@ def inline_encoder(config: ModelConfig) -> ModelConfig:
         return config
     folder = sources.fetch_folder(path, field)
     description = sources.read_config(folder, field)
-    description = description.get("vision_config", description)
+    if "vision_config" in description:  # next to a text tower
+        description = description["vision_config"] | {"model_type": "siglip_vision_model"}
+    description = families.complete(description)
     mean, std = sources.read_image_statistics(folder, field)
-    fields = {name: description[name] for name in families.ARCHITECTURE if description.get(name) is not None}
+    names = ("model_type", "rope_theta", *families.DEFAULTS[description["model_type"]])
+    fields = {name: description[name] for name in names if name in description}
     return replace_encoder(config, None, fields | {"image_mean": mean, "image_std": std})
 
 

@@ -8,13 +8,6 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, find_row, norm_rows
 
 DECODER = "a decoder"
-# The fields of config.json that the functions below read, and the family.
-ARCHITECTURE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio",
-    "patch_size", "image_size", "num_register_tokens", "hidden_act", "layer_norm_eps", "use_swiglu_ffn",
-    "use_gated_mlp", "mlp_bias", "proj_bias", "qkv_bias", "query_bias", "key_bias", "value_bias", "rope_theta",
-    "rope_parameters",
-)  # fmt: skip
 
 _VIT = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -210,7 +203,7 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
       source: the folder, hub id or config field, for messages.
     """
     try:
-        fields = family.describe(_complete(config))
+        fields = family.describe(complete(config))
         blocks = fields["blocks"]
         width, depth, heads = blocks["width"], blocks["depth"], blocks["heads"]
         numbers = {
@@ -234,7 +227,7 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
     return fields
 
 
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
+def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Adds the defaults to config.json; raises ValueError for values of other types than theirs."""
     defaults = DEFAULTS[config["model_type"]]
     for name in defaults.keys() & config.keys():
