@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-REPEATS = 7
+REPEATS = 5
 
 Shape = tuple[int, int, int]  # rows, columns, and the length of the sums of a matrix product
 

@@ -44,7 +44,7 @@ class Stage:
 def product_shapes(args: argparse.Namespace) -> list[Shape]:
     """Returns shapes at which to measure the limit of matrix products: those of the MLP and of the search, squares."""
     width, tokens = DINOV2[args.encoder][0], args.batch * 257
-    sizes = (1024, 1536, 2048) if jax.default_backend() == "cpu" else (4096, 8192, 16_384)
+    sizes = (1024, 1536) if jax.default_backend() == "cpu" else (4096, 8192)
     model = [(tokens, 4 * width, width), (tokens, width, 4 * width), (tokens, args.codes, width)]
     return model + [(size, size, size) for size in sizes]
 
