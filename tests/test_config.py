@@ -140,7 +140,7 @@ def test_no_field_accepts_absurd_numbers(value):
 def test_fields_that_accept_large_or_negative_numbers_allocate_nothing():
     """Weights, rates, and numbers of steps or of images and devices that are compared with those that exist."""
     harmless = re.compile(
-        r"(steps|_every|seconds|rate|weight|weight_decay|cost|_norm|_max|temperature|diversity|noise_tau|vq_epsilon|_threshold)$|"
+        r"(steps|_every|seconds|minutes|rate|weight|weight_decay|cost|_norm|_max|temperature|diversity|noise_tau|vq_epsilon|_threshold)$|"
         r"^(data\.scale|evaluation\.images|mesh\..*|train\.(keep_.*|seed)|.*reference_batch)$"
     )
     assert not {field for field in accepted(10**9) if not harmless.search(field)}

@@ -55,7 +55,7 @@ def test_charts():
 def test_the_command_writes_the_report(untrained, pixels, tmp_path, monkeypatch, capsys):
     for i, image in enumerate(pixels):
         images.write_image(tmp_path / "photos" / f"{i}.png", image)
-    monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, step: untrained())
+    monkeypatch.setattr(codebook.Tokenizer, "load", lambda path, *args, **options: untrained())
     arguments = ["--checkpoint=x", f"--data={tmp_path / 'photos'}", f"--output={tmp_path / 'report'}", "--alarm=1"]
     codebook.report(codebook.parser.parse_args(arguments))
     names = {path.name for path in (tmp_path / "report").iterdir()}
@@ -68,7 +68,7 @@ def test_the_command_writes_the_report(untrained, pixels, tmp_path, monkeypatch,
         assert explanation in page
         assert f'src="{name}.png"' in page
     for metric in json.loads((tmp_path / "report" / "report.json").read_text()):
-        assert evaluation_report._description(metric)
+        assert evaluation_report.describe_metric(metric)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as error:
         codebook.report(codebook.parser.parse_args([*arguments, f"--data={tmp_path / 'empty'}"]))

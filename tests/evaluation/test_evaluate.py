@@ -98,10 +98,10 @@ def test_metrics_do_not_depend_on_mesh_and_batch_and_are_written_with_the_protoc
         assert file in page
         assert (workdir / report.FOLDER / file).stat().st_size > 1000
     # Every metric has a description, that of the longest matching end of its name.
-    assert [name for name in evaluated if name != "step" and not report._description(name)] == []
-    assert "Inception" in report._description("eval/rfid")
-    assert "Inception" not in report._description("eval/encoder_rfd")
-    assert report._description("eval/bits_per_image") != report._description("eval/entropy_bits_per_image")
+    assert [name for name in evaluated if name != "step" and not report.describe_metric(name)] == []
+    assert "Inception" in report.describe_metric("eval/rfid")
+    assert "Inception" not in report.describe_metric("eval/encoder_rfd")
+    assert report.describe_metric("eval/bits_per_image") != report.describe_metric("eval/entropy_bits_per_image")
 
 
 def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, workdir, tmp_path, monkeypatch):

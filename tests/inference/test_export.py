@@ -110,7 +110,14 @@ def test_embedded_encoder_makes_a_folder_complete(golden, tmp_path, assert_same)
     assert again.provenance["protocol"]["networks"]["lpips"]["trunk"] == "vgg.pth"
     card = (folder / "README.md").read_text()
     assert str(tmp_path) not in card + (folder / "config.json").read_text()
-    for words in ("(`vit`)", "| psnr | 20 |", "Folder('val', images=3)", "pip install", 'load("me/tokens")'):
+    for words in (
+        "(`vit`)",
+        "license: other",
+        "| psnr | 20 |",
+        "Folder('val', images=3)",
+        "pip install",
+        'load("me/tokens")',
+    ):
         assert words in card
     again.save_pretrained(tmp_path / "again", name="me/tokens")
     for file in folder.iterdir():

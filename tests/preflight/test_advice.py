@@ -32,7 +32,7 @@ def test_float32_is_named_for_networks_that_are_used_and_chips_that_are_faster_i
 
 
 def test_few_images_per_chip_are_named_with_the_batch_that_fits():
-    memory = Memory(arguments=5 * GIB, temporaries=2 * GIB)
+    memory = Memory(arguments=5.0 * GIB, temporaries=2.0 * GIB)
     slow = Roofline(compute=0.001, memory=6 * GIB_SECONDS, network=0.004)
     train = Cost("train", 32, memory, True, {}, [], slow)
     text = describe_images(train, V5E)
@@ -40,7 +40,7 @@ def test_few_images_per_chip_are_named_with_the_batch_that_fits():
     share = (5 * GIB_SECONDS + 0.004) / (6 * GIB_SECONDS + 0.004)
     assert f" {share:.0%} " in text
     assert "--config.data.batch_size=128" in text  # (15.75 - 5) / 2 = 5.4 times the temporaries fit
-    full = dataclasses.replace(train, memory=Memory(5 * GIB, 8 * GIB))
+    full = dataclasses.replace(train, memory=Memory(5.0 * GIB, 8.0 * GIB))
     assert "batch_size" not in describe_images(full, V5E)
     for bounds in (Roofline(1.0, 6 * GIB_SECONDS, 0.004), Roofline(0.001, 60 * GIB_SECONDS, 0.004), None):
         assert describe_images(dataclasses.replace(train, roofline=bounds), V5E) == ""

@@ -199,9 +199,9 @@ def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
 def test_errors_of_the_trunk_name_the_field(tiny, one_mesh, golden):
     file = str(golden / "discriminator" / "dino_bn.npz")
     for fields, kind, name in (({}, WeightsError, "path"), ({"path": file, "trunk_heads": 2}, ConfigError, "taps")):
-        with pytest.raises(kind, match=rf"adversary\.{name}=") as error:
+        with pytest.raises(kind) as error:
             TokenizerTask.build(tiny(adversary={"discriminator": "dino", **fields}), one_mesh)
-        assert "adversary.discriminator=none" in str(error.value)
+        assert error.value.field == f"adversary.{name}"
 
 
 def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         places = "workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id"
         self.add("--checkpoint", places, required=True)
         self.add("--step", "step of the checkpoint; the newest by default", type=int)
-        self.add("--encoder", "folder or hub id of the frozen encoder's weights, in place of the one in the config")
+        self.add("--encoder", "folder or hub id of the frozen encoder's weights, in place of the config's")
 
     def add_data(self) -> None:
         """Adds --data, --source and more, which name images as the data section of a config does."""

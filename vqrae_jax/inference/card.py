@@ -20,7 +20,7 @@ MAX_SHOWN = 8  # images in IMAGE
 
 TEMPLATE = """---
 library_name: vqrae_jax
-license: apache-2.0
+license: {license}
 pipeline_tag: image-feature-extraction
 tags: [jax, flax, image-tokenizer, vqrae]
 {base_model}---
@@ -61,10 +61,13 @@ METRICS = """
 """
 
 
-def write_card(tokenizer: Any, folder: pathlib.Path, name: str, images: FittedImages | None = None) -> None:
+def write_card(
+    tokenizer: Any, folder: pathlib.Path, name: str, images: FittedImages | None = None, embedded: bool = False
+) -> None:
     """Writes README.md to `folder`, and with `images` a figure of their reconstructions and metrics on them.
 
-    `name` is the path or hub id that the example loads.
+    `name` is the path or hub id that the example loads. A folder with an `embedded` pretrained encoder, whose license
+    is its authors' decision, has the license "other".
     """
     rows, size = _describe(tokenizer), tokenizer.image_size
     if images is not None and len(images):
@@ -81,7 +84,8 @@ def write_card(tokenizer: Any, folder: pathlib.Path, name: str, images: FittedIm
     if source is None:
         encoder = "a ViT encoder that was trained from random weights"
     text = TEMPLATE.format(
-        title=name.rpartition("/")[2], base_model=f"base_model: {hub_id}\n" if hub_id else "",
+        title=name.rpartition("/")[2], license="other" if embedded and source else "apache-2.0",
+        base_model=f"base_model: {hub_id}\n" if hub_id else "",
         name=name, size=size, codes=codes, encode=encode, decode=decode,
         summary=f"Encodes an image to {latent} with {encoder}, and decodes it to {size} x {size} pixels.",
         image=f"![input, reconstruction and codes]({IMAGE})\n\n" if (folder / IMAGE).is_file() else "",

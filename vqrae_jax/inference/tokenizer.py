@@ -317,7 +317,7 @@ class Tokenizer:
         with storage.stage_output(target) as local:
             frozen = self.frozen and not embed_encoder
             saving.save_folder(local, self.config, jax.device_get(self.trained), frozen, self.provenance)
-            card.write_card(self, local, name or target.name, fitted)
+            card.write_card(self, local, name or target.name, fitted, embedded=not frozen)
         return target
 
     def push_to_hub(
