@@ -101,7 +101,8 @@ def prerequisites(command):
 def is_slow(command):
     """Returns whether a command, or one that it needs, trains a model or runs a benchmark."""
     heavy = split(command)[0] in ("vqrae_jax.main", "benchmarks.quantizer_table")
-    return (heavy and "--config=configs/quickstart.py" not in command) or any(map(is_slow, prerequisites(command)))
+    small = "--config=configs/quickstart.py" in command and "--mode=" in command
+    return (heavy and not small) or any(map(is_slow, prerequisites(command)))
 
 
 def shrink(module, arguments, golden):
@@ -134,7 +135,9 @@ def workspace(golden, tiny, trained, tmp_path_factory):
     images.write_image(folder / "cat.png", rng.integers(0, 256, (80, 60, 3), np.uint8))
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "configs" / "quickstart.py").write_text(
-        f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({tiny().model_dump()!r})\n"
+        "from ml_collections import config_dict\n\n\ndef get_config():\n"
+        f"    c = config_dict.ConfigDict({tiny().model_dump()!r})\n"
+        "    c.data.path = config_dict.placeholder(str)\n    return c\n"
     )
     for name in ("runs/quickstart", "runs/other"):
         shutil.copytree(trained, folder / name)

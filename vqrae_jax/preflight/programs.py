@@ -215,7 +215,7 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
     """
     if topology.platform == "tpu":
         if not runtime.has_libtpu():
-            message = "needs libtpu, which is not installed: pip install libtpu, or set TPU_LIBRARY_PATH to libtpu.so"
+            message = "needs libtpu: pip install 'vqrae-jax[preflight]', or set TPU_LIBRARY_PATH to libtpu.so"
             raise ConfigError(message, field="--topology", value=topology.name)
         runtime.use_cpus()
         runtime.describe_absent_tpu(ACCELERATOR_TYPES[topology.kind])
