@@ -184,8 +184,7 @@ def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_c
     assert_close(split["gan/grad_norm"], whole["gan/grad_norm"], 1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
     mesh = {"data": 4, "model": 2, "fsdp": fsdp, "fsdp_min_size": 1}
     task = TokenizerTask.build(tiny(**RECIPE, mesh=mesh), sharding.make_mesh(4, 2))

@@ -89,6 +89,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("codes", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError("must be positive", field=f"--{name}", value=getattr(args, name))
+    if args.against and (args.lpips or args.adversary != "none"):
+        raise ConfigError("cannot be combined with --lpips and --adversary, which the PyTorch stages do not implement",
+                          field="--against", value=args.against)  # fmt: skip
     return args
 
 
@@ -105,9 +108,6 @@ def measure_pytorch_products(args: argparse.Namespace, shapes: list[ceilings.Sha
 
 def time_stage(name: str, args: argparse.Namespace) -> Row:
     """Builds and times one stage; an AssertionError if PyTorch computes something else, so that times mean nothing."""
-    if args.against and (args.lpips or args.adversary != "none"):
-        raise ConfigError("cannot be combined with --lpips and --adversary, which the PyTorch stages do not implement",
-                          field="--against", value=args.against)  # fmt: skip
     stage, specification = stages.build(name, args)
     results = {n: np.asarray(x, np.float64).ravel() for n, x in stage.call().items()}
     processes, difference = {}, None
