@@ -182,6 +182,11 @@ def test_only_runtime_uses_the_environment(path):
     assert not nodes or path.name == "runtime.py" or room(path) == "benchmark"  # there for a child process
 
 
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    folders = [path for path in (ROOT / "tests").rglob("*") if path.is_dir()]
+    assert not [path for path in folders if any(map(path.match, pytestconfig.getini("norecursedirs")))]
+
+
 def test_assertions_can_fail():
     """`assert a, b == c` checks only a, and nothing differs from itself."""
     for path in sorted((ROOT / "tests").rglob("*.py")):

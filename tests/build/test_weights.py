@@ -67,6 +67,13 @@ def test_evaluation_names_all_missing_weights(incomplete, trained):
     assert named(error.value) == {*METRICS, "loss.perceptual.trunk", "loss.perceptual.heads"}
 
 
+def test_a_decoder_that_the_config_describes_has_no_weights(incomplete):
+    for path, architecture in (("./absent/decoder", {}), (None, {"hidden_act": "gelu"})):
+        config = incomplete(**{"model.decoder_config_path": path, "model.decoder_architecture": architecture})
+        fields = {item.field for item in weights.list_weights(config, ())}
+        assert ("model.decoder_config_path" in fields) == (path is not None)
+
+
 def test_preflight_names_all_missing_descriptions(incomplete):
     config = incomplete(**MODEL, **{"model.encoder_params.architecture": {}})
     with pytest.raises(WeightsError) as error:
@@ -93,12 +100,9 @@ def test_only_networks_in_use_are_listed(incomplete, tiny):
 
 def test_copies_are_read_by_the_flags(golden, tiny, workdir):
     encoder, stats = golden / "encoders" / "dinov2", golden / "vqrae" / "ema_vq_2d" / "stat.npz"
-    fields = {
-        "encoder_config_path": str(encoder),
-        "normalization_stat_path": str(stats),
-        "decoder_config_path": "ViT-S",
-    }
-    config = tiny(model=fields | {"encoder_params": {"architecture": {}}})
+    fields = {"encoder_config_path": str(encoder), "normalization_stat_path": str(stats)}
+    others = {"decoder_config_path": "ViT-S", "encoder_params": {"architecture": {}}}
+    config = tiny(model=fields | others)
     folder = str(workdir / "weights")
     flags = weights.copy_all(weights.list_weights(config, ()), folder)
     names, copies = zip(*(flag.removeprefix("--config.model.").split("=") for flag in flags), strict=True)
