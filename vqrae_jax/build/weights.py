@@ -37,7 +37,7 @@ def list_weights(config: Config, metrics: Collection[Metric], losses: bool = Tru
     lpips = perceptual == "lpips" or "lpips" in metrics
     rows = [
         (model.encoder_config_path, weights_source(model)[1], fetch_folder),
-        ("/" in model.decoder_config_path, "model.decoder_config_path", fetch_folder),
+        ("/" in (model.decoder_config_path or ""), "model.decoder_config_path", fetch_folder),
         (model.pretrained_decoder_path, "model.pretrained_decoder_path", fetch_weights),
         (model.normalization_stat_path, "model.normalization_stat_path", fetch_file),
         (lpips, "loss.perceptual.trunk", fetch_weights),
