@@ -183,8 +183,7 @@ def position_entropy(indices: Int[np.ndarray, "B h w"]) -> Float[np.ndarray, "h 
 
 def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields indices and squared errors [b, h, w], reconstructions, counts [1, *levels, K], relative errors [b]."""
-    grid, forward = tokenizer.grid, functools.partial(tokenizer.module.apply, method="forward")
-    encode = jax.jit(lambda variables, images: forward(variables, images))
+    grid, encode = tokenizer.grid, jax.jit(functools.partial(tokenizer.module.apply, method="forward"))
     starts = range(0, len(images), BATCH)
     for start in progress(starts, len(starts), f"batches of {BATCH} images"):
         batch = images[start : start + BATCH].astype(np.float32) / 255

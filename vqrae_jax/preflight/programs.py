@@ -175,7 +175,7 @@ class Plan:
                 raise
             return Cost(name, images, memory, False, dict(parts), [])
         finally:
-            log.info("compiled the program %s in %.0f s", name, time.monotonic() - start)
+            log.info("the compilation of %s took %.0f s", name, time.monotonic() - start)
         stats = compiled.memory_analysis()
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes
