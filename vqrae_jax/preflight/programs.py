@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from vqrae_jax import runtime, sharding
 from vqrae_jax.build import weights
+from vqrae_jax.build.encoder import replace_encoder, weights_source
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.preflight.chips import Topology, positions
@@ -251,17 +252,14 @@ def memory_from_error(message: str, arguments: float) -> Memory | None:
 
 def _without_files(config: Config) -> Config:
     """Replaces paths of weights, statistics and released encoders by descriptions, so that no file is read."""
-    params, perceptual = config.model.encoder_params, config.loss.perceptual
-    source = params.dinov2_path or params.dinov3_path or params.model_name or config.model.encoder_config_path
-    changes: dict[str, Any] = {"pretrained_decoder_path": None, "normalization_stat_path": None}
-    if source in ARCHITECTURES:
-        paths = dict.fromkeys(("dinov2_path", "dinov3_path", "model_name"))
-        changes["encoder_config_path"] = None
-        changes["encoder_params"] = params.model_copy(update={**paths, "architecture": ARCHITECTURES[source]})
+    model = config.model.model_copy(update={"pretrained_decoder_path": None, "normalization_stat_path": None})
+    if (source := weights_source(model)[0]) in ARCHITECTURES:
+        model = replace_encoder(model, None, ARCHITECTURES[source])
+    perceptual = config.loss.perceptual
     if perceptual.network == "encoder" and perceptual.path in ARCHITECTURES:
         perceptual = perceptual.model_copy(update={"path": None, "architecture": ARCHITECTURES[perceptual.path]})
     loss = config.loss.model_copy(update={"perceptual": perceptual})
-    return config.model_copy(update={"model": config.model.model_copy(update=changes), "loss": loss})
+    return config.model_copy(update={"model": model, "loss": loss})
 
 
 def _is_description(item: weights.Weights) -> bool:
