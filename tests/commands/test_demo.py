@@ -155,12 +155,24 @@ def test_in_a_browser(served, files, tmp_path):
         page.goto(address)
 
         def wait_for_message(text):
-            page.locator("#message", has_text=text).wait_for()
+            playwright.expect(page.locator("#message")).to_contain_text(text, timeout=60_000)
 
-        def click(view, across, down):
+        def click(view, across, down, answer):
             image = page.locator(f"#{view} img")
-            box = image.bounding_box()
-            image.click(position={"x": across * box["width"], "y": down * box["height"]})  # scrolls to it
+            image.scroll_into_view_if_needed()
+            loaded = "image => image.complete && image.naturalWidth && image.clientWidth > 100"
+            page.wait_for_function(loaded, arg=image.element_handle())  # a view that is being replaced has no size
+            box, before = image.bounding_box(), page.locator("#message").inner_text()
+            for _ in range(3):
+                image.click(position={"x": across * box["width"], "y": down * box["height"]})
+                try:
+                    page.wait_for_function(
+                        "old => document.querySelector('#message').innerText !== old", arg=before, timeout=20_000
+                    )
+                    break
+                except playwright.TimeoutError:
+                    pass  # the browser lost a click on a view that Gradio was replacing
+            wait_for_message(answer)
 
         page.wait_for_selector("#codes2 img")  # of the examples
         page.set_input_files("#upload1 input[type=file]", files / "text.png")
@@ -168,17 +180,13 @@ def test_in_a_browser(served, files, tmp_path):
         for slot, name in enumerate("ba"):
             page.set_input_files(f"#upload{slot} input[type=file]", files / f"{name}.png")
             wait_for_message("PSNR")
-            click(f"codes{slot}", 0.9, 0.4)
-            wait_for_message("Row 1, column 3")
+            click(f"codes{slot}", 0.9, 0.4, "Row 1, column 3")
         page.wait_for_selector("#nearest img")
         page.click("#action >> text=paste codes")
-        click("reconstruction1", 0.1, 0.1)
-        wait_for_message("opposite corner")
-        click("codes1", 0.4, 0.4)
-        wait_for_message("2 x 2 codes selected")
+        click("reconstruction1", 0.1, 0.1, "opposite corner")
+        click("codes1", 0.4, 0.4, "2 x 2 codes selected")
         before = page.locator("#reconstruction2 img").get_attribute("src")
-        click("codes2", 0.6, 0.6)
-        wait_for_message("Pasted at row 2, column 2")
+        click("codes2", 0.6, 0.6, "Pasted at row 2, column 2")
         page.wait_for_function("src => document.querySelector('#reconstruction2 img').src !== src", arg=before)
         with page.expect_download() as download:
             page.click("#download")
