@@ -8,6 +8,7 @@ from vqrae_jax.commands import import_pytorch
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.inference.pytorch_checkpoint import convert_checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.pretrained.pytorch_vqrae import select_state_dict
 
 
 @pytest.fixture
@@ -65,6 +66,19 @@ def test_a_training_checkpoint_in_pytorchs_own_format(case, config, tensors, tmp
     jax.tree.map(np.testing.assert_array_equal, imported["model"]["batch_stats"], imported["ema"]["batch_stats"])
     kernels = [np.asarray(variables["params"]["decoder"]["embed"]["kernel"]) for variables in imported.values()]
     assert np.abs(kernels[0] - kernels[1]).max() > 0
+
+
+def test_the_codebook_is_that_of_pytorchs_inference_unless_it_never_trained():
+    live, codebook = {"quantizer.embedding": 3.0, "quantizer.ema_cluster_size": 2.0, "quantizer.ema_w": 6.0}, {}
+    for counts in (0.0, 1.5):  # of trainers that average parameters only, and of those that average buffers
+        averaged = {"quantizer.embedding": 1.0, "quantizer.ema_cluster_size": counts, "quantizer.ema_w": 1.5}
+        for prefix in ("", "module."):
+            parts = {
+                part: {prefix + name: np.full(4, value) for name, value in buffers.items()}
+                for part, buffers in (("model", live), ("ema", averaged))
+            }
+            codebook[counts, prefix] = select_state_dict(parts, "ema", "the file")["quantizer.embedding"][0]
+    assert codebook == {(0.0, ""): 3.0, (0.0, "module."): 3.0, (1.5, ""): 1.0, (1.5, "module."): 1.0}
 
 
 def test_checkpoints_that_do_not_fit_are_errors(model_config, tensors):

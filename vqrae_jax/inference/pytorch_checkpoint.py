@@ -32,7 +32,7 @@ def convert_checkpoint(
     Args:
       config: the model section; its fields have the names of the PyTorch VQRAE's config.
       checkpoint: a state dict, or {"model": state dict, "ema": state dict}, of numpy arrays.
-      weights: "ema" or "model", for a training checkpoint; the codebook is always that of "model".
+      weights: "ema" or "model", for a training checkpoint; see `select_state_dict` for the codebook.
       source: what names the checkpoint in messages.
 
     Returns:

@@ -58,8 +58,10 @@ STATE = {
     "batch_stats/quantizer/begun": np.int32(1),
 }
 
-# The EMA of the PyTorch VQRAE covers parameters only. Under "ema", these buffers have their initial values.
-BUFFERS = ("quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w")
+# Two trainers of the PyTorch VQRAE (train_vqrae.py, train_stage1_uniquebatch.py) average parameters only: under "ema"
+# these buffers have their initial values, with counts of zero. The other two average buffers as well.
+COUNTS = "quantizer.ema_cluster_size"
+BUFFERS = ("quantizer.embedding", COUNTS, "quantizer.ema_w")
 
 LATENT = "batch_stats/latent/"  # paths of the latent statistics
 NORM = ("params/encoder/norm/scale", "params/encoder/norm/bias")
@@ -99,7 +101,8 @@ def _fsq_constants(levels: Sequence[int]) -> dict[str, np.ndarray]:
 def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) -> Mapping[str, np.ndarray]:
     """Returns the state dict of a checkpoint: `checkpoint` itself, or its part `weights` ("model" or "ema").
 
-    With "ema", the codebook and its statistics come from "model". Prefixes of PyTorch's wrappers are removed.
+    With "ema", the codebook and its statistics come from "model" if the trainer did not average them. Prefixes of
+    PyTorch's wrappers are removed.
     """
     parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
     selected = checkpoint
@@ -107,11 +110,12 @@ def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) 
         if weights not in parts:
             raise WeightsError(f"{source} has only {parts[0]!r} weights", field="--weights", value=weights)
         selected = dict(checkpoint[weights])
-        if weights == "ema" and "model" in parts:
+        averaged = any(_unwrap(name) == COUNTS and np.any(value) for name, value in selected.items())
+        if weights == "ema" and "model" in parts and not averaged:
             live = {n: v for n, v in checkpoint["model"].items() if _unwrap(n) in BUFFERS}
             selected |= live
             if live:
-                log.info("%s: the codebook is that of 'model', because 'ema' does not update it", source)
+                log.info("%s: the codebook is that of 'model', because 'ema' has the one from before training", source)
     wrapped = parts or any(_unwrap(name) != name for name in selected)
     tensors = {_unwrap(name): value for name, value in selected.items()} if wrapped else selected
     dicts = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
