@@ -94,6 +94,7 @@ def run_light(run_elsewhere):
     return run
 
 
+@pytest.mark.slow
 def test_inference_needs_no_extra(run_light, trained, untrained, tmp_path):
     """Runs and saved folders load, encode, decode and are saved; quantizers are layers; a command reconstructs."""
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
@@ -129,6 +130,7 @@ MISSING = {  # code that needs an extra -> the extra
 
 def test_missing_packages_are_named(run_light, tmp_path):
     code = f"""
+import vqrae_jax.commands.reconstruct, vqrae_jax.inference.tokenizer, vqrae_jax.quantizers
 from vqrae_jax.errors import InstallError
 
 for line in {list(MISSING)!r}:

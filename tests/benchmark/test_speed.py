@@ -28,6 +28,7 @@ def test_flops_are_those_of_the_architecture():
     assert expected < stage.flops <= expected + 2 * args.batch * resize * 1.2 + 1e7
 
 
+@pytest.mark.slow
 def test_report_has_a_row_per_stage(tmp_path, capsys):
     speed.main(["encoder", "train_step", *TINY, "--share", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
@@ -44,6 +45,7 @@ def test_report_has_a_row_per_stage(tmp_path, capsys):
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_step_without_quantizer_shares_the_training_state():
     args = speed.parse(["train_step", *TINY, "--share"])
     stage, _ = stages.build("train_step", args)

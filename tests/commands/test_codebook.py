@@ -16,7 +16,7 @@ def pixels():
 
 
 @pytest.mark.parametrize("quantizer", [
-    "simvq", "multiscale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsq", "product", "residual")),
+    "multiscale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("simvq", "fsq", "product", "residual")),
 ])  # fmt: skip
 def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
     """Counts and error are those of the quantizer, of all levels."""

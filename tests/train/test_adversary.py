@@ -73,9 +73,7 @@ TERMS = {  # term -> its config, and the parts and heads of the decoder that it 
 }
 
 
-@pytest.mark.parametrize(
-    "term", [pytest.param(n, marks=pytest.mark.slow) if n in ("vq", "perceptual", "pixel") else n for n in TERMS]
-)
+@pytest.mark.parametrize("term", [n if n == "adversarial" else pytest.param(n, marks=pytest.mark.slow) for n in TERMS])
 def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     loss, adversary, parts, heads = TERMS[term]
     task = TokenizerTask.build(tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary), one_mesh)
@@ -104,6 +102,7 @@ def test_the_discriminator_trains_only_itself(whole):
     assert not set(state.adversary["params"]) & set(state.params)
 
 
+@pytest.mark.slow
 def test_one_backward_pass_equals_two(whole, assert_close):
     """Compares with the gradient of pixel + weight * adversarial loss, the weight from two separate passes."""
     task, _, state, _, frozen = whole
@@ -227,6 +226,7 @@ def test_terms_check_what_they_need(tiny, change, field):
         tiny(**change)
 
 
+@pytest.mark.slow
 def test_a_trunk_split_by_fsdp_keeps_tokens_with_their_images(golden):
     path = str(golden / "discriminator" / "dino_bn.npz")
     config = AdversaryConfig(discriminator="dino", path=path, trunk_heads=2, taps=(1, 2))

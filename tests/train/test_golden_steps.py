@@ -62,7 +62,7 @@ def build(golden, case, mesh):
     return task, state, frozen, recorded
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in CASES[1:])])
 def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
     task, state, frozen, recorded = build(golden, case, one_mesh)
     images = np.load(golden / "train_steps" / "batches.npz")["images"]

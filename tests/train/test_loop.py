@@ -166,6 +166,7 @@ def fetches(monkeypatch):
     return shapes
 
 
+@pytest.mark.slow
 def test_nothing_waits_for_the_device_between_two_log_lines(tiny, tmp_path, one_device, fetches):
     numbers = []
     for steps in (4, 12):

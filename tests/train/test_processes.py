@@ -113,6 +113,7 @@ def finish_without_errors(children):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     """Training, evaluation, resuming; and errors of one process that reach both, as starting them takes long."""
     for i in range(9):
