@@ -132,6 +132,21 @@ def accepted(value):
     return fields
 
 
+def text_fields(section, *path):
+    for name, value in section:
+        if isinstance(value, Section):
+            yield from text_fields(value, *path, name)
+        elif type(section).model_fields[name].annotation in (str, str | None):
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("path", list(text_fields(Config())), ids=".".join)
+def test_the_home_folder_is_expanded_in_every_text(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    values = functools.reduce(lambda inner, name: {name: inner}, reversed(path), "~/x~")
+    assert functools.reduce(getattr, path, config.from_dict(Config, values)) == "/home/someone/x~"
+
+
 @pytest.mark.parametrize("value", [2**63, 1e308, float("inf"), float("nan")])
 def test_no_field_accepts_absurd_numbers(value):
     assert not accepted(value)
@@ -212,6 +227,13 @@ def test_errors_in_a_config_file_are_one_line_with_file_and_line(text, argument,
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ConfigError, match=r"other\.py"):
         config.load_config_file(str(tmp_path / "other.py"))
+
+
+def test_a_config_file_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", str(ROOT))
+    assert config.load_config_file("~/configs/quickstart.py") == config.load_config_file(
+        f"{ROOT}/configs/quickstart.py"
+    )
 
 
 def test_a_config_file_gets_its_argument():

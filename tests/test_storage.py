@@ -14,7 +14,9 @@ import pytest
 from vqrae_jax import checkpoint, config, storage
 from vqrae_jax.commands import detokenize, plot
 from vqrae_jax.data.codes import Codes
+from vqrae_jax.data.folder import Folder, list_images
 from vqrae_jax.data.parquet import Tables
+from vqrae_jax.data.source import list_shards
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.errors import CheckpointError, ConfigError, DataError, StorageError, UserError, WeightsError
 from vqrae_jax.evaluation import reference
@@ -36,6 +38,17 @@ def test_files_are_written_and_replaced(kind, buckets, tmp_path):
         storage.write_bytes(folder / "file.json", content, durable=True)
         assert (folder / "file.json").read_bytes() == content
     assert [path.name for path in folder.iterdir()] == ["file.json"]
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/a/1.png", b"image")
+    assert storage.read_bytes("~/a/1.png") == (tmp_path / "a" / "1.png").read_bytes() == b"image"
+    assert Folder("~/a")[0]["image"] == b"image"
+    assert list_images("~/a") == list_shards("~/a/*.png", (".png",), "data.path") == [f"{tmp_path}/a/1.png"]
+    for name in ("~/a", tmp_path / "a"):
+        assert os.fspath(storage.resolve_path(name)) == f"{tmp_path}/a"
+    assert storage.resolve_path("a/~").name == "~"
 
 
 def test_write_errors_name_the_file_and_leave_nothing(tmp_path):

@@ -162,9 +162,12 @@ def _check_flags(argv: Sequence[str]) -> range:
 
 def _preflight() -> bool:
     """Reports what the config costs on --topology; returns whether it fits."""
+    from vqrae_jax import storage
     from vqrae_jax.preflight import command
 
-    path = JSON.value or (WORKDIR.value and os.path.join(WORKDIR.value, "preflight.json"))
+    path = JSON.value or WORKDIR.value
+    if path and (path != JSON.value or storage.resolve_path(path).is_dir()):
+        path = os.path.join(path, "preflight.json")
     return command.preflight(_load_config(), TOPOLOGY.value, ALTERNATIVES.value, path).fits
 
 

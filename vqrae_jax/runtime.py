@@ -176,6 +176,7 @@ def enable_compilation_cache() -> pathlib.Path | None:
     if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(jax.config.jax_compilation_cache_dir))
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     folder = cache_folder() / "compiled" / _cpu()
     try:

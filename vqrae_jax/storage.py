@@ -45,10 +45,15 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def expand_home(path: str | os.PathLike) -> str:
+    """Returns a path as text, with the home folder in place of a leading ~."""
+    return os.path.expanduser(os.fspath(path))
+
+
 def resolve_path(path: str | os.PathLike) -> Path:
     """Returns an absolute local path, or the path object of a gs:// address; both have pathlib's methods."""
     if not is_remote(path):
-        return pathlib.Path(path).expanduser().absolute()
+        return pathlib.Path(expand_home(path)).absolute()
     if not os.fspath(path).startswith("gs://") or not os.fspath(path)[5:].strip("/"):
         raise StorageError("runs, weights and codes must be in local folders or gs:// buckets", field=os.fspath(path))
     try:
@@ -279,7 +284,7 @@ def open_file(path: str | os.PathLike, limit: int | None = None) -> Any:
 
     A local path that is not a regular file, or has more than `limit` bytes, is an OSError too.
     """
-    path = os.fspath(path)
+    path = expand_home(path)
     if not is_remote(path):
         check_regular(path, limit)
         return open(path, "rb", opener=functools.partial(_open_regular, limit=limit))

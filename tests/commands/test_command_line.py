@@ -10,7 +10,7 @@ import pytest
 
 from vqrae_jax.commands import __main__ as vqrae
 from vqrae_jax.commands import command_line
-from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.errors import ConfigError, DataError, UserError
 
 
 def command(name):
@@ -69,6 +69,30 @@ def test_help_fits_a_screen_with_every_default_and_the_example_is_accepted(name,
         if not option.required and option.default not in (None, False, argparse.SUPPRESS):
             assert "default: " in option.help, option.option_strings
     parser.parse_args(example(name))
+
+
+@pytest.mark.parametrize("name", vqrae.COMMANDS)
+def test_the_home_folder_is_expanded_in_every_text(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    parser = command(name).parser
+    texts = [option for option in parser._actions if option.nargs != 0 and not option.type and not option.choices]
+    assert texts
+    for option in texts:
+        assert parser._get_values(option, ["~/x"]) in ("/home/someone/x", ["/home/someone/x"]), option.dest
+
+
+@pytest.mark.parametrize("name", vqrae.COMMANDS)
+def test_outputs_are_judged_by_what_exists_before_any_work(name, tmp_path):
+    module = command(name)
+    if "--output" not in module.parser._option_string_actions:
+        pytest.skip("writes nothing")
+    action = getattr(module, "report", None) or getattr(module, name.replace("-", "_"))
+    suffixes = {"plot": ".png", "latent-statistics": ".npz", "reference-statistics": ".npz"}
+    output = tmp_path / f"a.b{suffixes.get(name, '')}"
+    output.mkdir() if name in suffixes else output.touch()
+    with pytest.raises(UserError) as error:
+        action(module.parser.parse_args([*example(name), f"--output={output}"]))
+    assert (error.value.field, error.value.value) == ("--output", str(output))
 
 
 @pytest.mark.parametrize(("name", "argument"), [("demo", "max-upload"), ("detokenize", "batch"), ("tokenize", "limit")])

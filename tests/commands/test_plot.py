@@ -6,7 +6,7 @@ import pytest
 
 from vqrae_jax.commands import plot
 from vqrae_jax.data import images
-from vqrae_jax.errors import DataError
+from vqrae_jax.errors import DataError, UserError
 
 
 def write(folder, lines):
@@ -59,7 +59,7 @@ def test_another_suffix_and_a_run_without_metrics_are_errors(tmp_path):
     for folder, output, field in (
         (missing, "x.tiff", "--output"), (missing, "x.png", "--workdir"), (empty, "x.png", "--show"),
     ):  # fmt: skip
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             run(folder, tmp_path / output)
         assert error.value.field == field
 

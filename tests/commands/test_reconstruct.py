@@ -43,7 +43,7 @@ def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys
     message = capsys.readouterr().err
     assert "skipped 1 unreadable" in message
     assert "broken.png" in message
-    written = run(trained, "--image", folder, "--output", tmp_path / "many", "--only")
+    written = run(trained, "--image", folder, "--output", tmp_path / "many.v2", "--only")
     assert [path.name for path in written] == ["00000_a.png", "00001_c.png", "00002_d.png", "00003_ü b.png"]
     assert images.read_image(written[0]).shape == (32, 32, 3)
 
@@ -63,8 +63,9 @@ def test_a_name_that_is_not_utf_8(trained, tmp_path, monkeypatch):
 
 def test_patterns_panels_and_metrics(trained, folder, tmp_path):
     report = tmp_path / "new folder" / "metrics.json"
+    (tmp_path / "out.png").mkdir()
     arguments = ["--show=input,difference", f"--metrics={report}", "--format=webp", "--fit=pad"]
-    written = run(trained, "--image", folder / "*.[pj]*g", "--output", tmp_path / "out", *arguments)
+    written = run(trained, "--image", folder / "*.[pj]*g", "--output", tmp_path / "out.png", *arguments)
     assert [path.name for path in written] == ["00000_a.webp", "00001_ü b.webp"]
     assert images.read_image(written[0]).shape == (198, 348, 3)  # two images of 160 pixels with titles
     values = json.loads(report.read_text())
@@ -78,7 +79,8 @@ def test_invalid_arguments(trained, folder, tmp_path, monkeypatch):
     for field, arguments in (
         ("--image", ["--image=broken.png"]), ("--image", ["--image=*.tiff"]),
         ("--show", ["--image=a.png", "--show=inputs"]), ("--show", ["--image=a.png", "--only", "--show=difference"]),
-        ("--output", ["--image=a.png", "--output=x.txt"]),
+        ("--output", ["--image=a.png", "--output=x.tiff"]), ("--output", ["--image=a.png", "--output=a.png/"]),
+        ("--metrics", ["--image=a.png", f"--metrics={folder}"]),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
             run(trained, "--output", tmp_path / "x.png", *arguments)

@@ -7,6 +7,7 @@ affects all of them alike. The weights are random: speed does not depend on them
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -66,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("python -m vqrae_jax.benchmark", description=__doc__, formatter_class=defaults)
+    parser.register("type", None, os.path.expanduser)  # arguments without a type
     parser.add_argument("stages", nargs="+", choices=stages.NAMES, metavar="stage", help=", ".join(stages.NAMES))
     parser.add_argument("--against", choices=["pytorch"], help="also time plain PyTorch with the same weights")
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch and transformers")

@@ -224,7 +224,7 @@ def _decoder_architecture(config: ModelConfig) -> dict[str, Any]:
         return config.decoder_architecture
     if path in SIZES:
         return dict(zip(_DECODER, SIZES[path], strict=True))
-    if not pathlib.Path(path).expanduser().is_dir() and "/" not in path:
+    if not pathlib.Path(path).is_dir() and "/" not in path:
         raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
     values = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
     return {name: values[name] for name in (*_DECODER, "hidden_act", "layer_norm_eps") if name in values}

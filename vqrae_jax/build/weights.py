@@ -80,7 +80,7 @@ def copy_all(weights: Sequence[Weights], folder: str) -> list[str]:
     """Copies weights to a folder or bucket; returns the flags with which a run reads the copies."""
     flags = []
     for item, path in zip(weights, fetch_all(weights), strict=True):
-        is_hub_name = not (storage.is_remote(item.name) or pathlib.Path(item.name).expanduser().exists())
+        is_hub_name = not (storage.is_remote(item.name) or pathlib.Path(item.name).exists())
         name = item.name if is_hub_name else path.name
         with storage.stage_output(f"{folder}/{name}") as target:
             target.parent.mkdir(parents=True, exist_ok=True)

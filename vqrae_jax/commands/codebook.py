@@ -71,9 +71,9 @@ parser.add("--alarm", "warn if a smaller share of the codes is used", type=float
 @command_line.names_arguments()
 def report(args: argparse.Namespace) -> dict[str, float | int]:
     """Runs the command; returns the content of report.json."""
+    output = command_line.output_folder(args.output)
     tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
     metrics, charts = analyze(tokenizer, _read_images(args, tokenizer.image_size))
-    output = storage.resolve_path(args.output)
     for name, chart in charts.items():
         image_files.write_image(output / f"{name}.png", chart)
     storage.write_bytes(output / "report.json", json.dumps(metrics, indent=2).encode())

@@ -8,12 +8,13 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, get_args
 
-from vqrae_jax import runtime
+from vqrae_jax import runtime, storage
 from vqrae_jax.config import DataConfig, EncoderClass, from_dict
-from vqrae_jax.errors import ConfigError, UserError, report_errors
+from vqrae_jax.errors import ConfigError, DataError, UserError, report_errors
 
 MAX_BATCH = 65_536  # images; absurd numbers are refused before they become memory or threads
 
@@ -40,10 +41,11 @@ def run(action: Callable[[], Any], level: int = logging.INFO) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of `vqrae NAME`."""
+    """The parser of `vqrae NAME`; a leading ~ of an argument becomes the home folder, as shells expand few of them."""
 
     def __init__(self, name: str, description: str):
         super().__init__(prog=f"vqrae {name}", description=description)
+        self.register("type", None, os.path.expanduser)  # arguments without a type
 
     def add(self, name: str, help: str = "", **options: Any) -> None:
         """Adds an argument; its default, if it has one, becomes part of the help."""
@@ -96,6 +98,24 @@ def count(text: str, limit: int = 10**9) -> int:
     if text.isdecimal() and len(text) < 20 and 1 <= int(text) <= limit:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 to {limit}")
+
+
+def output_folder(name: str, field: str = "--output") -> storage.Path:
+    """Returns the path of an output folder, whatever dots its name has; DataError if it is a file."""
+    path = storage.resolve_path(name)
+    if not storage.is_remote(path) and path.exists() and not path.is_dir():
+        raise DataError("is a file; expected a folder or a new name", field=field, value=name)
+    return path
+
+
+def output_file(name: str, suffixes: Collection[str] = (), field: str = "--output") -> storage.Path:
+    """Returns the path of an output file; raises a UserError for a folder, or for another suffix than `suffixes`."""
+    path = storage.resolve_path(name)
+    if not storage.is_remote(path) and path.is_dir():
+        raise DataError("is a folder; expected the name of a file", field=field, value=name)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"its suffix must be one of {', '.join(suffixes)}", field=field, value=name)
+    return path
 
 
 def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:

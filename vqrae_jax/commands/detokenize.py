@@ -37,8 +37,8 @@ parser.add_batch_and_limit(32)
 
 def detokenize(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the images written."""
-    path, output = storage.resolve_path(args.codes), storage.resolve_path(args.output)
-    dataset = None if path.suffix == ".npy" else code_files.Codes(path, cached=1)
+    path, output = storage.resolve_path(args.codes), command_line.output_folder(args.output)
+    dataset = None if path.suffix == ".npy" and not path.is_dir() else code_files.Codes(path, cached=1)
     if dataset is None and args.names == "id":
         raise DataError(f"the rows of the array {path} have no ids; leave --names out", field="--names", value="id")
     dtype = "bfloat16" if dataset is not None and dataset.plan.encoding.startswith("bfloat16") else "float32"

@@ -13,7 +13,6 @@ import jax
 
 from vqrae_jax import storage
 from vqrae_jax.commands import command_line
-from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, saving, stablehlo
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.pretrained import pytorch_vqrae, writers
@@ -28,9 +27,10 @@ parser.add("--transformers", "pytorch: version whose names the encoder gets", ty
 
 def export(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the files written."""
-    output = storage.resolve_path(args.output)
-    if args.format == "pytorch" and output.suffix not in (".pt", ".pth"):
-        raise ConfigError("the suffix of a PyTorch checkpoint must be .pt or .pth", field="--output", value=args.output)
+    if args.format == "pytorch":
+        output = command_line.output_file(args.output, (".pt", ".pth"))
+    else:
+        output = command_line.output_folder(args.output)
     tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
     if args.format == "safetensors":
         tokenizer.save_pretrained(output, embed_encoder=args.embed_encoder)

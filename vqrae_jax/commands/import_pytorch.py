@@ -22,13 +22,13 @@ parser.add("--output", "folder to write", required=True)
 
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
-    config = read_config(args.config)
+    output, config = command_line.output_folder(args.output), read_config(args.config)
     tensors = sources.read_state_dict(args.checkpoint, "--checkpoint")
     _, variables = pytorch_checkpoint.convert_checkpoint(config, tensors, args.weights, args.checkpoint)
-    with storage.stage_output(args.output) as folder:
+    with storage.stage_output(output) as folder:
         saving.save_folder(folder, config, variables, frozen=False)
-    print(f"wrote {args.output}")
-    return storage.resolve_path(args.output)
+    print(f"wrote {output}")
+    return output
 
 
 def read_config(name: str) -> config_lib.ModelConfig:

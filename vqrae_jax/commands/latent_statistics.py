@@ -54,9 +54,7 @@ parser.add_batch_and_limit(32)
 @command_line.names_arguments(ARGUMENTS)
 def latent_statistics(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Runs the command; returns the arrays that it writes."""
-    output = storage.resolve_path(args.output)
-    if output.suffix != ".npz":
-        raise DataError("its suffix must be .npz", field="--output", value=args.output)
+    output = command_line.output_file(args.output, (".npz",))
     model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
     features = {"layers": args.layers, "fusion": args.fusion, "normalize": not args.no_normalize}
     config = from_dict(ModelConfig, model | {"decoder_config_path": "ViT-S", "encoder_params": features})

@@ -36,9 +36,7 @@ parser.add("--show", "patterns of the metrics to show, as 'eval/*'; a selection 
 
 def plot(args: argparse.Namespace) -> list[str]:
     """Runs the command; returns the metrics that the panels show."""
-    suffix = pathlib.Path(args.output).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"its suffix must be one of {', '.join(SUFFIXES)}", field="--output", value=args.output)
+    output = command_line.output_file(args.output, SUFFIXES)
     runs = {name: read_metrics(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
     metrics = sorted({metric for curves in runs.values() for metric in curves})
     matches = {pattern: fnmatch.filter(metrics, pattern) for pattern in args.show or METRICS}
@@ -51,8 +49,8 @@ def plot(args: argparse.Namespace) -> list[str]:
         print(f"--show: {problem}", file=sys.stderr)
     panels = {metric: {run: curves[metric] for run, curves in runs.items() if metric in curves} for metric in selection}
     units = {metric: unit for metric in panels for pattern, unit in UNITS.items() if fnmatch.fnmatch(metric, pattern)}
-    storage.write_bytes(storage.resolve_path(args.output), visualize.curves(panels, suffix[1:], units))
-    print(f"wrote {args.output}: {', '.join(panels)}")
+    storage.write_bytes(output, visualize.curves(panels, output.suffix.lower()[1:], units))
+    print(f"wrote {output}: {', '.join(panels)}")
     return list(panels)
 
 

@@ -7,6 +7,7 @@ import argparse
 import glob
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ SHOW = "input,reconstruction,codes"
 parser = command_line.Parser("reconstruct", __doc__.partition("\n\n")[0])
 parser.add_checkpoint()
 parser.add("--image", "images, folders, or patterns as 'a/*.png'", required=True, nargs="+")
-parser.add("--output", "one image for all (.png, .jpg, .webp), or a folder for one image each", required=True)
+parser.add(
+    "--output", "one image for all (.png, .jpg, .webp), or a folder of any other name for one image each", required=True
+)
 parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
 parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
 parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
@@ -44,11 +47,12 @@ parser.add_max_pixels()
 
 def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     """Runs the command; returns the images written."""
-    output = storage.resolve_path(args.output)
-    to_folder = not output.suffix
-    if not to_folder and output.suffix.lower() not in images.SAVE_OPTIONS:
-        suffixes = ", ".join(sorted(images.SAVE_OPTIONS))
-        raise DataError(f"its suffix must be one of {suffixes}", field="--output", value=args.output)
+    to_folder = not args.output.lower().endswith(images.SUFFIXES) or os.path.isdir(args.output)
+    if to_folder:
+        output = command_line.output_folder(args.output)
+    else:
+        output = command_line.output_file(args.output, images.SAVE_OPTIONS)
+    metrics_file = command_line.output_file(args.metrics, field="--metrics") if args.metrics else None
     if args.only and args.show is not None:
         raise ConfigError("--only replaces it; leave one of them out", field="--show", value=args.show)
     show = (args.show or SHOW).split(",")
@@ -91,7 +95,7 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     if rows:
         images.write_image(output, render(rows))
         written.append(output)
-    _report(args, metrics, skipped, written)
+    _report(metrics_file, metrics, skipped, written)
     return written
 
 
@@ -136,12 +140,14 @@ def _format(metrics: dict[str, float]) -> str:
     return f"PSNR {metrics['psnr']:.2f} dB" + (f", SSIM {metrics['ssim']:.3f}" if "ssim" in metrics else "")
 
 
-def _report(args: argparse.Namespace, metrics: dict[str, Any], skipped: list[str], written: list[storage.Path]) -> None:
+def _report(
+    file: storage.Path | None, metrics: dict[str, Any], skipped: list[str], written: list[storage.Path]
+) -> None:
     names = next(iter(metrics.values()))
     mean = {name: float(np.mean([values[name] for values in metrics.values()])) for name in names}
-    if args.metrics:
+    if file:
         text = json.dumps({"mean": mean, "images": metrics, "skipped": skipped}, indent=1, ensure_ascii=False) + "\n"
-        storage.write_bytes(args.metrics, text.encode(errors="backslashreplace"))  # file names need not be UTF-8
+        storage.write_bytes(file, text.encode(errors="backslashreplace"))  # file names need not be UTF-8
     if len(metrics) > 1:
         print(f"mean of {len(metrics)} images: {_format(mean)}")
     if skipped:

@@ -42,9 +42,7 @@ parser.add_batch_and_limit(64)
 @command_line.names_arguments(ARGUMENTS)
 def reference_statistics(args: argparse.Namespace) -> Moments:
     """Runs the command; returns the moments of the features."""
-    output = storage.resolve_path(args.output)
-    if output.suffix != ".npz":
-        raise DataError("its suffix must be .npz", field="--output", value=args.output)
+    output = command_line.output_file(args.output, (".npz",))
     name = "inception" if args.inception else "encoder"
     settings = {"encoder_cls": args.encoder_cls, "encoder_input_size": args.encoder_size, "encoder_pool": args.pool}
     settings |= {"inception_path": args.inception} if args.inception else {"encoder_path": args.encoder}

@@ -62,6 +62,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
         process, processes = distributed.process_index(), distributed.process_count()
     if not 0 <= process < processes:
         raise ConfigError(f"must be less than --processes={processes}", field="--process", value=process)
+    output = command_line.output_folder(args.output)
     classes = read_classes(args.classes) if args.classes else None
     source = pipeline.evaluation_source(command_line.data_config(args), classes)
     if classes and (unknown := source.classes[len(classes) :]):
@@ -80,11 +81,11 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
     if (args.batch or args.shard_size != SHARD) and args.shard_size % batch:
         message = f"must be a multiple of {batch}, the images per batch"
         raise ConfigError(message, field="--shard-size", value=args.shard_size)
-    shards = [shard for shard in codes.start_dataset(args.output, plan) if shard % processes == process]
+    shards = [shard for shard in codes.start_dataset(output, plan) if shard % processes == process]
     if shards:
-        write_shards(tokenizer, source, plan, shards, args.output, batch, args.threads)
-    manifest = codes.finish_dataset(args.output, plan, source.key)
-    print(f"wrote {len(shards)} of {plan.shards} shards to {args.output}")
+        write_shards(tokenizer, source, plan, shards, output, batch, args.threads)
+    manifest = codes.finish_dataset(output, plan, source.key)
+    print(f"wrote {len(shards)} of {plan.shards} shards to {output}")
     if manifest is None:
         print("other processes are not done: the last one completes the manifest")
         return None
@@ -131,7 +132,13 @@ def count_views(views: str) -> int:
 
 
 def write_shards(
-    tokenizer: Tokenizer, source: Any, plan: codes.Plan, shards: list[int], output: str, batch: int, threads: int
+    tokenizer: Tokenizer,
+    source: Any,
+    plan: codes.Plan,
+    shards: list[int],
+    output: storage.Path,
+    batch: int,
+    threads: int,
 ) -> None:
     """Encodes and writes shards; reading (by `threads`), the device and the disk work at the same time."""
     with concurrent.futures.ThreadPoolExecutor(1) as disk:

@@ -84,7 +84,7 @@ def load_config_file(name: str) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: no such file, or it does not return a config; with the line.
     """
-    path, colon, argument = name.partition(":")
+    path, colon, argument = os.path.expanduser(name).partition(":")
     if not os.path.isfile(path):
         raise ConfigError(f"{path} is not a file on this machine")
     loader = importlib.machinery.SourceFileLoader("config_file", os.path.abspath(path))

@@ -7,6 +7,7 @@ checked by the section that contains them. Upper limits are far above sensible v
 before it becomes memory, threads or an endless loop.
 """
 
+import os
 import typing
 from typing import Annotated, Any, Literal
 
@@ -50,9 +51,14 @@ Architecture = Annotated[dict[str, Any], pydantic.AfterValidator(_check_sizes)]
 
 
 class Section(pydantic.BaseModel):
-    """A frozen group of fields that rejects unknown names."""
+    """A frozen group of fields that rejects unknown names; a leading ~ of a text becomes the user's home folder."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class EncoderParams(Section):

@@ -29,7 +29,7 @@ def list_images(folder: str | os.PathLike, field: str = "data.path") -> list[str
     Suffixes count in any case. Hidden files and folders are left out; links are followed, each folder once. Files in
     unsupported image formats are counted in a warning; a folder without images is a DataError.
     """
-    folder = os.fspath(folder)
+    folder = storage.expand_home(folder)
     files = storage.list_files(folder, field)
     ends = (os.path.splitext(path)[1].lower() for path in files if path.lower().endswith(_UNSUPPORTED))
     unsupported = collections.Counter(ends)
@@ -51,7 +51,7 @@ class Folder(Source):
 
     def __init__(self, path: str | os.PathLike, field: str = "data.path", classes: Sequence[str] = ()):
         """`classes`: names that have the first numbers, as those of the training images; unknown subfolders follow."""
-        self.path = os.fspath(path)
+        self.path = storage.expand_home(path)
         start = len(os.path.join(self.path, ""))
         files = [os.fsencode(file[start:]) for file in list_images(self.path, field)]
         used = set(map(os.fsdecode, set(map(_top_folder, files)) - {None}))

@@ -131,7 +131,7 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) 
       suffixes: accepted ends of file names.
       field: config field or argument that `path` comes from.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = storage.expand_home(path)
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
         numbers = range(int(match[1]), int(match[2]) + 1)
         files = [f"{path[: match.start()]}{i:0{len(match[1])}d}{path[match.end() :]}" for i in numbers]

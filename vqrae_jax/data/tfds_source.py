@@ -79,7 +79,7 @@ def _tfds() -> Any:
 def _builder(name: str | None, path: str | os.PathLike | None) -> Any:
     """Returns the reader of a dataset's metadata files; the code that prepared the dataset is not needed."""
     tfds = _tfds()
-    path = None if path is None else os.path.expanduser(os.fspath(path))
+    path = None if path is None else storage.expand_home(path)
     try:
         if name is None:
             return tfds.builder_from_directory(_prepared_folder(path))
