@@ -16,7 +16,7 @@ from vqrae_jax.commands import detokenize, plot
 from vqrae_jax.data.codes import Codes
 from vqrae_jax.data.folder import Folder, list_images
 from vqrae_jax.data.parquet import Tables
-from vqrae_jax.data.source import list_shards
+from vqrae_jax.data.shards import list_shards
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.errors import CheckpointError, ConfigError, DataError, StorageError, UserError, WeightsError
 from vqrae_jax.evaluation import reference

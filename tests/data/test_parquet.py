@@ -49,6 +49,31 @@ def test_records_are_images_with_labels(tables, png, kind, name):
         source[10]
 
 
+@pytest.mark.parametrize("state", [True, False])
+def test_caches_next_to_the_files_of_save_to_disk_are_ignored(tables, tmp_path, state):
+    names = [f"train-0000{i}-of-00002.arrow" for i in (1, 0)]
+    tables("stream")
+    for cache in ("cache-0123456789abcdef.arrow", "train-00000-of-00001.arrow"):  # the second is of an earlier call
+        (tmp_path / cache).write_bytes((tmp_path / names[0]).read_bytes())
+    if not state:
+        with pytest.raises(DataError, match="cache"):
+            Tables(tmp_path)
+        return
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    source = Tables(tmp_path)
+    assert [source[i]["label"] for i in range(len(source))] == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(DataError, match=names[0]):
+        Tables(tmp_path)
+
+
+def test_a_folder_of_splits_names_them(tables, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "dataset_dict.json").touch()
+    with pytest.raises(DataError, match="train"):
+        Tables(tmp_path)
+
+
 def test_the_listing_depends_on_the_files(tables, tmp_path):
     before = Tables(tables("parquet")).listing(4)
     assert Tables(tmp_path).listing(4) == before

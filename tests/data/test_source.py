@@ -11,7 +11,8 @@ from vqrae_jax import storage
 from vqrae_jax.config import DataConfig
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.pipeline import evaluation_batches, train_batches
-from vqrae_jax.data.source import list_shards, locate, read_range
+from vqrae_jax.data.shards import list_shards
+from vqrae_jax.data.source import locate, read_range
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 
 
@@ -48,6 +49,55 @@ def test_shards_are_a_folder_a_file_a_pattern_or_a_range(tmp_path, bucket, kind)
     assert error.value.field == "data.path"
     with pytest.raises(DataError, match=r"\.parquet"):
         list_shards(folder, (".parquet",), "data.path")
+
+
+@pytest.fixture(params=["local", "bucket"])
+def tree(request, tmp_path, bucket):
+    """Two folders of three shards each, and one with another name."""
+    names = [f"{folder}/{name}-{i}.tar" for folder in "abc" for name in ("train", "val") for i in range(3)]
+    if request.param == "bucket":
+        write_files(bucket, "/data", *names)
+        return "memory://data"
+    write_files(fsspec.filesystem("file", auto_mkdir=True), tmp_path, *names)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/train-{0,1}.tar", "a0 a1"), ("a/train-[01].tar", "a0 a1"), ("a/train-[!1].tar", "a0 a2"),
+        ("a/train-{2..0}.tar", "a2 a1 a0"), ("{a,b}/train-*.tar", "a0 a1 a2 b0 b1 b2"), ("[bc]/train-1.tar", "b1 c1"),
+        ("?/train-{1..2}.tar", "a1 b1 c1 a2 b2 c2"), ("{c,{a,b}}/train-0.tar", "c0 a0 b0"),
+        ("b/train-2.tar::DATA/a/train-{0..1}.tar::DATA/c/train-*", "b2 a0 a1 c0 c1 c2"),
+        ("a/train*::DATA/{b,c}/val-0.tar", "a0 a1 a2 bval0 cval0"),
+    ],
+)  # fmt: skip
+def test_patterns_have_alternatives_in_files_and_folders(tree, pattern, expected):
+    pattern = f"{tree}/{pattern}".replace("DATA", tree)
+    names = [name if "val" in name else f"{name[0]}train{name[1:]}" for name in expected.split()]
+    files = [f"{tree}/{name[0]}/{name[1:-1]}-{name[-1]}.tar" for name in names]
+    assert list_shards(pattern, (".tar",), "data.path") == files
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a/train-{0,3}.tar", "{a,d}/train-*.tar", "[de]/train-0.tar", "a/train-*.tar::DATA/a/train-1.tar",
+        "a/train-{0..999999999}.tar", "a/train-{0..99999}{0..99999}.tar", "a/train-*.tar::", "a/*",
+    ],
+)  # fmt: skip
+def test_what_a_pattern_names_must_exist_once(tree, pattern):
+    with pytest.raises(DataError) as error:
+        list_shards(f"{tree}/{pattern}".replace("DATA", tree), (".tar",), "data.path")
+    assert error.value.field == "data.path"
+
+
+def test_the_name_of_a_folder_may_look_like_a_file_or_a_pattern(tmp_path):
+    for name in ("a.tar", "{a,b}", "c::d", "[ab]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "{0,1}.tar").touch()
+        for path in (name, f"{name}/{{0,1}}.tar"):
+            assert list_shards(tmp_path / path, (".tar",), "data.path") == [f"{tmp_path}/{name}/{{0,1}}.tar"]
 
 
 def test_relative_patterns_name_files_in_the_working_folder(tmp_path, monkeypatch):

@@ -171,7 +171,8 @@ class DataConfig(Section):
     # scikit-image and scikit-learn ship.
     source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
     # Training images, local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders;
-    # webdataset and parquet: a folder, a file or a pattern as in "data/train-*.tar"; tfds: data_dir or prepared folder.
+    # webdataset and parquet: a folder, a file or patterns as in "data/train-{000..127}.tar::data/more/*.tar"; tfds:
+    # data_dir or prepared folder.
     path: str | None = None
     eval_path: str | None = None  # validation images, in the form of path; None: no evaluation
     name: str | None = None  # name of the TFDS dataset, as in "imagenet2012"; None for a prepared folder

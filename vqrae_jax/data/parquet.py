@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.source import USUAL, Keys, Source, list_shards, locate, select_columns
+from vqrae_jax.data.shards import list_shards
+from vqrae_jax.data.source import USUAL, Keys, Source, locate, select_columns
 from vqrae_jax.errors import DataError, ImageError, import_extra
 
 _CACHED = 8  # row groups

@@ -1,11 +1,8 @@
-"""The interface of image sources, and the files of a dataset."""
+"""The interface of image sources."""
 
 import copy
-import fnmatch
 import hashlib
 import logging
-import os
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,7 +13,6 @@ from vqrae_jax import storage
 from vqrae_jax.errors import DataError, ImageError
 
 MAX_PIXELS = 64_000_000  # of an image, by default; decoding and converting take up to 8 bytes for each, see docs
-_COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 
 _log = logging.getLogger(__name__)
 
@@ -120,47 +116,3 @@ def read_range(path: str, start: int, end: int) -> bytes:
     if len(data) != end - start:
         raise ImageError(f"{path!r} is cut short: it ends before byte {end}")
     return data
-
-
-def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) -> list[str]:
-    """Lists the files that make up one split of a dataset, in order.
-
-    Args:
-      path: a file, a folder that holds nothing but one split, or a pattern with *, ? or a range as in
-        "train-{0000..0146}.tar"; local or in a bucket.
-      suffixes: accepted ends of file names.
-      field: config field or argument that `path` comes from.
-    """
-    path = storage.expand_home(path)
-    if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
-        numbers = range(int(match[1]), int(match[2]) + 1)
-        files = [f"{path[: match.start()]}{i:0{len(match[1])}d}{path[match.end() :]}" for i in numbers]
-        existing = set(storage.list_files(os.path.dirname(path), field, recursive=False))
-        if missing := [name for name in files if name not in existing]:
-            problem = f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]!r}"
-            raise DataError(problem, field=field, value=path)
-    elif re.search(r"[*?]", path):
-        folder, pattern = os.path.split(path)
-        files = storage.list_files(folder, field, recursive=False)
-        files = [name for name in files if fnmatch.fnmatchcase(os.path.basename(name), pattern)]
-    elif path.endswith((*suffixes, *_COMPRESSED)):
-        files = [path]
-    else:
-        files = storage.list_files(path, field, recursive=False)
-    compressed = next((name for name in files if name.endswith(_COMPRESSED)), None)
-    files, kinds = [name for name in files if name.endswith(suffixes)], " or ".join(suffixes)
-    if not files and compressed:
-        raise DataError(
-            f"{compressed!r} is compressed and cannot be read in random access; unpack it (gunzip) to {kinds} files",
-            field=field, value=path,
-        )  # fmt: skip
-    if not files:
-        raise DataError(f"no {kinds} files; expected a folder of them, a file or a pattern", field=field, value=path)
-    splits = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", name[: name.rindex(".")]) for name in files})
-    if len(splits) > 1:
-        raise DataError(
-            f"several splits ({', '.join(map(os.path.basename, splits[:5]))}); select one with a pattern such as "
-            f"{splits[0] + '*' + suffixes[0]!r}",
-            field=field, value=path,
-        )  # fmt: skip
-    return files

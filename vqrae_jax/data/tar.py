@@ -21,7 +21,8 @@ import numpy as np
 
 from vqrae_jax import runtime, storage
 from vqrae_jax.data.images import MAX_BYTES, SUFFIXES
-from vqrae_jax.data.source import USUAL, Keys, Source, list_shards, locate, read_range
+from vqrae_jax.data.shards import list_shards
+from vqrae_jax.data.source import USUAL, Keys, Source, locate, read_range
 from vqrae_jax.errors import DataError, ImageError
 
 _MAX_LABEL_BYTES = 2**16

@@ -1,0 +1,127 @@
+"""The files of a dataset: folders, patterns and lists of them, local or in buckets."""
+
+import collections
+import fnmatch
+import functools
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+
+from vqrae_jax import storage
+from vqrae_jax.errors import DataError
+
+_COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
+_BRACES = re.compile(r"\{(?:([^{}]*,[^{}]*)|(\d{1,9})\.\.(\d{1,9}))\}")
+_MAGIC = re.compile(r"[*?[]")
+_MAX_PARTS = 100_000  # alternatives of a pattern with braces
+
+
+def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) -> list[str]:
+    """Lists the files that make up one split of a dataset, in order.
+
+    Args:
+      path: a file, a folder that holds nothing but one split, or a pattern with *, ?, [01], {a,b} or {000..127} in the
+        names of files and folders; several are separated by "::". Local or in a bucket.
+      suffixes: accepted ends of file names.
+      field: config field or argument that `path` comes from.
+    """
+    path, kinds = storage.expand_home(path), " or ".join(suffixes)
+
+    def error(problem: str) -> DataError:
+        return DataError(problem, field=field, value=path)
+
+    parts = [path] if os.path.exists(path) else list(itertools.islice(_expand(path), _MAX_PARTS + 1))
+    if len(parts) > _MAX_PARTS:
+        raise error(f"the pattern has more than {_MAX_PARTS} alternatives")
+    list_folder = functools.cache(lambda folder: dict.fromkeys(storage.list_files(folder, field, recursive=False)))
+    groups, missing = [], []
+    for part in parts:
+        files = _list_part(part, (*suffixes, *_COMPRESSED), list_folder, field, check=len(parts) > 1)
+        groups.append([name for name in files if name.endswith(suffixes)])
+        compressed = [name for name in files if name.endswith(_COMPRESSED)]
+        if compressed and not groups[-1]:
+            problem = "is compressed and cannot be read in random access; unpack it (gunzip) to"
+            raise error(f"{compressed[0]!r} {problem} {kinds} files")
+        if not groups[-1]:
+            missing.append(part)
+        if len(splits := _splits(groups[-1])) > 1:
+            pattern = f"{splits[0]}*{suffixes[0]}"
+            raise error(f"several splits ({', '.join(splits[:5])}); select one with a pattern such as {pattern!r}")
+    if missing and len(parts) > 1:
+        raise error(f"{len(missing)} of {len(parts)} shards or patterns are missing, the first is {missing[0]!r}")
+    if missing:
+        folders = storage.list_folders(path, field) if os.path.isdir(path) else []
+        listed = f"; its folders are {', '.join(folders[:5])}" if folders else ""
+        raise error(f"no {kinds} files{listed}; expected a folder of them, a file or a pattern")
+    files = list(itertools.chain(*groups))
+    name, count = collections.Counter(files).most_common(1)[0]
+    if count > 1:
+        raise error(f"names {name!r} {count} times")
+    return files
+
+
+def _splits(files: Collection[str]) -> list[str]:
+    """Returns the different names of files without their numbers and ends."""
+    stems = (os.path.splitext(os.path.basename(name))[0] for name in files)
+    return sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", stem) for stem in stems})
+
+
+def _expand(path: str) -> Iterator[str]:
+    """Yields the parts of a path that "::" separates, with the home folder and the alternatives of their braces."""
+    for pattern in path.split("::"):
+        alternatives = itertools.islice(_expand_braces(storage.expand_home(pattern)), _MAX_PARTS + 1)
+        yield from dict.fromkeys(alternatives)  # {a,{b,c}} has a twice
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yields the alternatives of a pattern with {a,b} and {000..127}, which may be nested, in order."""
+    if not (braces := _BRACES.search(pattern)):
+        yield pattern
+        return
+    choices, first, last = braces.groups()
+    if choices is None:
+        step = 1 if int(first) <= int(last) else -1
+        choices = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + step, step))
+    else:
+        choices = choices.split(",")
+    for choice in choices:
+        yield from _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
+
+
+def _list_part(
+    part: str, ends: tuple[str, ...], list_folder: Callable[[str], Collection[str]], field: str, check: bool
+) -> Collection[str]:
+    """Returns the files of a folder, a pattern without braces, or a file, which `check` looks up; none if missing."""
+    folder, name = os.path.split(part)
+    is_pattern = _MAGIC.search(part)
+    if os.path.isdir(part) or not (is_pattern or part.endswith(ends)):
+        return _data_files(part, list_folder(part))
+    if os.path.exists(part) or not (is_pattern or check):
+        return [part]
+    listings = [list_folder(parent) for parent in _match_folders(folder, field)]
+    if any(part in files for files in listings):
+        return [part]
+    return [file for files in listings for file in files if fnmatch.fnmatchcase(os.path.basename(file), name)]
+
+
+def _data_files(folder: str, files: Collection[str]) -> Collection[str]:
+    """Returns the files of a folder, or those that state.json of `datasets.save_to_disk` lists, without caches."""
+    if (state := os.path.join(folder, "state.json")) not in files:
+        return files
+    try:
+        names = [entry["filename"] for entry in json.loads(storage.read_bytes(state))["_data_files"]]
+        return [os.path.join(folder, os.path.basename(name)) for name in names]
+    except (ValueError, TypeError, KeyError, RecursionError):  # a file of another program
+        return files
+
+
+def _match_folders(pattern: str, field: str) -> list[str]:
+    """Returns the folders whose path matches a pattern, sorted."""
+    if not _MAGIC.search(pattern) or os.path.isdir(pattern):
+        return [pattern]
+    parent, name = os.path.split(pattern)
+    folders = _match_folders(parent, field)
+    names = {folder: storage.list_folders(folder or ".", field) for folder in folders}
+    return [os.path.join(f, n) for f in folders for n in names[f] if fnmatch.fnmatchcase(n, name)]
