@@ -94,9 +94,15 @@ def test_checkpoints_that_do_not_fit_are_errors(model_config, tensors):
 
 def test_a_state_dict_saved_through_a_wrapper(model_config, tensors):
     _, expected = convert_checkpoint(model_config, tensors)
-    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
-        _, variables = convert_checkpoint(model_config, {wrapper + name: value for name, value in tensors.items()})
-        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    # DistributedDataParallel, torch.compile and FSDP, around the model, in any order, and around its parts
+    for outer, inner in (("module.", ""), ("_orig_mod.module.", ""), ("module._orig_mod.", "_fsdp_wrapped_module."),
+                         ("", "_orig_mod.")):  # fmt: skip
+        wrapped = {outer + name.replace("decoder.", "decoder." + inner, 1): x for name, x in tensors.items()}
+        for checkpoint in (wrapped, {"model": wrapped, "ema": wrapped}):
+            _, variables = convert_checkpoint(model_config, checkpoint)
+            jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    with pytest.raises(WeightsError, match=r"module\.decoder\.decoder_norm\.bias"):
+        convert_checkpoint(model_config, tensors | {"module.decoder.decoder_norm.bias": np.zeros(40, np.float32)})
 
 
 def test_config_files(config, tmp_path):

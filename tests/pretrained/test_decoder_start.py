@@ -32,7 +32,8 @@ def decoder(model_file):
 
 def test_release_or_whole_model(golden, tmp_path, model_file, decoder, assert_same):
     np.savez(tmp_path / "decoder.npz", **decoder)
-    for path in (tmp_path / "decoder.npz", model_file):
+    np.savez(tmp_path / "wrapped.npz", **{f"decoder._orig_mod.{name}": x for name, x in decoder.items()})
+    for path in (tmp_path / "decoder.npz", tmp_path / "wrapped.npz", model_file):
         read = build_tokenizer(config(golden, path)).pretrained["decoder"]
         assert_same(read, convert.convert(decoder, DECODER_TABLE, read))
         np.testing.assert_array_equal(read["embed"]["kernel"], decoder["decoder_embed.weight"].T)

@@ -105,7 +105,7 @@ def test_hub_configs_leave_defaults_out(golden, copy):
     fields = families.describe(families.FAMILIES["Dinov2withNorm"], sources.read_config(folder, "field"), "a folder")
     assert fields["blocks"] == {
         "width": 384, "depth": 12, "heads": 6, "mlp": 1536, "act": "gelu", "gated": False, "layer_scale": True,
-        "norm_eps": 1e-6,
+        "norm_eps": 1e-6, "unbiased": (),
     }  # fmt: skip
     assert fields["grid"] == 37
 

@@ -14,7 +14,7 @@ from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
-from vqrae_jax.pretrained import convert, families, sources
+from vqrae_jax.pretrained import convert, families, sources, tables
 
 _PATHS = ("dinov2_path", "dinov3_path", "model_name")  # fields of encoder_params that may name the weights
 
@@ -73,7 +73,8 @@ def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) ->
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
     family, (_, field) = families.FAMILIES[config.encoder_cls], weights_source(config)
     state, optional = sources.read_weights(folder, field), ("norm/scale", "norm/bias")
-    return convert.convert(state, family.table, shapes, optional=optional, source=str(folder), prefix=family.tower)
+    prefix = tables.find_prefix(family.table, state)
+    return convert.convert(state, family.table, shapes, optional, source=str(folder), prefix=prefix)
 
 
 def weights_source(config: ModelConfig) -> tuple[str | None, str]:

@@ -51,4 +51,12 @@ def _normal_cdf(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": functools.partial(nn.gelu, approximate=True), "silu": nn.silu}
+def quick_gelu(x: Float[jax.Array, "*b"]) -> Float[jax.Array, "*b"]:
+    """Returns x sigmoid(1.702 x), the activation of CLIP."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": gelu, "gelu_tanh": functools.partial(nn.gelu, approximate=True), "quick_gelu": quick_gelu, "silu": nn.silu,
+    "relu": nn.relu, "relu6": nn.relu6, "leaky_relu": nn.leaky_relu, "mish": jax.nn.mish, "tanh": nn.tanh,
+}  # fmt: skip

@@ -29,10 +29,10 @@ class BlocksConfig:
     depth: int
     heads: int
     mlp: int
-    act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    act: str = "gelu"  # a name in `layers.ACTIVATIONS`
     gated: bool = False  # the MLP is act(gate) * up
     layer_scale: bool = False
-    unbiased: tuple[str, ...] = ()  # which of "query", "key" and "value" have no bias
+    unbiased: tuple[str, ...] = ()  # layers without bias: "query", "key", "value", "out", "up", "gate", "down"
     norm_eps: float = 1e-6
     remat: bool = False  # recomputes each block in the backward pass
     dtype: str = "float32"  # of the activations; norms and softmax stay float32
@@ -136,7 +136,7 @@ class Attention(nn.Module):
             if c.dtype == "bfloat16" and not c.remat:
                 function = jax.checkpoint(function, prevent_cse=False)
             x = function(query, key, value)
-        return dense(c.width, axis=(-2, -1), name="out")(x)
+        return dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, name="out")(x)
 
 
 class Mlp(nn.Module):
@@ -147,11 +147,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         c = self.cfg
-        dense = functools.partial(nn.Dense, dtype=c.dtype, precision=matmul_precision(c.dtype))
+
+        def dense(width: int, name: str) -> nn.Dense:
+            precision = matmul_precision(c.dtype)
+            return nn.Dense(width, name not in c.unbiased, dtype=c.dtype, precision=precision, name=name)
+
         act = ACTIVATIONS[c.act]
-        hidden = dense(c.mlp, name="up")(x)
-        hidden = act(dense(c.mlp, name="gate")(x)) * hidden if c.gated else act(hidden)
-        return dense(c.width, name="down")(hidden)
+        hidden = dense(c.mlp, "up")(x)
+        hidden = act(dense(c.mlp, "gate")(x)) * hidden if c.gated else act(hidden)
+        return dense(c.width, "down")(hidden)
 
 
 class LayerScale(nn.Module):

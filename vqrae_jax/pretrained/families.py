@@ -5,15 +5,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vqrae_jax.errors import WeightsError
-from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, find_row, norm_rows
+from vqrae_jax.pretrained import tables
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, norm_rows
 
 DECODER = "a decoder"
+_QKV = ("query", "key", "value")
+# Values of `hidden_act` in transformers, and the names of the same functions in `models.layers`.
+ACTIVATIONS = {name: name for name in ("gelu", "silu", "relu", "relu6", "leaky_relu", "quick_gelu", "mish", "tanh")} | {
+    "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "swish": "silu",
+}  # fmt: skip
 
 _VIT = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
     "hidden_act": "gelu", "image_size": 224, "patch_size": 16,
 }  # fmt: skip
-_DINOV2 = _VIT | {"mlp_ratio": 4, "use_swiglu_ffn": False, "layer_norm_eps": 1e-6}
+_DINOV2 = _VIT | {"mlp_ratio": 4, "use_swiglu_ffn": False, "layer_norm_eps": 1e-6, "qkv_bias": True}
+_MAE = _VIT | {"layer_norm_eps": 1e-12, "qkv_bias": True}
 _SIGLIP = _VIT | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 # Files on the hub leave out values that equal transformers' defaults: those by `model_type`, of the fields read below.
 DEFAULTS = {
@@ -26,7 +34,8 @@ DEFAULTS = {
     },
     "siglip": {"vision_config": {}},
     "siglip_vision_model": _SIGLIP,
-    "vit_mae": _VIT | {"layer_norm_eps": 1e-12, "qkv_bias": True},
+    "vit_mae": _MAE,
+    "vit": _MAE,
 }  # fmt: skip
 
 
@@ -38,7 +47,6 @@ class Family:
     table: Table  # onto the tree of models.encoder.Encoder
     describe: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> fields of ViTConfig, `blocks` nested
     prefix: str  # of the encoder's names in a training checkpoint of the PyTorch VQRAE
-    tower: str = ""  # prefix of the encoder's names in hub files that have other networks too
 
 
 def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +57,7 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"intermediate_size": (int(mlp * 2 / 3) + 7) // 8 * 8, "hidden_act": "silu"}
     registers = config["model_type"] == "dinov2_with_registers"
     return {
-        **_vit(config, gated=gated, layer_scale=True),
+        **_vit(config, gated=gated, layer_scale=True, unbiased=_unbiased(config, qkv_bias=_QKV)),
         "registers": config["num_register_tokens"] if registers else 0,
         "antialias": registers,
     }
@@ -57,9 +65,8 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of DINOv3ViTModel. Positions are rotations, so its image_size is ignored."""
-    if not (config["mlp_bias"] and config["proj_bias"]):
-        raise WeightsError("a DINOv3 encoder without mlp_bias or proj_bias is not supported")
-    unbiased = tuple(name for name in ("query", "key", "value") if not config[f"{name}_bias"])
+    layers = {f"{name}_bias": (name,) for name in _QKV} | {"proj_bias": ("out",), "mlp_bias": ("gate", "up", "down")}
+    unbiased = _unbiased(config, **layers)
     fields = _vit(config | {"image_size": 0}, gated=config["use_gated_mlp"], layer_scale=True, unbiased=unbiased)
     del fields["grid"]
     return fields | {
@@ -75,18 +82,20 @@ def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ViT fields of the encoder of ViTMAEForPreTraining; nothing is masked here."""
-    if not config["qkv_bias"]:
-        raise WeightsError("a MAE encoder without qkv_bias is not supported")
-    return _vit(config)
+    """Returns the ViT fields of ViTModel and of the encoder of ViTMAEForPreTraining; nothing is masked here."""
+    return _vit(config, unbiased=_unbiased(config, qkv_bias=_QKV))
 
 
 def activation(config: dict[str, Any]) -> str:
     """Returns our name for the activation `hidden_act`."""
-    names = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-    if config["hidden_act"] not in names:
-        raise WeightsError(f"hidden_act={config['hidden_act']!r} is not supported; expected {', '.join(names)}")
-    return names[config["hidden_act"]]
+    if config["hidden_act"] not in ACTIVATIONS:
+        raise WeightsError(f"hidden_act={config['hidden_act']!r} is not supported; expected {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config["hidden_act"]]
+
+
+def _unbiased(config: dict[str, Any], **layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the layers without bias; `layers` are those that each field of the config switches."""
+    return tuple(layer for field, names in layers.items() if not config[field] for layer in names)
 
 
 def _vit(config: dict[str, Any], **block_fields: Any) -> dict[str, Any]:
@@ -103,6 +112,9 @@ def _vit(config: dict[str, Any], **block_fields: Any) -> dict[str, Any]:
 _BLOCK = "vit/block#/"
 # The attention of DINOv2 and MAE in transformers 4 and 5.
 _PROJECTIONS = "(attention.query|q_proj) (attention.key|k_proj) (attention.value|v_proj) (output.dense|o_proj)"
+
+# Heads of fine-tuned models, which are not used.
+_HEADS: Table = [Row(f"{name}.*", None) for name in ("classifier", "pooler")]
 
 _LAYER = "encoder.layer.#."
 
@@ -124,6 +136,7 @@ DINOV2_TABLE: Table = [
     *dense_rows(_LAYER + "mlp.(weights_out|down_proj)", _BLOCK + "mlp/down", "gated"),
     Row(_LAYER + "layer_scale2.lambda1", _BLOCK + "scale2/scale"),
     *norm_rows("layernorm", "norm"),
+    *_HEADS,
 ]
 
 _LAYER = "(layer|model.layer).#."
@@ -145,6 +158,7 @@ DINOV3_TABLE: Table = [
     # file needs the identity.
     Row("norm.weight", "norm/scale", filler=(1.0, "D")),
     Row("norm.bias", "norm/bias", filler=(0.0, "D")),
+    *_HEADS,
 ]
 
 _LAYER = "encoder.layers.#."
@@ -176,6 +190,7 @@ SIGLIP_TABLE: Table = [
         )
     ),
     *(Row(name, None) for name in ("text_model.*", "logit_scale", "logit_bias")),
+    *_HEADS,
 ]
 
 _LAYER = "(encoder.layer|layers).#."
@@ -190,7 +205,8 @@ MAE_TABLE: Table = [
     *dense_rows(_LAYER + "(intermediate.dense|mlp.fc1)", _BLOCK + "mlp/up"),
     *dense_rows(_LAYER + "(output.dense|mlp.fc2)", _BLOCK + "mlp/down"),
     *norm_rows("layernorm", "norm"),
-    Row("decoder.*", None),
+    *(Row(name, None) for name in ("embeddings.mask_token", "decoder.*")),
+    *_HEADS,
 ]
 
 
@@ -242,10 +258,8 @@ FAMILIES = {
         ("dinov2", "dinov2_with_registers"), DINOV2_TABLE, describe_dinov2, prefix="encoder.encoder."
     ),
     "Dinov3withNorm": Family(("dinov3_vit",), DINOV3_TABLE, describe_dinov3, prefix="encoder.encoder."),
-    "SigLIP2wNorm": Family(
-        ("siglip_vision_model", "siglip"), SIGLIP_TABLE, describe_siglip, "encoder.model.", tower="vision_model."
-    ),
-    "MAEwNorm": Family(("vit_mae",), MAE_TABLE, describe_mae, prefix="encoder.model.", tower="vit."),
+    "SigLIP2wNorm": Family(("siglip_vision_model", "siglip"), SIGLIP_TABLE, describe_siglip, prefix="encoder.model."),
+    "MAEwNorm": Family(("vit_mae", "vit"), MAE_TABLE, describe_mae, prefix="encoder.model."),
 }
 
 
@@ -253,11 +267,12 @@ def guess_kind(names: Iterable[str]) -> str | None:
     """Returns the `encoder_cls`, or DECODER, whose table has more than half of these tensor names; otherwise None."""
     names = list(names)
 
-    def count_matches(table: Table, prefix: str) -> int:
-        rows = (find_row(table, name.removeprefix(prefix)) for name in names)
+    def count_matches(table: Table) -> int:
+        prefix = tables.find_prefix(table, names)
+        rows = (tables.find_row(table, name.removeprefix(prefix)) for name in names)
         return sum(1 for row in rows if row and row[1])
 
-    scores = {name: count_matches(family.table, family.tower) for name, family in FAMILIES.items()}
-    scores[DECODER] = count_matches(DECODER_TABLE, "decoder.")
+    scores = {name: count_matches(family.table) for name, family in FAMILIES.items()}
+    scores[DECODER] = count_matches(DECODER_TABLE)
     best = max(scores, key=scores.__getitem__)
     return best if scores[best] > len(names) / 2 else None

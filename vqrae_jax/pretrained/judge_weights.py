@@ -14,7 +14,8 @@ import numpy as np
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import sources
 from vqrae_jax.pretrained.convert import convert
-from vqrae_jax.pretrained.tables import Row, Table, attention_rows, dense_rows, norm_rows
+from vqrae_jax.pretrained.readers import Renamed, unwrap
+from vqrae_jax.pretrained.tables import Row, Table, attention_rows, dense_rows, find_prefix, norm_rows
 
 # Inception-v3 of Frechet distances.
 INCEPTION_URL = (
@@ -135,8 +136,9 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
     tensors = sources.read_state_dict(name, field)
     for key in ("teacher", "student", "model", "state_dict"):  # training checkpoints nest it
         tensors = tensors[key] if isinstance(tensors.get(key), Mapping) else tensors
-    prefix = r"^(module\.)?(backbone\.)?(vit\.)?"
-    tensors = {re.sub(prefix, "", n): tensors[n] for n in tensors}
+    tensors = unwrap(tensors, name)
+    prefix = find_prefix(DINO_TABLE, tensors)
+    tensors = Renamed(tensors, {n.removeprefix(prefix): n for n in tensors})
 
     def shape(*names: str) -> tuple[int, ...]:
         existing = [n for n in names if n in tensors]

@@ -16,6 +16,7 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import writers
 from vqrae_jax.pretrained.convert import convert
 from vqrae_jax.pretrained.families import FAMILIES
+from vqrae_jax.pretrained.readers import unwrap
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense_rows, nest_rows, norm_rows
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,6 @@ NO_REGISTERS = (
     "features differ from ours"
 )
 
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-
 
 def name_table(encoder_cls: str, quantizer: str) -> Table:
     """Returns the table of a whole model, onto paths of `variables`."""
@@ -109,19 +108,17 @@ def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) 
     if parts:
         if weights not in parts:
             raise WeightsError(f"{source} has only {parts[0]!r} weights", field="--weights", value=weights)
-        selected = dict(checkpoint[weights])
-        averaged = any(_unwrap(name) == COUNTS and np.any(value) for name, value in selected.items())
+        selected = dict(unwrap(checkpoint[weights], source))
+        averaged = np.any(selected.get(COUNTS, 0))
         if weights == "ema" and "model" in parts and not averaged:
-            live = {n: v for n, v in checkpoint["model"].items() if _unwrap(n) in BUFFERS}
+            live = {n: v for n, v in unwrap(checkpoint["model"], source).items() if n in BUFFERS}
             selected |= live
             if live:
                 log.info("%s: the codebook is that of 'model', because 'ema' has the one from before training", source)
-    wrapped = parts or any(_unwrap(name) != name for name in selected)
-    tensors = {_unwrap(name): value for name, value in selected.items()} if wrapped else selected
-    dicts = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+    dicts = [name for name, value in selected.items() if isinstance(value, dict)] if isinstance(selected, dict) else []
     if dicts:
         raise WeightsError(f"{source} contains dicts ({', '.join(dicts[:8])}); expected a dict of tensors")
-    return tensors
+    return unwrap(selected, source)
 
 
 def convert_state_dict(
@@ -144,7 +141,8 @@ def convert_state_dict(
             "expect them: set model.encoder_params.normalize=False",
             source,
         )
-    if REGISTERS in tensors and "params/encoder/vit/registers" not in stored and not np.any(tensors[REGISTERS]):
+    registers = tensors.get(REGISTERS, np.zeros(0))
+    if "params/encoder/vit/registers" not in stored and registers.size and not np.any(registers):
         log.warning("%s: %s", source, NO_REGISTERS)
         tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
     table = name_table(encoder_cls, quantizer)
@@ -180,9 +178,3 @@ def build_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | Non
     stats = variables["batch_stats"].get("latent", {})
     arrays = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
     return {"mean": None, "var": None} | arrays if arrays else {}
-
-
-def _unwrap(name: str) -> str:
-    for prefix in WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name

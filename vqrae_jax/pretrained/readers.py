@@ -20,6 +20,10 @@ _MAX_REPEATED = 2**30  # bytes of a tensor that repeats (a part of) its storage
 
 Tensors = Mapping[str, np.ndarray]
 
+# Modules that PyTorch's wrappers add to names, anywhere and in any order: DistributedDataParallel, torch.compile, FSDP,
+# activation checkpointing.
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
 
 def read_tensors(file: pathlib.Path, field: str) -> Mapping[str, Any]:
     """Reads a .safetensors, .npz, Flax .msgpack or PyTorch file (.pt, .pth, .bin; possibly a dict of dicts).
@@ -60,6 +64,32 @@ class Safetensors(Tensors):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class Renamed(Tensors):
+    """Tensors under other names, each read when it is used; `names` maps them to the present ones."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def unwrap(tensors: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Removes the modules of PyTorch's wrappers from names: `decoder._orig_mod.x` and `module.decoder.x` become
+    `decoder.x`."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        if (other := names.setdefault(_WRAPPERS.sub("", name), name)) != name:
+            raise WeightsError(f"{source} has two tensors for one parameter: {other} and {name}; save one of them")
+    return Renamed(tensors, names) if any(_WRAPPERS.search(name) for name in tensors) else tensors
 
 
 def _read_npz(file: pathlib.Path, field: str) -> Tensors:

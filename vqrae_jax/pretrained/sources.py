@@ -13,11 +13,15 @@ import numpy as np
 
 from vqrae_jax import storage
 from vqrae_jax.errors import WeightsError, first_line
-from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors
+from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors, read_torch, unwrap
 
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 # Hub folders often have the same weights in several formats: the first of these that exists is downloaded.
-WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "flax_model.msgpack"]
+WEIGHTS = [
+    *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    *("diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("diffusion_pytorch_model.bin", "flax_model.msgpack"),
+]
 TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
 Channels = tuple[float, ...]  # one value per channel
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
@@ -39,7 +43,8 @@ def fetch_folder(name: str, field: str) -> pathlib.Path:
         patterns = [*WEIGHTS, "*.safetensors"]
         if files is not None:
             best = next((file for file in WEIGHTS if file in files), WEIGHTS[0])
-            patterns = ["*.safetensors", "*.safetensors.index.json"] if "safetensors" in best else [best]
+            stem, _, kind = best.removesuffix(".index.json").rpartition(".")
+            patterns = [best, f"{stem}-*.{kind}"]  # its shards, if it is an index
         return huggingface_hub.snapshot_download(
             name, allow_patterns=DESCRIPTIONS + patterns, local_files_only=files is None
         )
@@ -146,12 +151,12 @@ def parse_image_statistics(values: Mapping[str, Any], name: str, field: str) -> 
 
 
 def read_weights(folder: pathlib.Path, field: str) -> Tensors:
-    """Reads the weights of a hub folder: safetensors in one file or in shards, or a PyTorch or Flax file."""
+    """Reads the weights of a hub folder: safetensors or PyTorch files, one or shards, or a Flax file."""
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise WeightsError(f"{folder} has none of {', '.join(WEIGHTS)}", field=field)
     if file.suffix != ".json":
-        return read_tensors(file, field)
+        return unwrap(read_tensors(file, field), str(file))
     weight_map = read_json(file, field).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise WeightsError(f"{file} has no weight_map from tensors to files", field=field)
@@ -160,7 +165,11 @@ def read_weights(folder: pathlib.Path, field: str) -> Tensors:
     absent = [name for name in shards if not (folder / name).is_file()]
     if absent or not shards:
         raise WeightsError(f"{file} names missing shards: {', '.join(absent) or 'it lists no file'}", field=field)
-    return Safetensors([folder / name for name in shards], field)
+    files = [folder / name for name in shards]
+    if ".safetensors" in file.suffixes:
+        return unwrap(Safetensors(files, field), str(folder))
+    tensors = [read_torch(shard, field) for shard in files]
+    return unwrap({name: shard[name] for shard in tensors for name in shard}, str(folder))
 
 
 def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
@@ -229,4 +238,4 @@ def fetch_weights(name: str, field: str) -> pathlib.Path:
 def read_state_dict(name: str, field: str) -> Mapping[str, Any]:
     """Reads the tensors of a local file or folder, a hub id (owner/name), or a file inside a hub repository."""
     path = fetch_weights(name, field)
-    return read_weights(path, field) if path.is_dir() else read_tensors(path, field)
+    return read_weights(path, field) if path.is_dir() else unwrap(read_tensors(path, field), name)

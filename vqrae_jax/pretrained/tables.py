@@ -12,6 +12,7 @@ and a final `[0]` means that the file lacks our leading axis of one.
 
 import functools
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -62,6 +63,13 @@ def find_row(table: Table, name: str) -> tuple[Row, list[str]] | None:
         if match := _pattern(row.name).fullmatch(name):
             return row, row_paths(row, int(match[1]) if match.groups() else 0)
     return None
+
+
+def find_prefix(table: Table, names: Iterable[str]) -> str:
+    """Returns the prefix of the network's names in a file, as `vit.` next to a classifier; that of its embedding."""
+    embedding = next(_pattern(row.name).pattern for row in table if (row.path or "").endswith("embed/kernel"))
+    matches = (re.fullmatch(rf"((?:.*\.)?){embedding}", name) for name in names)
+    return next((match[1] for match in matches if match), "")
 
 
 def row_paths(row: Row, block: int) -> list[str]:
