@@ -102,6 +102,24 @@ def test_the_discriminator_trains_only_itself(whole):
     assert not set(state.adversary["params"]) & set(state.params)
 
 
+def test_the_discriminator_compares_8_bit_images(whole):
+    """A change below half a level, or beyond black and white, is not visible to it; the generator's loss is smooth."""
+    task, _, state, _, frozen = whole
+    real = jnp.asarray(images()[0] / np.float32(255))
+    noise = np.random.default_rng(0).uniform(-0.45, 0.45, real.shape).astype(np.float32) / 255
+    noise = noise + jnp.where(real == 1, 0.1, jnp.where(real == 0, -0.1, 0))
+    adversary, trunk, key = task.adversary, frozen["discriminator"], jax.random.key(1)
+
+    @jax.jit
+    def losses(fake):
+        own = adversary.loss(state.adversary["params"], state.adversary, trunk, fake, real, key)[1][1]
+        return own, adversary.generator_loss(state.adversary, trunk, fake, key)
+
+    (equal, smooth), (own, other) = losses(real + noise), losses(real)
+    assert equal == own
+    assert smooth != other
+
+
 @pytest.mark.slow
 def test_one_backward_pass_equals_two(whole, assert_close):
     """Compares with the gradient of pixel + weight * adversarial loss, the weight from two separate passes."""

@@ -31,6 +31,11 @@ def non_saturating_generator(fake: Logits) -> Scalar:
     return jax.nn.softplus(-fake).mean()
 
 
+def round_to_levels(images: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Clips to [0, 1] and rounds to multiples of 1 / 255, the values of 8-bit images."""
+    return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
+
+
 DISCRIMINATOR = {"hinge": hinge_discriminator, "vanilla": vanilla_discriminator}
 GENERATOR = {"vanilla": linear_generator, "non_saturating": non_saturating_generator}
 

@@ -87,12 +87,16 @@ class Adversary:
     def loss(
         self, params: Any, state: State, frozen: Any, reconstruction: jax.Array, image: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Returns the discriminator's loss of a micro-batch, the state of its power iterations, and metrics."""
-        config = self.config
+        """Returns the discriminator's loss of a micro-batch, the state of its power iterations, and metrics.
+
+        Reconstructions are rounded to the levels of 8-bit images, because images have no other values, and a
+        discriminator could tell both apart by that alone. The generator's loss is of unrounded ones.
+        """
+        config, fake = self.config, adversarial.round_to_levels(reconstruction)
         variables = {"params": {**frozen, **params}, SPECTRAL: state["spectral"]}
         all_logits = []
         # Reconstructions first: each pass takes one step of the power iteration, in the order of the PyTorch VQRAE.
-        for batch, augment_key in zip((reconstruction, image), jax.random.split(key), strict=True):
+        for batch, augment_key in zip((fake, image), jax.random.split(key), strict=True):
             augmented = jax.lax.stop_gradient(self._augment(batch, augment_key))
             logits, updated = self.network.module.apply(variables, augmented, train=True, mutable=[SPECTRAL])
             variables = {**variables, **updated}
