@@ -1,8 +1,9 @@
 """The full recipe on two CPU cores: tiny networks, 64 pixels, 8 x 8 tokens, nothing downloaded.
 
-A feature loss in the tokens of a small ViT replaces LPIPS, and a PatchGAN replaces the DINO discriminator. Everything
-else follows configs/recipe_16k.py: learned low-dimensional codes (four residual levels of 512; one level of 64 tokens
-encodes little more than colors), k-means start, revival, feature reconstruction and an adaptive adversary.
+It has the parts of configs/recipe_16k.py with smaller networks and settings of its own: low-dimensional codes (four
+residual levels of 512; one level of 64 tokens encodes little more than colors), k-means start, revival, feature
+reconstruction and an adaptive adversary. A feature loss in the tokens of a small ViT replaces LPIPS, and a PatchGAN
+replaces the DINO discriminator.
 
 The encoder and the ViT of the feature loss start from random weights. --config=configs/cpu_recipe.py:/path/to/vit, a
 local DINOv2-like hub folder with 16-pixel patches, loads both; the feature loss is useful only with trained weights.

@@ -3,7 +3,7 @@
 A start for experiments with encoders and losses, in bfloat16; the full recipe is configs/vqrae_dinov2_b.py.
 The decoder is ViT-XL at 256 pixels; --config=configs/dinov2_b.py:ViT-L,512 selects another decoder and image size.
 Requires --config.data.path and access to the model hub.
-Training converges faster from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
+Training can start from the decoder that RAE released (requires the torch extra; ViT-XL at 256 pixels only):
 --config.model.pretrained_decoder_path=nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt
 """
 

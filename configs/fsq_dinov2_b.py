@@ -1,11 +1,11 @@
 """FSQ on DINOv2-B with registers: 8 x 8 x 8 x 6 x 5 = 15,360 indices without a learned codebook.
 
-The latents are whitened first, because their common mean would hold every channel at one level. Losses and schedule are
-those of RAE.
+The latents are whitened first, because their common mean would hold every channel at one level. Images, losses and
+schedule are those of RAE (`vqrae_jax.config.recipes.rae_stage1`); unlike there, gradients are clipped.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 24 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
+Hardware (estimate, not run at full size): 24 exaFLOP; 3 hours on 8 H100 at 30 % of the peak.
 Target: rFID below 2 on ImageNet validation.
 """
 

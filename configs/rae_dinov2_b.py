@@ -1,10 +1,13 @@
 """The released continuous RAE on DINOv2-B with registers and its ViT-XL decoder; no quantizer.
 
 The default image size is 256 pixels; --config=configs/rae_dinov2_b.py:512 selects the release for 512 pixels.
+Training continues from the released decoder with the losses, the noise and the schedule of RAE, see
+`vqrae_jax.config.recipes.rae_stage1`; --config.model.pretrained_decoder_path="" starts from a random one, as RAE did.
 The released files are in PyTorch format; reading them requires the torch extra.
 """
 
 from vqrae_jax import config
+from vqrae_jax.config import recipes
 from vqrae_jax.errors import ConfigError
 
 REPOSITORY = "nyu-visionx/RAE-collections"
@@ -26,5 +29,7 @@ def get_config(pixels="256"):
     c.model.pretrained_decoder_path = f"{REPOSITORY}/{decoder}"
     c.model.normalization_stat_path = f"{REPOSITORY}/{statistics}"
     c.model.quantizer = "none"
+    c.model.noise_tau = 0.8
+    recipes.rae_stage1(c)
     c.data.image_size = int(pixels)
     return c

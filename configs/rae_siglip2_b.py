@@ -1,9 +1,12 @@
 """The released continuous RAE on SigLIP 2-B and its ViT-XL decoder; no quantizer.
 
+Training continues from the released decoder with the losses, the noise and the schedule of RAE, see
+`vqrae_jax.config.recipes.rae_stage1`; --config.model.pretrained_decoder_path="" starts from a random one, as RAE did.
 The released files are in PyTorch format; reading them requires the torch extra.
 """
 
 from vqrae_jax import config
+from vqrae_jax.config import recipes
 
 REPOSITORY = "nyu-visionx/RAE-collections"
 
@@ -17,4 +20,6 @@ def get_config():
     c.model.pretrained_decoder_path = f"{REPOSITORY}/decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt"
     c.model.normalization_stat_path = f"{REPOSITORY}/stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"
     c.model.quantizer = "none"
+    c.model.noise_tau = 0.8
+    recipes.rae_stage1(c)
     return c

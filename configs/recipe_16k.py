@@ -2,11 +2,12 @@
 
 The latent is the mean of a shallow, a middle and the last layer of a frozen DINOv2-B with registers. It is projected to
 32 channels and quantized by cosine distance, with k-means start and revival. The decoder also predicts the encoder's
-middle and last layer. Losses: L1, LPIPS, feature reconstruction and an adaptive DINO adversary.
+middle and last layer. Losses: L1, LPIPS, feature reconstruction and an adaptive DINO adversary. Their weights and the
+schedule are those of RAE; crops, flips, clipping, LeCam and the constant rate of the quantizer are not.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 25 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
+Hardware (estimate, not run at full size): 25 exaFLOP; 3 hours on 8 H100 at 30 % of the peak.
 Target: rFID below 1.5 on ImageNet validation, 21 dB PSNR, more than 90 % of the codebook in use.
 """
 
@@ -32,5 +33,5 @@ def get_config():
     c.optimizer.constant = ("quantizer",)
     c.optimizer.clip_norm = 1.0
     c.adversary.lecam_weight = 0.001
-    c.data.crop = "adm"
+    c.data.crop, c.data.resize, c.data.flip = "adm", 1.0, True
     return c

@@ -1,6 +1,7 @@
 """The full recipe for one GPU and one day: DINOv2-S, a ViT-S decoder, 256 tokens per image, 256 pixels.
 
---config=configs/small.py:simvq and :fsq select another quantizer than the default, ema.
+--config=configs/small.py:simvq and :fsq select another quantizer than the default, ema. Images and weights of the
+losses are those of RAE, with feature reconstruction and gradient clipping; the schedule is shorter, in batches of 64.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
@@ -37,7 +38,7 @@ def get_config(quantizer="ema"):
     c.data.batch_size = c.data.eval_batch_size = 64
     c.optimizer.clip_norm = 1.0
     c.optimizer.warmup_epochs = c.adversary.optimizer.warmup_epochs = None
-    c.adversary.start_epochs = c.adversary.generator_start_epochs = None
+    c.adversary.start_epochs = c.adversary.generator_start_epochs = c.adversary.optimizer.decay_end_epochs = None
     c.optimizer.warmup_steps = c.adversary.optimizer.warmup_steps = 2_000
     c.adversary.start_steps, c.adversary.generator_start_steps = 50_000, 60_000
     return c

@@ -1,12 +1,14 @@
 """VQRAE-DINOv2-B of the PyTorch VQRAE: 256 tokens per image, a codebook of 8,192, a ViT-XL decoder, 256 pixels.
 
-Losses and schedule are those of RAE: L1, LPIPS and an adaptive DINO adversary, 16 epochs of ImageNet in batches of 512.
-The codebook starts by k-means and does not collapse, and inference uses the EMA parameters with the live codebook.
+Images, losses and schedule are those of RAE (`vqrae_jax.config.recipes.rae_stage1` lists the differences): L1, LPIPS
+and an adaptive DINO adversary, 16 epochs of ImageNet in batches of 512. Unlike in the PyTorch VQRAE, the codebook
+starts by k-means and dead codes are revived, and inference uses the EMA parameters with the live codebook.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 24 exaFLOP; 7 hours on 16 TPU v5e or 3 hours on 8 H100 at 30 % of the peak.
-Target: rFID below 2 on ImageNet validation (the continuous RAE of this size reaches 0.5 to 0.6), at least half of the
+Hardware (not run at full size): 24 exaFLOP; an estimated 3 hours on 8 H100 at 30 % of the peak. Compiled ahead of time
+for 64 TPU v5e it takes 10.5 of 15.75 GiB per chip and at least 42 minutes (docs/preflight.md).
+Target: rFID below 2 on ImageNet validation (README of RAE: 0.54 to 0.57 for the continuous RAE), at least half of the
 codebook in use.
 """
 
