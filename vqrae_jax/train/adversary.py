@@ -89,8 +89,8 @@ class Adversary:
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Returns the discriminator's loss of a micro-batch, the state of its power iterations, and metrics.
 
-        Reconstructions are rounded to the levels of 8-bit images, because images have no other values, and a
-        discriminator could tell both apart by that alone. The generator's loss is of unrounded ones.
+        Reconstructions are rounded to the levels of 8-bit images, because images have no other values, by which alone a
+        discriminator could classify them. The generator's loss is of unrounded ones.
         """
         config, fake = self.config, adversarial.round_to_levels(reconstruction)
         variables = {"params": {**frozen, **params}, SPECTRAL: state["spectral"]}
