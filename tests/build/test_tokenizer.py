@@ -63,8 +63,11 @@ def test_a_setting_that_does_not_fit_and_a_description_that_cannot_be_read_are_n
 def test_latent_statistics_must_fit_the_latent(tmp_path):
     path = tmp_path / "stat.npz"
     np.savez(path, var=np.ones((4, 4, 15), np.float32))
-    with pytest.raises(ConfigError, match=r"\(4, 4, 15\).*\(16,\) or \(4, 4, 16\)"):
+    with pytest.raises(WeightsError, match=r"\(4, 4, 15\).*\(16\).*4x4") as error:
         build_tokenizer(random_encoder(normalization_stat_path=str(path)))
+    assert error.value.field == "model.normalization_stat_path"
+    with pytest.raises(ConfigError, match=r"\(4, 4, 15\).*\(16,\) or \(4, 4, 16\)"):
+        build_tokenizer(random_encoder(), latent_stats={"var": np.ones((4, 4, 15), np.float32)})
     for shape in ((16,), (4, 4, 16)):
         np.savez(path, var=np.full(shape, 4.0, np.float32))
         built = build_tokenizer(random_encoder(normalization_stat_path=str(path)))

@@ -175,9 +175,35 @@ def test_latent_statistics_in_either_layout(golden, tmp_path):
     torch = pytest.importorskip("torch", reason="stat.pt is a PyTorch file")
     var = np.random.default_rng(0).uniform(0.5, 1, (4, 3, 5)).astype(np.float32)
     torch.save({"mean": None, "var": torch.from_numpy(np.moveaxis(var, -1, 0).copy())}, tmp_path / "stat.pt")
-    stats = sources.read_latent_statistics(str(tmp_path / "stat.pt"), "field")
+    stats = sources.read_latent_statistics(str(tmp_path / "stat.pt"), "field", (4, 3, 5))
     assert set(stats) == {"var"}
     np.testing.assert_array_equal(stats["var"], var)
+    torch.save({"mean": 0.5, "var": torch.ones(5, 1, 1)}, tmp_path / "stat.pt")
+    stats = sources.read_latent_statistics(str(tmp_path / "stat.pt"), "field", (4, 3, 5))
+    assert {name: (value.shape, value[0]) for name, value in stats.items()} == {"mean": ((5,), 0.5), "var": ((5,), 1)}
+
+
+def test_statistics_of_every_broadcastable_shape():
+    """A latent of 4 x 3 positions and 5 channels; PyTorch has the channels in front."""
+    rng, latent = np.random.default_rng(0), np.zeros((4, 3, 5))
+    torch_order = [(5, 4, 3), (1, 5, 4, 3), (5, 1, 3), (1, 5, 4, 1), (4, 3), (1, 1, 3), (1, 1, 4, 1)]
+    for shape in torch_order:
+        value = rng.normal(size=shape).astype(np.float32)
+        expected = np.moveaxis(np.broadcast_to(value, (1, 5, 4, 3))[0], 0, -1)
+        np.testing.assert_array_equal(sources.broadcast_statistics(value, (4, 3, 5), True), expected)
+    for shape in [(4, 3, 5), (1, 4, 3, 5), (4, 1, 5), (3, 5), (4, 3, 1)]:
+        value = rng.normal(size=shape).astype(np.float32)
+        np.testing.assert_array_equal(
+            sources.broadcast_statistics(value, (4, 3, 5), False), latent + value.reshape(shape[-3:])
+        )
+    for shape in [(), (1,), (1, 1, 1, 1), (5,), (1, 5), (5, 1), (5, 1, 1), (1, 5, 1, 1), (1, 1, 1, 5)]:
+        value = rng.normal(size=shape).astype(np.float32)
+        for channel_first in (True, False):
+            result = sources.broadcast_statistics(value, (4, 3, 5), channel_first)
+            np.testing.assert_array_equal(result, np.zeros(5) + value.reshape(-1))
+    for shape in [(2, 5), (5, 4, 3, 1), (2, 5, 4, 3), (12, 5), (5, 3, 4), (0,)]:
+        with pytest.raises(ValueError, match=r"shape|broadcast"):
+            sources.broadcast_statistics(np.zeros(shape), (4, 3, 5), True)
 
 
 def test_missing_file(tmp_path):
@@ -293,7 +319,7 @@ def test_real_vit_tiny_equals_pytorch(assert_close):
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real files are not at {REAL}")
 def test_real_latent_statistics():
     pytest.importorskip("torch", reason="stat.pt is a PyTorch file")
-    stats = sources.read_latent_statistics(str(REAL / "rae_dinov2_base_stat.pt"), "field")
+    stats = sources.read_latent_statistics(str(REAL / "rae_dinov2_base_stat.pt"), "field", (16, 16, 768))
     assert {name: value.shape for name, value in stats.items()} == {"var": (16, 16, 768)}
 
 

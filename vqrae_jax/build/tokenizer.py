@@ -59,15 +59,15 @@ def build_tokenizer(
     encoder, folder = describe_encoder(config, mesh)
     decoder = _build_decoder(config, encoder, mesh)
     path, field, whitening, described = config.normalization_stat_path, "model.normalization_stat_path", {}, {}
+    shape = (encoder.grid, encoder.grid, encoder.channels)
     if latent_stats is None and path:
         described = _check_statistics(config, encoder)
         whitening = _read_whitening(config, encoder)
-        latent_stats = sources.read_latent_statistics(path, field)
+        latent_stats = sources.read_latent_statistics(path, field, shape)
     latent_stats = latent_stats or {}
-    accepted = [(encoder.channels,), (encoder.grid, encoder.grid, encoder.channels)]
     for name, value in latent_stats.items():
-        if value.shape not in accepted:
-            message = f"{name} has shape {value.shape} (channel last), expected {accepted[0]} or {accepted[1]}"
+        if value.shape not in (shape, shape[-1:]):
+            message = f"{name} has shape {value.shape} (channel last), expected {shape[-1:]} or {shape}"
             raise ConfigError(message, field=field, value=path)
     quantizer = factory.create(config, encoder.channels, encoder.grid)
     module = VQRAE(

@@ -172,21 +172,35 @@ def read_weights(folder: pathlib.Path, field: str) -> Tensors:
     return unwrap({name: shard[name] for shard in tensors for name in shard}, str(folder))
 
 
-def read_latent_statistics(path: str, field: str) -> dict[str, np.ndarray]:
-    """Reads mean and/or variance of the latents, channel last: [C] or [h, w, C].
+def read_latent_statistics(path: str, field: str, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Reads mean and/or variance of the latents, channel last: [C], or [h, w, C] if they differ by position.
 
     The file is .npz (arrays mean and/or var, channel last), or the PyTorch VQRAE's .pt (a dict; channel first, mean may
-    be None).
+    be None). Arrays of any shape that broadcasts to `shape`, (h, w, C), are accepted, and per-channel ones of any rank.
     """
     file = fetch_file(path, field)
-    arrays = {k: v for k, v in read_tensors(file, field).items() if isinstance(v, np.ndarray)}
-    if file.suffix != ".npz":
-        arrays = {k: np.moveaxis(v, 0, -1) if v.ndim == 3 else v for k, v in arrays.items()}
-    stats = {k: np.asarray(arrays[k], np.float32) for k in ("mean", "var") if k in arrays}
-    if not stats or any(v.ndim not in (1, 3) for v in stats.values()):
-        shapes = {k: np.shape(v) for k, v in arrays.items()}
-        raise WeightsError(f"{file} has {shapes}; expected mean and/or var per channel or per position", field=field)
+    tensors = read_tensors(file, field)
+    values = {k: tensors[k] for k in ("mean", "var") if isinstance(tensors.get(k), np.ndarray | float | int)}
+    try:
+        stats = {k: broadcast_statistics(v, shape, file.suffix != ".npz") for k, v in values.items()}
+    except ValueError:
+        stats = {}
+    if not stats:
+        shapes = {k: np.shape(v) for k, v in (values or tensors).items()}
+        expected = f"one value, one per channel ({shape[-1]}), or one per position ({shape[0]}x{shape[1]}) and channel"
+        raise WeightsError(f"{file} has {shapes}; expected mean and/or var, {expected}", field=field)
     return stats
+
+
+def broadcast_statistics(value: Any, shape: tuple[int, int, int], channel_first: bool) -> np.ndarray:
+    """Broadcasts a statistic of latents to [C], or [h, w, C] = `shape`; raises ValueError for other shapes."""
+    value = np.asarray(value, np.float32)
+    if value.size in (1, shape[-1]) and value.size == max(value.shape, default=1):
+        return np.broadcast_to(value.reshape(-1), shape[-1:]).copy()
+    value = value.reshape(value.shape[-3:])  # a batch axis of one
+    if channel_first:
+        value = np.moveaxis(value.reshape((1, 1, *value.shape)[-3:]), 0, -1)
+    return np.broadcast_to(value, shape).copy()
 
 
 def read_latent_description(path: str, field: str) -> dict[str, Any] | None:
