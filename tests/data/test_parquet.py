@@ -86,9 +86,70 @@ def test_bare_bytes_without_labels_and_rows_without_bytes(tmp_path):
     source = Tables(tmp_path / "a.parquet")
     assert [source[i] for i in range(2)] == [{"image": b"a", "label": -1}, {"image": b"b", "label": -1}]
     rows = pa.array([{"bytes": None, "path": "elsewhere.png"}], IMAGE)
-    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", write_statistics=False)
     with pytest.raises(ImageError):
         Tables(tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("column", ["struct", "bytes", "string"])
+def test_paths_without_bytes_are_refused_before_anything_is_read(tables, tmp_path, caplog, kind, column):
+    paths = {
+        "struct": pa.array([{"bytes": None, "path": f"{i}.png"} for i in range(6)], IMAGE),
+        "bytes": pa.array([None] * 6, pa.binary()), "string": pa.array(["a.png"] * 6),
+    }  # fmt: skip
+    file = next(tables(kind).glob("*-00000-*"))
+    whole = file.read_bytes()
+    table = pa.table({"image": paths[column], "label": pa.array([0] * 6)})
+    with pa.OSFile(str(file), "wb") as sink:
+        if kind == "parquet":
+            pq.write_table(table, sink)
+        else:
+            with {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[kind](sink, table.schema) as writer:
+                writer.write_table(table)
+    with pytest.raises(DataError, match=r"paths are not followed") as error:
+        Tables(file)
+    assert error.value.field == "data.path"
+    if column != "string":
+        assert len(Tables(tmp_path)) == 10
+        assert "6 of 10 rows have no bytes" in caplog.text
+        caplog.clear()
+    file.write_bytes(whole)
+    Tables(tmp_path)
+    assert not caplog.text
+
+
+CLASSES = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["a", "b"]}}}})}
+
+
+@pytest.mark.parametrize(
+    ("columns", "metadata", "accepted"),
+    [
+        ({"image": [b"x"], "label": pa.array([1], pa.int16()), "text": [0.5]}, None, True),
+        ({"image": pa.array([{"bytes": b"x", "path": ""}], IMAGE), "label": [1]}, CLASSES, True),
+        ({"img": [b"x"], "label": [1]}, None, False), ({"image": [b"x"]}, None, False),
+        ({"image": [b"x"], "label": ["a"]}, None, False),
+        ({"image": [b"x"], "mask": [b"y"], "label": [1]}, None, False),
+        ({"image": [b"x"], "label": [1]}, {"huggingface": CLASSES["huggingface"].replace('"b"', '"c"')}, False),
+    ],
+)  # fmt: skip
+def test_files_with_other_columns_are_refused_before_anything_is_read(
+    tmp_path, monkeypatch, columns, metadata, accepted
+):
+    first = pa.table({"image": [b"x"], "label": [0]}).replace_schema_metadata(CLASSES)
+    tables = first, first, pa.table(columns).replace_schema_metadata(metadata)
+    for order in (tables, tables[::-1]):
+        for i, table in enumerate(order):
+            pq.write_table(table, tmp_path / f"{i}.parquet")
+        with monkeypatch.context() as patch:
+            patch.setattr(pq, "ParquetFile", None)  # only footers are read
+            if not accepted:
+                with pytest.raises(DataError, match=r"\d\.parquet' has other") as error:
+                    Tables(tmp_path)
+                assert error.value.field == "data.path"
+                continue
+            source = Tables(tmp_path)
+        assert sorted(source[i]["label"] for i in range(3)) == [0, 0, 1]
 
 
 def test_columns_can_be_named_and_those_in_use_are_logged(tmp_path, caplog):

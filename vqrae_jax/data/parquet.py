@@ -4,7 +4,9 @@ Arrow files are mapped into memory, Parquet is read by row groups. `datasets` it
 second copy of Parquet files to its Arrow cache, also with keep_in_memory (5.2.0), and its streaming has no length.
 """
 
+import concurrent.futures
 import functools
+import itertools
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ from vqrae_jax.data.source import USUAL, Keys, Source, locate, select_columns
 from vqrae_jax.errors import DataError, ImageError, import_extra
 
 _CACHED = 8  # row groups
+_THREADS = 8  # files whose footers are read at the same time
 _LARGE = 2**25  # mean bytes of row groups above which shuffled reading is slow
 
 _log = logging.getLogger(__name__)
@@ -50,9 +53,10 @@ class Tables(Source):
         self._ends = np.cumsum(self._rows)
         if not len(self):
             raise DataError("no rows", field=field, value=self.path)
-        names = _class_names(reader.schema)
-        self._columns = _find_columns(reader.schema, names, repr(self.path), field, keys)
+        names = _class_names(reader.schemas[0])
+        self._columns = _find_columns(reader.schemas[0], names, repr(self.path), field, keys)
         self.classes = names.get(self._columns[1])
+        self._check_files(reader, field)
         if reader.mean_bytes > _LARGE:
             _log.warning(
                 "%s=%r: row groups have %.0f MB on average and a shuffled epoch reads one for each image; write "
@@ -84,6 +88,21 @@ class Tables(Source):
     def name(self, index: int) -> str:
         return f"row {index} of {self.path!r}"
 
+    def _check_files(self, reader: "ParquetReader | ArrowReader", field: str) -> None:
+        """Raises DataError if files differ in their columns, or no row has the bytes of an image."""
+        (first, *rest), (image, label) = reader.schemas, self._columns
+        for name, other in zip(self._files[1:], rest, strict=True):
+            if _differ(first, other, label):
+                problem = f"{name!r} has other images, integers or names of classes than {self._files[0]!r}"
+                listed = f"{_list_columns(other)}, not {_list_columns(first)}"
+                raise DataError(f"{problem}: {listed}", field=field, value=self.path)
+        if empty := reader.count_empty(image):
+            problem = f"{empty} of {len(self)} rows have no bytes in the column {image}, and paths are not followed"
+            if empty == len(self):
+                problem += "; save_to_disk of `datasets` embeds the files, and the source 'folder' reads them"
+                raise DataError(problem, field=field, value=self.path)
+            _log.warning("%r: %s", self.path, problem)
+
     def _open(self) -> "ParquetReader | ArrowReader":
         if self._reader is None:
             self._reader = self._reader_class(self._files)
@@ -103,18 +122,25 @@ class ParquetReader:
     """
 
     def __init__(self, names: list[str]):
-        import pyarrow.parquet
-
-        self._names, self._metadata = names, []
-        for name in names:
-            with _open_file(name) as file:
-                self._metadata.append(pyarrow.parquet.read_metadata(file))
+        self._names = names
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            self._metadata = list(pool.map(_read_footer, names))
         self._groups = [(i, group) for i, data in enumerate(self._metadata) for group in range(data.num_row_groups)]
-        self.schema = self._metadata[0].schema.to_arrow_schema()
+        self.schemas = [data.schema.to_arrow_schema() for data in self._metadata]
         groups = [self._metadata[i].row_group(group) for i, group in self._groups]
         self.rows = np.array([group.num_rows for group in groups], np.int64)
         self.mean_bytes = float(np.mean([group.total_byte_size for group in groups])) if groups else 0.0
         self.read = functools.lru_cache(_CACHED)(self._read)
+
+    def count_empty(self, column: str) -> int:
+        """Returns the number of rows without bytes, by the statistics in the footers; 0 if they have none."""
+        total = 0
+        for data in self._metadata:
+            chunks = [i for i in range(data.num_columns) if data.schema.column(i).path in (column, f"{column}.bytes")]
+            for group, i in itertools.product(range(data.num_row_groups), chunks):
+                statistics = data.row_group(group).column(i).statistics
+                total += (statistics and statistics.null_count) or 0
+        return total
 
     def _read(self, group: int, columns: tuple[str, ...]) -> Any:
         """Returns columns of a row group as a pyarrow.Table."""
@@ -132,9 +158,14 @@ class ArrowReader:
     mean_bytes = 0.0  # of a record batch only the rows that are used are read
 
     def __init__(self, names: list[str]):
-        self._batches = [batch for name in names for batch in _arrow_batches(name)]
-        self.schema = self._batches[0].schema
+        self.schemas, batches = zip(*map(_read_arrow, names), strict=True)
+        self._batches = list(itertools.chain(*batches))
         self.rows = np.array([batch.num_rows for batch in self._batches], np.int64)
+
+    def count_empty(self, column: str) -> int:
+        """Returns the number of rows without bytes."""
+        arrays = (batch.column(column) for batch in self._batches)
+        return sum((array.field("bytes") if hasattr(array, "field") else array).null_count for array in arrays)
 
     def read(self, group: int, columns: tuple[str, ...]) -> Any:
         """Returns a whole record batch, whatever the columns, which copies nothing."""
@@ -158,7 +189,19 @@ def _open_file(name: str) -> Any:
     return pyarrow.OSFile(name)
 
 
-def _arrow_batches(name: str) -> list[Any]:
+def _read_footer(name: str) -> Any:
+    """Returns the metadata of a Parquet file."""
+    import pyarrow.parquet
+
+    with _open_file(name) as file:
+        try:
+            return pyarrow.parquet.read_metadata(file)
+        except pyarrow.ArrowInvalid as error:
+            raise pyarrow.ArrowInvalid(f"{name!r}: {error}") from error
+
+
+def _read_arrow(name: str) -> tuple[Any, list[Any]]:
+    """Returns the schema and the record batches of an Arrow file."""
     import pyarrow
 
     if storage.is_remote(name):
@@ -169,13 +212,22 @@ def _arrow_batches(name: str) -> list[Any]:
         reader = pyarrow.ipc.open_file(file)
     except pyarrow.ArrowInvalid:
         file.seek(0)
-        return list(pyarrow.ipc.open_stream(file))
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        reader = pyarrow.ipc.open_stream(file)
+        return reader.schema, list(reader)
+    return reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _find_columns(
     schema: Any, classes: dict[str, tuple[str, ...]], source: str, field: str, keys: Keys
 ) -> tuple[str, str | None]:
+    images, integers = _usable_columns(schema)
+    labels = [name for name in integers if name in classes]
+    kinds = {column.name: str(column.type) for column in schema}
+    return select_columns(source, kinds, images, integers, labels, keys, field)
+
+
+def _usable_columns(schema: Any) -> tuple[list[str], list[str]]:
+    """Returns the names of the columns of encoded images and of integers, sorted."""
     import pyarrow
 
     def holds_images(kind: Any) -> bool:
@@ -183,11 +235,20 @@ def _find_columns(
             return kind.get_field_index("bytes") >= 0
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
-    images = [column.name for column in schema if holds_images(column.type)]
-    integers = [column.name for column in schema if pyarrow.types.is_integer(column.type)]
-    labels = [name for name in integers if name in classes]
-    kinds = {column.name: str(column.type) for column in schema}
-    return select_columns(source, kinds, images, integers, labels, keys, field)
+    images = sorted(column.name for column in schema if holds_images(column.type))
+    return images, sorted(column.name for column in schema if pyarrow.types.is_integer(column.type))
+
+
+def _differ(schema: Any, other: Any, label: str | None) -> bool:
+    """Returns whether two files differ in the columns that can be used, or in the classes of the column `label`."""
+    if schema.equals(other, check_metadata=True):
+        return False
+    classes = {_class_names(each).get(label) for each in (schema, other)} - {None}
+    return len(classes) > 1 or _usable_columns(schema) != _usable_columns(other)
+
+
+def _list_columns(schema: Any) -> str:
+    return ", ".join(f"{column.name}: {column.type}" for column in schema)
 
 
 def _class_names(schema: Any) -> dict[str, tuple[str, ...]]:

@@ -47,8 +47,10 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) 
         if not groups[-1]:
             missing.append(part)
         if len(splits := _splits(groups[-1])) > 1:
-            pattern = f"{splits[0]}*{suffixes[0]}"
-            raise error(f"several splits ({', '.join(splits[:5])}); select one with a pattern such as {pattern!r}")
+            pattern = f"{splits.most_common(1)[0][0]}*{os.path.splitext(groups[-1][0])[1]}"
+            raise error(
+                f"several splits ({', '.join(sorted(splits)[:5])}); select one with a pattern such as {pattern!r}"
+            )
     if missing and len(parts) > 1:
         raise error(f"{len(missing)} of {len(parts)} shards or patterns are missing, the first is {missing[0]!r}")
     if missing:
@@ -62,10 +64,10 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) 
     return files
 
 
-def _splits(files: Collection[str]) -> list[str]:
-    """Returns the different names of files without their numbers and ends."""
+def _splits(files: Collection[str]) -> collections.Counter[str]:
+    """Counts the names of files without their numbers and ends."""
     stems = (os.path.splitext(os.path.basename(name))[0] for name in files)
-    return sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", stem) for stem in stems})
+    return collections.Counter(re.sub(r"[-_.]?\d+(-of-\d+)?$", "", stem) for stem in stems)
 
 
 def _expand(path: str) -> Iterator[str]:

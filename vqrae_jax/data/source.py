@@ -92,7 +92,8 @@ def select_columns(
             problem = f"not among the {kind}s ({', '.join(accepted)}) of {source}; all columns are {listed}"
             raise DataError(problem, field=f"data.{kind}_key", value=key)
     if not keys.image and "image" not in images and len(images) != 1:
-        problem = "several columns of images, none of them called image" if images else "no column of encoded images"
+        none = "no column of encoded images (paths are not followed)"
+        problem = "several columns of images, none of them called image" if images else none
         raise DataError(f"{source} has {problem}; its columns are {listed}", field=field)
     image = keys.image or ("image" if "image" in images else images[0])
     label = keys.label or ("label" if "label" in integers else labels[0] if len(labels) == 1 else None)
