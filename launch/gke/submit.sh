@@ -9,7 +9,7 @@
 # CONFIG, WORKDIR  config file, workdir
 # BUCKET       bucket of Google Cloud Storage, mounted at /mnt/bucket in every pod, because pods share no disk
 # TOPOLOGY     tpu: shape of the slice, such as 16x16
-# ACCELERATOR  tpu: tpu-v4-podslice, tpu-v5-lite-podslice (default), tpu-v5p-slice, tpu-v6e-slice
+# ACCELERATOR  tpu: tpu-v4-podslice, tpu-v5-lite-podslice (default), tpu-v5p-slice, tpu-v6e-slice, tpu7x
 #              gpu: nvidia-h100-80gb (default), nvidia-h200-141gb, ...
 # SLICES       tpu: number of slices, each on a node pool of its own (default: 1); sets mesh.slices
 # NODES        gpu: number of nodes with eight GPUs

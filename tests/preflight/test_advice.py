@@ -36,7 +36,7 @@ def test_few_images_per_chip_are_named_with_the_batch_that_fits():
     slow = Roofline(compute=0.001, memory=6 * GIB_SECONDS, network=0.004)
     train = Cost("train", 32, memory, True, {}, [], slow)
     text = describe_images(train, V5E)
-    assert text.startswith("2 images per chip")
+    assert text.startswith("2 images per device")
     share = (5 * GIB_SECONDS + 0.004) / (6 * GIB_SECONDS + 0.004)
     assert f" {share:.0%} " in text
     assert "--config.data.batch_size=128" in text  # (15.75 - 5) / 2 = 5.4 times the temporaries fit

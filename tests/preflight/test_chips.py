@@ -9,7 +9,8 @@ def test_listed_topologies_parse():
         for shape in shapes:
             topology = parse_topology(f"{kind}:{shape}")
             assert (topology.platform, topology.chip) == ("tpu", CHIPS[kind])
-    assert [parse_topology(name).size for name in ("v5e:16x16", "v5p:4x4x4", "gpu:16xh200")] == [256, 64, 16]
+    sizes = [parse_topology(name).size for name in ("v5e:16x16", "v5p:4x4x4", "tpu7x:4x4x4", "gpu:16xh200")]
+    assert sizes == [256, 64, 128, 16]
     assert parse_topology("cpu:8").chip is None
     assert set(GPUS) | set(SHAPES) == set(CHIPS)
 
@@ -19,11 +20,12 @@ def test_error_of_an_unknown_topology_lists_those_that_exist():
         with pytest.raises(ConfigError) as error:
             parse_topology(name)
         assert (error.value.field, error.value.value) == ("--topology", name)
-        names = ("v5e:16x16", "v5p:4x4x4", "v4:2x2x1", "v6e:8x8", "h200", "cpu:64")
+        names = ("tpu7x:2x2x1", "v5e:16x16", "v5p:4x4x4", "v4:2x2x1", "v6e:8x8", "h200", "cpu:64")
         assert all(existing in error.value.message for existing in names)
 
 
-def test_rings_are_axes_of_16_or_of_multiples_of_four_and_a_gpu_is_host_and_index():
+def test_rings_are_axes_of_16_or_of_multiples_of_four_and_positions():
     assert [parse_topology("v5e:8x16").is_ring(axis) for axis in (0, 1)] == [False, True]
     assert [parse_topology("v5p:2x4x4").is_ring(axis) for axis in (0, 1, 2)] == [False, True, True]
+    assert positions(parse_topology("tpu7x:2x2x1"))[1:3] == [(0, 0, 0, 1), (0, 1, 0, 0)]
     assert positions(parse_topology("gpu:16xh100"))[7:9] == [(0, 7), (1, 0)]

@@ -1,10 +1,10 @@
-"""Sentences about settings with which a run wastes the chips: the dtype, and too few images per chip."""
+"""Sentences about settings with which a run wastes the chips: the dtype, and too few images per device."""
 
 from vqrae_jax.config import Config
 from vqrae_jax.preflight.chips import Topology
 from vqrae_jax.preflight.programs import Cost
 
-FIXED_SHARE = 0.25  # of a step for weights and gradients: above, more images per chip are faster per image
+FIXED_SHARE = 0.25  # of a step for weights and gradients: above, more images per device are faster per image
 DTYPES = ("model.dtype", "loss.perceptual.dtype", "adversary.dtype")
 
 
@@ -47,11 +47,11 @@ def describe_images(train: Cost, topology: Topology) -> str:
         return ""
     # Temporaries that do not grow with the batch make this a lower bound.
     room = (topology.memory - memory.arguments - memory.code) / (memory.temporaries + memory.outputs)
-    remedy = "use fewer chips"
+    remedy = "use fewer devices"
     if room >= 2:
         batch = train.images << (int(room).bit_length() - 1)
         remedy = f"memory has room for --config.data.batch_size={batch}; otherwise {remedy}"
     return (
-        f"{images:g} images per chip: weights and gradients, whose traffic is the same for any batch, take "
+        f"{images:g} images per device: weights and gradients, whose traffic is the same for any batch, take "
         f"{fixed / bounds.slowest:.0%} of a step; {remedy}"
     )

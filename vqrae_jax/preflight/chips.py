@@ -2,6 +2,8 @@
 
 Sources for TPUs: Google Cloud's system architecture pages and "How to Scale Your Model" (Austin et al. 2025), chapter
 2; their memory is what libtpu's compiler lets a program use. For GPUs: NVIDIA's data sheets, dense rates, SXM boards.
+
+A device is a GPU, a TPU chip, or on TPU7x one of the two cores of a chip, with half of its memory, rates and links.
 """
 
 import dataclasses
@@ -25,6 +27,8 @@ class Chip:
     bandwidth: float  # bytes from and to the device's memory
     link: float  # bytes that a device receives over one ICI axis (both directions) or over NVLink
     network: float  # bytes that a device receives over the network of the data centre
+    cores: int = 1  # devices of one chip
+    core_link: float = 0.0  # bytes that a device receives from the other core of its chip
 
 
 TPU_PASSES = {"default": 1.0, "high": 3.0, "highest": 6.0}  # numbers of bfloat16 products
@@ -34,6 +38,7 @@ CHIPS = {
     "v5e": Chip(15.75 * GIB, 1.97e14, TPU_PASSES, 8.1e11, 9e10, 3.1e9),
     "v5p": Chip(95.73 * GIB, 4.59e14, TPU_PASSES, 2.8e12, 1.8e11, 6.2e9),
     "v6e": Chip(31.24 * GIB, 9.2e14, TPU_PASSES, 1.6e12, 1.8e11, 1.25e10),
+    "tpu7x": Chip(94.74 * GIB, 1.1535e15, TPU_PASSES, 3.69e12, 9e10, 6.25e9, cores=2, core_link=5.4e11),
     "a100": Chip(80e9, 3.12e14, {"default": 2.0, "high": 2.0, "highest": 16.0}, 2.0e12, 3e11, 2.5e10),
     "h100": Chip(80e9, 9.89e14, {"default": 2.0, "high": 2.0, "highest": 14.8}, 3.35e12, 4.5e11, 5e10),
     "h200": Chip(141e9, 9.89e14, {"default": 2.0, "high": 2.0, "highest": 14.8}, 4.8e12, 4.5e11, 5e10),
@@ -48,7 +53,10 @@ CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16", "12x16x16",
     "16x16x16",
 )  # fmt: skip
-SHAPES = {"v4": CUBES, "v5e": FLAT, "v5p": (*CUBES, "16x16x24"), "v6e": FLAT}
+SHAPES = {
+    "v4": CUBES, "v5e": FLAT, "v5p": (*CUBES, "16x16x24"), "v6e": FLAT,
+    "tpu7x": ("1x1x1", *CUBES, "16x16x24", "16x24x24"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,8 @@ class Topology:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        """Number of devices."""
+        return math.prod(self.shape) * (self.chip.cores if self.chip else 1)
 
     @property
     def chip(self) -> Chip | None:
@@ -99,7 +108,8 @@ def parse_topology(name: str) -> Topology:
 
 
 def positions(topology: Topology) -> list[tuple[int, ...]]:
-    """Returns the coordinates of each device: in the slice for TPUs, (host, index) for GPUs, (index,) for CPUs."""
+    """Returns the coordinates of each device: (*chip, core) for TPUs, (host, index) for GPUs, (index,) for CPUs."""
     if topology.platform == "gpu":
         return [divmod(i, GPUS_PER_HOST) for i in range(topology.size)]
-    return list(itertools.product(*map(range, topology.shape)))
+    cores = [topology.chip.cores] if topology.platform == "tpu" else []
+    return list(itertools.product(*map(range, [*topology.shape, *cores])))

@@ -32,7 +32,7 @@ from vqrae_jax.train.tokenizer_state import PARTS
 
 log = logging.getLogger(__name__)
 
-ACCELERATOR_TYPES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # any size of the kind
+ACCELERATOR_TYPES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # any size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +205,12 @@ class Plan:
         coordinates = positions(self.topology)
         if self.topology.platform == "tpu":
             axes = len(self.topology.shape)  # chips of two-dimensional slices also have a third coordinate
-            coordinates = [tuple(device.coords[:axes]) for device in self.mesh.devices.flat]
+            coordinates = [(*device.coords[:axes], device.core_on_chip) for device in self.mesh.devices.flat]
         return math.fsum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
 
 
 def abstract_devices(topology: Topology) -> list[jax.Device]:
-    """Returns one device per chip. Call it before anything else uses JAX in this process.
+    """Returns the devices of a topology. Call it before anything else uses JAX in this process.
 
     Those of a GPU topology are CPU devices, because XLA compiles for GPUs only on a machine that has one.
     """
@@ -245,7 +245,7 @@ def memory_from_error(message: str, arguments: float) -> Memory | None:
         return None
     match = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     if match is None:
-        raise UserError(f"the program needs more memory than a chip has; the compiler reports {message[:300]}")
+        raise UserError(f"the program needs more memory than a device has; the compiler reports {message[:300]}")
     size = float(match[1] or match[3]) * 1024 ** ("KMGT".index(match[2] or match[4]) + 1)
     return Memory(arguments, size if match[1] else size - arguments)
 

@@ -41,7 +41,7 @@ class Report:
             for setup, cost in self.alternatives
         ]
         values = {
-            "topology": self.topology.name, "chips": self.topology.size, "capacity": self.topology.memory,
+            "topology": self.topology.name, "devices": self.topology.size, "capacity": self.topology.memory,
             "fits": self.fits, "setup": dataclasses.asdict(self.setup), "steps": self.steps, "programs": programs,
             "alternatives": alternatives, "advice": self.advice,
         }  # fmt: skip
@@ -116,22 +116,22 @@ class Report:
             return _table("")
         alone, smallest = train.roofline.alone, train.slices[0]
         title = (
-            f"Weak scaling of training: {train.images // self.topology.size} images per chip, {1e3 * alone:.2f} ms of "
-            "compute and memory traffic"
+            f"Weak scaling of training: {train.images // self.topology.size} images per device, {1e3 * alone:.2f} ms "
+            "of compute and memory traffic"
         )
-        table = _table(title, "slice", "chips", "GB/s into a chip", "network ms", "step ms",
-                       f"efficiency vs {smallest.chips} chips", "vs 1 chip")  # fmt: skip
+        table = _table(title, "slice", "devices", "GB/s into a device", "network ms", "step ms",
+                       f"efficiency vs {smallest.devices} devices", "vs 1 device")  # fmt: skip
         for size in train.slices:
             references = (smallest.network, 0.0)
             efficiencies = [scaling_efficiency(alone, size.network, reference) for reference in references]
             step = f"{1e3 * (alone + size.network):.2f} to {1e3 * max(alone, size.network):.2f}"
             table.add_row(
-                size.topology, str(size.chips), f"{size.rate / 1e9:.0f}", f"{1e3 * size.network:.2f}", step,
+                size.topology, str(size.devices), f"{size.rate / 1e9:.0f}", f"{1e3 * size.network:.2f}", step,
                 *(f"{apart:.1%} to {overlapped:.1%}" for apart, overlapped in efficiencies),
             )  # fmt: skip
         sizes = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, _, size, _ in train.collectives)
         table.caption = (
-            f"Communication of a step: {sizes}. Of S bytes over n chips each chip receives S (n - 1) / n, twice in an "
+            f"Communication of a step: {sizes}. Of S bytes over n devices each receives S (n - 1) / n, twice in an "
             "all-reduce; network ms is this divided by GB/s."
         )
         return table

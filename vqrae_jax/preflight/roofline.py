@@ -8,7 +8,7 @@ from vqrae_jax.preflight.chips import GPU_COUNTS, SHAPES, Chip, Topology, parse_
 from vqrae_jax.preflight.flops import Product
 from vqrae_jax.preflight.hlo import Collective
 
-MIN_CHIPS, MAX_CHIPS = 8, 256  # sizes of slices for weak scaling
+MIN_DEVICES, MAX_DEVICES = 8, 256  # sizes of slices for weak scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Roofline:
 
     @property
     def alone(self) -> float:
-        """Seconds of a chip that sends nothing; arithmetic and memory traffic overlap, as they do within a kernel."""
+        """Seconds of a device that sends nothing; arithmetic and memory traffic overlap, as they do within a kernel."""
         return max(self.compute, self.memory)
 
     @property
@@ -42,17 +42,17 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledSlice:
-    """A slice of another size that runs the same step with the same number of images per chip."""
+    """A slice of another size that runs the same step with the same number of images per device."""
 
     topology: str
-    chips: int
-    rate: float  # bytes per second into each chip, over all its links
+    devices: int
+    rate: float  # bytes per second into each device, over all its links
     network: float  # seconds of communication per step
 
 
-def compute_seconds(products: list[Product], chips: int, chip: Chip) -> float:
-    """Returns the time of the products, spread evenly over a number of chips."""
-    return sum(p.flops * chip.passes.get(p.kind, 1) for p in products) / (chips * chip.flops)
+def compute_seconds(products: list[Product], devices: int, chip: Chip) -> float:
+    """Returns the time of the products, spread evenly over a number of devices."""
+    return sum(p.flops * chip.passes.get(p.kind, 1) for p in products) / (devices * chip.flops)
 
 
 def network_seconds(collective: Collective, topology: Topology, positions: Sequence[tuple[int, ...]]) -> float:
@@ -72,17 +72,20 @@ def receive_rate(group: list[tuple[int, ...]], topology: Topology) -> float:
     spans = [len({position[axis] for position in group}) for axis in range(len(group[0]))]
     if topology.platform == "gpu":
         return chip.network if spans[0] > 1 else chip.link
+    *spans, cores = spans
+    if max(spans) == 1:
+        return chip.core_link
     # Without the wrap-around link, traffic turns back at the ends, so an axis carries half.
     rings = [span == topology.shape[axis] and topology.is_ring(axis) for axis, span in enumerate(spans)]
     links = [1.0 if ring else 0.5 for span, ring in zip(spans, rings, strict=True) if span > 1]
-    return chip.link * (sum(links) or 1.0)
+    return cores * chip.link * sum(links)  # two cores of a chip receive each byte once and share it
 
 
 def weak_scaling(collectives: list[Collective], topology: Topology) -> list[ScaledSlice]:
-    """Returns the communication of a step on every slice of MIN_CHIPS to MAX_CHIPS chips of the same kind.
+    """Returns the communication of a step on every slice of MIN_DEVICES to MAX_DEVICES of the same kind.
 
-    Gradients and weights have the same size on every slice; what changes is the share of them that a chip receives, and
-    the number of its links. `collectives` are those of a program that splits only batches and weights.
+    Gradients and weights have the same size on every slice; what changes is the share of them that a device receives,
+    and the number of its links. `collectives` are those of a program that splits only batches and weights.
     """
     if topology.platform == "cpu":
         return []
@@ -92,11 +95,11 @@ def weak_scaling(collectives: list[Collective], topology: Topology) -> list[Scal
         names = [f"{topology.kind}:{shape}" for shape in SHAPES[topology.kind]]
     slices = []
     for other in sorted(map(parse_topology, names), key=lambda other: other.size):
-        if MIN_CHIPS <= other.size <= MAX_CHIPS:
-            chips, group = positions(other), (tuple(range(other.size)),)
+        if MIN_DEVICES <= other.size <= MAX_DEVICES:
+            devices, group = positions(other), (tuple(range(other.size)),)
             scaled = [dataclasses.replace(c, groups=group) for c in collectives]
-            network = math.fsum(c.trips * network_seconds(c, other, chips) for c in scaled)
-            slices.append(ScaledSlice(other.name, other.size, receive_rate(chips, other), network))
+            network = math.fsum(c.trips * network_seconds(c, other, devices) for c in scaled)
+            slices.append(ScaledSlice(other.name, other.size, receive_rate(devices, other), network))
     return slices
 
 
