@@ -1,4 +1,6 @@
+import datetime
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -255,23 +257,38 @@ def test_programs_run_without_the_package(trained, tmp_path):
 import sys
 sys.modules["vqrae_jax"] = sys.modules["flax"] = None
 import jax.export, numpy as np
-from safetensors.numpy import load_file
-weights = load_file("weights.safetensors")
-encode, decode = (jax.export.deserialize(open(f, "rb").read()) for f in ("encode.stablehlo", "decode.stablehlo"))
-assert set(encode.platforms) == set(decode.platforms) == {"cpu", "cuda", "tpu"}
+from exported import load_programs
 images = np.load("images.npy")
-for count in (1, 3):
-    codes = encode.call(weights, images[:count])
-    np.savez(f"{count}.npz", codes=codes, images=decode.call(weights, codes))
+for portable, count in ((True, 1), (False, 1), (False, 3)):
+    encode, decode = load_programs(".", portable)
+    codes = encode(images[:count])
+    np.savez(f"{portable}{count}.npz", codes=codes, images=decode(codes))
+assert set(jax.export.deserialize(bytearray(open("encode.stablehlo", "rb").read())).platforms) == {"cpu", "cuda", "tpu"}
+for name in ("minimum_supported_calling_convention_version", "deserialize"):
+    setattr(jax.export, name, 1_000)  # as in a version that reads neither
+    try:
+        load_programs(".")
+    except RuntimeError as error:
+        assert "portable=True" in str(error) and f"jax=={jax.__version__}" in str(error)
+    else:
+        raise AssertionError
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for count in (1, 3):
-        result = np.load(tmp_path / f"{count}.npz")
+    for name, count in (("True1", 1), ("False1", 1), ("False3", 3)):
+        result = np.load(tmp_path / f"{name}.npz")
         codes = tokenizer.encode_to_indices(images(count=3)[:count])
         np.testing.assert_array_equal(result["codes"], codes)
         np.testing.assert_allclose(result["images"], tokenizer.decode_from_indices(codes), atol=1e-5)
-    assert "codes: int32 [B, 4, 4]" in (tmp_path / "README.txt").read_text()
+    manifest, readme = (tmp_path / name for name in ("manifest.json", "README.txt"))
+    manifest, readme = json.loads(manifest.read_text()), readme.read_text()
+    assert "codes: int32 [B, 4, 4]" in readme
+    assert manifest["expires_by"] in readme
+    written, expires = (datetime.date.fromisoformat(manifest[name]) for name in ("written", "expires_by"))
+    assert 180 <= (expires - written).days <= 184
+    assert manifest["jax"] == jax.__version__
+    assert manifest["calling_convention"] >= 9
+    assert re.fullmatch(r"1\.\d+\.\d+", manifest["stablehlo"])
 
 
 def test_programs_of_a_continuous_autoencoder(golden, assert_close):

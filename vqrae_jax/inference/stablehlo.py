@@ -1,6 +1,10 @@
 """Export of encode and decode as StableHLO programs that run without this package, on CPU, GPU and TPU."""
 
+import datetime
+import importlib.metadata
+import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.mlir.dialects import stablehlo as dialect
 
+from vqrae_jax import __version__
+from vqrae_jax.inference import exported
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
 
@@ -16,22 +23,26 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 README = """Programs exported from vqrae_jax; they need jax, flatbuffers and safetensors, but not vqrae_jax.
 
-    import jax.export
-    from safetensors.flax import load_file
+    from exported import load_programs
 
-    weights = load_file("weights.safetensors")
-    encode = jax.export.deserialize(open("encode.stablehlo", "rb").read()).call
-    decode = jax.export.deserialize(open("decode.stablehlo", "rb").read()).call
-    {codes} = encode(weights, images)  # images: float32 [B, {size}, {size}, 3] in [0, 1]; {codes}: {shape}
-    images = decode(weights, {codes})  # float32 [B, {size}, {size}, 3] in [0, 1]
+    encode, decode = load_programs(".")
+    {codes} = encode(images)  # images: float32 [B, {size}, {size}, 3] in [0, 1]; {codes}: {shape}
+    images = decode({codes})  # float32 [B, {size}, {size}, 3] in [0, 1]
+
+JAX reads .stablehlo files with its releases of the six months after that of jaxlib {jaxlib}: until {expires_by} at the
+latest. The .mlirbc files are portable artifacts for one image, which StableHLO promises to read for five years. Their
+arguments are the tensors of weights.safetensors, sorted by name, and the batch: load_programs(".", portable=True).
 """
 
 
-def export_programs(module: VQRAE, variables: Any) -> tuple[dict[str, jax.export.Exported], dict[str, np.ndarray]]:
-    """Returns the programs "encode" and "decode" for any batch size, and the weights that both take.
+def export_programs(
+    module: VQRAE, variables: Any, portable: bool = False
+) -> tuple[dict[str, jax.export.Exported], dict[str, np.ndarray]]:
+    """Returns the programs "encode" and "decode", and the weights that both take.
 
     encode(weights, images [B, S, S, 3]) returns indices, or latents of a continuous autoencoder; decode(weights, codes)
-    returns images in [0, 1].
+    returns images in [0, 1]. They take any batch size on all PLATFORMS; portable ones take one image, and consist only
+    of instructions that StableHLO specifies.
     """
     weights = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
     discrete, size = module.quantizer.has_indices, module.decoder.image_size
@@ -49,6 +60,8 @@ def export_programs(module: VQRAE, variables: Any) -> tuple[dict[str, jax.export
         return jnp.clip(call(methods[1], weights, codes), 0, 1)
 
     def export(function: Callable[..., jax.Array], row: jax.ShapeDtypeStruct) -> jax.export.Exported:
+        if portable:
+            return jax.export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS[:1])(shapes, row)
         batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *row.shape[1:]), row.dtype)
         return jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, batch)
 
@@ -59,15 +72,40 @@ def export_programs(module: VQRAE, variables: Any) -> tuple[dict[str, jax.export
 
 
 def write_programs(module: VQRAE, variables: Any, output: pathlib.Path) -> list[pathlib.Path]:
-    """Writes programs, weights and a README to a folder; returns the files."""
+    """Writes programs, weights, versions, a loader and a README to a folder; returns the files."""
     programs, weights = export_programs(module, variables)
-    output.mkdir(parents=True, exist_ok=True)
-    files = [output / f"{name}.stablehlo" for name in programs]
-    for file, program in zip(files, programs.values(), strict=True):
-        file.write_bytes(program.serialize())
-    writers.write_safetensors(weights, output / "weights.safetensors")
+    portable, _ = export_programs(module, variables, portable=True)
+    manifest = describe_programs(programs, portable)
     code = programs["encode"].out_avals[0]
     shape = f"{code.dtype.name} [B, {', '.join(str(n) for n in code.shape[1:])}]"
     name = "codes" if module.quantizer.has_indices else "latents"
-    (output / "README.txt").write_text(README.format(codes=name, size=module.decoder.image_size, shape=shape))
-    return [*files, output / "weights.safetensors", output / "README.txt"]
+    readme = README.format(codes=name, size=module.decoder.image_size, shape=shape, **manifest)
+    files = {f"{name}.stablehlo": program.serialize() for name, program in programs.items()}
+    files |= {f"{name}.mlirbc": _portable_artifact(program) for name, program in portable.items()}
+    files |= {"manifest.json": json.dumps(manifest, indent=2).encode(), "README.txt": readme.encode()}
+    files["exported.py"] = pathlib.Path(exported.__file__).read_bytes()
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (output / name).write_bytes(content)
+    writers.write_safetensors(weights, output / "weights.safetensors")
+    return [output / name for name in (*files, "weights.safetensors")]
+
+
+def describe_programs(programs: dict[str, jax.export.Exported], portable: dict[str, jax.export.Exported]) -> Any:
+    """Returns versions, the dates of writing and of the last release that reads them, and portable signatures."""
+    today, first = datetime.datetime.now(datetime.UTC).date(), programs["encode"]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    stablehlo = re.search(rb"StableHLO_v([\d.]+)", first.mlir_module_serialized)[1].decode()
+    ends = {name: {"input": program.in_avals[-1], "output": program.out_avals[0]} for name, program in portable.items()}
+    return {
+        "vqrae_jax": __version__, **versions,
+        "stablehlo": stablehlo, "calling_convention": first.calling_convention_version,
+        "written": str(today), "expires_by": str(today + datetime.timedelta(days=182)),
+        "programs": jax.tree.map(lambda array: (array.shape, array.dtype.name), ends),
+    }  # fmt: skip
+
+
+def _portable_artifact(program: jax.export.Exported) -> bytes:
+    """Serializes a program in the StableHLO of 12 weeks ago, which slightly older compilers read, too."""
+    version = dialect.get_version_from_compatibility_requirement(dialect.StablehloCompatibilityRequirement.WEEK_12)
+    return dialect.serialize_portable_artifact_str(program.mlir_module(), version)
