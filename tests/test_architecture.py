@@ -81,17 +81,18 @@ ONLY_IN = {
     "gradio": {"commands"},
     "ml_collections": {"main", "config"},
     "pydantic": {"config", "data"},
+    "yaml": {"config"},
     "tensorflow": set(),
 }
 
 # Lines per room. A feature that needs more looks first for what it makes unnecessary.
 BUDGET = {
-    "__init__": 30, "benchmark": 971, "build": 679, "checkpoint": 422, "commands": 1659, "config": 772, "data": 2481,
+    "__init__": 30, "benchmark": 971, "build": 679, "checkpoint": 422, "commands": 1672, "config": 1147, "data": 2481,
     "distributed": 288, "errors": 121, "evaluation": 1088, "generation": 150, "inference": 1726, "losses": 161,
     "main": 221, "models": 1153, "preflight": 1252, "pretrained": 1481, "progress": 43, "quantizers": 2326,
     "peers": 120, "resize": 75, "runtime": 304, "sharding": 210, "storage": 411, "train": 1857,
 }  # fmt: skip
-TOTAL = 19_980
+TOTAL = 20_377
 
 REPEATED = {"__init__", "__main__", "tokenizer", "encoder", "report"}  # file names of several rooms
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.commands import import_pytorch
+from vqrae_jax.config import load_config_file
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.inference.pytorch_checkpoint import convert_checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -18,21 +19,20 @@ def case(golden):
 
 @pytest.fixture
 def config(golden, case, tmp_path):
-    """The config of the golden case, as a file of configs/ would have it."""
-    fields = {
-        "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
-        "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "num_embeddings": 64,
-        "normalization_stat_path": str(case / "stat.npz"),
-    }  # fmt: skip
-    body = "".join(f"  c.model.{name} = {value!r}\n" for name, value in fields.items())
-    file = tmp_path / "case.py"
-    file.write_text(f"from vqrae_jax import config\ndef get_config():\n  c = config.defaults()\n{body}  return c\n")
+    """The YAML file of the golden case."""
+    params = json.loads((case / "params.json").read_text())["params"]
+    paths = {name: str(golden / params[name]) for name in ("encoder_config_path", "decoder_config_path")}
+    paths["encoder_params"] = {"dinov2_path": paths["encoder_config_path"]}
+    params |= paths | {"normalization_stat_path": str(case / "stat.npz"), "eps": 1e-3}
+    file = tmp_path / "case.yaml"
+    content = {"stage_1": {"target": "stage1.VQRAE", "params": params}, "training": {"epochs": 3, "num_workers": 8}}
+    file.write_text(json.dumps(content))
     return file
 
 
 @pytest.fixture
 def model_config(config):
-    return import_pytorch.read_config(str(config))
+    return import_pytorch.read_config(str(config)).config.model
 
 
 @pytest.fixture
@@ -44,12 +44,21 @@ def run(*arguments):
     return import_pytorch.import_pytorch(import_pytorch.parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_an_imported_tokenizer_equals_the_pytorch_vqrae(case, config, tmp_path, assert_close):
+def test_an_imported_tokenizer_equals_the_pytorch_vqrae(case, config, tmp_path, assert_close, capsys):
     folder = run(f"--checkpoint={case / 'model.npz'}", f"--config={config}", f"--output={tmp_path / 'out'}")
     tokenizer, io = Tokenizer.load(folder, fit="model"), np.load(case / "io.npz")
     for name in ("main", "native", "other"):
         np.testing.assert_array_equal(tokenizer.encode_to_indices(io[f"images_{name}"]), io[f"indices_{name}"])
     assert_close(tokenizer.decode_from_indices(io["indices_main"]), np.clip(io["recon_main"], 0, 1), 1e-5)
+    # Recorded with another eps, which cancels in reconstructions, like the statistics.
+    variance = tokenizer.variables["batch_stats"]["latent"]["var"]
+    np.testing.assert_allclose(variance, np.load(case / "stat.npz")["var"] + (1e-3 - 1e-5), rtol=1e-6)
+    # The config that trains as the YAML file says, for images of the decoder's size; what it cannot say is printed.
+    trains = load_config_file(str(folder / "train.py"))
+    assert (trains.train.epochs, trains.data.image_size, trains.optimizer.ema_warmup) == (3, 64, False)
+    assert {"training.num_workers", "training.batch_size"} <= {
+        n.split(":")[0] for n in capsys.readouterr().out.splitlines()
+    }
     # The encoder is in the folder, because it need not be the one of the hub any more.
     assert json.loads((folder / "config.json").read_text())["encoder"] is None
 
@@ -105,10 +114,13 @@ def test_a_state_dict_saved_through_a_wrapper(model_config, tensors):
         convert_checkpoint(model_config, tensors | {"module.decoder.decoder_norm.bias": np.zeros(40, np.float32)})
 
 
-def test_config_files(config, tmp_path):
+def test_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "whole.json").write_text('{"model": {"num_embeddings": 3}}')
-    assert import_pytorch.read_config(str(tmp_path / "whole.json")).num_embeddings == 3
-    for name in (tmp_path / "missing.py", tmp_path / "empty.py", f"{config}:512"):
+    body = "c = config.defaults(); c.model.vq_decay = 0.5; return c"
+    (tmp_path / "ours.py").write_text(f"from vqrae_jax import config\ndef get_config(): {body}\n")
+    assert import_pytorch.read_config(str(tmp_path / "whole.json")).config.model.num_embeddings == 3
+    assert import_pytorch.read_config(str(tmp_path / "ours.py")).config.model.vq_decay == 0.5
+    for name in (tmp_path / "missing.py", tmp_path / "missing.yaml", tmp_path / "empty.py", f"{tmp_path}/ours.py:512"):
         with pytest.raises(ConfigError, match=str(name).partition(":")[0]):
             import_pytorch.read_config(str(name))

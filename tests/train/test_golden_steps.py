@@ -1,4 +1,4 @@
-"""Three optimizer steps equal those of the PyTorch VQRAE."""
+"""Three optimizer steps of the PyTorch VQRAE's YAML files equal those of its program."""
 
 import json
 from functools import reduce
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax import config
 from vqrae_jax.build.tokenizer import variable_shapes
+from vqrae_jax.config.pytorch_yaml import read_pytorch_yaml
 from vqrae_jax.pretrained import convert, tables
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -27,30 +27,19 @@ METRICS = {"loss/pixel": "rec_loss", "loss/vq": "vq_loss", "loss/total": "total_
 STATE = {"codebook": "embedding", "counts": "ema_cluster_size", "sums": "ema_w"}
 
 
-def build(golden, case, mesh):
-    """Returns the task with the settings of the PyTorch VQRAE, its initial state, and the recorded arrays."""
+def build(golden, case, mesh, tmp_path):
+    """Returns the task of the PyTorch VQRAE's YAML file, its initial state, and the recorded arrays."""
     folder = golden / "train_steps"
-    params = json.loads((folder / "params.json").read_text())["params"]
+    described = json.loads((folder / "params.json").read_text())
     settings = json.loads((folder / f"{case}_summary.json").read_text())["config"]
-    scheduler = settings["training"].get("scheduler", {})
-    same = {name: params[name] for name in ("encoder_input_size", "decoder_patch_size", "num_embeddings")}
-    paths = {name: str(golden / params[name]) for name in ("encoder_config_path", "decoder_config_path")}
-    start = {"codebook_init": "normal", "revival_threshold": 0.0, "quantizer_params": {"decay_warmup": False}}
-    sections = {
-        "model": {**same, **paths, **start, "decoder_train_pos_embed": True},
-        "data": {"image_size": 32, "batch_size": 4},
-        "optimizer": {
-            "learning_rate": settings["training"]["optimizer"]["lr"],
-            "schedule": scheduler.get("type", "constant"),
-            "warmup_steps": scheduler.get("warmup_steps", 0),
-            "decay_end_steps": scheduler.get("decay_end_steps"),
-            "final_learning_rate": scheduler.get("final_lr", 0.0),
-            "clip_norm": settings["training"]["clip_grad"] or 0.0,
-            "ema_decay": settings["ema_decay"],
-            "ema_warmup": False,
-        },
-    }
-    task = TokenizerTask.build(config.from_dict(config.Config, sections), mesh)
+    paths = {name: str(golden / described["params"][name]) for name in ("encoder_config_path", "decoder_config_path")}
+    paths["encoder_params"] = {"dinov2_path": paths["encoder_config_path"]}
+    training = settings["training"] | {"ema_decay": settings["ema_decay"], "batch_size": 4}
+    content = {"stage_1": {"target": "stage1.VQRAE", "params": described["params"] | paths}, "training": training}
+    (tmp_path / "theirs.yaml").write_text(json.dumps(content))
+    config = read_pytorch_yaml(tmp_path / "theirs.yaml", "--config").config
+    data = config.data.model_copy(update={"image_size": described["image_size"]})
+    task = TokenizerTask.build(config.model_copy(update={"data": data}), mesh)
     start, recorded = np.load(folder / "init.npz"), np.load(folder / f"{case}.npz")
     names = {n.removeprefix("decoder."): start[n] for n in start.files if n.startswith("decoder.")}
     decoder = convert.convert(names, tables.DECODER_TABLE, variable_shapes(task.built)["params"]["decoder"])
@@ -63,8 +52,8 @@ def build(golden, case, mesh):
 
 
 @pytest.mark.parametrize("case", [CASES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in CASES[1:])])
-def test_steps_equal_pytorch(golden, assert_close, case, one_mesh):
-    task, state, frozen, recorded = build(golden, case, one_mesh)
+def test_steps_equal_pytorch(golden, assert_close, case, one_mesh, tmp_path):
+    task, state, frozen, recorded = build(golden, case, one_mesh, tmp_path)
     images = np.load(golden / "train_steps" / "batches.npz")["images"]
     start = state
     grads, *_ = jax.jit(task.gradients)(state, frozen, images[0], jax.random.key(0), state.batch_stats)

@@ -1,44 +1,66 @@
 """Converts a checkpoint of the PyTorch RAE or VQRAE to a folder for `Tokenizer.load`.
 
-vqrae import-pytorch --checkpoint=ep-last.pt --config=configs/vqrae_dinov2_b.py --output=imported
+vqrae import-pytorch --checkpoint=ep-last.pt --config=VQRAE-DINOv2-B.yaml --output=imported
+
+The config is the YAML file of the PyTorch program. If it has a section `training`, the folder also has train.py, a
+config of ours that trains as the file says.
 """
 
 import argparse
 import pathlib
 
+import numpy as np
+
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
 from vqrae_jax.commands import command_line
+from vqrae_jax.config import pytorch_yaml
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers, sources
 
 parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
 parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub", required=True)
-parser.add("--config", "config of the model: configs/NAME.py[:argument], or .json", required=True)
+parser.add(
+    "--config", "the PyTorch program's .yaml, or a config of ours: configs/NAME.py[:argument] or .json", required=True
+)
 parser.add("--weights", "which weights of a training checkpoint", choices=["ema", "model"], default="ema")
 parser.add("--output", "folder to write", required=True)
+
+TITLE = "Trains as a config of the PyTorch VQRAE says; `vqrae import-pytorch` wrote this file from it."
 
 
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
-    output, config = command_line.output_folder(args.output), read_config(args.config)
+    output, source = command_line.output_folder(args.output), read_config(args.config)
     tensors = sources.read_state_dict(args.checkpoint, "--checkpoint")
-    _, variables = pytorch_checkpoint.convert_checkpoint(config, tensors, args.weights, args.checkpoint)
+    built, variables = pytorch_checkpoint.convert_checkpoint(
+        source.config.model, tensors, args.weights, args.checkpoint
+    )
+    if "var" in (latent := variables["batch_stats"].get("latent", {})):
+        variance = latent["var"] + np.float32(source.stat_eps - pytorch_yaml.STAT_EPS)
+        variables["batch_stats"]["latent"] = latent | {"var": variance}
     with storage.stage_output(output) as folder:
-        saving.save_folder(folder, config, variables, frozen=False)
-    print(f"wrote {output}")
+        saving.save_folder(folder, source.config.model, variables, frozen=False)
+        if source.trains:
+            data = source.config.data.model_copy(update={"image_size": built.image_size})
+            config = source.config.model_copy(update={"data": data})
+            (folder / "train.py").write_text(pytorch_yaml.to_python(config, TITLE, source.notes))
+    print(*source.notes, f"wrote {output}", sep="\n")
     return output
 
 
-def read_config(name: str) -> config_lib.ModelConfig:
-    """Reads the model section of a Python file as in configs/, with an optional argument after a colon, or of JSON."""
+def read_config(name: str) -> pytorch_yaml.PyTorchConfig:
+    """Reads a YAML file of the PyTorch programs, a Python file as in configs/ (NAME.py[:argument]), or JSON."""
+    file = pathlib.Path(name)
+    if file.is_file() and file.suffix in (".yaml", ".yml"):
+        return pytorch_yaml.read_pytorch_yaml(file, "--config")
     file = pathlib.Path(name.partition(":")[0])
     if not file.is_file() or file.suffix not in (".py", ".json"):
-        raise ConfigError("expected an existing .py or .json file", field="--config", value=name)
+        raise ConfigError("expected an existing .yaml, .py or .json file", field="--config", value=name)
     is_json = file.suffix == ".json"
     values = readers.read_json(file, "--config") if is_json else config_lib.load_config_file(name).to_dict()
-    return config_lib.from_dict(config_lib.Config, values).model
+    return pytorch_yaml.PyTorchConfig(config_lib.from_dict(config_lib.Config, values))
 
 
 main = command_line.build_main(parser, import_pytorch)
