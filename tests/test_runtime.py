@@ -61,6 +61,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(run, tmp_path):
     assert "file" in stderr
 
 
+@pytest.mark.slow
 def test_the_cache_of_the_tests_is_deleted_and_another_is_kept(tmp_path):
     conftest = pathlib.Path(__file__).with_name("conftest.py")
     script = f"import os, runpy; runpy.run_path({str(conftest)!r}); print(os.environ['JAX_COMPILATION_CACHE_DIR'])"

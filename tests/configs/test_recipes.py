@@ -105,6 +105,7 @@ def check_step(task, size):
     return metrics.keys()
 
 
+@pytest.mark.slow
 def test_cpu_recipe_needs_no_network(one_mesh):
     """Builds the recipe with its randomly initialized networks."""
     metrics = check_step(TokenizerTask.build(load("cpu_recipe"), one_mesh), 64)

@@ -93,6 +93,7 @@ def test_the_decoder_is_differentiable(untrained):
     assert errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 def test_a_generator_learns_codes(tokenized):
     from vqrae_jax.models.generator import Generator
     from vqrae_jax.models.vit import BlocksConfig

@@ -220,6 +220,7 @@ def test_errors_of_the_trunk_name_the_field(tiny, one_mesh, golden):
         assert error.value.field == f"adversary.{name}"
 
 
+@pytest.mark.slow
 def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
     """In shapes only; its arithmetic has its own tests."""
     file = str(golden / "discriminator" / "dino_bn.npz")

@@ -18,7 +18,7 @@ from vqrae_jax.data import images
 from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import hooks, loop
-from vqrae_jax.train.run import open_run
+from vqrae_jax.train.run import open_run, save_checkpoint
 from vqrae_jax.train.task import jit_step, place_horizon
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -134,10 +134,13 @@ def test_inference_gets_the_live_codebook(tiny, straight, one_device):
 
 
 def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device, assert_same):
-    fsdp = tiny(mesh={"data": 8, "fsdp": True, "fsdp_min_size": 1}, train={"steps": 1, "checkpoint_every": 1})
-    loop.train(fsdp, tmp_path)
-    saved = state_of(tmp_path, fsdp, None)
-    for mesh, devices in (({}, one_device), ({"data": 4, "model": 2}, None)):
+    fsdp = {"data": 8, "fsdp": True, "fsdp_min_size": 1}
+    with open_run(tiny(mesh=fsdp), tmp_path) as (run, state):
+        state = jax.tree.map(lambda x: x + 1, state)  # another than the initial one of any mesh
+        save_checkpoint(run, state, {})
+        run.checkpoints.wait()
+        saved = jax.device_get(state)
+    for mesh, devices in ((fsdp, None), ({}, one_device), ({"data": 4, "model": 2}, None)):
         with open_run(tiny(mesh=mesh), tmp_path, devices) as (_, state):
             assert int(state.step) == 1
             assert_same(jax.device_get(state), saved)
