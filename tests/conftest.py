@@ -1,6 +1,7 @@
 """Settings and shared fixtures: every test runs on the CPU, with eight simulated devices, without network."""
 
 import atexit
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -170,6 +172,30 @@ def run_elsewhere(tmp_path_factory):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def parsed_flags():
+    """A context in which the flags of main.py are those of the arguments; it returns the remaining ones."""
+    from absl import flags
+
+    from vqrae_jax import main
+
+    @contextlib.contextmanager
+    def parse(arguments):
+        argv = ["main", *arguments]
+        try:
+            with mock.patch.object(sys, "argv", argv):  # ml_collections reads overrides from it
+                yield main._parse(argv)
+        finally:
+            flags.FLAGS.unparse_flags()
+            for name in list(flags.FLAGS):
+                if name.startswith("config."):
+                    delattr(flags.FLAGS, name)
+                elif flags.FLAGS[name].present:
+                    flags.FLAGS[name].unparse()
+
+    return parse
 
 
 @pytest.fixture

@@ -46,14 +46,17 @@ MAY_IMPORT = {
         "config", "distributed", "storage", "runtime", "progress", "errors",
     },
     "train": {
-        "", "build", "models", "quantizers", "losses", "data", "evaluation", "sharding", "checkpoint", "config",
-        "distributed", "storage", "runtime", "progress", "errors",
+        "", "build", "models", "quantizers", "losses", "data", "evaluation", "inference", "sharding", "checkpoint",
+        "config", "distributed", "storage", "runtime", "progress", "errors",
     },
     "preflight": {"train", "build", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
     "benchmark": {
         "train", "build", "models", "quantizers", "pretrained", "config", "runtime", "sharding", "preflight", "errors",
     },
-    "main": {"", "train", "build", "preflight", "config", "checkpoint", "distributed", "storage", "runtime", "errors"},
+    "main": {
+        "", "train", "build", "preflight", "inference", "config", "checkpoint", "distributed", "storage", "runtime",
+        "errors",
+    },
 }  # fmt: skip
 
 # Outside library -> the rooms in which it is imported.

@@ -362,8 +362,8 @@ def start(config: Config) -> dict[str, Any]:
         saved = TokenizerTask.build(build({}), sharding.make_mesh(), weights=False).shapes().inference()
         params = {"old" if name == "decoder" else name: tree for name, tree in saved["params"].items()}
         checkpoints = {"whole": saved, "renamed": {**saved, "params": params}}
-        patch.setattr(checkpoint, "find_checkpoint", pathlib.Path)
-        patch.setattr(checkpoint, "read_meta", lambda path: {})
+        patch.setattr(checkpoint, "find_checkpoint", lambda path, _: pathlib.Path(path))
+        patch.setattr(checkpoint, "read_meta", lambda path: {"config": build({}).model_dump(mode="json")})
         patch.setattr(checkpoint, "saved_shapes", lambda path: checkpoints[path.name])
         task = TokenizerTask.build(config, sharding.make_mesh(), weights=False)
         return {"start": task.start and sorted(shapes(task.start))}

@@ -15,7 +15,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 
 from vqrae_jax import distributed
 from vqrae_jax.data import images
@@ -168,7 +167,7 @@ def completed():
 
 
 @pytest.fixture
-def run_command(workspace, completed, golden, monkeypatch):
+def run_command(workspace, completed, golden, parsed_flags, monkeypatch):
     """Runs a command as `python -m` does, in this process, after the commands whose results it reads."""
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(distributed, "connect", lambda *_, **__: None)  # must precede all computations of a process
@@ -184,7 +183,7 @@ def run_command(workspace, completed, golden, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         try:
             if module == "vqrae_jax.main":
-                run_main(arguments)
+                run_main(arguments, parsed_flags)
             elif module.startswith("benchmarks."):
                 importlib.import_module(module).main(arguments)
             else:
@@ -196,22 +195,17 @@ def run_command(workspace, completed, golden, monkeypatch):
     return run
 
 
-def run_main(arguments):
+def run_main(arguments, parsed_flags):
     """Runs main.py and restores what it changes in the process: flags and log levels."""
     from vqrae_jax import main
 
     logger = logging.getLogger("vqrae_jax")
     level = logger.level
     try:
-        main.main(main._parse(["main", *arguments]))
+        with parsed_flags(arguments) as rest:
+            main.main(rest)
     finally:
         logger.setLevel(level)
-        flags.FLAGS.unparse_flags()
-        for name in list(flags.FLAGS):
-            if name.startswith("config."):
-                delattr(flags.FLAGS, name)
-            elif flags.FLAGS[name].present:
-                flags.FLAGS[name].unparse()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import jax
 import pytest
 
 from vqrae_jax import main
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation.report import METRICS_FILE
+from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train.loop import IMAGE_FILE
 
@@ -106,6 +108,24 @@ def written(path, config):
     values = config.model_dump()
     path.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({values!r})\n")
     return path
+
+
+def test_a_checkpoint_brings_its_model_section(untrained, trained, tmp_path, parsed_flags):
+    """Fields of the command line prevail. A run that is resumed has the section in its own checkpoints."""
+    path = untrained().save_pretrained(tmp_path / "folder")
+    flags = ["--config=configs/vqrae_dinov2_b.py", f"--checkpoint={path}", "--config.model.encoder_params.fusion=sum"]
+    for workdir, model in ((tmp_path / "new", untrained().config), (trained, locate(trained).config)):
+        with parsed_flags([*flags, f"--workdir={workdir}"]):
+            config = main._load_config()
+        params = model.encoder_params.model_copy(update={"fusion": "sum"})
+        expected = {"decoder_config_path": config.model.decoder_config_path, "encoder_params": params}
+        expected |= {"decoder_architecture": config.model.decoder_architecture}  # a folder has it in place of a path
+        assert config.model == model.model_copy(update=expected)
+        assert config.train.start_from == str(path)
+        assert config.loss.perceptual.weight == 1
+    with parsed_flags([*flags, "--workdir=x", "--config.train.start_from=y"]), pytest.raises(ConfigError) as error:
+        main._load_config()
+    assert error.value.field == "train.start_from"
 
 
 @pytest.mark.slow

@@ -159,10 +159,10 @@ class Checkpoints:
 
 def completed_steps(folder: storage.Path) -> list[int]:
     """Returns the steps whose folder is complete, ascending."""
-    if not folder.is_dir():
-        return []
     mark = COMPLETE if storage.is_remote(folder) else "_CHECKPOINT_METADATA"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / mark).is_file())
+    with storage.convert_errors(folder, "read"):
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit() and (folder / name / mark).is_file())
 
 
 def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage.Path:

@@ -4,6 +4,7 @@ python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstar
 """
 
 import errno
+import functools
 import importlib.metadata
 import json
 import logging
@@ -12,7 +13,8 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -40,11 +42,15 @@ MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "evaluate", "preflight", "weights"],
-    "train; evaluate the newest checkpoint of workdir; compile for --topology and report the cost of the run; or copy "
-    "the weights of the config to --output and print the flags that name the copies",
+    "train; evaluate --checkpoint or the newest checkpoint of workdir; compile for --topology and report the cost of "
+    "the run; or copy the weights of the config to --output and print the flags that name the copies",
 )
 OUTPUT = flags.DEFINE_string("output", None, "weights: folder or gs:// address")
-STEP = flags.DEFINE_integer("step", None, "evaluate: step of the checkpoint; the newest by default", 0)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "tokenizer to evaluate or to train further, as of train.start_from, with its model section "
+    "in place of the config's: workdir of a run, one of its checkpoints, an exported folder, or a hub id"
+)  # fmt: skip
+STEP = flags.DEFINE_integer("step", None, "step of --checkpoint, or of workdir to evaluate; the newest by default", 0)
 TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8")
 JSON = flags.DEFINE_string("json", None, "preflight: output file; preflight.json in workdir by default")
 ALTERNATIVES = flags.DEFINE_integer(
@@ -71,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         values = {**config.model_dump(mode="json"), "mode": MODE.value, "versions": _versions()}
         distributed.check_equal(values, exit_code=2)
         if MODE.value == "evaluate":
-            metrics = loop.evaluate(config, WORKDIR.value, step=STEP.value)
+            metrics = loop.evaluate(config, WORKDIR.value, step=STEP.value, start=CHECKPOINT.value is not None)
             if is_first:
                 print(json.dumps(metrics, indent=2))
             return
@@ -150,8 +156,8 @@ def _check_flags(argv: Sequence[str]) -> range:
     for name in ("config", {"preflight": "topology", "weights": "output"}.get(MODE.value, "workdir")):
         if not flags.FLAGS[name].present:
             raise ConfigError("is required, see python -m vqrae_jax.main --help", field=f"--{name}")
-    if STEP.value is not None and MODE.value != "evaluate":
-        message = "only --mode=evaluate takes a step; training resumes from the newest checkpoint"
+    if STEP.value is not None and MODE.value != "evaluate" and CHECKPOINT.value is None:
+        message = "only --mode=evaluate and --checkpoint take a step; training resumes from the newest checkpoint"
         raise ConfigError(message, field="--step", value=STEP.value)
     first, colon, end = (PROFILE_STEPS.value or "1:1").partition(":")
     if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) <= int(end)):
@@ -214,7 +220,32 @@ def _load_config() -> config_lib.Config:
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     if message := config_lib.prefer_command_line_steps(values, overrides):
         logging.getLogger("vqrae_jax").warning("%s", message)
+    if CHECKPOINT.value is not None:
+        _start_from_checkpoint(values, overrides)
     return config_lib.from_dict(config_lib.Config, values)
+
+
+def _start_from_checkpoint(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Sets the model section of --checkpoint, except for fields of the command line, and train.start_from.
+
+    A run that is resumed has the model section in its own checkpoints, and the tokenizer that it started from may be
+    gone.
+    """
+    from vqrae_jax import checkpoint, storage
+    from vqrae_jax.inference.location import locate
+
+    if values["train"]["start_from"]:
+        message = "is set by --checkpoint; leave one of them out"
+        raise ConfigError(message, field="train.start_from", value=values["train"]["start_from"])
+    folder = storage.resolve_path(WORKDIR.value or ".") / checkpoint.FOLDER
+    resumes = MODE.value == "train" and checkpoint.completed_steps(folder)
+    location = locate(WORKDIR.value) if resumes else locate(CHECKPOINT.value, STEP.value)
+    values["train"]["start_from"] = CHECKPOINT.value if resumes or STEP.value is None else str(location.path)
+    values["model"] = location.config.model_dump()
+    for name, value in overrides.items():
+        section, _, field = name.rpartition(".")
+        if name.startswith("model."):
+            functools.reduce(dict.__getitem__, section.split("."), values)[field] = value
 
 
 if __name__ == "__main__":

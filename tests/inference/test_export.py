@@ -183,14 +183,14 @@ def test_changed_bits_of_a_folder_are_noticed(golden, tmp_path, caplog):
             changed[position] ^= 1 << bit
             (path / name).write_bytes(changed)
             with pytest.raises((WeightsError, CheckpointError)):
-                saving.stored_shapes(locate(path).path)
+                saving.read_weights(locate(path).path)
         (path / name).write_bytes(data)
-    saving.stored_shapes(path)
+    saving.read_weights(path)
     assert not caplog.records
     content = json.loads((path / "config.json").read_text())
     del content["sha256"]  # as in folders of versions without digests
     (path / "config.json").write_text(json.dumps(content))
-    saving.stored_shapes(locate(path).path)
+    saving.read_weights(locate(path).path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

@@ -1,5 +1,7 @@
 """The variables that a run starts with: its checkpoints, or parts of another run's model."""
 
+import dataclasses
+import json
 import logging
 import shutil
 from unittest import mock
@@ -7,9 +9,12 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from vqrae_jax import checkpoint, sharding
-from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
+from vqrae_jax.config import EncoderParams, LossConfig
+from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, WeightsError
+from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import Run, open_run, save_checkpoint
@@ -89,13 +94,23 @@ def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, t
     assert loop.evaluate(tiny(), copied, one_device, step=1)["step"] == 1
 
 
-def test_a_chosen_step_is_evaluated(trained, tiny, one_device):
+def test_a_chosen_step_or_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path):
     assert loop.evaluate(tiny(), trained, one_device, step=1)["step"] == 1
-    assert loop.evaluate(tiny(), trained, one_device)["step"] == 2
+    newest = loop.evaluate(tiny(), trained, one_device)
+    assert newest["step"] == 2
     with pytest.raises(CheckpointError, match=r"7.*\[1, 2\]"):
         loop.evaluate(tiny(), trained, one_device, step=7)
     with pytest.raises(CheckpointError, match="--step=1"):
         loop.evaluate(tiny(), trained / "checkpoints" / "1", one_device)
+    # Any other tokenizer, as the folder of the same one; its report does not replace that of another model.
+    path = Tokenizer.load(trained).save_pretrained(tmp_path / "folder")
+    config = tiny(train={"start_from": str(path)})
+    assert loop.evaluate(config, tmp_path, one_device, start=True) == newest
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (written["step"], written["protocol"]["checkpoint"]) == (2, str(path))
+    with pytest.raises(CheckpointError) as error:
+        loop.evaluate(config, trained, one_device, start=True)
+    assert error.value.field == "--workdir"
 
 
 def test_no_run_starts_again_over_damaged_checkpoints(copied, opened):
@@ -151,6 +166,75 @@ def test_a_run_starts_from_parts_of_another(trained, opened, initial, assert_sam
     swapped = initial(start_from=str(trained), start_parts=("decoder",), start_renames=renames).params["decoder"]
     blocks = source.ema_params["decoder"]["blocks"]
     assert_same(swapped["blocks"], {**blocks, "norm1": blocks["norm2"], "norm2": blocks["norm1"]})
+
+
+@pytest.fixture(scope="module")
+def folder(untrained, tmp_path_factory):
+    """Returns a function that saves a tokenizer with latent statistics, with its frozen encoder or its hash."""
+    statistics = tmp_path_factory.mktemp("statistics") / "stat.npz"
+    np.savez(statistics, mean=np.linspace(-1, 1, 36, dtype=np.float32))
+    tokenizer = untrained(normalization_stat_path=str(statistics))
+    return lambda embed: tokenizer.save_pretrained(tmp_path_factory.mktemp("saved"), embed_encoder=embed)
+
+
+@pytest.fixture(scope="module")
+def started(tiny, one_mesh):
+    """Returns the task of a run that starts from a tokenizer and has its model section."""
+
+    def build(path, model=None, **train):
+        config = tiny(train={"start_from": str(path), "trainable": ("quantizer", "decoder"), **train})
+        config = config.model_copy(update={"model": locate(path).config.model_copy(update=model or {})})
+        return TokenizerTask.build(config, one_mesh)
+
+    return build
+
+
+@pytest.mark.parametrize("embed", [True, False])
+def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same):
+    """Every variable, with latent statistics that the config does not name; a frozen encoder is in one of two trees."""
+    path = folder(embed)
+    task, saved = started(path), Tokenizer.load(path)
+    state, frozen = jax.device_get((task.init(), task.frozen()))
+    assert set(state.params) == {"decoder"}
+    assert ("encoder" in state.ema_params, "encoder" in frozen) == (embed, not embed)
+    variables = state.inference()
+    variables["params"] = {**variables["params"], **frozen}
+    expected = {**saved.trained, "params": {**saved.trained["params"]}}
+    if not embed:  # its position grid is resampled to the input size
+        expected["params"]["encoder"] = saved.variables["params"]["encoder"]
+    assert_same(variables, expected)
+
+
+def test_the_teacher_is_the_encoder_of_the_folder(folder, started, assert_same):
+    """Not a random one: the config of a folder with its encoder names no other weights."""
+    path = folder(True)
+    task = started(path, {"decoder_features": (0,)}, start_parts=("encoder",), trainable=("quantizer", "decoder"))
+    task = dataclasses.replace(task, config=task.config.model_copy(update={"loss": LossConfig(feature_weight=1.0)}))
+    assert_same(task.frozen()["teacher"], Tokenizer.load(path).trained["params"]["encoder"])
+
+
+def test_a_config_that_changes_the_codes_of_the_start_is_an_error(folder, started, tmp_path):
+    path = folder(False)
+    for model, name in (
+        ({"num_embeddings": 48}, "model.num_embeddings=48 instead of 24"),
+        ({"encoder_params": EncoderParams(normalize=False)}, "model.encoder_params.normalize=False instead of True"),
+        ({"quantize_before_reshape": True}, "model.quantize_before_reshape"),
+        ({"encoder_config_path": None}, "model.encoder_config_path=None instead of"),
+    ):
+        with pytest.raises(ConfigError, match=name) as error:
+            started(path, model)
+        assert error.value.field == "train.start_from"
+    with pytest.raises(CheckpointError, match=r"model\.decoder_patch_size=16 instead of 8"):
+        started(path, {"decoder_patch_size": 16})
+    encoder = shutil.copytree(locate(path).config.encoder_config_path, tmp_path / "encoder")
+    tensors = load_file(encoder / "model.safetensors")
+    save_file({name: 2 * value for name, value in tensors.items()}, encoder / "model.safetensors")
+    with pytest.raises(WeightsError, match="content hash"):
+        started(path, {"encoder_config_path": str(encoder)})
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match="damaged") as error:
+        started(path)
+    assert error.value.field == "train.start_from"
 
 
 def test_a_start_that_does_not_fit_is_an_error(trained, initial, tmp_path):

@@ -15,12 +15,10 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from vqrae_jax import checkpoint
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError, WeightsError
-from vqrae_jax.inference import saving
-from vqrae_jax.inference.location import Location, locate
+from vqrae_jax.inference.location import Location, locate, stored_shapes
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 WIDTH = 160  # columns of output that is not a terminal
@@ -82,14 +80,9 @@ def _describe_model(location: Location) -> dict[str, Any]:
 
 def _stored_sizes(location: Location) -> dict[str, int]:
     """Returns the number of stored values by part, for example "params/decoder"."""
-    if location.run is None:
-        shapes = saving.stored_shapes(location.path)
-    else:
-        tree = flatten_dict(checkpoint.saved_shapes(location.path), sep="/")
-        shapes = {name: leaf.shape for name, leaf in tree.items()}
     sizes = collections.Counter()
-    for name, shape in shapes.items():
-        sizes["/".join(name.split("/")[:2])] += math.prod(shape)
+    for name, leaf in stored_shapes(location).items():
+        sizes["/".join(name.split("/")[:2])] += math.prod(leaf.shape)
     return dict(sizes)
 
 

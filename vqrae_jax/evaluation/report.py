@@ -75,7 +75,7 @@ def render_page(title: str, metrics: Mapping[str, int | float], warnings: Sequen
 
 
 def write_report(
-    workdir: storage.Path, step: int, result: EvaluationResult, protocol: dict[str, Any],
+    workdir: storage.Path, step: int | None, result: EvaluationResult, protocol: dict[str, Any],
     examples: dict[str, list[Example]],
 ) -> None:  # fmt: skip
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
@@ -89,7 +89,8 @@ def write_report(
         examples="".join(_example_section(group, members) for group, members in examples.items()),
         protocol=html.escape(json.dumps(protocol, indent=2)),
     )
-    page = render_page(f"{workdir.name}, step {step}", result.metrics, result.accumulator.warnings, body)
+    title = workdir.name if step is None else f"{workdir.name}, step {step}"
+    page = render_page(title, result.metrics, result.accumulator.warnings, body)
     storage.write_bytes(workdir / FOLDER / "index.html", page)
 
 

@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vqrae_jax import checkpoint, storage
+from vqrae_jax import checkpoint, sharding, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.build.encoder import replace_encoder
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params, variable_shapes
@@ -30,7 +31,7 @@ class Location:
     """A tokenizer on this machine or in a bucket."""
 
     path: storage.Path  # the saved folder, or the folder of one checkpoint
-    config: config_lib.ModelConfig
+    config: config_lib.ModelConfig  # without the paths of weights and statistics that the files have
     frozen: bool  # whether the encoder is the pretrained one that the config names, and not in the files
     provenance: dict[str, Any]  # version and, if known, revision, step, metrics and data of the training run
     run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
@@ -72,7 +73,27 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "name") and v}
     provenance |= _read_metrics(step_path.parent.parent, meta.get("step"))
-    return Location(step_path, run.model, "encoder" not in saved["params"], provenance, run)
+    absent = {"normalization_stat_path": None}  # the files that the run started from may be gone
+    if "decoder" in saved["params"]:
+        absent["pretrained_decoder_path"] = None
+    model = run.model.model_copy(update=absent)
+    return Location(step_path, model, "encoder" not in saved["params"], provenance, run)
+
+
+def stored_shapes(location: Location) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the variables in the files by their paths, as in "params/decoder/..."."""
+    if location.run is None:
+        tensors = saving.read_weights(location.path)
+        return {name: jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].dtype) for name in tensors}
+    return flatten_dict(checkpoint.saved_shapes(location.path), sep="/")
+
+
+def read_stored(location: Location, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads some of the variables in the files, by their paths, onto the shardings of `target`."""
+    if location.run is None:
+        tensors = saving.read_weights(location.path)
+        return {name: sharding.place_array(tensors[name], leaf.sharding) for name, leaf in target.items()}
+    return flatten_dict(checkpoint.read_model(location.path, unflatten_dict(target, sep="/"), partial=True), sep="/")
 
 
 def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tuple[VQRAE, dict[str, Any]]:
@@ -84,10 +105,8 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
         return saving.load_folder(location.path, location.config, mesh)
     saved = checkpoint.saved_shapes(location.path)
     # A checkpoint also has parts that train.start_from loaded and that did not train.
-    stored, config = {*location.run.train.trainable, *saved["params"]}, location.config
-    if "decoder" in stored:  # the file that it started from may be gone
-        config = config.model_copy(update={"pretrained_decoder_path": None})
-    built = build_tokenizer(config, latent_stats=saved["batch_stats"].get("latent", {}), mesh=mesh)
+    stored = {*location.run.train.trainable, *saved["params"]}
+    built = build_tokenizer(location.config, latent_stats=saved["batch_stats"].get("latent", {}), mesh=mesh)
     shapes = variable_shapes(built)
     trained = {n: p for n, p in shapes["params"].items() if n in stored}
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, location.path)

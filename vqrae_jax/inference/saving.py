@@ -107,10 +107,16 @@ def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] 
     return from_saved(ModelConfig, content["model"]), encoder, provenance
 
 
-def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of the tensors in the folder."""
-    tensors = _read_weights(folder)
-    return {name: tuple(tensors[name].shape) for name in tensors}
+def check_encoder(folder: pathlib.Path, config: ModelConfig, params: Any) -> None:
+    """Raises WeightsError if the folder has the hash of another frozen encoder than `params`, which `config` names."""
+    encoder = read_description(folder)[1]
+    if encoder is not None and (digest := writers.content_hash(params)) != encoder["sha256"]:
+        raise WeightsError(
+            f"{folder} was trained with an encoder of {encoder['source']} that had the content hash "
+            f"{encoder['sha256']}, but that of {weights_source(config)[0]} is {digest}, so its codes would have "
+            "another meaning; name the original weights by encoder= (--encoder)",
+            field=FIELD,
+        )
 
 
 def load_folder(
@@ -121,20 +127,14 @@ def load_folder(
     `config` is that of `read_description`, or one that names another source of the same encoder.
     """
     encoder = read_description(folder)[1]
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
     variables = unflatten_dict({name: np.asarray(tensors[name]) for name in tensors}, sep="/")
     variables = {"params": {}, "batch_stats": {}} | variables
     stats = variables["batch_stats"].get("latent", {})
     built = build_tokenizer(config, latent_stats=stats, weights=encoder is not None, mesh=mesh)
     if encoder is not None:
         variables["params"]["encoder"] = built.pretrained["encoder"]
-        if (digest := writers.content_hash(built.pretrained["encoder"])) != encoder["sha256"]:
-            raise WeightsError(
-                f"{folder} was trained with an encoder of {encoder['source']} that had the content hash "
-                f"{encoder['sha256']}, but that of {weights_source(config)[0]} is {digest}, so its codes would have "
-                "another meaning; name the original weights by encoder= (--encoder)",
-                field=FIELD,
-            )
+        check_encoder(folder, config, built.pretrained["encoder"])
     shapes, expected = (
         {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
         for tree in (variables, variable_shapes(built))
@@ -164,7 +164,8 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(folder: pathlib.Path) -> readers.Tensors:
+def read_weights(folder: pathlib.Path) -> readers.Tensors:
+    """Returns the tensors of the folder by their paths; they are compared with its SHA-256 first."""
     digests, file = _read_config(folder).get("sha256"), folder / WEIGHTS
     if digests is None:
         log.warning("%s cannot be checked for damage: it was saved by a version that wrote no digests", folder)

@@ -21,7 +21,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.data import images as image_files
 from vqrae_jax.errors import CheckpointError, ConfigError
 from vqrae_jax.evaluation import report
-from vqrae_jax.train import hooks
+from vqrae_jax.train import hooks, restore
 from vqrae_jax.train.metric_writers import MetricWriters
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
 from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
@@ -196,23 +196,41 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
 
 
 def evaluate(
-    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None
-) -> dict[str, int | float]:
-    """Evaluates a checkpoint (default: the newest), writes the files of a report, and returns step and metrics."""
-    path = distributed.run_together(lambda: checkpoint.find_checkpoint(workdir, step))
-    if path.parent != storage.resolve_path(workdir) / checkpoint.FOLDER:
-        message = f"expected the workdir of a run; choose this checkpoint with --step={path.name}"
-        raise CheckpointError(message, field="--workdir", value=str(workdir))
-    step = int(distributed.exchange(path.name)[0])  # another run may be saving at the same time
-    with open_run(config, workdir, devices, evaluate_step=step) as (run, state):
+    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None,
+    start: bool = False,
+) -> dict[str, int | float]:  # fmt: skip
+    """Evaluates a checkpoint (default: the newest), writes the files of a report, and returns step and metrics.
+
+    With `start` it evaluates the tokenizer that train.start_from names; the workdir only receives the report.
+    """
+    name, step = distributed.run_together(lambda: _find_model(config, workdir, step, start))
+    if not start:  # another run may be saving at the same time
+        step = int(distributed.exchange(str(step))[0])
+    with open_run(config, workdir, devices, evaluate_step="start" if start else step) as (run, state):
         if run.evaluator is None:
             raise ConfigError("there are no validation images to evaluate on", field="data.eval_path", value=None)
         variables = state.inference()
         result = run.evaluator.evaluate(variables, run.frozen)
         examples = run.evaluator.examples(result, variables, run.frozen)
         if jax.process_index() == 0:
-            source = {"checkpoint": str(path), "revision": git_revision()}
+            source = {"checkpoint": name, "revision": git_revision()}
             report.write_report(run.workdir, step, result, run.evaluator.protocol(result) | source, examples)
             files = run.workdir / report.EVALUATION_FILE, run.workdir / report.FOLDER / "index.html"
             log.info("wrote %s and %s", *files)
     return {"step": step, **result.metrics}
+
+
+def _find_model(config: Config, workdir: str | os.PathLike, step: int | None, start: bool) -> tuple[str, int | None]:
+    """Returns the name of the model to evaluate, and its step if it is known."""
+    folder = storage.resolve_path(workdir) / checkpoint.FOLDER
+    if start:
+        location = restore.locate_start(config)
+        if checkpoint.completed_steps(folder) and location.path.parent != folder:
+            message = "is the workdir of another model, whose evaluation would be replaced; choose another folder"
+            raise CheckpointError(message, field="--workdir", value=str(workdir))
+        return config.train.start_from, location.provenance.get("step")
+    path = checkpoint.find_checkpoint(workdir, step)
+    if path.parent != folder:
+        message = f"expected the workdir of a run; choose this checkpoint with --step={path.name}"
+        raise CheckpointError(message, field="--workdir", value=str(workdir))
+    return str(path), int(path.name)

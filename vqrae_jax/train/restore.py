@@ -1,22 +1,31 @@
-"""The variables that a run starts with: its newest readable checkpoint, or parts of another run's model."""
+"""The variables that a run starts with: its newest readable checkpoint, or parts of another tokenizer."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.checkpoint import Checkpoints
-from vqrae_jax.config import TrainConfig
-from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError
+from vqrae_jax.config import Config, ModelConfig, TrainConfig
+from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, UserError
+from vqrae_jax.inference import saving
+from vqrae_jax.inference.location import Location, locate, read_stored, stored_shapes
+from vqrae_jax.inference.tokenizer import HASHED_FIELDS
 from vqrae_jax.train.task import TrainState
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+# Fields of the model section that a start fixes. The input size may change: the codes of larger images mean the same.
+FIXED_FIELDS = set(HASHED_FIELDS) - {"encoder_input_size"}
+# Fields that describe the same model in several ways, by the beginning of their paths.
+ARCHITECTURES = ("encoder_config_path", "encoder_params.architecture", "encoder_params.d", "encoder_params.model_name",
+                 "decoder_config_path", "decoder_architecture", "pretrained_", "normalization_stat_path")  # fmt: skip
 Resumed = tuple[TrainState, dict[str, Any]]  # with the position of the input
 
 
@@ -70,15 +79,13 @@ def _read(path: storage.Path, target: TrainState, model_only: bool) -> Resumed:
     rest = None if model_only else target.rest()
     model, rest, data = checkpoint.read_checkpoint(path, target.inference(), rest)
     if model_only:
-        rest = {"step": jnp.asarray(int(path.name)), "params": {}, "opt_state": ()}
+        return TrainState.of_model(model, int(path.name)), data
     return TrainState.join(model, rest), data
 
 
 def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
     """Returns the shapes of the model in the newest readable checkpoint of `folder`, or in that of the step `only`."""
-    with storage.convert_errors(folder, "read"):
-        steps = checkpoint.completed_steps(folder) if only is None else [only]
-    for step in reversed(steps):
+    for step in reversed(checkpoint.completed_steps(folder) if only is None else [only]):
         try:
             return checkpoint.saved_shapes(folder / str(step))
         except DamagedError:
@@ -86,45 +93,111 @@ def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] 
     return None
 
 
-def start_shapes(config: TrainConfig, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the part of a model's variables `shapes` that `config.start_from` gives; checks that it fits.
+@contextlib.contextmanager
+def _names_start() -> Iterator[None]:
+    """Reports errors of the folder of a tokenizer as errors of train.start_from; a decorator."""
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed({saving.FIELD: "train.start_from"}) from error.__cause__
+
+
+@_names_start()
+def locate_start(config: Config) -> Location:
+    """Finds the tokenizer that `config.train.start_from` names.
+
+    Raises:
+      ConfigError: a code of its quantizer would have another meaning under `config`; with the fields that differ.
+    """
+    location, parts = locate(config.train.start_from), config.train.start_parts
+    differing = _differing_fields(config.model, location.config)
+    differing = {name: value for name, value in differing.items() if name in FIXED_FIELDS}
+    ours, theirs = config.model.encoder_config_path, location.config.encoder_config_path
+    if location.frozen and theirs and not ours:
+        differing["encoder_config_path"] = ours, theirs
+    if differing and (not parts or "quantizer" in parts):
+        raise ConfigError(_describe_fields(differing), field="train.start_from", value=config.train.start_from)
+    return location
+
+
+def start_latents(config: Config, own: dict[str, Any] | None = None) -> dict[str, np.ndarray] | None:
+    """Returns zeros in the shapes of the latent statistics that the start has and `config` does not name.
+
+    The model is built with them; `read_start` reads their values. None: those of `config`.
+    """
+    if config.model.normalization_stat_path or config.train.start_parts:
+        return None
+    if own is not None:
+        latents = own["batch_stats"].get("latent", {})
+    else:
+        leaves = _start_leaves(config.train, locate_start(config))
+        latents = _unflatten({name: leaf for name, (_, leaf) in leaves.items()})["batch_stats"].get("latent", {})
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in latents.items()}
+
+
+def start_shapes(config: Config, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the part of a model's variables `shapes` that the start has; checks that it fits.
 
     `own`, the shapes of the model in a checkpoint of this run, include it; the other run may then be deleted.
     """
     if own is not None:
         return {kind: {n: x for n, x in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()}
-    path = checkpoint.find_checkpoint(config.start_from)
-    checkpoint.read_meta(path)
-    saved = unflatten_dict({name: shape for name, (_, shape) in _start_leaves(config, path).items()}, sep="/")
-    parts = config.start_parts or tuple(saved["params"])
+    location, selected = locate_start(config), config.train.start_parts
+    saved = _unflatten({name: leaf for name, (_, leaf) in _start_leaves(config.train, location).items()})
+    parts = selected or tuple(saved["params"])
     target = {
         "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
-        "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not config.start_parts or n in parts},
+        "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not selected or n in parts},
     }
-    checkpoint.check_shapes(saved, target, path)
+    differing = _differing_fields(config.model, location.config)
+    remedy = _describe_fields(differing) if differing else "train.start_parts selects the parts that fit"
+    checkpoint.check_shapes(saved, target, location.path, remedy=f"train.start_from: {remedy}")
     return target
 
 
-def read_start(config: TrainConfig, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads the arrays of `start_shapes` onto the shapes and shardings of `target`."""
-    path = checkpoint.find_checkpoint(config.start_from)
-    leaves, flat = _start_leaves(config, path), flatten_dict(target, sep="/")
-    saved_target = unflatten_dict({saved: flat[name] for name, (saved, _) in leaves.items()}, sep="/")
-    arrays = flatten_dict(checkpoint.read_model(path, saved_target, partial=True), sep="/")
-    log.info("read %d arrays from %s", len(leaves), path)
-    renamed = {name: arrays[saved] for name, (saved, _) in leaves.items()}
-    return {"params": {}, "batch_stats": {}, **unflatten_dict(renamed, sep="/")}
+@_names_start()
+def check_start_encoder(config: Config, params: Any) -> None:
+    """Raises WeightsError if codes of the start are those of another frozen encoder than `params`, as far as known."""
+    location, parts = locate_start(config), config.train.start_parts
+    if location.run is None and (not parts or "quantizer" in parts):
+        saving.check_encoder(location.path, config.model, params)
 
 
-def _start_leaves(config: TrainConfig, path: storage.Path) -> dict[str, tuple[str, Any]]:
-    """Maps the name of every leaf to take to its name and shape in the checkpoint."""
-    flat = flatten_dict(checkpoint.saved_shapes(path), sep="/")
+def read_start(config: Config, target: dict[str, Any]) -> dict[str, Any]:
+    """Reads (some of) the arrays of `start_shapes` onto the shapes and shardings of `target`."""
+    location, flat = locate_start(config), flatten_dict(target, sep="/")
+    names = {name: saved for name, (saved, _) in _start_leaves(config.train, location).items() if name in flat}
+    arrays = read_stored(location, {saved: flat[name] for name, saved in names.items()})
+    log.info("read %d arrays from %s", len(names), location.path)
+    return _unflatten({name: arrays[saved] for name, saved in names.items()})
+
+
+@_names_start()
+def _start_leaves(config: TrainConfig, location: Location) -> dict[str, tuple[str, Any]]:
+    """Maps the name of every leaf to take to its name and shape in the files of the start."""
+    flat = stored_shapes(location)
     saved = {_rename(name, config.start_renames): (name, shape) for name, shape in flat.items()}
     parts = {name.split("/")[1] for name in saved}
     if missing := sorted(set(config.start_parts) - parts):
-        message = f"{path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}"
+        message = f"{location.path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}"
         raise ConfigError(message, field="train.start_parts", value=config.start_parts)
     return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
+
+
+def _unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {"params": {}, "batch_stats": {}, **unflatten_dict(leaves, sep="/")}
+
+
+def _differing_fields(config: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields of two model sections that differ, with both values."""
+    ours, theirs = (flatten_dict(c.model_dump(mode="json"), keep_empty_nodes=True, sep=".") for c in (config, other))
+    names = [name for name in ours | theirs if not name.startswith(ARCHITECTURES)]
+    return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+
+
+def _describe_fields(differing: dict[str, tuple[Any, Any]]) -> str:
+    values = ", ".join(f"model.{name}={ours!r} instead of {theirs!r}" for name, (ours, theirs) in differing.items())
+    return f"this config has {values}; set them, or pass --checkpoint, which takes the model section from the tokenizer"
 
 
 def _rename(name: str, renames: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import subprocess
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -27,6 +27,8 @@ from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 log = logging.getLogger(__name__)
+
+EvaluateStep = int | Literal["start"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Run:
 @contextlib.contextmanager
 def open_run(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None,
-    evaluate_step: int | None = None,
+    evaluate_step: EvaluateStep = None,
 ) -> Iterator[tuple[Run, TrainState]]:  # fmt: skip
     """Opens a run and its state: the newest checkpoint of the workdir, or a new state.
 
-    With `evaluate_step` it opens that checkpoint, and nothing that only training needs: another run may save there.
+    With `evaluate_step` it opens that checkpoint, or for "start" the tokenizer that train.start_from names, and nothing
+    that only training needs: another run may save there.
     """
     workdir, skipped = storage.resolve_path(workdir), pipeline.Skipped()
     with contextlib.ExitStack() as closing:
@@ -81,10 +84,12 @@ def open_run(
                 "dimensions (%s); choose a mesh.data that does, for example with a larger mesh.model",
                 len(whole), sum(whole.values()) / 2**30, mesh.shape["data"], max(whole, key=whole.get),
             )  # fmt: skip
-        resumed = restore.resume(checkpoints, shapes, evaluate_step)
+        resumed = None if evaluate_step == "start" else restore.resume(checkpoints, shapes, evaluate_step)
         if resumed is None:
             log.info("initializing the state")
-        state = task.init() if resumed is None else resumed[0]
+            state = TrainState.of_model(task.initial_variables()) if evaluating else task.init()
+        else:
+            state = resumed[0]
         if resumed is not None:
             step = int(state.step)
             _warn_config_changes(config, checkpoints.folder / str(step), evaluating)
@@ -95,7 +100,7 @@ def open_run(
 
 
 def _prepare(
-    config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | None, skipped: pipeline.Skipped,
+    config: Config, workdir: storage.Path, devices: Any, evaluate_step: EvaluateStep, skipped: pipeline.Skipped,
     closing: contextlib.ExitStack,
 ) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:  # fmt: skip
     """Builds what each process builds by itself; no collective operation, which would wait for a failed process.
@@ -118,7 +123,11 @@ def _prepare(
     checkpoint.check_writable(workdir)
     if training and distributed.process_index() == 0:
         closing.enter_context(lock_workdir(workdir))
-    own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step) if config.train.start_from else None
+    own = None
+    if config.train.start_from and evaluate_step != "start":
+        own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step)
+    if config.train.start_from and own is None:
+        restore.locate_start(config)  # before weights are downloaded
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
     metrics = config.evaluation.training_metrics if training else config.evaluation.metrics

@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -40,6 +41,11 @@ class TrainState:
     def join(cls, inference: dict[str, Any], rest: dict[str, Any]) -> "TrainState":
         """Builds the state from the results of `inference` and `rest`."""
         return cls(ema_params=inference["params"], batch_stats=inference["batch_stats"], **rest)
+
+    @classmethod
+    def of_model(cls, inference: dict[str, Any], step: int = 0) -> "TrainState":
+        """Builds a state without what only training needs."""
+        return cls.join(inference, {"step": jnp.asarray(step), "params": {}, "opt_state": ()})
 
 
 def is_sum(metric: Any) -> bool:

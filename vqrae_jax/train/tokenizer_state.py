@@ -54,11 +54,13 @@ class TokenizerVariables:
         if "quantizer" not in config.train.trainable:  # the codebook then does not change within a step either
             params = model.quantizer_params.model_copy(update={"frozen": True})
             model = model.model_copy(update={"quantizer_params": params})
-        built = builder.build_tokenizer(model, weights=weights, mesh=mesh)
+        starts = bool(config.train.start_from)
+        latents = restore.start_latents(config, own) if starts else None
+        built = builder.build_tokenizer(model, latent_stats=latents, weights=weights, mesh=mesh)
         _warn_unread(config.model, built.module.encoder)
-        start = None
-        if config.train.start_from:
-            start = restore.start_shapes(config.train, builder.variable_shapes(built), own)
+        start = restore.start_shapes(config, builder.variable_shapes(built), own) if starts else None
+        if starts and own is None and "encoder" in built.pretrained:
+            restore.check_start_encoder(config, built.pretrained["encoder"])
         if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
             built = builder.freeze_encoder(built)
         output, size, grid = built.image_size, config.data.image_size, built.module.decoder.grid
@@ -91,19 +93,22 @@ class TokenizerVariables:
         return self._with_shardings(jax.eval_shape(self._create, params, shapes["batch_stats"], self.key))
 
     def init(self) -> TrainState:
+        variables = self.initial_variables()
+        shardings = jax.tree.map(lambda x: x.sharding, self.shapes())
+        create = jax.jit(self._create, out_shardings=shardings, donate_argnums=(0, 1))
+        return create(variables["params"], variables["batch_stats"], self.key)
+
+    def initial_variables(self) -> dict[str, Any]:
+        """Returns the variables of the model before training, without the frozen networks."""
         names = [n for n in self.config.train.trainable if n not in self._started]
         variables = builder.initial_variables(self.built, self.key, names, self._shardings)
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        if self.start:
-            start = restore.read_start(self.config.train, self._with_shardings(self.start))
-            params, batch_stats = {**params, **start["params"]}, {**batch_stats, **start["batch_stats"]}
-        shardings = jax.tree.map(lambda x: x.sharding, self.shapes())
-        return jax.jit(self._create, out_shardings=shardings, donate_argnums=(0, 1))(params, batch_stats, self.key)
+        start = restore.read_start(self.config, self._with_shardings(self.start)) if self.start else {}
+        return {kind: {**tree, **start.get(kind, {})} for kind, tree in variables.items()}
 
     def frozen(self) -> Any:
         networks = builder.initial_params(self.built, self.key, self._frozen_parts, self._shardings)
         if self._has_teacher:
-            networks["teacher"] = builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
+            networks["teacher"] = self._read_teacher()
         return networks | jax.tree.map(sharding.place_array, self._judges, self._shardings(self._judges))
 
     def frozen_shapes(self) -> Any:
@@ -125,6 +130,12 @@ class TokenizerVariables:
     def _has_teacher(self) -> bool:  # the pretrained encoder, in addition to the one that trains
         loss = self.config.loss
         return bool(loss.feature_weight or loss.distill_weight) and "encoder" not in self._frozen_parts
+
+    def _read_teacher(self) -> Any:
+        if "encoder" in self.built.pretrained or "encoder" not in self._started:
+            return builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
+        target = self._with_shardings({"params": {"encoder": self.start["params"]["encoder"]}})  # not a random one
+        return restore.read_start(self.config, target)["params"]["encoder"]
 
     @property
     def _judges(self) -> dict[str, Any]:
