@@ -118,8 +118,9 @@ def test_a_checkpoint_brings_its_model_section(untrained, trained, tmp_path, par
         with parsed_flags([*flags, f"--workdir={workdir}"]):
             config = main._load_config()
         params = model.encoder_params.model_copy(update={"fusion": "sum"})
-        expected = {"decoder_config_path": config.model.decoder_config_path, "encoder_params": params}
-        expected |= {"decoder_architecture": config.model.decoder_architecture}  # a folder has it in place of a path
+        expected = {"encoder_params": params, "dtype": "bfloat16", "remat": True}
+        for name in ("decoder_config_path", "decoder_architecture"):  # a folder has the second in place of the first
+            expected[name] = getattr(config.model, name)
         assert config.model == model.model_copy(update=expected)
         assert config.train.start_from == str(path)
         assert config.loss.perceptual.weight == 1

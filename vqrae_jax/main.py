@@ -47,9 +47,12 @@ MODE = flags.DEFINE_enum(
 )
 OUTPUT = flags.DEFINE_string("output", None, "weights: folder or gs:// address")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "tokenizer to evaluate or to train further, as of train.start_from, with its model section "
-    "in place of the config's: workdir of a run, one of its checkpoints, an exported folder, or a hub id"
-)  # fmt: skip
+    "checkpoint",
+    None,
+    "tokenizer to evaluate, or to start from as by train.start_from, with its model section in place of that of "
+    "--config: workdir of a run, one of its checkpoints, an exported or imported folder, or a hub id",
+)
+RUNTIME = ("dtype", "attention", "remat")  # fields of the model section that --checkpoint leaves to --config
 STEP = flags.DEFINE_integer("step", None, "step of --checkpoint, or of workdir to evaluate; the newest by default", 0)
 TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8")
 JSON = flags.DEFINE_string("json", None, "preflight: output file; preflight.json in workdir by default")
@@ -226,7 +229,7 @@ def _load_config() -> config_lib.Config:
 
 
 def _start_from_checkpoint(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Sets the model section of --checkpoint, except for fields of the command line, and train.start_from.
+    """Sets train.start_from and the model section of --checkpoint, except for RUNTIME and fields of the command line.
 
     A run that is resumed has the model section in its own checkpoints, and the tokenizer that it started from may be
     gone.
@@ -241,7 +244,7 @@ def _start_from_checkpoint(values: dict[str, Any], overrides: Mapping[str, Any])
     resumes = MODE.value == "train" and checkpoint.completed_steps(folder)
     location = locate(WORKDIR.value) if resumes else locate(CHECKPOINT.value, STEP.value)
     values["train"]["start_from"] = CHECKPOINT.value if resumes or STEP.value is None else str(location.path)
-    values["model"] = location.config.model_dump()
+    values["model"] = location.config.model_dump() | {name: values["model"][name] for name in RUNTIME}
     for name, value in overrides.items():
         section, _, field = name.rpartition(".")
         if name.startswith("model."):

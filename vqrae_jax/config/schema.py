@@ -342,7 +342,8 @@ class TrainConfig(Section):
     # Seed of the initial parameters, the order of images, their crops and all noise.
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")  # parts that train; the others stay as they start
-    # Workdir or checkpoint of another run, whose EMA parameters and codebook a new run starts from, at step 0.
+    # Tokenizer that a new run starts from, at step 0: workdir or checkpoint of another run (its EMA parameters), saved
+    # folder, or hub id. The model section must fit it.
     start_from: str | None = None
     start_parts: tuple[Part, ...] = ()  # parts that start_from loads; (): all
     start_renames: dict[str, str] = {}  # prefix of a path in start_from -> its name in this config

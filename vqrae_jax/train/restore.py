@@ -127,12 +127,8 @@ def start_latents(config: Config, own: dict[str, Any] | None = None) -> dict[str
     """
     if config.model.normalization_stat_path or config.train.start_parts:
         return None
-    if own is not None:
-        latents = own["batch_stats"].get("latent", {})
-    else:
-        leaves = _start_leaves(config.train, locate_start(config))
-        latents = _unflatten({name: leaf for name, (_, leaf) in leaves.items()})["batch_stats"].get("latent", {})
-    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in latents.items()}
+    saved = _saved_shapes(config) if own is None else own
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in saved["batch_stats"].get("latent", {}).items()}
 
 
 def start_shapes(config: Config, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -142,8 +138,7 @@ def start_shapes(config: Config, shapes: dict[str, Any], own: dict[str, Any] | N
     """
     if own is not None:
         return {kind: {n: x for n, x in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()}
-    location, selected = locate_start(config), config.train.start_parts
-    saved = _unflatten({name: leaf for name, (_, leaf) in _start_leaves(config.train, location).items()})
+    location, saved, selected = locate_start(config), _saved_shapes(config), config.train.start_parts
     parts = selected or tuple(saved["params"])
     target = {
         "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
@@ -170,6 +165,10 @@ def read_start(config: Config, target: dict[str, Any]) -> dict[str, Any]:
     arrays = read_stored(location, {saved: flat[name] for name, saved in names.items()})
     log.info("read %d arrays from %s", len(names), location.path)
     return _unflatten({name: arrays[saved] for name, saved in names.items()})
+
+
+def _saved_shapes(config: Config) -> dict[str, Any]:
+    return _unflatten({n: leaf for n, (_, leaf) in _start_leaves(config.train, locate_start(config)).items()})
 
 
 @_names_start()
