@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from vqrae_jax import hub
 from vqrae_jax.build import weights
 from vqrae_jax.config import Config, from_dict
 from vqrae_jax.errors import ConfigError, WeightsError
@@ -123,6 +124,6 @@ def test_gated_models_need_a_license_and_a_token(monkeypatch):
             "401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "https://hub"))
         )
 
-    monkeypatch.setattr(sources, "_list_files", refuse)
+    monkeypatch.setattr(hub, "_list_files", refuse)
     with pytest.raises(WeightsError, match=r"https://huggingface\.co/owner/name .*HF_TOKEN"):
         sources.fetch_folder("owner/name", "model.encoder_config_path")

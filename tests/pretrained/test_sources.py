@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
+from vqrae_jax import hub
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import StorageError, WeightsError
@@ -219,7 +220,7 @@ def test_missing_file(tmp_path):
 def test_missing_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("the hub is used"))
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the hub is used"))
     with pytest.raises(WeightsError, match="missing local file") as caught:
         sources.read_state_dict(name, "the field")
     assert (caught.value.field, caught.value.value) == ("the field", name)
@@ -230,7 +231,7 @@ def test_cache_is_used_at_once_without_network(tmp_path, monkeypatch, cached):
     """A client of the hub that cannot connect."""
     import huggingface_hub
 
-    def unreachable(self, repository, timeout):
+    def unreachable(self, repository, timeout, **_):
         raise ConnectionError("name not known")
 
     def download(*_, local_files_only, **__):
@@ -240,7 +241,7 @@ def test_cache_is_used_at_once_without_network(tmp_path, monkeypatch, cached):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     for name in ("snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, download)
     for fetch, name in ((sources.fetch_folder, "owner/name"), (sources.fetch_file, "owner/name/x.pt")):

@@ -171,18 +171,19 @@ class DataConfig(Section):
     # scikit-image and scikit-learn ship.
     source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
     # Training images, local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders;
-    # webdataset and parquet: a folder, a file or patterns as in "data/train-{000..127}.tar::data/more/*.tar"; tfds:
-    # data_dir or prepared folder.
+    # webdataset and parquet: a folder, a file, patterns as in "data/train-{000..127}.tar::data/more/*.tar", or the hub
+    # id of a dataset; tfds: data_dir or prepared folder.
     path: str | None = None
     eval_path: str | None = None  # validation images, in the form of path; None: no evaluation
-    name: str | None = None  # name of the TFDS dataset, as in "imagenet2012"; None for a prepared folder
+    # Name of the TFDS dataset, as in "imagenet2012", None for a prepared folder; configuration of a hub dataset.
+    name: str | None = None
     # Ending of members (webdataset, as "seg.png"), column (parquet) or feature (tfds) that holds the images; None: the
     # usual ones, see docs/train.md.
     image_key: str | None = None
     # Ending, column or feature that holds integer labels, as "cls", or "json.label" for a field of a member .json.
     label_key: str | None = None
-    train_split: str = "train"  # TFDS split of the training images, as in "train[:90%]"
-    eval_split: str = "validation"  # TFDS split of the validation images
+    train_split: str = "train"  # split of the training images, as in "train[:90%]" (TFDS) or "train" (hub)
+    eval_split: str = "validation"  # split of the validation images (TFDS, hub)
     image_size: Pixels = 256  # side of the square images after the crop, in pixels; usually 256
     # Crop of training images: a random or the central square after resize, or guided-diffusion's random crop.
     crop: Literal["random", "center", "adm"] = "random"

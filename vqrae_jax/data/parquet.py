@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax import storage
-from vqrae_jax.data.shards import list_shards
+from vqrae_jax.data.shards import TRAIN, Split, list_shards
 from vqrae_jax.data.source import USUAL, Keys, Source, locate, select_columns
 from vqrae_jax.errors import DataError, ImageError, import_extra
 
@@ -33,11 +33,11 @@ class Tables(Source):
     integer column "label" or the only one that has names of classes.
     """
 
-    def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL):
+    def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL, split: Split = TRAIN):
         with import_extra("train", "reading tables of images"):
             import pyarrow  # noqa: F401
         self.path = os.fspath(path)
-        self._files = list_shards(path, (".parquet", ".arrow"), field)
+        self._files = list_shards(path, (".parquet", ".arrow"), field, split)
         suffixes = {name.rpartition(".")[2] for name in self._files}
         if len(suffixes) > 1:
             problem = "both .parquet and .arrow files; select one kind with a pattern"

@@ -15,6 +15,7 @@ from vqrae_jax.data.images import VIEWS, adm_center_crop, adm_random_crop, cente
 from vqrae_jax.data.parquet import Tables
 from vqrae_jax.data.photographs import training_photographs, validation_photographs
 from vqrae_jax.data.readable import Masked, Replaced, Skipped
+from vqrae_jax.data.shards import Split
 from vqrae_jax.data.source import Keys, Source
 from vqrae_jax.data.tar import TarShards
 from vqrae_jax.data.tfds_source import Prepared
@@ -36,7 +37,8 @@ def training_source(data: Any) -> Source:
     if not data.path:
         raise ConfigError(f"not set; the source {data.source!r} needs the path of training images", field="data.path")
     log.info("listing the images of %s", data.path)
-    return SOURCES[data.source](data.path, "data.path", **_keys(data)).limited(data.max_pixels)
+    options = _keys(data) | _split(data, "train_split")
+    return SOURCES[data.source](data.path, "data.path", **options).limited(data.max_pixels)
 
 
 def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source | None:
@@ -54,7 +56,7 @@ def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source
     if data.source == "tfds":
         split = data.name, data.path, data.eval_split, "data.eval_split"
         return Prepared(*split, **_keys(data)).limited(data.max_pixels)
-    options = _keys(data)
+    options = _keys(data) | _split(data, "eval_split")
     if data.source == "folder":
         options["classes"] = classes or _training_classes(data)
     elif classes:
@@ -80,6 +82,10 @@ def _keys(data: Any) -> dict[str, Keys]:
         if key and data.source == "folder":
             raise ConfigError("is for the sources webdataset, parquet and tfds", field=f"data.{name}", value=key)
     return {"keys": keys} if any(keys) else {}
+
+
+def _split(data: Any, name: str) -> dict[str, Split]:
+    return {} if data.source == "folder" else {"split": Split(getattr(data, name), data.name, f"data.{name}")}
 
 
 def train_batches(

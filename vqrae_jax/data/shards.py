@@ -1,4 +1,4 @@
-"""The files of a dataset: folders, patterns and lists of them, local or in buckets."""
+"""The files of a dataset: folders, patterns and lists of them, local, in buckets or of the hub."""
 
 import collections
 import fnmatch
@@ -8,26 +8,44 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
-from vqrae_jax import storage
+from vqrae_jax import hub, storage
 from vqrae_jax.errors import DataError
 
 _COMPRESSED = (".bz2", ".gz", ".tgz", ".xz", ".zst")
 _BRACES = re.compile(r"\{(?:([^{}]*,[^{}]*)|(\d{1,9})\.\.(\d{1,9}))\}")
 _MAGIC = re.compile(r"[*?[]")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@\S+)?")
 _MAX_PARTS = 100_000  # alternatives of a pattern with braces
 
 
-def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) -> list[str]:
+class Split(NamedTuple):
+    """The files of a dataset on the hub that are used."""
+
+    name: str = "train"
+    config: str | None = None  # folder of its files, for a dataset with several configurations
+    field: str = "data.train_split"  # config field or argument that the name comes from
+
+
+TRAIN = Split()
+
+
+def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str, split: Split = TRAIN) -> list[str]:
     """Lists the files that make up one split of a dataset, in order.
 
     Args:
       path: a file, a folder that holds nothing but one split, or a pattern with *, ?, [01], {a,b} or {000..127} in the
-        names of files and folders; several are separated by "::". Local or in a bucket.
+        names of files and folders; several are separated by "::". Local or in a bucket. Or a dataset on the hub, as
+        owner/name or owner/name@revision, whose files are downloaded to its cache.
       suffixes: accepted ends of file names.
       field: config field or argument that `path` comes from.
+      split: part of a dataset on the hub.
     """
     path, kinds = storage.expand_home(path), " or ".join(suffixes)
+    if _HUB_ID.fullmatch(path) and not path.endswith(suffixes) and not os.path.isdir(path.partition("/")[0]):
+        select = functools.partial(_select_split, suffixes=suffixes, split=split)
+        return hub.fetch_dataset(path, select, field)
 
     def error(problem: str) -> DataError:
         return DataError(problem, field=field, value=path)
@@ -62,6 +80,28 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str) 
     if count > 1:
         raise error(f"names {name!r} {count} times")
     return files
+
+
+def _select_split(files: list[str], suffixes: tuple[str, ...], split: Split) -> list[str]:
+    """Returns the files of a hub dataset whose name is, or has as a word, that of the split, or else their folder's."""
+    folder, word = f"{split.config}/" if split.config else "", rf"(^|[._-]){re.escape(split.name)}[._-]"
+    files = sorted(name for name in files if name.endswith(suffixes) and name.startswith(folder))
+    words = [name for name in files if re.search(word, os.path.basename(name))]
+    selection = [name for name in words if split.name in _splits([name])] or words
+    selection = selection or [name for name in files if split.name in name.split("/")[:-1]]
+    if not selection or (words and len(_splits(selection)) > 1):
+        names = sorted({os.path.join(os.path.dirname(name), *_splits([name])) for name in selection or files})
+        problem = f"{'several kinds of' if selection else 'no'} {' or '.join(suffixes)} files have this name"
+        raise DataError(f"{problem}; expected one of {', '.join(names[:20])}", field=split.field, value=split.name)
+    configs = sorted({os.path.dirname(name) for name in selection})
+    if len(configs) > 1:
+        problem = f"several configurations have this split ({', '.join(configs[:20])}); choose one"
+        raise DataError(problem, field="data.name", value=split.config)
+    total = re.search(r"-of-(\d+)\.", selection[0])
+    if total and len(selection) != int(total[1]):
+        problem = f"{len(selection)} of {int(total[1])} files are in the cache; download again where there is a network"
+        raise DataError(problem, field=split.field, value=split.name)
+    return selection
 
 
 def _splits(files: Collection[str]) -> collections.Counter[str]:

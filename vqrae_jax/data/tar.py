@@ -21,7 +21,7 @@ import numpy as np
 
 from vqrae_jax import runtime, storage
 from vqrae_jax.data.images import MAX_BYTES, SUFFIXES
-from vqrae_jax.data.shards import list_shards
+from vqrae_jax.data.shards import TRAIN, Split, list_shards
 from vqrae_jax.data.source import USUAL, Keys, Source, locate, read_range
 from vqrae_jax.errors import DataError, ImageError
 
@@ -51,10 +51,10 @@ class TarShards(Source):
     The image is the member ending in .jpg, .png, .webp etc., the label the integer in the member ending in .cls.
     """
 
-    def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL):
+    def __init__(self, path: str | os.PathLike, field: str = "data.path", keys: Keys = USUAL, split: Split = TRAIN):
         """`keys`: endings as "seg.png" and "cls"; for labels also a field of JSON members, as in "json.label"."""
         self.path = os.fspath(path)
-        self._shards = list_shards(path, (".tar",), field)
+        self._shards = list_shards(path, (".tar",), field, split)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             indices = list(pool.map(lambda shard: _load_index(shard, field, keys), self._shards))
         self._ends = np.cumsum([len(index.starts) for index in indices])

@@ -6,13 +6,13 @@ missing, damaged or cannot be downloaded.
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vqrae_jax import storage
-from vqrae_jax.errors import WeightsError, first_line
+from vqrae_jax import hub, storage
+from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_tensors, read_torch, unwrap
 
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
@@ -22,7 +22,6 @@ WEIGHTS = [
     *("diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("diffusion_pytorch_model.bin", "flax_model.msgpack"),
 ]
-TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
 Channels = tuple[float, ...]  # one value per channel
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
@@ -32,12 +31,12 @@ def fetch_folder(name: str, field: str) -> pathlib.Path:
     local = storage.download(name)
     if local.is_dir():
         return local
-    if not _is_hub_path(name, 2):
+    if not hub.is_hub_path(name, 2):
         raise WeightsError(
             "expected a folder, on this machine or in a bucket, or a hub id (owner/name)", field=field, value=name
         )
 
-    def download(files: list[str] | None) -> str:
+    def load(files: list[str] | None) -> str:
         import huggingface_hub
 
         patterns = [*WEIGHTS, "*.safetensors"]
@@ -49,7 +48,7 @@ def fetch_folder(name: str, field: str) -> pathlib.Path:
             name, allow_patterns=DESCRIPTIONS + patterns, local_files_only=files is None
         )
 
-    return _download(download, name, name, field)
+    return hub.download(name, load, name, field)
 
 
 def fetch_file(name: str, field: str) -> pathlib.Path:
@@ -57,69 +56,24 @@ def fetch_file(name: str, field: str) -> pathlib.Path:
     local = storage.download(name)
     if local.is_file():
         return local
-    if not _is_hub_path(name, 3) or local.is_dir():
+    if not hub.is_hub_path(name, 3) or local.is_dir():
         raise WeightsError(
             "expected a file, on this machine or in a bucket, or one of a hub repository (owner/name/path/to/file)",
             field=field, value=name,
         )  # fmt: skip
     owner, repository, path = name.split("/", 2)
 
-    def download(files: list[str] | None) -> str:
+    def load(files: list[str] | None) -> str:
         import huggingface_hub
 
         return huggingface_hub.hf_hub_download(f"{owner}/{repository}", path, local_files_only=files is None)
 
-    return _download(download, f"{owner}/{repository}", name, field)
+    return hub.download(f"{owner}/{repository}", load, name, field)
 
 
 def is_hub_id(name: str) -> bool:
     """Returns whether `fetch_folder` reads `name` from the hub, so that other machines have it too."""
-    return _is_hub_path(name, 2) and not storage.resolve_path(name).is_dir()
-
-
-def _is_hub_path(name: str, parts: int) -> bool:
-    """Returns whether `name` has the form of a hub id (2 parts) or of a file inside a hub repository (3 or more)."""
-    split = name.split("/", 2)
-    return not storage.is_remote(name) and not name.startswith((".", "/", "~")) and len(split) == parts and all(split)
-
-
-def _download(download: Callable[[list[str] | None], str], repository: str, name: str, field: str) -> pathlib.Path:
-    """Calls `download` with the repository's file names, or with None (use the cache) if the hub is unreachable."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    try:
-        try:
-            files = _list_files(repository)
-        except HfHubHTTPError:
-            raise  # the hub was reached and refused
-        except Exception as unreachable:
-            try:
-                return pathlib.Path(download(None))
-            except Exception:
-                raise unreachable from None
-        return pathlib.Path(download(files))
-    except Exception as error:  # the hub client raises many kinds: no network, no such model, gated, disk full
-        if isinstance(error, GatedRepoError):
-            message = f"accept its license at https://huggingface.co/{repository} and set HF_TOKEN to a token of yours"
-            raise WeightsError(message, field=field, value=name) from error
-        raise WeightsError(
-            f"is not a path on this machine and cannot be downloaded from the model hub ({type(error).__name__}: "
-            f"{first_line(error)}); download it where there is a network and pass the local path, or set HF_HOME to a "
-            "cache that has it",
-            field=field, value=name,
-        ) from error  # fmt: skip
-
-
-def _list_files(repository: str) -> list[str] | None:
-    """Returns the file names of a hub repository; None in offline mode.
-
-    One request with a short timeout, because downloads try for half a minute to reach the hub.
-    """
-    import huggingface_hub
-
-    if huggingface_hub.is_offline_mode():
-        return None
-    return [file.rfilename for file in huggingface_hub.HfApi().model_info(repository, timeout=TIMEOUT).siblings]
+    return hub.is_hub_path(name, 2) and not storage.resolve_path(name).is_dir()
 
 
 def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
@@ -245,7 +199,7 @@ def fetch_weights(name: str, field: str) -> pathlib.Path:
             "up on the model hub",
             field=field, value=name,
         )  # fmt: skip
-    is_folder = local.is_dir() or (not local.exists() and _is_hub_path(name, 2))
+    is_folder = local.is_dir() or (not local.exists() and hub.is_hub_path(name, 2))
     return fetch_folder(name, field) if is_folder else fetch_file(name, field)
 
 
