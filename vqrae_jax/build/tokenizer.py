@@ -1,8 +1,10 @@
 """Builds a tokenizer from its config: the module, its pretrained parameters, and its initial variables."""
 
+import collections
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,11 +20,11 @@ from vqrae_jax import sharding
 from vqrae_jax.build.encoder import activation_sharding, check_layers, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.models.decoder import SIZES, Decoder
+from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table
 from vqrae_jax.models.encoder import Encoder, resample_to_input_size
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, families, pytorch_vqrae, readers, sources, tables, writers
+from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, readers, sources, tables, writers
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.wrappers import fitted_state
 
@@ -252,6 +254,8 @@ def _read_whitening(config: ModelConfig, encoder: Encoder) -> Arrays:
 def _read_decoder(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
     path = config.pretrained_decoder_path
     state = _select_decoder(sources.read_state_dict(path, "model.pretrained_decoder_path"), path)
+    if "decoder_pos_embed" not in state:
+        state = collections.ChainMap({"decoder_pos_embed": diffusers_positions(shapes)}, state)
     target = {n: tree for n, tree in shapes.items() if n != "features"}  # a head that only our own decoders have
     params = convert.convert(state, tables.DECODER_TABLE, target, source=path)
     log.info("read %d decoder tensors from %s", len(state), path)
@@ -259,6 +263,12 @@ def _read_decoder(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]
         kernel = np.random.default_rng(0).normal(0, 0.02, head["kernel"].shape)
         params["features"] = {"kernel": kernel.astype(np.float32), "bias": np.zeros(head["bias"].shape, np.float32)}
     return params
+
+
+def diffusers_positions(shapes: dict[str, Any]) -> np.ndarray:
+    """Returns the position table of a decoder of diffusers, which is not in its file; `shapes` are our parameters."""
+    _, count, width = shapes["pos_embed"].shape
+    return sincos_table(math.isqrt(count - 1), width, diffusers_rae.GRID)
 
 
 def _select_decoder(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:

@@ -1,16 +1,18 @@
-"""Whole models read from and written as training checkpoints of the PyTorch VQRAE (and RAE)."""
+"""Whole models read from and written as training checkpoints of the PyTorch VQRAE (and RAE), or read from diffusers."""
 
+import collections
 import operator
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, variable_shapes
-from vqrae_jax.config import ModelConfig
-from vqrae_jax.errors import ConfigError
-from vqrae_jax.pretrained import pytorch_vqrae, writers
+from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, diffusers_positions, variable_shapes
+from vqrae_jax.config import ModelConfig, from_dict
+from vqrae_jax.errors import ConfigError, WeightsError
+from vqrae_jax.pretrained import diffusers_rae, pytorch_vqrae, writers
 
 # What the PyTorch VQRAE always does, by quantizer: the field and the values that mean the same here, the explicit one
 # last.
@@ -46,6 +48,29 @@ def convert_checkpoint(
     if built.latent_stats:
         variables["batch_stats"]["latent"] = built.latent_stats
     return built, variables
+
+
+def describe_diffusers(folder: pathlib.Path, field: str) -> ModelConfig:
+    """Returns the model section of a folder of diffusers' AutoencoderRAE, a continuous autoencoder."""
+    fields = diffusers_rae.describe(diffusers_rae.read_config(folder, field), diffusers_rae.read_tensors(folder, field))
+    return from_dict(ModelConfig, fields)
+
+
+def convert_diffusers(folder: pathlib.Path, field: str) -> dict[str, Any]:
+    """Converts the weights of such a folder to {"params", "batch_stats"}, numpy arrays."""
+    config, tensors = diffusers_rae.read_config(folder, field), diffusers_rae.read_tensors(folder, field)
+    model = from_dict(ModelConfig, diffusers_rae.describe(config, tensors))
+    built = build_tokenizer(model)
+    shapes, encoder = variable_shapes(built), built.module.encoder
+    positions = {"decoder.decoder_pos_embed": diffusers_positions(shapes["params"]["decoder"])}
+    state = collections.ChainMap(positions, diffusers_rae.rename(tensors, model.encoder_cls))
+    variables = pytorch_vqrae.convert_state_dict(state, model.encoder_cls, model.quantizer, shapes, str(folder))
+    try:
+        shape = (encoder.grid, encoder.grid, encoder.channels)
+        variables["batch_stats"]["latent"] = diffusers_rae.latent_statistics(config, tensors, shape)
+    except ValueError as error:
+        raise WeightsError(f"the latent statistics of {folder} do not fit its latents: {error}", field=field) from None
+    return variables
 
 
 def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.Transformers = 4) -> dict[str, Any]:

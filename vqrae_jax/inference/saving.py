@@ -21,8 +21,9 @@ from vqrae_jax.build.encoder import inline_encoder, weights_source
 from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.config import ModelConfig, from_saved
 from vqrae_jax.errors import WeightsError
+from vqrae_jax.inference import pytorch_checkpoint
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import readers, sources, writers
+from vqrae_jax.pretrained import diffusers_rae, readers, sources, writers
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,11 @@ def remove_folders(value: Any) -> Any:
 
 
 def is_saved_folder(folder: pathlib.Path) -> bool:
-    """Returns whether `save_folder` wrote this folder."""
-    return (folder / CONFIG).is_file() and readers.read_json(folder / CONFIG, FIELD).get("format") == FORMAT
+    """Returns whether `save_folder` wrote this folder, or diffusers: an AutoencoderRAE is a saved tokenizer too."""
+    if not (folder / CONFIG).is_file():
+        return False
+    content = readers.read_json(folder / CONFIG, FIELD)
+    return content.get("format") == FORMAT or diffusers_rae.is_autoencoder(content)
 
 
 def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] | None, dict[str, Any]]:
@@ -99,6 +103,9 @@ def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] 
       The model section, "source" and "sha256" of a pretrained encoder that is not in the folder, and the provenance.
     """
     content = _read_config(folder)
+    if diffusers_rae.is_autoencoder(content):
+        version = content.get("_diffusers_version")
+        return pytorch_checkpoint.describe_diffusers(folder, FIELD), None, {"diffusers": version}
     encoder = content.get("encoder")
     complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
     if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:
@@ -151,6 +158,8 @@ def load_folder(
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     content = readers.read_json(folder / CONFIG, FIELD)
+    if diffusers_rae.is_autoencoder(content):
+        return content
     if unknown := sorted(content.keys() - FIELDS):
         problem = f"has unknown fields ({', '.join(unknown)}): it is damaged or of a newer version"
         raise WeightsError(f"{folder / CONFIG} {problem}", field=FIELD)
@@ -166,7 +175,10 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_weights(folder: pathlib.Path) -> readers.Tensors:
     """Returns the tensors of the folder by their paths; they are compared with its SHA-256 first."""
-    digests, file = _read_config(folder).get("sha256"), folder / WEIGHTS
+    content, file = _read_config(folder), folder / WEIGHTS
+    if diffusers_rae.is_autoencoder(content):
+        return flatten_dict(pytorch_checkpoint.convert_diffusers(folder, FIELD), sep="/")
+    digests = content.get("sha256")
     if digests is None:
         log.warning("%s cannot be checked for damage: it was saved by a version that wrote no digests", folder)
     elif file.is_file() and storage.hash_file(file) != digests.get(WEIGHTS):

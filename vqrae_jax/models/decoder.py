@@ -21,13 +21,14 @@ SIZES = {
 }
 
 
-def sincos_table(grid: int, width: int) -> Float[np.ndarray, "1 n D"]:
+def sincos_table(grid: int, width: int, extent: int | None = None) -> Float[np.ndarray, "1 n D"]:
     """Returns fixed 2-D sine-cosine positions, n = 1 + grid^2: zeros for cls first, then the grid by rows.
 
-    The first half of the channels encodes the column.
+    The first half of the channels encodes the column. Positions are steps of extent / grid; None: of 1.
     """
     frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
-    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    positions = np.arange(grid) * ((extent or grid) / grid)
+    row, column = np.meshgrid(positions, positions, indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
     table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
     return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)

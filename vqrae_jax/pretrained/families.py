@@ -243,9 +243,9 @@ def describe(family: Family, config: dict[str, Any], source: str) -> dict[str, A
     return fields
 
 
-def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the defaults to config.json; raises ValueError for values of other types than theirs."""
-    defaults = DEFAULTS[config["model_type"]]
+def complete(config: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Adds the defaults, those of its model_type, to config.json; raises ValueError for values of other types."""
+    defaults = DEFAULTS[config["model_type"]] if defaults is None else defaults
     for name in defaults.keys() & config.keys():
         kind = (int, float) if type(defaults[name]) in (int, float) else type(defaults[name])
         if not isinstance(config[name], kind):

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
     name: str  # in the file
     path: str | None  # in our tree; None: the tensor is skipped
-    only: str = ""  # when to write this name: "plain" or "gated" mlp, transformers "4" or "5"
+    only: str = ""  # when to write this name: "plain" or "gated" mlp, transformers "4" or "5"; "diffusers": never
     # (value, shape) to write where we have no parameter, as in (0.0, "3D D"): D width, M mlp, K codebook size
     filler: tuple[float, str] | None = None
 
@@ -39,17 +39,18 @@ def norm_rows(name: str, path: str) -> Table:
     return [Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")]
 
 
-def attention_rows(prefix: str, projections: str, path: str) -> Table:
+def attention_rows(prefix: str, projections: str, path: str, only: str = "") -> Table:
     """Returns the rows of an attention layer.
 
     Args:
       prefix: of the names in the file.
       projections: names of the query, key, value and output projections, separated by spaces.
       path: of the layer in our tree.
+      only: see `Row`.
     """
     ours = ("query", "key", "value", "out")
     pairs = zip(projections.split(), ours, strict=True)
-    return [row for theirs, name in pairs for row in dense_rows(prefix + theirs, f"{path}/{name}")]
+    return [row for theirs, name in pairs for row in dense_rows(prefix + theirs, f"{path}/{name}", only)]
 
 
 def nest_rows(table: Table, name: str, path: str) -> Table:
@@ -103,6 +104,7 @@ DECODER_TABLE: Table = [
     Row("trainable_cls_token", "cls"),
     *norm_rows(_BLOCK + "layernorm_before", "block#/norm1"),
     *attention_rows(_BLOCK + "attention.", "attention.query attention.key attention.value output.dense", "block#/attn"),
+    *attention_rows(_BLOCK + "attention.", "to_q to_k to_v to_out.0", "block#/attn", only="diffusers"),
     *norm_rows(_BLOCK + "layernorm_after", "block#/norm2"),
     *dense_rows(_BLOCK + "intermediate.dense", "block#/mlp/up"),
     *dense_rows(_BLOCK + "output.dense", "block#/mlp/down"),
