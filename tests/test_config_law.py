@@ -722,7 +722,14 @@ def test_the_step_is_the_same_program_whatever_else_a_run_does():
     assert changes(step, build({}), other) == set()
 
 
-@pytest.mark.parametrize(("quantizer", "path"), [(name, path) for name in QUANTIZERS for path in sorted(read_by(name))])
+READ = [(name, path) for name in QUANTIZERS for path in sorted(read_by(name))]
+FIRST = {path: (name, path) for name, path in reversed(READ)}  # the other quantizers are run with `-m slow`
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "path"),
+    [case if case in FIRST.values() else pytest.param(*case, marks=pytest.mark.slow) for case in READ],
+)
 def test_a_quantizer_uses_its_settings(quantizer, path):
     value, fields = SETTINGS[path]
     if quantizer in ("lfq", "bsq"):

@@ -56,7 +56,7 @@ def call(module, variables, method, *args):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("image", ["main", "native", pytest.param("other", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("image", ["main", *(pytest.param(n, marks=pytest.mark.slow) for n in ("native", "other"))])
 def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
     io = load_io(golden, case)

@@ -73,7 +73,7 @@ def test_a_continuous_latent_has_no_indices():
 def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
     steps, z = 2, jnp.ones((2, 4, 4, 12))
     module = build(name, inner="gumbel", temperature=1.0, final_temperature=0.01, anneal_steps=2 * steps, **params)
-    variables = module.init(jax.random.key(0), z)
+    variables = jax.jit(module.init)(jax.random.key(0), z)
     train = jax.jit(lambda v, key: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": key})[1])
     for step in range(steps):
         variables = {**variables, **train(variables, jax.random.key(step))}

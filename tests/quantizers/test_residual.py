@@ -21,7 +21,11 @@ LEVELS = Residual(EMAQuantizer(32, 6), 3)
 SCALES = MultiScale(EMAQuantizer(32, 6), (1, 2, 4))
 
 
-@pytest.mark.parametrize(("module", "prefixes"), [(LEVELS, (1, 2, 3)), (SCALES, (1, 5, 21))], ids=["levels", "scales"])
+@pytest.mark.parametrize(
+    ("module", "prefixes"),
+    [(LEVELS, (1, 2, 3)), pytest.param(SCALES, (1, 5, 21), marks=pytest.mark.slow)],
+    ids=["levels", "scales"],
+)
 def test_longer_prefixes_decode_closer(z, train, module, prefixes):
     _, variables = train(module, z, 6)
     indices = jax.jit(module.apply)(variables, z).indices
