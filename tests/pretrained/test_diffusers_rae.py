@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from vqrae_jax.build.tokenizer import build_tokenizer
+from vqrae_jax.commands import import_pytorch
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -59,10 +60,18 @@ def test_its_decoder_starts_another_model(write, golden, assert_same):
 
 
 def test_it_is_saved_as_a_folder_of_ours(write, tmp_path, assert_same):
-    tokenizer = Tokenizer.load(write("mae")[0])
-    tokenizer.save_pretrained(tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["format"] == saving.FORMAT
-    assert_same(Tokenizer.load(tmp_path / "ours").variables, tokenizer.variables)
+    folder, *_ = write("mae")
+    tokenizer, outputs = Tokenizer.load(folder), [tmp_path / "saved", tmp_path / "imported"]
+    tokenizer.save_pretrained(outputs[0])
+    parse = import_pytorch.parser.parse_args
+    import_pytorch.import_pytorch(parse([f"--checkpoint={folder}", f"--output={outputs[1]}"]))
+    for output in outputs:
+        assert json.loads((output / "config.json").read_text())["format"] == saving.FORMAT
+        assert_same(Tokenizer.load(output).variables, tokenizer.variables)
+    weights = folder / "diffusion_pytorch_model.safetensors"  # alone it does not describe itself
+    with pytest.raises(ConfigError) as error:
+        import_pytorch.import_pytorch(parse([f"--checkpoint={weights}", f"--output={tmp_path / 'none'}"]))
+    assert error.value.field == "--config"
 
 
 @pytest.mark.parametrize(

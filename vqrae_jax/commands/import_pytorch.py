@@ -20,9 +20,10 @@ from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers, sources
 
 parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
-parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub", required=True)
+parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub; or a folder of diffusers", required=True)
 parser.add(
-    "--config", "the PyTorch program's .yaml, or a config of ours: configs/NAME.py[:argument] or .json", required=True
+    "--config",
+    "the PyTorch program's .yaml, or a config of ours: configs/NAME.py[:argument] or .json; not for diffusers",
 )
 parser.add("--weights", "which weights of a training checkpoint", choices=["ema", "model"], default="ema")
 parser.add("--output", "folder to write", required=True)
@@ -32,7 +33,10 @@ TITLE = "Trains as a config of the PyTorch VQRAE says; `vqrae import-pytorch` wr
 
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
-    output, source = command_line.output_folder(args.output), read_config(args.config)
+    output = command_line.output_folder(args.output)
+    if args.config is None:
+        return _import_folder(args.checkpoint, output)
+    source = read_config(args.config)
     tensors = sources.read_state_dict(args.checkpoint, "--checkpoint")
     built, variables = pytorch_checkpoint.convert_checkpoint(
         source.config.model, tensors, args.weights, args.checkpoint
@@ -47,6 +51,20 @@ def import_pytorch(args: argparse.Namespace) -> storage.Path:
             config = source.config.model_copy(update={"data": data})
             (folder / "train.py").write_text(pytorch_yaml.to_python(config, TITLE, source.notes))
     print(*source.notes, f"wrote {output}", sep="\n")
+    return output
+
+
+def _import_folder(path: str, output: storage.Path) -> storage.Path:
+    """Converts a folder or hub id of diffusers' AutoencoderRAE, which describes itself."""
+    folder = sources.fetch_weights(path, "--checkpoint")
+    if not (folder.is_dir() and saving.is_saved_folder(folder)):
+        message = "must be the PyTorch program's .yaml or a config of ours; only AutoencoderRAE folders need none"
+        raise ConfigError(message, field="--config", value=None)
+    config, _, provenance = saving.read_description(folder)
+    _, variables = saving.load_folder(folder, config)
+    with storage.stage_output(output) as staged:
+        saving.save_folder(staged, config, variables, frozen=False, provenance=provenance)
+    print(f"wrote {output}")
     return output
 
 

@@ -52,13 +52,12 @@ def convert_checkpoint(
 
 def describe_diffusers(folder: pathlib.Path, field: str) -> ModelConfig:
     """Returns the model section of a folder of diffusers' AutoencoderRAE, a continuous autoencoder."""
-    fields = diffusers_rae.describe(diffusers_rae.read_config(folder, field), diffusers_rae.read_tensors(folder, field))
-    return from_dict(ModelConfig, fields)
+    return from_dict(ModelConfig, diffusers_rae.describe(*diffusers_rae.read_folder(folder, field)))
 
 
 def convert_diffusers(folder: pathlib.Path, field: str) -> dict[str, Any]:
     """Converts the weights of such a folder to {"params", "batch_stats"}, numpy arrays."""
-    config, tensors = diffusers_rae.read_config(folder, field), diffusers_rae.read_tensors(folder, field)
+    config, tensors = diffusers_rae.read_folder(folder, field)
     model = from_dict(ModelConfig, diffusers_rae.describe(config, tensors))
     built = build_tokenizer(model)
     shapes, encoder = variable_shapes(built), built.module.encoder

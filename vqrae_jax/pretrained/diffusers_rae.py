@@ -32,24 +32,18 @@ def is_autoencoder(config: Mapping[str, Any]) -> bool:
     return config.get("_class_name") == "AutoencoderRAE"
 
 
-def read_config(folder: pathlib.Path, field: str) -> dict[str, Any]:
-    """Reads config.json with the defaults of AutoencoderRAE."""
-    file = folder / "config.json"
+def read_folder(folder: pathlib.Path, field: str) -> tuple[dict[str, Any], readers.Tensors]:
+    """Reads config.json, completed by the defaults of AutoencoderRAE, and the weights."""
+    file, tensors = folder / "config.json", sources.read_weights(folder, field)
     try:
         config = families.complete(sources.read_json(file, field), DEFAULTS)
         if config["encoder_type"] not in ENCODERS or config["num_channels"] != 3 or config["scaling_factor"] <= 0:
             raise ValueError(f"expected encoder_type {', '.join(ENCODERS)}, 3 channels and a positive scaling_factor")
     except ValueError as error:
         raise WeightsError(f"{file} describes an AutoencoderRAE that is not supported: {error}", field=field) from None
-    return config
-
-
-def read_tensors(folder: pathlib.Path, field: str) -> readers.Tensors:
-    """Reads the weights; images and latents have buffers of theirs."""
-    tensors = sources.read_weights(folder, field)
     if missing := [name for name in BUFFERS if name not in tensors]:
         raise WeightsError(f"the weights of {folder} lack {', '.join(missing)}", field=field)
-    return tensors
+    return config, tensors
 
 
 def describe(config: dict[str, Any], tensors: readers.Tensors) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def describe(config: dict[str, Any], tensors: readers.Tensors) -> dict[str, Any]
         "hidden_size": config["encoder_hidden_size"], "patch_size": config["encoder_patch_size"],
         "num_hidden_layers": config["encoder_num_hidden_layers"],
         "num_attention_heads": config["encoder_hidden_size"] // HEAD_WIDTH,
-        "image_mean": tensors["encoder_mean"].ravel().tolist(), "image_std": tensors["encoder_std"].ravel().tolist(),
+        **{f"image_{name}": tensors[f"encoder_{name}"].astype(float).ravel().tolist() for name in ("mean", "std")},
     }  # fmt: skip
     names = ("encoder_input_size", "noise_tau", "reshape_to_2d")
     return {name: config[name] for name in names} | {
@@ -79,6 +73,6 @@ def rename(tensors: readers.Tensors, encoder_cls: str) -> readers.Tensors:
 
 def latent_statistics(config: dict[str, Any], tensors: readers.Tensors, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Returns mean and variance of latents of the shape (h, w, C), channel last, so that ours are scaled as theirs."""
-    deviation = (np.float64(1) * tensors["_latents_std"] + EPS) / config["scaling_factor"]
+    deviation = (tensors["_latents_std"].astype(np.float64) + EPS) / config["scaling_factor"]
     values = {"mean": tensors["_latents_mean"], "var": deviation**2 - EPS}
     return {name: sources.broadcast_statistics(x, shape, config["reshape_to_2d"]) for name, x in values.items()}
