@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
-from vqrae_jax import main
+from vqrae_jax import main, storage
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation.report import METRICS_FILE
 from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.preflight import command
 from vqrae_jax.train.loop import IMAGE_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,6 +139,27 @@ def test_steps_of_the_command_line_make_a_short_trial(tmp_path, tiny):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("train.epochs=2.0") == 1
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()][-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("json", "workdir", "file"),
+    [("~", "run", "preflight.json"), ("~/x.v2", None, "x.v2"), (None, "~/run", "run/preflight.json")],
+)
+def test_the_report_of_preflight_is_a_file_or_in_a_folder(tmp_path, monkeypatch, json, workdir, file):
+    paths = []
+
+    def preflight(config, topology, alternatives, path):
+        paths.append(storage.resolve_path(path))
+        return types.SimpleNamespace(fits=True)
+
+    values = {"JSON": json, "WORKDIR": workdir, "TOPOLOGY": "cpu:8", "ALTERNATIVES": 0}
+    for name, value in values.items():
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(main, "_load_config", lambda: None)
+    monkeypatch.setattr(command, "preflight", preflight)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main._preflight()
+    assert paths == [tmp_path / file]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])

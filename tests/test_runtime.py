@@ -50,7 +50,10 @@ def test_programs_are_cached_in_the_users_folder(run, tmp_path):
 
 
 def test_jax_settings_win(run, tmp_path):
-    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path))[0] == str(tmp_path)
+    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    folder, files, _ = run(JAX_COMPILATION_CACHE_DIR="~/named", HOME=str(tmp_path), **always)
+    assert folder == f"{tmp_path}/named"
+    assert int(files) > 0
     assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
 
 
