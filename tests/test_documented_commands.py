@@ -5,6 +5,7 @@ settings. A command that reads the output of another documented command runs aft
 """
 
 import importlib
+import json
 import logging
 import pathlib
 import re
@@ -108,8 +109,6 @@ def shrink(module, arguments, golden):
     """Returns arguments with which a full-size command takes a few seconds."""
     for pattern, replacement in LOCAL_PATHS.items():
         arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
-    if module.endswith("import_pytorch"):
-        return [re.sub(r"^(--config)=.*", r"\1=configs/case.py", argument) for argument in arguments]
     if module.endswith("latent_statistics"):
         return [*arguments, f"--size={SMALL['model.encoder_input_size']}"]
     if module == "benchmarks.quantizer_table":
@@ -118,8 +117,10 @@ def shrink(module, arguments, golden):
         return arguments
     left_out = re.compile(r"--config\.(evaluation\.(metrics|inception_path)|optimizer\.accumulate)=")  # needs weights
     arguments = [REPLACED.get(argument, argument) for argument in arguments if not left_out.match(argument)]
-    arguments.append(f"--config.model.decoder_config_path={golden / 'vqrae' / 'decoder_config'}")
-    arguments += [f"--config.{name}={value}" for name, value in SMALL.items()]
+    small = SMALL | {"model.decoder_config_path": golden / "vqrae" / "decoder_config"}
+    if "--checkpoint=imported" in arguments:  # whose model is small
+        small = {n: value for n, value in small.items() if not n.startswith("model.")} | {"data.image_size": 64}
+    arguments += [f"--config.{name}={value}" for name, value in small.items()]
     return [*arguments, "--alternatives=0"] if "--mode=preflight" in arguments else arguments
 
 
@@ -148,14 +149,11 @@ def workspace(golden, tiny, trained, tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(golden / "encoders" / encoder)
     (folder / "data" / "tensorflow_datasets").symlink_to(ROOT / "tests" / "data" / "fixtures")
-    fields = {
-        "encoder_config_path": str(golden / "encoders" / "dinov2_with_registers"), "encoder_input_size": 56,
-        "decoder_config_path": str(golden / "vqrae" / "decoder_config"), "num_embeddings": 64,
-        "normalization_stat_path": str(golden / "vqrae" / "ema_vq_2d" / "stat.npz"),
-    }  # fmt: skip
-    lines = ["from vqrae_jax import config", "", "", "def get_config():", "    c = config.defaults()"]
-    lines += [f"    c.model.{name} = {value!r}" for name, value in fields.items()]
-    (folder / "configs" / "case.py").write_text("\n".join([*lines, "    return c", ""]))
+    params = json.loads((golden / "vqrae" / "ema_vq_2d" / "params.json").read_text())["params"]
+    params |= {name: str(golden / params[name]) for name in ("encoder_config_path", "decoder_config_path")}
+    params |= {"encoder_params": {}, "normalization_stat_path": str(golden / "vqrae" / "ema_vq_2d" / "stat.npz")}
+    content = {"stage_1": {"target": "stage1.VQRAE", "params": params}, "training": {"epochs": 1}}
+    (folder / "VQRAE-DINOv2-B.yaml").write_text(json.dumps(content))
     shutil.copy(golden / "vqrae" / "ema_vq_2d" / "model.npz", folder / "ep-last.npz")
     return folder
 

@@ -1,6 +1,8 @@
 import copy
 import itertools
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -184,6 +186,15 @@ def test_no_key_is_dropped_silently(convert):
         after = convert(base | {key: value})
         reported = any(note.startswith(f"{key}:") for note in after.notes)
         assert (before.config, before.stat_eps) != (after.config, after.stat_eps) or reported, key
+
+
+def test_every_key_and_difference_is_documented():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "from_pytorch.md").read_text()
+    for key in pytorch_yaml.KNOWN:
+        assert re.search(rf"`([\w.]+\.)?{key.rpartition('.')[2]}`", page), key
+    always = [pytorch_yaml._ALWAYS, *pytorch_yaml._QUANTIZERS.values()]
+    for field in {name for fields in always for name in fields}:
+        assert f"| `{field}`" in page, field
 
 
 def test_keys_without_an_effect_are_reported(convert):
