@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.extend.mlir.dialects import stablehlo as dialect
 
 from vqrae_jax import __version__
 from vqrae_jax.inference import exported
@@ -81,7 +80,7 @@ def write_programs(module: VQRAE, variables: Any, output: pathlib.Path) -> list[
     name = "codes" if module.quantizer.has_indices else "latents"
     readme = README.format(codes=name, size=module.decoder.image_size, shape=shape, **manifest)
     files = {f"{name}.stablehlo": program.serialize() for name, program in programs.items()}
-    files |= {f"{name}.mlirbc": _portable_artifact(program) for name, program in portable.items()}
+    files |= {f"{name}.mlirbc": program.mlir_module_serialized for name, program in portable.items()}
     files |= {"manifest.json": json.dumps(manifest, indent=2).encode(), "README.txt": readme.encode()}
     files["exported.py"] = pathlib.Path(exported.__file__).read_bytes()
     output.mkdir(parents=True, exist_ok=True)
@@ -103,9 +102,3 @@ def describe_programs(programs: dict[str, jax.export.Exported], portable: dict[s
         "written": str(today), "expires_by": str(today + datetime.timedelta(days=182)),
         "programs": jax.tree.map(lambda array: (array.shape, array.dtype.name), ends),
     }  # fmt: skip
-
-
-def _portable_artifact(program: jax.export.Exported) -> bytes:
-    """Serializes a program in the StableHLO of 12 weeks ago, which slightly older compilers read, too."""
-    version = dialect.get_version_from_compatibility_requirement(dialect.StablehloCompatibilityRequirement.WEEK_12)
-    return dialect.serialize_portable_artifact_str(program.mlir_module(), version)
