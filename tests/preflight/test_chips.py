@@ -27,5 +27,7 @@ def test_error_of_an_unknown_topology_lists_those_that_exist():
 def test_rings_are_axes_of_16_or_of_multiples_of_four_and_positions():
     assert [parse_topology("v5e:8x16").is_ring(axis) for axis in (0, 1)] == [False, True]
     assert [parse_topology("v5p:2x4x4").is_ring(axis) for axis in (0, 1, 2)] == [False, True, True]
-    assert positions(parse_topology("tpu7x:2x2x1"))[1:3] == [(0, 0, 0, 1), (0, 1, 0, 0)]
+    slices = parse_topology("v5e:2x4", 2)
+    assert (slices.size, positions(slices)[8]) == (16, (1, 0, 0, 0))
+    assert positions(parse_topology("tpu7x:2x2x1"))[1:3] == [(0, 0, 0, 0, 1), (0, 0, 1, 0, 0)]
     assert positions(parse_topology("gpu:16xh100"))[7:9] == [(0, 7), (1, 0)]

@@ -127,15 +127,17 @@ def test_memory_is_read_from_the_error_of_the_tpu_compiler():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not runtime.has_libtpu(), reason="libtpu is not installed (pip install libtpu)")
-@pytest.mark.parametrize(("topology", "devices"), [
-    ("v5e:2x4", 8), ("v5p:2x2x2", 8), ("v4:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8),
+@pytest.mark.parametrize(("topology", "slices", "devices"), [
+    ("v5e:2x4", 1, 8), ("v5p:2x2x2", 1, 8), ("v4:2x2x1", 1, 4), ("v6e:2x2", 1, 4), ("tpu7x:2x2x1", 1, 8),
+    ("v5e:2x2", 2, 8),
 ])  # fmt: skip
-def test_tpu_slice(tmp_path, topology, devices):
+def test_tpu_slice(tmp_path, topology, slices, devices):
     path = tmp_path / "report.json"
-    process = run_main("--config=configs/quickstart.py", f"--topology={topology}", f"--json={path}", "--alternatives=1")
+    options = "--config=configs/quickstart.py", f"--topology={topology}", f"--config.mesh.slices={slices}"
+    process = run_main(*options, f"--json={path}", "--alternatives=1")
     assert process.returncode == 0, process.stderr
     saved = json.loads(path.read_text())
     assert saved["devices"] == devices
     train = saved["programs"][0]
-    assert {axes for _, axes, *_ in train["collectives"]} == {"data"}
+    assert {axes for _, axes, *_ in train["collectives"]} == ({"data"} if slices == 1 else {"data", "slice"})
     assert min(train["roofline"].values()) > 0

@@ -32,6 +32,32 @@ def test_groups_are_read_in_every_format(text, groups):
     assert collective == hlo.Collective("all-reduce", groups, 32.0, 1.0)
 
 
+NESTED = """
+%called (z: f32[8]) -> f32[8] {
+  %z = f32[8]{0} parameter(0)
+  ROOT %gather = f32[8]{0} all-gather(%z), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%async (y: f32[8]) -> f32[8] {
+  %y = f32[8]{0} parameter(0)
+  ROOT %call = f32[8]{0} custom-call(%y), custom_call_target="x", called_computations={%called}, a={b="1"}
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %after = token[] after-all()
+  %start = ((f32[8]{0}), f32[8]{0}, s32[8]{0:S(8)}) async-start(%x), calls=%async
+  %done = f32[8]{0} async-done(%start)
+  %send = (f32[8]{0}, u32[], token[]) send(%done, %after), channel_id=2, frontend_attributes={
+}
+"""
+SLICES = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+
+
+def test_collectives_of_sparse_cores_and_between_slices():
+    between, within = hlo.Program(NESTED.replace("={\n}", "={" + SLICES + "\n}"), 8).collectives()
+    assert within == hlo.Collective("all-gather", ((0, 1, 2, 3),), 4 * 32.0, 1.0)
+    assert between == hlo.Collective("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), 32.0, 1.0)
+
+
 def compiled(function, mesh, *arguments):
     """Compiles a function for arguments given as (shape, spec)."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]

@@ -5,8 +5,8 @@ from vqrae_jax.preflight.hlo import Collective
 from vqrae_jax.preflight.roofline import Roofline, network_seconds, scaling_efficiency, weak_scaling
 
 
-def seconds(kind, topology, group):
-    topology = parse_topology(topology)
+def seconds(kind, topology, group, slices=1):
+    topology = parse_topology(topology, slices)
     return network_seconds(Collective(kind, (tuple(group),), 1e9, 1.0), topology, positions(topology))
 
 
@@ -22,6 +22,7 @@ def test_rings_use_the_whole_link_and_open_lines_half_and_gpus_of_several_hosts_
     # Both cores of a chip receive each byte once; a core whose neighbor is in another group has half of the links.
     assert seconds("all-gather", "tpu7x:4x4x4", range(128)) == pytest.approx(127 / 128 * 1e9 / (6 * chip.link))
     assert seconds("all-gather", "tpu7x:4x4x4", range(0, 128, 2)) == pytest.approx(63 / 64 * 1e9 / (3 * chip.link))
+    assert seconds("all-reduce", "tpu7x:2x2x1", (0, 8), 2) == pytest.approx(1e9 / chip.network)  # in two slices
     chip = CHIPS["h200"]
     assert seconds("all-gather", "gpu:16xh200", range(8)) == pytest.approx(7 / 8 * 1e9 / chip.link)
     assert seconds("all-gather", "gpu:16xh200", range(16)) == pytest.approx(15 / 16 * 1e9 / chip.network)

@@ -67,11 +67,11 @@ class Topology:
     platform: str  # "tpu", "gpu" or "cpu"
     kind: str  # a name in CHIPS, or "cpu"
     shape: tuple[int, ...]  # chips along each physical axis of a TPU slice; otherwise the number of devices
+    slices: int = 1  # TPU slices of this shape, connected by the network of the data center
 
     @property
     def size(self) -> int:
-        """Number of devices."""
-        return math.prod(self.shape) * (self.chip.cores if self.chip else 1)
+        return self.slices * math.prod(self.shape) * (self.chip.cores if self.chip else 1)  # devices
 
     @property
     def chip(self) -> Chip | None:
@@ -91,11 +91,11 @@ class Topology:
         return length == 16 if self.kind in ("v5e", "v6e") else length % 4 == 0
 
 
-def parse_topology(name: str) -> Topology:
-    """Parses "v5e:16x16", "gpu:8xh200" or "cpu:8"; a ConfigError lists all topologies that exist."""
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """Parses "v5e:16x16", of which there are `slices`, "gpu:8xh200" or "cpu:8"; a ConfigError lists all that exist."""
     kind, _, rest = name.partition(":")
     if kind in SHAPES and rest in SHAPES[kind]:
-        return Topology(name, "tpu", kind, tuple(map(int, rest.split("x"))))
+        return Topology(name, "tpu", kind, tuple(map(int, rest.split("x"))), slices)
     gpus = re.fullmatch(r"(\d+)x(\w+)", rest) if kind == "gpu" else None
     if gpus and gpus[2] in GPUS and int(gpus[1]) in GPU_COUNTS:
         return Topology(name, "gpu", gpus[2], (int(gpus[1]),))
@@ -108,8 +108,8 @@ def parse_topology(name: str) -> Topology:
 
 
 def positions(topology: Topology) -> list[tuple[int, ...]]:
-    """Returns the coordinates of each device: (*chip, core) for TPUs, (host, index) for GPUs, (index,) for CPUs."""
+    """Returns the coordinates of each device: (slice, *chip, core) for TPUs, (host, index) for GPUs, or (index,)."""
     if topology.platform == "gpu":
         return [divmod(i, GPUS_PER_HOST) for i in range(topology.size)]
-    cores = [topology.chip.cores] if topology.platform == "tpu" else []
-    return list(itertools.product(*map(range, [*topology.shape, *cores])))
+    sizes = (topology.slices, *topology.shape, topology.chip.cores) if topology.platform == "tpu" else topology.shape
+    return list(itertools.product(*map(range, sizes)))

@@ -28,12 +28,12 @@ def preflight(
     No data and no weights are read, and the encoders of configs/ need no model hub.
 
     Args:
-      topology: "v5e:16x16", "gpu:8xh200" or "cpu:8".
+      topology: "v5e:16x16" (of each of mesh.slices), "gpu:8xh200" or "cpu:8".
       count: number of alternatives to compile, each of which takes as long as the training step; None: 2 if the config
         does not fit, 1 if it fits and its networks run in float32 on TPUs or GPUs, otherwise 0.
       json_path: file for the report as JSON.
     """
-    target = parse_topology(topology)
+    target = parse_topology(topology, config.mesh.slices)
     devices = abstract_devices(target)
     plan = Plan.build(config, target, build_mesh(config, devices))
     log.info("compiling for %s, which takes minutes for large models", topology)

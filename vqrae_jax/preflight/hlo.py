@@ -42,7 +42,7 @@ class Instruction:
 
     def called(self, attribute: str) -> str:
         """Returns the computation that an attribute names, or ""."""
-        match = re.search(rf"{attribute}=%?([\w.-]+)", self.attributes)
+        match = re.search(rf"(?:{attribute})=\{{?%?([\w.-]+)", self.attributes)
         return match[1] if match else ""
 
 
@@ -71,10 +71,13 @@ class Program:
         collectives, channels = [], set()
         for computation, op, trips in self.executed(fusions=True):
             kind = op.opcode.removesuffix("-start")
+            if between := op.opcode == "send" and re.search(r'megascale_transfer_type="(\w+)"', op.attributes):
+                kind = between[1].lower().replace("_", "-")
             channel = re.search(r"channel_id=(\d+)", op.attributes)
-            if kind not in COLLECTIVES or (channel and channel[1] in channels):
+            key = kind, channel[1] if channel else op.name
+            if kind not in COLLECTIVES or key in channels:
                 continue
-            channels.add(channel[1] if channel else op.name)
+            channels.add(key)
             groups = tuple(tuple(map(int, group)) for group in _groups(op, self.devices))
             size = sum(_bytes(self.computations[computation][o].shape) for o in op.operands)
             size *= len(groups[0]) if kind == "all-gather" else 1
@@ -110,8 +113,8 @@ class Program:
                     pending += [(branch, trips) for branch in names if branch]
                 elif op.opcode == "call":
                     pending.append((op.called("to_apply"), trips))
-                elif fusions and op.opcode in ("fusion", "async-start"):
-                    pending.append((op.called("calls"), trips))
+                elif fusions and op.opcode in ("fusion", "async-start", "custom-call"):  # the last: on SparseCores
+                    pending.append((op.called("calls|called_computations"), trips))
 
     def _trips(self, loop: Instruction) -> int:
         """Returns the trips of a loop that counts up from zero; 0 if they depend on data."""
@@ -244,9 +247,11 @@ def _bytes(shape: str, on_chip: bool = True) -> float:
 
 
 def _groups(op: Instruction, devices: int) -> Iterable[Iterable[Any]]:
-    """Reads the groups of a collective: explicit lists, a transposed iota, or axes of a mesh."""
+    """Reads the groups of a collective: explicit lists, a transposed iota, axes of a mesh, or all slices."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", op.attributes):
         return [sorted({int(n) for n in re.findall(r"\d+", pairs[1].split("},")[0])})]
+    if last := re.search(r'megascale_target="[^"]*x\{0:(\d+)\}"', op.attributes):  # of the devices of one slice
+        return np.arange(devices).reshape(-1, int(last[1]) + 1).T
     text = op.attributes.partition("replica_groups=")[2]
     if text.startswith("{{"):
         return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])]

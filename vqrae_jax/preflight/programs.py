@@ -205,7 +205,8 @@ class Plan:
         coordinates = positions(self.topology)
         if self.topology.platform == "tpu":
             axes = len(self.topology.shape)  # chips of two-dimensional slices also have a third coordinate
-            coordinates = [(*device.coords[:axes], device.core_on_chip) for device in self.mesh.devices.flat]
+            devices = self.mesh.devices.flat
+            coordinates = [(getattr(d, "slice_index", 0), *d.coords[:axes], d.core_on_chip) for d in devices]
         return math.fsum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
 
 
@@ -220,9 +221,8 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
             raise ConfigError(message, field="--topology", value=topology.name)
         runtime.use_cpus()
         runtime.describe_absent_tpu(ACCELERATOR_TYPES[topology.kind])
-        # On v4 the two cores of a chip are one device.
-        options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-        return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
+        options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}  # its two cores are one device
+        return list(topologies.get_topology_desc(topology.name, "tpu", num_slices=topology.slices, **options).devices)
     runtime.use_cpus(topology.size)
     devices = jax.devices("cpu")[: topology.size]
     if len(devices) < topology.size:

@@ -70,9 +70,11 @@ def receive_rate(group: list[tuple[int, ...]], topology: Topology) -> float:
     """Returns the bytes per second into each device of a group, given by `chips.positions`."""
     chip = topology.chip
     spans = [len({position[axis] for position in group}) for axis in range(len(group[0]))]
+    if spans[0] > 1:  # several hosts of GPUs or slices of TPUs
+        return chip.network
     if topology.platform == "gpu":
-        return chip.network if spans[0] > 1 else chip.link
-    *spans, cores = spans
+        return chip.link
+    _, *spans, cores = spans
     if max(spans) == 1:
         return chip.core_link
     # Without the wrap-around link, traffic turns back at the ends, so an axis carries half.
