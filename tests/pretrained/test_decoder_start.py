@@ -1,9 +1,10 @@
+import json
 import re
 
 import numpy as np
 import pytest
 
-from vqrae_jax.build.tokenizer import build_tokenizer
+from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.inference import saving
@@ -37,6 +38,18 @@ def test_release_or_whole_model(golden, tmp_path, model_file, decoder, assert_sa
         read = build_tokenizer(config(golden, path)).pretrained["decoder"]
         assert_same(read, convert.convert(decoder, DECODER_TABLE, read))
         np.testing.assert_array_equal(read["embed"]["kernel"], decoder["decoder_embed.weight"].T)
+
+
+def test_a_decoder_without_biases_of_its_projections(golden, tmp_path, decoder):
+    names = {n for n in decoder if re.search(r"attention\.(query|key|value)\.bias", n)}
+    np.savez(tmp_path / "decoder.npz", **{n: x for n, x in decoder.items() if n not in names})
+    described = json.loads((golden / "vqrae" / "decoder_config" / "config.json").read_text()) | {"qkv_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    model = config(golden, tmp_path / "decoder.npz", decoder_config_path=str(tmp_path))
+    read = build_tokenizer(model).pretrained["decoder"]
+    assert set(read["blocks"]["attn"]["query"]) == {"kernel"}
+    assert len(names) == 3 * described["decoder_num_hidden_layers"]
+    assert inline_decoder(model).decoder_architecture["qkv_bias"] is False
 
 
 def test_exported_folder(golden, tmp_path, model_file, assert_same):

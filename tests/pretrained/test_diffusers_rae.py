@@ -59,6 +59,14 @@ def test_its_decoder_starts_another_model(write, golden, assert_same):
     assert_same(build_tokenizer(model).pretrained["decoder"], decoder)
 
 
+def test_a_stored_position_table_is_used(write, caplog):
+    """Early versions of diffusers stored it, and current ones ignore it."""
+    table = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
+    folder, *_ = write("mae", tensors={"decoder.decoder_pos_embed": table})
+    np.testing.assert_array_equal(Tokenizer.load(folder).variables["params"]["decoder"]["pos_embed"], table)
+    assert "position table" in caplog.text
+
+
 def test_it_is_saved_as_a_folder_of_ours(write, tmp_path, assert_same):
     folder, *_ = write("mae")
     tokenizer, outputs = Tokenizer.load(folder), [tmp_path / "saved", tmp_path / "imported"]

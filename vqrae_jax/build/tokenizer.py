@@ -199,6 +199,7 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
         raise ConfigError(message, field=field, value=path or values)
     blocks = BlocksConfig(
         width, depth, heads, mlp, families.activation({"hidden_act": "gelu", **values}),
+        unbiased=families.list_unbiased({"qkv_bias": True, **values}, qkv_bias=families.QKV),
         norm_eps=float(values.get("layer_norm_eps", 1e-12)), remat=config.remat, dtype=config.dtype,
         attention=config.attention, shard_activations=activation_sharding(mesh),
     )  # fmt: skip
@@ -229,7 +230,7 @@ def _decoder_architecture(config: ModelConfig) -> dict[str, Any]:
     if not pathlib.Path(path).is_dir() and "/" not in path:
         raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
     values = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
-    return {name: values[name] for name in (*_DECODER, "hidden_act", "layer_norm_eps") if name in values}
+    return {name: values[name] for name in (*_DECODER, "hidden_act", "layer_norm_eps", "qkv_bias") if name in values}
 
 
 def _read_whitening(config: ModelConfig, encoder: Encoder) -> Arrays:

@@ -1,6 +1,7 @@
 """Whole models read from and written as training checkpoints of the PyTorch VQRAE (and RAE), or read from diffusers."""
 
 import collections
+import logging
 import operator
 import pathlib
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, diffusers
 from vqrae_jax.config import ModelConfig, from_dict
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.pretrained import diffusers_rae, pytorch_vqrae, writers
+
+log = logging.getLogger(__name__)
 
 # What the PyTorch VQRAE always does, by quantizer: the field and the values that mean the same here, the explicit one
 # last.
@@ -61,9 +64,13 @@ def convert_diffusers(folder: pathlib.Path, field: str) -> dict[str, Any]:
     model = from_dict(ModelConfig, diffusers_rae.describe(config, tensors))
     built = build_tokenizer(model)
     shapes, encoder = variable_shapes(built), built.module.encoder
-    positions = {"decoder.decoder_pos_embed": diffusers_positions(shapes["params"]["decoder"])}
-    state = collections.ChainMap(positions, diffusers_rae.rename(tensors, model.encoder_cls))
+    positions = diffusers_positions(shapes["params"]["decoder"])
+    # A table that is stored, by early versions of diffusers, is the one that the decoder was trained with.
+    defaults = {"decoder.decoder_pos_embed": positions}
+    state = collections.ChainMap(diffusers_rae.rename(tensors, model.encoder_cls), defaults)
     variables = pytorch_vqrae.convert_state_dict(state, model.encoder_cls, model.quantizer, shapes, str(folder))
+    if not np.allclose(variables["params"]["decoder"]["pos_embed"], positions, atol=1e-4):
+        log.warning("%s: its position table is used; current versions of diffusers ignore it", folder)
     try:
         shape = (encoder.grid, encoder.grid, encoder.channels)
         variables["batch_stats"]["latent"] = diffusers_rae.latent_statistics(config, tensors, shape)

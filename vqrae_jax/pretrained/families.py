@@ -9,7 +9,7 @@ from vqrae_jax.pretrained import tables
 from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, attention_rows, dense_rows, norm_rows
 
 DECODER = "a decoder"
-_QKV = ("query", "key", "value")
+QKV = ("query", "key", "value")
 # Values of `hidden_act` in transformers, and the names of the same functions in `models.layers`.
 ACTIVATIONS = {name: name for name in ("gelu", "silu", "relu", "relu6", "leaky_relu", "quick_gelu", "mish", "tanh")} | {
     "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh",
@@ -57,7 +57,7 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"intermediate_size": (int(mlp * 2 / 3) + 7) // 8 * 8, "hidden_act": "silu"}
     registers = config["model_type"] == "dinov2_with_registers"
     return {
-        **_vit(config, gated=gated, layer_scale=True, unbiased=_unbiased(config, qkv_bias=_QKV)),
+        **_vit(config, gated=gated, layer_scale=True, unbiased=list_unbiased(config, qkv_bias=QKV)),
         "registers": config["num_register_tokens"] if registers else 0,
         "antialias": registers,
     }
@@ -65,9 +65,9 @@ def describe_dinov2(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe_dinov3(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of DINOv3ViTModel. Positions are rotations, so its image_size is ignored."""
-    layers = {f"{name}_bias": (name,) for name in _QKV} | {"proj_bias": ("out",), "mlp_bias": ("gate", "up", "down")}
-    unbiased = _unbiased(config, **layers)
-    fields = _vit(config | {"image_size": 0}, gated=config["use_gated_mlp"], layer_scale=True, unbiased=unbiased)
+    layers = {f"{name}_bias": (name,) for name in QKV} | {"proj_bias": ("out",), "mlp_bias": ("gate", "up", "down")}
+    attention_and_mlp = {"gated": config["use_gated_mlp"], "unbiased": list_unbiased(config, **layers)}
+    fields = _vit(config | {"image_size": 0}, layer_scale=True, **attention_and_mlp)
     del fields["grid"]
     return fields | {
         "pos": "rope",
@@ -83,7 +83,7 @@ def describe_siglip(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe_mae(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the ViT fields of ViTModel and of the encoder of ViTMAEForPreTraining; nothing is masked here."""
-    return _vit(config, unbiased=_unbiased(config, qkv_bias=_QKV))
+    return _vit(config, unbiased=list_unbiased(config, qkv_bias=QKV))
 
 
 def activation(config: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def activation(config: dict[str, Any]) -> str:
     return ACTIVATIONS[config["hidden_act"]]
 
 
-def _unbiased(config: dict[str, Any], **layers: tuple[str, ...]) -> tuple[str, ...]:
+def list_unbiased(config: dict[str, Any], **layers: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the layers without bias; `layers` are those that each field of the config switches."""
     return tuple(layer for field, names in layers.items() if not config[field] for layer in names)
 

@@ -83,13 +83,14 @@ class Renamed(Tensors):
 
 
 def unwrap(tensors: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Removes the modules of PyTorch's wrappers from names: `decoder._orig_mod.x` and `module.decoder.x` become
-    `decoder.x`."""
+    """Removes the modules of PyTorch's wrappers from names, as in `decoder._orig_mod.x` and `module.decoder.x`."""
     names: dict[str, str] = {}
     for name in tensors:
+        if name == "n_averaged":  # a counter of torch's AveragedModel, not of the model
+            continue
         if (other := names.setdefault(_WRAPPERS.sub("", name), name)) != name:
             raise WeightsError(f"{source} has two tensors for one parameter: {other} and {name}; save one of them")
-    return Renamed(tensors, names) if any(_WRAPPERS.search(name) for name in tensors) else tensors
+    return tensors if list(names) == list(tensors) else Renamed(tensors, names)
 
 
 def _read_npz(file: pathlib.Path, field: str) -> Tensors:

@@ -17,11 +17,9 @@ from vqrae_jax.pretrained.readers import Safetensors, Tensors, read_json, read_t
 
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 # Hub folders often have the same weights in several formats: the first of these that exists is downloaded.
-WEIGHTS = [
-    *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
-    *("diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    *("diffusion_pytorch_model.bin", "flax_model.msgpack"),
-]
+_STEMS = {"safetensors": ("model", "diffusion_pytorch_model"), "bin": ("pytorch_model", "diffusion_pytorch_model")}
+_FILES = [f"{stem}.{kind}" for kind, stems in _STEMS.items() for stem in stems]
+WEIGHTS = [*(file + index for file in _FILES for index in ("", ".index.json")), "flax_model.msgpack"]
 Channels = tuple[float, ...]  # one value per channel
 PRINCIPAL_AXES = ["pca_mean", "pca_basis", "pca_var"]
 
