@@ -231,7 +231,7 @@ def list_files(folder: str, field: str, recursive: bool = True) -> list[str]:
         return _list_local(folder, field, recursive)
     system, path = _file_system(folder, field)
     try:
-        names = system.find(path)
+        names = system.find(path, maxdepth=None if recursive else 1)
     except FileNotFoundError:
         names = []
     except Exception as error:  # each file system raises its own kinds

@@ -42,7 +42,7 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str, 
       field: config field or argument that `path` comes from.
       split: part of a dataset on the hub.
     """
-    path, kinds = storage.expand_home(path), " or ".join(suffixes)
+    path = storage.expand_home(path)
     if _HUB_ID.fullmatch(path) and not path.endswith(suffixes) and not os.path.isdir(path.partition("/")[0]):
         select = functools.partial(_select_split, suffixes=suffixes, split=split)
         return hub.fetch_dataset(path, select, field)
@@ -54,32 +54,33 @@ def list_shards(path: str | os.PathLike, suffixes: tuple[str, ...], field: str, 
     if len(parts) > _MAX_PARTS:
         raise error(f"the pattern has more than {_MAX_PARTS} alternatives")
     list_folder = functools.cache(lambda folder: dict.fromkeys(storage.list_files(folder, field, recursive=False)))
-    groups, missing = [], []
-    for part in parts:
-        files = _list_part(part, (*suffixes, *_COMPRESSED), list_folder, field, check=len(parts) > 1)
-        groups.append([name for name in files if name.endswith(suffixes)])
-        compressed = [name for name in files if name.endswith(_COMPRESSED)]
-        if compressed and not groups[-1]:
-            problem = "is compressed and cannot be read in random access; unpack it (gunzip) to"
-            raise error(f"{compressed[0]!r} {problem} {kinds} files")
-        if not groups[-1]:
-            missing.append(part)
-        if len(splits := _splits(groups[-1])) > 1:
-            pattern = f"{splits.most_common(1)[0][0]}*{os.path.splitext(groups[-1][0])[1]}"
-            raise error(
-                f"several splits ({', '.join(sorted(splits)[:5])}); select one with a pattern such as {pattern!r}"
-            )
+    ends, check = (*suffixes, *_COMPRESSED), len(parts) > 1
+    groups = [_select_files(_list_part(part, ends, list_folder, field, check), suffixes, error) for part in parts]
+    missing = [part for part, files in zip(parts, groups, strict=True) if not files]
     if missing and len(parts) > 1:
         raise error(f"{len(missing)} of {len(parts)} shards or patterns are missing, the first is {missing[0]!r}")
     if missing:
         folders = storage.list_folders(path, field) if os.path.isdir(path) else []
         listed = f"; its folders are {', '.join(folders[:5])}" if folders else ""
-        raise error(f"no {kinds} files{listed}; expected a folder of them, a file or a pattern")
+        raise error(f"no {' or '.join(suffixes)} files{listed}; expected a folder of them, a file or a pattern")
     files = list(itertools.chain(*groups))
     name, count = collections.Counter(files).most_common(1)[0]
     if count > 1:
         raise error(f"names {name!r} {count} times")
     return files
+
+
+def _select_files(files: Collection[str], suffixes: tuple[str, ...], error: Callable[[str], DataError]) -> list[str]:
+    """Returns the files that end in one of the suffixes; raises an error for compressed ones and for several splits."""
+    selection = [name for name in files if name.endswith(suffixes)]
+    compressed = [name for name in files if name.endswith(_COMPRESSED)]
+    if compressed and not selection:
+        problem = "is compressed and cannot be read in random access; unpack it (gunzip) to"
+        raise error(f"{compressed[0]!r} {problem} {' or '.join(suffixes)} files")
+    if len(splits := _splits(selection)) > 1:
+        pattern = f"{splits.most_common(1)[0][0]}*{os.path.splitext(selection[0])[1]}"
+        raise error(f"several splits ({', '.join(sorted(splits)[:5])}); select one with a pattern such as {pattern!r}")
+    return selection
 
 
 def _select_split(files: list[str], suffixes: tuple[str, ...], split: Split) -> list[str]:
