@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1
 
 import vqrae_jax
 from vqrae_jax import checkpoint
@@ -55,6 +56,14 @@ def test_round_trip(workdir):
     restored = checkpoint.read_checkpoint(path, shapes(model), shapes(train))
     jax.tree.map(np.testing.assert_array_equal, restored, (model, train, {"next_index": 1}))
     assert "vqrae_jax" not in (path / "_CHECKPOINT_METADATA").read_text()  # other programs can read it
+
+
+def test_the_api_of_orbax_1_reads_checkpoints(tmp_path):
+    """`orbax.checkpoint.v1` becomes `orbax.checkpoint` in Orbax 1.0."""
+    save(tmp_path, {1: None}).close()
+    model, _ = trees(1.0)
+    restored = v1.load(tmp_path / "checkpoints" / "1", shapes(model), checkpointable_name="model")
+    jax.tree.map(np.testing.assert_array_equal, restored, model)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
