@@ -286,7 +286,7 @@ def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(WeightsError, match=r"--checkpoint='nobody/nothing'"):
+    with pytest.raises(WeightsError, match=r"^checkpoint='nobody/nothing'"):
         Tokenizer.load("nobody/nothing")
     with pytest.raises(CheckpointError, match="missing"):
         Tokenizer.load(tmp_path / "missing")

@@ -38,7 +38,7 @@ def evaluate(module, variables, z):
 
 @functools.partial(jit, static_argnums=0)
 def initialize(module, z):
-    return module.init(jax.random.key(0), z)
+    return jax.jit(module.init)(jax.random.key(0), z)
 
 
 @functools.partial(jit, static_argnums=0)

@@ -62,7 +62,7 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
     if saved_remotely:
         local = storage.download(local)
     elif not local.exists() and name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
-        local = sources.fetch_folder(name, "--checkpoint")
+        local = sources.fetch_folder(name, saving.FIELD)
     if not storage.is_remote(local) and saving.is_saved_folder(local):
         config, encoder, provenance = saving.read_description(local)
         return Location(local, config, encoder is not None, provenance)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FORMAT = "vqrae_jax"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = {"format", "version", "model", "encoder", "provenance", "sha256"}  # of config.json
-FIELD = "--checkpoint"  # what names the folder, in messages
+FIELD = "checkpoint"  # what names the folder, in messages
 _FOLDERS = re.compile(r"(?<![\w.~:/])(\w+:/|~|\.{1,2})?/([^\s'\"/]+/)*(?=[^\s'\"/])")  # of a path or address
 
 
