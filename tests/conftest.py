@@ -259,6 +259,13 @@ def pytest_addoption(parser):
     parser.addoption("--network", action="store_true", help="run the tests that need the model hub")
 
 
+def pytest_collection_finish():
+    """Makes garbage collection rare: tracing allocates many small objects, which it would visit again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
 def pytest_collection_modifyitems(config, items):
     # Files that train whole runs come first: at the end, one of them would keep a single worker busy.
     items.sort(key=lambda item: item.path.parent.name not in ("train", "tests"))
