@@ -1,6 +1,7 @@
 """Settings and shared fixtures: every test runs on the CPU, with eight simulated devices, without network."""
 
 import atexit
+import gc
 import contextlib
 import importlib.metadata
 import os
