@@ -1,8 +1,8 @@
 """Settings and shared fixtures: every test runs on the CPU, with eight simulated devices, without network."""
 
 import atexit
-import gc
 import contextlib
+import gc
 import importlib.metadata
 import os
 import pathlib
