@@ -44,17 +44,17 @@ class BuiltTokenizer:
     module: VQRAE
     image_size: int  # of reconstructions, pixels
     pretrained: dict[str, Any]  # subtrees of params read from files ("encoder", "decoder"), float32 numpy arrays
-    latent_stats: Arrays  # mean and/or variance
+    latent_stats: dict[str, Any]  # mean and/or variance: arrays, or shapes of those in a checkpoint
     whitening: Arrays  # state of a whitened quantizer; empty: fitted to the first batch
 
 
 def build_tokenizer(
-    config: ModelConfig, latent_stats: Arrays | None = None, weights: bool = True, mesh: Mesh | None = None
+    config: ModelConfig, latent_stats: dict[str, Any] | None = None, weights: bool = True, mesh: Mesh | None = None
 ) -> BuiltTokenizer:
     """Builds the module and reads the pretrained weights that the config names.
 
     Args:
-      latent_stats: statistics from a checkpoint, instead of those in normalization_stat_path.
+      latent_stats: statistics in a checkpoint or their shapes, instead of those in normalization_stat_path.
       weights: False reads descriptions only, enough for shapes.
       mesh: mesh that the model will run on; tokens are split over it as batches are. None leaves it to the compiler.
     """

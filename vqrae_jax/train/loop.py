@@ -198,7 +198,7 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
 def evaluate(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None, step: int | None = None,
     start: bool = False,
-) -> dict[str, int | float]:  # fmt: skip
+) -> dict[str, int | float | None]:  # fmt: skip
     """Evaluates a checkpoint (default: the newest), writes the files of a report, and returns step and metrics.
 
     With `start` it evaluates the tokenizer that train.start_from names; the workdir only receives the report.
