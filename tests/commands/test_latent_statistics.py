@@ -57,7 +57,7 @@ def test_the_command_writes_what_the_model_reads(golden, tmp_path, capsys):
     arguments = [f"--encoder={golden / 'encoders' / 'dinov2'}", f"--output={output}", "--size=56"]
     run(*arguments, "--source=photographs", "--limit=5", "--batch=2", "--per-position", "--components=4")
     assert capsys.readouterr().out.startswith("5 images; ")
-    statistics = read_latent_statistics(str(output), "model.normalization_stat_path")
+    statistics = read_latent_statistics(str(output), "model.normalization_stat_path", (4, 4, 36))
     assert statistics["mean"].shape == statistics["var"].shape == (4, 4, 36)
     assert read_principal_axes(str(output), "field")["pca_basis"].shape == (36, 4)
     wrong = {"--data": [], "--source": ["--source=tape", "--data=x"], "--output": ["--data=x", "--output=stats.pt"]}

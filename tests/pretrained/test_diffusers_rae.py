@@ -87,8 +87,10 @@ def test_it_is_saved_as_a_folder_of_ours(write, tmp_path, assert_same):
     [
         ({"encoder_type": "clip"}, {}, "encoder_type"), ({"patch_size": "4"}, {}, "patch_size is '4'"),
         ({"num_channels": 1}, {}, "3 channels"), ({"encoder_hidden_size": 32}, {}, "num_attention_heads"),
+        ({"decoder_num_attention_heads": 0}, {}, "decoder_num_attention_heads"),
         ({}, {"decoder.adapter.weight": np.zeros(1, np.float32)}, r"decoder\.adapter\.weight"),
         ({}, {"_latents_mean": np.zeros(7, np.float32)}, "latent statistics"),
+        ({}, {"_latents_std": np.full(1, np.nan, np.float32)}, "finite"),
         ({"decoder_num_hidden_layers": 3}, {}, "missing"),
     ],
 )  # fmt: skip

@@ -93,7 +93,8 @@ def test_features_equal_the_public_numbers(name):
 def test_released_decoder_and_statistics():
     pytest.importorskip("torch", reason="the released files are PyTorch's")
     repository = "nyu-visionx/RAE-collections"
-    stats = sources.read_latent_statistics(f"{repository}/stats/dinov2/wReg_base/imagenet1k/stat.pt", "field")
+    path = f"{repository}/stats/dinov2/wReg_base/imagenet1k/stat.pt"
+    stats = sources.read_latent_statistics(path, "field", (16, 16, 768))
     assert stats["var"].shape == (16, 16, 768)
     built = build_tokenizer(ModelConfig(
         encoder_config_path="facebook/dinov2-with-registers-base", decoder_config_path="ViT-XL", quantizer="none",

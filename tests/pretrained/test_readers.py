@@ -67,7 +67,7 @@ def test_files_that_unpack_to_far_more_than_their_size_are_refused(tmp_path, mon
     monkeypatch.setattr(readers, "_MAX_REPEATED", 1e6)
     for name in ("bomb.npz", "bomb.pt", "repeated.pt"):
         with pytest.raises(WeightsError, match=r"4000|repeats") as error:
-            sources.read_latent_statistics(str(tmp_path / name), "the field")
+            sources.read_latent_statistics(str(tmp_path / name), "the field", (1, 1, 1000))
         assert error.value.field == "the field"
     with pytest.raises(WeightsError, match="unpacks"):
         reference.read_reference(tmp_path / "bomb.npz", 3, "the field", {})

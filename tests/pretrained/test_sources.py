@@ -202,6 +202,8 @@ def test_statistics_of_every_broadcastable_shape():
         for channel_first in (True, False):
             result = sources.broadcast_statistics(value, (4, 3, 5), channel_first)
             np.testing.assert_array_equal(result, np.zeros(5) + value.reshape(-1))
+    with pytest.raises(ValueError, match="finite"):
+        sources.broadcast_statistics(np.nan, (4, 3, 5), True)
     for shape in [(2, 5), (5, 4, 3, 1), (2, 5, 4, 3), (12, 5), (5, 3, 4), (0,)]:
         with pytest.raises(ValueError, match=r"shape|broadcast"):
             sources.broadcast_statistics(np.zeros(shape), (4, 3, 5), True)

@@ -190,10 +190,9 @@ def _initializer(module: VQRAE) -> Callable[[jax.Array], Any]:
 def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> Decoder:
     path = config.decoder_config_path
     values, field = _decoder_architecture(config), f"model.decoder_{'config_path' if path else 'architecture'}"
-    try:
-        width, depth, heads, mlp = (int(values[name]) for name in _DECODER)
-    except KeyError as error:
-        raise ConfigError(f"its config.json lacks {error.args[0]}", field=field, value=path or values) from None
+    if wrong := [name for name in _DECODER if not isinstance(values.get(name), int) or values[name] < 1]:
+        raise ConfigError(f"lacks {', '.join(wrong)}, positive integers", field=field, value=path or values)
+    width, depth, heads, mlp = (values[name] for name in _DECODER)
     if width % heads or width % 4:
         message = f"decoder_hidden_size={width} must be a multiple of decoder_num_attention_heads={heads} and of 4"
         raise ConfigError(message, field=field, value=path or values)

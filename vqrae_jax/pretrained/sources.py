@@ -139,7 +139,7 @@ def read_latent_statistics(path: str, field: str, shape: tuple[int, int, int]) -
         stats = {}
     if not stats:
         shapes = {k: np.shape(v) for k, v in (values or tensors).items()}
-        expected = f"one value, one per channel ({shape[-1]}), or one per position ({shape[0]}x{shape[1]}) and channel"
+        expected = f"finite, one value, one per channel ({shape[-1]}), or one per position ({shape[0]}x{shape[1]}) too"
         raise WeightsError(f"{file} has {shapes}; expected mean and/or var, {expected}", field=field)
     return stats
 
@@ -147,6 +147,8 @@ def read_latent_statistics(path: str, field: str, shape: tuple[int, int, int]) -
 def broadcast_statistics(value: Any, shape: tuple[int, int, int], channel_first: bool) -> np.ndarray:
     """Broadcasts a statistic of latents to [C], or [h, w, C] = `shape`; raises ValueError for other shapes."""
     value = np.asarray(value, np.float32)
+    if not np.isfinite(value).all():
+        raise ValueError("not all of its values are finite")
     if value.size in (1, shape[-1]) and value.size == max(value.shape, default=1):
         return np.broadcast_to(value.reshape(-1), shape[-1:]).copy()
     value = value.reshape(value.shape[-3:])  # a batch axis of one
