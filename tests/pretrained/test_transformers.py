@@ -31,7 +31,9 @@ CASES = {
         "Dinov3withNorm", "encoder._orig_mod.", 1,
         {"mlp_bias": False, "proj_bias": False, "value_bias": False, "key_bias": True, "use_gated_mlp": True},
     ),
-    "ViTForImageClassification": ("MAEwNorm", "_orig_mod.module.", 3, {"qkv_bias": False, "hidden_act": "quick_gelu"}),
+    "ViTForImageClassification": (
+        "MAEwNorm", "model._orig_mod.module.", 3, {"qkv_bias": False, "hidden_act": "quick_gelu"},
+    ),
     "ViTModel": ("MAEwNorm", "", 1, {"hidden_act": "relu"}),
     "SiglipForImageClassification": ("SigLIP2wNorm", "", 2, {"hidden_act": "swish"}),
 }  # fmt: skip

@@ -31,7 +31,7 @@ def convert(
       target: tree of arrays or shapes to fill, with stacked blocks.
       optional: paths in the table that the target may lack; their tensors are skipped.
       source: file or folder of the tensors, for messages.
-      prefix: prefix of the names in the file; names without it are accepted too.
+      prefix: prefix of the names in the file, see `tables.strip_prefix`.
 
     Returns:
       The tree, float32 numpy arrays. An error lists all tensors that are missing, unexpected or of another shape.
@@ -40,7 +40,7 @@ def convert(
     arrays, converted = unstack_blocks(filled), set()  # views, one per block
     unexpected, mismatched = [], {}
     for name in tensors:
-        match = tables.find_row(table, name.removeprefix(prefix))
+        match = tables.find_row(table, tables.strip_prefix(name, prefix))
         paths = match[1] if match else []
         if match is None or any(p not in arrays and p not in optional for p in paths):
             if match is None or np.size(tensors[name]):  # an encoder without registers may have an empty tensor of them

@@ -269,7 +269,7 @@ def guess_kind(names: Iterable[str]) -> str | None:
 
     def count_matches(table: Table) -> int:
         prefix = tables.find_prefix(table, names)
-        rows = (tables.find_row(table, name.removeprefix(prefix)) for name in names)
+        rows = (tables.find_row(table, tables.strip_prefix(name, prefix)) for name in names)
         return sum(1 for row in rows if row and row[1])
 
     scores = {name: count_matches(family.table) for name, family in FAMILIES.items()}

@@ -15,7 +15,7 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import sources
 from vqrae_jax.pretrained.convert import convert
 from vqrae_jax.pretrained.readers import Renamed, unwrap
-from vqrae_jax.pretrained.tables import Row, Table, attention_rows, dense_rows, find_prefix, norm_rows
+from vqrae_jax.pretrained.tables import Row, Table, attention_rows, dense_rows, find_prefix, norm_rows, strip_prefix
 
 # Inception-v3 of Frechet distances.
 INCEPTION_URL = (
@@ -138,7 +138,7 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
         tensors = tensors[key] if isinstance(tensors.get(key), Mapping) else tensors
     tensors = unwrap(tensors, name)
     prefix = find_prefix(DINO_TABLE, tensors)
-    tensors = Renamed(tensors, {n.removeprefix(prefix): n for n in tensors})
+    tensors = Renamed(tensors, {strip_prefix(n, prefix): n for n in tensors})
 
     def shape(*names: str) -> tuple[int, ...]:
         existing = [n for n in names if n in tensors]

@@ -73,6 +73,13 @@ def find_prefix(table: Table, names: Iterable[str]) -> str:
     return next((match[1] for match in matches if match), "")
 
 
+def strip_prefix(name: str, prefix: str) -> str:
+    """Removes the modules of a prefix that a name has: with `model.vit.`, also `model.` of `model.classifier.bias`."""
+    while not name.startswith(prefix):
+        prefix = prefix[: prefix.rstrip(".").rfind(".") + 1]
+    return name.removeprefix(prefix)
+
+
 def row_paths(row: Row, block: int) -> list[str]:
     """Expands `block#/attn/{query,key}/kernel` to `block03/attn/query/kernel`, `block03/attn/key/kernel`."""
     if row.path is None:
