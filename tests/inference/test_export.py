@@ -280,6 +280,8 @@ for name in ("minimum_supported_calling_convention_version", "deserialize"):
         codes = tokenizer.encode_to_indices(images(count=3)[:count])
         np.testing.assert_array_equal(result["codes"], codes)
         np.testing.assert_allclose(result["images"], tokenizer.decode_from_indices(codes), atol=1e-5)
+    custom = {name: b"custom_call" in (tmp_path / name).read_bytes() for name in ("encode.mlirbc", "encode.stablehlo")}
+    assert custom == {"encode.mlirbc": False, "encode.stablehlo": True}  # no guarantee of StableHLO covers these
     manifest, readme = (tmp_path / name for name in ("manifest.json", "README.txt"))
     manifest, readme = json.loads(manifest.read_text()), readme.read_text()
     assert "codes: int32 [B, 4, 4]" in readme
