@@ -243,6 +243,7 @@ class Darker(Task):
     """A task without a model: reconstructions are darker images."""
 
     shapes = frozen = init = staticmethod(lambda: STATE)
+    initial_variables = staticmethod(lambda: {"params": {}, "batch_stats": {}})
 
     def evaluate(self, variables, frozen, batch):
         image = batch["image"] / 255
