@@ -85,7 +85,8 @@ def _keys(data: Any) -> dict[str, Keys]:
 
 
 def _split(data: Any, name: str) -> dict[str, Split]:
-    return {} if data.source == "folder" else {"split": Split(getattr(data, name), data.name, f"data.{name}")}
+    split = Split(getattr(data, name), data.name, f"data.{name}")
+    return {"split": split} if data.source in ("webdataset", "parquet") else {}
 
 
 def train_batches(
