@@ -2,9 +2,9 @@
 
 The comment above or behind a field is its documentation, which `python docs/write_reference.py` writes to
 docs/config.md. Settings of the quantizers are documented in their registry. The model section keeps the names and the
-defaults of the PyTorch VQRAE. Sections are frozen. The type of a field is its range; conditions between fields are
-checked by the section that contains them. Upper limits are far above sensible values: a mistyped number is refused
-before it becomes memory, threads or an endless loop.
+defaults in the documentation of the PyTorch VQRAE; docs/from_pytorch.md has those of its newest version. Sections are
+frozen. The type of a field is its range; conditions between fields are checked by the section that contains them. Upper
+limits are far above sensible values: a mistyped number is refused before it becomes memory, threads or an endless loop.
 """
 
 import os
