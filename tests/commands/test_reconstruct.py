@@ -48,6 +48,16 @@ def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys
     assert images.read_image(written[0]).shape == (32, 32, 3)
 
 
+def test_fit_model_equals_the_model_on_images_of_any_size(trained, folder, tmp_path):
+    """The script of the PyTorch VQRAE passes the file to the model as it is."""
+    written = run(trained, "--image", folder, "--output", tmp_path / "many", "--only", "--fit=model")
+    tokenizer = Tokenizer.load(trained)
+    for path, name in zip(written, ("a.png", "c.webp", "d.avif", "ü b.jpg"), strict=True):
+        image = images.read_image(folder / name)[None] / np.float32(255)
+        decoded = np.clip(tokenizer.module.apply(tokenizer.variables, image), 0, 1)[0] * 255
+        assert np.abs(images.read_image(path) - decoded).max() <= 0.5 + 1e-3
+
+
 def test_a_name_that_is_not_utf_8(trained, tmp_path, monkeypatch):
     file, report = tmp_path / "caf\udce9.png", tmp_path / "metrics.json"
     images.write_image(file, np.zeros((32, 32, 3), np.uint8))

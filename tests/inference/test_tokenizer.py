@@ -187,8 +187,10 @@ def test_fit_model_and_jax_output(trained):
     direct = tokenizer.function("encode_to_indices")(tokenizer.variables, images.astype(np.float32))
     np.testing.assert_array_equal(tokenizer.encode_to_indices(images), direct)
     assert isinstance(tokenizer.encode_to_indices(images), jax.Array)
-    with pytest.raises(DataError, match="one size"):
-        tokenizer.encode_to_indices([images[0], images[0, 1:]])
+    mixed = tokenizer.encode_to_indices([images[0, :, 1:], images[1]])  # of any sizes, each as by itself
+    np.testing.assert_array_equal(mixed[1], direct[1])
+    np.testing.assert_array_equal(mixed[0], tokenizer.encode_to_indices(images[:1, :, 1:])[0])
+    assert tokenizer.fit_images(images[:1], decoded=True).shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize(("field", "value"), [

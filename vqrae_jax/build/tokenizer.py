@@ -26,6 +26,7 @@ from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, readers, sources, tables, writers
 from vqrae_jax.quantizers import factory
+from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.wrappers import fitted_state
 
 log = logging.getLogger(__name__)
@@ -164,15 +165,21 @@ def initial_variables(
     return {**created, "params": created["params"] | pretrained}
 
 
-def start_quantizer(module: VQRAE, variables: Any, images: Float[jax.Array, "B H W 3"], key: jax.Array) -> Any:
-    """Returns variables in which state that starts from data is made from `images`, as by the first training step."""
+def start_quantizer(
+    module: VQRAE, variables: Any, x: Float[AnyArray, "B H W C"], key: jax.Array, encoded: bool = False
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Makes state that starts from data from `x`, images or latents, as the first training step does.
 
-    def quantize(module: VQRAE, images: jax.Array) -> Any:
-        return module.quantize(module.encoder(images), train=True)
+    Returns:
+      The variables, and the metrics of the quantizer for `x`.
+    """
+
+    def quantize(module: VQRAE, x: AnyArray) -> dict[str, jax.Array]:
+        return module.quantize(x if encoded else module.encoder(x), train=True).metrics
 
     start = functools.partial(module.apply, method=quantize, mutable=["batch_stats"])
-    _, updated = jax.jit(start)(variables, images, rngs={"codes": key, "noise": key})
-    return {**variables, **updated}
+    metrics, updated = jax.jit(start)(variables, x, rngs={"codes": key, "noise": key})
+    return {**variables, **updated}, metrics
 
 
 def _create(module: VQRAE, names: tuple[tuple[str, str], ...], key: jax.Array, state: dict[str, Any]) -> Any:

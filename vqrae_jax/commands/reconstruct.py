@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -39,7 +39,8 @@ parser.add(
 parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
 parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
 parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
-parser.add("--fit", "how images become square", default="crop", choices=["crop", "pad", "stretch"])
+FITS = "crop: the central square; pad: the whole image on a plain ground; stretch: other proportions; model: as PyTorch"
+parser.add("--fit", f"how images become square; {FITS}", default="crop", choices=get_args(inputs.Fit))
 parser.add("--metrics", "JSON file for the metrics of each image")
 parser.add_count("--batch", "images per batch", 32, command_line.MAX_BATCH)
 parser.add_max_pixels()
@@ -73,9 +74,10 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
 
     skipped, written, rows, metrics = [], [], [], {}
     batches = _read_batches(files, tokenizer, skipped, args.max_pixels)
-    for names, originals in progress(batches, len(files), "images", lambda batch: len(batch[0])):
-        indices = tokenizer.encode_to_indices(originals) if tokenizer.has_codes else [None] * len(names)
-        decoded = tokenizer.decode_from_indices(indices) if tokenizer.has_codes else tokenizer.reconstruct(originals)
+    for names, originals, encoded in progress(batches, len(files), "images", lambda batch: len(batch[0])):
+        (latents,) = tokenizer.stream("encode_to_indices" if tokenizer.has_codes else "encode", [encoded])
+        indices = latents if tokenizer.has_codes else [None] * len(names)
+        decoded = tokenizer.decode_from_indices(latents) if tokenizer.has_codes else tokenizer.decode(latents)
         values = _compare(decoded, originals / np.float32(255))
         for i, (name, *row) in enumerate(zip(names, originals, visualize.to_uint8(decoded), indices, strict=True)):
             metrics[name] = {metric: float(value[i]) for metric, value in values.items()}
@@ -112,19 +114,23 @@ def _find_files(name: str) -> list[str]:
 
 def _read_batches(
     files: list[str], tokenizer: Tokenizer, skipped: list[str], max_pixels: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields names and square images; adds the reason to `skipped` for each file that is not readable."""
-    batch: list[tuple[str, np.ndarray]] = []
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Yields names, images of the decoded size, and the same images as they are encoded.
+
+    Adds the reason to `skipped` for each file that is not readable.
+    """
+    batch: list[tuple[str, np.ndarray, np.ndarray]] = []
     for i, file in enumerate(files):
         try:
-            image = images.read_image(file, max_pixels=max_pixels)
-            square = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
-            batch.append((file, square))
+            image = [images.read_image(file, max_pixels=max_pixels)]
+            square = tokenizer.fit_images(image, decoded=True)[:]
+            batch.append((file, square, tokenizer.fit_images(image)[:] if tokenizer.fit == "model" else square))
         except ImageError as error:
             log.warning("%s", error)
             skipped.append(str(error))
         if batch and (len(batch) == tokenizer.batch_size or i + 1 == len(files)):
-            yield [name for name, _ in batch], np.stack([square for _, square in batch])
+            names, *arrays = zip(*batch, strict=True)
+            yield list(names), *map(np.concatenate, arrays)
             batch = []
 
 

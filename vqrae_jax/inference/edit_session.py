@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from vqrae_jax.data import images
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.inference import editing, inputs
+from vqrae_jax.inference import editing
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 VIEW = 320  # pixels of the views, at least
@@ -64,7 +64,7 @@ class Editor:
     def load(self, session: Session, slot: int, image: UInt8[np.ndarray, "H W 3"]) -> Session:
         """Encodes an image into a slot; the mix is the first image again."""
         tokenizer = self.tokenizer
-        image = inputs.fit_image(image, tokenizer.image_size, tokenizer.fit, tokenizer.module.encoder.mean)
+        image = tokenizer.fit_images([image], decoded=True)[:1][0]
         codes = editing.as_grid(tokenizer, np.asarray(tokenizer.encode_to_indices(image[None])))[0]
         loaded = dataclasses.replace(self._decode(codes), image=image)
         error = np.mean((loaded.reconstruction.astype(np.float64) - image) ** 2)

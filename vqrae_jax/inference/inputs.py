@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 
 from vqrae_jax.data import images as image_files
 from vqrae_jax.errors import DataError, ImageError
-from vqrae_jax.resize import antialiased_matrix
+from vqrae_jax.resize import antialiased_matrix, matrix
 
 _MAX_SIDE = 2**15  # pixels of an image that is resampled by matrices
 _STRIP = 2**20  # samples that are resampled at a time
@@ -21,7 +21,7 @@ Fit = Literal["crop", "pad", "stretch", "model"]
 class FittedImages:
     """Checked images as rows of an array [B, S, S, 3] that is computed slice by slice.
 
-    It is uint8 if all images are, otherwise float32 in [0, 1]. With fit="model" images have their own height and width.
+    It is uint8 if all images are, otherwise float32 in [0, 1]; with fit="model" float32, which may exceed [0, 1].
     """
 
     def __init__(self, images: Any, size: int, fit: Fit, fill: Sequence[float]):
@@ -33,14 +33,9 @@ class FittedImages:
         else:
             self._items = check_images(images)
         self._size, self._fit, self._fill = size, fit, fill
-        shape = (size, size, 3)
-        if fit == "model" and len(self):
-            shapes = {x.shape for x in self._items}
-            if len(shapes) > 1:
-                raise DataError(f'fit="model" needs images of one size, got {sorted(shapes)}')
-            shape = shapes.pop()
-        self.shape = (len(self), *shape)
-        self.dtype = np.dtype(np.uint8 if all(x.dtype == np.uint8 for x in self._items) else np.float32)
+        self.shape = (len(self), size, size, 3)
+        is_uint8 = fit != "model" and all(x.dtype == np.uint8 for x in self._items)
+        self.dtype = np.dtype(np.uint8 if is_uint8 else np.float32)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -55,13 +50,15 @@ class FittedImages:
 def fit_image(
     image: Shaped[np.ndarray, "H W 3"], size: int, fit: Fit, fill: Sequence[float]
 ) -> Shaped[np.ndarray, "h w 3"]:
-    """Returns an image of any shape as a square, resampled bicubically with antialiasing, in its own dtype.
+    """Returns an image of any shape as a square, resampled bicubically with antialiasing except for "model".
+
+    It has the dtype of the image; what "model" resamples is float32 and may exceed [0, 1].
 
     Args:
       image: uint8, or floats in [0, 1].
       size: side of the square in pixels.
       fit: "crop" takes the central square, "pad" shows the whole image on `fill`, "stretch" changes its proportions,
-        "model" returns the image unchanged.
+        and "model" as well, as the PyTorch VQRAE resizes images to the size of its encoder.
       fill: color in [0, 1].
 
     Raises:
@@ -74,7 +71,7 @@ def fit_image(
     if max(image.shape) > _MAX_SIDE:
         raise ImageError(f"the image has {image.shape[0]} x {image.shape[1]} pixels; {_MAX_SIDE} is the longest side")
     if fit == "model":
-        return image
+        return _resample(image, *(matrix(n, size, "bicubic") for n in image.shape[:2]))
     scales = [size / n for n in image.shape[:2]]
     if fit != "stretch":
         scales = [max(scales) if fit == "crop" else min(scales)] * 2

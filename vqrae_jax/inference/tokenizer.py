@@ -80,8 +80,9 @@ class Tokenizer:
           memory_limit: bytes per device for the intermediate values of a program that decodes; None: half of the
             device's memory.
           fit: "crop" takes the central square of an image, "pad" shows the whole image on the encoder's mean color,
-            "stretch" changes its proportions; all resample bicubically with antialiasing. "model" leaves images, which
-            must have one size, to the encoder's resize, as in the PyTorch VQRAE (bicubic without antialiasing).
+            "stretch" changes its proportions; all resample bicubically with antialiasing. "model" resizes images as
+            the PyTorch VQRAE does: to the encoder's input size, bicubically without antialiasing, which changes the
+            proportions and gives other codes.
           output: "numpy", or "jax" to leave results on the device.
           encoder_dtype: "bfloat16" is several times as fast on TPUs and GPUs, but a few percent of its codes differ
             from those of float32, and between kinds of devices. It is part of `hash`.
@@ -169,10 +170,12 @@ class Tokenizer:
         placement = functools.partial(batching.leaf_shardings, mesh=mesh)
         variables = initial_variables(built, key, ("encoder", "quantizer", "decoder"), placement)
         if images is not None:
-            fitted = FittedImages(images, built.image_size, fit, built.module.encoder.mean)
+            encoder = built.module.encoder
+            size = encoder.input_size if fit == "model" else built.image_size
+            fitted = FittedImages(images, size, fit, encoder.mean)
             if not len(fitted):
                 raise DataError("no images; expected at least one", field="images")
-            variables = start_quantizer(built.module, variables, batching.to_float(fitted[:]), key)
+            variables, _ = start_quantizer(built.module, variables, batching.to_float(fitted[:]), key)
         return cls(
             built.module, variables, config, frozen=config.encoder_config_path is not None, mesh=mesh,
             batch_size=batch_size, memory_limit=memory_limit, fit=fit, output=output, encoder_dtype=encoder_dtype,
@@ -274,9 +277,16 @@ class Tokenizer:
             return self.decode(self.encode(images))
         return self.decode_from_indices(self.encode_to_indices(images))
 
-    def fit_images(self, images: Any) -> FittedImages:
-        """Checks images and fits them to `image_size`, slice by slice."""
-        return FittedImages(images, self.image_size, self.fit, self.module.encoder.mean)
+    def fit_images(self, images: Any, decoded: bool = False) -> FittedImages:
+        """Checks images and fits them to the size that is encoded, slice by slice.
+
+        The size is `image_size`, and with fit="model" the encoder's input size; with `decoded` it is always
+        `image_size`, to compare images with decoded ones.
+        """
+        encoder, size, fit = self.module.encoder, self.image_size, self.fit
+        if fit == "model":
+            size, fit = (size, "stretch") if decoded else (encoder.input_size, fit)
+        return FittedImages(images, size, fit, encoder.mean)
 
     def function(self, method: str) -> Callable[[Any, Any], Any]:
         """Returns a pure function (variables, x) -> result to use in jitted code, differentiable where the model is.
@@ -313,7 +323,7 @@ class Tokenizer:
         """
         if self.config is None:
             raise DataError("a tokenizer without a config cannot be saved: pass config=, or load it from its folder")
-        target, fitted = storage.resolve_path(folder), None if images is None else self.fit_images(images)
+        target, fitted = storage.resolve_path(folder), None if images is None else self.fit_images(images, decoded=True)
         with storage.stage_output(target) as local:
             frozen = self.frozen and not embed_encoder
             saving.save_folder(local, self.config, jax.device_get(self.trained), frozen, self.provenance)
