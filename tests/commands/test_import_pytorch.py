@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.commands import import_pytorch
-from vqrae_jax.config import load_config_file
+from vqrae_jax.config import ModelConfig, load_config_file
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.inference.pytorch_checkpoint import convert_checkpoint
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -61,6 +61,32 @@ def test_an_imported_tokenizer_equals_the_pytorch_vqrae(case, config, tmp_path, 
     }
     # The encoder is in the folder, because it need not be the one of the hub any more.
     assert json.loads((folder / "config.json").read_text())["encoder"] is None
+
+
+def test_a_released_decoder_becomes_a_continuous_autoencoder(config, tensors, tmp_path, assert_same, capsys):
+    """With the encoder, which stays outside of the folder, and the statistics that the config names."""
+    file, whole = tmp_path / "decoder.npz", tmp_path / "whole.npz"
+    np.savez(file, **{name.removeprefix("decoder."): x for name, x in tensors.items() if name.startswith("decoder.")})
+    np.savez(whole, **tensors)
+    folder = run(f"--checkpoint={file}", f"--config={config}", f"--output={tmp_path / 'out'}")
+    assert "fit-codebook" in capsys.readouterr().out
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.has_codes, tokenizer.frozen) == (False, True)
+    expected = Tokenizer.load(run(f"--checkpoint={whole}", f"--config={config}", f"--output={tmp_path / 'whole'}"))
+    assert_same(tokenizer.trained["params"]["decoder"], expected.trained["params"]["decoder"])
+    assert_same(tokenizer.trained["batch_stats"]["latent"], expected.trained["batch_stats"]["latent"])
+    trains = load_config_file(str(folder / "train.py"))
+    assert (trains.model.quantizer, trains.model.pretrained_decoder_path) == ("ema", str(file))
+    # The config may name the decoder itself.
+    model = tmp_path / "model.json"
+    model.write_text(ModelConfig(**trains.model.to_dict()).model_dump_json().join(('{"model": ', "}")))
+    again = run(f"--config={model}", f"--output={tmp_path / 'again'}")
+    assert_same(Tokenizer.load(again).trained["params"], tokenizer.trained["params"])
+    model.write_text("{}")
+    for arguments in ([], [f"--config={model}"]):
+        with pytest.raises(ConfigError) as error:
+            run(*arguments, f"--output={tmp_path / 'absent'}")
+        assert error.value.field == "--checkpoint"
 
 
 def test_a_training_checkpoint_in_pytorchs_own_format(case, config, tensors, tmp_path):

@@ -210,6 +210,17 @@ def test_pytorch_checkpoint_round_trip_is_exact(golden, changes, assert_same):
     assert_same(back, variables)
 
 
+def test_simvq_has_an_identity_as_input_projection_in_pytorch(golden):
+    config, module, variables = pretrained(golden, quantizer="simvq")
+    checkpoint = pytorch_checkpoint.build_checkpoint(config, variables)
+    fields = {"quantizer_params": config.quantizer_params.model_copy(update={"input_projection": True})}
+    built, back = pytorch_checkpoint.convert_checkpoint(config.model_copy(update=fields), checkpoint)
+    z = jax.random.normal(jax.random.key(0), (1, 4, 4, module.encoder.channels))
+    ours, theirs = (m.apply(v, z, method="quantize").indices for m, v in ((module, variables), (built.module, back)))
+    np.testing.assert_array_equal(theirs, ours)
+    assert len(np.unique(ours)) > 1
+
+
 @pytest.mark.parametrize(("changes", "field"), [
     ({"quantizer": "lfq"}, r"model\.quantizer='lfq'"),
     ({"quantizer_params": {"distance": "cosine"}}, r"quantizer_params\.distance='cosine'"),

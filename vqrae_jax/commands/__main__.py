@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "serve a web page to look at, compare and edit the codes of images",
     "detokenize": "decode a dataset or an array of codes to image files",
     "export": "write a model for PyTorch, as a folder, or as StableHLO programs",
+    "fit-codebook": "fit a codebook to the latents of a continuous autoencoder",
     "import-pytorch": "convert a checkpoint of the PyTorch VQRAE",
     "inspect": "show the config, sizes, metrics and origin of a checkpoint",
     "latent-statistics": "compute mean, variance and principal axes of an encoder's latents",

@@ -3,24 +3,28 @@
 vqrae import-pytorch --checkpoint=ep-last.pt --config=VQRAE-DINOv2-B.yaml --output=imported
 
 The config is the YAML file of the PyTorch program. If it has a section `training`, the folder also has train.py, a
-config of ours that trains as the file says.
+config of ours that trains as the file says. A released decoder becomes a continuous autoencoder with the encoder and
+the latent statistics that the config names; without --checkpoint the config names the decoder as well.
 """
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import storage
+from vqrae_jax.build.tokenizer import BuiltTokenizer
 from vqrae_jax.commands import command_line
-from vqrae_jax.config import pytorch_yaml
+from vqrae_jax.config import ModelConfig, pytorch_yaml
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers, sources
 
 parser = command_line.Parser("import-pytorch", "Converts a checkpoint of the PyTorch RAE or VQRAE to a folder.")
-parser.add("--checkpoint", "local file, or owner/name/path/to/file on the hub; or a folder of diffusers", required=True)
+CHECKPOINT = "local file, or owner/name/path/to/file on the hub; a folder of diffusers; by default the config's decoder"
+parser.add("--checkpoint", CHECKPOINT)
 parser.add(
     "--config",
     "the PyTorch program's .yaml, or a config of ours: configs/NAME.py[:argument] or .json; not for diffusers",
@@ -34,24 +38,39 @@ TITLE = "Trains as a config of the PyTorch VQRAE says; `vqrae import-pytorch` wr
 def import_pytorch(args: argparse.Namespace) -> storage.Path:
     """Runs the command; returns the folder written, which holds the encoder of the checkpoint too."""
     output = command_line.output_folder(args.output)
-    if args.config is None:
+    if args.config is None and args.checkpoint is not None:
         return _import_folder(args.checkpoint, output)
+    if args.config is None:
+        raise ConfigError("name a checkpoint, a config with a decoder, or both", field="--checkpoint", value=None)
     source = read_config(args.config)
-    tensors = sources.read_state_dict(args.checkpoint, "--checkpoint")
-    built, variables = pytorch_checkpoint.convert_checkpoint(
-        source.config.model, tensors, args.weights, args.checkpoint
-    )
+    model, notes = source.config.model, [*source.notes]
+    tensors = sources.read_state_dict(args.checkpoint, "--checkpoint") if args.checkpoint else None
+    if decoder_only := tensors is None or pytorch_checkpoint.is_decoder(tensors):
+        model, built, variables = _combine(model, args.checkpoint)
+        notes.append(f"{model.pretrained_decoder_path} has no codebook, which `vqrae fit-codebook` or training adds")
+    else:
+        built, variables = pytorch_checkpoint.convert_checkpoint(model, tensors, args.weights, args.checkpoint)
     if "var" in (latent := variables["batch_stats"].get("latent", {})):
         variance = latent["var"] + np.float32(source.stat_eps - pytorch_yaml.STAT_EPS)
         variables["batch_stats"]["latent"] = latent | {"var": variance}
     with storage.stage_output(output) as folder:
-        saving.save_folder(folder, source.config.model, variables, frozen=False)
+        saving.save_folder(folder, model, variables, frozen=decoder_only)
         if source.trains:
             data = source.config.data.model_copy(update={"image_size": built.image_size})
-            config = source.config.model_copy(update={"data": data})
+            start = {"pretrained_decoder_path": model.pretrained_decoder_path}
+            trained = source.config.model.model_copy(update=start) if decoder_only else model
+            config = source.config.model_copy(update={"data": data, "model": trained})
             (folder / "train.py").write_text(pytorch_yaml.to_python(config, TITLE, source.notes))
-    print(*source.notes, f"wrote {output}", sep="\n")
+    print(*notes, f"wrote {output}", sep="\n")
     return output
+
+
+def _combine(model: ModelConfig, decoder: str | None) -> tuple[ModelConfig, BuiltTokenizer, dict[str, Any]]:
+    """Makes a continuous autoencoder of a decoder, by default that of the config, and what the config names."""
+    if (path := decoder or model.pretrained_decoder_path) is None:
+        problem = "name a file, or a config with model.pretrained_decoder_path"
+        raise ConfigError(problem, field="--checkpoint", value=None)
+    return pytorch_checkpoint.combine_pretrained(model.model_copy(update={"pretrained_decoder_path": path}))
 
 
 def _import_folder(path: str, output: storage.Path) -> storage.Path:

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 FIXED = {
     "ema": {"quantizer_params.distance": (None, "l2"), "quantizer_params.codebook_dim": (None,)},
     "simvq": {
-        "quantizer_params.distance": (None, "cosine"), "quantizer_params.input_projection": (True,),
-        "quantizer_params.codebook_dim": (None,),
+        "quantizer_params.distance": (None, "cosine"), "quantizer_params.codebook_dim": (None,),
     },
     "fsq": {"quantizer_params.adapter": ("mlp",)},
 }  # fmt: skip
@@ -51,6 +50,27 @@ def convert_checkpoint(
     if built.latent_stats:
         variables["batch_stats"]["latent"] = built.latent_stats
     return built, variables
+
+
+def combine_pretrained(config: ModelConfig) -> tuple[ModelConfig, BuiltTokenizer, dict[str, Any]]:
+    """Makes a continuous autoencoder of the pretrained encoder, decoder and latent statistics that a config names.
+
+    Returns:
+      The model section without the quantizer, the built model, and {"params", "batch_stats"} as numpy arrays.
+    """
+    config = config.model_copy(update={"quantizer": "none"})
+    if config.encoder_config_path is None:
+        raise ConfigError("a decoder needs its encoder: set a hub id or a folder", field="model.encoder_config_path")
+    built = build_tokenizer(config)
+    stats = {"latent": built.latent_stats} if built.latent_stats else {}
+    return config, built, {"params": built.pretrained, "batch_stats": stats}
+
+
+def is_decoder(checkpoint: Mapping[str, Any]) -> bool:
+    """Returns whether a checkpoint has a decoder and no encoder, as the releases of RAE."""
+    parts = [checkpoint[name] for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
+    names = [name for part in parts or [checkpoint] for name in part]
+    return bool(names) and not any("encoder." in name for name in names)
 
 
 def describe_diffusers(folder: pathlib.Path, field: str) -> ModelConfig:
@@ -93,6 +113,10 @@ def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.
     params = dict(variables["params"])
     # The head that predicts encoder features serves training only; the PyTorch VQRAE has none.
     params["decoder"] = {n: tree for n, tree in params["decoder"].items() if n != "features"}
+    if config.quantizer == "simvq" and not config.quantizer_params.input_projection:  # PyTorch's cannot be left out
+        channels = variables["batch_stats"]["quantizer"]["codebook"].shape[1]
+        identity = {"kernel": np.eye(channels, dtype=np.float32), "bias": np.zeros(channels, np.float32)}
+        params["quantizer"] = {**params["quantizer"], "input_projection": identity}
     state = pytorch_vqrae.build_state_dict(
         {**variables, "params": params}, config.encoder_cls, config.quantizer, transformers,
         config.quantizer_params.levels,

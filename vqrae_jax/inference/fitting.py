@@ -1,0 +1,77 @@
+"""Codebooks fitted to the latents of a model that is trained already, without a training step."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, start_quantizer
+from vqrae_jax.config import QuantizerParams
+from vqrae_jax.errors import DataError
+from vqrae_jax.evaluation import codebook_health
+from vqrae_jax.inference.batching import leaf_shardings
+from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.quantizers.none import NoQuantizer
+
+
+def encode_latents(
+    tokenizer: Tokenizer, batches: Iterable[Shaped[np.ndarray, "_ S S 3"]]
+) -> Iterator[Float[np.ndarray, "_ h w C"]]:
+    """Yields what the quantizer of a tokenizer receives: the latents of `Tokenizer.stream`'s batches of images."""
+    parts = {name: tokenizer.variables["params"][name] for name in ("encoder", "decoder")}
+    changes = {"quantizer": NoQuantizer(), "latent_stats": (), "quantize_before_reshape": False, "reshape_to_2d": True}
+    continuous = Tokenizer(
+        tokenizer.module.clone(**changes), {"params": parts, "batch_stats": {}}, mesh=tokenizer.mesh,
+        encoder_dtype=tokenizer.encoder_dtype,
+    )  # fmt: skip
+    return continuous.stream("encode", batches)
+
+
+def fit_codebook(
+    tokenizer: Tokenizer, latents: Float[np.ndarray, "B h w C"], num_embeddings: int, depth: int = 1, seed: int = 0
+) -> tuple[Tokenizer, dict[str, float]]:
+    """Returns a tokenizer with the encoder and the decoder of another one and a codebook by k-means of latents.
+
+    Args:
+      tokenizer: a continuous autoencoder, or a tokenizer whose codebook is replaced.
+      latents: of `encode_latents`.
+      num_embeddings: size of the codebook.
+      depth: number of codes per latent; several levels each quantize what the levels before left.
+      seed: of the first seeds of k-means.
+
+    Returns:
+      The tokenizer, and the use of its codebook and its quantization error on these latents.
+
+    Raises:
+      DataError: there are fewer latents than embeddings, or the tokenizer has no config.
+    """
+    if tokenizer.config is None:
+        raise DataError("a tokenizer without a config cannot be changed: pass config=, or load it from its folder")
+    count = latents.size // latents.shape[-1]
+    if count < num_embeddings:
+        raise DataError(
+            f"is more than the {count} latents of {len(latents)} images; use more images, or fewer codes",
+            field="num_embeddings", value=num_embeddings,
+        )  # fmt: skip
+    changes = {
+        "quantizer": "ema" if depth == 1 else "residual", "quantizer_params": QuantizerParams(depth=depth),
+        "num_embeddings": num_embeddings, "codebook_init": "kmeans", "noise_tau": 0.0,
+    }  # fmt: skip
+    config, trained = tokenizer.config.model_copy(update=changes), tokenizer.trained
+    statistics = jax.device_get(trained["batch_stats"].get("latent", {}))
+    built = build_tokenizer(config, latent_stats=statistics, weights=False, mesh=tokenizer.mesh)
+    key = jax.random.key(seed)
+    fresh = initial_variables(built, key, ["quantizer"], lambda tree: leaf_shardings(tree, tokenizer.mesh))
+    state, metrics = start_quantizer(built.module, fresh, latents, key, encoded=True)
+    metrics = jax.device_get(metrics)
+    params = {name: trained["params"][name] for name in ("encoder", "decoder")} | fresh["params"]
+    provenance = {n: x for n, x in tokenizer.provenance.items() if n not in ("step", "metrics", "protocol")}
+    provenance["codebook"] = f"k-means of {count} latents of {len(latents)} images"
+    fitted = Tokenizer(
+        built.module, {"params": params, "batch_stats": state["batch_stats"]}, config, frozen=tokenizer.frozen,
+        provenance=provenance, mesh=tokenizer.mesh, fit=tokenizer.fit, output=tokenizer.output,
+        encoder_dtype=tokenizer.encoder_dtype,
+    )  # fmt: skip
+    error = float(metrics["quantization_error"])
+    return fitted, codebook_health.health(metrics["counts"]) | {"quantization_error": error}
