@@ -180,7 +180,7 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage
     with storage.convert_errors(path, "read"):
         exists = path.is_dir()
     if not exists:
-        raise CheckpointError(f"{path} is not a folder; give the workdir of a run, or one step of its {FOLDER} folder")
+        raise CheckpointError(f"{path} is not a folder; name a workdir, one of its checkpoints, or a saved folder")
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path

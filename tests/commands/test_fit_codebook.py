@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.commands import fit_codebook
+from vqrae_jax.config import QuantizerParams
 from vqrae_jax.data import images
 from vqrae_jax.data.folder import list_images
 from vqrae_jax.errors import ImageError, UserError
@@ -42,6 +43,7 @@ def test_a_continuous_autoencoder_gets_a_codebook(continuous, photos, squares, t
         assert_same(loaded.trained["params"][part], before.trained["params"][part])
     assert_same(loaded.trained["batch_stats"]["latent"], before.trained["batch_stats"]["latent"])
     assert loaded.config.noise_tau == 0
+    assert (loaded.config.quantizer_params == QuantizerParams()) == (depth == 1)  # no setting without an effect
     # Codes of the images of the fit: all of the codebook, and much nearer than the mean of the latents.
     codes = loaded.encode_to_indices(squares).reshape(-1, depth)
     assert [len(np.unique(level)) for level in codes.T] == [16] * depth

@@ -55,7 +55,8 @@ def fit_codebook(
             field="num_embeddings", value=num_embeddings,
         )  # fmt: skip
     changes = {
-        "quantizer": "ema" if depth == 1 else "residual", "quantizer_params": QuantizerParams(depth=depth),
+        "quantizer": "ema" if depth == 1 else "residual",
+        "quantizer_params": QuantizerParams() if depth == 1 else QuantizerParams(depth=depth),
         "num_embeddings": num_embeddings, "codebook_init": "kmeans", "noise_tau": 0.0,
     }  # fmt: skip
     config, trained = tokenizer.config.model_copy(update=changes), tokenizer.trained
