@@ -1,6 +1,6 @@
 """Fits a codebook to the latents of a continuous autoencoder (RAE), which makes it a tokenizer without training.
 
-vqrae fit-codebook --checkpoint=rae --data=/data/train --codes=1024 --output=fitted
+vqrae fit-codebook --checkpoint=imported --data=/data/train --codes=256 --output=fitted
 
 The latents are of images at random positions of the data, cropped as `vqrae tokenize` crops them. Encoder and decoder
 stay as they are. Decoders that were trained on noisy latents, as most of RAE, are prepared for quantized ones.
