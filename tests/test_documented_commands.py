@@ -1,5 +1,7 @@
 """Runs every command of the README, of the pages in docs/ and of docstrings at a small scale, in one prepared folder.
 
+All run in one process, and with `-m slow` also in a process of their own each.
+
 Hub ids of encoders are folders with tiny encoders, /data is a folder of a few images, and `shrink` replaces full-size
 settings. A command that reads the output of another documented command runs after it.
 """
@@ -70,7 +72,7 @@ SMALL = {
     "loss.perceptual.weight": 0.0, "adversary.discriminator": "none",  # their networks are on a hub, in one size
 }  # fmt: skip
 REPLACED = {  # TPU topologies need libtpu, an extra
-    "--topology=v5e:16x16": "--topology=cpu:4",
+    "--topology=v5e:8x8": "--topology=cpu:4",
     "--config.data.name=imagenet2012": "--config.data.name=waves_array_record",
 }
 
@@ -124,8 +126,14 @@ def shrink(module, arguments, golden):
     return [*arguments, "--alternatives=0"] if "--mode=preflight" in arguments else arguments
 
 
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["inside", "outside"])
+def outside(request):
+    """Whether each command has a process of its own."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def workspace(golden, tiny, trained, tmp_path_factory):
+def workspace(outside, golden, tiny, trained, tmp_path_factory):
     """A folder with everything that the documentation assumes."""
     folder = tmp_path_factory.mktemp("workspace")
     rng = np.random.default_rng(0)
@@ -159,14 +167,14 @@ def workspace(golden, tiny, trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def completed():
+def completed(outside):
     """Commands that have run in the workspace."""
     return set()
 
 
 @pytest.fixture
-def run_command(workspace, completed, golden, parsed_flags, monkeypatch):
-    """Runs a command as `python -m` does, in this process, after the commands whose results it reads."""
+def run_command(outside, workspace, completed, golden, parsed_flags, run_elsewhere, monkeypatch):
+    """Runs a command as `python -m` does, after the commands whose results it reads."""
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(distributed, "connect", lambda *_, **__: None)  # must precede all computations of a process
 
@@ -178,6 +186,11 @@ def run_command(workspace, completed, golden, parsed_flags, monkeypatch):
             run(prerequisite)
         module, arguments = split(command)
         arguments = shrink(module, arguments, golden)
+        if outside:
+            benchmark = module.startswith("benchmarks.")
+            start = [ROOT / f"{module.replace('.', '/')}.py"] if benchmark else ["-m", module]
+            print(run_elsewhere(*start, *arguments, folder=workspace), end="")
+            return
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         try:
             if module == "vqrae_jax.main":
