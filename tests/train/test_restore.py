@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vqrae_jax import checkpoint, sharding
-from vqrae_jax.config import EncoderParams, LossConfig
+from vqrae_jax.config import EncoderParams, LossConfig, QuantizerParams
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, WeightsError
 from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -224,6 +224,7 @@ def test_a_config_that_changes_the_codes_of_the_start_is_an_error(folder, starte
         with pytest.raises(ConfigError, match=name) as error:
             started(path, model)
         assert error.value.field == "train.start_from"
+    started(path, {"quantizer_params": QuantizerParams(depth=2)})  # which this quantizer does not read
     with pytest.raises(CheckpointError, match=r"model\.decoder_patch_size=16 instead of 8"):
         started(path, {"decoder_patch_size": 16})
     encoder = shutil.copytree(locate(path).config.encoder_config_path, tmp_path / "encoder")

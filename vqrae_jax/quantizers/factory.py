@@ -55,6 +55,15 @@ def unread(model: Model, channels: int, grid: int) -> list[str]:
     return result
 
 
+def unread_paths(model: Model) -> set[str]:
+    """Returns the settings of quantizers that the quantizer of a model does not read, whatever their values."""
+    paths = {name: {s.path for s in settings_of(entry.module).values()} for name, entry in QUANTIZERS.items()}
+    read = paths[model.quantizer]
+    if "quantizer_params.inner" in read:
+        read |= paths[model.quantizer_params.inner]
+    return set().union(*paths.values()) - read
+
+
 def _value(model: Model, path: str) -> Any:
     section, _, name = path.rpartition(".")
     return vars(model.quantizer_params if section else model)[name]

@@ -15,6 +15,7 @@ from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, UserErr
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.location import Location, locate, read_stored, stored_shapes
 from vqrae_jax.inference.tokenizer import HASHED_FIELDS
+from vqrae_jax.quantizers.factory import unread_paths
 from vqrae_jax.train.task import TrainState
 
 T = TypeVar("T")
@@ -111,7 +112,8 @@ def locate_start(config: Config) -> Location:
     """
     location, parts = locate(config.train.start_from), config.train.start_parts
     differing = _differing_fields(config.model, location.config)
-    differing = {name: value for name, value in differing.items() if name in FIXED_FIELDS}
+    fixed = FIXED_FIELDS - unread_paths(config.model)
+    differing = {name: value for name, value in differing.items() if name in fixed}
     ours, theirs = config.model.encoder_config_path, location.config.encoder_config_path
     if location.frozen and theirs and not ours:
         differing["encoder_config_path"] = ours, theirs
