@@ -107,6 +107,7 @@ def test_a_generator_learns_codes(tokenized):
     assert np.mean(samples % 10 == np.arange(4)) > 0.9
 
 
+@pytest.mark.slow
 def test_the_generator_writes_decoded_samples(trained, tmp_path, monkeypatch):
     folder = write_codes(tmp_path / "codes", 32, 4, lambda i, n: (i + n) % 32)
     output = tmp_path / "samples.png"

@@ -40,7 +40,6 @@ def report(tiny, tmp_path_factory):
     return result, json.loads(path.read_text())
 
 
-@pytest.mark.slow
 def test_report_of_eight_gpus(report, capsys):
     result, saved = report
     assert [c.name for c in result.programs] == ["train", "evaluate", "tokenize"]

@@ -194,7 +194,10 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
         assert ("model" in placed.spec) == (K in leaf.shape), leaf.shape
 
 
-@kinds
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("ema", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
+)
 def test_eight_devices_give_the_results_of_one(name, mesh):
     """4x2 mesh, with every codebook split over "model"."""
     module, alone = MODULES[name], trained(name)
