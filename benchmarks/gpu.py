@@ -107,7 +107,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(PARTS), help="which measurements")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_figures"), help="folder of the report")
+    parser.add_argument(
+        "--output",
+        type=lambda text: pathlib.Path(text).expanduser(),
+        default="gpu_figures",
+        help="folder of the report",
+    )
     parser.add_argument("--only", help="names of measurements, separated by commas")
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch and transformers")
     parser.add_argument("--images", default="photographs", help="quality: folder with train/ and val/")

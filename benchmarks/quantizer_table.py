@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -114,7 +115,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=count, help="number of steps instead of --epochs")
     parser.add_argument("--limit", type=count, help="number of images of train/ and of val/; default: all")
     parser.add_argument("--quantizers", help="rows, separated by commas; default: all")
-    parser.add_argument("--output", help="folder for table.md and table.json")
+    parser.add_argument("--output", type=os.path.expanduser, help="folder for table.md and table.json")
     return parser.parse_args(arguments)
 
 

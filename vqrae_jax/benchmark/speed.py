@@ -86,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--adversary", choices=discriminators, default="none", help="train_step: its discriminator")
     parser.add_argument("--remat", action="store_true", help="recompute decoder blocks to save memory")
     parser.add_argument("--rounds", type=int, default=9, help="number of timed calls of each program")
-    parser.add_argument("--output", help="folder for speed.json and roofline.png")
+    parser.add_argument("--output", type=os.path.expanduser, help="folder for speed.json and roofline.png")
     args = parser.parse_args(arguments)
     for name in ("codes", "batch", "rounds"):
         if getattr(args, name) < 1:
