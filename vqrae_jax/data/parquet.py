@@ -232,7 +232,7 @@ def _usable_columns(schema: Any) -> tuple[list[str], list[str]]:
 
     def holds_images(kind: Any) -> bool:
         if pyarrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
+            return kind.get_field_index("bytes") >= 0 and holds_images(kind.field("bytes").type)
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
     images = sorted(column.name for column in schema if holds_images(column.type))
