@@ -210,7 +210,8 @@ def test_unknown_keys_are_errors_with_a_suggestion(convert):
         f"{MODEL}.use_simvqq": "model.quantizer here",
         "training.vq_weight": "gan.loss.commit_weight, loss.vq_weight here",
         "training.learning_rate": "known keys: epochs",
-        "trainig": "did you mean|known keys",
+        "trainig": "did you mean training",
+        "wandb": "known keys: .*stage_1",
     }.items():
         with pytest.raises(ConfigError, match=suggestion) as error:
             convert({key: 3})
@@ -220,16 +221,19 @@ def test_unknown_keys_are_errors_with_a_suggestion(convert):
 
 
 def test_invalid_values_name_the_key(convert):
-    for key, value in {
+    values = {
         f"{MODEL}.num_embeddings": -1, f"{MODEL}.use_fsq": "maybe", f"{MODEL}.eps": "small", "stage_1.target": "DiT",
         "training.optimizer": 3, "training.epochs": "many", "gan.loss.disc_loss": "wgan",
-    }.items():  # fmt: skip
+        "gan.loss.disc_weight": True,
+    }  # fmt: skip
+    for key, value in [*values.items(), (f"{MODEL}.eps", -1), (f"{MODEL}.eps", True)]:
         with pytest.raises(ConfigError) as error:
             convert({key: value})
         assert error.value.field == key
     with pytest.raises(ConfigError) as error:
         convert({f"{MODEL}.use_fsq": True})
     assert error.value.field == f"{MODEL}.fsq_levels"
+    assert convert({f"{MODEL}.eps": "1e-3"}).stat_eps == 1e-3  # a number in quotes
 
 
 BOMB = "misc:\n  a0: &a0 [x]\n" + "".join(f"  a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))

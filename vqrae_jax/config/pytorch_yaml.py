@@ -170,6 +170,8 @@ def read_pytorch_yaml(file: pathlib.Path, field: str) -> PyTorchConfig:
     except ConfigError as error:
         raise error.renamed({FIELDS[key]: key for key in values if key in FIELDS}) from None
     eps = _number(values, f"{MODEL}.eps", STAT_EPS)
+    if not 0 <= eps < float("inf"):
+        raise ConfigError("must be a finite number of at least 0", field=f"{MODEL}.eps", value=eps)
     if trains and eps != STAT_EPS and config.model.normalization_stat_path:
         notes.append(f"{MODEL}.eps: the imported tokenizer has it; training adds {STAT_EPS}")
     return PyTorchConfig(config, notes, trains, eps)
@@ -235,16 +237,17 @@ def _flatten(values: Values) -> Values:
 
 
 def _suggest(path: str) -> str:
-    """Describes the known key that is nearest to an unknown one, with its name here."""
+    """Describes the known key or section that is nearest to an unknown one, with its name here."""
     section, _, name = path.rpartition(".")
-    keys = sorted(KNOWN, key=lambda key: key.rpartition(".")[0] != section)  # those of the same section first
+    # Those of the same section first.
+    keys = sorted([*KNOWN, *sorted(_SECTIONS)], key=lambda key: key.rpartition(".")[0] != section)
     names = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(_SYNONYMS.get(name, name), names, n=1, cutoff=0.7)
     if not near:
         listed = [key.removeprefix(f"{section}.") for key in keys if key.rpartition(".")[0] == section]
-        return f"known keys: {', '.join(listed or sorted(_SECTIONS))}; remove it if no PyTorch program reads it"
+        return f"known keys: {', '.join(listed)}; remove it if no PyTorch program reads it"
     key = keys[names.index(near[0])]
-    return f"did you mean {key}{KNOWN[key] and f', {KNOWN[key]} here'}?"
+    return f"did you mean {key}{f', {ours} here' if (ours := KNOWN.get(key)) else ''}?"
 
 
 def _locate(key: str, value: Any, file: pathlib.Path, notes: list[str]) -> Any:
@@ -349,9 +352,12 @@ def _flag(values: Values, name: str, default: bool) -> bool:
 
 
 def _number(values: Values, key: str, default: float) -> float:
-    if not isinstance(value := values.get(key, default), int | float | None):
-        raise ConfigError("must be a number", field=key, value=value)
-    return default if value is None else value
+    if (value := values.get(key)) is None:
+        return default
+    try:
+        return float("" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError("must be a number", field=key, value=value) from None
 
 
 def _nest(fields: Values) -> Values:
