@@ -140,9 +140,15 @@ def test_find(tmp_path):
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path):
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(CheckpointError, match=str(path)):
-            checkpoint.find_checkpoint(path)
+    (tmp_path / "ep-last.pt").touch()
+    for name, problem in {
+        "absent": "does not exist",
+        "ep-last.pt": "import-pytorch",
+        ".": "it holds ep-last.pt",
+    }.items():
+        with pytest.raises(CheckpointError, match=problem) as error:
+            checkpoint.find_checkpoint(tmp_path / name, field="train.start_from")
+        assert (error.value.field, error.value.value) == ("train.start_from", str(tmp_path / name))
 
 
 def test_an_incomplete_checkpoint_is_skipped(tmp_path):

@@ -165,12 +165,13 @@ def completed_steps(folder: storage.Path) -> list[int]:
         return sorted(int(name) for name in names if name.isdigit() and (folder / name / mark).is_file())
 
 
-def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage.Path:
+def find_checkpoint(path: str | os.PathLike, step: int | None = None, field: str = "checkpoint") -> storage.Path:
     """Returns the folder of one checkpoint.
 
     Args:
       path: workdir of a run, its checkpoints folder, or one step of it.
       step: None: the newest.
+      field: what names the path, for messages.
 
     Raises:
       CheckpointError: there is no complete checkpoint.
@@ -178,18 +179,22 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> storage
     """
     path = storage.resolve_path(path)
     with storage.convert_errors(path, "read"):
-        exists = path.is_dir()
-    if not exists:
-        raise CheckpointError(f"{path} is not a folder; name a workdir, one of its checkpoints, or a saved folder")
+        is_folder, exists = path.is_dir(), path.exists()
+    accepted = f"expected the workdir of a run, one step of its {FOLDER} folder, or a saved folder"
+    if not is_folder:
+        problem = "is a file; `vqrae import-pytorch` converts those of PyTorch" if exists else "does not exist"
+        raise CheckpointError(f"{problem}; {accepted}", field=field, value=str(path))
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = completed_steps(folder)
     if step is not None and step not in steps:
-        raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; complete steps: {steps or 'none'}")
+        problem = f"has no complete checkpoint of step {step}; complete steps: {steps or 'none'}"
+        raise CheckpointError(problem, field=field, value=str(path))
     if not steps:
         content = ", ".join(sorted(p.name for p in folder.iterdir())[:MAX_NAMES]) or "nothing"
-        raise CheckpointError(f"{folder} has no complete checkpoint (it holds {content}); a run saves one at its end")
+        problem = f"has no complete checkpoint, which a run saves at its end (it holds {content})"
+        raise CheckpointError(f"{problem}; {accepted}", field=field, value=str(path))
     return folder / str(steps[-1] if step is None else step)
 
 

@@ -229,7 +229,7 @@ def _find_model(config: Config, workdir: str | os.PathLike, step: int | None, st
             message = "is the workdir of another model, whose evaluation would be replaced; choose another folder"
             raise CheckpointError(message, field="--workdir", value=str(workdir))
         return config.train.start_from, location.provenance.get("step")
-    path = checkpoint.find_checkpoint(workdir, step)
+    path = checkpoint.find_checkpoint(workdir, step, "--workdir")
     if path.parent != folder:
         message = f"expected the workdir of a run; choose this checkpoint with --step={path.name}"
         raise CheckpointError(message, field="--workdir", value=str(workdir))
