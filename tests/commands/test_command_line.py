@@ -90,9 +90,19 @@ def test_outputs_are_judged_by_what_exists_before_any_work(name, tmp_path):
     suffixes = {"plot": ".png", "latent-statistics": ".npz", "reference-statistics": ".npz"}
     output = tmp_path / f"a.b{suffixes.get(name, '')}"
     output.mkdir() if name in suffixes else output.touch()
-    with pytest.raises(UserError) as error:
-        action(module.parser.parse_args([*example(name), f"--output={output}"]))
-    assert (error.value.field, error.value.value) == ("--output", str(output))
+    (tmp_path / "file").touch()
+    for path in (output, tmp_path / "file" / output.name):
+        with pytest.raises(UserError) as error:
+            action(module.parser.parse_args([*example(name), f"--output={path}"]))
+        assert (error.value.field, error.value.value) == ("--output", str(path))
+
+
+def test_outputs_must_be_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line.os, "access", lambda path, mode: path != tmp_path)
+    for check in (command_line.output_folder, command_line.output_file):
+        with pytest.raises(DataError) as error:
+            check(str(tmp_path / "new" / "name"))
+        assert error.value.field == "--output"
 
 
 @pytest.mark.parametrize(("name", "argument"), [("demo", "max-upload"), ("detokenize", "batch"), ("tokenize", "limit")])

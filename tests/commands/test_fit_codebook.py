@@ -56,11 +56,14 @@ def test_a_continuous_autoencoder_gets_a_codebook(continuous, photos, squares, t
     assert "skipped 1" in printed.err
 
 
-def test_a_codebook_is_replaced_and_too_many_codes_are_refused(trained, photos, tmp_path):
+def test_a_codebook_is_replaced_and_too_many_codes_are_refused(trained, photos, tmp_path, monkeypatch):
     fitted = run(trained, photos, tmp_path / "out", "--codes=20", "--limit=5")
     assert (fitted.codebook_size, fitted.provenance["codebook"]) == (20, "k-means of 80 latents of 5 images")
-    for arguments in (["--codes=337"], ["--codes=81", "--limit=5"], ["--source=tfds", "--split="]):
+    monkeypatch.setattr(fit_codebook, "read_latents", pytest.fail)  # errors come before it
+    for arguments in (["--codes=337"], ["--codes=81", "--limit=5"], ["--source=tfds", "--split="], ["--data="]):
         with pytest.raises(UserError) as error:
             run(trained, photos, tmp_path / "absent", *arguments)
-        assert error.value.field in ("--codes", "--split")
+        assert error.value.field in ("--codes", "--split", "--data")
+    with pytest.raises(SystemExit):
+        run(trained, photos, tmp_path / "absent", "--seed=-1")
     assert not (tmp_path / "absent").exists()

@@ -53,9 +53,11 @@ class Parser(argparse.ArgumentParser):
             help += f"{'; ' if help else ''}default: %(default)s"
         self.add_argument(name, help=help, **options)
 
-    def add_count(self, name: str, help: str, default: int | None = None, limit: int = 10**9, **options: Any) -> None:
-        """Adds an argument that is an integer from 1 to `limit`."""
-        self.add(name, help, default=default, type=functools.partial(count, limit=limit), **options)
+    def add_count(
+        self, name: str, help: str, default: int | None = None, limit: int = 10**9, least: int = 1, **options: Any
+    ) -> None:
+        """Adds an argument that is an integer from `least` to `limit`."""
+        self.add(name, help, default=default, type=functools.partial(count, limit=limit, least=least), **options)
 
     def add_checkpoint(self) -> None:
         """Adds --checkpoint, --step and --encoder, the arguments of `Tokenizer.load`."""
@@ -93,19 +95,29 @@ class Parser(argparse.ArgumentParser):
         self.add_count("--limit", "use the first LIMIT images only")
 
 
-def count(text: str, limit: int = 10**9) -> int:
-    """Returns the integer from 1 to `limit` that an argument is; a `type` of argparse."""
-    if text.isdecimal() and len(text) < 20 and 1 <= int(text) <= limit:
+def count(text: str, limit: int = 10**9, least: int = 1) -> int:
+    """Returns the integer from `least` to `limit` that an argument is; a `type` of argparse."""
+    if text.isdecimal() and len(text) < 20 and least <= int(text) <= limit:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 to {limit}")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} to {limit}")
 
 
 def output_folder(name: str, field: str = "--output") -> storage.Path:
     """Returns the path of an output folder, whatever dots its name has; DataError if it is a file."""
     path = storage.resolve_path(name)
-    if not storage.is_remote(path) and path.exists() and not path.is_dir():
-        raise DataError("is a file; expected a folder or a new name", field=field, value=name)
+    _check_folder(path, name, field)
     return path
+
+
+def _check_folder(path: storage.Path, name: str, field: str) -> None:
+    """Raises DataError if a local folder, or the nearest one above it that exists, is a file or not writable."""
+    if storage.is_remote(path):
+        return
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        raise DataError(f"{existing} is a file; expected a folder or a new name", field=field, value=name)
+    if not os.access(existing, os.W_OK):
+        raise DataError(f"{existing} is not writable; choose another folder", field=field, value=name)
 
 
 def output_file(name: str, suffixes: Collection[str] = (), field: str = "--output") -> storage.Path:
@@ -113,6 +125,7 @@ def output_file(name: str, suffixes: Collection[str] = (), field: str = "--outpu
     path = storage.resolve_path(name)
     if not storage.is_remote(path) and path.is_dir():
         raise DataError("is a folder; expected the name of a file", field=field, value=name)
+    _check_folder(path.parent, name, field)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ConfigError(f"its suffix must be one of {', '.join(suffixes)}", field=field, value=name)
     return path
@@ -122,7 +135,7 @@ def data_config(args: argparse.Namespace, **fields: Any) -> DataConfig:
     """Returns the arguments of `add_data` as validation data, with other fields of the data section."""
     if args.source not in SOURCES:
         raise ConfigError(f"expected one of {', '.join(SOURCES)}", field="--source", value=args.source)
-    if args.data is None and args.source not in ("photographs", "tfds"):
+    if not args.data and args.source not in ("photographs", "tfds"):
         raise ConfigError(f"is missing, but --source={args.source} needs it", field="--data")
     if not args.split:
         raise ConfigError("name a split of the dataset", field="--split", value=args.split)

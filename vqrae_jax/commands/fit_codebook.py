@@ -15,7 +15,6 @@ from jaxtyping import Float
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.readable import Skipped
-from vqrae_jax.errors import DataError
 from vqrae_jax.inference import fitting
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.progress import progress
@@ -29,7 +28,7 @@ parser.add_data()
 parser.add_count("--codes", "size of the codebook", 16_384, 2**24)
 parser.add_count("--depth", "codes per latent: levels of a residual quantizer", 1, 256)
 parser.add_count("--limit", f"number of images; by default {LATENTS} latents per code, or all images", None)
-parser.add("--seed", "of the choice of images and of k-means", default=0, type=int)
+parser.add_count("--seed", "of the choice of images and of k-means", 0, 2**32 - 1, least=0)
 parser.add_count("--threads", "threads that read and crop images", 4, 1024)
 parser.add("--output", "folder for the tokenizer", required=True)
 
@@ -41,10 +40,8 @@ def fit_codebook(args: argparse.Namespace) -> Tokenizer:
     source = pipeline.evaluation_source(command_line.data_config(args))
     tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
     positions = tokenizer.grid**2
-    if len(source) * positions < args.codes:
-        problem = f"is more than the {len(source) * positions} latents of {len(source)} images"
-        raise DataError(problem, field="--codes", value=args.codes)
     images = min(args.limit or -(-LATENTS * args.codes // positions), len(source))
+    fitting.check_count(args.codes, images * positions, images)
     latents = read_latents(tokenizer, source, images, args.seed, args.threads)
     print(f"k-means of {latents.size // latents.shape[-1]:,} latents of {len(latents):,} images")
     fitted, metrics = fitting.fit_codebook(tokenizer, latents, args.codes, args.depth, args.seed)

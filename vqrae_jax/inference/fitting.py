@@ -28,6 +28,13 @@ def encode_latents(
     return continuous.stream("encode", batches)
 
 
+def check_count(num_embeddings: int, latents: int, images: int) -> None:
+    """Raises DataError if a codebook is larger than the number of latents that it is fitted to."""
+    if latents < num_embeddings:
+        problem = f"is more than the {latents} latents of {images} images; use more images, or fewer codes"
+        raise DataError(problem, field="num_embeddings", value=num_embeddings)
+
+
 def fit_codebook(
     tokenizer: Tokenizer, latents: Float[np.ndarray, "B h w C"], num_embeddings: int, depth: int = 1, seed: int = 0
 ) -> tuple[Tokenizer, dict[str, float]]:
@@ -49,11 +56,7 @@ def fit_codebook(
     if tokenizer.config is None:
         raise DataError("a tokenizer without a config cannot be changed: pass config=, or load it from its folder")
     count = latents.size // latents.shape[-1]
-    if count < num_embeddings:
-        raise DataError(
-            f"is more than the {count} latents of {len(latents)} images; use more images, or fewer codes",
-            field="num_embeddings", value=num_embeddings,
-        )  # fmt: skip
+    check_count(num_embeddings, count, len(latents))
     changes = {
         "quantizer": "ema" if depth == 1 else "residual",
         "quantizer_params": QuantizerParams() if depth == 1 else QuantizerParams(depth=depth),

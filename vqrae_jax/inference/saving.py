@@ -52,8 +52,8 @@ def save_folder(
         encoder = {"source": source, "sha256": writers.content_hash(params.pop("encoder"))}
         if local_encoder(config):
             log.warning(
-                "the saved folder refers to the encoder in %s: save it with embed_encoder=True (--embed-encoder) for "
-                "other machines, or name the encoder there by encoder= (--encoder)", source,
+                "the saved folder refers to the encoder in %s: save it with embed_encoder=True (`vqrae export "
+                "--embed-encoder`) for other machines, or name the encoder there by encoder= (--encoder)", source,
             )  # fmt: skip
     elif source is not None:
         config, provenance["encoder"] = inline_encoder(config), source
