@@ -66,6 +66,9 @@ def test_latent_statistics_must_fit_the_latent(tmp_path):
     with pytest.raises(WeightsError, match=r"\(4, 4, 15\).*\(16\).*4x4") as error:
         build_tokenizer(random_encoder(normalization_stat_path=str(path)))
     assert error.value.field == "model.normalization_stat_path"
+    np.savez(path, var=np.full(16, -1, np.float32))
+    with pytest.raises(WeightsError, match="0 or more"):
+        build_tokenizer(random_encoder(normalization_stat_path=str(path)))
     with pytest.raises(ConfigError, match=r"\(4, 4, 15\).*\(16,\) or \(4, 4, 16\)"):
         build_tokenizer(random_encoder(), latent_stats={"var": np.ones((4, 4, 15), np.float32)})
     for shape in ((16,), (4, 4, 16)):

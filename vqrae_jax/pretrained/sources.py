@@ -137,10 +137,10 @@ def read_latent_statistics(path: str, field: str, shape: tuple[int, int, int]) -
         stats = {k: broadcast_statistics(v, shape, file.suffix != ".npz") for k, v in values.items()}
     except ValueError:
         stats = {}
-    if not stats:
+    if not stats or np.any(stats.get("var", np.zeros(1)) < 0):
         shapes = {k: np.shape(v) for k, v in (values or tensors).items()}
         expected = f"finite, one value, one per channel ({shape[-1]}), or one per position ({shape[0]}x{shape[1]}) too"
-        raise WeightsError(f"{file} has {shapes}; expected mean and/or var, {expected}", field=field)
+        raise WeightsError(f"{file} has {shapes}; expected mean and/or var (0 or more), {expected}", field=field)
     return stats
 
 
