@@ -114,10 +114,9 @@ def _check_folder(path: storage.Path, name: str, field: str) -> None:
     if storage.is_remote(path):
         return
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not existing.is_dir():
-        raise DataError(f"{existing} is a file; expected a folder or a new name", field=field, value=name)
-    if not os.access(existing, os.W_OK):
-        raise DataError(f"{existing} is not writable; choose another folder", field=field, value=name)
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        problem = "is not writable; choose another folder" if existing.is_dir() else "is a file; expected a folder"
+        raise DataError(f"{existing} {problem}", field=field, value=name)
 
 
 def output_file(name: str, suffixes: Collection[str] = (), field: str = "--output") -> storage.Path:
