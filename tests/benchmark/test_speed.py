@@ -93,6 +93,7 @@ def test_difference_is_relative_and_a_share_for_indices():
         assert speed.compute_difference(ours, theirs) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_invalid_arguments_and_errors_of_the_pytorch_process_are_reported(tmp_path, capsys):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named torch' >&2\nexit 1\n")

@@ -164,7 +164,7 @@ def damage(path):
     (path / "9.png").write_bytes((path / "8.png").read_bytes()[:40])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_damaged_files_are_replaced_by_the_next_readable_one(grays, caplog, workers):
     damage(grays)
     skipped = Skipped()

@@ -89,7 +89,8 @@ def test_badge_leads_to_the_repository():
     assert badges == ([f"github/{path}/blob/main/launch/colab.ipynb"] * 2 if path else [])
 
 
-@pytest.mark.parametrize("start", ["tokenizer", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["tokenizer", "training"])
 def test_it_runs_in_its_kernel_and_its_outputs_are_current(trained, tmp_path, start):
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
     pytest.importorskip("ipykernel", reason="the notebook extra is not installed")

@@ -28,7 +28,7 @@ def load(folder, **encoder_params):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_features_equal_pytorch(golden, assert_close, case, normalize):
     folder = golden / "encoders" / case
     encoder, weights, params = load(folder, normalize=normalize)

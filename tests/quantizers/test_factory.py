@@ -68,7 +68,11 @@ def test_a_continuous_latent_has_no_indices():
 
 
 @pytest.mark.parametrize(
-    ("name", "params"), [("residual", {"shared": True, "depth": 3}), ("multiscale", {"grids": (1, 2, 4)})]
+    ("name", "params"),
+    [
+        ("residual", {"shared": True, "depth": 3}),
+        pytest.param("multiscale", {"grids": (1, 2, 4)}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
     steps, z = 2, jnp.ones((2, 4, 4, 12))

@@ -61,7 +61,7 @@ def test_dropout_keeps_one_prefix_per_image(z, train):
 
 
 @pytest.mark.parametrize(
-    "inner", [EMAQuantizer, SimVQ, *(pytest.param(q, marks=pytest.mark.slow) for q in (IBQ, GumbelQuantizer))]
+    "inner", [EMAQuantizer, *(pytest.param(q, marks=pytest.mark.slow) for q in (SimVQ, IBQ, GumbelQuantizer))]
 )
 def test_initial_embeddings_of_scales_differ(z, inner, train):
     """The coarsest scale alone has fewer cells than embeddings."""

@@ -113,13 +113,12 @@ def finish_without_errors(children):
     return results
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     """Training, evaluation, resuming; and errors of one process that reach both, as starting them takes long."""
     for i in range(9):
         images.write_image(tmp_path / "images" / f"{i}.png", np.full((32, 32, 3), i, np.uint8))
     program = (ROOT / "tests" / "train" / "scenarios.py").read_text()
-    first, second = finish_without_errors(spawn(config, tmp_path, program=program))
+    first, second = finish_without_errors(spawn(config, tmp_path, devices=1, program=program))
     assert_same_losses(tmp_path, alone)
     assert checkpoint.completed_steps(tmp_path / "checkpoints") == [2, 4]  # by the clock of process 0
     assert "validation PSNR" in first[1]
@@ -127,11 +126,12 @@ def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     assert "2 processes: median step" in first[2]
     assert "validation PSNR" not in second[1]
     assert second[2] == ""
+    evaluated = loop.evaluate(config, tmp_path, one_device)
     for i in range(2):
         heartbeat = json.loads((tmp_path / "heartbeat" / f"{i}.json").read_text())
         assert (heartbeat["step"], heartbeat["process"], heartbeat["processes"]) == (4, i, 2)
         results = json.loads((tmp_path / "results" / f"{i}.json").read_text())
-        assert results["metrics"] == pytest.approx(loop.evaluate(config, tmp_path, one_device), rel=1e-4)
+        assert results["metrics"] == pytest.approx(evaluated, rel=1e-4)
         assert results["due"] == [False, True]
         assert results["missing file"] == "process 1: the network's file is gone"
         assert "data.eval_path.images: process 0 has 9, process 1 has 8" in results["different images"]

@@ -30,6 +30,7 @@ def first(tiny, tmp_path_factory):
     return workdir, jax.device_get(checkpoint.read_model(path, target))
 
 
+@pytest.mark.slow
 def test_the_second_stage_starts_from_the_first(tiny, first, one_mesh, assert_same):
     """EMA parameters and codebook of stage 1, the pretrained encoder, and a frozen copy of it to distil from."""
     workdir, model = first

@@ -152,7 +152,7 @@ QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
 
 
 @pytest.mark.parametrize("quantizer", [
-    n if n in ("product", "none") else pytest.param(n, marks=pytest.mark.slow) for n in QUANTIZERS
+    n if n == "product" else pytest.param(n, marks=pytest.mark.slow) for n in QUANTIZERS
 ])  # fmt: skip
 def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
     """Step, evaluation and images for the log, in shapes only; the quantizers' arithmetic has its own tests."""
