@@ -90,7 +90,6 @@ def open_run(
             state = TrainState.of_model(task.initial_variables()) if evaluating else task.init()
         else:
             state = resumed[0]
-        if resumed is not None:
             step = int(state.step)
             _warn_config_changes(config, checkpoints.folder / str(step), evaluating)
             if batches is not None:
