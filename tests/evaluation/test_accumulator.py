@@ -18,7 +18,7 @@ def rows():
     label = rng.integers(0, 2, COUNT)
     return {
         "index": np.arange(COUNT), "mask": np.ones(COUNT, bool), "label": label, "psnr": rng.uniform(10, 30, COUNT),
-        "code": rng.normal(size=(COUNT, 4)) + 5 * label[:, None],
+        "contrast": rng.uniform(0.1, 0.2, (COUNT, 2, 2)), "code": rng.normal(size=(COUNT, 4)) + 5 * label[:, None],
         "inception/image": rng.normal(size=(COUNT, WIDTH)),
         "inception/reconstruction": rng.normal(size=(COUNT, WIDTH)) + 0.5,
         "scores/reconstruction": rng.normal(size=(COUNT, 10)),
@@ -44,6 +44,8 @@ def test_metrics_equal_those_of_all_images_at_once(rows):
     metrics = accumulated(rows, 7, references={"inception": reference}).metrics(np.array([3 * COUNT, COUNT]))
     assert metrics["images"] == COUNT
     assert metrics["psnr"] == pytest.approx(rows["psnr"].mean())
+    (border, inside), (image_border, image_inside) = rows["contrast"].sum(0)
+    assert metrics["seams"] == pytest.approx((border / inside) / (image_border / image_inside))
     original, reconstructed = (Gaussian(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
     assert metrics["rfid"] == pytest.approx(frechet_distance(original, reconstructed))
     assert metrics["fid"] == pytest.approx(frechet_distance(reference, reconstructed))
@@ -87,6 +89,19 @@ def test_best_median_and_worst(rows):
     np.testing.assert_array_equal(examples["worst"], ranked[-3:])
     assert ranked[31] in examples["median"] or ranked[29] in examples["median"]
     assert [len(members) for members in accumulator.select_examples(100).values()] == [COUNT] * 3
+
+
+def test_seams_of_the_originals_are_one_and_may_be_undefined(rows):
+    """Flat images, one patch, and patches of one pixel have no differences across borders or none inside."""
+    contrast = rows["contrast"].copy()
+    contrast[:, 0] = contrast[:, 1]
+    assert accumulated(rows | {"contrast": contrast}, 7).metrics()["seams"] == 1
+    for part in ((slice(None), 1), (slice(None), slice(None), 0), (slice(None), slice(None), 1)):
+        contrast = rows["contrast"].copy()
+        contrast[part] = 0
+        undefined = accumulated(rows | {"contrast": contrast}, 7)
+        assert "seams" not in undefined.metrics()
+        assert "seams" in "".join(undefined.warnings)
 
 
 def test_too_few_images_and_missing_labels_are_warnings(rows, caplog):

@@ -17,7 +17,7 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
 from vqrae_jax.evaluation.distances import linear_probe
 from vqrae_jax.evaluation.evaluate import Evaluator
-from vqrae_jax.evaluation.metrics import ssim
+from vqrae_jax.evaluation.metrics import border_contrast, ssim
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import open_run, save_checkpoint
@@ -74,6 +74,8 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     assert evaluated["eval/psnr"] == pytest.approx(psnr, rel=1e-5)
     similarity = float(ssim(rows["reconstruction"], to_float(batch["image"])).mean())
     assert evaluated["eval/ssim"] == pytest.approx(similarity, abs=1e-5)
+    contrast = [np.asarray(border_contrast(x, 8), np.float64).sum(0) for x in (reconstructions, images)]
+    assert evaluated["eval/seams"] == pytest.approx(np.divide(*contrast[0]) / np.divide(*contrast[1]), rel=1e-5)
     s, t = (np.cov(x, rowvar=False) for x in (a, b))
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
     assert evaluated["eval/encoder_rfd"] == pytest.approx(distance, rel=1e-4)

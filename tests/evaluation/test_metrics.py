@@ -1,4 +1,4 @@
-"""PSNR, SSIM and codebook health against scikit-image and closed forms."""
+"""PSNR, SSIM, border contrast and codebook health against scikit-image, NumPy and closed forms."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqrae_jax.evaluation.codebook_health import alarm, health
-from vqrae_jax.evaluation.metrics import psnr, ssim
+from vqrae_jax.evaluation.metrics import border_contrast, psnr, ssim
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,31 @@ def test_ssim_equals_scikit_image(images, size):
     np.testing.assert_allclose(ssim(originals, originals), 1, atol=1e-6)
     with pytest.raises(ValueError, match="11"):  # the window
         ssim(noisy[:, :10], originals[:, :10])
+
+
+@pytest.mark.parametrize(("height", "width", "patch"), [(64, 64, 16), (24, 40, 8), (12, 10, 5)])
+def test_border_contrast_equals_a_plain_computation(images, height, width, patch):
+    for original, value in zip(images[1], border_contrast(images[1][:, :height, :width], patch), strict=True):
+        pixels = np.clip(original[:height, :width].astype(np.float64), 0, 1)
+        steps = {True: [], False: []}
+        for y in range(height):
+            for x in range(width):
+                if y:
+                    steps[y % patch == 0].append(np.abs(pixels[y, x] - pixels[y - 1, x]).mean())
+                if x:
+                    steps[x % patch == 0].append(np.abs(pixels[y, x] - pixels[y, x - 1]).mean())
+        np.testing.assert_allclose(value, [np.mean(steps[True]), np.mean(steps[False])], rtol=1e-5)
+
+
+def test_border_contrast_of_tiles():
+    """A constant added to each patch changes only what lies across borders; a mean over no pixels is 0."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0.3, 0.5, (1, 32, 32, 3)).astype(np.float32)
+    tiles = image + np.kron(rng.uniform(0, 0.5, (1, 4, 4, 1)), np.ones((1, 8, 8, 1))).astype(np.float32)
+    before, after = border_contrast(image, 8)[0], border_contrast(tiles, 8)[0]
+    assert after[0] > before[0]
+    assert after[1] == pytest.approx(float(before[1]), rel=1e-4)
+    assert border_contrast(image, 1)[0, 1] == border_contrast(image, 32)[0, 0] == 0
 
 
 def test_health():

@@ -39,13 +39,13 @@ class Accumulator:
     def add(self, rows: Rows) -> None:
         """Adds a batch of arrays [B, ...].
 
-        They are `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips, `NETWORK/image`
-        and `NETWORK/reconstruction` (features), `scores/reconstruction` (Inception's class scores), `code` (pooled
-        quantized latents) and `label`.
+        They are `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips, `contrast`
+        (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
+        (features), `scores/reconstruction` (Inception's class scores), `code` (pooled quantized latents) and `label`.
         """
         mask = np.asarray(rows["mask"], bool)
         rows = {name: np.asarray(values)[mask] for name, values in rows.items()}
-        for name in (*SCORES, "index", "code", "label"):
+        for name in (*SCORES, "contrast", "index", "code", "label"):
             if name in rows:
                 self._store(name, rows[name])
         if "scores/reconstruction" in rows:
@@ -91,6 +91,8 @@ class Accumulator:
         """Computes all metrics of `report.DESCRIPTIONS`, those of the codebook from how often each index was chosen."""
         values = {name: float(self.scores(name).mean(dtype=np.float64)) for name in SCORES if self.has_scores(name)}
         values["images"] = self.images
+        if "contrast" in self._stored:
+            values |= self._seams()
         for side in self._moments:
             if side.endswith("/image"):
                 values |= self._distances(side.removesuffix("/image"))
@@ -110,7 +112,7 @@ class Accumulator:
         return name in self._stored
 
     def scores(self, name: str) -> Shaped[np.ndarray, "n ..."]:
-        """Returns what is stored of each image, in the order of the dataset: psnr, ssim, lpips, index, code, label."""
+        """Returns psnr, ssim, lpips, contrast, index, code or label of each image, in the order of the dataset."""
         return np.concatenate(self._stored[name])[np.argsort(np.concatenate(self._stored["index"]))]
 
     def select_examples(self, count: int) -> dict[str, Int[np.ndarray, " n"]]:
@@ -120,6 +122,15 @@ class Accumulator:
         count = min(count, len(order))
         middle = (len(order) - count) // 2
         return {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :]}
+
+    def _seams(self) -> dict[str, float]:
+        (border, inside), (image_border, image_inside) = self.scores("contrast").sum(0, dtype=np.float64).tolist()
+        if not inside * image_border:
+            self._warn(
+                "seams: needs images with differences across patch borders, and reconstructions with some inside"
+            )
+            return {}
+        return {"seams": border * image_inside / (inside * image_border)}
 
     def _distances(self, network: str) -> dict[str, int | float]:
         prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")

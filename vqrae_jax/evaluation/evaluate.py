@@ -147,6 +147,7 @@ class Evaluator:
             "pixels": "reconstructions clipped to [0, 1], rounded to 8 bits before any network sees them",
             "psnr": "per image over all pixels and channels, then the mean",
             "ssim": f"Gaussian window {WINDOW}, sigma {SIGMA}, k1 {K1}, k2 {K2}, population variances, per channel",
+            "seams": "mean absolute differences of neighbors, summed over images: border / inside over that of images",
             "weights": "moving average of the parameters, codebook as trained",
             "rfid": "reconstructions against the same images before encoding; fid: against the reference",
             "kernel": f"unbiased, (x . y / D + 1)^3, all pairs of the first {config.evaluation.kernel_images} images",

@@ -1,4 +1,4 @@
-"""Metrics of one reconstruction: PSNR and SSIM."""
+"""Metrics of one reconstruction: PSNR, SSIM and the contrast of patch borders."""
 
 import dm_pix
 import jax
@@ -34,6 +34,25 @@ def ssim(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     mean_x, mean_y = mean_x + center, mean_y + center
     similarity = (2 * mean_x * mean_y + K1**2) * (2 * covariance + K2**2)
     return (similarity / ((mean_x**2 + mean_y**2 + K1**2) * (variance + K2**2))).mean((1, 2, 3))
+
+
+def border_contrast(images: Images, patch: int) -> Float[Array, "B 2"]:
+    """Returns the mean absolute difference of neighboring pixels across patch borders, and inside patches.
+
+    Rows and columns count together; a mean over no pixels (one patch, or patches of one pixel) is 0.
+
+    Args:
+      images: values are clipped to [0, 1].
+      patch: side of a patch in pixels.
+    """
+    images, totals, counts = jnp.clip(images, 0, 1), 0.0, 0
+    for axis in (1, 2):
+        across = np.arange(1, images.shape[axis]) % patch == 0
+        kinds = np.stack([across, ~across], axis=1).astype(np.float32)
+        steps = jnp.abs(jnp.diff(images, axis=axis)).mean((3 - axis, 3))
+        totals += jnp.dot(steps, kinds, precision=jax.lax.Precision.HIGHEST) * images.shape[3 - axis]
+        counts += kinds.sum(0) * images.shape[3 - axis]
+    return totals / np.maximum(counts, 1)
 
 
 def _gaussian_blur(x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
