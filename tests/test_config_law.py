@@ -367,7 +367,7 @@ def start(config: Config) -> dict[str, Any]:
         patch.setattr(checkpoint, "read_meta", lambda path: {"config": build({}).model_dump(mode="json")})
         patch.setattr(checkpoint, "saved_shapes", lambda path: checkpoints[path.name])
         task = TokenizerTask.build(config, sharding.make_mesh(), weights=False)
-        return {"start": task.start and sorted(shapes(task.start))}
+        return {"start": task.start and sorted(shapes(task.start.shapes))}
 
 
 def seeded(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vqrae_jax.config import EncoderParams, LossConfig, QuantizerParams
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, WeightsError
 from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.train import loop
+from vqrae_jax.train import loop, restore
 from vqrae_jax.train.run import Run, open_run, save_checkpoint
 from vqrae_jax.train.task import TrainState, jit_step, place_horizon
 from vqrae_jax.train.tokenizer import TokenizerTask
@@ -41,6 +41,14 @@ def copied(trained, tmp_path):
 def opened(tiny, one_device):
     """Returns a context: opened(workdir, section={...})."""
     return lambda workdir, **sections: open_run(tiny(**sections), workdir, one_device)
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """The values of train.start_from that were looked up, which asks the hub and reads the files."""
+    paths = []
+    monkeypatch.setattr(restore, "locate", lambda path: paths.append(path) or locate(path))
+    return paths
 
 
 def train_one_step(run, state):
@@ -94,7 +102,7 @@ def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, t
     assert loop.evaluate(tiny(), copied, one_device, step=1)["step"] == 1
 
 
-def test_a_chosen_step_or_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path):
+def test_a_chosen_step_or_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path, lookups):
     assert loop.evaluate(tiny(), trained, one_device, step=1)["step"] == 1
     newest = loop.evaluate(tiny(), trained, one_device)
     assert newest["step"] == 2
@@ -106,6 +114,7 @@ def test_a_chosen_step_or_tokenizer_is_evaluated(trained, tiny, one_device, tmp_
     path = Tokenizer.load(trained).save_pretrained(tmp_path / "folder")
     config = tiny(train={"start_from": str(path)})
     assert loop.evaluate(config, tmp_path, one_device, start=True) == newest
+    assert lookups == [str(path)]
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert (written["step"], written["protocol"]["checkpoint"]) == (2, str(path))
     with pytest.raises(CheckpointError) as error:
@@ -190,11 +199,12 @@ def started(tiny, one_mesh):
 
 
 @pytest.mark.parametrize("embed", [True, False])
-def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same):
+def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same, lookups):
     """Every variable, with latent statistics that the config does not name; a frozen encoder is in one of two trees."""
     path = folder(embed)
     task, saved = started(path), Tokenizer.load(path)
     state, frozen = jax.device_get((task.init(), task.frozen()))
+    assert lookups == [str(path)]
     assert set(state.params) == {"decoder"}
     assert ("encoder" in state.ema_params, "encoder" in frozen) == (embed, not embed)
     variables = state.inference()

@@ -23,6 +23,7 @@ from vqrae_jax.errors import CheckpointError, ConfigError
 from vqrae_jax.evaluation import report
 from vqrae_jax.train import hooks, restore
 from vqrae_jax.train.metric_writers import MetricWriters
+from vqrae_jax.train.restore import Start
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
 from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
 
@@ -203,10 +204,10 @@ def evaluate(
 
     With `start` it evaluates the tokenizer that train.start_from names; the workdir only receives the report.
     """
-    name, step = distributed.run_together(lambda: _find_model(config, workdir, step, start))
-    if not start:  # another run may be saving at the same time
-        step = int(distributed.exchange(str(step))[0])
-    with open_run(config, workdir, devices, evaluate_step="start" if start else step) as (run, state):
+    name, model = distributed.run_together(lambda: _find_model(config, workdir, step, start))
+    # The processes agree on the step, because another run may be saving at the same time.
+    step = model.location.provenance.get("step") if start else int(distributed.exchange(str(model))[0])
+    with open_run(config, workdir, devices, evaluate_step=model if start else step) as (run, state):
         if run.evaluator is None:
             raise ConfigError("there are no validation images to evaluate on", field="data.eval_path", value=None)
         variables = state.inference()
@@ -220,15 +221,15 @@ def evaluate(
     return {"step": step, **result.metrics}
 
 
-def _find_model(config: Config, workdir: str | os.PathLike, step: int | None, start: bool) -> tuple[str, int | None]:
-    """Returns the name of the model to evaluate, and its step if it is known."""
+def _find_model(config: Config, workdir: str | os.PathLike, step: int | None, start: bool) -> tuple[str, int | Start]:
+    """Returns the name of the model to evaluate, and its step in the workdir or otherwise the start."""
     folder = storage.resolve_path(workdir) / checkpoint.FOLDER
     if start:
-        location = restore.locate_start(config)
-        if checkpoint.completed_steps(folder) and location.path.parent != folder:
+        model = restore.find_start(config)
+        if checkpoint.completed_steps(folder) and model.location.path.parent != folder:
             message = "is the workdir of another model, whose evaluation would be replaced; choose another folder"
             raise CheckpointError(message, field="--workdir", value=str(workdir))
-        return config.train.start_from, location.provenance.get("step")
+        return config.train.start_from, model
     path = checkpoint.find_checkpoint(workdir, step, "--workdir")
     if path.parent != folder:
         message = f"expected the workdir of a run; choose this checkpoint with --step={path.name}"

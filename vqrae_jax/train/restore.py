@@ -1,6 +1,7 @@
 """The variables that a run starts with: its newest readable checkpoint, or parts of another tokenizer."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqrae_jax import checkpoint, distributed, storage
 from vqrae_jax.checkpoint import Checkpoints
-from vqrae_jax.config import Config, ModelConfig, TrainConfig
+from vqrae_jax.config import Config, ModelConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, UserError
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.location import Location, locate, read_stored, stored_shapes
@@ -84,14 +85,13 @@ def _read(path: storage.Path, target: TrainState, model_only: bool) -> Resumed:
     return TrainState.join(model, rest), data
 
 
-def own_shapes(folder: storage.Path, only: int | None = None) -> dict[str, Any] | None:
-    """Returns the shapes of the model in the newest readable checkpoint of `folder`, or in that of the step `only`."""
-    for step in reversed(checkpoint.completed_steps(folder) if only is None else [only]):
-        try:
-            return checkpoint.saved_shapes(folder / str(step))
-        except DamagedError:
-            continue
-    return None
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The variables that a run takes from the tokenizer that `config.train.start_from` names."""
+
+    location: Location | None  # None: they are in a checkpoint of the run, and the other one may be deleted
+    shapes: dict[str, Any]  # {"params", "batch_stats"}
+    names: dict[str, str] = dataclasses.field(default_factory=dict)  # paths -> those in the files
 
 
 @contextlib.contextmanager
@@ -104,12 +104,19 @@ def _names_start() -> Iterator[None]:
 
 
 @_names_start()
-def locate_start(config: Config) -> Location:
-    """Finds the tokenizer that `config.train.start_from` names.
+def find_start(config: Config, folder: storage.Path | None = None, only: int | None = None) -> Start | None:
+    """Finds the tokenizer that `config.train.start_from` names; None without one.
+
+    If `folder` has checkpoints of this run, the newest readable one, or that of the step `only`, has its variables.
 
     Raises:
       ConfigError: a code of its quantizer would have another meaning under `config`; with the fields that differ.
     """
+    if not config.train.start_from:
+        return None
+    for step in reversed(checkpoint.completed_steps(folder) if only is None else [only]) if folder else ():
+        with contextlib.suppress(DamagedError):
+            return Start(None, checkpoint.saved_shapes(folder / str(step)))
     location, parts = locate(config.train.start_from), config.train.start_parts
     differing = _differing_fields(config.model, location.config)
     fixed = FIXED_FIELDS - unread_paths(config.model)
@@ -119,70 +126,60 @@ def locate_start(config: Config) -> Location:
         differing["encoder_config_path"] = ours, theirs
     if differing and (not parts or "quantizer" in parts):
         raise ConfigError(_describe_fields(differing), field="train.start_from", value=config.train.start_from)
-    return location
+    flat = stored_shapes(location)
+    names = {_rename(name, config.train.start_renames): name for name in flat}
+    existing = {name.split("/")[1] for name in names}
+    if missing := sorted(set(parts) - existing):
+        message = f"{location.path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(existing))}"
+        raise ConfigError(message, field="train.start_parts", value=parts)
+    names = {name: saved for name, saved in names.items() if not parts or name.split("/")[1] in parts}
+    return Start(location, _unflatten({name: flat[saved] for name, saved in names.items()}), names)
 
 
-def start_latents(config: Config, own: dict[str, Any] | None = None) -> dict[str, np.ndarray] | None:
+def start_latents(config: Config, start: Start) -> dict[str, np.ndarray] | None:
     """Returns zeros in the shapes of the latent statistics that the start has and `config` does not name.
 
     The model is built with them; `read_start` reads their values. None: those of `config`.
     """
     if config.model.normalization_stat_path or config.train.start_parts:
         return None
-    saved = _saved_shapes(config) if own is None else own
-    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in saved["batch_stats"].get("latent", {}).items()}
+    latents = start.shapes["batch_stats"].get("latent", {})
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in latents.items()}
 
 
-def start_shapes(config: Config, shapes: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the part of a model's variables `shapes` that the start has; checks that it fits.
-
-    `own`, the shapes of the model in a checkpoint of this run, include it; the other run may then be deleted.
-    """
-    if own is not None:
-        return {kind: {n: x for n, x in trees.items() if n in own.get(kind, {})} for kind, trees in shapes.items()}
-    location, saved, selected = locate_start(config), _saved_shapes(config), config.train.start_parts
+def select_start(config: Config, start: Start, shapes: dict[str, Any]) -> Start:
+    """Returns the start with the part of a model's variables `shapes` that it has; checks that it fits."""
+    saved, selected = start.shapes, config.train.start_parts
+    if start.location is None:
+        own = {kind: {n: x for n, x in trees.items() if n in saved.get(kind, {})} for kind, trees in shapes.items()}
+        return dataclasses.replace(start, shapes=own)
     parts = selected or tuple(saved["params"])
     target = {
         "params": {n: tree for n, tree in shapes["params"].items() if n in parts},
         "batch_stats": {n: t for n, t in shapes["batch_stats"].items() if not selected or n in parts},
     }
-    differing = _differing_fields(config.model, location.config)
+    differing = _differing_fields(config.model, start.location.config)
     remedy = _describe_fields(differing) if differing else "train.start_parts selects the parts that fit"
-    checkpoint.check_shapes(saved, target, location.path, remedy=f"train.start_from: {remedy}")
-    return target
+    checkpoint.check_shapes(saved, target, start.location.path, remedy=f"train.start_from: {remedy}")
+    return dataclasses.replace(start, shapes=target)
 
 
 @_names_start()
-def check_start_encoder(config: Config, params: Any) -> None:
+def check_start_encoder(config: Config, location: Location, params: Any) -> None:
     """Raises WeightsError if codes of the start are those of another frozen encoder than `params`, as far as known."""
-    location, parts = locate_start(config), config.train.start_parts
-    if location.run is None and (not parts or "quantizer" in parts):
+    if location.run is None and (not config.train.start_parts or "quantizer" in config.train.start_parts):
         saving.check_encoder(location.path, config.model, params)
 
 
-def read_start(config: Config, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads (some of) the arrays of `start_shapes` onto the shapes and shardings of `target`."""
-    location, flat = locate_start(config), flatten_dict(target, sep="/")
-    names = {name: saved for name, (saved, _) in _start_leaves(config.train, location).items() if name in flat}
-    arrays = read_stored(location, {saved: flat[name] for name, saved in names.items()})
-    log.info("read %d arrays from %s", len(names), location.path)
+def read_start(config: Config, start: Start, target: dict[str, Any]) -> dict[str, Any]:
+    """Reads (some of) the arrays of a start onto the shapes and shardings of `target`."""
+    if start.location is None:  # a teacher, which the checkpoints of a run do not have
+        start = find_start(config)
+    flat = flatten_dict(target, sep="/")
+    names = {name: saved for name, saved in start.names.items() if name in flat}
+    arrays = read_stored(start.location, {saved: flat[name] for name, saved in names.items()})
+    log.info("read %d arrays from %s", len(names), start.location.path)
     return _unflatten({name: arrays[saved] for name, saved in names.items()})
-
-
-def _saved_shapes(config: Config) -> dict[str, Any]:
-    return _unflatten({n: leaf for n, (_, leaf) in _start_leaves(config.train, locate_start(config)).items()})
-
-
-@_names_start()
-def _start_leaves(config: TrainConfig, location: Location) -> dict[str, tuple[str, Any]]:
-    """Maps the name of every leaf to take to its name and shape in the files of the start."""
-    flat = stored_shapes(location)
-    saved = {_rename(name, config.start_renames): (name, shape) for name, shape in flat.items()}
-    parts = {name.split("/")[1] for name in saved}
-    if missing := sorted(set(config.start_parts) - parts):
-        message = f"{location.path} does not have {', '.join(missing)}; its parts are {', '.join(sorted(parts))}"
-        raise ConfigError(message, field="train.start_parts", value=config.start_parts)
-    return {n: pair for n, pair in saved.items() if not config.start_parts or n.split("/")[1] in config.start_parts}
 
 
 def _unflatten(leaves: dict[str, Any]) -> dict[str, Any]:

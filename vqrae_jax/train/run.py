@@ -8,7 +8,7 @@ import os
 import pathlib
 import subprocess
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -23,12 +23,11 @@ from vqrae_jax.evaluation.evaluate import Evaluator
 from vqrae_jax.train import restore
 from vqrae_jax.train.lock import lock_workdir
 from vqrae_jax.train.metric_writers import check_wandb
+from vqrae_jax.train.restore import Start
 from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 log = logging.getLogger(__name__)
-
-EvaluateStep = int | Literal["start"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Run:
 @contextlib.contextmanager
 def open_run(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None = None,
-    evaluate_step: EvaluateStep = None,
+    evaluate_step: int | Start | None = None,
 ) -> Iterator[tuple[Run, TrainState]]:  # fmt: skip
     """Opens a run and its state: the newest checkpoint of the workdir, or a new state.
 
-    With `evaluate_step` it opens that checkpoint, or for "start" the tokenizer that train.start_from names, and nothing
-    that only training needs: another run may save there.
+    With `evaluate_step` it opens that checkpoint, or the tokenizer that train.start_from names, and nothing that only
+    training needs: another run may save there.
     """
     workdir, skipped = storage.resolve_path(workdir), pipeline.Skipped()
     with contextlib.ExitStack() as closing:
@@ -84,7 +83,7 @@ def open_run(
                 "dimensions (%s); choose a mesh.data that does, for example with a larger mesh.model",
                 len(whole), sum(whole.values()) / 2**30, mesh.shape["data"], max(whole, key=whole.get),
             )  # fmt: skip
-        resumed = None if evaluate_step == "start" else restore.resume(checkpoints, shapes, evaluate_step)
+        resumed = None if isinstance(evaluate_step, Start) else restore.resume(checkpoints, shapes, evaluate_step)
         if resumed is None:
             log.info("initializing the state")
             state = TrainState.of_model(task.initial_variables()) if evaluating else task.init()
@@ -99,8 +98,8 @@ def open_run(
 
 
 def _prepare(
-    config: Config, workdir: storage.Path, devices: Any, evaluate_step: EvaluateStep, skipped: pipeline.Skipped,
-    closing: contextlib.ExitStack,
+    config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | Start | None,
+    skipped: pipeline.Skipped, closing: contextlib.ExitStack,
 ) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:  # fmt: skip
     """Builds what each process builds by itself; no collective operation, which would wait for a failed process.
 
@@ -122,17 +121,15 @@ def _prepare(
     checkpoint.check_writable(workdir)
     if training and distributed.process_index() == 0:
         closing.enter_context(lock_workdir(workdir))
-    own = None
-    if config.train.start_from and evaluate_step != "start":
-        own = restore.own_shapes(workdir / checkpoint.FOLDER, evaluate_step)
-    if config.train.start_from and own is None:
-        restore.locate_start(config)  # before weights are downloaded
+    start = evaluate_step
+    if not isinstance(start, Start):  # it is found before weights are downloaded
+        start = restore.find_start(config, workdir / checkpoint.FOLDER, evaluate_step)
     # The networks of the loss are not read for evaluation.
     update = {} if training else {"loss": LossConfig(), "adversary": AdversaryConfig()}
     metrics = config.evaluation.training_metrics if training else config.evaluation.metrics
     log.info("reading the weights and building the networks")
     weights.fetch_all(weights.list_weights(config, metrics if validation is not None else (), losses=training))
-    task = TokenizerTask.build(config.model_copy(update=update), mesh, own=own)
+    task = TokenizerTask.build(config.model_copy(update=update), mesh, start=start)
     evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
     return config, mesh, task, batches, evaluator
 

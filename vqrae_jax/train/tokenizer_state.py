@@ -41,27 +41,27 @@ class TokenizerVariables:
     built: builder.BuiltTokenizer
     objective: Objective
     adversary: Adversary | None = None
-    start: Any = None  # shapes of the variables that `train.start_from` gives
+    start: restore.Start | None = None
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh, weights: bool = True, own: Any = None) -> "TokenizerVariables":
+    def build(cls, config: Config, mesh: Mesh, weights: bool = True, start: Any = None) -> "TokenizerVariables":
         """Reads the pretrained weights, and checks that model, data and training fit together.
 
-        Without `weights` only descriptions are read, enough for `shapes` and `frozen_shapes`. With `own`, the shapes of
-        the model in a checkpoint of this run, `train.start_from` is not read.
+        Without `weights` only descriptions are read, enough for `shapes` and `frozen_shapes`. `start` is the result of
+        `restore.find_start`, which is called without it.
         """
+        start = start or restore.find_start(config)
         model = config.model
         if "quantizer" not in config.train.trainable:  # the codebook then does not change within a step either
             params = model.quantizer_params.model_copy(update={"frozen": True})
             model = model.model_copy(update={"quantizer_params": params})
-        starts = bool(config.train.start_from)
-        latents = restore.start_latents(config, own) if starts else None
+        latents = restore.start_latents(config, start) if start else None
         built = builder.build_tokenizer(model, latent_stats=latents, weights=weights, mesh=mesh)
         _warn_unread(config.model, built.module.encoder)
-        start = restore.start_shapes(config, builder.variable_shapes(built), own) if starts else None
-        if starts and own is None and "encoder" in built.pretrained:
-            restore.check_start_encoder(config, built.pretrained["encoder"])
-        if "encoder" not in config.train.trainable and not (start and "encoder" in start["params"]):
+        start = restore.select_start(config, start, builder.variable_shapes(built)) if start else None
+        if start and start.location and "encoder" in built.pretrained:
+            restore.check_start_encoder(config, start.location, built.pretrained["encoder"])
+        if "encoder" not in config.train.trainable and not (start and "encoder" in start.shapes["params"]):
             built = builder.freeze_encoder(built)
         output, size, grid = built.image_size, config.data.image_size, built.module.decoder.grid
         if output != size:
@@ -102,7 +102,8 @@ class TokenizerVariables:
         """Returns the variables of the model before training, without the frozen networks."""
         names = [n for n in self.config.train.trainable if n not in self._started]
         variables = builder.initial_variables(self.built, self.key, names, self._shardings)
-        start = restore.read_start(self.config, self._with_shardings(self.start)) if self.start else {}
+        target = self.start and self._with_shardings(self.start.shapes)
+        start = restore.read_start(self.config, self.start, target) if self.start else {}
         return {kind: {**tree, **start.get(kind, {})} for kind, tree in variables.items()}
 
     def frozen(self) -> Any:
@@ -120,7 +121,7 @@ class TokenizerVariables:
 
     @property
     def _started(self) -> tuple[str, ...]:  # parts that come from train.start_from
-        return tuple(self.start["params"]) if self.start else ()
+        return tuple(self.start.shapes["params"]) if self.start else ()
 
     @property
     def _frozen_parts(self) -> list[str]:
@@ -134,8 +135,8 @@ class TokenizerVariables:
     def _read_teacher(self) -> Any:
         if "encoder" in self.built.pretrained or "encoder" not in self._started:
             return builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
-        target = self._with_shardings({"params": {"encoder": self.start["params"]["encoder"]}})  # not a random one
-        return restore.read_start(self.config, target)["params"]["encoder"]
+        target = self._with_shardings({"params": {"encoder": self.start.shapes["params"]["encoder"]}})
+        return restore.read_start(self.config, self.start, target)["params"]["encoder"]  # not a random one
 
     @property
     def _judges(self) -> dict[str, Any]:
@@ -155,7 +156,8 @@ class TokenizerVariables:
             message = f"none of these parts has parameters; choose from {', '.join(PARTS)}"
             raise ConfigError(message, field="train.trainable", value=trainable)
         learned = [n for n in ("quantizer", "decoder") if n in shapes["params"] or n in shapes["batch_stats"]]
-        fitted = {*trainable, *self._started, *self.built.pretrained, *(self.start or {}).get("batch_stats", {})}
+        stats = self.start.shapes["batch_stats"] if self.start else {}
+        fitted = {*trainable, *self._started, *self.built.pretrained, *stats}
         random = [n for n in learned if n not in fitted]
         if weights and random:
             message = f"{' and '.join(random)} would stay random; add it, or set train.start_from to a run that has it"
