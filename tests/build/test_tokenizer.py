@@ -100,8 +100,9 @@ def test_whitening_uses_the_principal_axes_of_the_file(tmp_path):
     assert "basis" not in quantizer(moments | axes)
     with pytest.raises(ConfigError, match="--components=7"):
         quantizer(moments | axes, whitening_dim=7)
-    with pytest.raises(WeightsError, match="pca_var"):
-        quantizer(moments | axes | {"pca_var": np.ones(5, np.float32)}, **params)
+    for variances in (np.ones(5), np.full(6, np.nan)):
+        with pytest.raises(WeightsError, match="pca_var"):
+            quantizer(moments | axes | {"pca_var": variances}, **params)
 
 
 def test_a_decoder_config_that_does_not_fit_is_named(tmp_path):

@@ -9,6 +9,7 @@ import zipfile
 
 import flax.serialization
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -34,20 +35,21 @@ TARGET = {
 FORMATS = [".safetensors", ".npz", ".msgpack", ".pt"]
 
 
-def serialize(suffix):
-    """Returns TENSORS as the content of a file of this format."""
+def serialize(suffix, tensors=TENSORS):
+    """Returns tensors as the content of a file of this format."""
     if suffix == ".safetensors":
-        return safetensors.numpy.save(TENSORS)
+        return safetensors.numpy.save(tensors)
     if suffix == ".msgpack":
-        embed = {"kernel": TENSORS["decoder_embed.weight"].T, "bias": TENSORS["decoder_embed.bias"]}
-        tree = {"decoder_embed": embed, "trainable_cls_token": TENSORS["trainable_cls_token"]}
+        embed = {"kernel": tensors["decoder_embed.weight"].T, "bias": tensors["decoder_embed.bias"]}
+        tree = {"decoder_embed": embed, "trainable_cls_token": tensors["trainable_cls_token"]}
         return flax.serialization.msgpack_serialize(tree)
     buffer = io.BytesIO()
     if suffix == ".npz":
-        np.savez(buffer, **TENSORS)
+        np.savez(buffer, **tensors)
     else:
         torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
-        torch.save({name: torch.from_numpy(array) for name, array in TENSORS.items()}, buffer)
+        dtypes = {name: getattr(torch, x.dtype.name) for name, x in tensors.items()}
+        torch.save({n: torch.tensor(x.astype(np.float32), dtype=dtypes[n]) for n, x in tensors.items()}, buffer)
     return buffer.getvalue()
 
 
@@ -80,6 +82,23 @@ def test_every_format_reads_the_same(tmp_path, suffix):
     tree = load(file)
     np.testing.assert_array_equal(tree["embed"]["kernel"], TENSORS["decoder_embed.weight"].T)
     np.testing.assert_array_equal(tree["cls"], TENSORS["trainable_cls_token"])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_nan_and_infinity_are_refused(tmp_path, suffix):
+    """A single one, in float32 and half precision, with the file and the tensor."""
+    file = tmp_path / f"weights{suffix}"
+    for dtype in (np.float32, np.float16 if suffix == ".npz" else ml_dtypes.bfloat16):
+        for name, value in zip(TENSORS, (np.nan, np.inf, -np.inf), strict=True):
+            tensors = {n: x.astype(dtype) for n, x in TENSORS.items()}
+            file.write_bytes(serialize(suffix, tensors))
+            load(file)
+            tensors[name].flat[-1] = value
+            file.write_bytes(serialize(suffix, tensors))
+            message, _ = message_or_result(lambda: load(file))
+            assert str(file) in message
+            assert name in message
+            assert len(message.splitlines()) == 1
 
 
 def message_or_result(read):

@@ -34,11 +34,12 @@ def convert(
       prefix: prefix of the names in the file, see `tables.strip_prefix`.
 
     Returns:
-      The tree, float32 numpy arrays. An error lists all tensors that are missing, unexpected or of another shape.
+      The tree, float32 numpy arrays. An error lists all tensors that are missing, unexpected or of another shape, or
+      otherwise those with NaN or infinity.
     """
     filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in flatten_dict(target, sep="/").items()}
     arrays, converted = unstack_blocks(filled), set()  # views, one per block
-    unexpected, mismatched = [], {}
+    unexpected, mismatched, infinite = [], {}, []
     for name in tensors:
         match = tables.find_row(table, tables.strip_prefix(name, prefix))
         paths = match[1] if match else []
@@ -52,6 +53,8 @@ def convert(
                 for p, part in zip(paths, parts, strict=True):
                     arrays[p][...] = from_file(p, part, arrays[p].shape)
                 converted.update(paths)
+                if not all(np.isfinite(arrays[p]).all() for p in paths):
+                    infinite.append(name)
             except ValueError as error:
                 mismatched |= dict.fromkeys(paths, f"{name} ({error})")
     missing = [p for p in arrays if p not in converted and p not in mismatched]
@@ -60,6 +63,8 @@ def convert(
         kinds = {"shape mismatch": list(mismatched.values()), "missing": missing, "unexpected": unexpected}
         lines += [f"  {kind} ({len(names)}): {_summarize(names)}" for kind, names in kinds.items() if names]
         raise WeightsError("\n".join(lines + _hint(tensors, table)))
+    if infinite:
+        raise WeightsError(f"{source or 'the file'} has NaN or infinity in {_summarize(infinite)}; weights are finite")
     return unflatten_dict(filled, sep="/")
 
 

@@ -181,9 +181,10 @@ def read_principal_axes(path: str, field: str) -> dict[str, np.ndarray] | None:
         return None
     shapes = {name: value.shape for name, value in axes.items()}
     channels, count = shapes.get("pca_basis", (0,))[0], shapes.get("pca_basis", (0,))[-1]
-    if shapes != dict(zip(PRINCIPAL_AXES, [(channels,), (channels, count), (count,)], strict=True)):
+    expected = dict(zip(PRINCIPAL_AXES, [(channels,), (channels, count), (count,)], strict=True))
+    if shapes != expected or not all(np.isfinite(value).all() for value in axes.values()):
         raise WeightsError(
-            f"{file} has {shapes}; expected pca_mean [C], pca_basis [C, n] and pca_var [n], as "
+            f"{file} has {shapes}; expected finite pca_mean [C], pca_basis [C, n] and pca_var [n], as "
             "vqrae_jax.commands.latent_statistics writes them",
             field=field,
         )
