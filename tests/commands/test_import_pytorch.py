@@ -136,6 +136,10 @@ def test_a_state_dict_saved_through_a_wrapper(model_config, tensors):
         for checkpoint in (wrapped, {"model": wrapped, "ema": wrapped}):
             _, variables = convert_checkpoint(model_config, checkpoint)
             jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    # PyTorch Lightning, around a model and the networks of its loss
+    states = {f"model.{name}": x for name, x in tensors.items()} | {"loss.head.weight": np.zeros(3, np.float32)}
+    _, variables = convert_checkpoint(model_config, {"state_dict": states, "epoch": 1, "optimizer_states": [{}]})
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
     with pytest.raises(WeightsError, match=r"module\.decoder\.decoder_norm\.bias"):
         convert_checkpoint(model_config, tensors | {"module.decoder.decoder_norm.bias": np.zeros(40, np.float32)})
 

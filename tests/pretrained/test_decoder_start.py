@@ -66,8 +66,11 @@ def test_pytorch_training_checkpoint(golden, tmp_path, model_file):
     state = {name: torch.from_numpy(array) for name, array in np.load(model_file).items()}
     ema = {name: tensor + 1 for name, tensor in state.items()}
     torch.save({"step": 1, "model": state, "ema": ema, "optimizer": None}, tmp_path / "step.pt")
-    read = build_tokenizer(config(golden, tmp_path / "step.pt")).pretrained["decoder"]
-    np.testing.assert_array_equal(read["cls"], ema["decoder.trainable_cls_token"].numpy())
+    lightning = {f"model.{name}": tensor for name, tensor in ema.items()}
+    torch.save({"epoch": 1, "state_dict": lightning, "optimizer_states": []}, tmp_path / "lightning.ckpt")
+    for name in ("step.pt", "lightning.ckpt"):
+        read = build_tokenizer(config(golden, tmp_path / name)).pretrained["decoder"]
+        np.testing.assert_array_equal(read["cls"], ema["decoder.trainable_cls_token"].numpy())
 
 
 def test_every_shape_mismatch_is_listed_and_an_encoder_file_is_recognized(golden, model_file):

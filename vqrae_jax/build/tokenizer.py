@@ -24,7 +24,7 @@ from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table
 from vqrae_jax.models.encoder import Encoder, resample_to_input_size
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
-from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, readers, sources, tables, writers
+from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.wrappers import fitted_state
@@ -285,5 +285,4 @@ def _select_decoder(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
         tree = unflatten_dict({n: x for n, x in exported.items() if not n.startswith("features/")}, sep="/")
         return writers.to_state_dict(tree, tables.DECODER_TABLE)
     state = pytorch_vqrae.select_state_dict(state, "ema", path)
-    prefix = tables.find_prefix(tables.DECODER_TABLE, state)
-    return readers.Renamed(state, {name.removeprefix(prefix): name for name in state if name.startswith(prefix)})
+    return pytorch_vqrae.select_network(state, tables.DECODER_TABLE, path)

@@ -134,7 +134,7 @@ def read_dino(name: str, field: str, heads: int | None = None) -> tuple[dict[str
       heads: attention heads; None: one per 64 channels.
     """
     tensors = sources.read_state_dict(name, field)
-    for key in ("teacher", "student", "model", "state_dict"):  # training checkpoints nest it
+    for key in ("teacher", "student", "model"):  # training checkpoints nest it
         tensors = tensors[key] if isinstance(tensors.get(key), Mapping) else tensors
     tensors = unwrap(tensors, name)
     prefix = find_prefix(DINO_TABLE, tensors)

@@ -16,8 +16,8 @@ from vqrae_jax.errors import WeightsError
 from vqrae_jax.pretrained import writers
 from vqrae_jax.pretrained.convert import convert
 from vqrae_jax.pretrained.families import FAMILIES
-from vqrae_jax.pretrained.readers import unwrap
-from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense_rows, nest_rows, norm_rows
+from vqrae_jax.pretrained.readers import Renamed, unwrap
+from vqrae_jax.pretrained.tables import DECODER_TABLE, Row, Table, dense_rows, find_prefix, nest_rows, norm_rows
 
 log = logging.getLogger(__name__)
 
@@ -104,21 +104,27 @@ def select_state_dict(checkpoint: Mapping[str, Any], weights: str, source: str) 
     PyTorch's wrappers are removed.
     """
     parts = [name for name in ("model", "ema") if isinstance(checkpoint.get(name), Mapping)]
-    selected = checkpoint
-    if parts:
-        if weights not in parts:
-            raise WeightsError(f"{source} has only {parts[0]!r} weights", field="--weights", value=weights)
-        selected = dict(unwrap(checkpoint[weights], source))
-        averaged = np.any(selected.get(COUNTS, 0))
-        if weights == "ema" and "model" in parts and not averaged:
-            live = {n: v for n, v in unwrap(checkpoint["model"], source).items() if n in BUFFERS}
-            selected |= live
-            if live:
-                log.info("%s: the codebook is that of 'model', because 'ema' has the one from before training", source)
+    if parts and weights not in parts:
+        raise WeightsError(f"{source} has only {parts[0]!r} weights", field="--weights", value=weights)
+    selected = unwrap(checkpoint[weights] if parts else checkpoint, source)
+    if weights == "ema" and "model" in parts and not np.any(selected.get(COUNTS, 0)):
+        live = {n: v for n, v in unwrap(checkpoint["model"], source).items() if n in BUFFERS}
+        if live:
+            log.info("%s: the codebook is that of 'model', because 'ema' has the one from before training", source)
+        selected = {**selected, **live}
     dicts = [name for name, value in selected.items() if isinstance(value, dict)] if isinstance(selected, dict) else []
     if dicts:
         raise WeightsError(f"{source} contains dicts ({', '.join(dicts[:8])}); expected a dict of tensors")
-    return unwrap(selected, source)
+    return selected
+
+
+def select_network(tensors: Mapping[str, np.ndarray], table: Table, source: str) -> Mapping[str, np.ndarray]:
+    """Returns the tensors of the network of `table` under its names: it may be one of several, in another module."""
+    prefix = find_prefix(table, tensors)
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    if unused := len(tensors) - len(names):
+        log.info("%s: the model has the prefix %s; %d other tensors are not used", source, prefix, unused)
+    return Renamed(tensors, names)
 
 
 def convert_state_dict(
@@ -132,7 +138,8 @@ def convert_state_dict(
       target: shapes of the variables, with stacked blocks.
       source: where the tensors come from, for messages.
     """
-    flat = flatten_dict(target, sep="/")
+    table, flat = name_table(encoder_cls, quantizer), flatten_dict(target, sep="/")
+    tensors = select_network(tensors, table, source)
     stored = {path: leaf for path, leaf in flat.items() if path not in STATE and not path.startswith(LATENT)}
     scale = tensors.get(FAMILIES[encoder_cls].prefix + "norm.weight")
     if encoder_cls == "Dinov3withNorm" and NORM[0] not in stored and scale is not None and np.any(scale != 1):
@@ -145,7 +152,6 @@ def convert_state_dict(
     if "params/encoder/vit/registers" not in stored and registers.size and not np.any(registers):
         log.warning("%s: %s", source, NO_REGISTERS)
         tensors = {name: tensors[name] for name in tensors if name != REGISTERS}
-    table = name_table(encoder_cls, quantizer)
     variables = flatten_dict(convert(tensors, table, unflatten_dict(stored, sep="/"), NORM, source), sep="/")
     variables |= {path: value for path, value in STATE.items() if path in flat}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(variables, sep="/")

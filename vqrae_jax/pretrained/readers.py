@@ -26,12 +26,12 @@ _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkp
 
 
 def read_tensors(file: pathlib.Path, field: str) -> Mapping[str, Any]:
-    """Reads a .safetensors, .npz, Flax .msgpack or PyTorch file (.pt, .pth, .bin; possibly a dict of dicts).
+    """Reads a .safetensors, .npz, Flax .msgpack or PyTorch file (.pt, .pth, .bin, .ckpt; possibly a dict of dicts).
 
     `field` is the config field or flag that names it, for messages. A pickle that would run code is refused.
     """
-    readers = {".safetensors": lambda file, field: Safetensors([file], field)}
-    readers |= {".npz": _read_npz, ".msgpack": _read_msgpack} | dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
+    readers = {".safetensors": lambda f, field: Safetensors([f], field), ".npz": _read_npz, ".msgpack": _read_msgpack}
+    readers |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), read_torch)
     if file.suffix not in readers:
         raise WeightsError(f"{file} has an unknown format; weights are read from {', '.join(readers)}", field=field)
     if not file.is_file():
@@ -83,7 +83,9 @@ class Renamed(Tensors):
 
 
 def unwrap(tensors: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Removes the modules of PyTorch's wrappers from names, as in `decoder._orig_mod.x` and `module.decoder.x`."""
+    """Removes PyTorch's wrappers: modules in names, as in `decoder._orig_mod.x` and `module.x`; Lightning's dict."""
+    if isinstance(state := tensors.get("state_dict"), Mapping):
+        tensors = state
     names: dict[str, str] = {}
     for name in tensors:
         if name == "n_averaged":  # a counter of torch's AveragedModel, not of the model
