@@ -224,12 +224,16 @@ def test_invalid_values_name_the_key(convert):
     values = {
         f"{MODEL}.num_embeddings": -1, f"{MODEL}.use_fsq": "maybe", f"{MODEL}.eps": "small", "stage_1.target": "DiT",
         "training.optimizer": 3, "training.epochs": "many", "gan.loss.disc_loss": "wgan",
-        "gan.loss.disc_weight": True,
+        "gan.loss.disc_weight": True, "training.optimizer.betas": [0.9, 2], "gan.disc.arch.key_depths": [0, -1],
     }  # fmt: skip
     for key, value in [*values.items(), (f"{MODEL}.eps", -1), (f"{MODEL}.eps", True)]:
         with pytest.raises(ConfigError) as error:
             convert({key: value})
         assert error.value.field == key
+    with pytest.raises(
+        ConfigError, match=r"(?s)training\.batch_size.*data\.batch_size.*training\.epochs.*train\.epochs"
+    ):
+        convert({"training.epochs": "many", "training.batch_size": -1})
     with pytest.raises(ConfigError) as error:
         convert({f"{MODEL}.use_fsq": True})
     assert error.value.field == f"{MODEL}.fsq_levels"

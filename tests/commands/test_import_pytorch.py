@@ -144,6 +144,16 @@ def test_a_state_dict_saved_through_a_wrapper(model_config, tensors):
         convert_checkpoint(model_config, tensors | {"module.decoder.decoder_norm.bias": np.zeros(40, np.float32)})
 
 
+def test_errors_of_the_model_name_the_key_of_the_config(case, config, tmp_path):
+    content = json.loads(config.read_text())
+    content["stage_1"]["params"]["encoder_input_size"] = 57
+    config.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        run(f"--checkpoint={case / 'model.npz'}", f"--config={config}", f"--output={tmp_path / 'out'}")
+    assert (error.value.field, error.value.value) == ("stage_1.params.encoder_input_size", 57)
+    assert "model.encoder_input_size" in error.value.message
+
+
 def test_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "whole.json").write_text('{"model": {"num_embeddings": 3}}')

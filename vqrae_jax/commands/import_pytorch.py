@@ -18,7 +18,7 @@ from vqrae_jax import storage
 from vqrae_jax.build.tokenizer import BuiltTokenizer
 from vqrae_jax.commands import command_line
 from vqrae_jax.config import ModelConfig, pytorch_yaml
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, UserError
 from vqrae_jax.inference import pytorch_checkpoint, saving
 from vqrae_jax.pretrained import readers, sources
 
@@ -45,11 +45,14 @@ def import_pytorch(args: argparse.Namespace) -> storage.Path:
     source = read_config(args.config)
     model, notes = source.config.model, [*source.notes]
     tensors = sources.read_state_dict(args.checkpoint, "--checkpoint") if args.checkpoint else None
-    if decoder_only := tensors is None or pytorch_checkpoint.is_decoder(tensors):
-        model, built, variables = _combine(model, args.checkpoint)
-        notes.append(f"{model.pretrained_decoder_path} has no codebook, which `vqrae fit-codebook` or training adds")
-    else:
-        built, variables = pytorch_checkpoint.convert_checkpoint(model, tensors, args.weights, args.checkpoint)
+    try:
+        if decoder_only := tensors is None or pytorch_checkpoint.is_decoder(tensors):
+            model, built, variables = _combine(model, args.checkpoint)
+            notes.append(f"{model.pretrained_decoder_path} has no codebook; `vqrae fit-codebook` or training adds one")
+        else:
+            built, variables = pytorch_checkpoint.convert_checkpoint(model, tensors, args.weights, args.checkpoint)
+    except UserError as error:
+        raise pytorch_yaml.name_key(error, source.keys) from error.__cause__
     if "var" in (latent := variables["batch_stats"].get("latent", {})):
         variance = latent["var"] + np.float32(source.stat_eps - pytorch_yaml.STAT_EPS)
         variables["batch_stats"]["latent"] = latent | {"var": variance}

@@ -8,6 +8,7 @@ import json
 import os
 import traceback
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -26,8 +27,8 @@ _EARLIER_FIELDS = {
 }
 
 
-def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
-    """Builds a section from plain values.
+def from_dict(schema: type[SectionT], values: dict[str, Any], rename: Callable = lambda error: error) -> SectionT:
+    """Builds a section from plain values; `rename` changes the errors of single fields.
 
     Raises:
       ConfigError: lists every unknown, missing or invalid field, with the nearest known name.
@@ -35,7 +36,7 @@ def from_dict(schema: type[SectionT], values: dict[str, Any]) -> SectionT:
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        errors = [_explain(schema, e) for e in error.errors()]
+        errors = [rename(_explain(schema, e)) for e in error.errors()]
     if len(errors) == 1:
         raise errors[0]
     raise ConfigError("\n".join(map(str, errors)))

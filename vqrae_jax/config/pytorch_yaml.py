@@ -10,12 +10,12 @@ import difflib
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vqrae_jax.config.load import from_dict
 from vqrae_jax.config.schema import Config, Section
-from vqrae_jax.errors import ConfigError, first_line
+from vqrae_jax.errors import ConfigError, UserError, first_line
 
 Values = dict[str, Any]  # by paths, as in "stage_1.params.noise_tau" or "model.noise_tau"
 
@@ -133,12 +133,14 @@ class PyTorchConfig:
       notes: a sentence for each key that no field expresses, "KEY: ...".
       trains: whether the file has the sections of a training.
       stat_eps: number that is added to the variance of latents.
+      keys: our field -> the key that sets it.
     """
 
     config: Config
     notes: Sequence[str] = ()
     trains: bool = False
     stat_eps: float = STAT_EPS
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_pytorch_yaml(file: pathlib.Path, field: str) -> PyTorchConfig:
@@ -165,16 +167,22 @@ def read_pytorch_yaml(file: pathlib.Path, field: str) -> PyTorchConfig:
     values = {key: _locate(key, value, file, notes) for key, value in values.items() if key not in unread}
     fields = _convert_model(values, quantizer, notes)
     fields |= _convert_training(values, quantizer, notes) if trains else {}
-    try:
-        config = from_dict(Config, _nest(fields))
-    except ConfigError as error:
-        raise error.renamed({FIELDS[key]: key for key in values if key in FIELDS}) from None
+    keys = {ours: key for key, ours in (CONVERTED | FIELDS).items() if key in values}
+    keys |= {f"{ours}.{b}": f"{name}.optimizer.betas" for name, ours in OPTIMIZERS.items() for b in ("b1", "b2")}
+    config = from_dict(Config, _nest(fields), lambda error: name_key(error, keys))
     eps = _number(values, f"{MODEL}.eps", STAT_EPS)
     if not 0 <= eps < float("inf"):
         raise ConfigError("must be a finite number of at least 0", field=f"{MODEL}.eps", value=eps)
     if trains and eps != STAT_EPS and config.model.normalization_stat_path:
         notes.append(f"{MODEL}.eps: the imported tokenizer has it; training adds {STAT_EPS}")
-    return PyTorchConfig(config, notes, trains, eps)
+    return PyTorchConfig(config, notes, trains, eps, keys)
+
+
+def name_key(error: UserError, keys: Mapping[str, str]) -> UserError:
+    """Returns an error of a field as one of the key that sets it, with the field in the message."""
+    key = next((key for path, key in keys.items() if f"{error.field}.".startswith(f"{path}.")), None)
+    message = f"{error.message} ({error.field} here)"
+    return type(error)(message, field=key, value=error.value, exit_code=error.exit_code) if key else error
 
 
 def to_python(config: Config, title: str, comments: Sequence[str]) -> str:
