@@ -15,7 +15,7 @@ from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_
 from vqrae_jax.commands import export
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import CheckpointError, ConfigError, UserError, WeightsError
-from vqrae_jax.inference import pytorch_checkpoint, saving, stablehlo
+from vqrae_jax.inference import exported, pytorch_checkpoint, saving, stablehlo
 from vqrae_jax.inference.location import locate
 from vqrae_jax.inference.tokenizer import Tokenizer
 
@@ -302,6 +302,13 @@ for name in ("minimum_supported_calling_convention_version", "deserialize"):
     assert manifest["jax"] == jax.__version__
     assert manifest["calling_convention"] >= 9
     assert re.fullmatch(r"1\.\d+\.\d+", manifest["stablehlo"])
+
+
+def test_missing_programs_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for portable, name in ((False, "encode.stablehlo"), (True, "encode.mlirbc")):
+        with pytest.raises(FileNotFoundError, match=rf"{tmp_path / 'programs'} .*manifest\.json.*{name}"):
+            exported.load_programs("~/programs", portable)
 
 
 def test_programs_of_a_continuous_autoencoder(golden, assert_close):

@@ -17,13 +17,17 @@ def load_programs(folder: str | pathlib.Path, portable: bool = False) -> list[Ca
     """Returns encode(images) and decode(codes), with `portable` from the portable artifacts for one image.
 
     Raises:
+      FileNotFoundError: the folder lacks files of the export.
       RuntimeError: this version of JAX cannot read the programs; the message says what to do.
     """
-    folder = pathlib.Path(folder)
+    folder, suffix = pathlib.Path(folder).expanduser(), "mlirbc" if portable else "stablehlo"
+    needed = ("manifest.json", "weights.safetensors", f"encode.{suffix}", f"decode.{suffix}")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)} of `vqrae export --format=stablehlo`")
     manifest, weights = json.loads((folder / "manifest.json").read_text()), load_file(folder / "weights.safetensors")
     programs = []
     for name in ("encode", "decode"):
-        file = folder / f"{name}.{'mlirbc' if portable else 'stablehlo'}"
+        file = folder / f"{name}.{suffix}"
         try:
             content = file.read_bytes()
             signature = manifest["programs"][name]
