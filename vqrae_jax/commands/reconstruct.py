@@ -119,18 +119,19 @@ def _read_batches(
 
     Adds the reason to `skipped` for each file that is not readable.
     """
-    batch: list[tuple[str, np.ndarray, np.ndarray]] = []
+    batch: list[tuple[Any, ...]] = []
+    sizes = [True, False] if tokenizer.fit == "model" else [True]  # as decoded, and as encoded if it differs
     for i, file in enumerate(files):
         try:
             image = [images.read_image(file, max_pixels=max_pixels)]
-            square = tokenizer.fit_images(image, decoded=True)[:]
-            batch.append((file, square, tokenizer.fit_images(image)[:] if tokenizer.fit == "model" else square))
+            batch.append((file, *(tokenizer.fit_images(image, decoded=decoded)[:] for decoded in sizes)))
         except ImageError as error:
             log.warning("%s", error)
             skipped.append(str(error))
         if batch and (len(batch) == tokenizer.batch_size or i + 1 == len(files)):
             names, *arrays = zip(*batch, strict=True)
-            yield list(names), *map(np.concatenate, arrays)
+            originals, *encoded = map(np.concatenate, arrays)
+            yield list(names), originals, *(encoded or [originals])
             batch = []
 
 
