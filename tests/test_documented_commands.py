@@ -63,7 +63,7 @@ NOT_RUN = {  # beginning of a command -> why it is not run here
     "python -m vqrae_jax.benchmark": "minutes: tests/benchmark",
     **dict.fromkeys(("export ", "launch/", "docker ", "kubectl ", "CONFIG=", "TOPOLOGY=", "PROCESSES="), POD),
 }
-LOCAL_PATHS = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz"}
+LOCAL = {r"(^|=)/(data|path/to/imagenet)/": r"\1data/", "ep-last.pt": "ep-last.npz", "--codes=16384": "--codes=256"}
 SMALL = {
     "train.epochs": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.log_every": 1,
     "data.batch_size": 8, "data.eval_batch_size": 8, "data.image_size": 32, "optimizer.warmup_steps": 1,
@@ -109,7 +109,7 @@ def is_slow(command):
 
 def shrink(module, arguments, golden):
     """Returns arguments with which a full-size command takes a few seconds."""
-    for pattern, replacement in LOCAL_PATHS.items():
+    for pattern, replacement in LOCAL.items():
         arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
     if module.endswith("latent_statistics"):
         return [*arguments, f"--size={SMALL['model.encoder_input_size']}"]
@@ -147,6 +147,14 @@ def workspace(outside, golden, tiny, trained, tmp_path_factory):
         f"    c = config_dict.ConfigDict({tiny().model_dump()!r})\n"
         "    c.data.path = config_dict.placeholder(str)\n    return c\n"
     )
+    case = golden / "vqrae" / "ema_vq_2d"
+    released = {"pretrained_decoder_path": str(case / "model.npz"), "normalization_stat_path": str(case / "stat.npz")}
+    released |= {"encoder_config_path": "facebook/dinov2-with-registers-base", "encoder_input_size": 56}
+    rae = tiny(model={**released, "encoder_params": {}, "decoder_patch_size": 16, "quantizer": "none"})
+    (folder / "configs" / "rae_dinov2_b.py").write_text(
+        "from ml_collections import config_dict\n\n\ndef get_config():\n"
+        f"    return config_dict.ConfigDict({rae.model_dump()!r})\n"
+    )
     for name in ("runs/quickstart", "runs/other"):
         shutil.copytree(trained, folder / name)
     encoders = {
@@ -157,12 +165,12 @@ def workspace(outside, golden, tiny, trained, tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(golden / "encoders" / encoder)
     (folder / "data" / "tensorflow_datasets").symlink_to(ROOT / "tests" / "data" / "fixtures")
-    params = json.loads((golden / "vqrae" / "ema_vq_2d" / "params.json").read_text())["params"]
+    params = json.loads((case / "params.json").read_text())["params"]
     params |= {name: str(golden / params[name]) for name in ("encoder_config_path", "decoder_config_path")}
-    params |= {"encoder_params": {}, "normalization_stat_path": str(golden / "vqrae" / "ema_vq_2d" / "stat.npz")}
+    params |= {"encoder_params": {}, "normalization_stat_path": str(case / "stat.npz")}
     content = {"stage_1": {"target": "stage1.VQRAE", "params": params}, "training": {"epochs": 1}}
     (folder / "VQRAE-DINOv2-B.yaml").write_text(json.dumps(content))
-    shutil.copy(golden / "vqrae" / "ema_vq_2d" / "model.npz", folder / "ep-last.npz")
+    shutil.copy(case / "model.npz", folder / "ep-last.npz")
     return folder
 
 
