@@ -12,7 +12,7 @@ PACKAGE = FOLDER.parent / "vqrae_jax"
 PUBLIC = (
     "inference/tokenizer", "inference/editing", "data/codes", "data/code_shards", "build/tokenizer", "config",
     "config/schema", "config/recipes", "models/vqrae", "models/encoder", "models/decoder", "models/generator",
-    "generation/*", "quantizers/*", "evaluation/evaluate", "checkpoint", "sharding", "storage", "errors",
+    "generation/*", "quantizers/*", "evaluation/evaluator", "checkpoint", "sharding", "storage", "errors",
 )  # fmt: skip
 HEAD = "# API\n\nWritten by `python docs/write_api.py` from the docstrings. [design.md](design.md) names the axes.\n"
 

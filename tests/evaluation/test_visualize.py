@@ -82,6 +82,17 @@ def test_curves_have_one_color_per_run_in_all_panels_and_a_legend_inside():
     assert all((edge == 255).all() for edge in edges), "the legend is cut off"
 
 
+def test_rates_are_marked_on_a_logarithmic_scale():
+    """Curves without markers, and marks that need not lie on them; a run may have no marks."""
+    line = {"a": {"first": ([256, 512, 1024], [1.0, 2.0, 3.0])}}
+    marked, bare = (
+        read_image(visualize.curves(line, "png", None, {"a": {"first": points}}))
+        for points in (([512], [1.5]), ([], []))
+    )
+    blue = [(np.abs(image - np.array((60, 90, 160), int)).sum(-1) < 40).sum() for image in (marked, bare)]
+    assert blue[0] > blue[1] + 20
+
+
 def test_charts_show_their_values():
     rising, falling = (visualize.histogram(heights, "t", "x") for heights in (np.arange(4), np.arange(4)[::-1]))
     assert (rising != falling).any()

@@ -181,7 +181,7 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
     """Leaves with an axis of length K are split over "model", by the `codebook` axes of the registry."""
     module = MODULES[name]
     assert (module.has_indices, type(module.num_embeddings)) == (True, int)
-    assert module.decodes_prefixes == name.startswith(("residual", "multiscale"))
+    assert bool(module.prefixes) == name.startswith(("residual", "multiscale"))
     embeddings = jit(functools.partial(module.apply, method="embeddings"))(trained(name))
     if embeddings is not None:
         assert len(embeddings) == module.num_embeddings

@@ -33,6 +33,7 @@ def test_longer_prefixes_decode_closer(z, train, module, prefixes):
     errors = [np.mean((lookup(indices[..., :length]) - z) ** 2) for length in prefixes]
     assert errors[0] > errors[1] > errors[2]
     assert indices.shape[-1] == prefixes[2]
+    assert module.prefixes == prefixes
     if module is LEVELS:
         np.testing.assert_array_equal(lookup(indices.at[..., 2].set(ABSENT)), lookup(indices[..., :2]))
     with pytest.raises(ValueError, match="4" if module is LEVELS else "1, 5, 21"):

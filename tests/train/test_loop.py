@@ -15,7 +15,7 @@ import pytest
 
 from vqrae_jax import checkpoint, sharding
 from vqrae_jax.data import images
-from vqrae_jax.evaluation.evaluate import Evaluator
+from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import hooks, loop
 from vqrae_jax.train.run import open_run, save_checkpoint

@@ -415,7 +415,7 @@ main.run()
 @pytest.mark.parametrize(("owner", "name"), [
     ("vqrae_jax.train.run", "_prepare"),
     ("vqrae_jax.train.loop", "jit_step"),
-    ("vqrae_jax.evaluation.evaluate:Evaluator", "evaluate"),
+    ("vqrae_jax.evaluation.evaluator:Evaluator", "evaluate"),
     ("vqrae_jax.checkpoint:Checkpoints", "save"),
 ])  # fmt: skip
 def test_a_killed_process_ends_the_other_at_any_point(tiny, tmp_path, owner, name, killed):

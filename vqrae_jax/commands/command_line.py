@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from vqrae_jax import runtime, storage
@@ -59,10 +59,10 @@ class Parser(argparse.ArgumentParser):
         """Adds an argument that is an integer from `least` to `limit`."""
         self.add(name, help, default=default, type=functools.partial(count, limit=limit, least=least), **options)
 
-    def add_checkpoint(self) -> None:
+    def add_checkpoint(self, **options: Any) -> None:
         """Adds --checkpoint, --step and --encoder, the arguments of `Tokenizer.load`."""
         places = "workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id"
-        self.add("--checkpoint", places, required=True)
+        self.add("--checkpoint", places, required=True, **options)
         self.add("--step", "step of the checkpoint; the newest by default", type=int)
         self.add("--encoder", "folder or hub id of the frozen encoder's weights, in place of the config's")
 
@@ -100,6 +100,12 @@ def count(text: str, limit: int = 10**9, least: int = 1) -> int:
     if text.isdecimal() and len(text) < 20 and least <= int(text) <= limit:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} to {limit}")
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Returns the last parts of paths, or whole paths if two of those are equal."""
+    last = [os.path.basename(os.path.abspath(path)) for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)
 
 
 def output_folder(name: str, field: str = "--output") -> storage.Path:

@@ -7,9 +7,7 @@ import argparse
 import fnmatch
 import json
 import os
-import pathlib
 import sys
-from collections.abc import Sequence
 
 from vqrae_jax import storage
 from vqrae_jax.commands import command_line
@@ -37,7 +35,8 @@ parser.add("--show", "patterns of the metrics to show, as 'eval/*'; a selection 
 def plot(args: argparse.Namespace) -> list[str]:
     """Runs the command; returns the metrics that the panels show."""
     output = command_line.output_file(args.output, SUFFIXES)
-    runs = {name: read_metrics(path) for name, path in zip(_names(args.workdir), args.workdir, strict=True)}
+    names = command_line.short_names(args.workdir)
+    runs = {name: read_metrics(path) for name, path in zip(names, args.workdir, strict=True)}
     metrics = sorted({metric for curves in runs.values() for metric in curves})
     matches = {pattern: fnmatch.filter(metrics, pattern) for pattern in args.show or METRICS}
     selection = list(dict.fromkeys(metric for names in matches.values() for metric in names))
@@ -74,12 +73,6 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, visualize.Curve]:
             if isinstance(value, int | float) and name != "time":
                 by_name.setdefault(name, {})[step] = value
     return {name: tuple(map(list, zip(*sorted(by_step.items()), strict=True))) for name, by_step in by_name.items()}
-
-
-def _names(workdirs: Sequence[str]) -> list[str]:
-    """Returns the last parts of paths, or whole paths if two of those are equal."""
-    last = [pathlib.Path(path).absolute().name for path in workdirs]
-    return last if len(set(last)) == len(last) else list(map(str, workdirs))
 
 
 main = command_line.build_main(parser, plot)

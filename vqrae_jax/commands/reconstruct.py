@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from vqrae_jax import storage
@@ -21,7 +22,7 @@ from vqrae_jax.data import images
 from vqrae_jax.data.folder import list_images
 from vqrae_jax.errors import ConfigError, DataError, ImageError
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.evaluation.metrics import WINDOW, psnr, ssim
+from vqrae_jax.evaluation.metrics import compare_pixels
 from vqrae_jax.inference import inputs
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.progress import progress
@@ -78,7 +79,7 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
         (latents,) = tokenizer.stream("encode_to_indices" if tokenizer.has_codes else "encode", [encoded])
         indices = latents if tokenizer.has_codes else [None] * len(names)
         decoded = tokenizer.decode_from_indices(latents) if tokenizer.has_codes else tokenizer.decode(latents)
-        values = _compare(decoded, originals / np.float32(255))
+        values = jax.device_get(compare_pixels(decoded, originals / np.float32(255)))
         for i, (name, *row) in enumerate(zip(names, originals, visualize.to_uint8(decoded), indices, strict=True)):
             metrics[name] = {metric: float(value[i]) for metric, value in values.items()}
             text = f"{name}: {_format(metrics[name])}"
@@ -133,14 +134,6 @@ def _read_batches(
             originals, *encoded = map(np.concatenate, arrays)
             yield list(names), originals, *(encoded or [originals])
             batch = []
-
-
-def _compare(reconstructions: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the metrics of each image; both arguments are in [0, 1]."""
-    metrics = {"psnr": np.asarray(psnr(reconstructions, originals))}
-    if originals.shape[1] >= WINDOW:
-        metrics["ssim"] = np.asarray(ssim(reconstructions, originals))
-    return metrics
 
 
 def _format(metrics: dict[str, float]) -> str:

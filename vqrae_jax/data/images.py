@@ -108,9 +108,14 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
         problem = f"cannot be written: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]"
         raise DataError(problem, field=path)
-    encoded, options = io.BytesIO(), SAVE_OPTIONS[suffix]
+    storage.write_bytes(path, encode_image(image, suffix, **SAVE_OPTIONS[suffix]))
+
+
+def encode_image(image: UInt8[np.ndarray, "H W *c"], suffix: str, **options: Any) -> bytes:
+    """Returns the content of an image file; `options` are those of PIL for the format."""
+    encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(encoded, Image.registered_extensions()[suffix], **options)
-    storage.write_bytes(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def write_text(

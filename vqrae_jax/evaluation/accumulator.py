@@ -12,7 +12,7 @@ from vqrae_jax.evaluation.moments import Gaussian, Moments
 
 log = logging.getLogger(__name__)
 
-SCORES = ("psnr", "ssim", "lpips")  # one number per image
+SCORES = ("psnr", "ssim", "lpips", "feature_distance", "bits_per_image")  # one number per image
 SPLIT = 5_000  # images per split of the Inception score
 
 Rows = Mapping[str, np.ndarray]

@@ -12,6 +12,19 @@ K1, K2 = 0.01, 0.03
 Images = Float[Array | np.ndarray, "B H W C"]
 
 
+def compare_pixels(reconstruction: Images, image: Images, patch: int | None = None) -> dict[str, Float[Array, "B ..."]]:
+    """Returns `psnr`, `ssim` for images that are large enough, and with `patch` the `contrast` [B, 2, 2].
+
+    It is the `border_contrast` of the reconstruction and of the image.
+    """
+    values = {"psnr": psnr(reconstruction, image)}
+    if min(image.shape[1:3]) >= WINDOW:
+        values["ssim"] = ssim(reconstruction, image)
+    if patch is not None:
+        values["contrast"] = jnp.stack([border_contrast(x, patch) for x in (reconstruction, image)], axis=1)
+    return values
+
+
 def psnr(reconstruction: Images, image: Images) -> Float[Array, " B"]:
     """Returns the peak signal-to-noise ratio of each image in [0, 1] in dB, at most 100; clips reconstructions."""
     return jnp.minimum(dm_pix.psnr(jnp.clip(reconstruction, 0, 1), image), 100.0)

@@ -11,7 +11,7 @@ import numpy as np
 from vqrae_jax import storage
 from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.evaluation.evaluate import EvaluationResult, Example
+from vqrae_jax.evaluation.evaluator import EvaluationResult, Example
 
 FOLDER = "evaluation"
 EVALUATION_FILE = "evaluation.json"  # in a workdir: the metrics of --mode=evaluate and their protocol
@@ -28,6 +28,7 @@ DESCRIPTIONS = {  # by the last words of a metric's name; the longest match coun
     "fd": "Fréchet distance of features between reconstructions and the reference; lower is better",
     "kernel": "kernel distance of features between reconstructions and originals, unbiased; lower is better",
     "cosine": "1 - cosine similarity of the features of an image and its reconstruction; lower is better",
+    "feature_distance": "1 - cosine similarity of the encoder's tokens of image and reconstruction; lower is better",
     "inception_score": "Inception score; higher is better",
     "inception_score_deviation": "standard deviation of the Inception score over splits",
     "probe_accuracy": "accuracy of a linear classifier on the quantized latents; higher is better",

@@ -169,7 +169,12 @@ def heat_map(values: Float[np.ndarray, "h w"], title: str, label: str) -> UInt8[
     return _pixels(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, Curve]], format: str, units: Mapping[str, str] | None = None) -> bytes:
+def curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    format: str,
+    units: Mapping[str, str] | None = None,
+    rates: Mapping[str, Mapping[str, Curve]] | None = None,
+) -> bytes:
     """Returns a file (pdf, svg, png, jpg or webp) with one panel per metric over steps; NaN leaves a gap.
 
     Args:
@@ -177,21 +182,28 @@ def curves(panels: Mapping[str, Mapping[str, Curve]], format: str, units: Mappin
       format: suffix of the file.
       units: of metrics that have one, for the y axis; "%" shows shares. The scale of other metrics is logarithmic if
         they are positive and span a wide range.
+      rates: points to mark, as `panels`; all x are then bits per image, on a logarithmic scale.
     """
-    figure, all_axes = _charts(list(panels), "step")
+    figure, all_axes = _charts(list(panels), "step" if rates is None else "bits per image")
     runs = list(dict.fromkeys(run for lines in panels.values() for run in lines))
     legend = {}
     for axes, (metric, lines) in zip(all_axes, panels.items(), strict=True):
         for run, (x, y) in lines.items():
             cycle, color = divmod(runs.index(run), len(COLORS))
-            marker = {"marker": "o", "markersize": 3} if len(x) < 12 else {}
+            marker = {"marker": "o", "markersize": 3} if rates is None and len(x) < 12 else {}
             style = STYLES[cycle % len(STYLES)]
             (legend[run],) = axes.plot(x, y, linestyle=style, color=COLORS[color], linewidth=1.4, **marker)
+            if rates is not None:
+                axes.plot(*rates[metric][run], linestyle="", color=COLORS[color], marker="o", markersize=4)
         _scale(axes, np.concatenate([np.empty(0), *(y for _, y in lines.values())]), (units or {}).get(metric))
+        if rates is not None:
+            axes.set_xscale("log", base=2)
+            axes.autoscale(axis="x")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
     columns = max(int(figure.get_figwidth() * 12 / (max(map(len, runs), default=0) + 6)), 1)
     figure.legend(legend.values(), legend, loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
     content = io.BytesIO()
-    figure.savefig(content, format=format)
+    figure.savefig(content, format=format, dpi=DPI if rates is None else 2 * DPI)
     return content.getvalue()
 
 

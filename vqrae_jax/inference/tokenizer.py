@@ -381,9 +381,8 @@ class Tokenizer:
         indices, expected, size = as_numpy(indices), self.code_shape, self.codebook_size
         if not np.issubdtype(indices.dtype, np.integer):
             raise DataError(f"indices are {indices.dtype}; expected integers in [0, {size})")
-        shape = indices.shape[1:]
-        prefix = len(shape) == len(expected) and shape[:-1] == expected[:-1] and 0 < shape[-1] < expected[-1]
-        if shape != expected and not (prefix and self.module.quantizer.decodes_prefixes):
+        shapes = [expected, *((*expected[:-1], length) for length in self.module.quantizer.prefixes)]
+        if indices.shape[1:] not in shapes:
             raise DataError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, expected))}]")
         if indices.size and not 0 <= indices.min() <= indices.max() < size:
             raise DataError(f"indices span [{indices.min()}, {indices.max()}]; expected 0 to {size - 1}")

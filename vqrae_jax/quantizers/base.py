@@ -46,7 +46,7 @@ class Quantizer(nn.Module):
     """
 
     has_indices = True  # False: latents stay continuous
-    decodes_prefixes = False  # True: `lookup` also accepts the first levels or scales alone
+    prefixes = ()  # lengths of indices' last axis that `lookup` accepts, if the first levels or scales decode alone
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         """Quantizes latents; train=True also updates the state."""
@@ -80,8 +80,8 @@ class Wrapper(Quantizer):
         return self.quantizer.has_indices
 
     @property
-    def decodes_prefixes(self) -> bool:
-        return self.quantizer.decodes_prefixes
+    def prefixes(self) -> tuple[int, ...]:
+        return self.quantizer.prefixes
 
     def embeddings(self) -> Float[Array, "K c"] | None:
         return self.innermost().embeddings()

@@ -28,8 +28,6 @@ class MultiScale(Wrapper):
     straight-through quantizers are one straight-through in total. The loss is the mean of the scales' as well.
     """
 
-    decodes_prefixes = True
-
     quantizer: registry.Inner
     grids: Annotated[
         tuple[Annotated[int, registry.Setting(ge=1, le=1024)], ...],
@@ -41,6 +39,10 @@ class MultiScale(Wrapper):
     @property
     def channels(self) -> int:
         return self.quantizer.channels
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(np.cumsum([size**2 for size in self.grids]).tolist())
 
     def __post_init__(self):
         if not self.grids or sorted(set(self.grids)) != list(self.grids) or self.grids[0] < 1:
@@ -82,12 +84,11 @@ class MultiScale(Wrapper):
 
     def lookup(self, indices: Int[AnyArray, "B N"]) -> Float[Array, "B h w C"]:
         """Returns the sum of all scales, or of the first scales if only their indices are passed."""
-        ends = np.cumsum([size**2 for size in self.grids]).tolist()
-        if indices.ndim != 2 or indices.shape[1] not in ends:
-            raise ValueError(f"grids={self.grids} have [B, N] indices with N in {ends}, got shape {indices.shape}")
+        if indices.ndim != 2 or indices.shape[1] not in self.prefixes:
+            raise ValueError(f"grids={self.grids} need [B, N] with N in {self.prefixes}, got shape {indices.shape}")
         side = self.grids[-1]
         total = jnp.zeros((len(indices), side, side, self.channels))
-        for size, end in zip(self.grids, ends, strict=True):
+        for size, end in zip(self.grids, self.prefixes, strict=True):
             if end <= indices.shape[1]:
                 part = indices[:, end - size**2 : end].reshape(-1, size, size)
                 total += self._enlarge(self.quantizer.lookup(part))

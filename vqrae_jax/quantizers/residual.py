@@ -24,8 +24,6 @@ class Residual(Wrapper):
     total. The loss is the sum of the levels', so that z is pulled to every prefix (Lee et al. 2022, arXiv:2203.01941).
     """
 
-    decodes_prefixes = True
-
     quantizer: registry.Inner  # each level has a copy
     depth: Annotated[int, registry.Setting("number of levels, usually 2 to 8", ge=1, le=256, hashed=True)] = 4
     # A shared codebook starts from what all levels quantize.
@@ -39,6 +37,10 @@ class Residual(Wrapper):
     @property
     def channels(self) -> int:
         return self.quantizer.channels
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(range(1, self.depth + 1))
 
     def setup(self):
         levels = [self.quantizer.copy(name=f"levels_{i}") for i in range(1 if self.shared else self.depth)]

@@ -19,7 +19,7 @@ from vqrae_jax.build import weights
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
 from vqrae_jax.data import pipeline
-from vqrae_jax.evaluation.evaluate import Evaluator
+from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.train import restore
 from vqrae_jax.train.lock import lock_workdir
 from vqrae_jax.train.metric_writers import check_wandb

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 
 from vqrae_jax import sharding
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.evaluation.metrics import WINDOW, border_contrast, psnr, ssim
+from vqrae_jax.evaluation.metrics import compare_pixels
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.nearest import nearest_other
 from vqrae_jax.quantizers.statistics import code_counts
@@ -154,16 +154,12 @@ class TokenizerTask(TokenizerVariables):
     def evaluate(self, variables: Any, frozen: Any, batch: Batch) -> Metrics:
         images = to_float(batch["image"])
         out = self._reconstruct(variables, frozen, images)
-        patch = self.built.module.decoder.patch
         z = out.quantized.z
         rows = {
             "reconstruction": out.reconstruction,
             "code": z.reshape(len(z), -1, z.shape[-1]).astype(jnp.float32).mean(1),
-            "psnr": psnr(out.reconstruction, images),
-            "contrast": jnp.stack([border_contrast(x, patch) for x in (out.reconstruction, images)], axis=1),
+            **compare_pixels(out.reconstruction, images, self.built.module.decoder.patch),
         }
-        if min(images.shape[1:3]) >= WINDOW:
-            rows["ssim"] = ssim(out.reconstruction, images)
         if (counts := out.quantized.metrics.get("counts")) is not None:
             rows["counts"] = masked_counts(out.quantized.indices, counts.shape, batch["mask"])
         return rows

@@ -16,7 +16,7 @@ from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
 from vqrae_jax.evaluation.distances import linear_probe
-from vqrae_jax.evaluation.evaluate import Evaluator
+from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.evaluation.metrics import border_contrast, ssim
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
