@@ -18,6 +18,8 @@ from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA aborts the process if a device waits 40 s for the others in a collective, as happens on a busy machine.
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions have no such flag
     # XLA's older emitters compile in less than half of the time (a training step in 2.4 s instead of 5.5).
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
