@@ -65,31 +65,36 @@ def z(scale=1.0):
 
 
 @functools.cache
+def initial(name):
+    return jit(MODULES[name].init)(jax.random.key(0), z())
+
+
+@functools.cache
 def trained(name):
     """Returns variables after two training steps, so that no leaf has its initial value."""
-    variables = jit(MODULES[name].init)(jax.random.key(0), z())
+    variables = initial(name)
     for step in range(2):
-        _, state = train(name, variables, z(), jax.random.key(step))
+        _, state, _ = train(name, variables, z(), jax.random.key(step))
         variables = {**variables, **state}
     return variables
 
 
 @functools.partial(jit, static_argnums=0)
 def train(name, variables, latents, key):
-    return MODULES[name].apply(variables, latents, True, mutable=["batch_stats"], rngs={"codes": key})
+    """Returns the output, the new state, and the gradients of parameters and latents."""
+
+    def loss(params, latents):
+        module, rngs = MODULES[name], {"codes": key}
+        out, state = module.apply({**variables, "params": params}, latents, True, mutable=["batch_stats"], rngs=rngs)
+        return out.loss + jnp.sum(jnp.sin(out.z)), (out, state)
+
+    gradients, (out, state) = jax.grad(loss, (0, 1), has_aux=True)(variables.get("params", {}), latents)
+    return out, state, gradients
 
 
 @functools.partial(jit, static_argnums=0)
 def evaluate(name, variables, latents):
     return MODULES[name].apply(variables, latents, mutable=["batch_stats"])
-
-
-@functools.partial(jit, static_argnums=0)
-@functools.partial(jax.grad, argnums=(1, 2))
-def gradient(name, params, latents, variables):
-    variables, rngs = {**variables, "params": params}, {"codes": jax.random.key(5)}
-    out, _ = MODULES[name].apply(variables, latents, True, mutable=["batch_stats"], rngs=rngs)
-    return out.loss + jnp.sum(jnp.sin(out.z))
 
 
 @each
@@ -115,7 +120,7 @@ def test_bfloat16_latents_have_the_indices_of_their_float32_values(name):
 
 @each
 def test_counts_and_metrics(name):
-    out, _ = train(name, trained(name), z(), jax.random.key(3))
+    out, *_ = train(name, trained(name), z(), jax.random.key(3))
     counts, indices = np.asarray(out.metrics["counts"]), np.asarray(out.indices)
     assert counts.dtype == np.int32
     assert counts.sum() == (indices >= 0).sum()
@@ -130,12 +135,10 @@ def test_nonfinite_latents_are_counted_and_change_nothing_else(name):
     variables = trained(name)
     bad = z().copy()
     bad[0, 1, 2, 0], bad[3, 3, 3, 1], bad[5, 0, 0, 2] = np.nan, np.inf, -np.inf
-    out, after = train(name, variables, bad, jax.random.key(3))
-    assert out.metrics["nonfinite"] == 3 or name == "product"  # whose groups count their own channels
-    assert out.metrics["nonfinite"] >= 1
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, after)))
-    gradients = gradient(name, variables.get("params", {}), bad, variables)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    result = train(name, variables, bad, jax.random.key(3))
+    nonfinite = result[0].metrics["nonfinite"]
+    assert nonfinite == 3 or (name == "product" and nonfinite >= 1)  # whose groups count their own channels
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
 
 
 @each
@@ -145,10 +148,9 @@ def test_latents_of_any_size_keep_state_and_indices_valid(name):
     extreme = z() * 10.0 ** rng.integers(-40, 39, z().shape[:3])[..., None]
     extreme[0, 0] = [[0.0], [np.inf], [np.nan], [1e-45]]
     extreme = np.asarray(jnp.asarray(extreme, jnp.bfloat16), np.float32)
-    fresh = jit(MODULES[name].init)(jax.random.key(0), z())
-    for variables in (fresh, trained(name)):
+    for variables in (initial(name), trained(name)):
         for latents in (extreme, 1e-30 * z()):
-            out, state = train(name, variables, latents, jax.random.key(1))
+            out, state, _ = train(name, variables, latents, jax.random.key(1))
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, state)))
             assert np.all((np.asarray(out.indices) >= -1) & (np.asarray(out.indices) < MODULES[name].num_embeddings))
             variables = {**variables, **state}
@@ -170,8 +172,7 @@ def test_a_codebook_of_one_embedding(quantizer):
 
 @each
 def test_every_parameter_and_the_latents_receive_a_gradient(name):
-    variables = trained(name)
-    params, latents = gradient(name, variables.get("params", {}), z(), variables)
+    *_, (params, latents) = train(name, trained(name), z(), jax.random.key(5))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(params))
     assert np.mean(np.any(latents, axis=-1)) > 0.9
 
@@ -206,7 +207,7 @@ def test_eight_devices_give_the_results_of_one(name, mesh):
         lambda v, z, k: module.apply(v, z, True, mutable=["batch_stats"], rngs={"codes": k}),
         in_shardings=(placed, NamedSharding(mesh, P("data")), NamedSharding(mesh, P())),
     )
-    one, one_state = train(name, alone, z(), jax.random.key(7))
+    one, one_state, _ = train(name, alone, z(), jax.random.key(7))
     many, many_state = step(jax.device_put(alone, placed), z(), jax.random.key(7))
     np.testing.assert_array_equal(one.indices, many.indices)
     np.testing.assert_array_equal(one.metrics["counts"], many.metrics["counts"])
