@@ -20,6 +20,7 @@ import flax.linen as nn
 import grain
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.interpreters import partial_eval
 
@@ -36,7 +37,7 @@ from vqrae_jax.models import decoder, vit
 from vqrae_jax.pretrained import judge_weights
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.registry import QUANTIZERS, WRAPPERS, all_settings, settings_of
-from vqrae_jax.train import hooks, loop
+from vqrae_jax.train import hooks, loop, optim
 from vqrae_jax.train import run as opening
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.task import Task, TrainState
@@ -87,14 +88,17 @@ def array(shape: tuple[int, ...], dtype: Any = np.float32) -> jax.ShapeDtypeStru
 # --- Observations: functions of a config that return what can change, by name. ---
 
 
+# Shapes without blocks are kept apart from those of whole networks.
+small_shapes = functools.cache(builder._shapes_of_module.__wrapped__)
+
+
 @contextlib.contextmanager
 def small_networks():
     """Leaves out the blocks of transformers, which take most of the time of a trace."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (vit, decoder):
             patch.setattr(module, "run_blocks", lambda cfg, x, rope=None, taps=(): (x, [x] * len(taps)))
-        # Shapes without blocks are not kept for others.
-        patch.setattr(builder, "_shapes_of_module", functools.cache(builder._shapes_of_module.__wrapped__))
+        patch.setattr(builder, "_shapes_of_module", small_shapes)
         yield patch
 
 
@@ -195,10 +199,19 @@ def discriminator(config: Config) -> dict[str, Any]:
         return {"discriminator": program(module.init_with_output, jax.random.key(0), array((1, 32, 32, 3)))}
 
 
+def tokenizer_update(config: Config) -> dict[str, Any]:
+    config = epochs_to_steps(config, lambda: IMAGES).optimizer
+    return optimizer_update(optim.make_optimizer(config, functools.partial(optim.part_rates, config)))
+
+
 def discriminator_update(config: Config) -> dict[str, Any]:
-    """The optimizer of the discriminator, with its schedule."""
-    optimizer = Adversary(config.adversary, judges.FrozenNetwork(Linear(), {})).optimizer
-    params = {"layer": {"kernel": array((2, 2))}}
+    config = epochs_to_steps(config, lambda: IMAGES).adversary
+    return optimizer_update(Adversary(config, judges.FrozenNetwork(Linear(), {})).optimizer)
+
+
+def optimizer_update(optimizer: optax.GradientTransformationExtraArgs) -> dict[str, Any]:
+    """An optimizer by itself, with its schedule."""
+    params = {"decoder": {"kernel": array((2, 2))}}
     state = jax.eval_shape(optimizer.init, params)
 
     def update(grads, state, params, horizon):
@@ -436,14 +449,14 @@ MEASURED = {"evaluation.metrics": ("encoder",)}
 NETWORKS = {"evaluation.training_metrics": ("encoder", "inception")}
 
 
-def optimizer(section: str, fields: dict[str, Any]) -> dict[str, Entry]:
+def optimizer(section: str, observe: Callable[[Config], dict[str, Any]]) -> dict[str, Entry]:
     """Returns the entries of the fields of an AdamWConfig."""
     values = {
         "learning_rate": 1e-3, "final_learning_rate": 1e-6, "reference_batch": 4, "schedule": "linear",
         "warmup_steps": 3, "warmup_epochs": 0.5, "decay_end_steps": 3, "decay_end_epochs": 0.5, "b1": 0.8, "b2": 0.9,
         "weight_decay": 0.1, "clip_norm": 1.0,
     }  # fmt: skip
-    return {f"{section}.{name}": Entry(value, step, "step", fields) for name, value in values.items()}
+    return {f"{section}.{name}": Entry(value, observe, "update") for name, value in values.items()}
 
 
 LAW: dict[str, Entry] = {
@@ -565,7 +578,8 @@ LAW: dict[str, Entry] = {
     "adversary.norm dino": Entry("group", discriminator, "discriminator", DINO),
     "adversary.spectral dino": Entry(False, discriminator, "discriminator", DINO),
     "adversary.dtype dino": Entry("bfloat16", discriminator, "discriminator", DINO),
-    **optimizer("adversary.optimizer", PATCH),
+    **optimizer("adversary.optimizer", discriminator_update),
+    "adversary.optimizer.learning_rate step": steps(1e-3, PATCH),
     "evaluation.metrics": Entry(("encoder",), measured, "metrics"),
     "evaluation.training_metrics": Entry(("encoder",), run, "metrics"),
     "evaluation.images": Entry(5, run, "validation"),
@@ -578,7 +592,8 @@ LAW: dict[str, Entry] = {
     "evaluation.encoder_reference": Entry("images/b", run, "references", NETWORKS),
     "evaluation.kernel_images": Entry(4, evaluated, "kernel", MEASURED),
     "evaluation.examples": Entry(2, evaluated, "examples", MEASURED),
-    **optimizer("optimizer", {}),
+    **optimizer("optimizer", tokenizer_update),
+    "optimizer.learning_rate step": steps(1e-3),
     "optimizer.encoder_rate": steps(0.5),
     "optimizer.quantizer_rate": steps(0.5, {**CODES, "model.quantizer": "simvq"}),
     "optimizer.decoder_rate": steps(0.5),
