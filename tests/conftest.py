@@ -39,6 +39,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
+# Imports and tracing allocate many small objects, which garbage collection would visit again and again.
+gc.set_threshold(50_000)
+# Python compiles libraries again that are first imported by a module with checks, so these are imported before.
+for name in ("beartype.door", "flax.linen", "optax", "orbax.checkpoint", "pydantic", "rich.table", "tensorboardX"):
+    importlib.import_module(name)
 jaxtyping.install_import_hook("vqrae_jax", "beartype.beartype")  # shapes and types of every annotation are checked
 
 from vqrae_jax.runtime import keep_freed_memory  # noqa: E402
@@ -263,10 +268,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_finish():
-    """Makes garbage collection rare: tracing allocates many small objects, which it would visit again and again."""
+    """Leaves what exists out of all later garbage collections."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000)
 
 
 def pytest_collection_modifyitems(config, items):
