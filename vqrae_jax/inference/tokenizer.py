@@ -264,7 +264,7 @@ class Tokenizer:
         return self._run("decode", check_latents(latents, self._row_shape("encode")))
 
     def decode_from_indices(self, indices: Any) -> Float[Result, "B S S 3"]:
-        """Decodes indices of `encode_to_indices` to images; with several levels, also the first levels alone."""
+        """Decodes indices of `encode_to_indices` to images; also of the first levels or scales alone."""
         return self._run("decode_from_indices", self._check_indices(indices))
 
     def lookup(self, indices: Any) -> Float[Result, "B ..."]:
