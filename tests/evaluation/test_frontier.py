@@ -113,5 +113,5 @@ def test_images_that_cannot_be_read_are_an_error(untrained, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     data = DataConfig(source="folder", eval_path=str(tmp_path), image_size=32, eval_batch_size=4)
     with pytest.raises(DataError) as error:
-        frontier.measure({"one": untrained(quantizer="residual")}, evaluation_batches(data), NO_NETWORKS)
+        frontier.measure({"one": untrained(quantizer="residual")}, evaluation_batches(data), NO_NETWORKS, codecs=False)
     assert error.value.field == "data.eval_path"
