@@ -40,8 +40,10 @@ def test_kmeans_start_uses_the_codebook_and_random_start_does_not(name, train):
         assert (count >= K - 2 and error < 0.2) if start == "kmeans" else (count <= 2 and error > 10)
 
 
-@pytest.mark.parametrize("name", ["simvq", "ibq", "gumbel"])
-@pytest.mark.parametrize("start", ["kmeans", "data"])
+@pytest.mark.parametrize(("name", "start"), [
+    ("simvq", "kmeans"), ("ibq", "data"), ("gumbel", "kmeans"),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in (("simvq", "data"), ("ibq", "kmeans"), ("gumbel", "data"))),
+])  # fmt: skip
 def test_only_the_first_finite_batch_makes_the_codebook(name, start):
     module, rngs = MODULES[name](codebook_init=start), {"codes": jax.random.key(1)}
     step = jax.jit(lambda v, z: module.apply(v, z, True, mutable=["batch_stats"], rngs=rngs)[1])

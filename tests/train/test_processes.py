@@ -149,6 +149,7 @@ def test_different_configs_are_an_error(config, tiny, tmp_path):
     assert "Traceback" not in first[2]
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_printed_once_with_exit_code_2(tiny, tmp_path):
     first, second = finish(spawn(tiny(data={"source": "folder", "path": None}), tmp_path))
     assert (first[0], second[0], second[2]) == (2, 2, "")
