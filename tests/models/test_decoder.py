@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.models.decoder import Decoder, sincos_table
+from vqrae_jax.models.decoder import Decoder, overlap_add, sincos_table, widen_head
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.pretrained import convert, tables
 
@@ -52,3 +52,24 @@ def test_gradients_with_recomputed_blocks_and_with_a_trained_position_table(deco
     assert not np.any(plain["pos_embed"])
     assert np.any(trained["pos_embed"])
     assert np.any(plain["cls"])
+
+
+def test_squares_are_added_where_they_overlap():
+    grid, patch = 3, 4
+    squares = np.random.default_rng(0).normal(size=(2, grid, grid, 2 * patch, 2 * patch, 3)).astype(np.float32)
+    expected = np.zeros((2, (grid + 1) * patch, (grid + 1) * patch, 3), np.float32)
+    for row, column in np.ndindex(grid, grid):
+        y, x = row * patch, column * patch
+        expected[:, y : y + 2 * patch, x : x + 2 * patch] += squares[:, row, column]
+    half = patch // 2
+    images = overlap_add(jnp.asarray(squares.reshape(2, grid, grid, -1)), patch)
+    np.testing.assert_allclose(images, expected[:, half:-half, half:-half], atol=1e-6)
+
+
+def test_a_widened_head_decodes_the_same_images(decoder, assert_close):
+    module, variables, channels = decoder
+    latent = jax.random.normal(jax.random.key(0), (2, module.grid, module.grid, channels))
+    params = variables["params"] | {"pred": widen_head(variables["params"]["pred"], module.patch)}
+    assert module.patch % 2 == 0
+    images = jax.jit(module.clone(overlap=True).apply)({"params": params}, latent)
+    assert_close(images, jax.jit(module.apply)(variables, latent), 1e-5)

@@ -20,7 +20,7 @@ from vqrae_jax import sharding
 from vqrae_jax.build.encoder import activation_sharding, check_layers, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table
+from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table, widen_head
 from vqrae_jax.models.encoder import Encoder, resample_to_input_size
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
@@ -209,10 +209,15 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
         norm_eps=float(values.get("layer_norm_eps", 1e-12)), remat=config.remat, dtype=config.dtype,
         attention=config.attention, shard_activations=activation_sharding(mesh),
     )  # fmt: skip
+    if config.decoder_head == "overlap" and config.decoder_patch_size % 2:
+        message = (
+            "must be even with model.decoder_head='overlap', whose squares reach half a patch into their neighbours"
+        )
+        raise ConfigError(message, field="model.decoder_patch_size", value=config.decoder_patch_size)
     check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
         blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed,
-        features=len(config.decoder_features) * encoder.vit.blocks.width,
+        features=len(config.decoder_features) * encoder.vit.blocks.width, overlap=config.decoder_head == "overlap",
     )  # fmt: skip
 
 
@@ -264,7 +269,13 @@ def _read_decoder(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]
     if "decoder_pos_embed" not in state:
         state = collections.ChainMap({"decoder_pos_embed": diffusers_positions(shapes)}, state)
     target = {n: tree for n, tree in shapes.items() if n != "features"}  # a head that only our own decoders have
+    values = 3 * config.decoder_patch_size**2
+    widen = config.decoder_head == "overlap" and np.shape(state.get("decoder_pred.bias")) == (values,)
+    if widen:
+        target["pred"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], values), x.dtype), target["pred"])
     params = convert.convert(state, tables.DECODER_TABLE, target, source=path)
+    if widen:
+        params["pred"] = widen_head(params["pred"], config.decoder_patch_size)
     log.info("read %d decoder tensors from %s", len(state), path)
     if head := shapes.get("features"):
         kernel = np.random.default_rng(0).normal(0, 0.02, head["kernel"].shape)

@@ -130,6 +130,9 @@ class ModelConfig(Section):
     decoder_architecture: Architecture = {}
     # Side of the square that the decoder predicts for a latent, in pixels, usually 16; images have grid times this.
     decoder_patch_size: Annotated[int, Field(ge=1, le=256)] = 16
+    # What a latent predicts: its square (linear, as in PyTorch), or one of twice the side that overlaps and is added to
+    # those of its neighbours, so that no border of a square is visible (overlap).
+    decoder_head: Literal["linear", "overlap"] = "linear"
     decoder_train_pos_embed: bool = False  # train the position table of the decoder, which starts as sines and cosines
     pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from, as owner/name/path/to/file
     # Blocks of the encoder, from 0 or from the end, that an additional head of the decoder predicts.

@@ -101,7 +101,8 @@ def convert_diffusers(folder: pathlib.Path, field: str) -> dict[str, Any]:
 
 def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.Transformers = 4) -> dict[str, Any]:
     """Builds {"model": state dict, "ema": the same, ...}; refuses models that the PyTorch VQRAE cannot compute."""
-    for name, values in {**FIXED.get(config.quantizer, {}), "encoder_params.layers": ((-1,),)}.items():
+    always = {"encoder_params.layers": ((-1,),), "decoder_head": ("linear",)}
+    for name, values in (FIXED.get(config.quantizer, {}) | always).items():
         value = operator.attrgetter(name)(config)
         if value not in values:
             raise ConfigError(

@@ -34,6 +34,34 @@ def sincos_table(grid: int, width: int, extent: int | None = None) -> Float[np.n
     return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
 
 
+def overlap_add(patches: Float[Array, "B h w QQC"], patch: int) -> Float[Array, "B H W C"]:
+    """Adds squares of side Q = 2 * patch, centered on the cells of a grid of side patch; cuts what is outside of it.
+
+    Squares that are zero outside of their cell give `unpatchify` of the cells. `patch` is even.
+    """
+    B, h, w, _ = patches.shape
+    squares = patches.reshape(B, h, w, 2, patch, 2, patch, -1)
+    canvas = jnp.zeros((B, (h + 1) * patch, (w + 1) * patch, squares.shape[-1]), patches.dtype)
+    for i in (0, 1):
+        for j in (0, 1):  # the quarters (i, j) of all squares tile the grid
+            rows, columns = (slice(k * patch, (k + n) * patch) for k, n in ((i, h), (j, w)))
+            quarter = squares[:, :, :, i, :, j].reshape(B, h, w, -1)
+            canvas = canvas.at[:, rows, columns].add(unpatchify(quarter, patch))
+    half = patch // 2
+    return canvas[:, half:-half, half:-half]
+
+
+def widen_head(head: dict[str, np.ndarray], patch: int) -> dict[str, np.ndarray]:
+    """Converts a linear head, kernel [D, 3 * patch^2] and bias, to one that overlaps and predicts the same images."""
+
+    def widen(x: np.ndarray) -> np.ndarray:
+        cells = x.reshape(*x.shape[:-1], patch, patch, 3)
+        edges = [*[(0, 0)] * (x.ndim - 1), *[(patch // 2, patch // 2)] * 2, (0, 0)]
+        return np.pad(cells, edges).reshape(*x.shape[:-1], -1)
+
+    return {name: widen(x) for name, x in head.items()}
+
+
 class Decoder(nn.Module):
     """Linear embedding, cls token, positions, pre-norm blocks, final norm, linear projection to pixels.
 
@@ -44,6 +72,8 @@ class Decoder(nn.Module):
       mean, std: per channel; the network predicts pixels normalized like the encoder's input.
       train_pos_embed: trains the position table, as the PyTorch VQRAE does.
       features: channels of a linear head that predicts encoder features from the last tokens; 0 omits the head.
+      overlap: a token predicts a square of twice the patch's side, and squares are added where they overlap, so that
+        neighbours share the pixels at their border (a lapped transform, Malvar & Staelin 1989).
     """
 
     blocks: BlocksConfig
@@ -53,6 +83,7 @@ class Decoder(nn.Module):
     std: tuple[float, float, float]
     train_pos_embed: bool = False
     features: int = 0
+    overlap: bool = False
 
     @property
     def image_size(self) -> int:
@@ -80,8 +111,9 @@ class Decoder(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)).astype(x.dtype), x], axis=1)
         x, _ = run_blocks(c, x + pos.astype(x.dtype))
         x = layer_norm(c, "norm")(x)[:, 1:]
-        pixels = c.shard(nn.Dense(self.patch**2 * 3, **dense, name="pred")(x).astype(jnp.float32))
-        image = unpatchify(pixels.reshape(len(x), n, n, -1), self.patch)
+        values = 3 * self.patch**2 * (4 if self.overlap else 1)
+        pixels = c.shard(nn.Dense(values, **dense, name="pred")(x).astype(jnp.float32)).reshape(len(x), n, n, -1)
+        image = (overlap_add if self.overlap else unpatchify)(pixels, self.patch)
         image = image * jnp.asarray(self.std) + jnp.asarray(self.mean)
         if not with_features:
             return image
