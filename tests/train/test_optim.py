@@ -126,3 +126,25 @@ def test_ema_decay_warms_up():
 
 def test_ema():
     np.testing.assert_allclose(update_ema({"a": jnp.zeros(2)}, {"a": jnp.ones(2)}, 0.9)["a"], 0.1, rtol=1e-6)
+
+
+def test_muon_takes_orthogonal_steps_of_matrices_of_blocks_only():
+    """All singular values of Muon's step are about equal; other parameters take Adam's."""
+    config = OptimizerConfig(method="muon", learning_rate=1.0, schedule="constant")
+    shapes = {"query": (3, 16, 2, 8), "out": (3, 2, 8, 16), "up": (3, 16, 32)}  # three blocks
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    blocks = {name: {"kernel": jax.random.normal(next(keys), shape)} for name, shape in shapes.items()}
+    others = {
+        "embed": {"kernel": jax.random.normal(next(keys), (16, 32))},
+        "blocks": {"norm": {"scale": jnp.ones((3, 16))}},
+    }
+    params = {"decoder": {**others, "blocks": {**others["blocks"], **blocks}}}
+    optimizer = make_optimizer(config, functools.partial(part_rates, config), muon=True)
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params, horizon=100)
+    for name in shapes:
+        matrices = np.asarray(updates["decoder"]["blocks"][name]["kernel"]).reshape(3, 16, -1)
+        values = np.linalg.svd(matrices, compute_uv=False)
+        assert values.max() < 2 * values.min()
+        np.testing.assert_allclose(np.sqrt((matrices**2).mean((1, 2))), 0.2, rtol=0.3)
+        assert (np.asarray(params["decoder"]["blocks"][name]["kernel"]).reshape(3, 16, -1) * matrices).sum() < 0
+    np.testing.assert_allclose(np.abs(updates["decoder"]["embed"]["kernel"]), 1, rtol=1e-3)

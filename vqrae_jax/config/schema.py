@@ -326,8 +326,11 @@ class AdversaryConfig(Section):
 
 
 class OptimizerConfig(AdamWConfig):
-    """AdamW of the tokenizer, with the fields of `adversary.optimizer`, and the moving average of its parameters."""
+    """Optimizer of the tokenizer, with the fields of `adversary.optimizer`, and the average of its parameters."""
 
+    # AdamW for all parameters; or Muon for the matrices of transformer blocks, with the same rates, and AdamW for the
+    # others.
+    method: Literal["adamw", "muon"] = "adamw"
     encoder_rate: NonNegative = 1.0  # learning rate of the encoder relative to the schedule, usually 0.1 if it trains
     quantizer_rate: NonNegative = 1.0  # learning rate of the quantizer relative to the schedule
     decoder_rate: NonNegative = 1.0  # learning rate of the decoder relative to the schedule

@@ -1,4 +1,4 @@
-"""AdamW with its schedule and clipping, and the moving average of parameters."""
+"""AdamW or Muon with its schedule and clipping, and the moving average of parameters."""
 
 import functools
 import math
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 
 from vqrae_jax.config import AdamWConfig, OptimizerConfig
@@ -39,19 +40,53 @@ def part_rates(config: OptimizerConfig, step: ArrayLike, horizon: ArrayLike) -> 
     }
 
 
-def make_optimizer(config: AdamWConfig, rates: Rates) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW with weight decay on kernels only; its state has the same form with clipping and without."""
+def make_optimizer(config: AdamWConfig, rates: Rates, muon: bool = False) -> optax.GradientTransformationExtraArgs:
+    """Returns AdamW with weight decay on kernels only; its state has the same form with clipping and without.
+
+    With `muon`, matrices of transformer blocks take the steps of Muon (Jordan et al. 2024) instead of Adam's, scaled to
+    Adam's usual root mean square of 0.2, so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
+    """
     clip = optax.clip_by_global_norm(config.clip_norm)
     is_kernel = functools.partial(jax.tree.map_with_path, lambda path, _: path[-1].key == "kernel")
     decay = optax.add_decayed_weights(config.weight_decay, is_kernel)
-    adamw = optax.chain(optax.scale_by_adam(config.b1, config.b2), decay, _scale_by_rates(rates))
+    scale = optax.scale_by_adam(config.b1, config.b2)
+    optimizer = optax.chain(_scale_by_muon(scale) if muon else scale, decay, _scale_by_rates(rates))
 
     def update(grads: Any, state: Any, params: Any, *, horizon: ArrayLike) -> tuple[Any, Any]:
         if config.clip_norm:
             grads, _ = clip.update(grads, optax.EmptyState())
-        return adamw.update(grads, state, params, horizon=horizon)
+        return optimizer.update(grads, state, params, horizon=horizon)
 
-    return optax.GradientTransformationExtraArgs(adamw.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns Muon for the matrices of blocks, each with a root mean square of 0.2, and `adam` for the rest."""
+
+    def resize(updates: Any, params: Any) -> Any:  # an orthogonal matrix has the root mean square 1 / sqrt(longer side)
+        def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+            sides = (math.prod(update.shape[i] for i in side) for side in axes)
+            return 0.2 * math.sqrt(max(sides)) * update
+
+        return jax.tree.map(scale, updates, _matrix_axes(updates))
+
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix_axes), optax.stateless(resize))
+    return optax.partition({"muon": muon, "adam": adam}, functools.partial(jax.tree.map_with_path, _method))
+
+
+def _method(path: tuple[Any, ...], x: Any) -> str:
+    names = [key.key for key in path]
+    return "muon" if "blocks" in names and names[-1] == "kernel" else "adam"
+
+
+def _matrix_axes(kernels: Any) -> Any:
+    """Returns the axes in and out of the kernels of stacked blocks, whose first axis is the block."""
+
+    def axes(path: tuple[Any, ...], x: Any) -> optax.contrib.MuonDimensionNumbers:
+        inner = (1, 2) if path[-2].key == "out" else (1,)  # [L, heads, d, D]; query, key and value are [L, D, heads, d]
+        return optax.contrib.MuonDimensionNumbers(inner, tuple(range(1 + len(inner), x.ndim)))
+
+    return jax.tree.map_with_path(axes, kernels)
 
 
 def _scale_by_rates(rates: Rates) -> optax.GradientTransformationExtraArgs:

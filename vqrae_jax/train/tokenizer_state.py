@@ -85,7 +85,8 @@ class TokenizerVariables:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        return make_optimizer(self.config.optimizer, functools.partial(part_rates, self.config.optimizer))
+        config = self.config.optimizer
+        return make_optimizer(config, functools.partial(part_rates, config), muon=config.method == "muon")
 
     def shapes(self) -> TrainState:
         shapes = builder.variable_shapes(self.built)
