@@ -201,7 +201,7 @@ def discriminator(config: Config) -> dict[str, Any]:
 
 def tokenizer_update(config: Config) -> dict[str, Any]:
     config = epochs_to_steps(config, lambda: IMAGES).optimizer
-    return optimizer_update(optim.make_optimizer(config, functools.partial(optim.part_rates, config)))
+    return optimizer_update(optim.make_tokenizer_optimizer(config))
 
 
 def discriminator_update(config: Config) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def discriminator_update(config: Config) -> dict[str, Any]:
 
 def optimizer_update(optimizer: optax.GradientTransformationExtraArgs) -> dict[str, Any]:
     """An optimizer by itself, with its schedule."""
-    params = {"decoder": {"kernel": array((2, 2))}}
+    params = {"decoder": {"blocks": {"up": {"kernel": array((1, 2, 2))}}}}
     state = jax.eval_shape(optimizer.init, params)
 
     def update(grads, state, params, horizon):
@@ -478,6 +478,7 @@ LAW: dict[str, Entry] = {
         {"model.decoder_config_path": None, "model.decoder_architecture": DECODER},
     ),
     "model.decoder_patch_size": Entry(16, model, "model"),
+    "model.decoder_head": Entry("overlap", model, "model"),
     "model.decoder_train_pos_embed": steps(True),
     "model.pretrained_decoder_path": Entry(
         str(GOLDEN / "vqrae" / "ema_vq_2d" / "model.npz"),
@@ -593,6 +594,7 @@ LAW: dict[str, Entry] = {
     "evaluation.kernel_images": Entry(4, evaluated, "kernel", MEASURED),
     "evaluation.examples": Entry(2, evaluated, "examples", MEASURED),
     **optimizer("optimizer", tokenizer_update),
+    "optimizer.method": Entry("muon", tokenizer_update, "update"),
     "optimizer.learning_rate step": steps(1e-3),
     "optimizer.encoder_rate": steps(0.5),
     "optimizer.quantizer_rate": steps(0.5, {**CODES, "model.quantizer": "simvq"}),

@@ -42,6 +42,7 @@ def test_a_setting_that_does_not_fit_and_a_description_that_cannot_be_read_are_n
         ({"decoder_config_path": "ViT-Q"}, "decoder_config_path", "ViT-XL"),
         ({"encoder_config_path": "/absent"}, "encoder_params.architecture", "model.encoder_config_path=None"),
         ({"decoder_features": (0, 5)}, "decoder_features", "0 to 1"),
+        ({"decoder_head": "overlap", "decoder_patch_size": 7}, "decoder_patch_size", "even"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             build_tokenizer(random_encoder(**changes))
@@ -139,3 +140,18 @@ def test_bfloat16_keeps_parameters_losses_and_gradients_in_float32():
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert updated["batch_stats"]["quantizer"]["codebook"].dtype == jnp.float32
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_a_linear_decoder_starts_one_that_overlaps(golden):
+    folder = golden / "vqrae"
+    settings = {
+        "decoder_config_path": str(folder / "decoder_config"), "decoder_patch_size": 16,
+        "encoder_params": {"architecture": ARCHITECTURE | {"hidden_size": 32}},
+        "pretrained_decoder_path": str(folder / "ema_vq_2d" / "model.npz"),
+    }  # fmt: skip
+    images = []
+    for head in ("linear", "overlap"):
+        built = build_tokenizer(random_encoder(**settings, decoder_head=head))
+        latent = jax.random.normal(jax.random.key(0), (1, 4, 4, 32))
+        images.append(jax.jit(built.module.decoder.apply)({"params": built.pretrained["decoder"]}, latent))
+    np.testing.assert_allclose(*images, atol=1e-5)

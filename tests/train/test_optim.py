@@ -8,7 +8,14 @@ import pytest
 
 from vqrae_jax.config import Config, OptimizerConfig, epochs_to_steps, from_dict
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, part_rates, update_ema
+from vqrae_jax.train.optim import (
+    ema_decay,
+    learning_rate,
+    make_optimizer,
+    make_tokenizer_optimizer,
+    part_rates,
+    update_ema,
+)
 
 CASES = [
     "cosine_warmup_steps", "linear_warmup_steps", "decay_end_before_warmup_end",
@@ -139,7 +146,7 @@ def test_muon_takes_orthogonal_steps_of_matrices_of_blocks_only():
         "blocks": {"norm": {"scale": jnp.ones((3, 16))}},
     }
     params = {"decoder": {**others, "blocks": {**others["blocks"], **blocks}}}
-    optimizer = make_optimizer(config, functools.partial(part_rates, config), muon=True)
+    optimizer = make_tokenizer_optimizer(config)
     updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params, horizon=100)
     for name in shapes:
         matrices = np.asarray(updates["decoder"]["blocks"][name]["kernel"]).reshape(3, 16, -1)

@@ -40,6 +40,11 @@ def part_rates(config: OptimizerConfig, step: ArrayLike, horizon: ArrayLike) -> 
     }
 
 
+def make_tokenizer_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of the tokenizer, whose parts have their own learning rates."""
+    return make_optimizer(config, functools.partial(part_rates, config), config.method == "muon")
+
+
 def make_optimizer(config: AdamWConfig, rates: Rates, muon: bool = False) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW with weight decay on kernels only; its state has the same form with clipping and without.
 

@@ -20,7 +20,7 @@ from vqrae_jax.quantizers.factory import unread
 from vqrae_jax.train import restore
 from vqrae_jax.train.adversary import Adversary
 from vqrae_jax.train.objective import Objective
-from vqrae_jax.train.optim import make_optimizer, part_rates
+from vqrae_jax.train.optim import make_tokenizer_optimizer
 from vqrae_jax.train.task import TrainState
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class TokenizerVariables:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        config = self.config.optimizer
-        return make_optimizer(config, functools.partial(part_rates, config), muon=config.method == "muon")
+        return make_tokenizer_optimizer(self.config.optimizer)
 
     def shapes(self) -> TrainState:
         shapes = builder.variable_shapes(self.built)
