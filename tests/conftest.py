@@ -119,13 +119,14 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
-    """The workdir of a run of three steps."""
+    """The workdir of a run of three steps, with checkpoints of the last two."""
     import jax
 
     from vqrae_jax.train import loop
 
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(tiny(train={"steps": 3, "evaluate_every": 3}), workdir, jax.devices()[:1])
+    train = {"steps": 3, "evaluate_every": 3, "checkpoint_every": 1, "keep_last": 2, "keep_best": 0}
+    loop.train(tiny(train=train), workdir, jax.devices()[:1])
     return workdir
 
 

@@ -18,50 +18,50 @@ import pytest
 from vqrae_jax import runtime
 from vqrae_jax.runtime import keep_freed_memory
 
-SCRIPT = """
-import logging, sys, time
-logging.basicConfig()
-from vqrae_jax.runtime import enable_compilation_cache
-folder = enable_compilation_cache()
-print(folder)
+CACHES = """
+import logging, os, sys
 import jax, jax.numpy as jnp
-jax.jit(lambda x: sum(jnp.sin(x @ x + i) @ x for i in range(40)))(jnp.ones((8, 8)))
-print(len(list(folder.glob("jit__lambda*-cache"))) if folder else None)
+from vqrae_jax.runtime import enable_compilation_cache
+logging.basicConfig()
+for home in sys.argv[1:]:
+    if not os.fork():
+        os.environ["XDG_CACHE_HOME"] = home
+        folder = enable_compilation_cache()
+        jax.jit(lambda x: sum(jnp.sin(x @ x + i) @ x for i in range(40)))(jnp.ones((8, 8)))
+        print(folder, len(list(folder.glob("jit__lambda*-cache"))) if folder else None, flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-    def in_new_process(**settings):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-        environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache"), **settings}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return (*done.stdout.split(), done.stderr)
-
-    return in_new_process
-
-
-def test_programs_are_cached_in_the_users_folder(run, tmp_path):
-    folder, files, _ = run()
-    assert folder.startswith(str(tmp_path / "cache" / "vqrae_jax"))
-    assert int(files) > 0
-    assert run()[1] == files  # read, not written again
-
-
-def test_jax_settings_win(run, tmp_path):
-    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    folder, files, _ = run(JAX_COMPILATION_CACHE_DIR="~/named", HOME=str(tmp_path), **always)
-    assert folder == f"{tmp_path}/named"
-    assert int(files) > 0
-    assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
-
-
-def test_a_folder_that_cannot_be_written_is_a_warning(run, tmp_path):
+def test_programs_are_cached_in_the_users_folder_and_one_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    folder, files, stderr = run(XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert (folder, files) == ("None", "None")
-    assert "file" in stderr
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", CACHES, *(str(tmp_path / name) for name in ("cache", "cache", "file"))]
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second, unwritable = (line.split() for line in done.stdout.splitlines())
+    assert first[0].startswith(str(tmp_path / "cache" / "vqrae_jax"))
+    assert int(first[1]) > 0
+    assert second == first  # read, not written again
+    assert unwritable == ["None", "None"]
+    assert str(tmp_path / "file") in done.stderr
+
+
+def test_jax_settings_win(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", "~/named")
+        assert runtime.enable_compilation_cache() == tmp_path / "named"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+        jax.config.update("jax_enable_compilation_cache", False)
+        assert runtime.enable_compilation_cache() is None
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.mark.slow

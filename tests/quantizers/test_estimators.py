@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ def pairs():
     return rng.normal(size=(64, 6)).astype(np.float32), rng.normal(size=(64, 6)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def pullback(name, z, embeddings, cotangent):
     return jax.vjp(lambda z: ESTIMATORS[name](z, embeddings), z)[1](cotangent)[0]
 

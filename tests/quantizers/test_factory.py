@@ -93,7 +93,7 @@ def test_a_shared_gumbel_quantizer_anneals_by_steps(name, params):
 )
 def test_inner_bsq_has_corners_on_the_unit_sphere(name):
     module, z = build(name, inner="bsq", groups=3), jnp.ones((1, 4, 4, 12))  # four bits
-    bound = module.bind(module.init(jax.random.key(0), z))
+    bound = module.bind(jax.jit(module.init)(jax.random.key(0), z))
     inner = bound.innermost()
     np.testing.assert_allclose(np.abs(inner.lookup(jnp.arange(16))), 0.5)
 

@@ -73,7 +73,7 @@ TERMS = {  # term -> its config, and the parts and heads of the decoder that it 
 }
 
 
-@pytest.mark.parametrize("term", [n if n == "adversarial" else pytest.param(n, marks=pytest.mark.slow) for n in TERMS])
+@pytest.mark.parametrize("term", [n if n == "vq" else pytest.param(n, marks=pytest.mark.slow) for n in TERMS])
 def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     loss, adversary, parts, heads = TERMS[term]
     task = TokenizerTask.build(tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary), one_mesh)

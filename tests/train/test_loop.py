@@ -13,16 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint, sharding
+from vqrae_jax import checkpoint
 from vqrae_jax.data import images
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.train import hooks, loop
 from vqrae_jax.train.run import open_run, save_checkpoint
-from vqrae_jax.train.task import jit_step, place_horizon
+from vqrae_jax.train.task import jit_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 END = {"decay_end_steps": 6}
+PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1}
 
 
 def state_of(workdir, config, devices):
@@ -31,10 +32,29 @@ def state_of(workdir, config, devices):
 
 
 @pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
+def step_calls():
+    """For each step of `straight`, the number of compilations and whether its new state has replaced the old one."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, step_calls, tmp_path_factory):
     """Six steps without a stop, on one device."""
+
+    def jit_recorded_step(*arguments):
+        step = jit_step(*arguments)
+
+        def call(state, *inputs):
+            result = step(state, *inputs)
+            step_calls.append((step._cache_size(), all(leaf.is_deleted() for leaf in jax.tree.leaves(state))))
+            return result
+
+        return call
+
     workdir = tmp_path_factory.mktemp("straight")
-    return workdir, loop.train(tiny(optimizer=END), workdir, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "jit_step", jit_recorded_step)
+        return workdir, loop.train(tiny(optimizer=END), workdir, jax.devices()[:1])
 
 
 @pytest.fixture
@@ -50,12 +70,33 @@ def step_keys(caplog):
         yield keys
 
 
-def test_a_longer_run_resumes_exactly_and_compiles_no_other_step(
-    tiny, straight, tmp_path, one_device, step_keys, assert_same
+def test_one_compilation_per_run_and_one_state(straight, step_calls):
+    assert {compilations for compilations, _ in step_calls} == {1}
+    assert [replaced for _, replaced in step_calls[:2]] == [
+        True,
+        True,
+    ]  # later, a checkpoint may be reading the old one
+
+
+def test_a_signal_saves_and_a_longer_run_resumes_exactly_and_compiles_no_other_step(
+    tiny, straight, tmp_path, one_device, step_keys, assert_same, monkeypatch
 ):
+    """SIGTERM during step 2 of a run of three steps."""
     workdir, metrics = straight
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     step_keys()
-    loop.train(tiny(train={"steps": 3, "evaluate_every": 3}, optimizer=END), tmp_path, one_device)
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.StepTimer, "before_step", interrupt)
+        with pytest.raises(loop.Stopped) as stopped:
+            loop.train(tiny(train={"steps": 3, "checkpoint_every": 100}, optimizer=END), tmp_path, one_device)
+    assert stopped.value.step == 2
+    assert checkpoint.find_checkpoint(tmp_path).name == "2"
+    assert signal.getsignal(signal.SIGINT) is handler
     keys = step_keys()
     assert loop.train(tiny(optimizer=END), tmp_path, one_device) == metrics
     assert step_keys() == keys
@@ -134,29 +175,20 @@ def test_inference_gets_the_live_codebook(tiny, straight, one_device):
 
 
 def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device, assert_same):
+    """With the discriminator: its parameters, moments, power iteration and moving averages."""
     fsdp = {"data": 8, "fsdp": True, "fsdp_min_size": 1}
-    with open_run(tiny(mesh=fsdp), tmp_path) as (run, state):
+    with open_run(tiny(mesh=fsdp, adversary=PATCH), tmp_path) as (run, state):
         state = jax.tree.map(lambda x: x + 1, state)  # another than the initial one of any mesh
         save_checkpoint(run, state, {})
         run.checkpoints.wait()
         saved = jax.device_get(state)
-    for mesh, devices in ((fsdp, None), ({}, one_device), ({"data": 4, "model": 2}, None)):
-        with open_run(tiny(mesh=mesh), tmp_path, devices) as (_, state):
+    assert set(saved.adversary) == {"params", "opt_state", "spectral", "lecam"}
+    for mesh, devices in (({}, one_device), ({"data": 4, "model": 2}, None)):
+        with open_run(tiny(mesh=mesh, adversary=PATCH), tmp_path, devices) as (_, state):
             assert int(state.step) == 1
             assert_same(jax.device_get(state), saved)
             kernel = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
             assert kernel.sharding.num_devices == (1 if devices else 8)
-
-
-def test_one_compilation_per_run_and_one_state(tiny, tmp_path, one_device):
-    with open_run(tiny(), tmp_path, one_device) as (run, state):
-        step, horizon = jit_step(run.task, run.mesh), place_horizon(6, run.mesh)
-        for _ in range(3):
-            before = state
-            batch = sharding.place_batch({"image": next(run.batches)["image"]}, run.mesh)
-            state, _ = step(state, run.frozen, batch, horizon)
-            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # the new state replaced it
-        assert step._cache_size() == 1
 
 
 @pytest.fixture
@@ -204,22 +236,6 @@ loop.train(settings, sys.argv[1], jax.devices()[:1])
     assert f"{tmp_path / 'checkpoints' / '3'}" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path).name == "3"
     assert Tokenizer.load(tmp_path).codebook_size == 32
-
-
-def test_a_signal_saves_and_stops(tiny, tmp_path, one_device, monkeypatch):
-    """SIGTERM during step 2."""
-    handler = signal.getsignal(signal.SIGINT)
-
-    def interrupt(self, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(hooks.StepTimer, "before_step", interrupt)
-    with pytest.raises(loop.Stopped) as stopped:
-        loop.train(tiny(train={"checkpoint_every": 100}), tmp_path, one_device)
-    assert stopped.value.step == 2
-    assert checkpoint.find_checkpoint(tmp_path).name == "2"
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ def test_two_processes_equal_one(config, alone, tmp_path, one_device):
     np.testing.assert_array_equal(resumed, fifth["image"])
 
 
+@pytest.mark.slow
 def test_different_configs_are_an_error(config, tiny, tmp_path):
     first, second = finish(spawn(config, tmp_path, configs={1: tiny(train={**TRAIN, "steps": 5})}))
     assert (first[0], second[0], second[2]) == (2, 2, "")

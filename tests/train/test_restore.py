@@ -24,14 +24,6 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1}
 
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A workdir with checkpoints of steps 1 and 2."""
-    workdir = tmp_path_factory.mktemp("trained")
-    loop.train(tiny(train={"steps": 2, "checkpoint_every": 1}), workdir, jax.devices()[:1])
-    return workdir
-
-
 @pytest.fixture
 def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")
@@ -53,7 +45,7 @@ def lookups(monkeypatch):
 
 def train_one_step(run, state):
     batch = sharding.place_batch({"image": next(run.batches)["image"]}, run.mesh)
-    state, _ = jit_step(run.task, run.mesh)(state, run.frozen, batch, place_horizon(6, run.mesh))
+    state, _ = jit_step(run.task, run.mesh)(state, run.frozen, batch, place_horizon(3, run.mesh))
     save_checkpoint(run, state, {})
     run.checkpoints.wait()
     return jax.device_get(state)
@@ -75,59 +67,58 @@ def damage(item):
     file.write_bytes(data)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog, assert_same):
+def test_the_checkpoint_before_a_damaged_one_is_used(trained, copied, opened, caplog, assert_same):
+    """The repeated step equals that of the undamaged run."""
     folder = copied / "checkpoints"
-    damage(folder / "2" / "train")
+    damage(folder / "3" / "train")
     with caplog.at_level(logging.WARNING), opened(copied) as (run, state):
-        assert int(state.step) == 1
-        (aside,) = folder.glob("2.damaged-*")
-        assert f"{folder / '2'} cannot be read" in caplog.text
-        assert "step 1" in caplog.text
+        assert int(state.step) == 2
+        (aside,) = folder.glob("3.damaged-*")
+        assert f"{folder / '3'} cannot be read" in caplog.text
+        assert "step 2" in caplog.text
         assert aside.name in caplog.text
         again = train_one_step(run, state)
-    assert checkpoint.completed_steps(folder) == [1, 2]
-    shutil.rmtree(folder / "2")
-    with opened(copied) as (run, state):
-        assert_same(train_one_step(run, state), again)
+    assert checkpoint.completed_steps(folder) == [2, 3]
+    with opened(trained) as (_, state):
+        assert_same(again, jax.device_get(state))
 
 
 def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, tiny, one_device):
     """Metrics and codes belong to the step that was requested; no other checkpoint replaces it."""
-    damage(copied / "checkpoints" / "2" / "model")
+    damage(copied / "checkpoints" / "3" / "model")
     for load in (lambda: loop.evaluate(tiny(), copied, one_device), lambda: Tokenizer.load(copied)):
-        with pytest.raises(DamagedError, match="checkpoints/2") as error:
+        with pytest.raises(DamagedError, match="checkpoints/3") as error:
             load()
         assert len(str(error.value).splitlines()) == 1
-    assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
-    assert loop.evaluate(tiny(), copied, one_device, step=1)["step"] == 1
+    assert checkpoint.completed_steps(copied / "checkpoints") == [2, 3]
+    assert loop.evaluate(tiny(), copied, one_device, step=2)["step"] == 2
 
 
-def test_a_chosen_step_or_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path, lookups):
-    assert loop.evaluate(tiny(), trained, one_device, step=1)["step"] == 1
+def test_the_last_step_or_a_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path, lookups):
     newest = loop.evaluate(tiny(), trained, one_device)
-    assert newest["step"] == 2
-    with pytest.raises(CheckpointError, match=r"7.*\[1, 2\]"):
+    assert newest["step"] == 3
+    with pytest.raises(CheckpointError, match=r"7.*\[2, 3\]"):
         loop.evaluate(tiny(), trained, one_device, step=7)
-    with pytest.raises(CheckpointError, match="--step=1"):
-        loop.evaluate(tiny(), trained / "checkpoints" / "1", one_device)
+    with pytest.raises(CheckpointError, match="--step=2"):
+        loop.evaluate(tiny(), trained / "checkpoints" / "2", one_device)
     # Any other tokenizer, as the folder of the same one; its report does not replace that of another model.
     path = Tokenizer.load(trained).save_pretrained(tmp_path / "folder")
     config = tiny(train={"start_from": str(path)})
     assert loop.evaluate(config, tmp_path, one_device, start=True) == newest
     assert lookups == [str(path)]
     written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (written["step"], written["protocol"]["checkpoint"]) == (2, str(path))
+    assert (written["step"], written["protocol"]["checkpoint"]) == (3, str(path))
     with pytest.raises(CheckpointError) as error:
         loop.evaluate(config, trained, one_device, start=True)
     assert error.value.field == "--workdir"
 
 
 def test_no_run_starts_again_over_damaged_checkpoints(copied, opened):
-    for step in ("1", "2"):
+    for step in ("2", "3"):
         damage(copied / "checkpoints" / step / "train")
     with pytest.raises(CheckpointError, match="--workdir"), opened(copied):
         pass
-    assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
+    assert checkpoint.completed_steps(copied / "checkpoints") == [2, 3]
 
 
 @pytest.mark.parametrize(("changed", "message"), [
@@ -141,7 +132,7 @@ def test_another_config_is_not_damage(copied, opened, changed, message):
     with pytest.raises(CheckpointError, match=message) as error, opened(copied, **changed):
         pass
     assert "damaged" not in str(error.value)
-    assert checkpoint.completed_steps(copied / "checkpoints") == [1, 2]
+    assert checkpoint.completed_steps(copied / "checkpoints") == [2, 3]
 
 
 @pytest.mark.slow
@@ -251,9 +242,9 @@ def test_a_config_that_changes_the_codes_of_the_start_is_an_error(folder, starte
 def test_a_start_that_does_not_fit_is_an_error(trained, initial, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         initial(start_from=str(trained / "nowhere"))
-    damage(shutil.copytree(trained / "checkpoints" / "2", tmp_path / "2") / "model")
+    damage(shutil.copytree(trained / "checkpoints" / "3", tmp_path / "3") / "model")
     with pytest.raises(DamagedError):
-        initial(start_from=str(tmp_path / "2"))
+        initial(start_from=str(tmp_path / "3"))
     with pytest.raises(CheckpointError, match=r"missing \(2\): .*pred"):
         initial(start_from=str(trained), start_renames={"decoder/pred": "decoder/out"})
     with pytest.raises(ConfigError) as error:

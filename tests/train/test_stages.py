@@ -78,6 +78,7 @@ def test_frozen_codes_that_scales_share_do_not_move_within_a_step(tiny, tmp_path
     np.testing.assert_array_equal(trained["counts"], evaluated["counts"])
 
 
+@pytest.mark.slow
 def test_the_discriminator_is_resumed_on_another_mesh(tiny, first):
     """Its parameters, moments, power iteration and moving averages; they are not part of the model."""
     workdir, model = first
