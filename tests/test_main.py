@@ -26,10 +26,11 @@ FORKS = """
 import json, os, sys
 from vqrae_jax import main
 for line in sys.stdin:
-    arguments, errors = json.loads(line)
+    arguments, errors, program = json.loads(line)
     process = os.fork()
     if not process:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        exec(program)
         sys.argv = ["main", *arguments]
         sys.exit(main.run())
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
@@ -38,15 +39,18 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def run_fork(tmp_path_factory):
-    """Returns a function that runs the command in a fork of a process that has imported it: (exit code, stderr)."""
+    """Returns a function that runs the command in a fork of a process that has imported it: (exit code, stderr).
+
+    The fork executes another program first.
+    """
     file = tmp_path_factory.mktemp("forks") / "stderr"
     env = {**os.environ, "XLA_FLAGS": FLAGS}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, env=env, **pipes) as server:
 
-        def run(arguments):
+        def run(arguments, program=""):
             file.unlink(missing_ok=True)
-            server.stdin.write(json.dumps([arguments, str(file)]) + "\n")
+            server.stdin.write(json.dumps([arguments, str(file), program]) + "\n")
             server.stdin.flush()
             return int(server.stdout.readline()), file.read_text()
 
@@ -170,7 +174,6 @@ def test_too_little_memory_is_one_message(error, capsys):
 
 INTERRUPTED = """
 import signal
-from vqrae_jax import main
 from vqrae_jax.train.tokenizer import TokenizerTask
 
 def step(*_):
@@ -178,7 +181,6 @@ def step(*_):
     signal.raise_signal(signal.SIGINT)
 
 TokenizerTask.step = step
-main.run()
 """
 
 
@@ -186,17 +188,14 @@ main.run()
     ("workdir", "message"),
     [("new", "interrupted before"), pytest.param("begun", "interrupted; step 3 is saved", marks=pytest.mark.slow)],
 )
-def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(tmp_path, trained, tiny, workdir, message):
+def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(run_fork, tmp_path, trained, tiny, workdir, message):
     """The second interrupt, which does not wait for a step."""
-    program, config = tmp_path / "interrupted.py", written(tmp_path / "config.py", tiny(train={"steps": 4}))
-    program.write_text(INTERRUPTED)
+    config = written(tmp_path / "config.py", tiny(train={"steps": 4}))
     shutil.copytree(trained, tmp_path / "begun")
-    command = [sys.executable, str(program), f"--config={config}", f"--workdir={tmp_path / workdir}"]
-    env = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in done.stderr
+    code, stderr = run_fork([f"--config={config}", f"--workdir={tmp_path / workdir}"], INTERRUPTED)
+    assert code == 130, stderr
+    assert stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in stderr
 
 
 def test_the_quickstart_shortened(tmp_path):

@@ -123,7 +123,7 @@ def test_training_is_refused_and_evaluation_is_not(trained, tiny, one_device):
             pass
         assert error.value.field == "--workdir"
         with open_run(tiny(), trained, one_device, evaluate_step=3) as (run, _):
-            assert run.checkpoints.steps == [3]
+            assert run.checkpoints.steps == [2, 3]
     assert not (trained / lock.FILE).exists()
     with contextlib.suppress(KeyError), open_run(tiny(), trained, one_device):
         assert (trained / lock.FILE).exists()

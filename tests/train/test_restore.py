@@ -67,9 +67,11 @@ def damage(item):
     file.write_bytes(data)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(trained, copied, opened, caplog, assert_same):
+def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog, assert_same):
     """The repeated step equals that of the undamaged run."""
     folder = copied / "checkpoints"
+    with opened(copied) as (_, state):
+        expected = jax.device_get(state)
     damage(folder / "3" / "train")
     with caplog.at_level(logging.WARNING), opened(copied) as (run, state):
         assert int(state.step) == 2
@@ -79,8 +81,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(trained, copied, opened, ca
         assert aside.name in caplog.text
         again = train_one_step(run, state)
     assert checkpoint.completed_steps(folder) == [2, 3]
-    with opened(trained) as (_, state):
-        assert_same(again, jax.device_get(state))
+    assert_same(again, expected)
 
 
 def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, tiny, one_device):
@@ -94,22 +95,22 @@ def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, t
     assert loop.evaluate(tiny(), copied, one_device, step=2)["step"] == 2
 
 
-def test_the_last_step_or_a_tokenizer_is_evaluated(trained, tiny, one_device, tmp_path, lookups):
-    newest = loop.evaluate(tiny(), trained, one_device)
+def test_the_last_step_or_a_tokenizer_is_evaluated(copied, tiny, one_device, tmp_path, lookups):
+    newest = loop.evaluate(tiny(), copied, one_device)
     assert newest["step"] == 3
     with pytest.raises(CheckpointError, match=r"7.*\[2, 3\]"):
-        loop.evaluate(tiny(), trained, one_device, step=7)
+        loop.evaluate(tiny(), copied, one_device, step=7)
     with pytest.raises(CheckpointError, match="--step=2"):
-        loop.evaluate(tiny(), trained / "checkpoints" / "2", one_device)
+        loop.evaluate(tiny(), copied / "checkpoints" / "2", one_device)
     # Any other tokenizer, as the folder of the same one; its report does not replace that of another model.
-    path = Tokenizer.load(trained).save_pretrained(tmp_path / "folder")
+    path = Tokenizer.load(copied).save_pretrained(tmp_path / "folder")
     config = tiny(train={"start_from": str(path)})
     assert loop.evaluate(config, tmp_path, one_device, start=True) == newest
     assert lookups == [str(path)]
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert (written["step"], written["protocol"]["checkpoint"]) == (3, str(path))
     with pytest.raises(CheckpointError) as error:
-        loop.evaluate(config, trained, one_device, start=True)
+        loop.evaluate(config, copied, one_device, start=True)
     assert error.value.field == "--workdir"
 
 
