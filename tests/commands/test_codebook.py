@@ -16,7 +16,7 @@ def pixels():
 
 
 @pytest.mark.parametrize("quantizer", [
-    "multiscale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("simvq", "fsq", "product", "residual")),
+    "residual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("simvq", "fsq", "product", "multiscale")),
 ])  # fmt: skip
 def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
     """Counts and error are those of the quantizer, of all levels."""

@@ -131,6 +131,7 @@ def test_errors_are_one_line_and_an_exit_code_but_a_bug_keeps_its_traceback(monk
         command_line.run(lambda: 1 / 0)
 
 
+@pytest.mark.slow
 def test_a_process_reports_a_missing_checkpoint_in_one_line(tmp_path):
     arguments = ["-m", "vqrae_jax.commands.export", "--format=safetensors", f"--output={tmp_path}"]
     arguments.append(f"--checkpoint={tmp_path / 'missing'}")

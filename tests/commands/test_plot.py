@@ -33,7 +33,10 @@ def test_metrics_are_read_by_rising_steps_and_the_later_line_counts(tmp_path):
     assert math.isnan(curves["b"][1][0])
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
+@pytest.mark.parametrize(
+    ("suffix", "start"),
+    [(".png", b"\x89PNG"), pytest.param(".pdf", b"%PDF", marks=pytest.mark.slow), (".SVG", b"<?xml")],
+)
 def test_the_command_plots_the_metrics_of_the_run(trained, tmp_path, suffix, start, capsys):
     output = tmp_path / "out" / f"curves{suffix}"
     metrics = run(trained, output)

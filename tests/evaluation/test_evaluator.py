@@ -163,6 +163,7 @@ def test_a_reference_of_another_network_is_an_error(config, workdir, tmp_path):
     assert error.value.field == "evaluation.encoder_reference"
 
 
+@pytest.mark.slow
 def test_training_has_metrics_of_its_own(config, tmp_path):
     with open_run(config(training_metrics=("encoder",)), tmp_path, jax.devices()[:1]) as (run, state):
         metrics = run.evaluator.evaluate(state.inference(), run.frozen).metrics

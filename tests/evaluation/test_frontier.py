@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.build.judges import MetricNetworks
-from vqrae_jax.config import DataConfig
+from vqrae_jax.config import DataConfig, QuantizerParams
 from vqrae_jax.data import images as image_files
 from vqrae_jax.data.pipeline import evaluation_batches
 from vqrae_jax.errors import DataError
@@ -41,11 +41,17 @@ def batches(pixels, tmp_path_factory):
     return lambda size: evaluation_batches(data.model_copy(update={"eval_batch_size": size}))
 
 
-def test_rates_are_those_of_all_prefixes(untrained):
-    tokenizer, plain = untrained(quantizer="residual"), EMAQuantizer(32, 6)
+@pytest.fixture(scope="module")
+def tokenizer(untrained):
+    """Indices of two levels."""
+    return untrained(quantizer="residual", quantizer_params=QuantizerParams(depth=2))
+
+
+def test_rates_are_those_of_all_prefixes(tokenizer):
+    plain = EMAQuantizer(32, 6)
     rates = frontier.list_rates(tokenizer)
-    assert [length for _, length in rates] == [1, 2, 3, 4]
-    assert [bits for bits, _ in rates] == pytest.approx([n / 4 * tokenizer.bits_per_image for n in (1, 2, 3, 4)])
+    assert [length for _, length in rates] == [1, 2]
+    assert [bits for bits, _ in rates] == pytest.approx([n / 2 * tokenizer.bits_per_image for n in (1, 2)])
     for quantizer, shape, expected in (
         (plain, (4, 4), [(80, 4)]), (Product(plain, 2), (4, 4, 2), [(160, 2)]),
         (MultiScale(plain, (1, 2, 4)), (21,), [(5, 1), (25, 5), (105, 21)]),
@@ -77,8 +83,7 @@ def test_files_have_the_largest_quality_that_fits(pixels, codec):
     assert (bits > 0).any()
 
 
-def test_metrics_are_those_of_the_prefixes_and_do_not_depend_on_batches(untrained, pixels, batches):
-    tokenizer = untrained(quantizer="residual")
+def test_metrics_are_those_of_the_prefixes_and_do_not_depend_on_batches(tokenizer, pixels, batches):
     result = frontier.measure({"one": tokenizer}, batches(4), NO_NETWORKS)
     points = {point["length"]: point for point in result["points"] if point["name"] == "one"}
     indices = tokenizer.encode_to_indices(pixels)
@@ -96,11 +101,11 @@ def test_metrics_are_those_of_the_prefixes_and_do_not_depend_on_batches(untraine
         {"name": codec, "limit": bits, "images": 0} for codec in frontier.CODECS for bits in rates
     ]
     (point,) = frontier.measure({"one": tokenizer}, batches(2), NO_NETWORKS, codecs=False)["points"]
-    assert {**point, "name": 0} == pytest.approx({**points[4], "name": 0}, rel=1e-4)
+    assert {**point, "name": 0} == pytest.approx({**points[2], "name": 0}, rel=1e-4)
 
 
-def test_an_image_has_no_distance_to_itself(untrained, pixels):
-    compare = frontier.build_comparison(untrained(quantizer="residual"), NO_NETWORKS)(pixels)
+def test_an_image_has_no_distance_to_itself(tokenizer, pixels):
+    compare = frontier.build_comparison(tokenizer, NO_NETWORKS)(pixels)
     scores = compare(pixels, 8)
     np.testing.assert_array_equal(scores["psnr"], 100)
     np.testing.assert_allclose(scores["feature_distance"], 0, atol=1e-6)
@@ -109,9 +114,9 @@ def test_an_image_has_no_distance_to_itself(untrained, pixels):
     assert (others["feature_distance"][[0, 2]] > 1e-3).all()
 
 
-def test_images_that_cannot_be_read_are_an_error(untrained, tmp_path):
+def test_images_that_cannot_be_read_are_an_error(tokenizer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     data = DataConfig(source="folder", eval_path=str(tmp_path), image_size=32, eval_batch_size=4)
     with pytest.raises(DataError) as error:
-        frontier.measure({"one": untrained(quantizer="residual")}, evaluation_batches(data), NO_NETWORKS, codecs=False)
+        frontier.measure({"one": tokenizer}, evaluation_batches(data), NO_NETWORKS, codecs=False)
     assert error.value.field == "data.eval_path"

@@ -323,6 +323,7 @@ def test_flags_have_all_forms_of_absl(run):
     assert "gcloud" in command
 
 
+@pytest.mark.slow
 def test_local_paths_are_relative_to_the_current_folder(tmp_path):
     (tmp_path / "mine.py").write_text("from vqrae_jax.config import defaults as get_config\n")
     (tmp_path / "images").touch()

@@ -55,7 +55,7 @@ def call(module, variables, method, *args):
     return module.apply(variables, *args, method=method)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.slow) if n == "simvq" else n for n in CASES])
 @pytest.mark.parametrize("image", ["main", *(pytest.param(n, marks=pytest.mark.slow) for n in ("native", "other"))])
 def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
@@ -89,7 +89,7 @@ def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
         assert_close(decoded, io["recon_main"], tolerance)
 
 
-@pytest.mark.parametrize("image", ["main", "native", "other"])
+@pytest.mark.parametrize("image", ["main", "other", pytest.param("native", marks=pytest.mark.slow)])
 def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
     module, variables = build(golden, "rae")
     io = load_io(golden, "rae")
