@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vqrae_jax import Tokenizer
 from vqrae_jax.commands import tokenize
 from vqrae_jax.data import images
 
@@ -26,3 +27,27 @@ def tokenized(trained, photos, tmp_path_factory):
     arguments = [f"--checkpoint={trained}", f"--data={photos}", f"--output={folder}", "--batch=8", "--shard-size=8"]
     tokenize.tokenize(tokenize.parser.parse_args(arguments))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """Options of `Tokenizer.load` -> the tokenizer of `trained` with its compiled programs."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def load_trained_once(request, monkeypatch, tokenizers):
+    """Commands that load `trained` with the same options share its compiled programs."""
+    if "trained" not in request.fixturenames:
+        return
+    trained, load = str(request.getfixturevalue("trained")), Tokenizer.load
+
+    def load_once(path, *step, **options):
+        if str(path) != trained:
+            return load(path, *step, **options)
+        key = (*step, *sorted(options.items()))
+        if key not in tokenizers:
+            tokenizers[key] = load(path, *step, **options)
+        return tokenizers[key]
+
+    monkeypatch.setattr(Tokenizer, "load", load_once)

@@ -2,6 +2,7 @@ import io
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,11 +51,12 @@ def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys
 
 def test_fit_model_equals_the_model_on_images_of_any_size(trained, folder, tmp_path):
     """The script of the PyTorch VQRAE passes the file to the model as it is."""
-    written = run(trained, "--image", folder, "--output", tmp_path / "many", "--only", "--fit=model")
+    written = run(trained, "--image", folder / "[ac].*", "--output", tmp_path / "many", "--only", "--fit=model")
     tokenizer = Tokenizer.load(trained)
-    for path, name in zip(written, ("a.png", "c.webp", "d.avif", "ü b.jpg"), strict=True):
+    apply = jax.jit(tokenizer.module.apply)
+    for path, name in zip(written, ("a.png", "c.webp"), strict=True):
         image = images.read_image(folder / name)[None] / np.float32(255)
-        decoded = np.clip(tokenizer.module.apply(tokenizer.variables, image), 0, 1)[0] * 255
+        decoded = np.clip(apply(tokenizer.variables, image), 0, 1)[0] * 255
         assert np.abs(images.read_image(path) - decoded).max() <= 0.5 + 1e-3
 
 

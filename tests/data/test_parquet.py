@@ -228,7 +228,9 @@ def test_large_row_groups_are_warned_of(tables, monkeypatch, caplog):
     assert "row_group_size=100" in caplog.text
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("parquet", 0), ("stream", 0), ("parquet", 1)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("parquet", 0), ("stream", 0), pytest.param("parquet", 1, marks=pytest.mark.slow)]
+)
 def test_training_shuffles_all_rows(tables, kind, workers):
     data = DataConfig(source="parquet", path=str(tables(kind)), image_size=8, batch_size=5, workers=workers)
     batches = train_batches(data, seed=0)

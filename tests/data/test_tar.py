@@ -216,7 +216,7 @@ def test_images_that_are_cut_short_or_too_large_are_image_errors(shards, monkeyp
         source[0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_training_shuffles_all_shards(shards, workers):
     sizes = {"image_size": 8, "batch_size": 5, "workers": workers}
     data = DataConfig(source="webdataset", path=f"{shards}/train-{{0..2}}.tar", **sizes)
