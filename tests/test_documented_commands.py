@@ -1,6 +1,6 @@
 """Runs every command of the README, of the pages in docs/ and of docstrings at a small scale, in one prepared folder.
 
-All run in one process, and with `-m slow` also in a process of their own each.
+One command of each program runs in the process of the tests; with `-m slow` all do, and in a process of their own each.
 
 Hub ids of encoders are folders with tiny encoders, /data is a folder of a few images, and `shrink` replaces full-size
 settings. A command that reads the output of another documented command runs after it.
@@ -100,11 +100,16 @@ def prerequisites(command):
     return [c for c in COMMANDS if set(outputs(c)) & inputs(command) and not reason_not_run(c)]
 
 
-def is_slow(command):
+def is_heavy(command):
     """Returns whether a command, or one that it needs, trains a model or runs a benchmark."""
     heavy = split(command)[0] in ("vqrae_jax.main", "benchmarks.quantizer_table")
     small = "--config=configs/quickstart.py" in command and "--mode=" in command
-    return (heavy and not small) or any(map(is_slow, prerequisites(command)))
+    return (heavy and not small) or any(map(is_heavy, prerequisites(command)))
+
+
+LIGHT = {  # program -> its last command that is not heavy; all others are slow
+    split(command)[0]: command for command in COMMANDS if not reason_not_run(command) and not is_heavy(command)
+}
 
 
 def shrink(module, arguments, golden):
@@ -230,7 +235,7 @@ def run_main(arguments, parsed_flags):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if is_slow(command) else [])
+        pytest.param(command, marks=[pytest.mark.slow] if command not in LIGHT.values() else [])
         for command in COMMANDS
         if not reason_not_run(command)
     ],
