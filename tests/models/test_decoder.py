@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqrae_jax.models.decoder import Decoder, overlap_add, sincos_table, widen_head
+from vqrae_jax.models.decoder import Decoder, overlap_add, overlap_window, sincos_table, widen_head
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.pretrained import convert, tables
 
@@ -60,10 +60,12 @@ def test_squares_are_added_where_they_overlap():
     expected = np.zeros((2, (grid + 1) * patch, (grid + 1) * patch, 3), np.float32)
     for row, column in np.ndindex(grid, grid):
         y, x = row * patch, column * patch
-        expected[:, y : y + 2 * patch, x : x + 2 * patch] += squares[:, row, column]
+        expected[:, y : y + 2 * patch, x : x + 2 * patch] += squares[:, row, column] * overlap_window(patch)
     half = patch // 2
     images = overlap_add(jnp.asarray(squares.reshape(2, grid, grid, -1)), patch)
     np.testing.assert_allclose(images, expected[:, half:-half, half:-half], atol=1e-6)
+    ones = overlap_add(jnp.ones((1, grid, grid, 4 * patch**2)), patch)
+    np.testing.assert_allclose(ones[:, half:-half, half:-half], 1, atol=1e-6)  # squares that are equal leave no trace
 
 
 def test_a_widened_head_decodes_the_same_images(decoder, assert_close):

@@ -34,13 +34,23 @@ def sincos_table(grid: int, width: int, extent: int | None = None) -> Float[np.n
     return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
 
 
-def overlap_add(patches: Float[Array, "B h w QQC"], patch: int) -> Float[Array, "B H W C"]:
-    """Adds squares of side Q = 2 * patch, centered on the cells of a grid of side patch; cuts what is outside of it.
+def overlap_window(patch: int) -> Float[np.ndarray, "Q Q 1"]:
+    """Returns the weights of a square of side Q = 2 * patch; those of overlapping squares have the sum 1.
 
-    Squares that are zero outside of their cell give `unpatchify` of the cells. `patch` is even.
+    They are the product of a raised cosine for each axis, as in lapped transforms (Malvar & Staelin 1989).
+    """
+    cosine = np.sin(np.pi * (np.arange(2 * patch) + 0.5) / (2 * patch)) ** 2
+    return (cosine[:, None] * cosine)[..., None].astype(np.float32)
+
+
+def overlap_add(patches: Float[Array, "B h w QQC"], patch: int) -> Float[Array, "B H W C"]:
+    """Adds weighted squares of side Q = 2 * patch, centered on the cells of a grid; cuts what is outside of the grid.
+
+    The cells have the side `patch`, which is even.
     """
     B, h, w, _ = patches.shape
-    squares = patches.reshape(B, h, w, 2, patch, 2, patch, -1)
+    squares = patches.reshape(B, h, w, 2 * patch, 2 * patch, -1) * overlap_window(patch)
+    squares = squares.reshape(B, h, w, 2, patch, 2, patch, -1)
     canvas = jnp.zeros((B, (h + 1) * patch, (w + 1) * patch, squares.shape[-1]), patches.dtype)
     for i in (0, 1):
         for j in (0, 1):  # the quarters (i, j) of all squares tile the grid
@@ -57,7 +67,7 @@ def widen_head(head: dict[str, np.ndarray], patch: int) -> dict[str, np.ndarray]
     def widen(x: np.ndarray) -> np.ndarray:
         cells = x.reshape(*x.shape[:-1], patch, patch, 3)
         edges = [*[(0, 0)] * (x.ndim - 1), *[(patch // 2, patch // 2)] * 2, (0, 0)]
-        return np.pad(cells, edges).reshape(*x.shape[:-1], -1)
+        return (np.pad(cells, edges) / overlap_window(patch)).reshape(*x.shape[:-1], -1)
 
     return {name: widen(x) for name, x in head.items()}
 
@@ -72,8 +82,8 @@ class Decoder(nn.Module):
       mean, std: per channel; the network predicts pixels normalized like the encoder's input.
       train_pos_embed: trains the position table, as the PyTorch VQRAE does.
       features: channels of a linear head that predicts encoder features from the last tokens; 0 omits the head.
-      overlap: a token predicts a square of twice the patch's side, and squares are added where they overlap, so that
-        neighbours share the pixels at their border (a lapped transform, Malvar & Staelin 1989).
+      overlap: a token predicts a square of twice the patch's side, and squares are blended where they overlap, so that
+        neighbours share the pixels at their border.
     """
 
     blocks: BlocksConfig
