@@ -524,6 +524,7 @@ LAW: dict[str, Entry] = {
     "data.threads": Entry(2, run, "training_threads threads"),
     "loss.pixel": steps("l2"),
     "loss.pixel_weight": steps(2.0),
+    "loss.gradient_weight": steps(1.0),
     "loss.vq_weight": steps(2.0),
     "loss.perceptual.network": Entry("lpips", perceptual, "module", PERCEPTUAL),
     "loss.perceptual.weight": steps(2.0, PERCEPTUAL),

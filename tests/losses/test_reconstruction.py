@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax.losses.reconstruction import FEATURES, PIXEL, feature_distance
+from vqrae_jax.losses.reconstruction import FEATURES, PIXEL, feature_distance, gradient_difference
 
 
 def test_distances_equal_their_definitions():
@@ -13,3 +13,11 @@ def test_distances_equal_their_definitions():
     x, y = jnp.array([[3.0, 0.0, 1.0, 1.0]]), jnp.array([[0.0, 2.0, 5.0, 5.0]])
     np.testing.assert_allclose(feature_distance("cosine", x, y, layers=2), (1 + 0) / 2, atol=1e-6)
     assert FEATURES["cosine"](0 * x, y) == 1
+
+
+def test_edges_differ_and_levels_do_not():
+    rng = np.random.default_rng(0)
+    a, b = jnp.asarray(rng.random((2, 2, 5, 4, 3), np.float32))
+    expected = sum(np.abs(np.diff(a, axis=axis) - np.diff(b, axis=axis)).mean() for axis in (1, 2)) / 2
+    np.testing.assert_allclose(gradient_difference(a, b), expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient_difference(a, a + 0.5), 0, atol=1e-6)

@@ -236,6 +236,8 @@ class LossConfig(Section):
 
     pixel: Literal["l1", "l2"] = "l1"  # mean absolute (l1) or mean squared (l2) difference of pixels in [0, 1]
     pixel_weight: NonNegative = 1.0  # weight of the difference of pixels, usually 1
+    # Weight of the mean absolute difference of the steps between neighboring pixels, usually 0.5 to 1.
+    gradient_weight: NonNegative = 0.0
     vq_weight: NonNegative = 1.0  # weight of the quantizer's loss, usually 1
     perceptual: PerceptualConfig = PerceptualConfig()
     feature_weight: NonNegative = 0.0  # weight of the decoder's prediction of model.decoder_features, usually 0.5 to 1

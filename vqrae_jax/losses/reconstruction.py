@@ -20,6 +20,14 @@ def cosine(a: Float[Array, "*b C"], b: Float[Array, "*b C"]) -> Float[Array, ""]
     return jnp.mean(1 - jnp.sum(a * b, -1) / jnp.sqrt(jnp.maximum(squares, 1e-8)))
 
 
+def gradient_difference(a: Float[Array, "B H W C"], b: Float[Array, "B H W C"]) -> Float[Array, ""]:
+    """Returns the mean absolute difference of the steps between neighboring pixels (Mathieu et al. 2016).
+
+    It counts edges that only one of the images has (arXiv:1511.05440, with alpha = 1 and the sign of the steps).
+    """
+    return sum(l1(jnp.diff(a, axis=axis), jnp.diff(b, axis=axis)) for axis in (1, 2)) / 2
+
+
 PIXEL = {"l1": l1, "l2": l2}
 FEATURES = {"cosine": cosine, "l2": l2}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vqrae_jax.build import judges
 from vqrae_jax.config import Config
-from vqrae_jax.losses.reconstruction import PIXEL, feature_distance
+from vqrae_jax.losses.reconstruction import PIXEL, feature_distance, gradient_difference
 from vqrae_jax.models.encoder import Encoder
 
 
@@ -39,6 +39,8 @@ class Objective:
         loss = self.config.loss
         pixel = PIXEL[loss.pixel](outputs.reconstruction, image)
         terms = {"pixel": (loss.pixel_weight, pixel), "vq": (loss.vq_weight, outputs.vq_loss)}
+        if loss.gradient_weight:
+            terms["gradient"] = (loss.gradient_weight, gradient_difference(outputs.reconstruction, image))
         if self.perceptual:
 
             def distance() -> jax.Array:
