@@ -21,7 +21,9 @@ def get_config():
     c.model.encoder_input_size = 64
     c.model.decoder_config_path = "ViT-Nano"
     c.model.decoder_patch_size = 4
-    c.model.num_embeddings = 512
+    c.model.decoder_head = "overlap"
+    c.model.num_embeddings = 1024
+    c.model.quantizer_params.codebook_dim = 16
     c.model.vq_decay = 0.95  # the codebook must follow the encoder, which trains
 
     c.data.source = "photographs"
@@ -30,7 +32,9 @@ def get_config():
     c.data.batch_size = 16
     c.data.eval_batch_size = 64
 
-    c.optimizer.learning_rate = 1e-3
+    c.loss.gradient_weight = 1.0
+    c.optimizer.method = "muon"
+    c.optimizer.learning_rate = 4e-3
     c.optimizer.final_learning_rate = 1e-5
     c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 1.0
