@@ -18,7 +18,9 @@ def test_paste_cuts_at_the_edge():
     assert not target.any()
 
 
-@pytest.mark.parametrize("fields", [{}, {"quantizer": "residual"}, {"quantize_before_reshape": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, pytest.param({"quantizer": "residual"}, marks=pytest.mark.slow), {"quantize_before_reshape": True}]
+)
 def test_blend_begins_and_ends_with_its_images(untrained, fields):
     tokenizer = untrained(**fields)
     first, second = np.random.default_rng(0).integers(0, tokenizer.codebook_size, (2, *tokenizer.code_shape))

@@ -157,7 +157,10 @@ def test_dtype_is_part_of_the_hash(low):
     assert low(encoder_dtype="bfloat16").encoding.startswith("bfloat16, 1 images per program and device, ")
 
 
-@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "model": 2, "slices": 2}], ids=["one", "slices"])
+@pytest.mark.parametrize("mesh", [
+    pytest.param({"data": 4, "model": 2}, id="one", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "model": 2, "slices": 2}, id="slices"),
+])  # fmt: skip
 def test_on_a_mesh(tokenizer, trained, images, mesh):
     mesh = sharding.make_mesh(**mesh)
     sharded = Tokenizer.load(trained, mesh=mesh)

@@ -54,7 +54,7 @@ def test_bfloat16_has_float32_logits_and_a_grid_is_refused(variables, indices, l
         MODEL.apply(variables, jnp.zeros((2, 3, 3), int))
 
 
-@pytest.mark.parametrize("model_axis", [1, 2, 8])
+@pytest.mark.parametrize("model_axis", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_over_a_mesh(variables, indices, logits, model_axis):
     mesh = sharding.make_mesh(model=model_axis)
     assert not sharding.unmatched(variables)

@@ -90,7 +90,7 @@ def test_frozen_parts_are_not_part_of_the_state(tiny, one_mesh):
     assert set(task.frozen_shapes()) == {"encoder"}
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "gumbel", "multiscale"])
+@pytest.mark.parametrize("quantizer", [pytest.param("ema", marks=pytest.mark.slow), "gumbel", "multiscale"])
 def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, quantizer, one_mesh):
     """Means, annealed temperatures and whitening are inputs of the step that it returns as they are."""
     model = {"quantizer": quantizer, "quantizer_params": {"whitening_dim": 8, "grids": (2, 4)}}
