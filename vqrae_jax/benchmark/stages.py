@@ -104,7 +104,7 @@ def _encoder(task: TokenizerTask) -> Stage:
     def encode(params: Any, images: jax.Array) -> Any:
         return {"features": module.encoder.apply({"params": params}, to_float(images))}
 
-    return _compile(encode, params, images, tensors=_image_tensors(images) | _encoder_tensors(params))
+    return _compile(encode, params, images, tensors=_image_tensors(images) | encoder_tensors(params))
 
 
 def _codes(task: TokenizerTask, search: str | None) -> Stage:
@@ -115,7 +115,7 @@ def _codes(task: TokenizerTask, search: str | None) -> Stage:
         latent = module.encoder.apply({"params": params}, to_float(images))
         return {"indices": nearest(latent.reshape(-1, latent.shape[-1]), codebook, block=search)}
 
-    tensors = _image_tensors(images) | _encoder_tensors(params) | {"codebook": np.asarray(codebook)}
+    tensors = _image_tensors(images) | encoder_tensors(params) | {"codebook": np.asarray(codebook)}
     return _compile(tokenize, params, codebook, images, tensors=tensors)
 
 
@@ -125,7 +125,7 @@ def _decoder(task: TokenizerTask) -> Stage:
     def decode(params: Any, latent: jax.Array) -> Any:
         return {"images": module.decoder.apply({"params": params}, latent)}
 
-    return _compile(decode, params, latent, tensors={"latent": _tokens(latent), **_decoder_tensors(params)})
+    return _compile(decode, params, latent, tensors={"latent": _tokens(latent), **decoder_tensors(params)})
 
 
 def _quantizer(task: TokenizerTask) -> Stage:
@@ -145,8 +145,8 @@ def _quantizer(task: TokenizerTask) -> Stage:
 
 def _train_step(task: TokenizerTask) -> Stage:
     images, state, frozen = _images(task), task.init(), _frozen(task)
-    tensors = _image_tensors(images) | _encoder_tensors(frozen["encoder"])
-    tensors |= _decoder_tensors(state.params["decoder"])
+    tensors = _image_tensors(images) | encoder_tensors(frozen["encoder"])
+    tensors |= decoder_tensors(state.params["decoder"])
     if "quantizer" in state.batch_stats:
         tensors["codebook"] = np.array(state.batch_stats["quantizer"]["codebook"])
     return _compile(_step_function(task), state, frozen, {"image": images}, stateful=True, tensors=tensors)
@@ -226,12 +226,14 @@ def _image_tensors(images: jax.Array) -> dict[str, np.ndarray]:
     return {"images": np.ascontiguousarray(np.asarray(to_float(images)).transpose(0, 3, 1, 2))}
 
 
-def _encoder_tensors(params: Any) -> dict[str, np.ndarray]:
+def encoder_tensors(params: Any) -> dict[str, np.ndarray]:
+    """Returns the weights of an encoder under the names that `torch_stages` reads."""
     tree = writers.to_state_dict(params, families.FAMILIES["Dinov2withNorm"].table, 5)
     return {f"encoder/{n}": t for n, t in tree.items()}
 
 
-def _decoder_tensors(params: Any) -> dict[str, np.ndarray]:
+def decoder_tensors(params: Any) -> dict[str, np.ndarray]:
+    """Returns the weights of a decoder under the names that `torch_stages` reads."""
     tree = jax.tree.map(np.array, params)
     return {f"decoder/{n}": t for n, t in writers.to_state_dict(tree, tables.DECODER_TABLE).items()}
 

@@ -184,35 +184,44 @@ def quantizer(spec, tensors):
     return call
 
 
-def train_step(spec, tensors):
-    """Returns a call that runs one training step: frozen encoder, quantizer, decoder, L1, fused AdamW, EMA."""
-    import torch
+class Training:
+    """The PyTorch VQRAE's training: frozen encoder, quantizer, decoder, L1, fused AdamW, moving average."""
 
-    device = tensors["images"].device
-    frozen, encode = build_encoder(spec, tensors)
-    frozen.to(device).requires_grad_(False)
-    model = build_decoder(spec, tensors).to(device)
-    layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
-    parameters = list(model.parameters())
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, **spec["optimizer"], fused=True)
-    decode = torch.compile(model) if spec["compile"] else model
-    encode = torch.compile(encode) if spec["compile"] else encode
+    def __init__(self, spec, tensors):
+        import torch
 
-    def call():
+        device = tensors["codebook"].device
+        frozen, encode = build_encoder(spec, tensors)
+        frozen.to(device).requires_grad_(False)
+        self.model = build_decoder(spec, tensors).to(device)
+        self.layer = TextbookVQ(tensors["codebook"], **spec["quantizer"])
+        self.parameters, self.ema_decay = list(self.model.parameters()), spec["ema_decay"]
+        self.ema = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, **spec["optimizer"], fused=True)
+        self.decode = torch.compile(self.model) if spec["compile"] else self.model
+        self.encode = torch.compile(encode) if spec["compile"] else encode
+
+    def step(self, images):
+        """Takes one step on images [B, 3, H, W]; returns the losses."""
+        import torch
+
         with torch.no_grad():
-            latent = encode(tensors["images"])
-        with torch.autocast(device.type, enabled=False):
-            quantized, vq_loss, _ = layer(latent)
-        pixel = (decode(quantized) - tensors["images"]).abs().mean()
+            latent = self.encode(images)
+        with torch.autocast(images.device.type, enabled=False):
+            quantized, vq_loss, _ = self.layer(latent)
+        pixel = (self.decode(quantized) - images).abs().mean()
         (pixel + vq_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(ema, parameters, 1 - spec["ema_decay"])
+            torch._foreach_lerp_(self.ema, self.parameters, 1 - self.ema_decay)
         return {"loss": (pixel + vq_loss).detach(), "pixel": pixel.detach()}
 
-    return call
+
+def train_step(spec, tensors):
+    """Returns a call that runs one training step."""
+    training = Training(spec, tensors)
+    return lambda: training.step(tensors["images"])
 
 
 def products(spec, tensors):
