@@ -51,6 +51,20 @@ SIZE, GRID = 128, 16  # pixels, and tokens per side
 # The recipe, part by part: each variant has the settings of those above it.
 PARTS: dict[str, dict[str, Any]] = {
     "JAX, the same recipe": {},
+    "Muon, rate of 4e-3": {
+        "optimizer.method": "muon",
+        "optimizer.learning_rate": 4e-3,
+        "optimizer.warmup_steps": 20,
+        "optimizer.final_learning_rate": 1e-5,
+        "optimizer.clip_norm": 1.0,
+    },
+    "overlapping squares": {"model.decoder_head": "overlap"},
+    "shallow layers": {"model.encoder_params.layers": (0, 5, -1), "model.encoder_params.fusion": "concat"},
+    "16-dimensional codes": {
+        "model.quantizer_params.codebook_dim": 16,
+        "model.commitment_cost": 0.02,
+        "model.vq_decay": 0.95,
+    },
 }
 
 
