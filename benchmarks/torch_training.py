@@ -43,6 +43,7 @@ def main(stages: str, path: str) -> None:
             rate = spec["final"] + (spec["optimizer"]["lr"] - spec["final"]) * cosine
             for group in training.optimizer.param_groups:
                 group["lr"] = rate
+            training.ema_decay = min(spec["ema_decay"], (1 + taken) / (10 + taken))  # otherwise short runs lag behind
             training.step(batch())
             taken += 1
         return time.perf_counter() - start
