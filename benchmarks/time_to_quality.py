@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> None:
     print(format_machine(), flush=True)
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    names = args.variants.split(",") if args.variants else [BASELINE, *PARTS]
+    names = args.variants.split(";") if args.variants else [BASELINE, *PARTS]
     judge, curves = None, []
     for seed in range(args.seeds):
         with contextlib.ExitStack() as closing:
@@ -238,7 +238,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, default=16, help="images per batch")
     parser.add_argument("--points", type=count, default=16, help="number of measurements")
     parser.add_argument("--seeds", type=count, default=3, help="number of seeds")
-    parser.add_argument("--variants", help="names, separated by commas; default: all")
+    parser.add_argument("--variants", help="names, separated by semicolons; default: all")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch and transformers")
     parser.add_argument(
         "--output", required=True, type=os.path.expanduser, help="folder for curves.json and curves.png"
