@@ -59,6 +59,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "optimizer.clip_norm": 1.0,
     },
     "overlapping squares": {"model.decoder_head": "overlap"},
+    "edges": {"loss.gradient_weight": 1.0},
     "shallow layers": {"model.encoder_params.layers": (0, 5, -1), "model.encoder_params.fusion": "concat"},
     "16-dimensional codes": {
         "model.quantizer_params.codebook_dim": 16,
@@ -82,7 +83,7 @@ class JaxTrainer:
     """A config of this package in the parts of its training loop."""
 
     def __init__(self, config: Config, workdir: pathlib.Path, closing: contextlib.ExitStack):
-        self._run, self._state = closing.enter_context(open_run(config, workdir))
+        self._run, self._state = closing.enter_context(open_run(config, workdir, jax.devices()[:1]))
         self._step = jit_step(self._run.task, self._run.mesh)
         self._horizon = place_horizon(config.train.steps, self._run.mesh)
         task = self._run.task

@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from benchmarks import end_to_end, gpu, quantizer_table, tokenize_folder
+from benchmarks import end_to_end, gpu, quantizer_table, time_to_quality, tokenize_folder
 from vqrae_jax.benchmark import speed
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError
@@ -117,3 +117,29 @@ def test_tokenize_folder_times_every_way(trained, tmp_path, capsys):
     ways = dict(re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| ([\d.]+) \|$", printed, re.M))
     assert list(ways) == [getattr(tokenize_folder, name) for name in ("PROGRAM", "READ", "MEMORY", "DISK")]
     assert float(ways[tokenize_folder.PROGRAM]) == 1
+
+
+def test_the_time_to_a_quality_is_that_of_the_first_point_that_reaches_all_targets():
+    values = [(1.0, 20.0, 0.5), (2.0, 22.0, 0.3), (3.0, 21.0, 0.2)]
+    points = [{"seconds": s, "psnr": psnr, "encoder_cosine": distance} for s, psnr, distance in values]
+    curve = time_to_quality.Curve("recipe", 0, 16, points)
+    assert curve.seconds_to({"psnr": 21.0}) == 2
+    assert curve.seconds_to({"psnr": 21.0, "encoder_cosine": 0.25}) == 3
+    assert curve.seconds_to({"psnr": 23.0}) is None
+
+
+@pytest.mark.slow
+def test_time_to_quality_draws_curves_of_both_frameworks(arguments, tmp_path, capsys):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    arguments = [argument for argument in arguments if not argument.startswith("--size")]
+    variants = [time_to_quality.BASELINE, "edges"]
+    short = ["--patch=14", "--steps=2", "--points=2", "--seeds=1", "--batch=4", f"--variants={';'.join(variants)}"]
+    time_to_quality.main([*arguments, *short])
+    curves = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    assert [curve["name"] for curve in curves] == variants
+    for curve in curves:
+        first, last = curve["points"]
+        assert (first["step"], last["step"]) == (1, 2)
+        assert 0 < first["seconds"] < last["seconds"]
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert f"| {time_to_quality.BASELINE} |" in capsys.readouterr().out
