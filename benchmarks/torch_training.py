@@ -6,6 +6,7 @@ prints a line of JSON: the seconds of n steps, or nothing after it has saved the
 images, by the moving average of the parameters, as [n, H, W, 3].
 """
 
+import argparse
 import json
 import math
 import runpy
@@ -69,4 +70,8 @@ def main(stages: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", help="path of torch_stages.py")
+    parser.add_argument("specification", help="JSON file that time_to_quality.py writes")
+    arguments = parser.parse_args()
+    main(arguments.stages, arguments.specification)

@@ -42,7 +42,15 @@ COMMANDS = list(dict.fromkeys(
     part.strip() for block in BLOCKS for line in block.strip().splitlines() for part in line.split("&&")
 ))  # fmt: skip
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
-BENCHMARKS = ("end_to_end", "gpu", "quantizer_speed", "tokenize_folder", "torch_input", "training_input")
+BENCHMARKS = (
+    "end_to_end",
+    "gpu",
+    "quantizer_speed",
+    "time_to_quality",
+    "tokenize_folder",
+    "torch_input",
+    "training_input",
+)
 POD = "needs a pod, a cluster or its clients; tests/launch/test_launch.py runs these commands dry"
 NOT_RUN = {  # beginning of a command -> why it is not run here
     "pip install": "needs a package registry; .ci/run starts with it",

@@ -83,7 +83,7 @@ def run(*arguments, **env):
             "error (process 1): --process=1",
         ),
         (["--config=configs/quickstart.py", "--workdir=/tmp/x", "--step=3"], "--step=3"),
-        (["--config=configs/quickstart.py:3", "--workdir=/tmp/x"], "quickstart.py, line 11"),
+        (["--config=configs/quickstart.py:3", "--workdir=/tmp/x"], "quickstart.py, line 12"),
     ],
 )
 def test_invalid_settings_are_one_message_and_exit_code_2(run_fork, arguments, message):
