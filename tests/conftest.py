@@ -142,7 +142,7 @@ def untrained(golden):
     tokenizers = {}
 
     def build(**fields):
-        key = tuple(sorted(fields.items()))
+        key = repr(sorted(fields.items()))
         if key not in tokenizers:
             config = ModelConfig(
                 encoder_config_path=str(golden / "encoders" / "dinov2"), encoder_input_size=56, decoder_patch_size=8,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.quantizers.wrappers import Projected
 
 Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions, the last two exclusive
 
@@ -52,9 +53,12 @@ def blend(
     w = jnp.asarray(weights, jnp.float32)
 
     def quantize_means(module: Any, pair: jax.Array) -> jax.Array:
-        a, b = module.quantizer.lookup(pair).astype(jnp.float32)
+        quantizer = module.quantizer
+        while isinstance(quantizer, Projected):  # learned projections in and out are not inverse to each other
+            quantizer = quantizer.quantizer
+        a, b = quantizer.lookup(pair).astype(jnp.float32)
         column = w.reshape(-1, *[1] * a.ndim)
-        return module.quantizer((1 - column) * a + column * b).indices
+        return quantizer((1 - column) * a + column * b).indices
 
     pair = np.stack([first, second]).astype(np.int32)
     run = jax.jit(lambda variables, pair: tokenizer.module.apply(variables, pair, method=quantize_means))
