@@ -26,18 +26,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Float, UInt8
 
-from vqrae_jax import runtime, sharding
+from vqrae_jax import sharding
 from vqrae_jax.benchmark import stages
 from vqrae_jax.benchmark.machine import describe_machine, format_machine
+from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.build import judges
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import Config, EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
+from vqrae_jax.errors import UserError
 from vqrae_jax.evaluation.accumulator import Accumulator
-from vqrae_jax.evaluation.metrics import psnr, ssim
+from vqrae_jax.evaluation.metrics import compare_pixels
 from vqrae_jax.pretrained import writers
 from vqrae_jax.quantizers.kmeans import kmeans
 from vqrae_jax.train.run import open_run
@@ -86,7 +89,7 @@ class JaxTrainer:
         self._run, self._state = closing.enter_context(open_run(config, workdir, jax.devices()[:1]))
         self._step = jit_step(self._run.task, self._run.mesh)
         self._horizon = place_horizon(config.train.steps, self._run.mesh)
-        task = self._run.task
+        self._validation, task = pipeline.evaluation_batches(self._run.config.data), self._run.task
         self._reconstruct = jax.jit(lambda *arguments: task.evaluate(*arguments)["reconstruction"])
 
     def train(self, steps: int) -> float:
@@ -99,7 +102,7 @@ class JaxTrainer:
 
     def reconstruct(self) -> Float[np.ndarray, "n S S 3"]:
         parts = []
-        for batch in pipeline.evaluation_batches(self._run.config.data):
+        for batch in self._validation:
             placed = {name: jnp.asarray(batch[name]) for name in ("image", "mask")}
             parts.append(
                 np.asarray(self._reconstruct(self._state.inference(), self._run.frozen, placed))[batch["mask"]]
@@ -121,7 +124,7 @@ class TorchTrainer:
         tensors = stages.encoder_tensors(frozen["encoder"]) | stages.decoder_tensors(state.params["decoder"])
         writers.write_safetensors(tensors | images | {"codebook": np.array(codebook)}, folder / "tensors.safetensors")
         specification = stages.specification("train_step", task) | {
-            "tensors": str(folder / "tensors.safetensors"), "compile": False, "threads": os.cpu_count(),
+            "tensors": str(folder / "tensors.safetensors"), "compile": False, "threads": count_threads(),
             "batch": config.data.batch_size, "seed": config.train.seed, "steps": config.train.steps,
             "final": config.optimizer.final_learning_rate,
         }  # fmt: skip
@@ -130,7 +133,7 @@ class TorchTrainer:
         self._process = closing.enter_context(subprocess.Popen(
             [python, programs[0], programs[1].with_name("torch_stages.py"), folder / "specification.json"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **runtime.malloc_environment()},
+            env=child_environment(),
         ))  # fmt: skip
         self._file = folder / "reconstructions.npy"
 
@@ -144,7 +147,10 @@ class TorchTrainer:
     def _request(self, **request: Any) -> dict[str, Any]:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError("PyTorch failed (see above): set --torch-python to a Python with torch and transformers")
+        return json.loads(line)
 
 
 class Judge:
@@ -155,8 +161,8 @@ class Judge:
         self._networks, self._images = judges.load_metric_networks(evaluation, ("encoder",)), images
 
         def measure(reconstruction: jax.Array, image: jax.Array) -> dict[str, jax.Array]:
-            scores = {"psnr": psnr(reconstruction, image), "ssim": ssim(reconstruction, image)}
-            return scores | self._networks.compare(self._networks.params, reconstruction, image)
+            networks = self._networks
+            return compare_pixels(reconstruction, image) | networks.compare(networks.params, reconstruction, image)
 
         self._measure = jax.jit(measure)
 
@@ -195,12 +201,11 @@ def main(arguments: list[str]) -> None:
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     names = args.variants.split(";") if args.variants else [BASELINE, *PARTS]
-    judge, curves = None, []
+    images = {split: read_images(args, split) for split in ("train", "validation")}
+    judge, curves = Judge(images["validation"], args.encoder, args.encoder_cls), []
     for seed in range(args.seeds):
         with contextlib.ExitStack() as closing:
             folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
-            images = {split: read_images(args, split) for split in ("train", "validation")}
-            judge = judge or Judge(images["validation"], args.encoder, args.encoder_cls)
             trainers: dict[str, Trainer] = {}
             for name in names:
                 config = build_config(args, name, seed)
@@ -261,14 +266,7 @@ def build_config(args: argparse.Namespace, name: str, seed: int) -> Config:
         settings |= PARTS[part]
         if part == name:
             break
-    sections: dict[str, Any] = {}
-    for path, value in settings.items():
-        *parents, field = path.split(".")
-        section = sections
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[field] = value
-    return from_dict(Config, sections)
+    return from_dict(Config, unflatten_dict(settings, sep="."))
 
 
 def read_images(args: argparse.Namespace, split: str) -> UInt8[np.ndarray, "n S S 3"]:

@@ -16,6 +16,19 @@ from vqrae_jax.pretrained import writers
 MAX_VALUES = 4096  # leading values of each result that are compared
 
 
+def count_threads() -> int:
+    """Returns the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def child_environment() -> dict[str, str]:
+    """Returns the environment of a PyTorch that is compared: its threads sleep while ours work.
+
+    It keeps freed memory, as this process does.
+    """
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **runtime.malloc_environment()}
+
+
 class PyTorchProcess:
     """One stage in PyTorch, with our weights and inputs.
 
@@ -37,9 +50,8 @@ class PyTorchProcess:
         self._folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self._folder.name)
         writers.write_safetensors(tensors, folder / "tensors.safetensors")
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         specification = specification | {
-            "tensors": str(folder / "tensors.safetensors"), "compile": compiled, "threads": threads,
+            "tensors": str(folder / "tensors.safetensors"), "compile": compiled, "threads": count_threads(),
             "max_values": MAX_VALUES,
         }  # fmt: skip
         (folder / "specification.json").write_text(json.dumps(specification))
@@ -47,8 +59,7 @@ class PyTorchProcess:
         self._process = subprocess.Popen(
             [python, "-P", program, folder / "specification.json"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            # Its threads sleep while ours work, and it keeps freed memory as this process does.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **runtime.malloc_environment()},
+            env=child_environment(),
         )  # fmt: skip
         first = self._read()
         self.results = {name: np.asarray(values) for name, values in first["results"].items()}
