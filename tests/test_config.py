@@ -78,7 +78,10 @@ def test_optional_fields_of_the_editable_tree_take_values():
         ("dinov2_b", "adversary.start_epochs", "8", 8),
         ("dinov2_b", "optimizer.reference_batch", "256", 256),
         ("dinov2_b", "evaluation.images", "100", 100),
-        ("dinov2_b", "data.path", "/7", "/7"),
+        ("recipe_16k", "model.quantizer_params.codebook_dim", "None", None),
+        ("recipe_16k", "train.epochs", "None", None),
+        ("dinov2_b", "model.encoder_config_path", "None", None),
+        ("dinov2_b", "data.path", "2024", "2024"),
         ("quickstart", "model.encoder_config_path", "a/b", "a/b"),  # the file has None, the defaults have not
     ],
 )

@@ -139,17 +139,11 @@ def _editable(section: Section) -> ml_collections.ConfigDict:
     tree = ml_collections.ConfigDict(type_safe=False)  # types are checked against the schema, with better messages
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if type(None) in typing.get_args(field.annotation):  # a file may set None, and a flag another value after it
-            kind = _flag_type(field.annotation) if value is None else type(value)
-            value = ml_collections.FieldReference(value, field_type=kind)
+        kinds = typing.get_args(field.annotation)
+        if type(None) in kinds:  # file and flag may set None and another value in any order; object: any literal
+            value = ml_collections.FieldReference(value, field_type=str if str in kinds else object)
         tree[name] = _editable(value) if isinstance(value, Section) else value
     return tree
-
-
-def _flag_type(annotation: Any) -> type:
-    """Returns the type of a flag whose default is None: int for `Positive | None`."""
-    kinds = [arg.__origin__ if hasattr(arg, "__metadata__") else arg for arg in typing.get_args(annotation)]
-    return next((kind for kind in (int, float) if kind in kinds), str)
 
 
 def _explain(schema: type[Section], error: dict[str, Any]) -> ConfigError:

@@ -51,14 +51,19 @@ Architecture = Annotated[dict[str, Any], pydantic.AfterValidator(_check_sizes)]
 
 
 class Section(pydantic.BaseModel):
-    """A frozen group of fields that rejects unknown names; a leading ~ of a text becomes the user's home folder."""
+    """A frozen group of fields that rejects unknown names.
+
+    Of texts, "None" (as the command line gives it) becomes None, and a leading ~ the user's home folder.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
-    @pydantic.field_validator("*")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, value: Any) -> Any:
-        return os.path.expanduser(value) if isinstance(value, str) else value
+    def _read_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return None if value == "None" else os.path.expanduser(value)
 
 
 class EncoderParams(Section):
