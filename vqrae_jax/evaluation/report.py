@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"  # in a workdir: one JSON object per logged step
 DESCRIPTIONS = {  # by the last words of a metric's name; the longest match counts
     "psnr": "dB over pixels and channels, mean over the images; higher is better",
     "ssim": "structural similarity, at most 1; higher is better",
-    "seams": "differences across patch borders relative to those inside; 1 in the originals; visible from about 1.05",
+    "seams": "differences across patch borders relative to those inside; 1 in the originals; tiles and blur raise it",
     "lpips": "perceptual distance in VGG features; lower is better",
     "rfid": "Fréchet distance of Inception features between reconstructions and originals; lower is better",
     "fid": "Fréchet distance of Inception features between reconstructions and the reference; lower is better",
