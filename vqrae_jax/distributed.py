@@ -44,7 +44,8 @@ def connect(
 ) -> None:
     """Connects the processes of a run. Call it before anything else uses a device.
 
-    From then on, the end of one process ends the others within seconds, with one message and exit code 1.
+    From then on, the end of one process ends the others within seconds, with one message and exit code 1. If process 0
+    is killed, JAX may notice it first, and aborts the others with a message and stack traces of its own.
 
     Args:
       coordinator: host:port of process 0. JAX finds what is None by itself on TPU pods, under SLURM, Open MPI and in
@@ -242,7 +243,7 @@ def _check_coordinator(coordinator: str, is_first: bool) -> None:
 
 
 def _watch_peers() -> None:
-    """Ends this process when another one ends; sooner than JAX, which aborts with stack traces."""
+    """Ends this process when another one ends; usually sooner than JAX, which aborts with stack traces."""
     global _peers
     state = _state()
     host = state.coordinator_address.rpartition(":")[0].strip("[]")

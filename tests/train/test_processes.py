@@ -397,6 +397,9 @@ def test_different_images_are_an_error(tiny, tmp_path):
     assert "data.path" not in first[2]
 
 
+# JAX's own message: it may notice before us that process 0 was killed, more often on a busy machine.
+ABORTED = "JAX distributed service detected fatal errors"
+
 ANNOUNCED = """
 import pkgutil
 from vqrae_jax import main
@@ -431,13 +434,16 @@ def test_a_killed_process_ends_the_other_at_any_point(tiny, tmp_path, owner, nam
     children[killed].kill()
     start = time.monotonic()
     ((code, _, stderr),) = finish([children[1 - killed]], attempts=1)
-    assert code == 1
     assert time.monotonic() - start < 30
-    *_, last = stderr.splitlines()
-    assert last.startswith("error")
-    assert f"process {killed} (on 127.0.0.1) has ended" in last or "saving step" in last
-    assert "Traceback" not in stderr
-    assert "stack trace" not in stderr
+    if killed == 0 and ABORTED in stderr:
+        assert code == -signal.SIGABRT
+    else:
+        assert code == 1
+        *_, last = stderr.splitlines()
+        assert last.startswith("error")
+        assert f"process {killed} (on 127.0.0.1) has ended" in last or "saving step" in last
+        assert "Traceback" not in stderr
+        assert "stack trace" not in stderr
     finish([children[killed]], attempts=1)
 
 
@@ -488,7 +494,7 @@ def test_kill_at_any_moment(tiny, tmp_path, one_device, assert_same):
         children[0].kill()
         time.sleep(pick.uniform(0, 0.5))
         ((_, _, stderr),) = finish(children[1:], attempts=1)
-        assert stderr.splitlines()[-1].startswith("error")
+        assert ABORTED in stderr or stderr.splitlines()[-1].startswith("error")
         finish(children[:1])
     finish_without_errors(run(tmp_path / "killed"))
 
