@@ -6,15 +6,15 @@ python examples/generate.py runs/quickstart /data/codes samples.png --steps=2000
 import argparse
 import functools
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from vqrae_jax import Tokenizer, runtime
+from vqrae_jax.config import DataConfig
 from vqrae_jax.data import images
-from vqrae_jax.data.codes import Codes
+from vqrae_jax.data.pipeline import TrainBatches, train_batches
 from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampling import guided, sample
@@ -22,22 +22,13 @@ from vqrae_jax.models.generator import Generator
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
 
-READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # in batches; grain's default reads 500 ahead
 LABEL_DROPOUT = 0.1  # share of examples without their label, for classifier-free guidance
 
 
-def batches(codes: Codes, batch_size: int) -> grain.DatasetIterator:
-    """Yields shuffled batches forever: "codes" [B, N] and "label" [B], -1 for images without a label."""
-    records = grain.MapDataset.source(codes).seed(0).shuffle().repeat()
-    flat = records.map(lambda r: {"codes": r["codes"].reshape(-1).astype(np.int32), "label": np.int32(r["label"])})
-    return iter(flat.batch(batch_size, drop_remainder=True).to_iter_dataset(READING))
-
-
-def train(
-    model: Generator, data: grain.DatasetIterator, steps: int, learning_rate: float = 1e-3
-) -> tuple[dict, list[float]]:
+def train(model: Generator, data: TrainBatches, steps: int, learning_rate: float = 1e-3) -> tuple[dict, list[float]]:
     """Trains for `steps`; returns the variables and the loss of each step, in nats per masked code."""
-    first = next(data)
+    batches = ({"codes": b["codes"].reshape(len(b["codes"]), -1), "label": b["label"]} for b in data)
+    first = next(batches)
     variables = jax.jit(model.init)(jax.random.key(0), first["codes"], first["label"])
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(steps // 10, 1000), steps)
     optimizer = optax.adamw(schedule)
@@ -59,7 +50,7 @@ def train(
     state, losses = optimizer.init(variables), []
     chance = np.log(model.num_embeddings)
     for i in progress(range(steps), steps, "steps"):
-        variables, state, value = step(variables, state, next(data), jax.random.key(i))
+        variables, state, value = step(variables, state, next(batches), jax.random.key(i))
         losses.append(value)
         if i % 100 == 99:
             print(f"step {i + 1}: {float(value):.3f} nats per masked code (chance {chance:.3f})")
@@ -91,12 +82,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images per batch")
     args = parser.parse_args()
     runtime.start()
-    tokenizer, codes = Tokenizer.load(args.checkpoint), Codes(args.codes)
-    shape = codes[0]["codes"].shape
-    classes = len(codes.plan.classes or ()) or 1 + max(int(columns.label.max()) for columns in codes.shards())
+    tokenizer = Tokenizer.load(args.checkpoint)
+    data = train_batches(DataConfig(source="codes", path=args.codes, batch_size=args.batch), seed=0)
+    shape, classes = data.source.plan.view_shape, data.source.num_classes
     blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
     model = Generator(blocks, tokenizer.codebook_size, int(np.prod(shape)), classes)
-    variables, _ = train(model, batches(codes, args.batch), args.steps)
+    variables, _ = train(model, data, args.steps)
     labels = jnp.repeat(jnp.arange(max(1, min(classes, 8))), 8)  # 0 means any class if there are no labels
     samples = np.asarray(sample_codes(model, variables, labels)).reshape(-1, *shape)
     decoded = tokenizer.decode_from_indices(samples)

@@ -29,7 +29,8 @@ from vqrae_jax.build import judges
 from vqrae_jax.build import tokenizer as builder
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import Config, Section, epochs_to_steps, from_dict
-from vqrae_jax.data import pipeline
+from vqrae_jax.data import codes, pipeline
+from vqrae_jax.data.code_shards import Columns
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import ConfigError
@@ -325,6 +326,17 @@ def run(config: Config) -> dict[str, Any]:
         }
 
 
+def sequences(config: Config) -> dict[str, Any]:
+    """Batches of codes, or of images."""
+
+    def content(batch):
+        return [(name, array.tobytes()) for name, array in batch.items()]
+
+    training = pipeline.train_batches(config.data, seed=config.train.seed)
+    validation = pipeline.evaluation_batches(config.data)
+    return {"batches": [content(next(training)) for _ in range(2)], "validation": list(map(content, validation))}
+
+
 def measured(config: Config) -> dict[str, Any]:
     """The metrics of --mode=evaluate."""
     with opened(config, evaluate_step=0) as (_, calls):
@@ -445,6 +457,7 @@ METRIC = {
     "evaluation.encoder_path": ENCODERS["dinov2_with_registers"], "evaluation.encoder_input_size": 28,
     "evaluation.inception_path": "x",
 }  # fmt: skip
+TOKENIZED = {"data.source": "codes"}
 MEASURED = {"evaluation.metrics": ("encoder",)}
 NETWORKS = {"evaluation.training_metrics": ("encoder", "inception")}
 
@@ -503,8 +516,12 @@ LAW: dict[str, Entry] = {
     "model.attention parts": Entry("cudnn", parts, "encoder decoder", {"model.dtype": "bfloat16"}),
     "model.remat": Entry(True, blocks, "model"),
     "data.source": Entry("webdataset", run, "batches validation"),
+    "data.source codes": Entry("codes", sequences, "batches validation"),
+    "data.source run": Entry("codes", error_of(run), "error"),
     "data.path": Entry("images/b", run, "batches"),
+    "data.path codes": Entry("images/b", sequences, "batches", TOKENIZED),
     "data.eval_path": Entry("images/b", run, "validation"),
+    "data.eval_path codes": Entry("images/b", sequences, "validation", TOKENIZED),
     "data.name": Entry("photos", run, "prepared", {"data.source": "tfds"}),
     "data.image_key": Entry("photo", run, "prepared", {"data.source": "tfds"}),
     "data.label_key": Entry("fine", run, "prepared", {"data.source": "tfds"}),
@@ -519,7 +536,9 @@ LAW: dict[str, Entry] = {
     "data.flip": Entry(False, run, "batches"),
     "data.max_pixels": Entry(6000, run, "batches validation"),
     "data.batch_size": Entry(16, run, "batches"),
+    "data.batch_size codes": Entry(16, sequences, "batches", TOKENIZED),
     "data.eval_batch_size": Entry(8, run, "validation"),
+    "data.eval_batch_size codes": Entry(8, sequences, "validation", TOKENIZED),
     "data.workers": Entry(2, run, "workers", {"data.workers": 1}),
     "data.threads": Entry(2, run, "training_threads threads"),
     "loss.pixel": steps("l2"),
@@ -607,6 +626,7 @@ LAW: dict[str, Entry] = {
     "train.steps": Entry(5, events, "horizon logged evaluated saved"),
     "train.epochs": Entry(0.5, events, "horizon logged evaluated saved"),
     "train.seed": Entry(1, seeded, "step batches", {"model.noise_tau": 0.5}),
+    "train.seed codes": Entry(1, sequences, "batches", TOKENIZED),
     "train.trainable": Entry(("decoder",), step, "step shardings"),
     "train.start_from": Entry("whole", start, "start"),
     "train.start_parts": Entry(("decoder",), start, "start", {"train.start_from": "whole"}),
@@ -697,6 +717,12 @@ def folder(tmp_path_factory):
             with tarfile.open(f"images/{name}/shard.tar", "w") as tar:
                 for i in range(10, 20):
                     tar.add(f"images/{name}/{i}.png")
+            plan = codes.Plan("0" * 64, "x", 20, "flip", (2, 4), "uint16", 16, 32, "npz", 20)
+            codes.start_dataset(f"images/{name}", plan)
+            grids = rng.integers(0, 16, (20, 2, 4)).astype(np.uint16)
+            columns = Columns(np.arange(20), ["x"] * 20, np.zeros(20, np.int32), grids)
+            codes.write_shard(f"images/{name}", plan, 0, columns)
+            codes.finish_dataset(f"images/{name}", plan)
         axes = {"pca_mean": np.zeros(16), "pca_basis": np.eye(16, 2), "pca_var": np.ones(2)}
         np.savez("statistics.npz", mean=np.ones(16), var=np.ones(16), **axes)
         yield

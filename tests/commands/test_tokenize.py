@@ -12,7 +12,8 @@ import pytest
 
 from vqrae_jax import Tokenizer, storage
 from vqrae_jax.commands import tokenize
-from vqrae_jax.data import codes, images, readable
+from vqrae_jax.config import DataConfig
+from vqrae_jax.data import codes, images, pipeline, readable
 from vqrae_jax.data.code_shards import SUFFIXES
 from vqrae_jax.errors import ConfigError, DataError
 
@@ -52,6 +53,26 @@ def test_all_formats_hold_the_same(trained, photos, tokenized, tmp_path, form):
     for expected, record in zip(codes.Codes(tokenized), codes.Codes(tmp_path, cached=1), strict=True):
         np.testing.assert_array_equal(expected.pop("codes"), record.pop("codes"))
         assert expected == record
+
+
+def test_training_reads_what_was_tokenized(trained, tokenized):
+    tokenizer, records = Tokenizer.load(trained, batch_size=8), list(codes.Codes(tokenized))
+    fields = {"source": "codes", "path": str(tokenized), "eval_path": str(tokenized)}
+    data = DataConfig(**fields, batch_size=20, eval_batch_size=8)
+    batches, validation = pipeline.train_batches(data, seed=0), pipeline.evaluation_batches(data)
+    plan = batches.source.plan
+    assert (plan.tokenizer, plan.view_shape) == (tokenizer.hash, tokenizer.code_shape)
+    assert (plan.codebook_size, batches.classes) == (tokenizer.codebook_size, ("cat ü", "dog"))
+
+    def rows(grids, labels):
+        return [(grid.astype(int).tolist(), int(label)) for grid, label in zip(grids, labels, strict=True)]
+
+    expected = rows(*([record[name] for record in records] for name in ("codes", "label")))
+    ordered = [row for b in validation for row in rows(b["codes"][b["mask"]], b["label"][b["mask"]])]
+    assert ordered == expected
+    for _ in range(2):
+        assert sorted(rows(*(batch := next(batches)).values())) == sorted(expected)
+        assert batch.keys() == {"codes", "label"}
 
 
 def test_classes_keep_the_numbers_of_another_folder_or_dataset(trained, photos, tokenized, tmp_path):
@@ -183,6 +204,10 @@ def test_views(trained, photos, tmp_path):
         crop = images.center_crop(image, 32)
         crops = np.stack([crop, crop[:, ::-1]]) if views == "flip" else images.ten_crop(image, 32)
         np.testing.assert_array_equal(record["codes"], tokenizer.encode_to_indices(crops))
+        data = DataConfig(source="codes", path=str(tmp_path / views), batch_size=4)
+        batch, dataset = next(pipeline.train_batches(data, seed=0)), codes.Codes(tmp_path / views)
+        every = [view.tolist() for record in dataset for view in record["codes"]]
+        assert all(view.tolist() in every for view in batch["codes"])
 
 
 def test_invalid_arguments_are_errors_before_anything_is_written(trained, photos, tokenized, tmp_path):

@@ -59,6 +59,8 @@ def test_datasets_are_read_as_they_are_written(tmp_path, form, kind, request, mo
         row = expected.index[i], expected.id[i], expected.label[i]
         assert (record["index"], record["id"], record["label"]) == row
     np.testing.assert_array_equal(dataset[-1]["codes"], dataset[4]["codes"])
+    for loaded, column in zip(dataset.load(), (expected.codes, expected.label), strict=True):
+        np.testing.assert_array_equal(loaded, column, strict=True)
     for index in (5, -6):
         with pytest.raises(IndexError):
             dataset[index]

@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from vqrae_jax.config import DataConfig
 from vqrae_jax.data import codes, images
 from vqrae_jax.data.code_shards import Columns
+from vqrae_jax.data.pipeline import train_batches
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
 OPTIONAL = {"codes_torch": "torch", "codes_datasets": "datasets"}  # example -> a library that it needs
@@ -100,7 +102,7 @@ def test_a_generator_learns_codes(tokenized):
 
     module = example("generate")
     model = Generator(BlocksConfig(32, 1, 2, 64), 100, 4, 3)
-    batches = module.batches(codes.Codes(str(tokenized)), 10)
+    batches = train_batches(DataConfig(source="codes", path=str(tokenized), batch_size=10), seed=0)
     variables, losses = module.train(model, batches, 120, learning_rate=1e-2)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     samples = np.asarray(module.sample_codes(model, variables, np.arange(3).repeat(20)))

@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from vqrae_jax import runtime, storage
-from vqrae_jax.config import DataConfig, EncoderClass, from_dict
+from vqrae_jax.config import DataConfig, EncoderClass, ImageSource, from_dict
 from vqrae_jax.errors import ConfigError, DataError, UserError, report_errors
 
 MAX_BATCH = 65_536  # images; absurd numbers are refused before they become memory or threads
 
-SOURCES = get_args(DataConfig.model_fields["source"].annotation)
+SOURCES = get_args(ImageSource)
 DATA_ARGUMENTS = {  # by the config fields that they set
     "data.eval_path": "--data", "data.path": "--data", "data.source": "--source", "data.name": "--name",
     "data.eval_split": "--split", "data.image_key": "--image-key", "data.label_key": "--label-key",

@@ -19,6 +19,7 @@ from vqrae_jax.config.schema import (
     EncoderClass,
     EncoderParams,
     EvaluationConfig,
+    ImageSource,
     LossConfig,
     MeshConfig,
     Metric,

@@ -31,6 +31,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Epochs = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None
 Part = Literal["encoder", "quantizer", "decoder"]
+ImageSource = Literal["photographs", "folder", "webdataset", "parquet", "tfds"]
 EncoderClass = Literal["Dinov2withNorm", "Dinov3withNorm", "SigLIP2wNorm", "MAEwNorm"]
 
 
@@ -173,14 +174,15 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The source of images, their crops and batches."""
+    """The source of images, their crops and batches; or that of codes."""
 
     # Format of the images: files, tar shards, .parquet or .arrow files, a TFDS dataset, or the photographs that
-    # scikit-image and scikit-learn ship.
-    source: Literal["photographs", "folder", "webdataset", "parquet", "tfds"] = "folder"
+    # scikit-image and scikit-learn ship. codes: what `vqrae tokenize` wrote, in any of its formats; without name, keys,
+    # splits, crop, flip and workers.
+    source: Literal[ImageSource, "codes"] = "folder"
     # Training images, local or in a bucket (gs://, s3://). folder: a folder of images, flat or in class subfolders;
     # webdataset and parquet: a folder, a file, patterns as in "data/train-{000..127}.tar::data/more/*.tar", or the hub
-    # id of a dataset; tfds: data_dir or prepared folder.
+    # id of a dataset; tfds: data_dir or prepared folder; codes: the --output of `vqrae tokenize`.
     path: str | None = None
     eval_path: str | None = None  # validation images, in the form of path; None: no evaluation
     # Name of the TFDS dataset, as in "imagenet2012", None for a prepared folder; configuration of a hub dataset.
@@ -214,6 +216,18 @@ class DataConfig(Section):
     def _scale_is_a_range(self):
         if self.scale[0] > self.scale[1]:
             raise invalid("scale", self.scale, "the first number must not exceed the second")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _codes_have_no_crops(self):
+        names = (
+            "name", "image_key", "label_key", "train_split", "eval_split", "crop", "resize", "scale", "flip", "workers",
+        )  # fmt: skip
+        for name in names if self.source == "codes" else ():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                message = f"has no effect on data.source='codes'; leave it at {default!r}"
+                raise invalid(name, value, message)
         return self
 
 

@@ -5,6 +5,8 @@ manifest.json describes the codes and, once all shards exist, their counts and c
 with its checksum before it is read.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pydantic
+from jaxtyping import Int32, Integer
 
 from vqrae_jax import storage
 from vqrae_jax.data.code_shards import SUFFIXES, WRITERS, Columns, Format, read_shard
@@ -54,6 +57,11 @@ class Plan:
     @property
     def shards(self) -> int:
         return -(-self.images // self.shard_size)
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """The shape of the codes of one view."""
+        return self.code_shape[self.views != "one" :]
 
     def file_name(self, shard: int) -> str:
         return f"codes-{shard:05d}-of-{self.shards:05d}{SUFFIXES[self.format]}"
@@ -188,9 +196,28 @@ class Codes:
             "index": int(columns.index[row]),
         }  # fmt: skip
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest, and so of all codes."""
+        return _digest(self.manifest)
+
     def shards(self) -> Iterator[Columns]:
         """Iterates over the content of all shards in order, without caching."""
         yield from map(self._read_shard, range(len(self._entries)))
+
+    def load(self, threads: int = 4) -> tuple[Integer[np.ndarray, " images *code_shape"], Int32[np.ndarray, " images"]]:
+        """Reads the codes and labels of all shards with a number of threads, without caching."""
+        codes = np.empty((len(self), *self.plan.code_shape), self.plan.code_dtype)
+        labels = np.empty(len(self), np.int32)
+
+        def fill(number: int) -> None:
+            columns, end = self._read_shard(number), self._ends[number]
+            if len(columns):  # those of a shard without rows may lack the shape
+                codes[end - len(columns) : end], labels[end - len(columns) : end] = columns.codes, columns.label
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            collections.deque(pool.map(fill, range(len(self._entries))), maxlen=0)
+        return codes, labels
 
     def verify(self) -> None:
         """Compares all shards with their checksums; a DataError names the first that differs."""

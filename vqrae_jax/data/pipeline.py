@@ -1,4 +1,4 @@
-"""Batches of uint8 images: endless and shuffled for training, in order for evaluation and tokenizing."""
+"""Batches of uint8 images or of codes: endless and shuffled for training, in order for evaluation and tokenizing."""
 
 import functools
 import logging
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vqrae_jax import storage
+from vqrae_jax.data.code_source import CodeSource, FirstViews, choose_view
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.images import VIEWS, adm_center_crop, adm_random_crop, center_crop, flip, random_crop
 from vqrae_jax.data.parquet import Tables
@@ -24,7 +25,7 @@ from vqrae_jax.errors import ConfigError, DataError, UserError, import_extra
 log = logging.getLogger(__name__)
 
 SAMPLED_KEYS = 100_000  # of the training images, to notice on resuming that they changed; 0.1 s
-SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables}
+SOURCES = {"folder": Folder, "webdataset": TarShards, "parquet": Tables, "codes": CodeSource}
 
 
 def training_source(data: Any) -> Source:
@@ -63,7 +64,10 @@ def evaluation_source(data: Any, classes: Sequence[str] | None = None) -> Source
         problem = "has class numbers of its own; only those of folders can be set"
         raise ConfigError(problem, field="data.source", value=data.source)
     log.info("listing the images of %s", data.eval_path)
-    return SOURCES[data.source](data.eval_path, "data.eval_path", **options).limited(data.max_pixels)
+    source = SOURCES[data.source](data.eval_path, "data.eval_path", **options).limited(data.max_pixels)
+    if data.source == "codes" and data.path:
+        _compare_codes(data, source)
+    return source
 
 
 def _training_classes(data: Any) -> list[str]:
@@ -74,6 +78,15 @@ def _training_classes(data: Any) -> list[str]:
     except UserError as error:  # the machine that evaluates may lack the training images
         log.warning("%s; classes have numbers of their own in data.eval_path", error)
         return []
+
+
+def _compare_codes(data: Any, validation: CodeSource) -> None:
+    try:
+        training = training_source(data)
+    except UserError as error:  # the machine that evaluates may lack the training codes
+        log.warning("%s; data.eval_path is not compared with them", error)
+    else:
+        validation.check_same(training)
 
 
 def _keys(data: Any) -> dict[str, Keys]:
@@ -94,9 +107,9 @@ def train_batches(
 ) -> "TrainBatches":
     """Returns this process's part of the training batches.
 
-    Each epoch has a new order, with each image once. The images of global batch k, their order, crops and flips depend
-    on `seed` and k only, not on the number of processes, threads or workers, nor on restarts. Process i has images
-    [i * b, (i + 1) * b) of each global batch, with b = batch_size / process_count.
+    Each epoch has a new order, with each image once. The images of global batch k, their order, crops and flips, or
+    the views of their codes, depend on `seed` and k only, not on the number of processes, threads or workers, nor on
+    restarts. Process i has images [i * b, (i + 1) * b) of each global batch, with b = batch_size / process_count.
 
     Args:
       data: a `config.DataConfig`.
@@ -111,27 +124,29 @@ def train_batches(
     if len(source) < data.batch_size:
         problem = f"exceeds the {len(source)} training images of {source!r}"
         raise DataError(problem, field="data.batch_size", value=data.batch_size)
-    images = (
-        grain.MapDataset.source(Replaced(source, _min_side(data)))
-        .seed(seed % 2**32)
-        .shuffle()
-        .random_map(functools.partial(_augment, data=data))
-        .repeat()
-    )
+    if data.source == "codes":
+        records, transform = source.load(data.threads), choose_view
+    else:
+        records, transform = Replaced(source, _min_side(data)), functools.partial(_augment, data=data)
+    images = grain.MapDataset.source(records).seed(seed % 2**32).shuffle().random_map(transform).repeat()
     return TrainBatches(images, source, skipped or Skipped(), data, process_index, process_count)
 
 
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """An endless iterator over {"image": uint8 [b, S, S, 3], "label": int32 [b]}, label -1 without one.
 
-    Its state is the number of images that all processes together have used. It can be restored with any number of
-    processes, threads and workers and any batch size. Threads and workers start with the first batch.
+    With the source "codes", "codes", int32 [b, *view_shape], replaces "image". The state is the number of images that
+    all processes together have used. It can be restored with any number of processes, threads and workers and any batch
+    size. Threads and workers start with the first batch.
+
+    Attributes:
+      source: the training images or codes.
     """
 
     def __init__(
         self, images: Any, source: Source, skipped: Skipped, data: Any, process_index: int, process_count: int
     ):
-        self._images, self._source, self._skipped, self._data = images, source, skipped, data
+        self._images, self.source, self._skipped, self._data = images, source, skipped, data
         self._share = slice(process_index, None, process_count)
         self._position, self._iterator = 0, None
 
@@ -145,7 +160,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
                 raise
             problem = "a worker process was killed, perhaps for lack of memory; run again, or use fewer workers"
             raise DataError(problem, field="data.workers", value=self._data.workers) from error
-        self._skipped.add_replaced(batch.pop("unreadable"), self._source)
+        if "unreadable" in batch:
+            self._skipped.add_replaced(batch.pop("unreadable"), self.source)
         self._position += self._data.batch_size
         return batch
 
@@ -178,15 +194,15 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the labels, see `Source`."""
-        return self._source.classes
+        return self.source.classes
 
     @functools.cached_property
     def _sampled_listing(self) -> dict[str, int | str]:
-        return self._source.listing(len(self._source), SAMPLED_KEYS)
+        return self.source.listing(len(self.source), SAMPLED_KEYS)
 
     def listing(self) -> dict[str, int | str]:
         """Returns the number of images and a hash of their names, to compare the images of processes."""
-        return self._source.listing(len(self._source))
+        return self.source.listing(len(self.source))
 
     def close(self) -> None:
         """Stops threads and workers; the next batch starts them again."""
@@ -211,21 +227,26 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 class EvaluationBatches:
     """Batches of the validation images in order; they can be iterated any number of times.
 
-    A batch is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}. The mask is False after the end of
-    the data and for images that cannot be read. Process i has images [i * b, (i + 1) * b) of each global batch, and
-    every process has the same number of batches.
+    A batch is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}; with the source "codes", those of
+    the first views, "codes", int32 [b, *view_shape], replace "image". The mask is False after the end of the data and
+    for images that cannot be read. Process i has images [i * b, (i + 1) * b) of each global batch, and every process
+    has the same number of batches.
 
     Attributes:
+      source: the validation images or codes.
       skipped: counts the images that could not be read so far.
       count: number of images of all processes, including those that cannot be read.
     """
 
     def __init__(self, data: Any, source: Source, limit: int | None, local: int, share: slice):
         self.skipped, self.count = Skipped(), len(source) if limit is None else min(limit, len(source))
-        self._source, self._local, self._share, self._threads = source, local, share, data.threads
+        self.source, self._local, self._share, self._threads = source, local, share, data.threads
         length = math.ceil(self.count / data.eval_batch_size) * data.eval_batch_size
-        crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
-        self._images = Masked(source, self.skipped, data.image_size, self.count, length, crop)
+        if data.source == "codes":
+            self._images = FirstViews(source.load(data.threads), self.count, length)
+        else:
+            crop = {"center": center_crop, "adm": adm_center_crop}[data.eval_crop]
+            self._images = Masked(source, self.skipped, data.image_size, self.count, length, crop)
 
     def __len__(self) -> int:
         return len(self._images) // (self._local * self._share.step)
@@ -239,7 +260,7 @@ class EvaluationBatches:
 
     def listing(self) -> dict[str, int | str]:
         """Returns the same as `TrainBatches.listing`."""
-        return self._source.listing(self.count)
+        return self.source.listing(self.count)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         batches = _grain().MapDataset.source(self._images).batch(self._local, drop_remainder=True)[self._share]

@@ -19,6 +19,7 @@ from vqrae_jax.build import weights
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
 from vqrae_jax.data import pipeline
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.train import restore
 from vqrae_jax.train.lock import lock_workdir
@@ -106,6 +107,8 @@ def _prepare(
     A run locks its workdir before it reads weights, and `closing` unlocks it at the end.
     """
     training = evaluate_step is None
+    if config.data.source == "codes":
+        raise ConfigError("is for generators; a tokenizer needs images", field="data.source", value="codes")
     if training:
         config = epochs_to_steps(config, lambda: len(pipeline.training_source(config.data)))
         check_wandb(config.train.wandb_project)
