@@ -105,6 +105,8 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
         ({"optimizer": {"decay_end_steps": -1}}, "optimizer.decay_end_steps", -1),  # does not mean "until the end"
         ({"data": {"resize": float("inf")}}, "data.resize", float("inf")),
         ({"data": {"scale": (3, 2)}}, "data.scale", (3.0, 2.0)),
+        ({"evaluation": {"training_metrics": ("encoder", "sfid")}}, "evaluation.training_metrics", ("encoder", "sfid")),
+        ({"evaluation": {"metrics": ("precision_recall",)}}, "evaluation.metrics", ("precision_recall",)),
         ({"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}}, "data.batch_size", 10),
         ({"model": {"attention": "cudnn"}}, "model.attention", "cudnn"),
         ({"train": {"trainable": ("decoer",)}}, "train.trainable.0", "decoer"),

@@ -265,13 +265,13 @@ class Darker(Task):
 
 
 class Mean(nn.Module):
-    """A metric network: the mean color, with class scores of Inception."""
+    """A metric network: the mean color, with class scores and spatial features of Inception."""
 
     with_scores: bool
 
     def __call__(self, image):
         mean = image.mean((1, 2))
-        return (mean, mean) if self.with_scores else mean
+        return (mean, mean, mean) if self.with_scores else mean
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def test_files_that_users_name_are_regular(irregular):
         ("a.npy", detokenize._read_array, DataError), ("config.json", lambda p: Tokenizer.load(p.parent), UserError),
         ("a.json", lambda path: readers.read_json(path, "field"), WeightsError),
         ("a.npz", lambda path: readers.read_tensors(path, "field"), WeightsError),
-        ("b.npz", lambda path: reference.read_reference(path, 3, "field", {}), WeightsError),
+        ("b.npz", lambda path: reference.read_reference(path, {"encoder": 3}, "field", {}), WeightsError),
         ("a.py", config.load_config_file, ConfigError), ("manifest.json", lambda path: Codes(path.parent), DataError),
     ):  # fmt: skip
         path = irregular(name)

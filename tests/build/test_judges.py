@@ -1,5 +1,7 @@
 """The networks of the metrics, and the files of their reference statistics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,24 +74,42 @@ def test_an_encoder_that_does_not_fit_is_named_by_the_fields_of_evaluation(golde
 def test_reference_files_round_trip_and_others_are_refused(tmp_path):
     path, gaussian = tmp_path / "new" / "reference.npz", Gaussian(np.arange(3.0), np.eye(3), 7)
     network = {"network": "Dinov2withNorm", "pool": "cls", "path": "/here", "sha256": "0"}
-    reference.write_reference(path, gaussian, network)
-    again = reference.read_reference(path, 3, "evaluation.inception_reference", {**network, "path": "/elsewhere"})
+    reference.write_reference(path, {"encoder": gaussian}, network)
+    read = functools.partial(reference.read_reference, widths={"encoder": 3}, field="evaluation.encoder_reference")
+    (again, images) = read(path, network={**network, "path": "/elsewhere"})
     for name, value in (("pool", "mean"), ("sha256", "1")):
         with pytest.raises(WeightsError, match=f'"{name}": "{value}"'):
-            reference.read_reference(path, 3, "evaluation.encoder_reference", {**network, name: value})
-    assert again.count == 7
-    assert again.digest() == gaussian.digest()
-    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=np.zeros(2))  # the format of ADM
-    assert reference.read_reference(path, 3, "evaluation.inception_reference", network).count is None
+            read(path, network={**network, name: value})
+    assert again["encoder"].count == 7
+    assert again["encoder"].digest() == gaussian.digest()
+    assert images is None
+    spatial, pair = Gaussian(np.ones(2), 2 * np.eye(2), 7), {"inception": 3, "spatial": 2}
+    reference.write_reference(path, {"inception": gaussian, "spatial": spatial}, network)
+    again, _ = read(path, widths=pair, network=network)
+    assert [again[name].digest() for name in pair] == [gaussian.digest(), spatial.digest()]
+    images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    adm = {"mu": gaussian.mean, "sigma": gaussian.covariance, "arr_0": images}
+    np.savez(path, **adm)
+    assert read(path, network=network)[0]["encoder"].count is None
+    np.testing.assert_array_equal(read(path, network=network, with_images=True)[1], adm["arr_0"])
     files = {
         "another network": {"mu": np.zeros(4), "sigma": np.eye(4)}, "other names": {"mean": np.zeros(3)},
-        "not finite": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
-        "objects": {"mu": np.array([object()] * 3), "sigma": np.eye(3)},
+        "not finite": {"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "texts": {"mu": np.full(3, "0")},
+        "objects": {"mu": np.array([object()] * 3)}, "asymmetric": {"sigma": np.eye(3) + np.eye(3, k=1)},
+        "several counts": {"count": np.ones(2)}, "floats": {"arr_0": np.zeros((2, 4, 4, 3))},
+        "gray": {"arr_0": np.zeros((2, 4, 4), np.uint8)},
     }  # fmt: skip
     for name, arrays in files.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
+        np.savez(tmp_path / f"{name}.npz", **(arrays if name == "other names" else adm | arrays))
+    np.savez(tmp_path / "no images.npz", mu=adm["mu"], sigma=adm["sigma"])
+    content = bytearray(path.read_bytes())
+    content[content.index(adm["arr_0"].tobytes()) + 9] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(content)
     (tmp_path / "no arrays.npz").write_bytes(b"PK")
-    for name in (*files, "no arrays", "absent"):
+    files |= dict.fromkeys(("no images", "damaged", "no arrays", "absent"))
+    for name in files:
         with pytest.raises(WeightsError) as error:
-            reference.read_reference(tmp_path / f"{name}.npz", 3, "evaluation.encoder_reference", network)
+            read(tmp_path / f"{name}.npz", network=network, with_images=True)
         assert error.value.field == "evaluation.encoder_reference", name
+    with pytest.raises(WeightsError, match="mu_s"):
+        read(path, widths=pair, network=network)

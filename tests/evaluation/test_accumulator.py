@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.evaluation.accumulator import Accumulator
-from vqrae_jax.evaluation.distances import frechet_distance, kernel_distance
+from vqrae_jax.evaluation.distances import frechet_distance, kernel_distance, precision_recall
 from vqrae_jax.evaluation.moments import Gaussian
 
 COUNT, WIDTH = 60, 6
@@ -21,6 +21,7 @@ def rows():
         "contrast": rng.uniform(0.1, 0.2, (COUNT, 2, 2)), "code": rng.normal(size=(COUNT, 4)) + 5 * label[:, None],
         "inception/image": rng.normal(size=(COUNT, WIDTH)),
         "inception/reconstruction": rng.normal(size=(COUNT, WIDTH)) + 0.5,
+        "spatial/image": rng.normal(size=(COUNT, 5)), "spatial/reconstruction": rng.normal(size=(COUNT, 5)) * 2,
         "scores/reconstruction": rng.normal(size=(COUNT, 10)),
     }  # fmt: skip
 
@@ -38,17 +39,28 @@ def accumulated(rows, batch, **options):
     return accumulator
 
 
+def moments(x):
+    return Gaussian(x.mean(0), np.cov(x, rowvar=False))
+
+
 def test_metrics_equal_those_of_all_images_at_once(rows):
     a, b = rows["inception/image"], rows["inception/reconstruction"]
-    reference = Gaussian(np.ones(WIDTH), 2 * np.eye(WIDTH), 100)
-    metrics = accumulated(rows, 7, references={"inception": reference}).metrics(np.array([3 * COUNT, COUNT]))
+    reference, spatial = (Gaussian(np.ones(width), 2 * np.eye(width), 100) for width in (WIDTH, 5))
+    others = {"references": {"inception": reference, "spatial": spatial}, "manifolds": {"inception": a[:30] + 0.2}}
+    metrics = accumulated(rows, 7, **others).metrics(np.array([3 * COUNT, COUNT]))
     assert metrics["images"] == COUNT
     assert metrics["psnr"] == pytest.approx(rows["psnr"].mean())
     (border, inside), (image_border, image_inside) = rows["contrast"].sum(0)
     assert metrics["seams"] == pytest.approx((border / inside) / (image_border / image_inside))
-    original, reconstructed = (Gaussian(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    original, reconstructed = moments(a), moments(b)
     assert metrics["rfid"] == pytest.approx(frechet_distance(original, reconstructed))
     assert metrics["fid"] == pytest.approx(frechet_distance(reference, reconstructed))
+    original, reconstructed = (moments(rows[f"spatial/{side}"]) for side in ("image", "reconstruction"))
+    assert metrics["rsfid"] == pytest.approx(frechet_distance(original, reconstructed))
+    assert metrics["sfid"] == pytest.approx(frechet_distance(spatial, reconstructed))
+    assert (metrics["rprecision"], metrics["rrecall"]) == precision_recall(a, b)
+    assert (metrics["precision"], metrics["recall"]) == precision_recall(a[:30] + 0.2, b)
+    assert not [name for name in metrics if name.startswith("spatial")]
     assert metrics["inception_kernel"] == pytest.approx(kernel_distance(a, b))
     first = accumulated(rows, 7, kernel_images=10).metrics()
     assert first["inception_kernel"] == pytest.approx(kernel_distance(a[:10], b[:10]))
@@ -61,24 +73,43 @@ def test_metrics_equal_those_of_all_images_at_once(rows):
 
 @pytest.mark.parametrize("batch", [1, 13, 64])
 def test_metrics_do_not_depend_on_batches_and_padding(rows, batch):
-    split = accumulated(rows, batch)
-    assert split.metrics() == pytest.approx(accumulated(rows, COUNT).metrics(), rel=1e-10)
+    split = accumulated(rows, batch, manifolds={})
+    assert split.metrics() == pytest.approx(accumulated(rows, COUNT, manifolds={}).metrics(), rel=1e-10)
     np.testing.assert_array_equal(split.scores("index"), np.arange(COUNT))
 
 
 @pytest.mark.parametrize("processes", [2, 5])
 def test_processes_merge_to_the_whole(rows, processes):
     """Each process has other rows of every batch; one of five has only padding."""
-    whole, merged = accumulated(rows, COUNT), Accumulator(COUNT)
+    whole, merged = accumulated(rows, COUNT, manifolds={}), Accumulator(COUNT, manifolds={})
     for process in range(processes):
         part = {name: values[process % 4 :: min(processes, 4)].copy() for name, values in rows.items()}
         part["mask"][:] = process < 4
-        local = Accumulator(COUNT)
+        local = Accumulator(COUNT, manifolds={})
         for start in range(0, len(part["mask"]), 4):
             local.add({name: values[start : start + 4] for name, values in part.items()})
         merged.merge_arrays(local.arrays())
     assert merged.metrics() == pytest.approx(whole.metrics(), rel=1e-10)
     np.testing.assert_array_equal(merged.scores("psnr"), rows["psnr"])
+
+
+def test_precision_and_recall_use_evenly_spaced_images(rows, monkeypatch):
+    a, b = rows["inception/image"], rows["inception/reconstruction"]
+    monkeypatch.setattr("vqrae_jax.evaluation.accumulator.LIMITS", {"image": 12, "reconstruction": 25})
+    accumulator = accumulated(rows, 7, manifolds={})
+    assert len(accumulator.compared("inception/reconstruction")) == 25
+    metrics = accumulator.metrics()
+    images, samples = (np.unique(np.ceil(np.arange(n) * COUNT / n).astype(int)) for n in (12, 25))
+    assert (metrics["rprecision"], metrics["rrecall"]) == precision_recall(a[images], b[samples])
+
+
+def test_samples_without_images_are_compared_with_references_only(rows):
+    """The splits of the Inception score are successive samples."""
+    samples = {name: x for name, x in rows.items() if name in ("index", "mask") or name.endswith("reconstruction")}
+    reference = moments(rows["inception/image"])
+    metrics = accumulated(samples, 7, references={"inception": reference}, kernel_images=0, ordered=True).metrics()
+    assert metrics.keys() == {"images", "fid", "inception_score", "inception_score_deviation"}
+    assert metrics["fid"] == pytest.approx(accumulated(rows, 7).metrics()["rfid"])
 
 
 def test_best_median_and_worst(rows):
@@ -107,13 +138,17 @@ def test_seams_of_the_originals_are_one_and_may_be_undefined(rows):
 def test_too_few_images_and_missing_labels_are_warnings(rows, caplog):
     few = Accumulator(4)
     few.add({name: values[:4] for name, values in rows.items() if name not in ("code", "label")})
+    three = Accumulator(3, manifolds={"inception": rows["inception/image"]})
+    three.add({name: values[:3] for name, values in rows.items()})
+    assert "rprecision" not in three.metrics()
+    assert [text for text in three.warnings if "precision" in text]
     assert "rfid" in few.metrics()
     assert re.search(r"inception.* 4 .* 6 ", few.warnings[0])
     assert few.warnings[0] in caplog.text
     one = Accumulator(1)
     one.add({name: values[:1] for name, values in rows.items()})
     assert "rfid" not in one.metrics()
-    assert [warning.partition(":")[0] for warning in one.warnings] == ["inception", "linear probe"]
+    assert [warning.partition(":")[0] for warning in one.warnings] == ["inception", "spatial", "linear probe"]
     unlabelled = Accumulator(COUNT)
     unlabelled.add(rows | {"label": np.full(COUNT, -1)})
     assert "probe_accuracy" not in unlabelled.metrics()

@@ -15,7 +15,7 @@ from vqrae_jax.config import PerceptualConfig
 from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.evaluation import report
-from vqrae_jax.evaluation.distances import linear_probe
+from vqrae_jax.evaluation.distances import linear_probe, precision_recall
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.evaluation.metrics import border_contrast, ssim
 from vqrae_jax.evaluation.report import EVALUATION_FILE
@@ -30,7 +30,7 @@ def config(tiny, golden):
 
     def make(batch=64, **settings):
         encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
-        evaluation = {"metrics": ("encoder", "linear_probe"), "examples": 2, **encoder, **settings}
+        evaluation = {"metrics": ("encoder", "precision_recall", "linear_probe"), "examples": 2, **encoder, **settings}
         return tiny(evaluation=evaluation, data={"eval_batch_size": batch})
 
     return make
@@ -79,6 +79,7 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     s, t = (np.cov(x, rowvar=False) for x in (a, b))
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
     assert evaluated["eval/encoder_rfd"] == pytest.approx(distance, rel=1e-4)
+    assert (evaluated["eval/encoder_rprecision"], evaluated["eval/encoder_rrecall"]) == precision_recall(a, b)
     probe = linear_probe(rows["code"], batch["label"])
     assert evaluated["eval/probe_accuracy"] == pytest.approx(probe["accuracy"])
     assert evaluated["eval/bits_per_image"] == 16 * 5
@@ -148,8 +149,11 @@ def test_references_are_folders_and_statistics_of_the_command(config, workdir, t
         command = reference_statistics.parser.parse_args([f"--{name}={value}" for name, value in arguments.items()])
         assert reference_statistics.reference_statistics(command).count == 64
         source = file
-    metrics = loop.evaluate(config(encoder_reference=str(source)), workdir, jax.devices()[:1])
+    chosen = {"metrics": ("encoder",) if kind == "statistics" else ("encoder", "precision_recall")}
+    metrics = loop.evaluate(config(encoder_reference=str(source), **chosen), workdir, jax.devices()[:1])
     assert metrics["eval/encoder_fd"] == pytest.approx(evaluated["eval/encoder_rfd"], rel=1e-4)
+    if kind == "folder":
+        assert metrics["eval/encoder_recall"] == metrics["eval/encoder_rrecall"]
     protocol = json.loads((workdir / EVALUATION_FILE).read_text())["protocol"]
     reference = protocol["networks"]["encoder"]["reference"]
     assert (reference["source"], reference["images"]) == (str(source), 64)
@@ -159,7 +163,7 @@ def test_a_reference_of_another_network_is_an_error(config, workdir, tmp_path):
     file = tmp_path / "reference.npz"
     np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(WeightsError, match=r"2048.* 20 ") as error:
-        loop.evaluate(config(encoder_reference=str(file)), workdir, jax.devices()[:1])
+        loop.evaluate(config(encoder_reference=str(file), metrics=("encoder",)), workdir, jax.devices()[:1])
     assert error.value.field == "evaluation.encoder_reference"
 
 

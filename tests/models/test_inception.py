@@ -50,13 +50,15 @@ def test_features_and_scores_equal_pytorch(recorded, shapes, tmp_path, assert_cl
     def run(params, images):
         return Inception().apply({"params": params}, images, capture_intermediates=True)
 
-    (features, logits), intermediates = jax.jit(run)(params, images)
+    (features, logits, spatial), intermediates = jax.jit(run)(params, images)
     for name, shape in recipe["maps"].items():
         tap = np.asarray(intermediates["intermediates"][name]["__call__"][0])
         assert [tap.shape[i] for i in (3, 1, 2)] == shape
         assert_close(np.linalg.norm(tap.reshape(2, -1), axis=1), io[f"l2_{name}"], 1e-4, name)
     assert_close(features, io["features"], 1e-4, "features")
     assert_close(logits, io["logits"], 1e-4, "logits")
+    branch = intermediates["intermediates"]["Mixed_6d"]["branch1x1"]["__call__"][0]
+    np.testing.assert_array_equal(spatial, branch[..., :7].reshape(2, 2023))
 
 
 def test_resize_equals_tensorflow_1(recorded, assert_close):

@@ -72,7 +72,7 @@ def test_files_that_unpack_to_far_more_than_their_size_are_refused(tmp_path, mon
             sources.read_latent_statistics(str(tmp_path / name), "the field", (1, 1, 1000))
         assert error.value.field == "the field"
     with pytest.raises(WeightsError, match="unpacks"):
-        reference.read_reference(tmp_path / "bomb.npz", 3, "the field", {})
+        reference.read_reference(tmp_path / "bomb.npz", {"encoder": 3}, "the field", {})
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

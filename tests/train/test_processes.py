@@ -267,7 +267,7 @@ def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, me
         images.write_image(tmp_path / f"{i:02d}.png", np.full((40, 40, 3), 10 * i, np.uint8))
     encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
     encoder["encoder_reference"] = str(tmp_path)
-    evaluation = {"metrics": ("encoder", "linear_probe"), "examples": 2, "kernel_images": 50, **encoder}
+    evaluation = {"metrics": ("encoder", "precision_recall"), "examples": 2, "kernel_images": 50, **encoder}
     config = {"evaluation": evaluation, "data": {"eval_batch_size": 24}}
     split = tiny(**config, mesh=mesh)
     _, second = finish_without_errors(spawn(split, alone, devices=2 - bool(mesh), arguments=["--mode=evaluate"]))

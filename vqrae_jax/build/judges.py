@@ -94,9 +94,10 @@ class MetricNetworks:
     modules: dict[str, nn.Module]
     params: dict[str, Any]  # float32 numpy arrays
     protocol: dict[str, dict[str, Any]]  # what each network is and how it resizes images, for reports
+    spatial: bool = False  # return Inception's spatial features as well
 
     def compare(self, params: Any, reconstruction: Images, image: Images) -> dict[str, jax.Array]:
-        """Returns LPIPS [B], features [B, D] and Inception's class scores [B, 1008] by name.
+        """Returns LPIPS [B], features [B, D] and Inception's class scores [B, 1008] by name; see `features`.
 
         `params` are `self.params`, on any devices. Reconstructions are rounded to bytes, like saved images.
         """
@@ -108,12 +109,19 @@ class MetricNetworks:
         return results
 
     def features(self, params: Any, image: Images) -> dict[str, jax.Array]:
-        """Returns features [B, D] by the name of the network, and the `scores` [B, 1008] of Inception's classes."""
+        """Returns features [B, D] by network, Inception's class `scores` [B, 1008], and `spatial` if `self.spatial`."""
         names = [name for name in FEATURES if name in self.modules]
         results = {name: self.modules[name].apply({"params": params[name]}, image) for name in names}
         if "inception" in results:
-            results["inception"], results["scores"] = results["inception"]
+            results["inception"], results["scores"], spatial = results["inception"]
+            results |= {"spatial": spatial} if self.spatial else {}
         return results
+
+    def widths(self) -> dict[str, int]:
+        """Returns the number of features D by the names in `features`, without the scores."""
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        shapes = jax.eval_shape(self.features, self.params, image)
+        return {name: x.shape[-1] for name, x in shapes.items() if name != "scores"}
 
 
 def to_bytes(image: Images) -> Images:
@@ -138,13 +146,7 @@ def load_metric_networks(
             network = builders[name]()
         modules[name], params[name] = network.module, network.params
         protocol[name] = network.description | {"sha256": writers.content_hash(network.params)}
-    return MetricNetworks(modules, params, protocol)
-
-
-def feature_width(networks: MetricNetworks, name: str) -> int:
-    """Returns the width D of a network's features."""
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    return jax.eval_shape(networks.features, networks.params, image)[name].shape[-1]
+    return MetricNetworks(modules, params, protocol, spatial="sfid" in metrics)
 
 
 def _build_lpips(config: PerceptualConfig, dtype: str = "float32", weights: bool = True) -> FrozenNetwork:

@@ -17,6 +17,7 @@ from vqrae_jax.config import EvaluationConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import DataError
 from vqrae_jax.evaluation import reference
+from vqrae_jax.evaluation.accumulator import Accumulator
 from vqrae_jax.evaluation.moments import Moments
 
 ARGUMENTS = command_line.DATA_ARGUMENTS | {  # by the config fields that they set
@@ -50,15 +51,17 @@ def reference_statistics(args: argparse.Namespace) -> Moments:
     batch_size = -(-args.batch // mesh.size) * mesh.size
     data = command_line.data_config(args, image_size=args.size, eval_batch_size=batch_size)
     batches = pipeline.evaluation_batches(data, limit=args.limit)
-    nets = judges.load_metric_networks(from_dict(EvaluationConfig, settings), (name,))
+    nets = judges.load_metric_networks(from_dict(EvaluationConfig, settings), (name, "sfid"))
     params = jax.device_put(nets.params, sharding.replicated(mesh))
-    moments = reference.compute_feature_moments(nets, params, batches, mesh)[name]
+    program, empty = reference.feature_program(nets, params, mesh, "image"), Accumulator(batches.count, kernel_images=0)
+    total = reference.accumulate(program, batches, empty, mesh, "images")
+    moments = total.moments[f"{name}/image"]
     if moments.count < 2:
         raise DataError(f"has {moments.count} readable images; two are needed", field="--data", value=args.data)
-    gaussian = moments.gaussian()
+    gaussians = {n: total.moments[f"{n}/image"].gaussian() for n in nets.widths()}
     with storage.stage_output(output) as file:
-        reference.write_reference(file, gaussian, nets.protocol[name])
-    width = len(gaussian.mean)
+        reference.write_reference(file, gaussians, nets.protocol[name])
+    width = len(moments.mean)
     few = f", fewer than the {width} dimensions of the features" if moments.count < width else ""
     print(f"{moments.count} images{few}; wrote {output}")
     return moments

@@ -265,14 +265,15 @@ class LossConfig(Section):
     distill_distance: Literal["cosine", "l2"] = "l2"  # distance of these latents
 
 
-Metric = Literal["lpips", "inception", "encoder", "linear_probe"]
+Metric = Literal["lpips", "inception", "encoder", "sfid", "precision_recall", "linear_probe"]
 
 
 class EvaluationConfig(Section):
     """Metrics of the validation images in addition to PSNR, SSIM and codebook usage.
 
     inception and encoder: Frechet, kernel and paired distances in the features of that network, and the Inception
-    score; lpips: with the weights of loss.perceptual.trunk and heads.
+    score; sfid: the Frechet distance of Inception's spatial features; precision_recall: in the features of the chosen
+    networks; lpips: with the weights of loss.perceptual.trunk and heads.
     """
 
     metrics: tuple[Metric, ...] = ("linear_probe",)  # metrics of --mode=evaluate
@@ -281,7 +282,7 @@ class EvaluationConfig(Section):
     images: Positive | None = None
     # File pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity, or its tensors as safetensors or npz.
     inception_path: str | None = None
-    # .npz with mu and sigma, or a folder of images, for FID; rFID compares with the validation images themselves.
+    # .npz of ADM (mu and sigma; mu_s and sigma_s for sfid; arr_0 for precision_recall) or a folder of images, for FID.
     inception_reference: str | None = None
     encoder_cls: EncoderClass = "Dinov2withNorm"  # family of the metric encoder
     encoder_path: str = "facebook/dinov2-large"  # hub id or folder of the metric encoder; this one gives FD-DINOv2
@@ -291,6 +292,15 @@ class EvaluationConfig(Section):
     # Number of images of the kernel distance, which compares all pairs of them.
     kernel_images: Annotated[int, Field(ge=2, le=50_000)] = 5_000
     examples: Few = 4  # number of images in each of the rows best, median and worst of the page
+
+    @pydantic.model_validator(mode="after")
+    def _metrics_have_their_networks(self):
+        for field in ("metrics", "training_metrics"):
+            metrics = getattr(self, field)
+            for metric, networks in {"sfid": ("inception",), "precision_recall": ("inception", "encoder")}.items():
+                if metric in metrics and not set(networks) & set(metrics):
+                    raise invalid(field, metrics, f"{metric!r} needs {' or '.join(map(repr, networks))} as well")
+        return self
 
 
 class AdamWConfig(Section):

@@ -1,19 +1,22 @@
 """Accumulates what was measured of each image, batch by batch, and computes the metrics of all images."""
 
+import collections
 import logging
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
-from vqrae_jax.evaluation import codebook_health
-from vqrae_jax.evaluation.distances import InceptionScore, frechet_distance, kernel_distance, linear_probe
+from vqrae_jax import distributed
+from vqrae_jax.evaluation import codebook_health, distances
 from vqrae_jax.evaluation.moments import Gaussian, Moments
 
 log = logging.getLogger(__name__)
 
 SCORES = ("psnr", "ssim", "lpips", "feature_distance", "bits_per_image")  # one number per image
 SPLIT = 5_000  # images per split of the Inception score
+LIMITS = {"image": 10_000, "reconstruction": 50_000}  # features that precision and recall compare, evenly spaced
+DISTANCES = {"inception": ("", "fid"), "spatial": ("", "sfid")}  # prefix and name; others: ("NETWORK_", "fd")
 
 Rows = Mapping[str, np.ndarray]
 
@@ -21,20 +24,29 @@ Rows = Mapping[str, np.ndarray]
 class Accumulator:
     """Metrics over images that arrive in batches of any size and order, in one or several processes.
 
-    Of each image only scores and pooled latents are stored, and features if its index is below `kernel_images`.
+    Of each image only scores and pooled latents are stored, and features if its index is below `kernel_images`; for
+    precision and recall those of up to 10,000 images and 50,000 reconstructions (Inception: 490 MB in each process).
     `metrics` adds to `warnings`, sentences about metrics that cannot be computed or compared.
 
     Args:
       count: approximate number of images to come; it sets the number of splits of the Inception score.
       references: by network, the feature statistics of other images than those that were reconstructed.
+      manifolds: by network, features of such images for precision and recall; None: neither is computed.
+      ordered: compute the Inception score of successive images, as for samples in a random order.
     """
 
-    def __init__(self, count: int, references: Mapping[str, Gaussian] | None = None, kernel_images: int = 5_000):
+    def __init__(
+        self, count: int, references: Mapping[str, Gaussian] | None = None, kernel_images: int = 5_000,
+        manifolds: Mapping[str, Float[np.ndarray, "n D"]] | None = None, ordered: bool = False,
+    ):  # fmt: skip
         self.warnings: list[str] = []
-        self._references, self._kernel_images = references or {}, kernel_images
+        self._settings = count, references, kernel_images, manifolds, ordered
+        self.count, self._kernel_images = count, kernel_images
+        self._references, self._manifolds = references or {}, manifolds
         self._stored: dict[str, list[np.ndarray]] = {}
-        self._moments: dict[str, Moments] = {}
-        self._score = InceptionScore(max(count // SPLIT, 1))
+        self.moments: dict[str, Moments] = collections.defaultdict(Moments)  # of features, by NETWORK/side
+        splits = {"splits": -(-count // SPLIT), "block": SPLIT} if ordered else {"splits": max(count // SPLIT, 1)}
+        self._score = distances.InceptionScore(**splits)
 
     def add(self, rows: Rows) -> None:
         """Adds a batch of arrays [B, ...].
@@ -42,6 +54,7 @@ class Accumulator:
         They are `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips, `contrast`
         (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
         (features), `scores/reconstruction` (Inception's class scores), `code` (pooled quantized latents) and `label`.
+        Generated samples are reconstructions without images.
         """
         mask = np.asarray(rows["mask"], bool)
         rows = {name: np.asarray(values)[mask] for name, values in rows.items()}
@@ -50,17 +63,18 @@ class Accumulator:
                 self._store(name, rows[name])
         if "scores/reconstruction" in rows:
             self._score.add(rows.pop("scores/reconstruction"), rows["index"])
-        for name in [name for name in rows if name.endswith("/reconstruction")]:
-            self._add_features(name.removesuffix("/reconstruction"), rows)
-
-    def _add_features(self, network: str, rows: Rows) -> None:
-        sides = [f"{network}/image", f"{network}/reconstruction"]
-        for side in sides:
-            self._moments.setdefault(side, Moments()).add(rows[side])
-            self._store(side, rows[side][rows["index"] < self._kernel_images])
-        a, b = (rows[side].astype(np.float64) for side in sides)
-        lengths = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-        self._store(f"{network}_cosine", 1 - (a * b).sum(1) / lengths)
+        for side in [name for name in rows if "/" in name]:
+            self.moments[side].add(rows[side])
+            if not side.startswith("spatial/"):
+                self._store(side, rows[side][rows["index"] < self._kernel_images])
+                if self._manifolds is not None:  # evenly spaced images, as datasets are ordered by class
+                    limit = LIMITS[side.rpartition("/")[2]]
+                    self._store(f"compared {side}", rows[side][np.int64(rows["index"]) * limit % self.count < limit])
+        for network in [name.removesuffix("/image") for name in rows if name.endswith("/image")]:
+            if network != "spatial" and (reconstruction := f"{network}/reconstruction") in rows:
+                a, b = (rows[side].astype(np.float64) for side in (f"{network}/image", reconstruction))
+                lengths = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+                self._store(f"{network}_cosine", 1 - (a * b).sum(1) / lengths)
 
     def _store(self, name: str, values: np.ndarray) -> None:
         self._stored.setdefault(name, []).append(values)
@@ -68,7 +82,7 @@ class Accumulator:
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the state as arrays, for `merge_arrays` in another process."""
         parts = {"stored": {name: np.concatenate(parts) for name, parts in self._stored.items()}}
-        parts |= {f"moments {side}": moments.arrays() for side, moments in self._moments.items()}
+        parts |= {f"moments {side}": moments.arrays() for side, moments in self.moments.items()}
         parts["score"] = self._score.arrays()
         return {f"{part}:{name}": values for part, arrays in parts.items() for name, values in arrays.items()}
 
@@ -81,11 +95,22 @@ class Accumulator:
         for name, values in parts.pop("stored", {}).items():
             self._store(name, values)
         for part, values in parts.items():
-            self._moments.setdefault(part.removeprefix("moments "), Moments()).merge_arrays(values)
+            self.moments[part.removeprefix("moments ")].merge_arrays(values)
+
+    def gather(self) -> "Accumulator":
+        """Returns an accumulator of the images of all processes, all of which call this."""
+        total = Accumulator(*self._settings)
+        for arrays in distributed.iterate_arrays(self.arrays()):
+            total.merge_arrays(arrays)
+        return total
 
     @property
     def images(self) -> int:
         return sum(map(len, self._stored.get("index", [])))
+
+    def compared(self, side: str) -> Float[np.ndarray, "n D"] | None:
+        """Returns the features that precision and recall use, if they are computed."""
+        return np.concatenate(self._stored[f"compared {side}"]) if f"compared {side}" in self._stored else None
 
     def metrics(self, counts: Int[np.ndarray, "*levels K"] | None = None) -> dict[str, int | float]:
         """Computes all metrics of `report.DESCRIPTIONS`, those of the codebook from how often each index was chosen."""
@@ -93,9 +118,9 @@ class Accumulator:
         values["images"] = self.images
         if "contrast" in self._stored:
             values |= self._seams()
-        for side in self._moments:
-            if side.endswith("/image"):
-                values |= self._distances(side.removesuffix("/image"))
+        for side in self.moments:
+            if side.endswith("/reconstruction"):
+                values |= self._distances(side.removesuffix("/reconstruction"))
         if self._score.count:
             values["inception_score"], values["inception_score_deviation"] = self._score.result()
         if "code" in self._stored:
@@ -133,26 +158,37 @@ class Accumulator:
         return {"seams": border * image_inside / (inside * image_border)}
 
     def _distances(self, network: str) -> dict[str, int | float]:
-        prefix, distance = ("", "fid") if network == "inception" else (f"{network}_", "fd")
-        values = {f"{network}_cosine": float(self.scores(f"{network}_cosine").mean())}
+        prefix, distance = DISTANCES.get(network, (f"{network}_", "fd"))
+        (image, reconstruction), cosine = (f"{network}/{side}" for side in LIMITS), f"{network}_cosine"
+        values = {cosine: float(self.scores(cosine).mean())} if self.has_scores(cosine) else {}
         if self.images < 2:
             self._warn(f"{network}: distances between distributions need at least two images")
             return values
-        sides = [f"{network}/image", f"{network}/reconstruction"]
-        images, reconstructions = (self._moments[side].gaussian() for side in sides)
-        self._check_rank(network, "validation images", images)
-        values[f"{prefix}r{distance}"] = frechet_distance(images, reconstructions)
+        gaussian = self.moments[reconstruction].gaussian()
+        self._check_rank(network, "images", gaussian)
+        if image in self.moments:
+            values[f"{prefix}r{distance}"] = distances.frechet_distance(self.moments[image].gaussian(), gaussian)
         if network in self._references:
             self._check_rank(network, "reference images", self._references[network])
-            values[f"{prefix}{distance}"] = frechet_distance(self._references[network], reconstructions)
-        values[f"{network}_kernel"] = kernel_distance(*(np.concatenate(self._stored[side]) for side in sides))
+            values[f"{prefix}{distance}"] = distances.frechet_distance(self._references[network], gaussian)
+        if cosine in values:
+            pair = (np.concatenate(self._stored[side]) for side in (image, reconstruction))
+            values[f"{network}_kernel"] = distances.kernel_distance(*pair)
+        for mark, manifold in (("r", self.compared(image)), ("", (self._manifolds or {}).get(network))):
+            if manifold is None:
+                continue
+            if self.images <= distances.NEIGHBORS:
+                self._warn(f"{network}: precision and recall need at least {distances.NEIGHBORS + 1} images")
+                break
+            pair = distances.precision_recall(manifold, self.compared(reconstruction))
+            values[f"{prefix}{mark}precision"], values[f"{prefix}{mark}recall"] = pair
         return values
 
     def _check_rank(self, network: str, source: str, gaussian: Gaussian) -> None:
         if gaussian.count is not None and gaussian.count < len(gaussian.mean):
             self._warn(
                 f"{network}: the {gaussian.count} {source} are fewer than the {len(gaussian.mean)} features, so the "
-                f"Frechet distance is too large and comparable only for this number; {network}_kernel is unbiased"
+                "Frechet distance is too large and comparable only for this number; the kernel distance is unbiased"
             )
 
     def _probe(self) -> dict[str, int | float]:
@@ -165,7 +201,8 @@ class Accumulator:
                 f"images have {len(classes)} classes with at most {counts.max(initial=0)} images"
             )
             return {}
-        return {f"probe_{name}": value for name, value in linear_probe(features[labelled], labels[labelled]).items()}
+        probe = distances.linear_probe(features[labelled], labels[labelled])
+        return {f"probe_{name}": value for name, value in probe.items()}
 
     def _warn(self, text: str) -> None:
         log.warning("%s", text)

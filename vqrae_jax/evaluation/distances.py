@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from vqrae_jax.errors import import_extra
 from vqrae_jax.evaluation.moments import Gaussian
 
-BLOCK = 1024  # rows of a kernel matrix that exist at once
+BLOCK = 1024  # rows of a matrix of pairs that exist at once
+NEIGHBORS = 3  # k: a row covers the ball as far as its k-th nearest other row, for precision and recall
 FIT_SHARE = 0.8  # share of the images that the linear classifier is fitted to; it predicts the others
 PENALTIES = tuple(float(10**e) for e in np.arange(-6, 3.5, 0.5))  # relative to the mean variance of a feature
 
@@ -48,15 +49,47 @@ def _kernel_sum(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> flo
     return sum(((x[i : i + BLOCK] @ y.T / x.shape[1] + 1) ** 3).sum() for i in range(0, len(x), BLOCK))
 
 
+def precision_recall(images: Float[np.ndarray, "n D"], samples: Float[np.ndarray, "m D"]) -> tuple[float, float]:
+    """Returns precision and recall of the features of samples (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+
+    A set covers the balls around its rows whose radii are the distances to the 3rd nearest other row of the set.
+    Precision is the share of the samples that the images cover, recall the share of the images that the samples cover;
+    both sets need at least four rows. Distances are computed in float64, BLOCK rows at a time, which changes no value.
+    """
+    x, y = (np.asarray(z, np.float64) - np.mean(images, 0, np.float64) for z in (images, samples))
+    x_radii, y_radii = _neighbor_distances(x), _neighbor_distances(y)
+    precise, recalled = np.zeros(len(y), bool), 0
+    for i in range(0, len(x), BLOCK):
+        distances = _squared_distances(x[i : i + BLOCK], y)
+        precise |= (distances <= x_radii[i : i + BLOCK, None]).any(0)
+        recalled += int((distances <= y_radii).any(1).sum())
+    return float(precise.mean()), recalled / len(x)
+
+
+def _neighbor_distances(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, " n"]:
+    blocks = (_squared_distances(x[i : i + BLOCK], x) for i in range(0, len(x), BLOCK))
+    return np.concatenate([np.partition(block, NEIGHBORS)[:, NEIGHBORS].copy() for block in blocks])
+
+
+def _squared_distances(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n m"]:
+    squares = [(z * z).sum(1) for z in (x, y)]
+    distances = (-2 * x) @ y.T
+    distances += squares[0][:, None]
+    distances += squares[1]
+    distances[distances < 1e-12 * sum(square.max() for square in squares)] = 0  # equal rows, in spite of rounding
+    return distances
+
+
 class InceptionScore:
     """The Inception score (Salimans et al. 2016, arXiv:1606.03498) from class scores that arrive in batches.
 
     The score of a split is exp of the mean divergence of an image's classes from those of all its images. Images are
-    dealt out to the splits in turn, so that the classes of an ordered dataset are in all of them.
+    dealt out to the splits in turn, so that the classes of an ordered dataset are in all of them. With `block`, split i
+    has the images of index [i * block, (i + 1) * block), as in the evaluator of ADM.
     """
 
-    def __init__(self, splits: int):
-        self._splits = splits
+    def __init__(self, splits: int, block: int | None = None):
+        self._splits, self._block = splits, block
         self._sums = {"counts": np.zeros(splits), "negentropy": np.zeros(splits), "share": np.zeros((splits, 1))}
 
     @property
@@ -69,7 +102,8 @@ class InceptionScore:
         logits = logits - logits.max(1, keepdims=True)
         log_share = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         share = np.exp(log_share)
-        member = (np.arange(self._splits)[:, None] == index % self._splits).astype(np.float64)
+        split = index // self._block if self._block else index % self._splits
+        member = (np.arange(self._splits)[:, None] == split).astype(np.float64)
         negentropy = member @ (share * log_share).sum(1)
         self.merge_arrays({"counts": member.sum(1), "negentropy": negentropy, "share": member @ share})
 

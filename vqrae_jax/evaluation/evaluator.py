@@ -1,7 +1,7 @@
-"""Evaluation of a model on the validation images: metrics, examples, and the protocol that they were measured by."""
+"""Evaluation of a model on the validation images, and of generated samples: metrics and how they were measured."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -10,16 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vqrae_jax import __version__, distributed, sharding, storage
+from vqrae_jax import sharding
 from vqrae_jax.build import judges
-from vqrae_jax.config import Config, Metric
+from vqrae_jax.config import Config, DataConfig, EvaluationConfig, Metric
 from vqrae_jax.data import pipeline
-from vqrae_jax.errors import DataError
-from vqrae_jax.evaluation import reference
-from vqrae_jax.evaluation.accumulator import SCORES, Accumulator
+from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.evaluation.accumulator import SCORES, SPLIT, Accumulator
 from vqrae_jax.evaluation.metrics import K1, K2, SIGMA, WINDOW
-from vqrae_jax.evaluation.moments import Gaussian
-from vqrae_jax.progress import progress
+from vqrae_jax.evaluation.reference import References, accumulate, feature_program, pad_batches
 
 CROPS = {  # what `data.eval_crop` does, for the protocol
     "center": "short side resized to {size} pixels (Pillow's bicubic with antialias), central square",
@@ -49,8 +47,8 @@ class EvaluationResult:
 class Evaluator:
     """The networks, references and compiled programs of an evaluation; they are read and built once.
 
-    The constructor reads files and waits for no other process; call `prepare` once before `evaluate`. Batches are split
-    over the mesh. Each process accumulates its own rows in float64; at the end every process receives the sums of all.
+    The constructor reads files and waits for no other process; call `references.prepare` before `evaluate`. Batches are
+    split over the mesh. Each process accumulates its own rows in float64; at the end every process has the sums of all.
     """
 
     def __init__(
@@ -60,12 +58,7 @@ class Evaluator:
         self._config, self._mesh, self._batches = config, mesh, batches
         self._networks = judges.load_metric_networks(config.evaluation, metrics, config.loss.perceptual)
         replicated = sharding.replicated(mesh)
-        self._params = jax.tree.map(lambda x: sharding.place_array(x, replicated), self._networks.params)
-        self._widths = {n: judges.feature_width(self._networks, n) for n in judges.FEATURES if n in metrics}
-        self._references: dict[str, Gaussian] = {}
-        self._folders: dict[str, pipeline.EvaluationBatches] = {}  # images of references that `prepare` computes
-        for name in self._widths:
-            self._read_reference(name)
+        self.references = References(config.evaluation, config.data, self._networks, mesh, metrics)
 
         def evaluate(variables: Any, frozen: Any, params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
             rows = dict(task.evaluate(variables, frozen, batch))
@@ -79,39 +72,27 @@ class Evaluator:
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._reconstruct = jax.jit(lambda *args: task.evaluate(*args)["reconstruction"], out_shardings=replicated)
 
-    def prepare(self) -> None:
-        """Computes the references that are folders of images; every process reads its share of the images."""
-        for name, batches in self._folders.items():
-            field, path = self._reference(name)
-            moments = reference.compute_feature_moments(self._networks, self._params, batches, self._mesh)[name]
-            if moments.count < 2:
-                raise DataError(
-                    f"only {moments.count} of its images can be read; at least two are needed", field=field, value=path
-                )
-            self._references[name] = moments.gaussian()
-
     def listings(self) -> dict[str, Any]:
         """Returns, by config field, which images this process has found; processes of one run compare them."""
-        references = {self._reference(name)[0]: batches.listing() for name, batches in self._folders.items()}
-        return {"data.eval_path": self._batches.listing()} | references
+        return {"data.eval_path": self._batches.listing()} | self.references.listings()
 
     def first_images(self) -> dict[str, jax.Array]:
         return sharding.place_batch({"image": next(iter(self._batches))["image"]}, self._mesh)
 
     def evaluate(self, variables: Any, frozen: Any) -> EvaluationResult:
         """Evaluates a model on all validation images."""
-        settings = self._batches.count, self._references, self._config.evaluation.kernel_images
-        local, accumulator, counts, pending = Accumulator(*settings), Accumulator(*settings), None, None
-        for number, batch in enumerate(progress(self._batches, len(self._batches), "batches of validation images")):
-            rows, batch_counts = self._evaluate(variables, frozen, self._params, self._place(number, batch))
-            if batch_counts is not None:
-                counts = batch_counts if counts is None else self._add(counts, batch_counts)
-            if pending is not None:  # fetched while the device works on the next batch
-                local.add(_local_rows(pending))
-            pending = rows
-        local.add(_local_rows(pending))
-        for arrays in distributed.iterate_arrays(local.arrays()):
-            accumulator.merge_arrays(arrays)
+        references, counts = self.references, None
+
+        def evaluate(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            nonlocal counts
+            rows, more = self._evaluate(variables, frozen, references.params, batch)
+            if more is not None:
+                counts = more if counts is None else self._add(counts, more)
+            return rows
+
+        kernel_images = self._config.evaluation.kernel_images
+        empty = Accumulator(self._batches.count, references.gaussians, kernel_images, references.manifolds)
+        accumulator = accumulate(evaluate, self._batches, empty, self._mesh, "validation images")
         if not accumulator.images:
             raise DataError("none of the validation images can be read", field="data.eval_path")
         metrics = accumulator.metrics(None if counts is None else jax.device_get(counts))
@@ -152,48 +133,50 @@ class Evaluator:
             "rfid": "reconstructions against the same images before encoding; fid: against the reference",
             "kernel": f"unbiased, (x . y / D + 1)^3, all pairs of the first {config.evaluation.kernel_images} images",
             "linear_probe": "ridge on the mean of the quantized latents of 80 % of the images; accuracy on the others",
-            "networks": {name: fields | self._describe(name) for name, fields in self._networks.protocol.items()},
             "model": config.model.model_dump(mode="json"),
-            "jax": jax.__version__,
-            "vqrae_jax": __version__,
-            "devices": f"{self._mesh.size} x {self._mesh.devices.flat[0].device_kind}",
+            **self.references.protocol(),
         }
 
-    def _describe(self, name: str) -> dict[str, Any]:
-        if name not in self._widths:
-            return {}
-        statistics = None
-        if gaussian := self._references.get(name):
-            path = self._reference(name)[1]
-            statistics = {"source": path, "images": gaussian.count, "sha256": gaussian.digest()}
-        return {"features": self._widths[name], "reference": statistics}
 
-    def _place(self, number: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        (share, shares), local = sharding.data_share(self._mesh), len(batch["mask"])
-        index = ((number * shares + share) * local + np.arange(local)).astype(np.int32)
-        return sharding.place_batch({n: batch[n] for n in ("image", "mask", "label")} | {"index": index}, self._mesh)
+class SampleEvaluator:
+    """The networks, references and compiled program that compare sets of `count` samples with a reference.
 
-    def _reference(self, name: str) -> tuple[str, str | None]:
-        return f"evaluation.{name}_reference", getattr(self._config.evaluation, f"{name}_reference")
+    Args:
+      data: crop, image_size and eval_batch_size of the reference images.
+      metrics: "inception", "encoder", "sfid" and "precision_recall" are used; the others are of reconstructions.
 
-    def _read_reference(self, name: str) -> None:
-        """Reads the statistics of an .npz, or finds the images of a folder; they are cropped as validation images."""
-        field, path = self._reference(name)
-        if path is None:
-            return
-        if not storage.resolve_path(path).is_dir():
-            network = self._networks.protocol[name]
-            self._references[name] = reference.read_reference(
-                storage.download(path), self._widths[name], field, network
-            )
-            return
-        data = self._config.data.model_copy(update={"source": "folder", "eval_path": str(path)})
-        share, shares = sharding.data_share(self._mesh)
-        try:
-            self._folders[name] = pipeline.evaluation_batches(data, process_index=share, process_count=shares)
-        except DataError as error:
-            raise error.renamed({"data.eval_path": field}) from None
+    Raises:
+      ConfigError: no network, or a network without a reference.
+      DataError, WeightsError: too few samples (field "count"), or a reference that does not fit.
+    """
 
+    def __init__(self, config: EvaluationConfig, data: DataConfig, mesh: Mesh, metrics: Collection[Metric], count: int):
+        names = [name for name in judges.FEATURES if name in metrics]
+        if not names:
+            raise ConfigError("needs 'inception' or 'encoder'", field="evaluation.metrics", value=tuple(metrics))
+        networks = judges.load_metric_networks(config, [*names, *{"sfid"}.intersection(metrics)])
+        self._count, self._mesh, self.references = count, mesh, References(config, data, networks, mesh, metrics)
+        for field, path in map(self.references.setting, names):
+            if path is None:
+                raise ConfigError("expected an .npz as ADM writes it or a folder of images", field=field, value=path)
+        if count < self.references.needed:
+            raise DataError(f"expected at least {self.references.needed} samples", field="count", value=count)
+        self._program = feature_program(networks, self.references.params, mesh, "reconstruction")
 
-def _local_rows(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    return {name: sharding.own_rows(x) for name, x in rows.items()}
+    def compare(self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]]) -> EvaluationResult:
+        """Compares the first `count` samples with the references, which `prepare` computes before the first batch.
+
+        Every process passes its part of each batch, part i with the images [i * b, (i + 1) * b). Its devices divide b;
+        only the last batch may be smaller. Fewer samples are a DataError.
+        """
+        self.references.prepare()
+        empty = Accumulator(self._count, self.references.gaussians, 0, self.references.manifolds, ordered=True)
+        total = accumulate(self._program, pad_batches(batches), empty, self._mesh, "samples")
+        if total.images < self._count:
+            raise DataError(f"there are only {total.images} samples", field="count", value=self._count)
+        return EvaluationResult({f"eval/{name}": value for name, value in total.metrics().items()}, total)
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns everything that must be known about the metrics to compare them with published ones."""
+        name = "FID-50k" if self._count == 50_000 else f"FID of {self._count} samples, not FID-50k"
+        return {"samples": self._count, "fid": name, "inception_score_split": SPLIT} | self.references.protocol()

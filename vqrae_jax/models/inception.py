@@ -122,11 +122,16 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """The network from images to features and class scores."""
+    """The network from images to features, class scores and spatial features."""
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-        """Returns the features before the last layer, and its scores without bias, for the Inception score.
+    def __call__(
+        self, image: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"], Float[Array, "B 2023"]]:
+        """Returns the features before the last layer, its scores without bias (for the Inception score), and spatial.
+
+        The spatial features [17 x 17 x 7] are those of sFID (Nash et al. 2021, arXiv:2103.03841): the first channels of
+        "mixed_6/conv:0" in the TensorFlow graph, the 1 x 1 branch of Mixed_6d.
 
         Args:
           image: in [0, 1], of any size; resized to 299 as in TensorFlow 1 (no half-pixel centres, no antialiasing).
@@ -144,11 +149,13 @@ class Inception(nn.Module):
         x = BlockB(name="Mixed_6a")(x)
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
             x = BlockC(inner, name=name)(x)
+            if name == "Mixed_6d":  # its first channels are those of the 1 x 1 branch
+                spatial = x[..., :7].reshape(len(x), -1)
         x = BlockD(name="Mixed_7a")(x)
         x = BlockE(last=False, name="Mixed_7b")(x)
         features = BlockE(last=True, name="Mixed_7c")(x).mean((1, 2))
         head = nn.Dense(CLASSES, precision=jax.lax.Precision.HIGHEST, name="fc")
-        return features, head(features) - head.variables["params"]["bias"]
+        return features, head(features) - head.variables["params"]["bias"], spatial
 
 
 def _chain(x: Map, **layers: tuple[int, int | tuple[int, int]]) -> Map:

@@ -76,7 +76,7 @@ def open_run(
         if batches is not None:
             closing.callback(batches.close)
         if evaluator:
-            evaluator.prepare()
+            evaluator.references.prepare()
         shapes, frozen = task.shapes(), task.frozen()
         if config.mesh.fsdp and (whole := sharding.left_whole(shapes, mesh, config.mesh.fsdp_min_size)):
             log.warning(
