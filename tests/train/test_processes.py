@@ -436,7 +436,7 @@ def test_a_killed_process_ends_the_other_at_any_point(tiny, tmp_path, owner, nam
     ((code, _, stderr),) = finish([children[1 - killed]], attempts=1)
     assert time.monotonic() - start < 30
     if killed == 0 and ABORTED in stderr:
-        assert code == -signal.SIGABRT
+        assert code in (1, -signal.SIGABRT)  # 1: this process exited while JAX wrote its message
     else:
         assert code == 1
         *_, last = stderr.splitlines()
