@@ -18,7 +18,7 @@ from vqrae_jax.data.pipeline import TrainBatches, train_batches
 from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampling import guided, sample
-from vqrae_jax.models.generator import Generator
+from vqrae_jax.models.generator import Generator, GeneratorConfig
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
 
@@ -35,11 +35,11 @@ def train(model: Generator, data: TrainBatches, steps: int, learning_rate: float
 
     def loss(variables, batch, key):
         mask_key, label_key = jax.random.split(key)
-        masked = masking.mask(mask_key, batch["codes"], model.num_embeddings)
+        masked = masking.mask(mask_key, batch["codes"], model.config.num_embeddings)
         dropped = jax.random.uniform(label_key, batch["label"].shape) < LABEL_DROPOUT
-        labels = jnp.where((batch["label"] < 0) | dropped, model.classes, batch["label"])
-        logits = model.apply(variables, masked.indices, labels)
-        return masking.masked_mean(masking.cross_entropy(logits, batch["codes"]), masked)
+        labels = jnp.where((batch["label"] < 0) | dropped, model.config.classes, batch["label"])
+        nats, _ = model.apply(variables, masked.indices, labels, batch["codes"], method="cross_entropy")
+        return masking.masked_mean(nats, masked)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, state, batch, key):
@@ -48,7 +48,7 @@ def train(model: Generator, data: TrainBatches, steps: int, learning_rate: float
         return optax.apply_updates(variables, updates), state, value
 
     state, losses = optimizer.init(variables), []
-    chance = np.log(model.num_embeddings)
+    chance = np.log(model.config.num_embeddings)
     for i in progress(range(steps), steps, "steps"):
         variables, state, value = step(variables, state, next(batches), jax.random.key(i))
         losses.append(value)
@@ -66,8 +66,8 @@ def sample_codes(
     def run(variables, labels, key):
         unconditional = functools.partial(model.apply, variables)
         predict = guided(lambda codes: unconditional(codes, labels), unconditional, guidance)
-        start = jnp.full((len(labels), model.positions), model.num_embeddings)
-        return sample(predict, key, start, model.num_embeddings, steps)
+        start = jnp.full((len(labels), model.config.length), model.config.num_embeddings)
+        return sample(predict, key, start, model.config.num_embeddings, steps)
 
     return run(variables, labels, jax.random.key(seed))
 
@@ -86,7 +86,8 @@ def main() -> None:
     data = train_batches(DataConfig(source="codes", path=args.codes, batch_size=args.batch), seed=0)
     shape, classes = data.source.plan.view_shape, data.source.num_classes
     blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
-    model = Generator(blocks, tokenizer.codebook_size, int(np.prod(shape)), classes)
+    height, width, *levels = shape if len(shape) > 1 else (1, *shape)
+    model = Generator(GeneratorConfig(blocks, tokenizer.codebook_size, ((height, width),), *levels, classes=classes))
     variables, _ = train(model, data, args.steps)
     labels = jnp.repeat(jnp.arange(max(1, min(classes, 8))), 8)  # 0 means any class if there are no labels
     samples = np.asarray(sample_codes(model, variables, labels)).reshape(-1, *shape)

@@ -44,6 +44,7 @@ COMMANDS = list(dict.fromkeys(
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
 BENCHMARKS = (
     "end_to_end",
+    "generator_speed",
     "gpu",
     "quantizer_speed",
     "time_to_quality",

@@ -33,10 +33,11 @@ RULES: list[tuple[str, P]] = [
     (r"quantizer/(.*/)?logits/kernel$", P(None, "model")),
     (r"quantizer/(.*/)?logits/bias$", P("model")),
     (r"quantizer/", P()),
-    (r"code_embed$", P("model", None)),
-    (r"(patch_embed|embed|pred|features|head)/kernel$", P()),
+    (r"((code|head)_embed|code_vectors)$", P("model", None)),
+    (r"code_bias$", P("model")),
+    (r"(patch_embed|embed|pred|features|head|modulation)/kernel$|code_proj$", P()),
     (r"conv\w*/kernel$", P()),  # discriminators, LPIPS
-    (r"((pos|class|hidden)_embed|cls|registers)$", P()),
+    (r"((pos|class|hidden|level|target)_embed|cls|registers)$", P()),
     (r"(scale|bias|step|count|started|mean|var)$", P()),
 ]
 

@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from benchmarks import end_to_end, gpu, quantizer_table, time_to_quality, tokenize_folder
+from benchmarks import end_to_end, generator_speed, gpu, quantizer_table, time_to_quality, tokenize_folder
 from vqrae_jax.benchmark import speed
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError
@@ -143,3 +143,13 @@ def test_time_to_quality_draws_curves_of_both_frameworks(arguments, tmp_path, ca
         assert 0 < first["seconds"] < last["seconds"]
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert f"| {time_to_quality.BASELINE} |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generator_speed_at_a_tiny_size(capsys):
+    pytest.importorskip("transformers")
+    arguments = "--width=16 --depth=1 --heads=2 --grid=2 --codes=8 --images=2 --batch=3 --rounds=1"
+    generator_speed.main(shlex.split(arguments))
+    out = capsys.readouterr().out
+    assert len(re.findall(r": [\d.]+ x$", out, re.M)) == 3
+    assert "equal codes: 100.00%" in out

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.layers import ACTIVATIONS, Heads, attend
+from vqrae_jax.models.layers import ACTIVATIONS, Heads, KeyValue, attend, attend_cached
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.resize import resize
 
 Tokens = Float[Array, "B N D"]
-Rope = tuple[Float[Array, "n d"], Float[Array, "n d"]]  # cosine and sine of every patch and channel
+Rope = tuple[Float[Array, "*b n d"], ...]  # cosine and sine of every token and channel; then those of keys if different
+Modulation = Float[Array, "L B 6 D"]  # of every block: shift, scale and gate of the attention, then of the MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,9 @@ class BlocksConfig:
     layer_scale: bool = False
     unbiased: tuple[str, ...] = ()  # layers without bias: "query", "key", "value", "out", "up", "gate", "down"
     norm_eps: float = 1e-6
+    qk_norm: bool = False  # LayerNorm of the queries and keys of every head (Dehghani et al. 2023)
+    causal: bool = False  # tokens attend to themselves and to earlier ones
+    dropout: float = 0.0  # of the output of attention and MLP, if the caller passes the stream "dropout"
     remat: bool = False  # recomputes each block in the backward pass
     dtype: str = "float32"  # of the activations; norms and softmax stay float32
     attention: Literal["xla", "cudnn"] = "xla"  # "cudnn": NVIDIA's kernel, for bfloat16; without a GPU it is "xla"
@@ -93,8 +97,8 @@ def rope_table(h: int, w: int, head_width: int, theta: float) -> Rope:
 
 def rotate(x: Heads, rope: Rope) -> Heads:
     """Rotates the patch tokens in float32; prefix tokens (cls, registers) have no position."""
-    cos, sin = (table[:, None] for table in rope)
-    prefix, patches = jnp.split(x, [x.shape[1] - cos.shape[0]], axis=1)
+    cos, sin = (table[..., None, :] for table in rope)
+    prefix, patches = jnp.split(x, [x.shape[1] - cos.shape[-3]], axis=1)
     patches = patches.astype(jnp.float32)
     a, b = jnp.split(patches, 2, -1)
     rotated = patches * cos + jnp.concatenate([-b, a], -1) * sin
@@ -106,7 +110,7 @@ def matmul_precision(dtype: str) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
-def layer_norm(cfg: BlocksConfig, name: str, affine: bool = True) -> nn.LayerNorm:
+def layer_norm(cfg: BlocksConfig, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
     """Builds a LayerNorm; E[x^2] - E[x]^2 would lose digits that pretrained features need."""
     return nn.LayerNorm(cfg.norm_eps, cfg.dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
 
@@ -117,26 +121,34 @@ class Attention(nn.Module):
     cfg: BlocksConfig
 
     @nn.compact
-    def __call__(self, x: Tokens, rope: Rope | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens, rope: Rope | None = None, cache: KeyValue | None = None, first: Any = 0
+    ) -> tuple[Tokens, KeyValue | None]:
+        """Returns the mixed tokens; with a `cache` of the tokens before x, of which x[:, 0] is number `first`, both."""
         c = self.cfg
         dense = functools.partial(nn.DenseGeneral, dtype=c.dtype, precision=matmul_precision(c.dtype))
         heads = (c.heads, c.width // c.heads)
         query, key, value = (
             dense(heads, use_bias=name not in c.unbiased, name=name)(x) for name in ("query", "key", "value")
         )
+        if c.qk_norm:
+            query, key = layer_norm(c, "norm_query")(query), layer_norm(c, "norm_key")(key)
         if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+            query, key = rotate(query, rope[:2]), rotate(key, rope[-2:])
+        precision = matmul_precision(c.dtype)
+        if cache is not None:
+            x, cache = attend_cached(query, key, value, cache, first, precision)
         # NVIDIA's kernel cannot be traced without a GPU.
-        if c.attention == "cudnn" and jax.default_backend() == "gpu":
-            x = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        elif c.attention == "cudnn" and jax.default_backend() == "gpu":
+            x = jax.nn.dot_product_attention(query, key, value, is_causal=c.causal, implementation="cudnn")
         else:
-            function = functools.partial(attend, precision=matmul_precision(c.dtype))
+            function = functools.partial(attend, precision=precision, causal=c.causal)
             # Recomputing the N x N weights in the gradient (Chen et al. 2016) saves an accelerator, which runs in
             # bfloat16, two thirds of the memory traffic (785 tokens, 12 blocks, compiled for v5e). A CPU loses a tenth.
             if c.dtype == "bfloat16" and not c.remat:
                 function = jax.checkpoint(function, prevent_cse=False)
             x = function(query, key, value)
-        return dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, name="out")(x)
+        return dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, name="out")(x), cache
 
 
 class Mlp(nn.Module):
@@ -173,18 +185,36 @@ class Block(nn.Module):
     cfg: BlocksConfig
 
     @nn.compact
-    def __call__(self, x: Tokens, rope: Rope | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens, rope: Rope | None = None, modulation: Any = None, cache: KeyValue | None = None, first: Any = 0
+    ) -> tuple[Tokens, KeyValue | None]:
+        """Returns tokens and cache as `Attention` does; for `modulation` see Peebles & Xie 2023, arXiv:2212.09748."""
         c = self.cfg
-        y = Attention(c, name="attn")(layer_norm(c, "norm1")(x), rope)
-        x = x + (LayerScale(name="scale1")(y) if c.layer_scale else y)
-        y = Mlp(c, name="mlp")(layer_norm(c, "norm2")(x))
-        return x + (LayerScale(name="scale2")(y) if c.layer_scale else y)
+        rows = None if modulation is None else modulation.astype(x.dtype)[:, :, None]
+
+        def norm(x: Tokens, i: int) -> Tokens:
+            x = layer_norm(c, f"norm{i}")(x)
+            return x if rows is None else x * (1 + rows[:, 3 * i - 2]) + rows[:, 3 * i - 3]
+
+        def finish(y: Tokens, i: int) -> Tokens:
+            y = LayerScale(name=f"scale{i}")(y) if c.layer_scale else y
+            y = nn.Dropout(c.dropout)(y, deterministic=not self.has_rng("dropout")) if c.dropout else y
+            return y if rows is None else y * rows[:, 3 * i - 1]
+
+        y, cache = Attention(c, name="attn")(norm(x, 1), rope, cache, first)
+        x = x + finish(y, 1)
+        return x + finish(Mlp(c, name="mlp")(norm(x, 2)), 2), cache
 
 
 def run_blocks(
-    cfg: BlocksConfig, x: Tokens, rope: Rope | None = None, taps: tuple[int, ...] = ()
+    cfg: BlocksConfig,
+    x: Tokens,
+    rope: Rope | None = None,
+    taps: tuple[int, ...] = (),
+    modulation: Modulation | None = None,
+    block: Block | None = None,
 ) -> tuple[Tokens, list[Tokens]]:
-    """Creates and runs the blocks inside the calling module's compact method.
+    """Creates (unless `block` is from `build_block`) and runs the blocks inside the calling module's compact method.
 
     Their parameters are stacked along a leading axis L in `blocks` and scanned: one block is compiled, whatever the
     depth. Returns the output of the last block, and of the blocks `taps`, of which 0 is the first.
@@ -193,16 +223,22 @@ def run_blocks(
     # The row of `tapped` that each block writes; len(inner), which is out of range, writes none.
     rows = jnp.asarray([inner.index(i) if i in inner else len(inner) for i in range(cfg.depth)])
 
-    def body(block: nn.Module, carry: tuple[Any, Any], row: Any, rope: Any) -> tuple[tuple[Any, Any], None]:
-        x, tapped = carry
-        x = cfg.shard(block(x, rope))
+    def body(block: nn.Module, carry: tuple[Any, Any], inputs: Any, rope: Any) -> tuple[tuple[Any, Any], None]:
+        (x, tapped), (row, modulation) = carry, inputs
+        x = cfg.shard(block(x, rope, modulation)[0])
         return (x, tapped.at[row].set(x, mode="drop") if inner else tapped), None
 
-    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
-    scan = nn.scan(body, {"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=cfg.depth)
+    streams = {"params": True, "dropout": True}
+    scan = nn.scan(body, {"params": 0}, split_rngs=streams, in_axes=(0, nn.broadcast), length=cfg.depth)
     tapped = jnp.zeros((len(inner), *x.shape), x.dtype)
-    (x, tapped), _ = scan(block(cfg, name="blocks"), (cfg.shard(x), tapped), rows, rope)
+    block = build_block(cfg, name="blocks") if block is None else block
+    (x, tapped), _ = scan(block, (cfg.shard(x), tapped), (rows, modulation), rope)
     return x, [x if i == last else tapped[inner.index(i)] for i in taps]
+
+
+def build_block(cfg: BlocksConfig, name: str | None = None) -> Block:
+    """Builds the block that `run_blocks` repeats."""
+    return (nn.remat(Block, prevent_cse=False) if cfg.remat else Block)(cfg, name=name)
 
 
 class ViT(nn.Module):
