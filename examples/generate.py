@@ -17,7 +17,8 @@ from vqrae_jax.data import images
 from vqrae_jax.data.pipeline import TrainBatches, train_batches
 from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
-from vqrae_jax.generation.sampling import guided, sample
+from vqrae_jax.generation.sampler_config import SamplerConfig
+from vqrae_jax.generation.sampling import pair_labels, sample
 from vqrae_jax.models.generator import Generator, GeneratorConfig
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
@@ -64,10 +65,11 @@ def sample_codes(
 
     @jax.jit
     def run(variables, labels, key):
-        unconditional = functools.partial(model.apply, variables)
-        predict = guided(lambda codes: unconditional(codes, labels), unconditional, guidance)
-        start = jnp.full((len(labels), model.config.length), model.config.num_embeddings)
-        return sample(predict, key, start, model.config.num_embeddings, steps)
+        c = model.config
+        start = jnp.full((len(labels), c.length), c.num_embeddings)
+        labels = pair_labels(labels, c.classes) if guidance else labels
+        config = SamplerConfig(steps=steps, guidance=guidance)
+        return sample(lambda codes: model.apply(variables, codes, labels), key, start, c.num_embeddings, config)
 
     return run(variables, labels, jax.random.key(seed))
 

@@ -47,6 +47,7 @@ BENCHMARKS = (
     "generator_speed",
     "gpu",
     "quantizer_speed",
+    "sampler_error",
     "time_to_quality",
     "tokenize_folder",
     "torch_input",

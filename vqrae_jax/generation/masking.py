@@ -6,13 +6,14 @@ positions (Chang et al. 2022, arXiv:2202.04200); their sum, weighted by time, bo
 arXiv:2406.04329; Sahoo et al. 2024, arXiv:2406.07524).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-Schedule = Literal["cosine", "linear"]
+Schedule = Literal["cosine", "linear", "arccos"]
 
 
 class Masked(NamedTuple):
@@ -30,29 +31,54 @@ class Masked(NamedTuple):
 
 
 def hidden_share(time: Float[Array, "*b"], schedule: Schedule = "cosine") -> Float[Array, "*b"]:
-    """Returns the share of hidden positions at `time`; "cosine" is sin(pi t / 2), which hides more at most times."""
+    """Returns the share of hidden positions at `time`, MaskGIT's gamma(r) at progress r = 1 - time.
+
+    "linear" is 1 - r, "cosine" cos(pi r / 2) and "arccos" 2 arccos(r) / pi. The last two hide more at all times, so
+    that sampling begins with few indices per step, and 64 % on average; "arccos" rarely hides few, "cosine" mostly
+    almost all.
+    """
+    if schedule == "arccos":
+        return 4 / jnp.pi * jnp.arcsin(jnp.sqrt(time / 2))  # accurate near 0, where arccos(1 - time) is not
     return time if schedule == "linear" else jnp.sin(jnp.pi / 2 * time)
 
 
-def mask(key: PRNGKeyArray, indices: Int[Array, "B N"], num_embeddings: int, schedule: Schedule = "cosine") -> Masked:
+def mask(
+    key: PRNGKeyArray,
+    indices: Int[Array, "B N"],
+    num_embeddings: int,
+    schedule: Schedule = "cosine",
+    max_snr: float = math.inf,
+) -> Masked:
     """Hides indices, in [0, num_embeddings), for training.
 
     The times of the rows are spread evenly over the batch (Kingma et al. 2021).
+
+    Args:
+      max_snr: limit of the ratio of visible to hidden positions in the weight, as in min-SNR (Hang et al. 2023,
+        arXiv:2303.09556), usually 5. The gradients vary less, and `bound` is not a bound any more.
     """
     time_key, position_key = jax.random.split(key)
     rows = len(indices)
     time = 1 - (jax.random.uniform(time_key) + jnp.arange(rows) / rows) % 1  # in (0, 1]
-    share = hidden_share(time, schedule)
+    share, slope = jax.jvp(lambda t: hidden_share(t, schedule), (time,), (jnp.ones_like(time),))
     hidden = jax.random.uniform(position_key, indices.shape) < share[:, None]
-    slope = jnp.ones_like(time) if schedule == "linear" else jnp.pi / 2 * jnp.cos(jnp.pi / 2 * time)
-    return Masked(jnp.where(hidden, num_embeddings, indices), hidden, slope / share)
+    weight = slope * (1 + jnp.minimum((1 - share) / share, max_snr))
+    return Masked(jnp.where(hidden, num_embeddings, indices), hidden, weight)
 
 
-def cross_entropy(logits: Float[Array, "B N K"], indices: Int[Array, "B N"]) -> Float[Array, "B N"]:
-    """Returns -log p(index) in nats, float32."""
+def cross_entropy(
+    logits: Float[Array, "B N K"], indices: Int[Array, "B N"], smoothing: float = 0.0
+) -> Float[Array, "B N"]:
+    """Returns -log p(index) in nats, float32.
+
+    Args:
+      smoothing: probability of the target that is spread evenly over all K indices; MaskGIT trains with 0.1.
+    """
     logits = logits.astype(jnp.float32)
-    correct = jnp.take_along_axis(logits, indices[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - correct
+    target = jnp.take_along_axis(logits, indices[..., None], axis=-1)[..., 0]
+    if smoothing:
+        target = (1 - smoothing) * target + smoothing * jnp.mean(logits, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - target
 
 
 def masked_mean(nats: Float[Array, "B N"], masked: Masked) -> Float[Array, ""]:
@@ -64,7 +90,7 @@ def bound(nats: Float[Array, "B N"], masked: Masked) -> Float[Array, ""]:
     """Returns an unbiased estimate of an upper bound on -log p(indices), in nats per index (Shi et al. 2024).
 
     The bound is the integral over time of hidden_share'(t) / hidden_share(t) times the cross-entropies of the indices
-    hidden at t.
+    hidden at t. It is the same for all schedules, and -log p itself for an exact predictor.
     """
     hidden = jnp.where(masked.hidden, nats, 0.0)
     return jnp.mean(masked.weight * jnp.mean(hidden, axis=1))
