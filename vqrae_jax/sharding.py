@@ -182,11 +182,12 @@ def over_data(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(axes if len(axes) > 1 else axes[0]))
 
 
-def pin_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Constrains, inside `jit`, an array to the sharding of batches, if the data axes divide its leading axis."""
+def pin_batch(x: jax.Array, mesh: Mesh, free: bool = False) -> jax.Array:
+    """Splits, inside `jit`, the leading axis like batches if the data axes divide it; not the others, unless `free`."""
     if x.shape[0] % data_ways(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, over_data(mesh))
+    axes = [P.UNCONSTRAINED if free else None] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*over_data(mesh).spec, *axes)))
 
 
 def own_rows(x: jax.Array) -> np.ndarray:

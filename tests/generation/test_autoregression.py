@@ -11,6 +11,7 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.generation import autoregression
 from vqrae_jax.generation.autoregression import sample, truncate_logits
+from vqrae_jax.generation.sampling import pair_labels
 from vqrae_jax.models.generator import Generator, GeneratorConfig
 from vqrae_jax.models.vit import BlocksConfig
 
@@ -122,8 +123,7 @@ def network():
 
     @jax.jit
     def run(variables, rows, label, indices):
-        pairs = jnp.stack([label, jnp.full_like(label, 2)], axis=1).reshape(-1)
-        state = model.apply(variables, pairs, method="start")
+        state = model.apply(variables, pair_labels(label, 2), method="start")
         step = functools.partial(model.apply, variables, method="step")
         return sample(step, state, jax.random.key(0), indices, 4, rows, guidance=1.0, top_p=0.95)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,20 +189,26 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (8, 
 
 @pytest.mark.parametrize(("model_axis", "fsdp"), [(2, False), (1, True), *SLOW])
 def test_loss_and_gradients_over_a_mesh(case, model_axis, fsdp):
-    case = case("rich")
+    case, mesh = case("rich"), sharding.make_mesh(model=model_axis)
 
-    @jax.jit
-    def run(params, indices, label):
+    def run(params, indices, label, shard=None):
+        blocks = dataclasses.replace(RICH, shard_activations=shard)
+        model = Generator(dataclasses.replace(case.config, blocks=blocks))
+
         def loss(params):
-            return case.model.apply({"params": params}, indices, label, method="cross_entropy")[0].mean()
+            return model.apply({"params": params}, indices, label, method="cross_entropy")[0].mean()
 
         return jax.value_and_grad(loss)(params)
 
-    mesh, params = sharding.make_mesh(model=model_axis), case.variables["params"]
-    expected = run(params, case.indices, case.label)
+    params = case.variables["params"]
+    expected = jax.jit(run)(params, case.indices, case.label)
     placed = jax.device_put(params, sharding.shardings(params, mesh, fsdp, 64))
     split = {axis for x in jax.tree.leaves(placed) for axis in x.sharding.spec if axis}
     assert split == {name for name, used in (("model", model_axis > 1), ("data", fsdp)) if used}
     batch = jax.device_put((case.indices, case.label), sharding.over_data(mesh))
-    for a, b in zip(jax.tree.leaves(run(placed, *batch)), jax.tree.leaves(expected), strict=True):
+    run = jax.jit(functools.partial(run, shard=functools.partial(sharding.pin_batch, mesh=mesh, free=True)))
+    program = run.lower(placed, *batch).compile()
+    for a, b in zip(jax.tree.leaves(program(placed, *batch)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+    # Parameters are gathered, not activations, which have the axes B, T or B, N, L.
+    assert not re.search(r"f32\[8,(10|13|5,2),\S* all-gather", program.as_text())

@@ -63,7 +63,7 @@ def sample(
       top_k: number of most probable entries that are sampled, and all as probable as the last. None: all.
       top_p: the most probable entries whose sum reaches it are sampled, in (0, 1] (Holtzman et al. 2020). None: all.
       guidance: scale s of classifier-free guidance (Ho & Salimans 2022): u + (1 + s) (c - u) for the logits c and u of
-        two rows in succession, the second unconditional. None: one row for each image.
+        two rows in succession, labelled by `sampling.pair_labels`. None: one row for each image.
       factors: sizes of digits whose logits follow each other; (): the logits are of whole codes.
     """
     (batch, length), fold = indices.shape, jax.vmap(jax.random.fold_in, (0, None))

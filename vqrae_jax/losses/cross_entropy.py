@@ -1,6 +1,7 @@
 """Cross-entropy of large vocabularies in blocks, forward and backward, without the logits of all entries at once."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ def cross_entropy(
     targets: Int[Array, "*b"],
     smoothing: float = 0.0,
     block: int = BLOCK,
+    shard: Callable[[Any], Any] = lambda logits: logits,
 ) -> tuple[Float[Array, "*b"], Bool[Array, "*b"]]:
     """Returns -log p(target), and whether no entry is more probable, for the logits hidden @ table^T + bias.
 
@@ -26,6 +28,7 @@ def cross_entropy(
       targets: in [0, K).
       smoothing: share of the target's probability that is spread over all entries (Szegedy et al. 2016).
       block: larger vocabularies are visited in blocks of about this size; the gradient computes their logits again.
+      shard: identity that constrains the sharding of logits, as tables that are split over "data" would decide it.
     """
     dtype, wide = hidden.dtype, hidden.astype(jnp.float32)  # the gradient is summed over blocks in float32
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -33,7 +36,7 @@ def cross_entropy(
 
     def visit(carry: Any, part: Any) -> Any:
         (largest, total, target), (rows, offsets, entries) = carry, part
-        logits = jnp.einsum("...d,lsd->...ls", wide.astype(dtype), rows.astype(dtype), **products) + offsets
+        logits = shard(jnp.einsum("...d,lsd->...ls", wide.astype(dtype), rows.astype(dtype), **products) + offsets)
         higher = jnp.maximum(largest, jax.lax.stop_gradient(logits.max((-2, -1))))
         total = total * jnp.exp(largest - higher) + jnp.exp(logits - higher[..., None, None]).sum((-2, -1))
         target += jnp.where(entries == targets[..., None, None], logits, 0.0).sum((-2, -1))

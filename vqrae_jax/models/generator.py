@@ -108,7 +108,7 @@ class Generator(nn.Module):
             self.norm_class = vit.layer_norm(b, affine=False)
             self.modulation = nn.DenseGeneral((b.depth, 6, b.width), kernel_init=nn.initializers.zeros, **dense)
         self.norm_embed, self.norm, self.norm_head = (vit.layer_norm(b) for _ in range(3))
-        self.blocks = vit.build_block(b)
+        self.blocks = (nn.remat(vit.Block, prevent_cse=False) if b.remat else vit.Block)(b)
         self.head = nn.Dense(b.width, **dense)
 
     def __call__(self, indices: Codes, label: Label | None = None, order: Order | None = None) -> Float[Array, "B T F"]:
@@ -137,7 +137,7 @@ class Generator(nn.Module):
         c = self.config
         hidden, table = self._head(self._features(indices, label, order), slice(None))
         targets = (indices if targets is None else targets).reshape(hidden.shape[:-1])
-        levels = jax.vmap(functools.partial(cross_entropy, smoothing=smoothing), (2, 0, 0, 2), 2)
+        levels = jax.vmap(functools.partial(cross_entropy, smoothing=smoothing, shard=c.blocks.shard), (2, 0, 0, 2), 2)
         nats, correct, first = 0.0, True, 0
         for size, digit in zip(c.vocabulary, jnp.unravel_index(targets, c.vocabulary), strict=True):
             columns = slice(first, first + size)
@@ -245,6 +245,6 @@ class Generator(nn.Module):
         return jnp.einsum("bnld,lcd->bnlc", x, projection, precision=precision), self.code_vectors.value[level]
 
     def _logits(self, x: Float[Array, "B N L D"], level: Any) -> Float[Array, "B N L F"]:
-        hidden, table = self._head(x, level)
-        products = {"precision": vit.matmul_precision(self.config.blocks.dtype), "preferred_element_type": jnp.float32}
-        return jnp.einsum("bnlc,lfc->bnlf", hidden, table.astype(hidden.dtype), **products) + self.code_bias[level]
+        (hidden, table), b = self._head(x, level), self.config.blocks
+        products = {"precision": vit.matmul_precision(b.dtype), "preferred_element_type": jnp.float32}
+        return b.shard(jnp.einsum("bnlc,lfc->bnlf", hidden, table.astype(b.dtype), **products) + self.code_bias[level])

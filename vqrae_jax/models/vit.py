@@ -45,7 +45,7 @@ class BlocksConfig:
     # over the devices of a batch make the partitioner split the channels of the tokens.
     shard_activations: Callable[[Any], Any] | None = None
 
-    def shard(self, x: Tokens) -> Tokens:
+    def shard(self, x: Float[Array, "B N *D"]) -> Float[Array, "B N *D"]:
         """Applies `shard_activations`."""
         return x if self.shard_activations is None else self.shard_activations(x)
 
@@ -214,7 +214,7 @@ def run_blocks(
     modulation: Modulation | None = None,
     block: Block | None = None,
 ) -> tuple[Tokens, list[Tokens]]:
-    """Creates (unless `block` is from `build_block`) and runs the blocks inside the calling module's compact method.
+    """Creates (unless `block` is one) and runs the blocks inside the calling module's compact method.
 
     Their parameters are stacked along a leading axis L in `blocks` and scanned: one block is compiled, whatever the
     depth. Returns the output of the last block, and of the blocks `taps`, of which 0 is the first.
@@ -231,14 +231,9 @@ def run_blocks(
     streams = {"params": True, "dropout": True}
     scan = nn.scan(body, {"params": 0}, split_rngs=streams, in_axes=(0, nn.broadcast), length=cfg.depth)
     tapped = jnp.zeros((len(inner), *x.shape), x.dtype)
-    block = build_block(cfg, name="blocks") if block is None else block
+    block = (nn.remat(Block, prevent_cse=False) if cfg.remat else Block)(cfg, name="blocks") if block is None else block
     (x, tapped), _ = scan(block, (cfg.shard(x), tapped), (rows, modulation), rope)
     return x, [x if i == last else tapped[inner.index(i)] for i in taps]
-
-
-def build_block(cfg: BlocksConfig, name: str | None = None) -> Block:
-    """Builds the block that `run_blocks` repeats."""
-    return (nn.remat(Block, prevent_cse=False) if cfg.remat else Block)(cfg, name=name)
 
 
 class ViT(nn.Module):
