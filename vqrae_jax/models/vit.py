@@ -20,6 +20,10 @@ from vqrae_jax.resize import resize
 Tokens = Float[Array, "B N D"]
 Rope = tuple[Float[Array, "*b n d"], ...]  # cosine and sine of every token and channel; then those of keys if different
 Modulation = Float[Array, "L B 6 D"]  # of every block: shift, scale and gate of the attention, then of the MLP
+# A final LayerNorm divides by the length of a token: a part that all tokens share keeps brightness and contrast.
+SAME_SCALE = nn.initializers.normal(3.0)
+# What blocks add to their input begins small: they train faster close to the identity.
+ALMOST_ZERO = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +152,8 @@ class Attention(nn.Module):
             if c.dtype == "bfloat16" and not c.remat:
                 function = jax.checkpoint(function, prevent_cse=False)
             x = function(query, key, value)
-        return dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, name="out")(x), cache
+        out = dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, kernel_init=ALMOST_ZERO, name="out")
+        return out(x), cache
 
 
 class Mlp(nn.Module):
@@ -160,14 +165,14 @@ class Mlp(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         c = self.cfg
 
-        def dense(width: int, name: str) -> nn.Dense:
+        def dense(width: int, name: str, init: Any = nn.linear.default_kernel_init) -> nn.Dense:
             precision = matmul_precision(c.dtype)
-            return nn.Dense(width, name not in c.unbiased, dtype=c.dtype, precision=precision, name=name)
+            return nn.Dense(width, name not in c.unbiased, c.dtype, precision=precision, kernel_init=init, name=name)
 
         act = ACTIVATIONS[c.act]
         hidden = dense(c.mlp, "up")(x)
         hidden = act(dense(c.mlp, "gate")(x)) * hidden if c.gated else act(hidden)
-        return dense(c.width, "down")(hidden)
+        return dense(c.width, "down", ALMOST_ZERO)(hidden)
 
 
 class LayerScale(nn.Module):
@@ -255,7 +260,9 @@ class ViT(nn.Module):
         # Patch embedding.
         patches = patchify(image, c.patch).astype(b.dtype)
         B, h, w, _ = patches.shape
-        embed = nn.Dense(b.width, c.patch_bias, dtype=b.dtype, precision=matmul_precision(b.dtype), name="patch_embed")
+        embed = nn.Dense(
+            b.width, c.patch_bias, b.dtype, precision=matmul_precision(b.dtype), bias_init=SAME_SCALE, name="patch_embed"
+        )
         x = embed(patches).reshape(B, h * w, b.width)
 
         # Prefix tokens and positions; registers have no position.
