@@ -260,10 +260,8 @@ class ViT(nn.Module):
         # Patch embedding.
         patches = patchify(image, c.patch).astype(b.dtype)
         B, h, w, _ = patches.shape
-        embed = nn.Dense(
-            b.width, c.patch_bias, b.dtype, precision=matmul_precision(b.dtype), bias_init=SAME_SCALE, name="patch_embed"
-        )
-        x = embed(patches).reshape(B, h * w, b.width)
+        dense = functools.partial(nn.Dense, dtype=b.dtype, precision=matmul_precision(b.dtype), bias_init=SAME_SCALE)
+        x = dense(b.width, c.patch_bias, name="patch_embed")(patches).reshape(B, h * w, b.width)
 
         # Prefix tokens and positions; registers have no position.
         cls = self.param("cls", normal, (1, 1, b.width)) if c.cls else jnp.zeros((1, 0, b.width))
