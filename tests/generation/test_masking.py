@@ -72,9 +72,12 @@ def test_min_snr_clips_the_weight_of_rows_with_few_hidden_indices():
             np.testing.assert_allclose(clipped.weight, np.minimum(full.weight, 6), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule"), [("pairs", "cosine"), ("pairs", "linear"), ("pairs", "arccos"), ("ising", "cosine")]
-)
+@pytest.mark.parametrize(("name", "schedule"), [
+    ("pairs", "cosine"),
+    pytest.param("pairs", "linear", marks=pytest.mark.slow),
+    pytest.param("pairs", "arccos", marks=pytest.mark.slow),
+    ("ising", "cosine"),
+])  # fmt: skip
 def test_the_bound_is_the_entropy_for_an_exact_predictor(name, schedule):
     joint = sampler_error.pairs() if name == "pairs" else sampler_error.ising((2, 2))
     states, logits = jnp.asarray(joint.states), jnp.log(joint.probabilities)
