@@ -198,6 +198,7 @@ def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(run_fork, tmp_pat
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_the_quickstart_shortened(tmp_path):
     """The README's first command, with fewer steps, and the profiler."""
     short = [f"--config.train.{name}=2" for name in ("steps", "evaluate_every", "checkpoint_every", "log_every")]

@@ -73,7 +73,8 @@ TERMS = {  # term -> its config, and the parts and heads of the decoder that it 
 }
 
 
-@pytest.mark.parametrize("term", [n if n == "vq" else pytest.param(n, marks=pytest.mark.slow) for n in TERMS])
+@pytest.mark.slow
+@pytest.mark.parametrize("term", TERMS)
 def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     loss, adversary, parts, heads = TERMS[term]
     task = TokenizerTask.build(tiny(model=MODEL, loss={**NOTHING, **loss}, adversary=adversary), one_mesh)
@@ -186,6 +187,7 @@ def test_terms_wait_for_their_start(whole, assert_same):
     assert int(jax.tree.leaves(state.adversary["opt_state"])[0]) == 4
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
     """PatchGAN's norms see one image at a time, so two halves equal the whole, also in power steps and averages."""
     plain = {**PATCH, "augment": 0.0, "lecam_decay": 0.5}
@@ -201,7 +203,8 @@ def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_c
     assert_close(split["gan/grad_norm"], whole["gan/grad_norm"], 1e-4)
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_eight_devices_equal_one(tiny, whole, fsdp, assert_close):
     mesh = {"data": 4, "model": 2, "fsdp": fsdp, "fsdp_min_size": 1}
     task = TokenizerTask.build(tiny(**RECIPE, mesh=mesh), sharding.make_mesh(4, 2))

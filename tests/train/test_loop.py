@@ -119,6 +119,7 @@ def test_all_files_are_written(straight):
     assert {"revision", "version", "step"} <= meta.keys()
 
 
+@pytest.mark.slow
 def test_without_validation_images_the_grid_has_training_images(
     tiny, tmp_path, one_device, caplog, capsys, monkeypatch
 ):
