@@ -15,9 +15,8 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("quantizer", [
-    "residual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("simvq", "fsq", "product", "multiscale")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["residual", "simvq", "fsq", "product", "multiscale"])
 def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
     """Counts and error are those of the quantizer, of all levels."""
     tokenizer = untrained(quantizer=quantizer)

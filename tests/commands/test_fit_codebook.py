@@ -34,7 +34,8 @@ def squares(photos):
     return np.stack(squares)
 
 
-@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [1, 2])
 def test_a_continuous_autoencoder_gets_a_codebook(continuous, photos, squares, tmp_path, capsys, assert_same, depth):
     fitted = run(continuous, photos, tmp_path / "out", "--codes=16", f"--depth={depth}")
     loaded, before = Tokenizer.load(tmp_path / "out"), Tokenizer.load(continuous)

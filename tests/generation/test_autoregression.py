@@ -60,11 +60,8 @@ def histogram(samples, codes):
     return np.bincount(np.ravel_multi_index(np.asarray(samples).T, shape), minlength=np.prod(shape)) / len(samples)
 
 
-@pytest.mark.parametrize(("weight", "side", "codes"), [
-    (checkerboards, 3, 2),
-    pytest.param(ising, 3, 2, marks=pytest.mark.slow),
-    pytest.param(arbitrary, 2, 4, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("weight", "side", "codes"), [(checkerboards, 3, 2), (ising, 3, 2), (arbitrary, 2, 4)])
 def test_samples_of_an_exact_predictor_follow_the_joint_distribution(weight, side, codes):
     joint = distribution(weight, side, codes)
     key, hidden = jax.random.key(0), jnp.full((ROWS, side**2), codes)

@@ -63,9 +63,8 @@ def test_remasking_corrects_what_one_step_breaks():
     assert corrected < 0.05
 
 
-@pytest.mark.parametrize(
-    "method", ["halton", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "halton")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_everything_is_revealed_with_any_number_of_steps(method):
     """Without jit, which takes longer to compile the 24 programs than to run them."""
     for steps in range(1, 7):

@@ -122,7 +122,7 @@ def test_probabilities_of_a_factorized_head_sum_to_one(case):
     np.testing.assert_allclose(jnp.exp(-nats).sum(0), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("permuted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_likelihoods_of_all_images_sum_to_one(permuted):
     config = GeneratorConfig(CAUSAL, 3, ((1, 3),), levels=2)
     model, images = Generator(config), jnp.asarray(list(itertools.product(range(3), repeat=6)))
