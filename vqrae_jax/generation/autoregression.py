@@ -1,4 +1,4 @@
-"""Autoregression over codes: orders of prediction, likelihood, and sampling with a cache in one loop.
+"""Autoregression over codes: orders of prediction, and sampling with a cache in one loop.
 
 The loss is the mean of the cross-entropies of codes given those before them: in raster order, or in `permuted_orders`
 of RAR (Yu et al. 2024, arXiv:2411.00776).
@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vqrae_jax.generation.sampling import guide, sample_codes
 
 # Maps a state, the code before code t [R] (K if t is 0), and t to the logits of code t [R, F] and the next state.
 Step = Callable[[Any, Int[Array, " R"], Int[Array, ""]], tuple[Float[Array, "R F"], Any]]
@@ -29,11 +30,6 @@ def permuted_orders(key: PRNGKeyArray, shape: tuple[int, int], randomness: Sched
 def anneal_randomness(step: Int[Array, ""] | int, start: int, end: Int[Array, ""] | int) -> Float[Array, ""]:
     """Returns RAR's probability of random orders: 1 until step `start`, then linear to 0 at step `end`."""
     return jnp.clip((end - step) / jnp.maximum(end - start, 1), 0.0, 1.0)
-
-
-def log_likelihood(nats: Float[Array, "B T"]) -> Float[Array, " B"]:
-    """Returns log p of every image from the cross-entropies of its codes."""
-    return -nats.sum(axis=1)
 
 
 def sample(
@@ -68,22 +64,15 @@ def sample(
     """
     (batch, length), fold = indices.shape, jax.vmap(jax.random.fold_in, (0, None))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch) if rows is None else rows)
+    truncate = functools.partial(truncate_logits, top_k=top_k, top_p=top_p)
     schedules = (jnp.broadcast_to(jnp.float32(x), length) for x in (temperature, 0.0 if guidance is None else guidance))
 
     def visit(carry: tuple[Any, Any], inputs: Any) -> tuple[tuple[Any, Any], Any]:
         (state, previous), (t, current, heat, scale) = carry, inputs
         logits, state = step(state, previous if guidance is None else jnp.repeat(previous, 2), t)
         logits = logits.astype(jnp.float32)
-        if guidance is not None:
-            conditional, unconditional = logits.reshape(batch, 2, -1).swapaxes(0, 1)
-            logits = conditional + scale * (conditional - unconditional)
-        row_keys, digits = fold(keys, t), []
-        for i, part in enumerate(jnp.split(logits, np.cumsum(factors)[:-1].astype(int), axis=-1)):
-            part = truncate_logits(part / jnp.maximum(heat, 1e-6), top_k, top_p)
-            # Noise of mode "low" has no tail, as at a lower temperature (Zheng et al. 2024, arXiv:2409.02908).
-            choose = functools.partial(jax.random.categorical, mode="high")
-            digits.append(jax.vmap(choose)(fold(row_keys, i), part))
-        sampled = jnp.ravel_multi_index(digits, factors or (num_embeddings,), mode="clip")
+        logits = (logits if guidance is None else guide(logits, scale)) / jnp.maximum(heat, 1e-6)
+        sampled, _ = sample_codes(fold(keys, t), logits, factors or (num_embeddings,), truncate)
         code = jnp.where(current < num_embeddings, current, sampled).astype(jnp.int32)
         return (state, code), code
 

@@ -1,6 +1,6 @@
 """Sampling of indices from a network that predicts hidden ones: one `lax.scan` over the steps, for use under `jit`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ def sample(
         index_keys, order_keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, s.number)))(row_keys).T
         hidden = indices == num_embeddings
         logits = _guided(predict, indices, s.guidance if config.guidance else None) / s.temperature
-        sampled, log_p = _sample_codes(index_keys, logits, factors or (num_embeddings,))
+        sampled, log_p = sample_codes(index_keys, logits, factors or (num_embeddings,))
         draw = jax.random.gumbel if config.method == "confidence" else jax.random.uniform
         noise = jax.vmap(lambda k: draw(k, (positions,)))(order_keys)
         count, target = jnp.sum(hidden, axis=1), _floor(s.hidden * to_sample)
@@ -99,17 +99,26 @@ def sample(
     return states if history else indices
 
 
-def _sample_codes(
-    keys: Key[Array, " B"], logits: Float[Array, "B N F"], factors: tuple[int, ...]
-) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
-    """Returns codes and their log p; the digits of a code are independent."""
-    digits, log_p = [], jnp.zeros(logits.shape[:2])
-    for i, part in enumerate(jnp.split(logits, np.cumsum(factors)[:-1], axis=-1)):
+def sample_codes(
+    keys: Key[Array, " B"],
+    logits: Float[Array, "B *n F"],
+    factors: Sequence[int],
+    truncate: Callable[[Float[Array, "B *n f"]], Float[Array, "B *n f"]] = lambda logits: logits,
+) -> tuple[Int[Array, " B *n"], Float[Array, " B *n"]]:
+    """Returns codes and their log p; the digits of a code, whose logits `truncate` changes, are independent."""
+    digits, log_p = [], jnp.zeros(logits.shape[:-1])
+    for i, part in enumerate(map(truncate, jnp.split(logits, np.cumsum(factors)[:-1], axis=-1))):
         # Noise of mode "low" has no tail, as at a lower temperature (Zheng et al. 2024, arXiv:2409.02908).
         choose = jax.vmap(lambda k, x, i=i: jax.random.categorical(jax.random.fold_in(k, i), x, mode="high"))
         digits.append(choose(keys, part))
         log_p += jnp.take_along_axis(jax.nn.log_softmax(part), digits[-1][..., None], axis=-1)[..., 0]
     return jnp.ravel_multi_index(digits, factors, mode="clip").astype(jnp.int32), log_p
+
+
+def guide(logits: Float[Array, "R *n F"], scale: Float[Array, ""]) -> Float[Array, "B *n F"]:
+    """Applies classifier-free guidance to R = 2 B rows, conditional and unconditional in turn (arXiv:2207.12598)."""
+    conditional, unconditional = jnp.moveaxis(logits.reshape(-1, 2, *logits.shape[1:]), 1, 0)
+    return conditional + scale * (conditional - unconditional)
 
 
 def pair_labels(labels: Int[Array, " B"], unconditional: int) -> Int[Array, " 2*B"]:
@@ -137,9 +146,7 @@ def _steps(config: SamplerConfig, count: int) -> Steps:
 def _guided(predict: Predict, indices: Int[Array, "B N"], scale: Float[Array, ""] | None) -> Float[Array, "B N F"]:
     if scale is None:
         return predict(indices).astype(jnp.float32)
-    logits = predict(jnp.repeat(indices, 2, axis=0)).astype(jnp.float32)
-    conditional, unconditional = jnp.moveaxis(logits.reshape(-1, 2, *logits.shape[1:]), 1, 0)
-    return conditional + scale * (conditional - unconditional)
+    return guide(predict(jnp.repeat(indices, 2, axis=0)).astype(jnp.float32), scale)
 
 
 def _ranks(grids: tuple[tuple[int, ...], ...], positions: int) -> Int[Array, " N"]:
