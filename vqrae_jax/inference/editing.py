@@ -1,17 +1,15 @@
 """Editing of images by their indices: pasting regions, blending two images, searching similar patches."""
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.quantizers.wrappers import Projected
 
 Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions, the last two exclusive
 
@@ -50,19 +48,9 @@ def blend(
             raise DataError(f"indices have shape {indices.shape}; expected {tokenizer.code_shape}, one image")
     if not (np.asarray(weights).ndim == 1 and np.all((np.asarray(weights) >= 0) & (np.asarray(weights) <= 1))):
         raise DataError(f"weights are {weights!r}; expected a list of numbers from 0 to 1")
-    w = jnp.asarray(weights, jnp.float32)
-
-    def quantize_means(module: Any, pair: jax.Array) -> jax.Array:
-        quantizer = module.quantizer
-        while isinstance(quantizer, Projected):  # learned projections in and out are not inverse to each other
-            quantizer = quantizer.quantizer
-        a, b = quantizer.lookup(pair).astype(jnp.float32)
-        column = w.reshape(-1, *[1] * a.ndim)
-        return quantizer((1 - column) * a + column * b).indices
-
-    pair = np.stack([first, second]).astype(np.int32)
-    run = jax.jit(lambda variables, pair: tokenizer.module.apply(variables, pair, method=quantize_means))
-    result = np.array(run(tokenizer.variables, pair))
+    pair, w = np.stack([first, second]).astype(np.int32), np.asarray(weights, np.float32)
+    run = jax.jit(functools.partial(tokenizer.module.apply, method=lambda model, *args: model.quantizer.blend(*args)))
+    result = np.array(run(tokenizer.variables, pair, w))
     for weight, indices in ((0, first), (1, second)):  # several levels are chosen greedily and may differ
         result[np.asarray(weights) == weight] = indices
     return result

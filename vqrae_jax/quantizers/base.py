@@ -56,6 +56,12 @@ class Quantizer(nn.Module):
         """Returns the quantized latents of `indices`, bit for bit the `z` that was returned with them."""
         return self.embeddings()[indices]
 
+    def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:
+        """Quantizes weighted means of the latents of two sets of indices; `weights` are those of the second."""
+        first, second = self.lookup(pair).astype(jnp.float32)
+        column = weights.reshape(-1, *[1] * first.ndim)
+        return self((1 - column) * first + column * second).indices
+
     def embeddings(self) -> Float[Array, "K c"] | None:
         """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""
         return None

@@ -36,6 +36,9 @@ class Projected(Wrapper):
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
         return self.project_out(self.quantizer.lookup(indices))
 
+    def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:
+        return self.quantizer.blend(pair, weights)  # the learned projections are not inverse to each other
+
 
 class Whitened(Wrapper):
     """Latents are projected onto their first principal axes and scaled to variance one, and are quantized there.
