@@ -85,7 +85,7 @@ def test_the_home_folder_is_expanded_in_every_text(name, monkeypatch):
 def test_outputs_are_judged_by_what_exists_before_any_work(name, tmp_path):
     module = command(name)
     if "--output" not in module.parser._option_string_actions:
-        pytest.skip("writes nothing")
+        pytest.skip(f"{name} has no --output: it writes nothing that could exist before")
     action = getattr(module, "report", None) or getattr(module, name.replace("-", "_"))
     suffixes = {"plot": ".png", "latent-statistics": ".npz", "reference-statistics": ".npz"}
     output = tmp_path / f"a.b{suffixes.get(name, '')}"

@@ -109,7 +109,8 @@ class References:
 
     def listings(self) -> dict[str, Any]:
         """Returns, by config field, which images of folders this process has found; the processes of a run compare."""
-        return {self.setting(n)[0]: b.listing() for n, (b, _) in self._images.items() if hasattr(b, "listing")}
+        folders = {n: b for n, (b, _) in self._images.items() if isinstance(b, pipeline.EvaluationBatches)}
+        return {self.setting(name)[0]: batches.listing() for name, batches in folders.items()}
 
     def protocol(self) -> dict[str, Any]:
         """Returns the part of an evaluation's protocol that describes networks, references and software."""
