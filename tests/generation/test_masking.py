@@ -76,7 +76,7 @@ def test_min_snr_clips_the_weight_of_rows_with_few_hidden_indices():
     ("pairs", "cosine"),
     pytest.param("pairs", "linear", marks=pytest.mark.slow),
     pytest.param("pairs", "arccos", marks=pytest.mark.slow),
-    ("ising", "cosine"),
+    pytest.param("ising", "cosine", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_bound_is_the_entropy_for_an_exact_predictor(name, schedule):
     joint = sampler_error.pairs() if name == "pairs" else sampler_error.ising((2, 2))

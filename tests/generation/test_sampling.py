@@ -33,7 +33,7 @@ def error(joint, config, size):
 
 
 @pytest.mark.parametrize(("method", "per_position"), [("chance", 1), ("halton", 1), ("remask", 2)])
-@pytest.mark.parametrize("name", JOINTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "Ising" else n for n in JOINTS])
 def test_samples_follow_the_distribution_if_every_step_reveals_one(name, method, per_position):
     joint = JOINTS[name]()
     states, positions = joint.states.shape
@@ -93,7 +93,7 @@ def test_a_repainted_region_fits_the_indices_around_it(method):
     assert 0.1 < np.mean(samples[free, 2] == start[free, 2]) < 0.45
 
 
-@pytest.mark.parametrize("method", ["confidence", "remask"])
+@pytest.mark.parametrize("method", ["confidence", pytest.param("remask", marks=pytest.mark.slow)])
 def test_samples_are_the_same_on_any_mesh_and_in_any_batch(method):
     joint = sampler_error.pairs()
     config = SamplerConfig(method, steps=4, guidance=1.0, guidance_schedule="linear")

@@ -1,6 +1,9 @@
+import jax
 import numpy as np
 import pytest
 
+from vqrae_jax import Tokenizer
+from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference import editing
 
@@ -19,8 +22,8 @@ def test_paste_cuts_at_the_edge():
 
 
 @pytest.mark.parametrize("fields", [
-    {}, pytest.param({"quantizer": "residual"}, marks=pytest.mark.slow), {"quantize_before_reshape": True},
-    {"quantizer_params": {"codebook_dim": 4}},
+    {}, pytest.param({"quantizer": "residual"}, marks=pytest.mark.slow),
+    {"quantize_before_reshape": True, "quantizer_params": {"codebook_dim": 4}},
 ])  # fmt: skip
 def test_blend_begins_and_ends_with_its_images(untrained, fields):
     tokenizer = untrained(**fields)
@@ -61,10 +64,18 @@ def test_decoded_patch_is_the_center_of_a_uniform_image(tokenizer):
     np.testing.assert_allclose(patches[1], whole[0, 16:24, 16:24], atol=1e-6)
 
 
-def test_indices_without_positions_are_refused(untrained, tokenizer):
+def test_indices_without_positions_are_refused(tokenizer):
+    """Before any computation, so all variables are zeros."""
+
+    def build(quantizer):
+        config = tokenizer.config.model_copy(update={"quantizer": quantizer})
+        built = build_tokenizer(config)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variable_shapes(built))
+        return Tokenizer(built.module, zeros, config)
+
     with pytest.raises(DataError, match="several codes"):
-        editing.decode_patches(untrained(quantizer="residual"), np.zeros(1, int))
+        editing.decode_patches(build("residual"), np.zeros(1, int))
     with pytest.raises(DataError, match="one image"):
         editing.blend(tokenizer, np.zeros((1, 4, 4), int), np.zeros((4, 4), int), [0.5])
     with pytest.raises(DataError, match="positions"):
-        editing.as_grid(untrained(quantizer="multiscale"), np.zeros((1, 30), int))
+        editing.as_grid(build("multiscale"), np.zeros((1, 30), int))

@@ -68,6 +68,7 @@ def check_fsdp(plan):
     assert total["all-reduce"] + total["reduce-scatter"] <= reduced
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_weights_and_reduces_gradients(tiny):
     check_fsdp(build_plan(tiny, fsdp=True, fsdp_min_size=1))
 

@@ -35,7 +35,7 @@ def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
     np.testing.assert_array_equal(points, arrays["codebook"])
 
 
-@pytest.mark.parametrize("levels", [(2,), (7, 2), (4, 4, 3)])
+@pytest.mark.parametrize("levels", [(7, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((2,), (4, 4, 3)))])
 def test_every_grid_point_is_a_fixed_point(levels):
     module = FSQ(levels, len(levels), adapter="none")
     points = np.asarray(list(itertools.product(*[np.arange(n) - (n - 1) / 2 for n in levels])), np.float32)

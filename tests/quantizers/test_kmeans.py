@@ -28,9 +28,7 @@ def clusters(seed=0):
     return (centers + near).reshape(-1, C).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n not in ("simvq", "ibq") else n for n in MODULES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n != "ibq" else n for n in MODULES])
 def test_kmeans_start_uses_the_codebook_and_random_start_does_not(name, train):
     for start in ("kmeans", "normal"):
         module = MODULES[name](codebook_init=start)

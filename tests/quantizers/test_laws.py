@@ -51,12 +51,15 @@ KINDS = (
     "ema", "ema_whitened", "ema_diverse", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq", "residual_dropout",
     "product", "multiscale",
 )  # fmt: skip
-kinds = pytest.mark.parametrize("name", KINDS)
-# Every quantizer and every kind; the remaining options are run with `-m slow`.
-each = pytest.mark.parametrize(
-    "name",
-    [n if n in QUANTIZERS or n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
-)
+# The kinds (but two have a diversity term), and every quantizer that is in none of them; the others are slow.
+FAST = set(KINDS) - {"ema_diverse"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS}
+
+
+def cases(names):
+    return pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in names])
+
+
+kinds, each = cases(KINDS), cases(MODULES)
 
 
 @functools.cache
