@@ -67,7 +67,7 @@ def test_step_without_quantizer_shares_the_training_state():
 
 @needs_torch
 @pytest.mark.parametrize("stage", [
-    pytest.param(name, marks=[] if name in ("encoder", "train_step") else pytest.mark.slow) for name in stages.NAMES
+    pytest.param(name, marks=[] if name == "train_step" else pytest.mark.slow) for name in stages.NAMES
 ])  # fmt: skip
 def test_pytorch_computes_the_same(stage, capsys, monkeypatch):
     if stage != "encoder":  # measure the limits of the machine once

@@ -30,7 +30,7 @@ def test_psnr_equals_scikit_image(images):
     assert psnr(white + 0.5, white)[0] == pytest.approx(100)  # clipped, and finite
 
 
-@pytest.mark.parametrize("size", [(64, 64), (40, 23)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (40, 23)])
 def test_ssim_equals_scikit_image(images, size):
     originals, noisy = (x[:, : size[0], : size[1]] for x in images)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "win_size": 11}

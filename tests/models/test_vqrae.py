@@ -55,7 +55,7 @@ def call(module, variables, method, *args):
     return module.apply(variables, *args, method=method)
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.slow) if n == "simvq" else n for n in CASES])
+@pytest.mark.parametrize("case", [n if n.startswith("ema") else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 @pytest.mark.parametrize("image", ["main", *(pytest.param(n, marks=pytest.mark.slow) for n in ("native", "other"))])
 def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
     module, variables = build(golden, case)
