@@ -200,7 +200,7 @@ STARTS = {
 
 
 @pytest.mark.skipif(LIBTPU is None, reason="libtpu is not installed (pip install libtpu)")
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ["main", *(pytest.param(n, marks=pytest.mark.slow) for n in STARTS if n != "main")])
 def test_commands_print_no_libtpu_errors(start):
     """`main` fails with its own message, after it has listed the devices."""
     unset = ("JAX_PLATFORMS", "XLA_FLAGS", *runtime.TPU_VARIABLES)

@@ -1,3 +1,4 @@
+import functools
 import pathlib
 import tracemalloc
 
@@ -189,7 +190,7 @@ def test_pytorch_tensors(tokenizer, images):
 def test_fit_model_and_jax_output(trained):
     tokenizer = Tokenizer.load(trained, fit="model", output="jax")
     images = np.random.default_rng(2).uniform(size=(2, 40, 24, 3))
-    direct = tokenizer.function("encode_to_indices")(tokenizer.variables, images.astype(np.float32))
+    direct = jax.jit(tokenizer.function("encode_to_indices"))(tokenizer.variables, images.astype(np.float32))
     np.testing.assert_array_equal(tokenizer.encode_to_indices(images), direct)
     assert isinstance(tokenizer.encode_to_indices(images), jax.Array)
     mixed = tokenizer.encode_to_indices([images[0, :, 1:], images[1]])  # of any sizes, each as by itself
@@ -215,6 +216,7 @@ def test_pure_functions(tokenizer, images):
     latent = jax.jit(encode)(tokenizer.variables, images)
     np.testing.assert_allclose(latent, tokenizer.encode(images), atol=1e-5)
 
+    @jax.jit
     def error(latent):
         return jnp.mean((decode(tokenizer.variables, latent) - images) ** 2)
 
@@ -261,7 +263,8 @@ def test_built_from_a_config(untrained, images):
 
 def latents(tokenizer, images):
     """Returns the encoder's output."""
-    return np.asarray(tokenizer.module.apply(tokenizer.variables, images, method=lambda m, x: m.encoder(x)))
+    apply = jax.jit(functools.partial(tokenizer.module.apply, method=lambda m, x: m.encoder(x)))
+    return np.asarray(apply(tokenizer.variables, images))
 
 
 def test_public_names():
