@@ -58,8 +58,9 @@ def validation(config, workdir):
         (batch,) = run.evaluator._batches
         rows = jax.jit(run.task.evaluate)(state.inference(), run.frozen, {n: batch[n] for n in ("image", "mask")})
         networks = judges.load_metric_networks(run.config.evaluation, ("encoder",))
+        extract = jax.jit(lambda params, x: networks.features(params, judges.to_bytes(x))["encoder"])
         features = [
-            np.asarray(networks.features(networks.params, judges.to_bytes(x))["encoder"], np.float64)
+            np.asarray(extract(networks.params, x), np.float64)
             for x in (to_float(jnp.asarray(batch["image"])), rows["reconstruction"])
         ]
         return batch, jax.device_get(rows), features
