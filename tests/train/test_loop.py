@@ -180,7 +180,8 @@ def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device, assert_same
     """With the discriminator: its parameters, moments, power iteration and moving averages."""
     fsdp = {"data": 8, "fsdp": True, "fsdp_min_size": 1}
     with open_run(tiny(mesh=fsdp, adversary=PATCH), tmp_path) as (run, state):
-        state = jax.tree.map(lambda x: x + 1, state)  # another than the initial one of any mesh
+        # Another state than the initial one of any mesh.
+        state = jax.tree.map(lambda x: jax.device_put(np.asarray(x) + 1, x.sharding), state)
         save_checkpoint(run, state, {})
         run.checkpoints.wait()
         saved = jax.device_get(state)
