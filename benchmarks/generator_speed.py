@@ -27,7 +27,7 @@ from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.generation.autoregression import sample
-from vqrae_jax.models.generator import Generator, GeneratorConfig
+from vqrae_jax.models.generator import Generator, Architecture
 from vqrae_jax.models.vit import BlocksConfig
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=count, default=3, help="timed calls of each kind, in turns")
     args = parser.parse_args(arguments)
     blocks = BlocksConfig(args.width, args.depth, args.heads, 4 * args.width, act="gelu_tanh", causal=True)
-    model = Generator(GeneratorConfig(blocks, args.codes, ((args.grid, args.grid),)))
+    model = Generator(Architecture(blocks, args.codes, ((args.grid, args.grid),)))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, args.grid**2), int))
     length = model.config.length
     specification = {

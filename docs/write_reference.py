@@ -63,7 +63,7 @@ def _describe_section(section: type[Section], path: str, comment: str = "") -> I
             inner.append((kind, f"{path}{name}.", comments.get(name, "")))
             continue
         setting = all_settings().get(f"{path}{name}".removeprefix("model."))
-        meaning = _sentence(setting.doc if setting else comments[name])
+        meaning = _sentence(setting.doc if setting else field.description or comments[name])
         if setting:
             names = ", ".join(f"`{n}`" for n in QUANTIZERS if setting.path in _read_by(n))
             meaning += f" Quantizers: {names}."

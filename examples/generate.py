@@ -19,7 +19,7 @@ from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.generation.sampling import pair_labels, sample
-from vqrae_jax.models.generator import Generator, GeneratorConfig
+from vqrae_jax.models.generator import Generator, Architecture
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
 
@@ -89,7 +89,7 @@ def main() -> None:
     shape, classes = data.source.plan.view_shape, data.source.num_classes
     blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
     height, width, *levels = shape if len(shape) > 1 else (1, *shape)
-    model = Generator(GeneratorConfig(blocks, tokenizer.codebook_size, ((height, width),), *levels, classes=classes))
+    model = Generator(Architecture(blocks, tokenizer.codebook_size, ((height, width),), *levels, classes=classes))
     variables, _ = train(model, data, args.steps)
     labels = jnp.repeat(jnp.arange(max(1, min(classes, 8))), 8)  # 0 means any class if there are no labels
     samples = np.asarray(sample_codes(model, variables, labels)).reshape(-1, *shape)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "peers": set(),
     "progress": set(),
     "sharding": {"quantizers", "errors"},
-    "config": {"quantizers", "errors"},
+    "config": {"generation", "quantizers", "errors"},
     "data": {"hub", "storage", "runtime", "errors"},
     "checkpoint": {"", "distributed", "runtime", "storage", "errors"},
     "quantizers": {"resize", "errors"},
@@ -47,8 +47,8 @@ MAY_IMPORT = {
         "storage", "runtime", "progress", "errors",
     },
     "train": {
-        "", "build", "models", "quantizers", "losses", "data", "evaluation", "inference", "sharding", "checkpoint",
-        "config", "distributed", "storage", "runtime", "progress", "errors",
+        "", "build", "models", "generation", "quantizers", "losses", "data", "evaluation", "inference", "sharding",
+        "checkpoint", "config", "distributed", "storage", "runtime", "progress", "errors",
     },
     "preflight": {"train", "build", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
     "benchmark": {

@@ -13,7 +13,6 @@ a changed bit in an array.
 import functools
 import json
 import logging
-import operator
 import os
 import re
 import uuid
@@ -70,7 +69,7 @@ class Checkpoints:
 
     Args:
       keep_last: number of newest checkpoints that are kept.
-      keep_best: number of checkpoints with the highest "psnr" that are kept, of those saved with metrics.
+      keep_best: number of checkpoints with the highest "score" that are kept, of those saved with one.
       keep_every: checkpoints whose step is a multiple of it are kept; 0: none.
       read_only: another run may be saving there, so nothing is changed.
     """
@@ -85,7 +84,9 @@ class Checkpoints:
     ):
         self.read_only = read_only
         self.folder = storage.resolve_path(workdir) / FOLDER if read_only else check_writable(workdir)
-        score = operator.itemgetter("psnr")
+        def score(metrics: dict[str, float]) -> float:
+            return metrics["score"] if "score" in metrics else metrics["psnr"]  # of earlier versions
+
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             best = {"get_metric_fn": score, "n": keep_best, "keep_checkpoints_without_metrics": False}

@@ -13,7 +13,7 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.autoregression import permuted_orders
-from vqrae_jax.models.generator import Generator, GeneratorConfig
+from vqrae_jax.models.generator import Generator, Architecture
 from vqrae_jax.models.vit import BlocksConfig
 
 K, CLASSES = 24, 3
@@ -21,12 +21,12 @@ BLOCKS = BlocksConfig(16, 2, 2, 32)
 CAUSAL = dataclasses.replace(BLOCKS, causal=True)
 RICH = dataclasses.replace(CAUSAL, qk_norm=True, gated=True, act="silu")
 CONFIGS = {
-    "masked": GeneratorConfig(BLOCKS, K, ((3, 3),), classes=CLASSES),
-    "codebook": GeneratorConfig(BLOCKS, K, ((2, 2),), levels=2, code_channels=5, pos="rope", registers=1),
-    "rich": GeneratorConfig(
+    "masked": Architecture(BLOCKS, K, ((3, 3),), classes=CLASSES),
+    "codebook": Architecture(BLOCKS, K, ((2, 2),), levels=2, code_channels=5, pos="rope", registers=1),
+    "rich": Architecture(
         RICH, K, ((1, 1), (2, 2)), levels=2, classes=CLASSES, adaln=True, registers=2, pos="rope", tied=False
     ),
-    "factors": GeneratorConfig(CAUSAL, K, ((2, 3),), factors=(4, 6)),
+    "factors": Architecture(CAUSAL, K, ((2, 3),), factors=(4, 6)),
 }
 
 
@@ -125,7 +125,7 @@ def test_probabilities_of_a_factorized_head_sum_to_one(case):
 
 @pytest.mark.parametrize("permuted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_likelihoods_of_all_images_sum_to_one(permuted):
-    config = GeneratorConfig(CAUSAL, 3, ((1, 3),), levels=2)
+    config = Architecture(CAUSAL, 3, ((1, 3),), levels=2)
     model, images = Generator(config), jnp.asarray(list(itertools.product(range(3), repeat=6)))
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     variables = jax.tree.map(lambda x: 10 * x, variables)

@@ -113,6 +113,9 @@ def check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> N
         raise ConfigError(f"the network has blocks 0 to {blocks.depth - 1}", field=field, value=layers)
 
 
-def activation_sharding(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:
-    """Returns the function that keeps tokens split over the data axes of the mesh, for `BlocksConfig`."""
-    return None if mesh is None else functools.partial(sharding.pin_batch, mesh=mesh)
+def activation_sharding(mesh: Mesh | None, free: bool = False) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns the function that keeps tokens split over the data axes of the mesh, for `BlocksConfig`.
+
+    With `free`, the compiler may split other axes over "model", as the logits of large codebooks.
+    """
+    return None if mesh is None else functools.partial(sharding.pin_batch, mesh=mesh, free=free)

@@ -19,6 +19,7 @@ from vqrae_jax.config.schema import (
     EncoderClass,
     EncoderParams,
     EvaluationConfig,
+    GeneratorConfig,
     ImageSource,
     LossConfig,
     MeshConfig,

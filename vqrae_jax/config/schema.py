@@ -7,6 +7,8 @@ frozen. The type of a field is its range; conditions between fields are checked 
 limits are far above sensible values: a mistyped number is refused before it becomes memory, threads or an endless loop.
 """
 
+import dataclasses
+import math
 import os
 import typing
 from typing import Annotated, Any, Literal
@@ -15,6 +17,8 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.quantizers import registry
 
 LARGEST_SIZE = 65_536  # of a network: channels, layers, pixels
@@ -114,6 +118,98 @@ def _quantizer_params() -> type[Section]:
 
 
 QuantizerParams = _quantizer_params()
+
+
+class _Sampler(Section):
+    @pydantic.model_validator(mode="after")
+    def _values_are_in_range(self):
+        try:
+            SamplerConfig(**self.model_dump())
+        except ConfigError as error:
+            raise invalid(error.field, error.value, error.message) from None
+        return self
+
+
+def _sampler() -> type[Section]:
+    """Builds the section of the settings of `SamplerConfig`."""
+    settings = dataclasses.fields(SamplerConfig)
+    fields: dict[str, Any] = {f.name: (f.type, Field(f.default, description=f.metadata["doc"])) for f in settings}
+    doc = "How a generator is sampled, see docs/generate.md."
+    return pydantic.create_model("Sampler", __base__=_Sampler, __module__=__name__, __doc__=doc, **fields)
+
+
+Sampler = _sampler()
+
+
+class GeneratorConfig(Section):
+    """The second stage: a transformer over the codes of a tokenizer, see docs/generate.md.
+
+    Used with train.task="generator", which does not read the sections model, loss and adversary.
+    """
+
+    # Workdir, checkpoint, saved folder or hub id of the tokenizer whose codes are generated. Required unless
+    # data.source="codes", which then trains without pictures of samples.
+    tokenizer: str | None = None
+    # Hash of this tokenizer, which the codes must have; None: the hash of the tokenizer, or of the codes.
+    tokenizer_hash: str | None = None
+    # Masked diffusion (MaskGIT, MDLM, MD4), or prediction of codes in an order (GPT, RAR).
+    family: Literal["masked", "autoregressive"] = "masked"
+    # Rows and columns of each grid of codes, as ((16, 16),); several with a multiscale tokenizer. This and the next
+    # three are those of the data by default, but preflight reads no data.
+    grids: tuple[tuple[Few, Few], ...] = ()
+    levels: Few | None = None  # codes per position: 1, or the levels or groups of the tokenizer
+    num_embeddings: Annotated[int, Field(ge=2, le=2**26)] | None = None  # codes K of the tokenizer, of each level
+    classes: Annotated[int, Field(ge=0, le=2**20)] | None = None  # number of classes; 0: images without a class
+    width: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] = 768  # channels of the transformer
+    depth: Few = 24  # number of blocks
+    heads: Few = 16  # attention heads
+    mlp: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] = 3072  # hidden channels of the MLP, usually 4 times the width
+    gated: bool = False  # gate the MLP with SiLU (SwiGLU)
+    qk_norm: bool = True  # normalize queries and keys, which keeps large models stable
+    pos: Literal["learned", "rope"] = "learned"  # positions: a learned table, or rotary in two dimensions
+    class_token: bool = True  # the class is a token in front of the codes
+    adaln: bool = False  # the class modulates the norms of all blocks (adaLN-zero)
+    registers: Annotated[int, Field(ge=0, le=1024)] = 0  # learned tokens in front of the codes
+    dropout: Decay = 0.1  # of the outputs of attention and MLP
+    # Vectors of the codes at the input: a learned table, or the tokenizer's codebook, which does not train.
+    input: Literal["table", "codebook"] = "table"
+    code_channels: Count = 0  # channels of the codebook with input="codebook"; 0: those of the tokenizer
+    tied: bool = True  # the head multiplies with the vectors of the input
+    # Sizes of digits that the head predicts independently, with product num_embeddings, as (512, 256); (): whole codes.
+    factors: tuple[Annotated[int, Field(ge=2, le=2**20)], ...] = ()
+    class_dropout: Fraction = 0.1  # probability of training without the class, for classifier-free guidance
+    schedule: Literal["cosine", "linear", "arccos"] = "cosine"  # share of codes that are hidden over time, in training
+    # Loss of masked diffusion: MaskGIT's mean over hidden codes, or the bound of the likelihood (MDLM, MD4).
+    loss: Literal["mean", "bound"] = "mean"
+    # Probability that the loss spreads over all codes, 0.1 in MaskGIT; not in the validation loss.
+    smoothing: Decay = 0.0
+    max_snr: Above0 | None = None  # limit of the weights of loss="bound" (min-SNR), usually 5; None: no limit
+    # Autoregression: steps with random orders only, before they become rarer (RAR); 200 of 400 epochs there.
+    permuted_steps: Count = 0
+    permuted_epochs: Epochs = None  # permuted_steps in epochs
+    raster_steps: Count = 0  # step from which all orders are row by row; 0: from the start
+    raster_epochs: Epochs = None  # raster_steps in epochs
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; norms, softmax and losses stay float32
+    attention: Literal["xla", "cudnn"] = "xla"  # kernel of attention, as in model.attention
+    remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more FLOPs
+    sampler: Sampler = Sampler()
+
+    @pydantic.model_validator(mode="after")
+    def _fields_fit_together(self):
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise invalid("attention", self.attention, "needs generator.dtype='bfloat16', or generator.attention='xla'")
+        if self.width % self.heads:
+            raise invalid("width", self.width, f"must be a multiple of generator.heads={self.heads}")
+        if self.pos == "rope" and self.width // self.heads % 4:
+            message = f"rotary positions need a multiple of 4 channels per head, not {self.width // self.heads}"
+            raise invalid("pos", self.pos, message)
+        if self.raster_steps and self.raster_steps < self.permuted_steps:
+            raise invalid("raster_steps", self.raster_steps, f"must be at least permuted_steps={self.permuted_steps}")
+        if self.num_embeddings and self.factors and math.prod(self.factors) != self.num_embeddings:
+            raise invalid("factors", self.factors, f"the product must be num_embeddings={self.num_embeddings}")
+        if self.factors and self.tied and self.input == "codebook":
+            raise invalid("tied", True, "codebook vectors have no digits; set tied=False, input='table' or factors=()")
+        return self
 
 
 class ModelConfig(Section):
@@ -292,6 +388,10 @@ class EvaluationConfig(Section):
     # Number of images of the kernel distance, which compares all pairs of them.
     kernel_images: Annotated[int, Field(ge=2, le=50_000)] = 5_000
     examples: Few = 4  # number of images in each of the rows best, median and worst of the page
+    # Number of images that a generator samples for metrics of inception and encoder; published FID is of 50,000.
+    samples: Positive = 10_000
+    guidances: tuple[NonNegative, ...] = ()  # values of guidance that are compared; (): that of generator.sampler
+    sampler_steps: tuple[Positive, ...] = ()  # numbers of steps that are compared; (): that of generator.sampler
 
     @pydantic.model_validator(mode="after")
     def _metrics_have_their_networks(self):
@@ -372,8 +472,9 @@ class OptimizerConfig(AdamWConfig):
 
 
 class TrainConfig(Section):
-    """Length, seed, logging and checkpoints of a run."""
+    """Task, length, seed, logging and checkpoints of a run."""
 
+    task: Literal["tokenizer", "generator"] = "tokenizer"  # first stage, images to codes; or second, on its codes
     steps: Positive = 100_000  # optimizer steps of the run
     # Passes over the training images, in place of steps; steps on the command line override epochs in a file.
     epochs: Epochs = None
@@ -413,6 +514,7 @@ class Config(Section):
     """The config of a run."""
 
     model: ModelConfig = ModelConfig()
+    generator: GeneratorConfig = GeneratorConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     adversary: AdversaryConfig = AdversaryConfig()
@@ -426,6 +528,19 @@ class Config(Section):
         if self.data.batch_size % self.optimizer.accumulate:
             message = f"must be a multiple of optimizer.accumulate={self.optimizer.accumulate}"
             raise invalid("data.batch_size", self.data.batch_size, message)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _task_has_its_data(self):
+        codes, generator = self.data.source == "codes", self.train.task == "generator"
+        if codes and not generator:
+            message = "is for generators; set train.task='generator', or images, which a tokenizer needs"
+            raise invalid("data.source", "codes", message)
+        if generator and not codes and not self.generator.tokenizer:
+            message = "images need generator.tokenizer, which encodes them; or set data.source='codes'"
+            raise invalid("generator.tokenizer", None, message)
+        if generator and self.train.start_from:
+            raise invalid("train.start_from", self.train.start_from, "is for tokenizers; leave it out")
         return self
 
     @pydantic.model_validator(mode="after")

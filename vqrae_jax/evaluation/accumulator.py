@@ -13,7 +13,8 @@ from vqrae_jax.evaluation.moments import Gaussian, Moments
 
 log = logging.getLogger(__name__)
 
-SCORES = ("psnr", "ssim", "lpips", "feature_distance", "bits_per_image")  # one number per image
+# One number per image.
+SCORES = ("psnr", "ssim", "lpips", "feature_distance", "bits_per_image", "bits_per_code", "token_accuracy")
 SPLIT = 5_000  # images per split of the Inception score
 LIMITS = {"image": 10_000, "reconstruction": 50_000}  # features that precision and recall compare, evenly spaced
 DISTANCES = {"inception": ("", "fid"), "spatial": ("", "sfid")}  # prefix and name; others: ("NETWORK_", "fd")
@@ -51,8 +52,7 @@ class Accumulator:
     def add(self, rows: Rows) -> None:
         """Adds a batch of arrays [B, ...].
 
-        They are `mask` (False: padding, ignored), `index` in the dataset, and any of psnr, ssim, lpips, `contrast`
-        (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
+        They are `mask` (False: padding, ignored), `index` in the dataset, and any of SCORES, `contrast` (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
         (features), `scores/reconstruction` (Inception's class scores), `code` (pooled quantized latents) and `label`.
         Generated samples are reconstructions without images.
         """

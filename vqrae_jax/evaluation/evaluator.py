@@ -47,7 +47,7 @@ class EvaluationResult:
 class Evaluator:
     """The networks, references and compiled programs of an evaluation; they are read and built once.
 
-    The constructor reads files and waits for no other process; call `references.prepare` before `evaluate`. Batches are
+    The constructor reads files and waits for no other process; call `prepare` before `evaluate`. Batches are
     split over the mesh. Each process accumulates its own rows in float64; at the end every process has the sums of all.
     """
 
@@ -71,6 +71,10 @@ class Evaluator:
         self._evaluate = jax.jit(evaluate, out_shardings=(sharding.over_data(mesh), replicated))
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._reconstruct = jax.jit(lambda *args: task.evaluate(*args)["reconstruction"], out_shardings=replicated)
+
+    def prepare(self) -> None:
+        """Computes what `evaluate` needs of the references; every process calls it."""
+        self.references.prepare()
 
     def listings(self) -> dict[str, Any]:
         """Returns, by config field, which images this process has found; processes of one run compare them."""

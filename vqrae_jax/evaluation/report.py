@@ -43,6 +43,8 @@ DESCRIPTIONS = {  # by the last words of a metric's name; the longest match coun
     "perplexity": "2 to the power of the entropy of the codes, at most the codebook size",
     "entropy_bits": "entropy of the codes, in bits per code",
     "dead": "number of codes that never occur",
+    "bits_per_code": "of the codes under the generator, for masked diffusion an upper bound; lower is better",
+    "token_accuracy": "share of hidden or next codes that the generator predicts as the most probable",
     "bits_per_image": "with codes of equal length",
     "entropy_bits_per_image": "with an ideal entropy code",
     "images": "number of images",

@@ -131,6 +131,23 @@ def strip(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> UInt8[np.nd
     return _row([enlarge(tile, side) for tile in tiles])
 
 
+def sample_grid(
+    images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str] | None = None, columns: int | None = None
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """Arranges images in rows of `columns` (by default a wide rectangle), each above its caption."""
+    tiles = enlarge(images, TILE)
+    if captions is not None:
+        size = max(tiles.shape[2] // 13, 13)
+        labels = np.full((len(tiles), round(1.5 * size), tiles.shape[2], 3), BACKGROUND, np.uint8)
+        below = [image_files.write_text(x, [(0, 1, text)], size) for x, text in zip(labels, captions, strict=True)]
+        tiles = np.concatenate([tiles, np.stack(below)], axis=1)
+    columns = columns or max(n for n in range(1, len(tiles) + 1) if n * n <= 2 * len(tiles))
+    blank = [np.full_like(tiles[0], BACKGROUND)] * (-len(tiles) % columns)
+    rows = [*tiles, *blank]
+    canvas = _column([_row(rows[i : i + columns]) for i in range(0, len(rows), columns)])
+    return np.pad(canvas, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=BACKGROUND)
+
+
 def histogram(heights: Shaped[np.ndarray, " n"], title: str, x_label: str) -> UInt8[np.ndarray, "Y X 3"]:
     """Plots values as filled steps; the scale is logarithmic if the largest exceeds 100 times the median."""
     figure, (axes,) = _charts([title], x_label, "times")

@@ -1,9 +1,9 @@
-"""The settings of samplers of masked diffusion, as plain values."""
+"""The settings of samplers, as plain values."""
 
 import dataclasses
 import math
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.generation.masking import Schedule
@@ -12,58 +12,73 @@ Method = Literal["confidence", "chance", "halton", "remask"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine", "interval"]
 
 
+def _setting(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of `sampling.sample`.
+    """Settings of a sampler; "progress" is 0 in the first step, or for the first code, and 1 in the last.
 
-    "Progress" is 0 in the first step and 1 in the last.
-
-    Attributes:
-      method: "confidence" reveals the most probable samples first, with noise that fades (MaskGIT, arXiv:2202.04200,
-        section 3.2). "chance" reveals random positions: the reverse process of masked diffusion (arXiv:2406.07524),
-        with the number of positions per step fixed, so that it is exact with one step per position (the first-hitting
-        sampler, arXiv:2409.02908). "halton" reveals positions that are far apart (arXiv:2503.17076). "remask" is
-        "chance" that hides sampled indices again, so that later steps correct them (ReMDM, arXiv:2503.00307), with
-        fixed numbers as well. It is exact with (1 + remasking) steps per position.
-      steps: calls of the network, at least 1. Methods other than "remask" use at most one step per position.
-      schedule: share of hidden indices after each step.
-      temperature: divisor of the logits, above 0; lower values make probable indices more frequent.
-      last_temperature: temperature of the last step, approached linearly; None: `temperature` in all steps.
-      choice_temperature: scale of the noise in "confidence", at least 0; higher values trade quality for variety.
-      remasking: how often "remask" hides an index again, on average, at most; at least 0.
-      guidance: scale w of classifier-free guidance (arXiv:2207.12598), logits u + (1 + w) (c - u), at least 0; 0 is the
-        conditional distribution itself.
-      guidance_schedule: "constant"; "linear" from 0 to `guidance`; "power-cosine", guidance (1 - cos(pi
-        progress^power)) / 2 (arXiv:2303.14389); or "interval", `guidance` within `guidance_interval`, otherwise 0
-        (arXiv:2404.07724).
-      guidance_power: of "power-cosine", above 0; higher values guide later.
-      guidance_interval: first and last progress with guidance, within [0, 1].
+    Masked diffusion has four methods. "confidence" reveals the most probable samples first, with noise that fades
+    (MaskGIT, arXiv:2202.04200, section 3.2). "chance" reveals random positions: the reverse process of masked diffusion
+    (arXiv:2406.07524), with the number of positions per step fixed, so that it is exact with one step per position (the
+    first-hitting sampler, arXiv:2409.02908). "halton" reveals positions that are far apart (arXiv:2503.17076). "remask"
+    is "chance" that hides sampled indices again, so that later steps correct them (ReMDM, arXiv:2503.00307), with fixed
+    numbers as well; it is exact with (1 + remasking) steps per position.
 
     Raises:
       ConfigError: a value is not in its range.
     """
 
-    method: Method = "confidence"
-    steps: int = 12
-    schedule: Schedule = "cosine"
-    temperature: float = 1.0
-    last_temperature: float | None = None
-    choice_temperature: float = 4.5
-    remasking: float = 1.0
-    guidance: float = 0.0
-    guidance_schedule: GuidanceSchedule = "constant"
-    guidance_power: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    method: Method = _setting("confidence", "order in which codes of masked diffusion become visible")
+    steps: int = _setting(
+        12, "calls of a masked network, at least 1; at most one per position, except for the method remask"
+    )
+    schedule: Schedule = _setting("cosine", "share of hidden codes after each step of masked diffusion")
+    temperature: float = _setting(
+        1.0, "divisor of the logits, above 0; lower values make probable codes more frequent"
+    )
+    last_temperature: float | None = _setting(
+        None, "temperature at the end, approached linearly; None: temperature everywhere"
+    )
+    choice_temperature: float = _setting(
+        4.5, "scale of the noise of the method confidence, at least 0; higher values trade quality for variety"
+    )
+    remasking: float = _setting(1.0, "how often the method remask hides a code again, on average, at most")
+    top_k: int | None = _setting(
+        None, "number of most probable codes that autoregression samples from, and all as probable as the last"
+    )
+    top_p: float | None = _setting(
+        None, "autoregression samples the most probable codes whose sum reaches it, in (0, 1] (Holtzman et al. 2020)"
+    )
+    guidance: float = _setting(
+        0.0,
+        "scale w of classifier-free guidance (arXiv:2207.12598), logits u + (1 + w) (c - u), at least 0; 0 is the "
+        "conditional distribution itself",
+    )
+    guidance_schedule: GuidanceSchedule = _setting(
+        "constant",
+        "course of the guidance: constant; linear, from 0; power-cosine, guidance (1 - cos(pi progress^power)) / 2 "
+        "(arXiv:2303.14389); or interval, zero outside of guidance_interval (arXiv:2404.07724)",
+    )
+    guidance_power: float = _setting(1.0, "power of power-cosine, above 0; higher values guide later")
+    guidance_interval: tuple[float, float] = _setting(
+        (0.0, 1.0), "first and last progress with guidance in the schedule interval, in [0, 1]"
+    )
 
     def __post_init__(self):
         for field, names in (("method", Method), ("schedule", Schedule), ("guidance_schedule", GuidanceSchedule)):
             self._check(field, getattr(self, field) in typing.get_args(names), f"one of {typing.get_args(names)}")
-        self._check("steps", self.steps >= 1, "at least 1")
+        for field in ("steps", "top_k"):
+            value = getattr(self, field)
+            self._check(field, value is None or 1 <= value <= 2**24, "at least 1")
         for field in ("temperature", "last_temperature", "guidance_power"):
             value = getattr(self, field)
             self._check(field, value is None or 0 < value < math.inf, "finite and above 0")
         for field in ("choice_temperature", "remasking", "guidance"):
             self._check(field, 0 <= getattr(self, field) < math.inf, "finite and at least 0")
+        self._check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         first, last = self.guidance_interval
         self._check("guidance_interval", 0 <= first <= last <= 1, "two increasing numbers in [0, 1]")
 

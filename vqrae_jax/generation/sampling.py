@@ -130,7 +130,12 @@ def _steps(config: SamplerConfig, count: int) -> Steps:
     number = jnp.arange(count)
     hidden = hidden_share(1 - (number + 1) / count, config.schedule)
     noise = config.choice_temperature * (1 - (number + 1) / count)
-    progress = 1 - (count - 1 - number) / max(count - 1, 1)  # 1 if there is one step
+    return Steps(number, hidden, noise, *schedules(config, count))
+
+
+def schedules(config: SamplerConfig, count: int) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
+    """Returns temperature and guidance of each of `count` steps, or codes of autoregression."""
+    progress = 1 - (count - 1 - jnp.arange(count)) / max(count - 1, 1)  # 1 if there is one step
     end = config.temperature if config.last_temperature is None else config.last_temperature
     temperature = config.temperature + (end - config.temperature) * progress
     first, last = config.guidance_interval
@@ -140,7 +145,7 @@ def _steps(config: SamplerConfig, count: int) -> Steps:
         "power-cosine": (1 - jnp.cos(jnp.pi * progress**config.guidance_power)) / 2,
         "interval": jnp.float32((first <= progress) & (progress <= last)),
     }[config.guidance_schedule]
-    return Steps(number, hidden, noise, temperature, config.guidance * ramp)
+    return temperature, config.guidance * ramp
 
 
 def _guided(predict: Predict, indices: Int[Array, "B N"], scale: Float[Array, ""] | None) -> Float[Array, "B N F"]:

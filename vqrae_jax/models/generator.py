@@ -29,7 +29,7 @@ Cache = tuple[list[Any], list[KeyValue], Any]  # parameters, keys and values of 
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneratorConfig:
+class Architecture:
     """Sizes and options of a generator."""
 
     blocks: vit.BlocksConfig  # `causal` decides between masked diffusion and autoregression
@@ -77,7 +77,7 @@ class Generator(nn.Module):
     embedding and rotates queries. The first input is hidden, at the position of the last code, which is never an input.
     """
 
-    config: GeneratorConfig
+    config: Architecture
 
     def setup(self):
         c, b = self.config, self.config.blocks

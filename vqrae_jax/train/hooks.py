@@ -317,7 +317,8 @@ class StepLog(Hook):
 
     def show(self, step: int, values: dict[str, int | float]) -> None:
         """Logs the metrics of a step."""
-        text = ", ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in ("loss/total", "loss/pixel", "loss/vq"))
+        names = [n for n in ("loss/total", "loss/pixel", "loss/vq", "accuracy") if n in values]
+        text = ", ".join(f"{n.removeprefix('loss/')} {values[n]:.4f}" for n in names)
         if "codebook/usage" in values:
             text += f", codes {values['codebook/usage']:.0%}"
         if "images_per_second" in values:

@@ -29,8 +29,6 @@ from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
 
 log = logging.getLogger(__name__)
 
-IMAGE_FILE = "reconstructions.png"  # in a workdir: validation images, or training images, and their reconstructions
-
 
 class Stopped(Exception):
     """The run stopped early on request, with everything saved. Not an error."""
@@ -55,7 +53,7 @@ def train(
             log.info("nothing to train: train.steps=%d are done; raise train.steps to continue", settings.steps)
         log_memory(state, run.frozen)
         if run.evaluator is None:
-            log.info("no validation images (data.eval_path): %s will have training images", IMAGE_FILE)
+            log.info("no validation images (data.eval_path): nothing is evaluated")
         writers = MetricWriters(run.workdir, run.config.model_dump(), settings.wandb_project, first)
         stack.callback(writers.close)
         if start:
@@ -68,7 +66,7 @@ def train(
         stop_requested = stack.enter_context(_stop_requests())
 
         train_step, horizon = jit_step(run.task, run.mesh), place_horizon(settings.steps, run.mesh)
-        batches = timer.timed(sharding.place_batch({"image": batch["image"]}, run.mesh) for batch in run.batches)
+        batches = timer.timed(sharding.place_batch({n: batch[n] for n in run.task.inputs}, run.mesh) for batch in run.batches)
         step, metrics = start, {}
         for step, batch in zip(range(start + 1, settings.steps + 1), batches, strict=False):
             for hook in watching:
@@ -157,27 +155,30 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
 def _evaluate_and_log(
     run: Run, state: TrainState, step: int, batch: Batch, writers: MetricWriters
 ) -> dict[str, int | float]:
-    """Returns metrics of the validation images; logs images of them, or of the training batch if there are none."""
-    variables, metrics, images, name = state.inference(), {}, batch, "training_reconstructions"
+    """Returns metrics of the validation images; logs pictures of them, or of the training batch if there are none."""
+    variables, metrics, images, name = state.inference(), {}, batch, f"training_{run.task.pictures}"
     if run.evaluator is not None:
         log.info("evaluating step %d on the validation images", step)
         metrics = run.evaluator.evaluate(variables, run.frozen).metrics
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         log.info("validation of step %d: %s", step, text)
         writers.scalars(step, metrics)
-        images, name = run.evaluator.first_images(), "reconstructions"
+        images, name = run.evaluator.first_images(), run.task.pictures
     image = run.task.sample_images(variables, run.frozen, images)
-    writers.image(step, name, image)
-    if jax.process_index() == 0:
-        image_files.write_image(run.workdir / IMAGE_FILE, image)
+    if image is not None:
+        writers.image(step, name, image)
+        if jax.process_index() == 0:
+            image_files.write_image(run.workdir / f"{run.task.pictures}.png", image)
     return metrics
 
 
 def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None:
     columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
     table = Table(*columns, title=f"step {step}", show_header=False, title_justify="left")
-    if metrics:
-        table.add_row("validation PSNR", f"{metrics['eval/psnr']:.2f} dB over {metrics['eval/images']} images")
+    for name, text in (("psnr", "validation PSNR: {:.2f} dB"), ("bits_per_code", "validation: {:.3f} bits per code")):
+        if f"eval/{name}" in metrics:
+            title, _, value = text.partition(": ")
+            table.add_row(title, f"{value.format(metrics[f'eval/{name}'])} over {metrics['eval/images']} images")
     if "eval/codebook_usage" in metrics:
         dead = metrics["eval/codebook_dead"]
         table.add_row("codebook usage", f"{metrics['eval/codebook_usage']:.1%} of the codes ({dead:.0f} unused)")
@@ -185,7 +186,7 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
     installed = importlib.util.find_spec("tensorboard") is not None  # tensorboardX only writes its files
     viewer = "tensorboard --logdir {}" if installed else "{} (to view it: pip install tensorboard)"
     for name, path, text in (
-        ("validation images" if run.evaluator else "training images", run.workdir / IMAGE_FILE, "{}"),
+        (run.task.pictures, run.workdir / f"{run.task.pictures}.png", "{}"),
         ("checkpoints", run.checkpoints.folder, "{}"),
         ("log", run.workdir / report.METRICS_FILE, "{}"),
         ("TensorBoard", run.workdir / "tensorboard", viewer),

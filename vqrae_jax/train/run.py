@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 from vqrae_jax import __version__, checkpoint, distributed, sharding, storage
 from vqrae_jax.build import weights
 from vqrae_jax.checkpoint import Checkpoints
-from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps
+from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps, from_saved
 from vqrae_jax.data import pipeline
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import UserError
+from vqrae_jax.evaluation.code_evaluator import CodeEvaluator
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.train import restore
+from vqrae_jax.train.generator import FrozenTokenizer, GeneratorTask, complete_config
 from vqrae_jax.train.lock import lock_workdir
 from vqrae_jax.train.metric_writers import check_wandb
 from vqrae_jax.train.restore import Start
@@ -43,7 +45,7 @@ class Run:
     checkpoints: Checkpoints
     batches: pipeline.TrainBatches | None  # None: evaluation only
     skipped: pipeline.Skipped
-    evaluator: Evaluator | None  # None: no validation images
+    evaluator: Evaluator | CodeEvaluator | None  # None: no validation images
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ def open_run(
         if batches is not None:
             closing.callback(batches.close)
         if evaluator:
-            evaluator.references.prepare()
+            evaluator.prepare()
         shapes, frozen = task.shapes(), task.frozen()
         if config.mesh.fsdp and (whole := sharding.left_whole(shapes, mesh, config.mesh.fsdp_min_size)):
             log.warning(
@@ -101,14 +103,12 @@ def open_run(
 def _prepare(
     config: Config, workdir: storage.Path, devices: Any, evaluate_step: int | Start | None,
     skipped: pipeline.Skipped, closing: contextlib.ExitStack,
-) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | None]:  # fmt: skip
+) -> tuple[Config, Mesh, Task, pipeline.TrainBatches | None, Evaluator | CodeEvaluator | None]:  # fmt: skip
     """Builds what each process builds by itself; no collective operation, which would wait for a failed process.
 
     A run locks its workdir before it reads weights, and `closing` unlocks it at the end.
     """
     training = evaluate_step is None
-    if config.data.source == "codes":
-        raise ConfigError("is for generators; a tokenizer needs images", field="data.source", value="codes")
     if training:
         config = epochs_to_steps(config, lambda: len(pipeline.training_source(config.data)))
         check_wandb(config.train.wandb_project)
@@ -124,6 +124,12 @@ def _prepare(
     checkpoint.check_writable(workdir)
     if training and distributed.process_index() == 0:
         closing.enter_context(lock_workdir(workdir))
+    if config.train.task == "generator":
+        sources = [read.source for read in (batches, validation) if read is not None]
+        source, folder = next(iter(sources), None), workdir / checkpoint.FOLDER
+        config, task = _build_generator(config, mesh, folder, evaluate_step, source)
+        evaluator = CodeEvaluator(config, task, mesh, validation) if validation is not None else None
+        return config, mesh, task, batches, evaluator
     start = evaluate_step
     if not isinstance(start, Start):  # it is found before weights are downloaded
         start = restore.find_start(config, workdir / checkpoint.FOLDER, evaluate_step)
@@ -137,13 +143,33 @@ def _prepare(
     return config, mesh, task, batches, evaluator
 
 
+def _build_generator(
+    config: Config, mesh: Mesh, folder: storage.Path, step: int | None, source: Any
+) -> tuple[Config, GeneratorTask]:
+    """Reads the tokenizer, and builds the generator for its codes; a checkpoint in `folder` decides their shape."""
+    steps = checkpoint.completed_steps(folder) if step is None else [step]
+    saved = checkpoint.read_meta(folder / str(steps[-1])) if steps else {"config": {}}
+    name, tokenizer = config.generator.tokenizer, None
+    if name is not None:
+        log.info("reading the tokenizer %s", name)
+        encoding = source.plan.encoding if source is not None and config.data.source == "codes" else "float32"
+        try:
+            tokenizer = FrozenTokenizer.load(name, encoding)
+        except UserError as error:
+            raise error.renamed({"checkpoint": "generator.tokenizer"}) from error.__cause__
+    config = complete_config(config, saved["config"].get("generator", {}), tokenizer, source)
+    classes = saved.get("classes") or getattr(source, "classes", None)
+    return config, GeneratorTask.build(config, mesh, tokenizer, classes)
+
+
 def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, int | float]) -> None:
     """Starts to save the state and the position of the input; `metrics` of the validation images choose the best."""
     step, config = int(state.step), run.config.model_dump(mode="json")
     meta = {"config": config, "version": __version__, "revision": git_revision(), "step": step}
     meta["classes"] = run.batches.classes  # names of the labels
     log.info("saving step %d", step)
-    scores = {"psnr": metrics["eval/psnr"]} if "eval/psnr" in metrics else None
+    score = run.task.score(metrics)
+    scores = None if score is None else {"score": score}
     run.checkpoints.save(step, state.inference(), state.rest(), run.batches.get_state(), meta, scores)
 
 
@@ -158,9 +184,9 @@ def git_revision() -> str | None:
 
 
 def _warn_config_changes(config: Config, path: storage.Path, evaluating: bool) -> None:
-    configs = checkpoint.read_meta(path)["config"], config.model_dump(mode="json")
+    configs = [c.model_dump(mode="json") for c in (from_saved(Config, checkpoint.read_meta(path)["config"]), config)]
     if evaluating:  # the other sections have no effect
-        configs = ({"model": values["model"]} for values in configs)
+        configs = [values["generator" if config.train.task == "generator" else "model"] for values in configs]
     saved, current = (flatten_dict(values, keep_empty_nodes=True, sep=".") for values in configs)
     for name in sorted(saved.keys() | current.keys()):
         if (old := saved.get(name)) != (new := current.get(name)):

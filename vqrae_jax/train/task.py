@@ -54,7 +54,15 @@ def is_sum(metric: Any) -> bool:
 
 @runtime_checkable
 class Task(Protocol):
-    """A model with its training step, evaluation and images for the log."""
+    """A model with its training step, evaluation and images for the log.
+
+    Attributes:
+      inputs: names of the arrays of a batch that the step reads.
+      pictures: name of the images for the log.
+    """
+
+    inputs: tuple[str, ...]
+    pictures: str
 
     def shapes(self) -> TrainState:
         """Returns the train state as jax.ShapeDtypeStruct with shardings."""
@@ -72,17 +80,20 @@ class Task(Protocol):
         """Takes one optimizer step; `horizon` is the int32 number of steps of the run, with which schedules end."""
 
     def evaluate(self, variables: Any, frozen: Any, batch: Batch) -> Metrics:
-        """Measures a batch of images, of which `mask` [B] marks padding by False.
+        """Measures a batch, of which `mask` [B] marks padding by False, and `index` [B] are the numbers of the images.
 
-        Returns "counts" [..., K] of the indices without padding, and rows [B, ...]: "reconstruction" [B, H, W, 3],
-        "code" (a vector per image) and any scores.
+        Returns rows [B, ...]: any scores, and of a tokenizer "reconstruction" [B, H, W, 3] and "code" (a vector per
+        image), with "counts" [..., K] of the indices without padding.
         """
 
     def log_metrics(self, state: TrainState, frozen: Any) -> Metrics:
         """Returns metrics of the state that are too expensive for every step."""
 
-    def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
-        """Returns a picture for the log, computed from the first images of a batch; every process calls it."""
+    def score(self, metrics: dict[str, int | float]) -> float | None:
+        """Returns the quality by which the best checkpoints are kept, from metrics of the validation images."""
+
+    def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"] | None:
+        """Returns a picture for the log, if the task has one, of the first images of a batch; every process calls it."""
 
 
 def jit_step(task: Task, mesh: Mesh) -> Any:

@@ -27,6 +27,9 @@ STARTED = ("step", "begun", "fitted")
 class TokenizerTask(TokenizerVariables):
     """Trains a tokenizer to reconstruct images: a `task.Task`."""
 
+    inputs = ("image",)
+    pictures = "reconstructions"
+
     def step(self, state: TrainState, frozen: Any, batch: Batch, horizon: jax.Array) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step of the tokenizer, and the updates of the discriminator that belong to it."""
         key = jax.random.fold_in(self.key, state.step)
@@ -169,6 +172,10 @@ class TokenizerTask(TokenizerVariables):
         variables = self._variables(frozen, state.ema_params | state.params, state.batch_stats)
         codebook = self.built.module.apply(variables, method=lambda model: model.quantizer.embeddings())
         return {} if codebook is None or len(codebook) < 2 else {"codebook/distance": nearest_other(codebook).mean()}
+
+    def score(self, metrics: dict[str, int | float]) -> float | None:
+        """Returns the validation PSNR."""
+        return metrics.get("eval/psnr")
 
     def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Returns a grid of the first images of a batch, their reconstructions, differences and indices."""

@@ -1,0 +1,134 @@
+"""Builds a generator from its config, once the shape of its codes is known."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from vqrae_jax.build.encoder import activation_sharding
+from vqrae_jax.config import GeneratorConfig
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.vit import BlocksConfig
+from vqrae_jax.models.vqrae import VQRAE
+
+Grids = tuple[tuple[int, int], ...]
+
+
+def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = ()) -> tuple[Grids, int]:
+    """Returns the grids of an image's codes and the number of codes per position.
+
+    Args:
+      shape: of the codes, (h, w), (h, w, levels), (N,), (N, levels), or flat for several grids.
+      prefixes: `Quantizer.prefixes`, the ends of several grids.
+
+    Raises:
+      ConfigError: the positions are not a square, so the tokenizer must be known.
+    """
+    if len(shape) == 1 and prefixes:
+        sizes, levels = np.diff((0, *prefixes)).tolist(), 1
+    elif len(shape) > 1 and shape[0] == shape[1]:
+        sizes, levels = [shape[0] * shape[1]], math.prod(shape[2:])
+    else:
+        sizes, levels = [shape[0]], math.prod(shape[1:])
+    grids = tuple((math.isqrt(size), math.isqrt(size)) for size in sizes)
+    if [h * w for h, w in grids] != sizes:
+        message = f"is needed to know the grids of codes of shape {tuple(shape)}"
+        raise ConfigError(message, field="generator.tokenizer", value=None)
+    return grids, levels
+
+
+def complete(config: GeneratorConfig, **known: Any) -> GeneratorConfig:
+    """Returns the config with fields that the data or the tokenizer decide; None and () are unknown.
+
+    Raises:
+      ConfigError: a field is set to another value.
+    """
+    updates = {}
+    for name, value in known.items():
+        value = tuple(map(tuple, value)) if name == "grids" else value
+        if value in (None, ()):
+            continue
+        if (present := getattr(config, name)) not in (None, (), value) and (name, present) != ("code_channels", 0):
+            message = f"the codes have {value!r}; leave it out, or use the codes and the tokenizer that belong together"
+            raise ConfigError(message, field=f"generator.{name}", value=present)
+        updates[name] = value
+    # Validated again: the factors must fit to the number of codes.
+    return GeneratorConfig.model_validate(config.model_dump() | updates)
+
+
+def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> Generator:
+    """Builds the module for a mesh, over which tokens are split as batches are.
+
+    Raises:
+      ConfigError: the shape of the codes is not known.
+    """
+    for name in ("grids", "levels", "num_embeddings", "classes"):
+        if (value := getattr(config, name)) in (None, ()):
+            raise ConfigError("is not known without data; set it", field=f"generator.{name}", value=value)
+    if config.input == "codebook" and not config.code_channels:
+        raise ConfigError("is not known without the tokenizer; set it", field="generator.code_channels", value=0)
+    blocks = BlocksConfig(
+        config.width, config.depth, config.heads, config.mlp, act="silu" if config.gated else "gelu",
+        gated=config.gated, qk_norm=config.qk_norm, causal=config.family == "autoregressive", dropout=config.dropout,
+        remat=config.remat, dtype=config.dtype, attention=config.attention,
+        shard_activations=activation_sharding(mesh, free=True),
+    )  # fmt: skip
+    architecture = Architecture(
+        blocks, config.num_embeddings, config.grids, config.levels, config.classes, config.class_token, config.adaln,
+        config.registers, config.pos, code_channels=config.code_channels if config.input == "codebook" else 0,
+        tied=config.tied, factors=config.factors,
+    )  # fmt: skip
+    return Generator(architecture)
+
+
+def variable_shapes(module: Generator) -> dict[str, Any]:
+    """Returns {"params", "batch_stats"} as jax.ShapeDtypeStruct; the codebook of the input is in batch_stats."""
+    return jax.eval_shape(lambda: initial_variables(module, jax.random.key(0)))
+
+
+def initial_variables(
+    module: Generator, key: jax.Array, vectors: Float[np.ndarray, "L K C"] | None = None
+) -> dict[str, Any]:
+    """Creates the variables before training; `vectors` are those of `code_vectors`. Use it under `jit`."""
+    variables = module.init(key, jnp.zeros((1, module.config.length), jnp.int32))
+    frozen = variables.get("frozen", {})
+    if frozen and vectors is not None:
+        frozen = {"code_vectors": jnp.asarray(vectors)}
+    return {"params": {"generator": variables["params"]}, "batch_stats": {"generator": frozen} if frozen else {}}
+
+
+def module_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns the variables of the module from those of a state, {"params", "batch_stats"}."""
+    return {"params": variables["params"]["generator"], "frozen": variables["batch_stats"].get("generator", {})}
+
+
+def code_vectors(tokenizer: VQRAE, variables: Any, shape: Sequence[int], levels: int) -> Float[np.ndarray, "L K C"]:
+    """Returns the latents of the codes of each level, without their mean and of unit variance.
+
+    A code's vector is the latent of a position whose other levels have code 0: what the code adds to it, as levels are
+    added or concatenated. `shape` is that of an image's codes.
+
+    Raises:
+      ConfigError: the tokenizer has several grids, whose codes have no latent of their own.
+    """
+    if len(shape) == 1 and tokenizer.quantizer.prefixes:
+        message = "needs one grid; a multiscale tokenizer has several, use input='table'"
+        raise ConfigError(message, field="generator.input", value="codebook")
+    codes = tokenizer.quantizer.num_embeddings
+    single = levels == 1 and len(shape) < 3
+
+    @jax.jit
+    def lookup(variables: Any, level: jax.Array) -> jax.Array:
+        indices = jnp.zeros((codes, levels), jnp.int32).at[:, level].set(jnp.arange(codes))
+        method = lambda model, indices: model.quantizer.lookup(indices)  # noqa: E731
+        latents = tokenizer.apply(variables, indices[:, 0] if single else indices, method=method)
+        return latents.reshape(codes, -1) - latents.reshape(codes, -1).mean(0)
+
+    vectors = np.stack([jax.device_get(lookup(variables, level)) for level in range(levels)]).astype(np.float32)
+    return vectors / max(float(vectors.std()), 1e-12)
