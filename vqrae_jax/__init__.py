@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqrae_jax.config import ModelConfig
+    from vqrae_jax.inference.generator import Generator
     from vqrae_jax.inference.tokenizer import Tokenizer
     from vqrae_jax.models.vqrae import VQRAE
 
 __version__ = "0.1.0"
-__all__ = ["VQRAE", "ModelConfig", "Tokenizer", "__version__"]
+__all__ = ["VQRAE", "Generator", "ModelConfig", "Tokenizer", "__version__"]
 
 _MODULES = {
+    "Generator": "vqrae_jax.inference.generator",
     "ModelConfig": "vqrae_jax.config",
     "Tokenizer": "vqrae_jax.inference.tokenizer",
     "VQRAE": "vqrae_jax.models.vqrae",

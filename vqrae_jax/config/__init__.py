@@ -29,6 +29,7 @@ from vqrae_jax.config.schema import (
     Part,
     PerceptualConfig,
     QuantizerParams,
+    Sampler,
     Section,
     TrainConfig,
 )

@@ -16,7 +16,7 @@ from vqrae_jax import checkpoint, sharding, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.build.encoder import replace_encoder
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_params, variable_shapes
-from vqrae_jax.errors import ConfigError, DamagedError, WeightsError
+from vqrae_jax.errors import CheckpointError, ConfigError, DamagedError, WeightsError
 from vqrae_jax.evaluation.report import EVALUATION_FILE, METRICS_FILE
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.batching import leaf_shardings
@@ -56,6 +56,29 @@ def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None
 
 
 def _locate(path: str | os.PathLike, step: int | None) -> Location:
+    local = fetch(path)
+    if not storage.is_remote(local) and saving.is_saved_folder(local):
+        config, encoder, provenance = saving.read_description(local)
+        return Location(local, config, encoder is not None, provenance)
+    step_path = checkpoint.find_checkpoint(local, step)
+    with suggest_other_steps(step_path):
+        meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
+    run = config_lib.from_saved(config_lib.Config, meta["config"])
+    if run.train.task == "generator":
+        message = "is the run of a generator; load it with Generator.load, or pass the run of its tokenizer"
+        raise CheckpointError(message, field=saving.FIELD, value=str(path))
+    provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
+    provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "name") and v}
+    provenance |= read_metrics(step_path.parent.parent, meta.get("step"))
+    absent = {"normalization_stat_path": None}  # the files that the run started from may be gone
+    if "decoder" in saved["params"]:
+        absent["pretrained_decoder_path"] = None
+    model = run.model.model_copy(update=absent)
+    return Location(step_path, model, "encoder" not in saved["params"], provenance, run)
+
+
+def fetch(path: str | os.PathLike) -> storage.Path:
+    """Returns the path of a run or saved folder; folders that were saved to a bucket or the hub become local copies."""
     local, name = storage.resolve_path(path), str(path)
     with storage.convert_errors(local, "read"):
         saved_remotely = storage.is_remote(local) and (local / saving.CONFIG).is_file()
@@ -63,21 +86,7 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
         local = storage.download(local)
     elif not local.exists() and name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
         local = sources.fetch_folder(name, saving.FIELD)
-    if not storage.is_remote(local) and saving.is_saved_folder(local):
-        config, encoder, provenance = saving.read_description(local)
-        return Location(local, config, encoder is not None, provenance)
-    step_path = checkpoint.find_checkpoint(local, step)
-    with _suggest_other_steps(step_path):
-        meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
-    run = config_lib.from_saved(config_lib.Config, meta["config"])
-    provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
-    provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "name") and v}
-    provenance |= _read_metrics(step_path.parent.parent, meta.get("step"))
-    absent = {"normalization_stat_path": None}  # the files that the run started from may be gone
-    if "decoder" in saved["params"]:
-        absent["pretrained_decoder_path"] = None
-    model = run.model.model_copy(update=absent)
-    return Location(step_path, model, "encoder" not in saved["params"], provenance, run)
+    return local
 
 
 def stored_shapes(location: Location) -> dict[str, jax.ShapeDtypeStruct]:
@@ -112,7 +121,7 @@ def read_model(location: Location, mesh: jax.sharding.Mesh | None = None) -> tup
     checkpoint.check_shapes(saved, {**shapes, "params": trained}, location.path)
     shardings = partial(leaf_shardings, mesh=mesh)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings(saved))
-    with _suggest_other_steps(location.path):
+    with suggest_other_steps(location.path):
         model = checkpoint.read_model(location.path, target)
     key = jax.random.key(location.run.train.seed)
     untrained = [n for n in ("encoder", "quantizer", "decoder") if n not in trained]
@@ -133,7 +142,7 @@ def suggest_encoder(location: Location) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _suggest_other_steps(path: storage.Path) -> Iterator[None]:
+def suggest_other_steps(path: storage.Path) -> Iterator[None]:
     """Adds the other checkpoints to the error of a damaged one. None is loaded instead: its codes would differ."""
     try:
         yield
@@ -145,7 +154,7 @@ def _suggest_other_steps(path: storage.Path) -> Iterator[None]:
         raise DamagedError(f"{error.message}; {remedy}", field=error.field, value=error.value) from error
 
 
-def _read_metrics(workdir: storage.Path, step: int | None) -> dict[str, Any]:
+def read_metrics(workdir: storage.Path, step: int | None) -> dict[str, Any]:
     """Returns the metrics of `step` and their protocol from a standalone evaluation, or metrics from the run's log."""
     evaluation, log = workdir / EVALUATION_FILE, workdir / METRICS_FILE
     report = _parse_object(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {}

@@ -10,6 +10,7 @@ import json
 import logging
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vqrae_jax import __version__, storage
 from vqrae_jax.build.encoder import inline_encoder, weights_source
 from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
-from vqrae_jax.config import ModelConfig, from_saved
+from vqrae_jax.config import Config, GeneratorConfig, ModelConfig, from_saved
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.inference import pytorch_checkpoint
 from vqrae_jax.models.vqrae import VQRAE
@@ -27,9 +28,9 @@ from vqrae_jax.pretrained import diffusers_rae, readers, sources, writers
 
 log = logging.getLogger(__name__)
 
-FORMAT = "vqrae_jax"
+FORMAT, GENERATOR = "vqrae_jax", "vqrae_jax generator"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FIELDS = {"format", "version", "model", "encoder", "provenance", "sha256"}  # of config.json
+FIELDS = {"format", "version", "model", "encoder", "generator", "classes", "provenance", "sha256"}  # of config.json
 FIELD = "checkpoint"  # what names the folder, in messages
 _FOLDERS = re.compile(r"(?<![\w.~:/])(\w+:/|~|\.{1,2})?/([^\s'\"/]+/)*(?=[^\s'\"/])")  # of a path or address
 
@@ -67,10 +68,35 @@ def save_folder(
         "encoder": encoder,
         "provenance": remove_folders(provenance),
     }
-    writers.write_safetensors({"params": params, "batch_stats": variables["batch_stats"]}, folder / WEIGHTS)
+    _write_files(folder, content, {"params": params, "batch_stats": variables["batch_stats"]})
+    return folder
+
+
+def save_generator(
+    folder: pathlib.Path, config: GeneratorConfig, variables: Any, classes: Sequence[str] | None,
+    provenance: dict[str, Any],
+) -> None:  # fmt: skip
+    """Writes a generator to a local folder, which is created if it is missing; its tokenizer is only named."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format": GENERATOR, "version": __version__, "generator": config.model_dump(mode="json")}
+    content |= {"classes": classes and list(classes), "provenance": remove_folders(provenance)}
+    _write_files(folder, content, variables)
+
+
+def read_generator(folder: pathlib.Path) -> tuple[GeneratorConfig, tuple[str, ...] | None, dict[str, Any]]:
+    """Reads the config.json of `save_generator`; returns config, names of classes and provenance."""
+    content = _read_config(folder)
+    if content.get("format") != GENERATOR or not isinstance(content.get("generator"), dict):
+        raise WeightsError(f"{folder / CONFIG} is not the config of a saved generator", field=FIELD)
+    config, classes = from_saved(Config, {"generator": content["generator"]}).generator, content.get("classes")
+    provenance = {"version": content.get("version")} | (content.get("provenance") or {})
+    return config, None if classes is None else tuple(map(str, classes)), provenance
+
+
+def _write_files(folder: pathlib.Path, content: dict[str, Any], variables: Any) -> None:
+    writers.write_safetensors(variables, folder / WEIGHTS)
     content["sha256"] = {WEIGHTS: storage.hash_file(folder / WEIGHTS), CONFIG: _digest(content)}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-    return folder
 
 
 def local_encoder(config: ModelConfig) -> str | None:
@@ -93,7 +119,7 @@ def is_saved_folder(folder: pathlib.Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     content = readers.read_json(folder / CONFIG, FIELD)
-    return content.get("format") == FORMAT or diffusers_rae.is_autoencoder(content)
+    return content.get("format") in (FORMAT, GENERATOR) or diffusers_rae.is_autoencoder(content)
 
 
 def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] | None, dict[str, Any]]:
@@ -106,6 +132,8 @@ def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] 
     if diffusers_rae.is_autoencoder(content):
         version = content.get("_diffusers_version")
         return pytorch_checkpoint.describe_diffusers(folder, FIELD), None, {"diffusers": version}
+    if content.get("format") == GENERATOR:
+        raise WeightsError("is a generator; load it with Generator.load", field=FIELD, value=str(folder))
     encoder = content.get("encoder")
     complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
     if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:

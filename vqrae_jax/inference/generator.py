@@ -1,0 +1,422 @@
+"""A trained generator: images of classes from its tokenizer's codes, repainting, and likelihoods."""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vqrae_jax import checkpoint, sharding, storage
+from vqrae_jax import config as config_lib
+from vqrae_jax.build import generator as builder
+from vqrae_jax.errors import ConfigError, DataError, UserError, WeightsError
+from vqrae_jax.generation.generate import check_sampler, generate_codes, log_likelihood
+from vqrae_jax.generation.sampler_config import SamplerConfig
+from vqrae_jax.inference import generator_card, saving
+from vqrae_jax.inference.batching import place_variables
+from vqrae_jax.inference.inputs import as_numpy
+from vqrae_jax.inference.location import fetch, read_metrics, suggest_other_steps
+from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.models import generator as models
+from vqrae_jax.pretrained import sources, writers
+
+log = logging.getLogger(__name__)
+
+BATCH = 32  # images per device and program
+
+
+class Generator:
+    """Samples codes of images, decodes and repaints them.
+
+    Labels are numbers of classes, names of classes, or None for images of any class. Sample number i of a seed is the
+    same image in any batch and on any mesh.
+
+    Attributes:
+      config: the generator section, complete.
+      tokenizer: the tokenizer of the codes; None if the generator was trained without it, which only samples codes.
+      classes: the names of the classes, if they are known.
+      sampler: the settings of the sampler that are not arguments of a call.
+    """
+
+    def __init__(
+        self,
+        module: models.Generator,
+        variables: dict[str, Any],
+        config: config_lib.GeneratorConfig,
+        tokenizer: Tokenizer | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        provenance: dict[str, Any] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int | None = None,
+    ):
+        """
+        Args:
+          module, variables: the model, {"params", "batch_stats"}.
+          config: the generator section that `module` was built from.
+          tokenizer: has the hash in the config.
+          classes: names of the labels.
+          provenance: version, step and metrics of the training run.
+          mesh: mesh to compute on; None: one device.
+          batch_size: images per call of the network; None: 32 per device.
+
+        Raises:
+          WeightsError: the tokenizer has another hash.
+        """
+        if tokenizer is not None and config.tokenizer_hash not in (None, tokenizer.hash):
+            raise WeightsError(
+                f"has the hash {tokenizer.hash[:12]}, but the generator's codes are of {config.tokenizer_hash[:12]}; "
+                "pass the tokenizer that made its codes",
+                field="tokenizer",
+            )
+        self.module, self.config, self.tokenizer, self.classes = module, config, tokenizer, classes
+        self.variables, self.mesh = place_variables(variables, mesh)
+        self.provenance, self.sampler = provenance or {}, SamplerConfig(**config.sampler.model_dump())
+        self._parts = sharding.data_ways(mesh) if mesh else 1
+        self.batch_size = batch_size or BATCH * self._parts
+        if self.batch_size < 1 or self.batch_size % self._parts:
+            message = f"expected a positive multiple of {self._parts}, the number of devices that share a batch"
+            raise ConfigError(message, field="batch_size", value=batch_size)
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        step: int | None = None,
+        *,
+        tokenizer: str | os.PathLike | Tokenizer | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int | None = None,
+    ) -> "Generator":
+        """Loads a generator from a run's workdir, a checkpoint, a saved folder or a hub id.
+
+        Args:
+          path: local path, address (gs://...) or hub id ("owner/name").
+          step: checkpoint of a workdir; None: the newest.
+          tokenizer: the tokenizer or its path; None: the one in the generator's config.
+          mesh, batch_size: see the constructor.
+
+        Raises:
+          CheckpointError: no complete checkpoint of a generator exists.
+          WeightsError: the tokenizer cannot be read or is another one, or the folder is damaged.
+        """
+        local = fetch(path)
+        if not storage.is_remote(local) and saving.is_saved_folder(local):
+            config, classes, provenance = saving.read_generator(local)
+            module = builder.build_generator(config, mesh)
+            tensors = saving.read_weights(local)
+            variables = _read_folder(local, tensors, builder.variable_shapes(module))
+        else:
+            location = checkpoint.find_checkpoint(local, step)
+            with suggest_other_steps(location):
+                meta = checkpoint.read_meta(location)
+            run = config_lib.from_saved(config_lib.Config, meta["config"])
+            if run.train.task != "generator":
+                message = "is the run of a tokenizer; load it with Tokenizer.load, or pass the run of a generator"
+                raise ConfigError(message, field="checkpoint", value=str(path))
+            config, classes = run.generator, meta.get("classes")
+            module = builder.build_generator(config, mesh)
+            shapes = builder.variable_shapes(module)
+            placed = place_shapes(shapes, mesh)
+            with suggest_other_steps(location):
+                variables = checkpoint.read_model(location, placed)
+            provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
+            provenance |= read_metrics(location.parent.parent, meta.get("step"))
+        tokenizer = _load_tokenizer(config, tokenizer, mesh)
+        return cls(
+            module, variables, config, tokenizer, classes=classes and tuple(classes), provenance=provenance, mesh=mesh,
+            batch_size=batch_size,
+        )  # fmt: skip
+
+    from_pretrained = load
+
+    def __repr__(self) -> str:
+        return (
+            f"Generator(family={self.config.family!r}, code_shape={self.code_shape}, "
+            f"codebook_size={self.config.num_embeddings}, classes={self.config.classes})"
+        )
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of one image."""
+        if self.tokenizer is not None:
+            return self.tokenizer.code_shape
+        grids, levels = self.config.grids, self.config.levels
+        shape = grids[0] if len(grids) == 1 else (sum(h * w for h, w in grids),)
+        return (*shape, levels) if levels > 1 else tuple(shape)
+
+    def generate(
+        self, labels: Any = None, seed: int = 0, guidance: float | None = None, steps: int | None = None,
+        sampler: str | None = None, *, count: int | None = None, first: int = 0, **settings: Any,
+    ) -> Float[np.ndarray, "B S S 3"]:  # fmt: skip
+        """Samples images.
+
+        Args:
+          labels: one for each image, or one for `count` images; None: images of any class.
+          seed: of all samples.
+          guidance, steps: see `SamplerConfig`; None: as in the generator's config.
+          sampler: the method of `SamplerConfig`.
+          count: number of images; None: one for each label.
+          first: number of the first image, to continue an earlier call.
+          settings: other fields of `SamplerConfig`.
+
+        Returns:
+          Images in [0, 1].
+
+        Raises:
+          ConfigError: a setting is out of range.
+          DataError: an unknown class, or a generator without a tokenizer.
+        """
+        self._require_tokenizer()
+        codes = self.sample_codes(
+            labels, seed, guidance, steps, sampler, count=count, first=first, **settings
+        )
+        return self.tokenizer.decode_from_indices(codes)
+
+    def sample_codes(
+        self, labels: Any = None, seed: int = 0, guidance: float | None = None, steps: int | None = None,
+        sampler: str | None = None, *, count: int | None = None, first: int = 0, **settings: Any,
+    ) -> Int[np.ndarray, "B ..."]:  # fmt: skip
+        """Samples codes [B, *code_shape]; see `generate`."""
+        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        labels = self._labels(labels, count)
+        hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
+        return self._sample(hidden, labels, seed, first, config)
+
+    def inpaint(
+        self, codes: Int[Any, "B ..."], mask: Bool[Any, "..."], labels: Any = None, seed: int = 0,
+        guidance: float | None = None, steps: int | None = None, sampler: str | None = None, **settings: Any,
+    ) -> Int[np.ndarray, "B ..."]:  # fmt: skip
+        """Samples the codes again that a mask marks, and keeps the others, of which an image has any number.
+
+        An autoregressive generator sees only the codes before the sampled ones: use it to continue images downwards.
+
+        Args:
+          codes: [B, *code_shape].
+          mask: True where to sample, of the shape of the grid [h, w] or of the codes, for all images or for each.
+          labels, seed, guidance, steps, sampler, settings: see `generate`.
+
+        Returns:
+          Codes [B, *code_shape]; `tokenizer.decode_from_indices` decodes them.
+        """
+        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        codes = self._check_codes(codes)
+        mask = self._check_mask(mask, len(codes))
+        labels = self._labels(labels, len(codes))
+        return self._sample(np.where(mask, self.config.num_embeddings, codes), labels, seed, 0, config)
+
+    def history(
+        self, label: Any = None, seed: int = 0, guidance: float | None = None, steps: int | None = None,
+        sampler: str | None = None, **settings: Any,
+    ) -> Int[np.ndarray, "S ..."]:  # fmt: skip
+        """Returns the codes of one image after each step of masked diffusion; hidden ones are K."""
+        if self.module.config.blocks.causal:
+            raise ConfigError("has one code per step; use a masked generator", field="family", value=self.config.family)
+        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        hidden = np.full((1, self.module.config.length), self.config.num_embeddings, np.int32)
+        program = self._program("history", config)
+        codes = program(self.variables, hidden, self._labels(label, 1), np.zeros(1, np.int32), np.uint32(seed))
+        return np.asarray(codes)[:, 0].reshape(-1, *self.code_shape)
+
+    def log_likelihood(self, codes: Int[Any, "B ..."], labels: Any = None, seed: int = 0) -> Float[np.ndarray, " B"]:
+        """Returns log p of each image's codes in nats; for masked diffusion a random estimate of a lower bound.
+
+        Divide by -ln 2 and the number of codes for bits per code. `seed` chooses which codes are hidden.
+        """
+        codes = self._check_codes(codes)
+        labels, program = self._labels(labels, len(codes)), self._program("likelihood", None)
+        rows = np.arange(len(codes), dtype=np.int32)
+        return self._run(program, codes, labels, rows, seed)
+
+    def choose_sampler(self, **settings: Any) -> SamplerConfig:
+        """Returns the sampler with some settings changed, those that are not None; raises ConfigError."""
+        known = {field.name for field in dataclasses.fields(SamplerConfig)}
+        if unknown := settings.keys() - known:
+            names = ", ".join(sorted(known))
+            raise ConfigError(f"unknown setting of the sampler; expected one of {names}", field=min(unknown))
+        changed = {name: value for name, value in settings.items() if value is not None}
+        # Validated by the config's schema, which also checks types.
+        section = config_lib.from_dict(config_lib.Sampler, dataclasses.asdict(self.sampler) | changed)
+        sampler = SamplerConfig(**section.model_dump())
+        check_sampler(sampler, self.module.config)
+        return sampler
+
+    def save_pretrained(self, folder: str | os.PathLike, name: str | None = None) -> storage.Path:
+        """Writes config.json, model.safetensors and a model card with samples, for `load` and the hub.
+
+        The tokenizer is named, not contained; save it as well.
+
+        Args:
+          folder: local path or address (gs://...); created if it is missing.
+          name: path or hub id that the card's example loads; None: the folder's name.
+        """
+        target = storage.resolve_path(folder)
+        if self.config.tokenizer and not sources.is_hub_id(self.config.tokenizer):
+            log.warning(
+                "the saved folder refers to the tokenizer in %s: pass another place to load as tokenizer=",
+                self.config.tokenizer,
+            )
+        with storage.stage_output(target) as local:
+            variables = jax.device_get(self.variables)
+            saving.save_generator(local, self.config, variables, self.classes, self.provenance)
+            generator_card.write_card(self, local, name or target.name)
+        return target
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Saves the generator to a repository of the model hub, created if it is missing; returns its address.
+
+        Raises:
+          ConfigError: the tokenizer is not on the hub.
+          WeightsError: there is no network, login or permission to write.
+        """
+        source = self.config.tokenizer
+        if source is None or not sources.is_hub_id(source):
+            message = "is a folder that users of the hub cannot read: push the tokenizer, and set its hub id in config"
+            raise ConfigError(message, field="generator.tokenizer", value=source)
+        return writers.push_to_hub(functools.partial(self.save_pretrained, name=repo_id), repo_id, private, token)
+
+    def stream_codes(
+        self, labels: Int[np.ndarray, " N"], seed: int, config: SamplerConfig, first: int = 0
+    ) -> Iterator[Int[np.ndarray, "b ..."]]:
+        """Yields the codes of samples `first` and following in batches of at most `batch_size`."""
+        for start in range(0, len(labels), self.batch_size):
+            part = labels[start : start + self.batch_size]
+            hidden = np.full((len(part), self.module.config.length), self.config.num_embeddings, np.int32)
+            yield self._sample(hidden, part, seed, first + start, config)
+
+    def find_labels(self, labels: Any) -> Int[np.ndarray, " B"]:
+        """Converts numbers or names of classes to numbers; None to the number that stands for any class.
+
+        Raises:
+          DataError: an unknown class.
+        """
+        count = self.config.classes
+        values = labels if isinstance(labels, list | tuple | np.ndarray | jax.Array) else [labels]
+        numbers = [self._label(value) for value in values]
+        if count == 0 and any(value is not None for value in values):
+            raise DataError("the generator has no classes; leave labels out", field="labels")
+        return np.asarray(numbers, np.int32)
+
+    def _label(self, value: Any) -> int:
+        count = self.config.classes
+        if value is None:
+            return count
+        if isinstance(value, str) and not value.isdecimal():
+            if self.classes is None or value not in self.classes:
+                names = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "") if self.classes else ""
+                expected = f"expected one of {names}" if names else f"names are not known; expected 0 to {count - 1}"
+                raise DataError(f"unknown class; {expected}", field="labels", value=value)
+            return self.classes.index(value)
+        number = int(value) if isinstance(value, str | int | np.integer) and not isinstance(value, bool) else -1
+        if not 0 <= number < max(count, 1):
+            raise DataError(f"expected a class from 0 to {count - 1}, a name, or None", field="labels", value=value)
+        return number
+
+    def _labels(self, labels: Any, count: int | None) -> Int[np.ndarray, " B"]:
+        numbers = self.find_labels(labels)
+        if count is not None and len(numbers) == 1:
+            return np.repeat(numbers, count)
+        if count not in (None, len(numbers)):
+            raise DataError(f"there are {len(numbers)} labels for {count} images", field="labels")
+        return numbers
+
+    def _sample(
+        self, indices: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"], seed: int, first: int, config: Any
+    ) -> Int[np.ndarray, "B ..."]:
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise ConfigError(f"expected an integer from 0 to {2**32 - 1}", field="seed", value=seed)
+        rows = np.arange(first, first + len(indices), dtype=np.int32)
+        codes = self._run(self._program("sample", config), indices, labels, rows, seed)
+        return codes.reshape(-1, *self.code_shape)
+
+    def _run(self, program: Any, codes: Any, labels: Any, rows: Any, seed: int) -> np.ndarray:
+        """Runs a program on padded batches of one size."""
+        if not len(codes):
+            return np.zeros((0, *codes.shape[1:]), np.int32)
+        parts = -(-len(codes) // self._parts)
+        size = min(self._parts << (parts - 1).bit_length(), self.batch_size)
+        split = sharding.over_data(self.mesh) if self.mesh else None
+        results = []
+        for start in range(0, len(codes), size):
+            inputs = [np.asarray(x[start : start + size], np.int32) for x in (codes, labels, rows)]
+            padded = [np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) for x in inputs]
+            results.append(np.asarray(program(self.variables, *jax.device_put(padded, split), np.uint32(seed))))
+        return np.concatenate(results)[: len(codes)]
+
+    def _program(self, kind: str, config: SamplerConfig | None) -> Any:
+        """Returns the compiled function of variables, codes, labels, rows and seed."""
+
+        def run(variables: Any, codes: Any, labels: Any, rows: Any, seed: Any) -> jax.Array:
+            key, variables = jax.random.key(seed), builder.module_variables(variables)
+            if kind == "likelihood":
+                return log_likelihood(self.module, variables, key, codes, labels)[0]
+            return generate_codes(self.module, variables, key, codes, labels, config, rows, history=kind == "history")
+
+        if (kind, config) not in self._compiled:
+            self._compiled[kind, config] = jax.jit(run)
+        return self._compiled[kind, config]
+
+    def _require_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            message = "the generator was trained without a tokenizer; pass tokenizer= to load, or use sample_codes"
+            raise DataError(message, field="tokenizer", value=None)
+
+    def _check_codes(self, codes: Any) -> Int[np.ndarray, "B T"]:
+        codes, size = as_numpy(codes), self.config.num_embeddings
+        if not np.issubdtype(codes.dtype, np.integer) or codes.shape[1:] != self.code_shape:
+            shape = ", ".join(map(str, self.code_shape))
+            raise DataError(f"are {codes.dtype} {list(codes.shape)}; expected integers [B, {shape}]", field="codes")
+        if codes.size and not 0 <= codes.min() <= codes.max() < size:
+            raise DataError(f"span [{codes.min()}, {codes.max()}]; expected 0 to {size - 1}", field="codes")
+        return codes.astype(np.int32).reshape(len(codes), -1)
+
+    def _check_mask(self, mask: Any, count: int) -> Bool[np.ndarray, "B T"]:
+        mask, shape = as_numpy(mask), self.code_shape
+        accepted = {shape, shape[:2]} if len(shape) > 1 else {shape}
+        one = mask.shape if mask.shape in accepted else mask.shape[1:]
+        if mask.dtype != bool or one not in accepted or (one != mask.shape and len(mask) != count):
+            listed = " or ".join(str(list(s)) for s in sorted(accepted))
+            message = f"is {mask.dtype} {list(mask.shape)}; expected bool {listed}, for all {count} images or for each"
+            raise DataError(message, field="mask")
+        if one != shape:
+            mask = np.broadcast_to(mask[..., None], (*mask.shape, *shape[2:]))
+        return np.broadcast_to(mask, (count, *shape)).reshape(count, -1)
+
+
+def place_shapes(shapes: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Returns shapes with the shardings of a mesh, or of this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: device, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: Any) -> Tokenizer | None:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    path = tokenizer or config.tokenizer
+    if path is None:
+        return None
+    try:
+        loaded = Tokenizer.load(path, mesh=mesh)
+        if config.tokenizer_hash not in (None, loaded.hash):  # of codes that were encoded in bfloat16
+            loaded = Tokenizer.load(path, mesh=mesh, encoder_dtype="bfloat16")
+    except UserError as error:
+        raise error.renamed({"checkpoint": "tokenizer"}) from error.__cause__
+    return loaded
+
+
+def _read_folder(folder: storage.Path, tensors: Any, shapes: Any) -> Any:
+    """Returns the tensors of a saved folder as a tree like `shapes`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    saved = {name: tuple(tensors[name].shape) for name in tensors}
+    if differing := sorted(n for n in names.keys() | saved.keys() if names.get(n) != saved.get(n)):
+        raise WeightsError(f"{folder} does not match its config in {', '.join(differing[:8])}", field=saving.FIELD)
+    return jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in names])
