@@ -27,7 +27,7 @@ from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.generation.autoregression import sample
-from vqrae_jax.models.generator import Generator, Architecture
+from vqrae_jax.models.generator import Architecture, Generator
 from vqrae_jax.models.vit import BlocksConfig
 
 

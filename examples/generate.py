@@ -19,7 +19,7 @@ from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.generation.sampling import pair_labels, sample
-from vqrae_jax.models.generator import Generator, Architecture
+from vqrae_jax.models.generator import Architecture, Generator
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
 

@@ -84,6 +84,7 @@ class Checkpoints:
     ):
         self.read_only = read_only
         self.folder = storage.resolve_path(workdir) / FOLDER if read_only else check_writable(workdir)
+
         def score(metrics: dict[str, float]) -> float:
             return metrics["score"] if "score" in metrics else metrics["psnr"]  # of earlier versions
 

@@ -97,7 +97,7 @@ def test_the_decoder_is_differentiable(untrained):
 
 @pytest.mark.slow
 def test_a_generator_learns_codes(tokenized):
-    from vqrae_jax.models.generator import Generator, Architecture
+    from vqrae_jax.models.generator import Architecture, Generator
     from vqrae_jax.models.vit import BlocksConfig
 
     module = example("generate")

@@ -12,7 +12,7 @@ from vqrae_jax import sharding
 from vqrae_jax.generation import autoregression
 from vqrae_jax.generation.autoregression import sample, truncate_logits
 from vqrae_jax.generation.sampling import pair_labels
-from vqrae_jax.models.generator import Generator, Architecture
+from vqrae_jax.models.generator import Architecture, Generator
 from vqrae_jax.models.vit import BlocksConfig
 
 ROWS = 1 << 18

@@ -13,7 +13,7 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.autoregression import permuted_orders
-from vqrae_jax.models.generator import Generator, Architecture
+from vqrae_jax.models.generator import Architecture, Generator
 from vqrae_jax.models.vit import BlocksConfig
 
 K, CLASSES = 24, 3

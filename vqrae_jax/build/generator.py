@@ -43,14 +43,14 @@ def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = ()) -> tuple[G
     return grids, levels
 
 
-def complete(config: GeneratorConfig, **known: Any) -> GeneratorConfig:
+def complete(config: GeneratorConfig, **fields: Any) -> GeneratorConfig:
     """Returns the config with fields that the data or the tokenizer decide; None and () are unknown.
 
     Raises:
       ConfigError: a field is set to another value.
     """
     updates = {}
-    for name, value in known.items():
+    for name, value in fields.items():
         value = tuple(map(tuple, value)) if name == "grids" else value
         if value in (None, ()):
             continue

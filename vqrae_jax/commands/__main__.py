@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "measure reconstructions, at all rates of a tokenizer and next to JPEG and WebP",
     "export": "write a model for PyTorch, as a folder, or as StableHLO programs",
     "fit-codebook": "fit a codebook to the latents of a continuous autoencoder",
+    "generate": "sample images of classes from a generator: files, a grid, an .npz for evaluation",
     "import-pytorch": "convert a checkpoint of the PyTorch VQRAE",
     "inspect": "show the config, sizes, metrics and origin of a checkpoint",
     "latent-statistics": "compute mean, variance and principal axes of an encoder's latents",

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from vqrae_jax import runtime, storage
+from vqrae_jax import distributed, runtime, storage
 from vqrae_jax.config import DataConfig, EncoderClass, ImageSource, from_dict
 from vqrae_jax.errors import ConfigError, DataError, UserError, report_errors
 
@@ -90,9 +90,27 @@ class Parser(argparse.ArgumentParser):
         text, choices = "bfloat16: faster on TPUs and GPUs, with other codes", ["float32", "bfloat16"]
         self.add("--encoder-dtype", text, default=choices[0], choices=choices)
 
+    def add_processes(self) -> None:
+        """Adds --process and --processes, see `process_share`."""
+        text = "number of processes; by default those of the TPU pod, SLURM or Open MPI job"
+        self.add("--processes", text, type=int)
+        self.add("--process", "index of this process, from 0", type=int)
+
     def add_batch_and_limit(self, batch: int) -> None:
         self.add_count("--batch", "images per batch", batch, MAX_BATCH)
         self.add_count("--limit", "use the first LIMIT images only")
+
+
+def process_share(args: argparse.Namespace) -> tuple[int, int]:
+    """Returns index and number of the processes that share the work, from `add_processes` or the cluster."""
+    process, processes = args.process, args.processes
+    if (process is None) != (processes is None):
+        raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
+    if processes is None:
+        process, processes = distributed.process_index(), distributed.process_count()
+    if not 0 <= process < processes:
+        raise ConfigError(f"must be less than --processes={processes}", field="--process", value=process)
+    return process, processes
 
 
 def count(text: str, limit: int = 10**9, least: int = 1) -> int:

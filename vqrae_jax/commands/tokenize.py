@@ -45,8 +45,7 @@ parser.add_count("--shard-size", "images per shard", SHARD)
 parser.add_count("--batch", f"images per batch; {VIEWS} views per device by default", limit=command_line.MAX_BATCH)
 parser.add_encoder_dtype()
 parser.add_count("--threads", "threads that read and crop images", 4, 1024)
-parser.add("--processes", "number of processes; by default those of the TPU pod, SLURM or Open MPI job", type=int)
-parser.add("--process", "index of this process, from 0", type=int)
+parser.add_processes()
 
 
 @command_line.names_arguments()
@@ -55,13 +54,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any] | None:
 
     Arguments, data and checkpoint are checked before anything is written.
     """
-    process, processes = args.process, args.processes
-    if (process is None) != (processes is None):
-        raise ConfigError("--process and --processes need each other; pass both or none", field="--process")
-    if processes is None:
-        process, processes = distributed.process_index(), distributed.process_count()
-    if not 0 <= process < processes:
-        raise ConfigError(f"must be less than --processes={processes}", field="--process", value=process)
+    process, processes = command_line.process_share(args)
     output = command_line.output_folder(args.output)
     classes = read_classes(args.classes) if args.classes else None
     source = pipeline.evaluation_source(command_line.data_config(args), classes)

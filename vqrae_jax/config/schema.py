@@ -132,8 +132,10 @@ class _Sampler(Section):
 
 def _sampler() -> type[Section]:
     """Builds the section of the settings of `SamplerConfig`."""
-    settings = dataclasses.fields(SamplerConfig)
-    fields: dict[str, Any] = {f.name: (f.type, Field(f.default, description=f.metadata["doc"])) for f in settings}
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(SamplerConfig):
+        kind, doc = typing.get_args(field.type)
+        fields[field.name] = kind, Field(field.default, description=doc)
     doc = "How a generator is sampled, see docs/generate.md."
     return pydantic.create_model("Sampler", __base__=_Sampler, __module__=__name__, __doc__=doc, **fields)
 

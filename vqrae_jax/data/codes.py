@@ -254,6 +254,11 @@ class Codes:
             raise DataError(problem, field=os.fspath(path))
 
 
+def is_complete(folder: storage.Path) -> bool:
+    """Returns whether all shards of a dataset exist."""
+    return _read_manifest(folder)["complete"]
+
+
 def read_plan(folder: storage.Path) -> Plan:
     """Reads the plan of a dataset, complete or not."""
     return _parse(Plan, _read_manifest(folder), folder)

@@ -52,7 +52,8 @@ class Accumulator:
     def add(self, rows: Rows) -> None:
         """Adds a batch of arrays [B, ...].
 
-        They are `mask` (False: padding, ignored), `index` in the dataset, and any of SCORES, `contrast` (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
+        They are `mask` (False: padding, ignored), `index` in the dataset, and any of SCORES, `contrast`
+        (`metrics.border_contrast` of reconstruction and image, [B, 2, 2]), `NETWORK/image` and `NETWORK/reconstruction`
         (features), `scores/reconstruction` (Inception's class scores), `code` (pooled quantized latents) and `label`.
         Generated samples are reconstructions without images.
         """

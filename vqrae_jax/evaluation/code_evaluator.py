@@ -18,7 +18,7 @@ class CodeEvaluator:
     """The compiled program that measures how well a generator predicts codes, or the codes of images."""
 
     def __init__(self, config: Config, task: Any, mesh: Mesh, batches: pipeline.EvaluationBatches):
-        """Of `task`, a `train.task.Task`, only `evaluate` and `inputs` are used."""
+        """Uses `evaluate` and `inputs` of `task`, a `train.task.Task`."""
         self._config, self._mesh, self._batches, self._inputs = config, mesh, batches, task.inputs
 
         def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -73,7 +73,9 @@ figcaption {{ color: #667; font-size: 13px }} pre {{ white-space: pre-wrap; font
 """
 _EXAMPLES = """<h2>Reconstructions</h2><p>The best, median and worst images by {rank}.
 <div class="groups pixels">{examples}</div>
-<h2>Protocol</h2><details><summary>how these values were measured</summary><pre>{protocol}</pre></details>"""
+{protocol}"""
+_PROTOCOL = """<h2>Protocol</h2>
+<details><summary>how these values were measured</summary><pre>{protocol}</pre></details>"""
 
 
 def render_page(title: str, metrics: Mapping[str, int | float], warnings: Sequence[str], body: str) -> bytes:
@@ -89,19 +91,38 @@ def write_report(
     examples: dict[str, list[Example]],
 ) -> None:  # fmt: skip
     """Writes workdir/evaluation.json, and workdir/evaluation/index.html with a PNG per example."""
-    content = {"step": step, "metrics": result.metrics, "warnings": result.accumulator.warnings, "protocol": protocol}
-    storage.write_bytes(workdir / EVALUATION_FILE, (json.dumps(content, indent=2) + "\n").encode())
     for group, members in examples.items():
         for number, example in enumerate(members):
             image_files.write_image(workdir / FOLDER / f"{group}{number}.png", _example_strip(example))
     body = _EXAMPLES.format(
         rank="LPIPS" if "eval/lpips" in result.metrics else "PSNR",
         examples="".join(_example_section(group, members) for group, members in examples.items()),
-        protocol=html.escape(json.dumps(protocol, indent=2)),
+        protocol=_PROTOCOL.format(protocol=html.escape(json.dumps(protocol, indent=2))),
     )
+    _write_files(workdir, step, result.metrics, result.accumulator.warnings, {"protocol": protocol}, body)
+
+
+def write_sample_report(
+    workdir: storage.Path, step: int, metrics: Mapping[str, int | float], warnings: Sequence[str],
+    content: dict[str, Any], pictures: Mapping[str, bytes],
+) -> None:  # fmt: skip
+    """Writes the files of `write_report` for a generator; `content` is stored, and `pictures` are PNGs by title."""
+    figures = []
+    for number, (title, picture) in enumerate(pictures.items()):
+        storage.write_bytes(workdir / FOLDER / f"picture{number}.png", picture)
+        figures.append(f'<h2>{html.escape(title)}</h2><img src="picture{number}.png" alt="{html.escape(title)}">')
+    body = "\n".join([*figures, _PROTOCOL.format(protocol=html.escape(json.dumps(content, indent=2)))])
+    _write_files(workdir, step, metrics, warnings, content, body)
+
+
+def _write_files(
+    workdir: storage.Path, step: int | None, metrics: Mapping[str, int | float], warnings: Sequence[str],
+    content: dict[str, Any], body: str,
+) -> None:  # fmt: skip
+    content = {"step": step, "metrics": metrics, "warnings": warnings, **content}
+    storage.write_bytes(workdir / EVALUATION_FILE, (json.dumps(content, indent=2) + "\n").encode())
     title = workdir.name if step is None else f"{workdir.name}, step {step}"
-    page = render_page(title, result.metrics, result.accumulator.warnings, body)
-    storage.write_bytes(workdir / FOLDER / "index.html", page)
+    storage.write_bytes(workdir / FOLDER / "index.html", render_page(title, metrics, warnings, body))
 
 
 def _example_strip(example: Example) -> np.ndarray:

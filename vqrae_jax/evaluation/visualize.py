@@ -191,6 +191,7 @@ def curves(
     format: str,
     units: Mapping[str, str] | None = None,
     rates: Mapping[str, Mapping[str, Curve]] | None = None,
+    x_label: str = "step",
 ) -> bytes:
     """Returns a file (pdf, svg, png, jpg or webp) with one panel per metric over steps; NaN leaves a gap.
 
@@ -201,7 +202,7 @@ def curves(
         they are positive and span a wide range.
       rates: points to mark, as `panels`; all x are then bits per image, on a logarithmic scale.
     """
-    figure, all_axes = _charts(list(panels), "step" if rates is None else "bits per image")
+    figure, all_axes = _charts(list(panels), x_label if rates is None else "bits per image")
     runs = list(dict.fromkeys(run for lines in panels.values() for run in lines))
     legend = {}
     for axes, (metric, lines) in zip(all_axes, panels.items(), strict=True):

@@ -1,19 +1,15 @@
 """The settings of samplers, as plain values."""
 
 import dataclasses
-import math
 import typing
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.generation.masking import Schedule
 
 Method = Literal["confidence", "chance", "halton", "remask"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine", "interval"]
-
-
-def _setting(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+LARGEST = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,53 +27,53 @@ class SamplerConfig:
       ConfigError: a value is not in its range.
     """
 
-    method: Method = _setting("confidence", "order in which codes of masked diffusion become visible")
-    steps: int = _setting(
-        12, "calls of a masked network, at least 1; at most one per position, except for the method remask"
+    method: Annotated[Method, "order in which codes of masked diffusion become visible"] = "confidence"
+    steps: Annotated[
+        int, "calls of a masked network, at least 1; at most one per position, except for the method remask"
+    ] = 12
+    schedule: Annotated[Schedule, "share of hidden codes after each step of masked diffusion"] = "cosine"
+    temperature: Annotated[float, "divisor of the logits, above 0; lower values make probable codes more frequent"] = (
+        1.0
     )
-    schedule: Schedule = _setting("cosine", "share of hidden codes after each step of masked diffusion")
-    temperature: float = _setting(
-        1.0, "divisor of the logits, above 0; lower values make probable codes more frequent"
-    )
-    last_temperature: float | None = _setting(
-        None, "temperature at the end, approached linearly; None: temperature everywhere"
-    )
-    choice_temperature: float = _setting(
-        4.5, "scale of the noise of the method confidence, at least 0; higher values trade quality for variety"
-    )
-    remasking: float = _setting(1.0, "how often the method remask hides a code again, on average, at most")
-    top_k: int | None = _setting(
-        None, "number of most probable codes that autoregression samples from, and all as probable as the last"
-    )
-    top_p: float | None = _setting(
-        None, "autoregression samples the most probable codes whose sum reaches it, in (0, 1] (Holtzman et al. 2020)"
-    )
-    guidance: float = _setting(
-        0.0,
-        "scale w of classifier-free guidance (arXiv:2207.12598), logits u + (1 + w) (c - u), at least 0; 0 is the "
-        "conditional distribution itself",
-    )
-    guidance_schedule: GuidanceSchedule = _setting(
-        "constant",
+    last_temperature: Annotated[
+        float | None, "temperature at the end, approached linearly; None: temperature everywhere"
+    ] = None
+    choice_temperature: Annotated[
+        float, "scale of the noise of the method confidence, at least 0; higher values trade quality for variety"
+    ] = 4.5
+    remasking: Annotated[float, "how often the method remask hides a code again, on average, at most"] = 1.0
+    top_k: Annotated[
+        int | None, "number of most probable codes that autoregression samples from, and all as probable as the last"
+    ] = None
+    top_p: Annotated[
+        float | None, "autoregression samples the most probable codes whose sum reaches it (Holtzman et al. 2020)"
+    ] = None
+    guidance: Annotated[
+        float,
+        "scale w of classifier-free guidance (arXiv:2207.12598), logits u + (1 + w) (c - u); 0 is the conditional "
+        "distribution itself",
+    ] = 0.0
+    guidance_schedule: Annotated[
+        GuidanceSchedule,
         "course of the guidance: constant; linear, from 0; power-cosine, guidance (1 - cos(pi progress^power)) / 2 "
         "(arXiv:2303.14389); or interval, zero outside of guidance_interval (arXiv:2404.07724)",
-    )
-    guidance_power: float = _setting(1.0, "power of power-cosine, above 0; higher values guide later")
-    guidance_interval: tuple[float, float] = _setting(
-        (0.0, 1.0), "first and last progress with guidance in the schedule interval, in [0, 1]"
-    )
+    ] = "constant"
+    guidance_power: Annotated[float, "power of power-cosine, above 0; higher values guide later"] = 1.0
+    guidance_interval: Annotated[
+        tuple[float, float], "first and last progress with guidance in the schedule interval, in [0, 1]"
+    ] = (0.0, 1.0)
 
     def __post_init__(self):
         for field, names in (("method", Method), ("schedule", Schedule), ("guidance_schedule", GuidanceSchedule)):
             self._check(field, getattr(self, field) in typing.get_args(names), f"one of {typing.get_args(names)}")
         for field in ("steps", "top_k"):
             value = getattr(self, field)
-            self._check(field, value is None or 1 <= value <= 2**24, "at least 1")
+            self._check(field, value is None or 1 <= value <= LARGEST, "at least 1")
         for field in ("temperature", "last_temperature", "guidance_power"):
             value = getattr(self, field)
-            self._check(field, value is None or 0 < value < math.inf, "finite and above 0")
+            self._check(field, value is None or 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}")
         for field in ("choice_temperature", "remasking", "guidance"):
-            self._check(field, 0 <= getattr(self, field) < math.inf, "finite and at least 0")
+            self._check(field, 0 <= getattr(self, field) <= LARGEST, f"from 0 to {LARGEST:g}")
         self._check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         first, last = self.guidance_interval
         self._check("guidance_interval", 0 <= first <= last <= 1, "two increasing numbers in [0, 1]")

@@ -16,7 +16,7 @@ from vqrae_jax import checkpoint, sharding, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.build import generator as builder
 from vqrae_jax.errors import ConfigError, DataError, UserError, WeightsError
-from vqrae_jax.generation.generate import check_sampler, generate_codes, log_likelihood
+from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference import generator_card, saving
 from vqrae_jax.inference.batching import place_variables
@@ -174,10 +174,8 @@ class Generator:
           ConfigError: a setting is out of range.
           DataError: an unknown class, or a generator without a tokenizer.
         """
-        self._require_tokenizer()
-        codes = self.sample_codes(
-            labels, seed, guidance, steps, sampler, count=count, first=first, **settings
-        )
+        self.require_tokenizer()
+        codes = self.sample_codes(labels, seed, guidance, steps, sampler, count=count, first=first, **settings)
         return self.tokenizer.decode_from_indices(codes)
 
     def sample_codes(
@@ -237,10 +235,11 @@ class Generator:
 
     def choose_sampler(self, **settings: Any) -> SamplerConfig:
         """Returns the sampler with some settings changed, those that are not None; raises ConfigError."""
-        known = {field.name for field in dataclasses.fields(SamplerConfig)}
-        if unknown := settings.keys() - known:
-            names = ", ".join(sorted(known))
-            raise ConfigError(f"unknown setting of the sampler; expected one of {names}", field=min(unknown))
+        names = {field.name for field in dataclasses.fields(SamplerConfig)}
+        if unknown := settings.keys() - names:
+            raise ConfigError(
+                f"unknown setting of the sampler; expected one of {', '.join(sorted(names))}", field=min(unknown)
+            )
         changed = {name: value for name, value in settings.items() if value is not None}
         # Validated by the config's schema, which also checks types.
         section = config_lib.from_dict(config_lib.Sampler, dataclasses.asdict(self.sampler) | changed)
@@ -310,7 +309,9 @@ class Generator:
             return count
         if isinstance(value, str) and not value.isdecimal():
             if self.classes is None or value not in self.classes:
-                names = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "") if self.classes else ""
+                names = (
+                    ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "") if self.classes else ""
+                )
                 expected = f"expected one of {names}" if names else f"names are not known; expected 0 to {count - 1}"
                 raise DataError(f"unknown class; {expected}", field="labels", value=value)
             return self.classes.index(value)
@@ -363,7 +364,8 @@ class Generator:
             self._compiled[kind, config] = jax.jit(run)
         return self._compiled[kind, config]
 
-    def _require_tokenizer(self) -> None:
+    def require_tokenizer(self) -> None:
+        """Raises DataError without a tokenizer, which images need."""
         if self.tokenizer is None:
             message = "the generator was trained without a tokenizer; pass tokenizer= to load, or use sample_codes"
             raise DataError(message, field="tokenizer", value=None)

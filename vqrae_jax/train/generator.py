@@ -18,7 +18,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.generation import autoregression, masking
-from vqrae_jax.generation.generate import check_sampler, generate_codes, log_likelihood
+from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models.generator import Generator
@@ -26,7 +26,6 @@ from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from vqrae_jax.train.task import Batch, Metrics, TrainState
 from vqrae_jax.train.tokenizer import to_float
-
 
 # Fields of the generator section that the data decide; a checkpoint has them.
 SAVED_FIELDS = ("tokenizer_hash", "grids", "levels", "num_embeddings", "classes", "code_channels")
@@ -62,25 +61,25 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
       ConfigError: they differ from the config, or from each other.
       DataError: an image has no class.
     """
-    known = [{name: saved[name] for name in SAVED_FIELDS if name in saved}]
+    facts = [{name: saved[name] for name in SAVED_FIELDS if name in saved}]
     if tokenizer is not None:
         quantizer = tokenizer.module.quantizer
         grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes)
-        known.append({"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings})
-        known[-1]["tokenizer_hash"] = tokenizer.hash
+        facts.append({"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings})
+        facts[-1]["tokenizer_hash"] = tokenizer.hash
         if config.generator.input == "codebook":
-            known[-1]["code_channels"] = _channels(tokenizer)
+            facts[-1]["code_channels"] = _channels(tokenizer)
     if config.data.source == "codes" and source is not None:
         plan = source.plan
-        known.append({"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer})
+        facts.append({"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer})
         if tokenizer is None and not config.generator.grids:
             grids, levels = builder.arrange_codes(plan.view_shape)
-            known.append({"grids": grids, "levels": levels})
-        known.append({"classes": source.num_classes})
+            facts.append({"grids": grids, "levels": levels})
+        facts.append({"classes": source.num_classes})
     elif source is not None and source.classes:
-        known.append({"classes": len(source.classes)})
+        facts.append({"classes": len(source.classes)})
     generator = config.generator
-    for fields in known:
+    for fields in facts:
         if generator.classes == 0:  # chosen: images without a class
             fields.pop("classes", None)
         generator = builder.complete(generator, **fields)

@@ -25,6 +25,7 @@ from vqrae_jax.train import hooks, restore
 from vqrae_jax.train.metric_writers import MetricWriters
 from vqrae_jax.train.restore import Start
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
+from vqrae_jax.train.sample_evaluation import evaluate_samples, sample_metrics
 from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ def train(
         stop_requested = stack.enter_context(_stop_requests())
 
         train_step, horizon = jit_step(run.task, run.mesh), place_horizon(settings.steps, run.mesh)
-        batches = timer.timed(sharding.place_batch({n: batch[n] for n in run.task.inputs}, run.mesh) for batch in run.batches)
+        batches = timer.timed(
+            sharding.place_batch({n: batch[n] for n in run.task.inputs}, run.mesh) for batch in run.batches
+        )
         step, metrics = start, {}
         for step, batch in zip(range(start + 1, settings.steps + 1), batches, strict=False):
             for hook in watching:
@@ -206,6 +209,8 @@ def evaluate(
     With `start` it evaluates the tokenizer that train.start_from names; the workdir only receives the report.
     """
     name, model = distributed.run_together(lambda: _find_model(config, workdir, step, start))
+    if config.train.task == "generator":
+        return _evaluate_generator(config, workdir, devices, int(distributed.exchange(str(model))[0]))
     # The processes agree on the step, because another run may be saving at the same time.
     step = model.location.provenance.get("step") if start else int(distributed.exchange(str(model))[0])
     with open_run(config, workdir, devices, evaluate_step=model if start else step) as (run, state):
@@ -220,6 +225,23 @@ def evaluate(
             files = run.workdir / report.EVALUATION_FILE, run.workdir / report.FOLDER / "index.html"
             log.info("wrote %s and %s", *files)
     return {"step": step, **result.metrics}
+
+
+def _evaluate_generator(
+    config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None, step: int
+) -> dict[str, int | float | None]:
+    """Evaluates a generator on validation codes, if there are any, and its samples against references."""
+    with open_run(config, workdir, devices, evaluate_step=step) as (run, state):
+        if run.evaluator is None and not sample_metrics(config):
+            message = "there are no validation codes, nor evaluation.metrics of samples ('inception', 'encoder')"
+            raise ConfigError(message, field="data.eval_path", value=None)
+        result, protocol = None, {}
+        if run.evaluator is not None:
+            result = run.evaluator.evaluate(state.inference(), run.frozen)
+            protocol = run.evaluator.protocol(result)
+        protocol |= {"revision": git_revision()}
+        metrics = evaluate_samples(run.config, run.workdir, step, run.mesh, result, protocol)
+    return {"step": step, **metrics}
 
 
 def _find_model(config: Config, workdir: str | os.PathLike, step: int | None, start: bool) -> tuple[str, int | Start]:

@@ -93,7 +93,7 @@ class Task(Protocol):
         """Returns the quality by which the best checkpoints are kept, from metrics of the validation images."""
 
     def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"] | None:
-        """Returns a picture for the log, if the task has one, of the first images of a batch; every process calls it."""
+        """Returns a picture for the log of the first images of a batch, if there is one; every process calls it."""
 
 
 def jit_step(task: Task, mesh: Mesh) -> Any:

@@ -1,0 +1,148 @@
+"""Samples images from a generator: image files, a grid, or an .npz as ADM's evaluation reads it.
+
+vqrae generate --checkpoint=runs/generator --classes=flags,3 --count=16 --output=samples
+
+The output folder also has the codes of the samples in codes/, as `vqrae tokenize` writes them. The same command
+continues after an interruption, and several processes share the work as those of tokenize do.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import zipfile
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import numpy as np
+
+from vqrae_jax import distributed, storage
+from vqrae_jax.commands import command_line
+from vqrae_jax.data import codes, images
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.evaluation import visualize
+from vqrae_jax.generation.sampler_config import GuidanceSchedule, Method
+from vqrae_jax.inference import samples
+from vqrae_jax.inference.generator import Generator
+from vqrae_jax.progress import progress
+
+THREADS = 4  # that compress images
+GRID = 64  # most images of the grid
+SETTINGS = {  # of `SamplerConfig`, by the type of the argument
+    "steps": int, "temperature": float, "choice_temperature": float, "remasking": float, "top_k": int, "top_p": float,
+    "guidance": float, "guidance_power": float,
+}  # fmt: skip
+
+parser = command_line.Parser("generate", "Samples images from a generator.")
+parser.add("--checkpoint", "workdir, checkpoint or saved folder of a generator, or a hub id", required=True)
+parser.add("--step", "step of the checkpoint; the newest by default", type=int)
+parser.add("--tokenizer", "tokenizer of the codes, in place of the one in the generator's config")
+parser.add("--classes", "names or numbers of classes, separated by commas; by default all, or none without classes")
+parser.add_count("--count", "number of images", 16)
+parser.add("--output", "folder for the images and their codes", required=True)
+parser.add(
+    "--format", "format of the image files; none: no files", default="png", choices=["png", "jpg", "webp", "none"]
+)
+parser.add("--grid", f"file name of a picture of the first {GRID} images, in the output folder", default="grid.png")
+parser.add("--npz", "file name of an .npz of all images (arr_0) and labels (arr_1), in the output folder")
+parser.add_count("--seed", "seed of the samples", 0, 2**32 - 1, least=0)
+parser.add_count("--batch", "images per call of the network; 32 per device by default", limit=command_line.MAX_BATCH)
+parser.add("--method", "order in which hidden codes become visible", choices=get_args(Method))
+parser.add("--guidance-schedule", "course of the guidance", choices=get_args(GuidanceSchedule))
+for name, kind in SETTINGS.items():
+    parser.add(f"--{name.replace('_', '-')}", "setting of the sampler, see docs/generate.md", type=kind)
+parser.add_processes()
+
+
+ARGUMENTS = {name: f"--{name.replace('_', '-')}" for name in (*SETTINGS, "method", "guidance_schedule", "seed")}
+ARGUMENTS |= {"labels": "--classes", "tokenizer": "--tokenizer", "checkpoint": "--checkpoint"}
+
+
+@command_line.names_arguments(ARGUMENTS)
+def generate(args: argparse.Namespace) -> bool:
+    """Runs the command; returns whether all samples are complete, which those of other processes may not be."""
+    process, processes = command_line.process_share(args)
+    if args.npz and not args.npz.endswith(".npz"):
+        raise ConfigError("expected the name of an .npz file", field="--npz", value=args.npz)
+    output = command_line.output_folder(args.output)
+    generator = Generator.load(args.checkpoint, args.step, tokenizer=args.tokenizer, batch_size=args.batch)
+    generator.require_tokenizer()
+    names = ("method", "guidance_schedule", *SETTINGS)
+    sampler = generator.choose_sampler(**{name: getattr(args, name) for name in names})
+    labels = _labels(generator, args.classes, args.count)
+    plan = samples.plan_samples(generator, labels, args.seed, sampler)
+    write = functools.partial(_write_images, generator, output, args.format)
+    counts = samples.write_samples(
+        generator, output / "codes", plan, labels, args.seed, sampler, process, processes, write
+    )
+    for _ in progress(counts, len(labels), "images", lambda count: count):
+        pass
+    if not codes.is_complete(output / "codes"):
+        print("other processes are not done: the last one completes the samples")
+        return False
+    _write_summary(generator, output, labels, args.grid, args.npz)
+    print(f"{len(labels)} images in {output}")
+    return True
+
+
+def _labels(generator: Generator, classes: str | None, count: int) -> np.ndarray:
+    if classes is None:
+        return samples.class_labels(generator.config.classes, count)
+    numbers = generator.find_labels([name.strip() for name in classes.split(",")])
+    return numbers[np.arange(count) % len(numbers)]
+
+
+def _write_images(
+    generator: Generator, output: storage.Path, format: str, rows: range, sampled: np.ndarray, labels: np.ndarray
+) -> None:
+    if format == "none":
+        return
+    decoded = visualize.to_uint8(generator.tokenizer.decode_from_indices(sampled))
+    paths = [output / f"{i:08d}.{format}" for i in rows]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
+        list(disk.map(images.write_image, paths, decoded))
+
+
+def _write_summary(
+    generator: Generator, output: storage.Path, labels: np.ndarray, grid: str | None, npz: str | None
+) -> None:
+    """Writes the grid of the first images, and the .npz of all."""
+    count, shape = len(labels), (len(labels), *[generator.tokenizer.image_size] * 2, 3)
+    decoded = functools.partial(samples.decode_samples, generator, output / "codes", generator.batch_size)
+    if grid:
+        first = np.concatenate([batch for batch, _ in zip(decoded(), range(GRID), strict=False)][:GRID])[:GRID]
+        names = [_name(generator, label) for label in labels[: len(first)]] if generator.config.classes else None
+        images.write_image(output / grid, visualize.sample_grid(first, names))
+    if npz:
+        batches = progress(decoded(), count, f"images to {npz}", len)
+        with storage.stage_output(output / npz) as local:
+            write_npz(local, shape, batches, labels)
+
+
+def _name(generator: Generator, label: int) -> str:
+    if label == generator.config.classes:
+        return "any class"
+    return generator.classes[label] if generator.classes else f"class {label}"
+
+
+def write_npz(path: Any, shape: tuple[int, ...], batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Writes images uint8 `shape` (arr_0), batch by batch, and labels (arr_1) to a file that np.load reads."""
+    with storage.replace_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                file.write(np.ascontiguousarray(batch).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.save(file, labels.astype(np.int64))
+
+
+def _connect_and_generate(args: argparse.Namespace) -> None:
+    if args.processes is None:
+        distributed.connect()  # must precede the first use of a device
+    generate(args)
+
+
+main = command_line.build_main(parser, _connect_and_generate)
+
+if __name__ == "__main__":
+    main()
