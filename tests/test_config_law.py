@@ -25,12 +25,14 @@ import pytest
 from jax.interpreters import partial_eval
 
 from vqrae_jax import checkpoint, sharding
+from vqrae_jax.build import generator as generators
 from vqrae_jax.build import judges
 from vqrae_jax.build import tokenizer as builder
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import Config, Section, epochs_to_steps, from_dict
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.code_shards import Columns
+from vqrae_jax.data.code_source import CodeSource
 from vqrae_jax.data.folder import Folder
 from vqrae_jax.data.images import write_image
 from vqrae_jax.errors import ConfigError
@@ -38,9 +40,10 @@ from vqrae_jax.models import decoder, vit
 from vqrae_jax.pretrained import judge_weights
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.registry import QUANTIZERS, WRAPPERS, all_settings, settings_of
-from vqrae_jax.train import hooks, loop, optim
+from vqrae_jax.train import hooks, loop, optim, sample_evaluation
 from vqrae_jax.train import run as opening
 from vqrae_jax.train.adversary import Adversary
+from vqrae_jax.train.generator import FrozenTokenizer, GeneratorTask
 from vqrae_jax.train.task import Task, TrainState
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -256,6 +259,7 @@ STATE = TrainState(0, {}, {}, {}, {})
 class Darker(Task):
     """A task without a model: reconstructions are darker images."""
 
+    inputs, pictures = ("image",), "reconstructions"
     shapes = frozen = init = staticmethod(lambda: STATE)
     initial_variables = staticmethod(lambda: {"params": {}, "batch_stats": {}})
 
@@ -299,6 +303,7 @@ def opened(config: Config, **options: Any):
     original = grain.ReadOptions
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening.TokenizerTask, "build", lambda *_, **__: Darker())
+        patch.setattr(opening, "_build_generator", lambda config, *_: (config, Mock(GeneratorTask, inputs=())))
         patch.setattr(opening, "Checkpoints", policies)
         patch.setattr(opening.restore, "resume", lambda *_: None)
         patch.setattr(judges, "load_metric_networks", load)
@@ -399,6 +404,61 @@ def seeded(config: Config) -> dict[str, Any]:
     return {"step": step(config)["step"], "batches": run(config)["batches"]}
 
 
+def architecture(config: Config) -> dict[str, Any]:
+    return {"module": repr(generators.build_generator(config.generator))}
+
+
+def generator_loss(config: Config) -> dict[str, Any]:
+    """The loss of a generator without blocks, and its inputs."""
+    config = epochs_to_steps(config, lambda: IMAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit, "run_blocks", lambda cfg, x, *_, **__: (x, []))
+        task = GeneratorTask.build(config, sharding.make_mesh(devices=jax.devices()[:1]))
+        state, scalar = task.shapes(), array((), np.int32)
+        arrays = array((8, 8), np.int32), array((8,), np.int32)
+        loss = program(task._loss, state.params, state.batch_stats, *arrays, task.key, scalar, scalar)
+        return {"loss": loss, "inputs": task.inputs}
+
+
+def generator_update(config: Config) -> dict[str, Any]:
+    task = GeneratorTask(config, sharding.make_mesh(), generators.build_generator(config.generator))
+    return optimizer_update(task.optimizer)
+
+
+def sampled(config: Config) -> dict[str, Any]:
+    """The samplers of a generator's pictures and of its evaluation."""
+    task = GeneratorTask.build(config, sharding.make_mesh())
+    return {"pictures": task.sampler, "evaluation": sample_evaluation.samplers(config)}
+
+
+def sample_count(config: Config) -> dict[str, Any]:
+    """The number of samples that are compared with a reference."""
+    generator = Mock(sample_evaluation.Generator, tokenizer=Mock(image_size=32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_evaluation.Generator, "load", lambda *_, **__: generator)
+        kind = sample_evaluation.SampleEvaluator
+        patch.setattr(kind, "__init__", lambda evaluator, *arguments: setattr(evaluator, "arguments", arguments))
+        names = sample_evaluation.sample_metrics(config)
+        return {"count": sample_evaluation._load(config, "run", 0, None, names, None)[1].arguments[-1]}
+
+
+def completed(config: Config) -> dict[str, Any]:
+    """The shape of the codes of a run, and the tokenizer that it reads."""
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenTokenizer, "load", lambda name, encoding: names.append(name))
+        patch.setattr(opening.GeneratorTask, "build", lambda *_: Mock(GeneratorTask))
+        source = CodeSource(config.data.path)
+        config, _ = opening._build_generator(config, sharding.make_mesh(), pathlib.Path("run"), None, source)
+        return {"tokenizers": names, "hash": config.generator.tokenizer_hash}
+
+
+def task_kind(config: Config) -> dict[str, Any]:
+    """Which task a run opens."""
+    with opened(config) as (run, _):
+        return {"task": type(run.task)}
+
+
 def error_of(observe: Callable[[Config], dict[str, Any]]) -> Callable[[Config], dict[str, Any]]:
     """For fields that are checks: observes the field of the ConfigError, or None."""
 
@@ -457,7 +517,15 @@ METRIC = {
     "evaluation.encoder_path": ENCODERS["dinov2_with_registers"], "evaluation.encoder_input_size": 28,
     "evaluation.inception_path": "x",
 }  # fmt: skip
-TOKENIZED = {"data.source": "codes"}
+TOKENIZED = {
+    "data.source": "codes", "train.task": "generator", "generator.grids": ((2, 4),), "generator.levels": 1,
+    "generator.num_embeddings": 16, "generator.classes": 2, "generator.width": 16, "generator.depth": 1,
+    "generator.heads": 2, "generator.mlp": 8,
+}  # fmt: skip
+GENERATED = {**TOKENIZED, "data.source": "folder", "generator.tokenizer": "x"}
+CAUSAL = {**TOKENIZED, "generator.family": "autoregressive"}
+PERMUTED = {**CAUSAL, "generator.permuted_steps": 1, "generator.raster_steps": 2}
+BOUND = {**TOKENIZED, "generator.loss": "bound"}
 MEASURED = {"evaluation.metrics": ("encoder",)}
 NETWORKS = {"evaluation.training_metrics": ("encoder", "inception")}
 
@@ -516,8 +584,8 @@ LAW: dict[str, Entry] = {
     "model.attention parts": Entry("cudnn", parts, "encoder decoder", {"model.dtype": "bfloat16"}),
     "model.remat": Entry(True, blocks, "model"),
     "data.source": Entry("webdataset", run, "batches validation"),
-    "data.source codes": Entry("codes", sequences, "batches validation"),
-    "data.source run": Entry("codes", error_of(run), "error"),
+    "data.source codes": Entry("codes", sequences, "batches validation", GENERATED),
+    "data.source generator": Entry("codes", generator_loss, "inputs", GENERATED),
     "data.path": Entry("images/b", run, "batches"),
     "data.path codes": Entry("images/b", sequences, "batches", TOKENIZED),
     "data.eval_path": Entry("images/b", run, "validation"),
@@ -613,7 +681,72 @@ LAW: dict[str, Entry] = {
     "evaluation.encoder_reference": Entry("images/b", run, "references", NETWORKS),
     "evaluation.kernel_images": Entry(4, evaluated, "kernel", MEASURED),
     "evaluation.examples": Entry(2, evaluated, "examples", MEASURED),
+    **{
+        f"generator.{name}": Entry(value, architecture, "module", TOKENIZED)
+        for name, value in {
+            "family": "autoregressive",
+            "grids": ((4, 4),),
+            "levels": 2,
+            "num_embeddings": 32,
+            "classes": 3,
+            "width": 32,
+            "depth": 2,
+            "heads": 4,
+            "mlp": 16,
+            "gated": True,
+            "qk_norm": False,
+            "pos": "rope",
+            "class_token": False,
+            "adaln": True,
+            "registers": 1,
+            "dropout": 0.5,
+            "tied": False,
+            "factors": (4, 4),
+            "dtype": "bfloat16",
+            "remat": True,
+        }.items()
+    },
+    "generator.attention": Entry("cudnn", architecture, "module", {**TOKENIZED, "generator.dtype": "bfloat16"}),
+    "generator.input": Entry("codebook", architecture, "module", {**TOKENIZED, "generator.code_channels": 4}),
+    "generator.code_channels": Entry(
+        8, architecture, "module", {**TOKENIZED, "generator.code_channels": 4, "generator.input": "codebook"}
+    ),
+    "generator.tokenizer": Entry("x", completed, "tokenizers", TOKENIZED),
+    "generator.tokenizer_hash": Entry("1" * 64, error_of(completed), "error", TOKENIZED),
+    "generator.class_dropout": Entry(0.5, generator_loss, "loss", TOKENIZED),
+    "generator.schedule": Entry("linear", generator_loss, "loss", TOKENIZED),
+    "generator.loss": Entry("bound", generator_loss, "loss", TOKENIZED),
+    "generator.smoothing": Entry(0.1, generator_loss, "loss", TOKENIZED),
+    "generator.max_snr": Entry(5.0, generator_loss, "loss", BOUND),
+    "generator.permuted_steps": Entry(2, generator_loss, "loss", PERMUTED),
+    "generator.permuted_epochs": Entry(0.2, generator_loss, "loss", PERMUTED),
+    "generator.raster_steps": Entry(3, generator_loss, "loss", PERMUTED),
+    "generator.raster_epochs": Entry(0.5, generator_loss, "loss", PERMUTED),
+    **{
+        f"generator.sampler.{name}": Entry(value, sampled, "pictures evaluation", fields)
+        for name, value, fields in [
+            ("method", "chance", TOKENIZED),
+            ("steps", 3, TOKENIZED),
+            ("schedule", "linear", TOKENIZED),
+            ("temperature", 0.5, TOKENIZED),
+            ("last_temperature", 0.5, TOKENIZED),
+            ("remasking", 0.5, TOKENIZED),
+            ("choice_temperature", 1.0, TOKENIZED),
+            ("top_k", 2, CAUSAL),
+            ("top_p", 0.5, CAUSAL),
+            ("guidance", 1.0, TOKENIZED),
+            ("guidance_schedule", "linear", TOKENIZED),
+            ("guidance_power", 2.0, TOKENIZED),
+            ("guidance_interval", (0.0, 0.5), TOKENIZED),
+        ]
+    },
+    "evaluation.samples": Entry(20, sample_count, "count", {**TOKENIZED, **MEASURED}),
+    "evaluation.guidances": Entry((0.0, 1.0), sampled, "evaluation", TOKENIZED),
+    "evaluation.sampler_steps": Entry((2, 3), sampled, "evaluation", TOKENIZED),
+    "train.task": Entry("generator", task_kind, "task", {"generator.tokenizer": "x"}),
     **optimizer("optimizer", tokenizer_update),
+    "optimizer.learning_rate generator": Entry(1e-3, generator_update, "update", TOKENIZED),
+    "optimizer.method generator": Entry("muon", generator_update, "update", TOKENIZED),
     "optimizer.method": Entry("muon", tokenizer_update, "update"),
     "optimizer.learning_rate step": steps(1e-3),
     "optimizer.encoder_rate": steps(0.5),

@@ -7,6 +7,7 @@ continues after an interruption, and several processes share the work as those o
 """
 
 import argparse
+import ast
 import concurrent.futures
 import functools
 import zipfile
@@ -20,18 +21,13 @@ from vqrae_jax.commands import command_line
 from vqrae_jax.data import codes, images
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.generation.sampler_config import GuidanceSchedule, Method
+from vqrae_jax.generation.sampler_config import Method
 from vqrae_jax.inference import samples
 from vqrae_jax.inference.generator import Generator
 from vqrae_jax.progress import progress
 
 THREADS = 4  # that compress images
 GRID = 64  # most images of the grid
-SETTINGS = {  # of `SamplerConfig`, by the type of the argument
-    "steps": int, "temperature": float, "choice_temperature": float, "remasking": float, "top_k": int, "top_p": float,
-    "guidance": float, "guidance_power": float,
-}  # fmt: skip
-
 parser = command_line.Parser("generate", "Samples images from a generator.")
 parser.add("--checkpoint", "workdir, checkpoint or saved folder of a generator, or a hub id", required=True)
 parser.add("--step", "step of the checkpoint; the newest by default", type=int)
@@ -46,15 +42,18 @@ parser.add("--grid", f"file name of a picture of the first {GRID} images, in the
 parser.add("--npz", "file name of an .npz of all images (arr_0) and labels (arr_1), in the output folder")
 parser.add_count("--seed", "seed of the samples", 0, 2**32 - 1, least=0)
 parser.add_count("--batch", "images per call of the network; 32 per device by default", limit=command_line.MAX_BATCH)
+parser.add(
+    "--guidance", "scale of classifier-free guidance; this and the next are the generator's by default", type=float
+)
+parser.add("--steps", "calls of a masked network", type=int)
 parser.add("--method", "order in which hidden codes become visible", choices=get_args(Method))
-parser.add("--guidance-schedule", "course of the guidance", choices=get_args(GuidanceSchedule))
-for name, kind in SETTINGS.items():
-    parser.add(f"--{name.replace('_', '-')}", "setting of the sampler, see docs/generate.md", type=kind)
+parser.add("--set", "other setting of the sampler, see docs/generate.md; repeatable", action="append", default=[],
+           metavar="NAME=VALUE")  # fmt: skip
 parser.add_processes()
 
 
-ARGUMENTS = {name: f"--{name.replace('_', '-')}" for name in (*SETTINGS, "method", "guidance_schedule", "seed")}
-ARGUMENTS |= {"labels": "--classes", "tokenizer": "--tokenizer", "checkpoint": "--checkpoint"}
+ARGUMENTS = {name: f"--{name}" for name in ("guidance", "steps", "method", "seed", "tokenizer", "checkpoint")}
+ARGUMENTS |= {"labels": "--classes", "batch_size": "--batch"}
 
 
 @command_line.names_arguments(ARGUMENTS)
@@ -66,8 +65,9 @@ def generate(args: argparse.Namespace) -> bool:
     output = command_line.output_folder(args.output)
     generator = Generator.load(args.checkpoint, args.step, tokenizer=args.tokenizer, batch_size=args.batch)
     generator.require_tokenizer()
-    names = ("method", "guidance_schedule", *SETTINGS)
-    sampler = generator.choose_sampler(**{name: getattr(args, name) for name in names})
+    settings = dict(_parse_setting(text) for text in args.set)
+    settings |= {name: getattr(args, name) for name in ("guidance", "steps", "method")}
+    sampler = generator.choose_sampler(**settings)
     labels = _labels(generator, args.classes, args.count)
     plan = samples.plan_samples(generator, labels, args.seed, sampler)
     write = functools.partial(_write_images, generator, output, args.format)
@@ -82,6 +82,16 @@ def generate(args: argparse.Namespace) -> bool:
     _write_summary(generator, output, labels, args.grid, args.npz)
     print(f"{len(labels)} images in {output}")
     return True
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if not equals:
+            raise ConfigError("expected NAME=VALUE", field="--set", value=text) from None
+        return name, value  # the name of a schedule
 
 
 def _labels(generator: Generator, classes: str | None, count: int) -> np.ndarray:

@@ -75,7 +75,8 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
         if tokenizer is None and not config.generator.grids:
             grids, levels = builder.arrange_codes(plan.view_shape)
             facts.append({"grids": grids, "levels": levels})
-        facts.append({"classes": source.num_classes})
+        if source.classes or config.generator.classes is None:  # without names, the labels are fewer than the classes
+            facts.append({"classes": source.num_classes})
     elif source is not None and source.classes:
         facts.append({"classes": len(source.classes)})
     generator = config.generator

@@ -57,10 +57,9 @@ def evaluate_samples(
       result: bits per code of validation codes, if there are any, and `protocol` of their evaluation.
     """
     own = sharding.make_mesh(devices=jax.local_devices()) if jax.local_device_count() > 1 else None
-    names, count = sample_metrics(config), config.evaluation.samples
+    names = sample_metrics(config)
     metrics, warnings = dict(result.metrics) if result else {}, list(result.accumulator.warnings) if result else []
-    generator = distributed.run_together(lambda: _load(config, workdir, step, own, names, mesh, count))
-    generator, evaluator = generator
+    generator, evaluator = distributed.run_together(lambda: _load(config, workdir, step, own, names, mesh))
     content, pictures = {"protocol": protocol}, {}
     if evaluator is not None:
         rows = []
@@ -85,7 +84,7 @@ def evaluate_samples(
 
 
 def _load(
-    config: Config, workdir: storage.Path, step: int, own: Mesh | None, names: list[str], mesh: Mesh, count: int
+    config: Config, workdir: storage.Path, step: int, own: Mesh | None, names: list[str], mesh: Mesh | None
 ) -> tuple[Generator, SampleEvaluator | None]:
     generator = Generator.load(workdir, step, tokenizer=config.generator.tokenizer, mesh=own)
     if not names:
@@ -96,7 +95,7 @@ def _load(
     data = config.data.model_copy(update={"image_size": generator.tokenizer.image_size})
     for sampler in samplers(config):  # refused before anything is sampled
         generator.choose_sampler(**dataclasses.asdict(sampler))
-    return generator, SampleEvaluator(config.evaluation, data, mesh, names, count)
+    return generator, SampleEvaluator(config.evaluation, data, mesh, names, config.evaluation.samples)
 
 
 def _compare(
