@@ -131,6 +131,62 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def code_folders(trained, tmp_path_factory):
+    """Codes as if of `trained`, of two classes that differ: 48 images with two views to train, 12 to validate."""
+    from vqrae_jax import Tokenizer
+    from vqrae_jax.data import codes
+    from vqrae_jax.data.code_shards import Columns
+
+    rng, tokenizer = np.random.default_rng(0), Tokenizer.load(trained).hash
+    folders = {}
+    for name, images, views in (("train", 48, "flip"), ("validation", 12, "one")):
+        shape, labels = ((2, 4, 4) if views == "flip" else (4, 4)), np.arange(images, dtype=np.int32) % 2
+        low = labels.reshape(-1, *[1] * len(shape)) * 16
+        grids = (low + rng.integers(0, 8, (images, *shape))).astype(np.uint16)
+        folders[name] = tmp_path_factory.mktemp(name)
+        plan = codes.Plan(tokenizer, "x", images, views, shape, "uint16", 32, 32, "npz", 16, classes=("cat", "dog"))
+        for shard in codes.start_dataset(folders[name], plan):
+            rows = slice(*plan.image_range(shard))
+            columns = Columns(np.arange(images)[rows], ["x"] * len(labels[rows]), labels[rows], grids[rows])
+            codes.write_shard(folders[name], plan, shard, columns)
+        codes.finish_dataset(folders[name], plan)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(trained, code_folders):
+    """A function that returns a config of a generator that trains in seconds on the codes of `code_folders`."""
+    from vqrae_jax import config
+
+    def build(**sections):
+        values = {
+            "generator": {"tokenizer": str(trained), "width": 16, "depth": 1, "heads": 2, "mlp": 32, "dropout": 0.0,
+                          "sampler": {"steps": 3}},
+            "data": {"source": "codes", "path": str(code_folders["train"]), "batch_size": 8, "eval_batch_size": 8,
+                     "eval_path": str(code_folders["validation"])},
+            "optimizer": {"warmup_steps": 2, "clip_norm": 1.0},
+            "train": {"task": "generator", "steps": 4, "log_every": 2, "evaluate_every": 4, "checkpoint_every": 2},
+        }  # fmt: skip
+        for section, fields in sections.items():
+            values.setdefault(section, {}).update(fields)
+        return config.from_dict(config.Config, values)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained_generator(tiny_generator, tmp_path_factory):
+    """The workdir of a run of a generator of four steps, with checkpoints of steps 2 and 4."""
+    import jax
+
+    from vqrae_jax.train import loop
+
+    workdir = tmp_path_factory.mktemp("generator")
+    loop.train(tiny_generator(), workdir, jax.devices()[:1])
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def untrained(golden):
     """A function that builds untrained tokenizers on a small frozen encoder: 32 x 32 images, 4 x 4 codes of 24."""
     import jax

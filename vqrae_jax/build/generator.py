@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vqrae_jax.build.encoder import activation_sharding
-from vqrae_jax.config import GeneratorConfig
+from vqrae_jax.config import GeneratorConfig, from_dict
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.generator import Architecture, Generator
 from vqrae_jax.models.vit import BlocksConfig
@@ -58,8 +58,9 @@ def complete(config: GeneratorConfig, **fields: Any) -> GeneratorConfig:
             message = f"the codes have {value!r}; leave it out, or use the codes and the tokenizer that belong together"
             raise ConfigError(message, field=f"generator.{name}", value=present)
         updates[name] = value
-    # Validated again: the factors must fit to the number of codes.
-    return GeneratorConfig.model_validate(config.model_dump() | updates)
+    # Validated again, because the factors must fit the number of codes.
+    values = config.model_dump() | updates
+    return from_dict(GeneratorConfig, values, lambda error: error.renamed({error.field: f"generator.{error.field}"}))
 
 
 def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> Generator:

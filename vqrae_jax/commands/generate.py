@@ -120,7 +120,9 @@ def _write_summary(
     decoded = functools.partial(samples.decode_samples, generator, output / "codes", generator.batch_size)
     if grid:
         first = np.concatenate([batch for batch, _ in zip(decoded(), range(GRID), strict=False)][:GRID])[:GRID]
-        names = [_name(generator, label) for label in labels[: len(first)]] if generator.config.classes else None
+        names = (
+            [_name(generator, label) for label in labels[: len(first)].tolist()] if generator.config.classes else None
+        )
         images.write_image(output / grid, visualize.sample_grid(first, names))
     if npz:
         batches = progress(decoded(), count, f"images to {npz}", len)

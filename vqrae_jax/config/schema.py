@@ -175,9 +175,8 @@ class GeneratorConfig(Section):
     dropout: Decay = 0.1  # of the outputs of attention and MLP
     # Vectors of the codes at the input: a learned table, or the tokenizer's codebook, which does not train.
     input: Literal["table", "codebook"] = "table"
-    code_channels: Annotated[int, Field(ge=0, le=LARGEST_SIZE)] = (
-        0  # channels of the codebook with input="codebook"; 0: those of the tokenizer
-    )
+    # Channels of the codebook with input="codebook"; 0: those of the tokenizer.
+    code_channels: Annotated[int, Field(ge=0, le=LARGEST_SIZE)] = 0
     tied: bool = True  # the head multiplies with the vectors of the input
     # Sizes of digits that the head predicts independently, with product num_embeddings, as (512, 256); (): whole codes.
     factors: tuple[Annotated[int, Field(ge=2, le=2**20)], ...] = ()
@@ -187,9 +186,8 @@ class GeneratorConfig(Section):
     loss: Literal["mean", "bound"] = "mean"
     # Probability that the loss spreads over all codes, 0.1 in MaskGIT; not in the validation loss.
     smoothing: Decay = 0.0
-    max_snr: Annotated[float, Field(gt=0, le=1e6)] | None = (
-        None  # limit of the weights of loss="bound" (min-SNR), usually 5; None: no limit
-    )
+    # Limit of the weights of loss="bound" (min-SNR), usually 5; None: no limit.
+    max_snr: Annotated[float, Field(gt=0, le=1e6)] | None = None
     # Autoregression: steps with random orders only, before they become rarer (RAR); 200 of 400 epochs there.
     permuted_steps: Count = 0
     permuted_epochs: Epochs = None  # permuted_steps in epochs

@@ -189,7 +189,7 @@ class Generator:
         return self._sample(hidden, labels, seed, first, config)
 
     def inpaint(
-        self, codes: Int[Any, "B ..."], mask: Bool[Any, "..."], labels: Any = None, seed: int = 0,
+        self, codes: Any, mask: Any, labels: Any = None, seed: int = 0,
         guidance: float | None = None, steps: int | None = None, sampler: str | None = None, **settings: Any,
     ) -> Int[np.ndarray, "B ..."]:  # fmt: skip
         """Samples the codes again that a mask marks, and keeps the others, of which an image has any number.
@@ -223,7 +223,7 @@ class Generator:
         codes = program(self.variables, hidden, self._labels(label, 1), np.zeros(1, np.int32), np.uint32(seed))
         return np.asarray(codes)[:, 0].reshape(-1, *self.code_shape)
 
-    def log_likelihood(self, codes: Int[Any, "B ..."], labels: Any = None, seed: int = 0) -> Float[np.ndarray, " B"]:
+    def log_likelihood(self, codes: Any, labels: Any = None, seed: int = 0) -> Float[np.ndarray, " B"]:
         """Returns log p of each image's codes in nats; for masked diffusion a random estimate of a lower bound.
 
         Divide by -ln 2 and the number of codes for bits per code. `seed` chooses which codes are hidden.

@@ -159,7 +159,7 @@ def _build_generator(
             raise error.renamed({"checkpoint": "generator.tokenizer"}) from error.__cause__
     config = complete_config(config, saved["config"].get("generator", {}), tokenizer, source)
     classes = saved.get("classes") or getattr(source, "classes", None)
-    return config, GeneratorTask.build(config, mesh, tokenizer, classes)
+    return config, GeneratorTask.build(config, mesh, tokenizer, classes and tuple(classes))
 
 
 def save_checkpoint(run: Run, state: TrainState, metrics: dict[str, int | float]) -> None:

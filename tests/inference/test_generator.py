@@ -1,0 +1,118 @@
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import Generator, Tokenizer, sharding
+from vqrae_jax.errors import ConfigError, UserError, WeightsError
+
+
+@pytest.fixture(scope="module")
+def generator(trained_generator):
+    return Generator.load(trained_generator)
+
+
+def test_a_number_is_the_same_sample_in_any_batch_and_on_any_mesh(generator, trained_generator):
+    labels = ["cat", 1, 0, "dog", 1]
+    codes = generator.sample_codes(labels, seed=3)
+    assert codes.shape == (5, 4, 4)
+    np.testing.assert_array_equal(generator.sample_codes([1, 0], seed=3, first=1), codes[1:3])
+    elsewhere = Generator.load(trained_generator, mesh=sharding.make_mesh(4, 2), batch_size=4)
+    np.testing.assert_array_equal(elsewhere.sample_codes(labels, seed=3), codes)
+    assert (generator.sample_codes(labels, seed=4) != codes).any()
+
+
+def test_images_are_the_decoded_codes(generator, trained):
+    images = generator.generate("cat", seed=1, count=2)
+    expected = Tokenizer.load(trained).decode_from_indices(generator.sample_codes(["cat"] * 2, seed=1))
+    np.testing.assert_allclose(images, expected, atol=1e-6)
+
+
+def test_repainting_keeps_what_is_not_marked(generator):
+    codes = np.random.default_rng(0).integers(0, 32, (3, 4, 4))
+    mask = np.zeros((4, 4), bool)
+    mask[2:] = True
+    repainted = generator.inpaint(codes, mask, labels=[0, 1, None], seed=2)
+    np.testing.assert_array_equal(repainted[:, :2], codes[:, :2])
+    np.testing.assert_array_equal(generator.inpaint(codes, ~mask & mask), codes)
+    each = np.stack([mask, ~mask, mask])
+    np.testing.assert_array_equal(generator.inpaint(codes, each)[1, 2:], codes[1, 2:])
+
+
+def test_likelihoods_prefer_the_class_of_the_codes(generator, code_folders):
+    from vqrae_jax.data.codes import Codes
+
+    codes, labels = Codes(code_folders["validation"]).load()
+    right, wrong = (generator.log_likelihood(codes, x) for x in (labels, 1 - labels))
+    assert right.shape == (12,)
+    assert (right < 0).all()
+    assert right.mean() > wrong.mean() - 1.0  # four steps of training decide little
+
+
+def test_a_history_ends_with_the_sample(generator):
+    history = generator.history("dog", seed=5, steps=4)
+    assert [(step == 32).sum() > 0 for step in history] == [True, True, True, False]
+    np.testing.assert_array_equal(history[-1], generator.sample_codes("dog", seed=5, steps=4)[0])
+
+
+def test_a_saved_folder_is_the_same_generator(generator, tmp_path):
+    generator.save_pretrained(tmp_path)
+    loaded = Generator.load(tmp_path)
+    np.testing.assert_array_equal(loaded.sample_codes([0, 1]), generator.sample_codes([0, 1]))
+    assert (loaded.classes, loaded.config) == (generator.classes, generator.config)
+    assert (tmp_path / "samples.png").is_file()
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(WeightsError):
+        Generator.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda g: g.generate("bird"), "labels"),
+        (lambda g: g.generate(2), "labels"),
+        (lambda g: g.generate([0, 1], count=3), "labels"),
+        (lambda g: g.generate(0, steps=0), "steps"),
+        (lambda g: g.generate(0, guidance=-1.0), "guidance"),
+        (lambda g: g.generate(0, top_k=3), "top_k"),
+        (lambda g: g.generate(0, temprature=1.0), "temprature"),
+        (lambda g: g.generate(0, seed=-1), "seed"),
+        (lambda g: g.inpaint(np.zeros((1, 4, 4), int), np.zeros((4, 5), bool)), "mask"),
+        (lambda g: g.inpaint(np.zeros((1, 4, 4), int), np.zeros((4, 4))), "mask"),
+        (lambda g: g.inpaint(np.full((1, 4, 4), 32), np.zeros((4, 4), bool)), "codes"),
+        (lambda g: g.log_likelihood(np.zeros((1, 16), int)), "codes"),
+        (lambda g: g.push_to_hub("owner/name"), "generator.tokenizer"),
+    ],
+)
+def test_bad_input_is_refused(generator, call, field):
+    with pytest.raises(UserError) as error:
+        call(generator)
+    assert error.value.field == field
+
+
+def test_a_tokenizer_is_not_a_generator_and_another_tokenizer_does_not_fit(trained, trained_generator, untrained):
+    with pytest.raises(ConfigError) as error:
+        Generator.load(trained)
+    assert error.value.field == "checkpoint"
+    with pytest.raises(UserError) as error:
+        Tokenizer.load(trained_generator)
+    assert error.value.field == "checkpoint"
+    with pytest.raises(WeightsError) as error:
+        Generator.load(trained_generator, tokenizer=untrained())
+    assert error.value.field == "tokenizer"
+    with pytest.raises(UserError) as error:
+        Generator.load(trained_generator, tokenizer="nowhere")
+    assert error.value.field == "tokenizer"
+
+
+@pytest.mark.slow
+def test_samples_of_a_mesh_equal_those_of_one_device_for_autoregression(tiny_generator, tmp_path, one_device):
+    from vqrae_jax.train import loop
+
+    loop.train(tiny_generator(generator={"family": "autoregressive"}), tmp_path, one_device)
+    options = {"guidance": 1.0, "top_k": 5, "top_p": 0.9}
+    one, eight = (
+        Generator.load(tmp_path, mesh=mesh).sample_codes([0, 1] * 4, seed=1, **options)
+        for mesh in (None, sharding.make_mesh(8, 1, jax.devices()))
+    )
+    np.testing.assert_array_equal(one, eight)
