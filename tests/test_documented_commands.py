@@ -135,6 +135,8 @@ def shrink(module, arguments, golden):
     left_out = re.compile(r"--config\.(evaluation\.(metrics|inception_path)|optimizer\.accumulate)=")  # needs weights
     arguments = [REPLACED.get(argument, argument) for argument in arguments if not left_out.match(argument)]
     small = SMALL | {"model.decoder_config_path": golden / "vqrae" / "decoder_config"}
+    if "--config=configs/laptop.py" in arguments:
+        small |= {"model.encoder_input_size": 32}  # four patches of 8 pixels per side
     if "--checkpoint=imported" in arguments:  # whose model is small
         small = {n: value for n, value in small.items() if not n.startswith("model.")} | {"data.image_size": 64}
     arguments += [f"--config.{name}={value}" for name, value in small.items()]

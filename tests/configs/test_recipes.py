@@ -19,7 +19,7 @@ FAST = [("simvq_siglip2_l", ("2",))]  # with every network
 
 
 def test_recipes_set_only_fields_that_their_quantizer_reads():
-    others = [("dinov2_b", ()), ("rae_dinov2_b", ()), ("quickstart", ()), ("cpu_recipe", ("encoder",))]
+    others = [("dinov2_b", ()), ("rae_dinov2_b", ()), ("quickstart", ()), ("laptop", ()), ("cpu_recipe", ("encoder",))]
     for name, arguments in [*FULL, *others]:
         assert unread(load(name, *arguments).model, 768, 16) == [], (name, *arguments)
 
@@ -106,10 +106,18 @@ def check_step(task, size):
 
 
 @pytest.mark.slow
-def test_cpu_recipe_needs_no_network(one_mesh):
+@pytest.mark.parametrize(("name", "terms"), [
+    ("cpu_recipe", {"loss/perceptual", "loss/features", "loss/adversarial"}), ("laptop", {"loss/gradient"}),
+])  # fmt: skip
+def test_recipe_needs_no_network(name, terms, one_mesh):
     """Builds the recipe with its randomly initialized networks."""
-    metrics = check_step(TokenizerTask.build(load("cpu_recipe"), one_mesh), 64)
-    assert {"loss/perceptual", "loss/features", "loss/adversarial"} <= metrics
+    config = load(name)
+    assert terms <= check_step(TokenizerTask.build(config, one_mesh), config.data.image_size)
+
+
+def test_all_levels_of_the_laptop_recipe_are_equally_frequent():
+    params = load("laptop").model.quantizer_params
+    assert params.dropout / (params.depth - 1) == 1 - params.dropout
 
 
 @pytest.mark.parametrize(("name", "argument"), [
