@@ -50,7 +50,9 @@ MAY_IMPORT = {
         "", "build", "models", "generation", "quantizers", "losses", "data", "evaluation", "inference", "sharding",
         "checkpoint", "config", "distributed", "storage", "runtime", "progress", "errors",
     },
-    "preflight": {"train", "build", "pretrained", "sharding", "config", "storage", "runtime", "errors"},
+    "preflight": {
+        "train", "build", "generation", "pretrained", "sharding", "config", "storage", "runtime", "errors",
+    },
     "benchmark": {
         "train", "build", "models", "quantizers", "pretrained", "config", "runtime", "sharding", "preflight", "errors",
     },
@@ -93,11 +95,11 @@ ONLY_IN = {
 BUDGET = {
     "__init__": 31, "benchmark": 993, "build": 846, "checkpoint": 429, "commands": 2083, "config": 1318,
     "data": 2702, "distributed": 289, "errors": 121, "evaluation": 1620, "generation": 576, "inference": 2515,
-    "losses": 233, "main": 255, "models": 1457, "preflight": 1259, "pretrained": 1537, "progress": 43,
+    "losses": 233, "main": 255, "models": 1457, "preflight": 1299, "pretrained": 1537, "progress": 43,
     "quantizers": 2347, "hub": 95, "peers": 120, "resize": 71, "runtime": 304, "sharding": 206, "storage": 411,
     "train": 2507,
 }  # fmt: skip
-TOTAL = 24_368
+TOTAL = 24_408
 
 REPEATED = {"__init__", "__main__", "tokenizer", "generator", "encoder", "report"}  # file names of several rooms
 

@@ -64,6 +64,23 @@ def test_report_of_eight_gpus(report, capsys):
         assert word in printed
 
 
+def test_report_of_a_generator_needs_no_data(tiny_generator, tmp_path):
+    shape = {"grids": ((4, 4),), "levels": 1, "num_embeddings": 32, "classes": 2, "tokenizer": "nowhere"}
+    config = tiny_generator(generator=shape, data={"path": "nowhere", "eval_path": "nowhere"})
+    result = command.preflight(config, "gpu:8xh200", 0)
+    train, evaluate, generate = result.programs
+    assert generate.name == "generate"
+    assert train.parts["generator backward"] == pytest.approx(2 * train.parts["generator"], rel=0.3)
+    assert evaluate.parts["generator"] / evaluate.images == pytest.approx(8 * train.parts["generator"] / 8, rel=0.01)
+    assert generate.parts["generator"] == pytest.approx(
+        3 * evaluate.parts["generator"] / 8, rel=0.01
+    )  # 3 steps, 8 times
+    assert "generator.dtype" in result.advice[0]
+    with pytest.raises(ConfigError) as error:
+        command.preflight(tiny_generator(), "gpu:8xh200", 0)
+    assert error.value.field == "generator.grids"
+
+
 @pytest.mark.slow
 def test_report_of_an_alternative(tiny, tmp_path):
     command.preflight(tiny(mesh={"fsdp_min_size": 1}), "gpu:8xh200", 1, tmp_path / "report.json")

@@ -10,6 +10,8 @@ DTYPES = ("model.dtype", "loss.perceptual.dtype", "adversary.dtype")
 
 def float32_fields(config: Config) -> list[str]:
     """Returns the dtype fields whose networks run in float32."""
+    if config.train.task == "generator":
+        return ["generator.dtype"] if config.generator.dtype == "float32" else []
     used = (True, config.loss.perceptual.weight > 0, config.adversary.discriminator != "none")
     dtypes = (config.model.dtype, config.loss.perceptual.dtype, config.adversary.dtype)
     return [name for name, use, dtype in zip(DTYPES, used, dtypes, strict=True) if use and dtype == "float32"]
@@ -18,6 +20,8 @@ def float32_fields(config: Config) -> list[str]:
 def in_bfloat16(config: Config) -> Config:
     """Returns the config with all networks in bfloat16, as `config.recipes.half_precision` sets it."""
     update = {"dtype": "bfloat16"}
+    if config.train.task == "generator":
+        return config.model_copy(update={"generator": config.generator.model_copy(update=update)})
     loss = config.loss.model_copy(update={"perceptual": config.loss.perceptual.model_copy(update=update)})
     model, adversary = (section.model_copy(update=update) for section in (config.model, config.adversary))
     return config.model_copy(update={"model": model, "loss": loss, "adversary": adversary})

@@ -12,7 +12,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.preflight.advice import describe_float32, describe_images, float32_fields, in_bfloat16
 from vqrae_jax.preflight.chips import parse_topology
-from vqrae_jax.preflight.programs import Plan, abstract_devices, build_mesh
+from vqrae_jax.preflight.programs import Plan, abstract_devices, build_mesh, network_section
 from vqrae_jax.preflight.report import Report
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,15 @@ def alternatives(config: Config, fits: bool) -> Iterator[Config]:
     if float32_fields(config):
         config = in_bfloat16(config)
         yield config
-    remat: dict[str, Any] = {"model": {"remat": not config.model.remat}}
+    section = network_section(config)
+    recomputes = getattr(config, section).remat
+    remat: dict[str, Any] = {section: {"remat": not recomputes}}
     fsdp: dict[str, Any] = {"mesh": {"fsdp": not config.mesh.fsdp}}
     wider: dict[str, Any] = {"model": 2 * config.mesh.model, "data": -1}
     if fits:
         changes = [remat, {"data": {"batch_size": 2 * config.data.batch_size}}, fsdp, {"mesh": wider}]
     else:
-        saving = {} if config.model.remat else remat
+        saving = {} if recomputes else remat
         sharded = {**saving, "mesh": {"fsdp": True}}
         changes = [
             *([saving] if saving else []),

@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-PARTS = ("perceptual", "discriminator", "teacher", "encoder", "quantizer", "decoder")
+PARTS = ("generator", "perceptual", "discriminator", "teacher", "encoder", "quantizer", "decoder")
 MODULES = {  # words of a name stack that belong to a part with another name
     "lpips": "perceptual", "encoderdistance": "perceptual", "logitdistance": "perceptual",
     "dinodiscriminator": "discriminator", "patchdiscriminator": "discriminator",

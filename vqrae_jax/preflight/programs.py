@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from vqrae_jax import runtime, sharding
+from vqrae_jax.build import generator as generators
 from vqrae_jax.build import weights
 from vqrae_jax.build.encoder import replace_encoder, weights_source
 from vqrae_jax.config import Config
 from vqrae_jax.errors import ConfigError, UserError
+from vqrae_jax.generation.network import generate_codes
 from vqrae_jax.preflight.chips import Topology, positions
 from vqrae_jax.preflight.flops import count_products
 from vqrae_jax.preflight.hlo import Collective, Program, mesh_axes
 from vqrae_jax.preflight.roofline import Roofline, ScaledSlice, compute_seconds, network_seconds, weak_scaling
 from vqrae_jax.pretrained.released import ARCHITECTURES, DINO
 from vqrae_jax.pretrained.sources import fetch_folder
+from vqrae_jax.train.generator import GeneratorTask
 from vqrae_jax.train.task import jit_step
 from vqrae_jax.train.tokenizer import TokenizerTask, to_float
 from vqrae_jax.train.tokenizer_state import PARTS
@@ -90,11 +93,20 @@ class Plan:
     config: Config
     topology: Topology
     mesh: jax.sharding.Mesh
-    task: TokenizerTask
+    task: TokenizerTask | GeneratorTask
 
     @classmethod
     def build(cls, config: Config, topology: Topology, mesh: jax.sharding.Mesh) -> "Plan":
-        """Reads descriptions of networks, but no weights."""
+        """Reads descriptions of networks, but no weights.
+
+        Raises:
+          ConfigError: the shape of a generator's codes is not in the config, or they are those of images.
+        """
+        if config.train.task == "generator":
+            if config.data.source != "codes":
+                message = "preflight of a generator needs 'codes', as it reads no tokenizer"
+                raise ConfigError(message, field="data.source", value=config.data.source)
+            return cls(config, topology, mesh, GeneratorTask.build(config, mesh))
         config = _without_files(config)
         weights.fetch_all([item for item in weights.list_weights(config, ()) if _is_description(item)])
         return cls(config, topology, mesh, TokenizerTask.build(config, mesh, weights=False))
@@ -102,9 +114,10 @@ class Plan:
     @property
     def setup(self) -> Setup:
         config, axes = self.config, self.mesh.shape
+        network = getattr(config, network_section(config))
         return Setup(
-            axes.get("slice", 1), axes["data"], axes["model"], config.mesh.fsdp, config.model.remat,
-            config.data.batch_size, config.optimizer.accumulate, config.model.dtype,
+            axes.get("slice", 1), axes["data"], axes["model"], config.mesh.fsdp, network.remat,
+            config.data.batch_size, config.optimizer.accumulate, network.dtype,
         )  # fmt: skip
 
     def train_arguments(self) -> tuple[Any, Any, Any, Any]:
@@ -118,6 +131,8 @@ class Plan:
 
     def programs(self) -> list[Callable[[], Cost]]:
         """Returns functions that compile each program of the run."""
+        if isinstance(self.task, GeneratorTask):
+            return [self.compile_train, self.compile_evaluate, self.compile_generate]
         programs = [self.compile_train, self.compile_evaluate, self.compile_tokenize]
         return programs if self.config.model.quantizer != "none" else programs[:2]
 
@@ -129,7 +144,7 @@ class Plan:
     def compile_evaluate(self) -> Cost:
         """Compiles the evaluation of one batch of validation images."""
         size = self.config.data.eval_batch_size
-        batch = {**self._batch(size), "mask": self._shape((size,), jnp.bool)}
+        batch = {**self._batch(size), "mask": self._shape((size,), jnp.bool), "index": self._shape((size,), jnp.int32)}
 
         def evaluate(variables: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
             metrics = self.task.evaluate(variables, frozen, batch)
@@ -153,7 +168,21 @@ class Plan:
         variables, frozen = self.task.shapes().inference(), self.task.frozen_shapes()
         return self._compile("tokenize", size, jax.jit(tokenize), variables, frozen, self._batch(size))
 
+    def compile_generate(self) -> Cost:
+        """Compiles the sampling of a batch of codes, as many as validation images."""
+        size, module, sampler = self.config.data.eval_batch_size, self.task.module, self.task.sampler
+
+        def generate(variables: Any, codes: jax.Array, labels: jax.Array) -> jax.Array:
+            variables = generators.module_variables(variables)
+            return generate_codes(module, variables, self.task.key, codes, labels, sampler)
+
+        batch, variables = self._batch(size), self.task.shapes().inference()
+        return self._compile("generate", size, jax.jit(generate), variables, batch["codes"], batch["label"])
+
     def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        if isinstance(self.task, GeneratorTask):
+            codes = self._shape((size, self.task.module.config.length), jnp.int32)
+            return {"codes": codes, "label": self._shape((size,), jnp.int32)}
         pixels = self.config.data.image_size
         return {"image": self._shape((size, pixels, pixels, 3), jnp.uint8)}
 
@@ -208,6 +237,11 @@ class Plan:
             devices = self.mesh.devices.flat
             coordinates = [(getattr(d, "slice_index", 0), *d.coords[:axes], d.core_on_chip) for d in devices]
         return math.fsum(c.trips * network_seconds(c, self.topology, coordinates) for c in collectives)
+
+
+def network_section(config: Config) -> str:
+    """Returns the section of the config with dtype and remat of the network that trains."""
+    return "generator" if config.train.task == "generator" else "model"
 
 
 def abstract_devices(topology: Topology) -> list[jax.Device]:
