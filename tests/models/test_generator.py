@@ -211,5 +211,8 @@ def test_loss_and_gradients_over_a_mesh(case, model_axis, fsdp):
     program = run.lower(placed, *batch).compile()
     for a, b in zip(jax.tree.leaves(program(placed, *batch)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    # Parameters are gathered, not activations, which have the axes B, T or B, N, L.
-    assert not re.search(r"f32\[8,(10|13|5,2),\S* all-gather", program.as_text())
+    # Parameters are gathered, not activations, which have the axes B, T or B, N, L. Of a table that is split over both
+    # axes of the mesh, the partitioner gathers the embedded codes instead, once.
+    gathered = re.findall(r"f32\[8,(?:10|13|5,2),\S* all-gather.*", program.as_text())
+    assert len(gathered) <= (model_axis == 2 and fsdp)
+    assert all("_inputs/gather" in line for line in gathered)
