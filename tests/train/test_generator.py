@@ -11,7 +11,7 @@ from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.code_shards import Columns
 from vqrae_jax.data.images import read_image, write_image
 from vqrae_jax.errors import ConfigError, DataError
-from vqrae_jax.train import loop
+from vqrae_jax.train import loop, sample_evaluation
 from vqrae_jax.train.generator import GeneratorTask
 from vqrae_jax.train.run import open_run
 from vqrae_jax.train.task import jit_step, place_horizon
@@ -181,3 +181,25 @@ def test_every_image_is_seen_once_in_an_epoch_by_several_processes(tiny_generato
     parts = [pipeline.train_batches(data, seed=0, process_index=i, process_count=2) for i in range(2)]
     labels = [np.concatenate([next(part)["label"] for part in parts]) for _ in range(6)]
     assert np.bincount(np.concatenate(labels)).tolist() == [24, 24]
+
+
+def test_evaluation_compares_samples_at_several_settings(
+    tiny_generator, trained_generator, golden, tmp_path, one_device
+):
+    """The report has the settings and their plot; samples that exist are not sampled again."""
+    for i in range(8):
+        write_image(tmp_path / "reference" / f"{i}.png", np.full((32, 32, 3), 30 * i, np.uint8))
+    encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    evaluation = {"metrics": ("encoder",), "samples": 8, "sampler_steps": (1, 2), **encoder}
+    config = tiny_generator(evaluation={**evaluation, "encoder_reference": str(tmp_path / "reference")})
+    workdir = shutil.copytree(trained_generator, tmp_path / "run")
+    metrics = loop.evaluate(config, workdir, one_device)
+    report = json.loads((workdir / "evaluation.json").read_text())
+    assert {"step": report["step"], **report["metrics"]} == metrics
+    assert metrics["eval/encoder_fd"] == min(row["eval/encoder_fd"] for row in report["settings"])
+    assert report["samples"]["fid"] == "FID of 8 samples, not FID-50k"
+    assert [row["steps"] for row in report["settings"]] == [1, 2]
+    assert (workdir / "evaluation" / "picture1.png").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_evaluation.Generator, "stream_codes", lambda *_: pytest.fail("sampled again"))
+        assert loop.evaluate(config, workdir, one_device) == metrics

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from vqrae_jax import checkpoint, distributed, peers, storage
 from vqrae_jax.data import images, pipeline
+from vqrae_jax.data.codes import Codes
 from vqrae_jax.errors import ConfigError, DistributedError
 from vqrae_jax.evaluation.report import EVALUATION_FILE
 from vqrae_jax.train import loop
@@ -276,6 +278,45 @@ def test_processes_evaluate_as_one(tiny, golden, alone, tmp_path, one_device, me
     assert {"step": evaluation["step"], **evaluation["metrics"]} == pytest.approx(metrics, rel=1e-4)
     assert evaluation["protocol"]["devices"].startswith("2 x" if mesh else "4 x")
     assert "eval/psnr" not in second[1]
+
+
+def with_references(build, golden, folder):
+    """Returns a config of a generator that is evaluated in features of a small encoder, at two settings."""
+    for i in range(24):
+        images.write_image(folder / f"{i:02d}.png", np.full((40, 40, 3), 10 * i, np.uint8))
+    encoder = {"encoder_path": str(golden / "encoders" / "dinov2_swiglu"), "encoder_input_size": 28}
+    settings = {"samples": 24, "sampler_steps": (2, 3), "metrics": ("encoder", "precision_recall")}
+    return build(evaluation={**encoder, "encoder_reference": str(folder), **settings}, train=TRAIN)
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_train_and_evaluate_a_generator_as_one(
+    tiny_generator, golden, tmp_path, one_device, assert_same
+):
+    config = with_references(tiny_generator, golden, tmp_path / "reference")
+    train = config.train.model_copy(update={"steps": 40, "checkpoint_every": 1, "evaluate_every": 40})
+    config = config.model_copy(update={"train": train})
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish_without_errors(spawn(config, straight))
+    for step in range(5, 30, 5):
+        children = spawn(config, killed)
+        wait_for_step(killed, step, children)
+        children[step % 2].kill()
+        finish(children, attempts=1)
+    finish_without_errors(spawn(config, killed))
+    with open_run(config, killed, one_device) as (_, ours), open_run(config, straight, one_device) as (_, theirs):
+        assert_same(ours, theirs)
+    loop.train(config, tmp_path / "one", one_device)
+    assert_same_losses(straight, tmp_path / "one")
+    finish_without_errors(spawn(config, straight, arguments=["--mode=evaluate"]))
+    evaluation = json.loads((straight / EVALUATION_FILE).read_text())
+    assert len(evaluation["settings"]) == 2
+    codes = {folder.name: Codes(folder).load()[0] for folder in (straight / "samples").iterdir()}
+    shutil.rmtree(straight / "samples")
+    metrics = loop.evaluate(config, straight, one_device)
+    assert {"step": 40, **evaluation["metrics"]} == pytest.approx(metrics, rel=1e-4)
+    for name, sampled in codes.items():
+        np.testing.assert_array_equal(Codes(straight / "samples" / name).load()[0], sampled)
 
 
 @pytest.mark.slow
