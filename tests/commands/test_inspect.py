@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import Tokenizer
+from vqrae_jax import Generator, Tokenizer
 from vqrae_jax.commands import inspect
 from vqrae_jax.errors import CheckpointError
 
@@ -28,6 +28,15 @@ def test_a_run_and_the_folder_saved_from_it_have_the_same_description(trained, t
     output = capsys.readouterr().out
     assert "model.codebook size" in output
     assert "config.train.steps" in output
+
+
+def test_a_generator_is_described_too(trained_generator, tmp_path):
+    run_ = run(trained_generator)
+    saved = run(Generator.load(trained_generator).save_pretrained(tmp_path / "saved"))
+    assert run_["model"] == saved["model"]
+    assert run_["tokenizer"] == saved["tokenizer"]
+    assert run_["parameters"]["total"] == saved["parameters"]["total"] > 1000
+    assert "eval/bits_per_code" in run_["metrics"]
 
 
 def test_the_model_comes_first_and_nothing_twice(trained, tmp_path, capsys):

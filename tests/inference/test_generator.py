@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Generator, Tokenizer, sharding
-from vqrae_jax.errors import ConfigError, UserError, WeightsError
+from vqrae_jax.errors import UserError, WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_bad_input_is_refused(generator, call, field):
 
 
 def test_a_tokenizer_is_not_a_generator_and_another_tokenizer_does_not_fit(trained, trained_generator, untrained):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Generator.load(trained)
     assert error.value.field == "checkpoint"
     with pytest.raises(UserError) as error:

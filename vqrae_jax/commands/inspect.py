@@ -15,10 +15,12 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from vqrae_jax.build import generator as generators
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError, WeightsError
-from vqrae_jax.inference.location import Location, locate, stored_shapes
+from vqrae_jax.inference.generator import GeneratorLocation, locate_generator
+from vqrae_jax.inference.location import Location, holds_generator, locate, stored_shapes
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 WIDTH = 160  # columns of output that is not a terminal
@@ -33,7 +35,10 @@ parser.add("--json", "print one JSON object instead of a table", action="store_t
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it shows."""
-    location = locate(args.checkpoint, args.step, args.encoder)
+    if holds_generator(args.checkpoint, args.step):
+        location = locate_generator(args.checkpoint, args.step)
+    else:
+        location = locate(args.checkpoint, args.step, args.encoder)
     config, provenance = location.run or location.config, dict(location.provenance)
     metrics, protocol = provenance.pop("metrics", {}), provenance.pop("protocol", {})
     values = config.model_dump(mode="json")
@@ -47,7 +52,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         "config": values if args.config else _changes(values, type(config)().model_dump(mode="json")),
         "protocol": protocol,
     }
-    if args.hash:
+    if args.hash and isinstance(location, Location):
         description["hash"] = Tokenizer.load(
             args.checkpoint, args.step, encoder=args.encoder, encoder_dtype=args.encoder_dtype
         ).hash
@@ -58,7 +63,19 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     return description
 
 
-def _describe_model(location: Location) -> dict[str, Any]:
+def _describe_model(location: Location | GeneratorLocation) -> dict[str, Any]:
+    if isinstance(location, Location):
+        return _describe_tokenizer(location)
+    config = location.config
+    names = ("family", "grids", "levels", "num_embeddings", "classes", "width", "depth", "heads")
+    shapes = generators.variable_shapes(generators.build_generator(config))
+    parameters = {part: _size(tree) for part, tree in shapes["params"]["generator"].items() if isinstance(tree, dict)}
+    parameters["total"] = _size(shapes["params"])
+    tokenizer = {"path": config.tokenizer, "hash": config.tokenizer_hash}
+    return {"model": {n: getattr(config, n) for n in names}, "parameters": parameters, "tokenizer": tokenizer}
+
+
+def _describe_tokenizer(location: Location) -> dict[str, Any]:
     """Returns the code grid and the parameters of each part; less if the encoder's description is not available."""
     # Files of statistics and initial weights, which may be gone, decide none of these shapes.
     config = location.config.model_copy(update={"normalization_stat_path": None, "pretrained_decoder_path": None})

@@ -16,7 +16,8 @@ from vqrae_jax.evaluation import visualize
 from vqrae_jax.evaluation.report import METRICS_FILE
 
 METRICS = (  # patterns of the metrics that are shown by default
-    "loss/*", "eval/psnr", "eval/ssim", "eval/lpips", "eval/rfid", "codebook/usage", "eval/codebook_usage",
+    "loss/*", "eval/psnr", "eval/ssim", "eval/lpips", "eval/rfid", "eval/bits_per_code", "eval/token_accuracy",
+    "codebook/usage", "eval/codebook_usage",
     "codebook/perplexity", "eval/codebook_perplexity", "codebook/quantization_error", "gan/discriminator",
     "gan/accuracy", "grad_norm", "learning_rate", "images_per_second",
 )  # fmt: skip

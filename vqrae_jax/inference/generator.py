@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vqrae_jax import checkpoint, sharding, storage
 from vqrae_jax import config as config_lib
 from vqrae_jax.build import generator as builder
-from vqrae_jax.errors import ConfigError, DataError, UserError, WeightsError
+from vqrae_jax.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
 from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference import generator_card, saving
@@ -29,6 +28,40 @@ from vqrae_jax.pretrained import sources, writers
 log = logging.getLogger(__name__)
 
 BATCH = 32  # images per device and program
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorLocation:
+    """A generator on this machine or in a bucket."""
+
+    path: storage.Path  # the saved folder, or the folder of one checkpoint
+    config: config_lib.GeneratorConfig
+    classes: tuple[str, ...] | None  # names
+    provenance: dict[str, Any]  # version and, if known, revision, step and metrics of the training run
+    run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
+
+
+def locate_generator(path: str | os.PathLike, step: int | None = None) -> GeneratorLocation:
+    """Finds a generator, see `Generator.load`, and reads its config.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint, or it is of a tokenizer.
+      WeightsError: it is the folder of a tokenizer, or damaged.
+    """
+    local = fetch(path)
+    if not storage.is_remote(local) and saving.is_saved_folder(local):
+        return GeneratorLocation(local, *saving.read_generator(local))
+    folder = checkpoint.find_checkpoint(local, step)
+    with suggest_other_steps(folder):
+        meta = checkpoint.read_meta(folder)
+    run = config_lib.from_saved(config_lib.Config, meta["config"])
+    if run.train.task != "generator":
+        message = "is the run of a tokenizer; load it with Tokenizer.load, or pass the run of a generator"
+        raise CheckpointError(message, field=saving.FIELD, value=str(path))
+    provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
+    provenance |= read_metrics(folder.parent.parent, meta.get("step"))
+    classes = meta.get("classes")
+    return GeneratorLocation(folder, run.generator, classes and tuple(classes), provenance, run)
 
 
 class Generator:
@@ -107,32 +140,13 @@ class Generator:
           CheckpointError: no complete checkpoint of a generator exists.
           WeightsError: the tokenizer cannot be read or is another one, or the folder is damaged.
         """
-        local = fetch(path)
-        if not storage.is_remote(local) and saving.is_saved_folder(local):
-            config, classes, provenance = saving.read_generator(local)
-            module = builder.build_generator(config, mesh)
-            tensors = saving.read_weights(local)
-            variables = _read_folder(local, tensors, builder.variable_shapes(module))
-        else:
-            location = checkpoint.find_checkpoint(local, step)
-            with suggest_other_steps(location):
-                meta = checkpoint.read_meta(location)
-            run = config_lib.from_saved(config_lib.Config, meta["config"])
-            if run.train.task != "generator":
-                message = "is the run of a tokenizer; load it with Tokenizer.load, or pass the run of a generator"
-                raise ConfigError(message, field="checkpoint", value=str(path))
-            config, classes = run.generator, meta.get("classes")
-            module = builder.build_generator(config, mesh)
-            shapes = builder.variable_shapes(module)
-            placed = place_shapes(shapes, mesh)
-            with suggest_other_steps(location):
-                variables = checkpoint.read_model(location, placed)
-            provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
-            provenance |= read_metrics(location.parent.parent, meta.get("step"))
-        tokenizer = _load_tokenizer(config, tokenizer, mesh)
+        location = locate_generator(path, step)
+        module = builder.build_generator(location.config, mesh)
+        variables = _read_variables(location, place_shapes(builder.variable_shapes(module), mesh))
+        tokenizer = _load_tokenizer(location.config, tokenizer, mesh)
         return cls(
-            module, variables, config, tokenizer, classes=classes and tuple(classes), provenance=provenance, mesh=mesh,
-            batch_size=batch_size,
+            module, variables, location.config, tokenizer, classes=location.classes, provenance=location.provenance,
+            mesh=mesh, batch_size=batch_size,
         )  # fmt: skip
 
     from_pretrained = load
@@ -414,11 +428,18 @@ def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: An
     return loaded
 
 
-def _read_folder(folder: storage.Path, tensors: Any, shapes: Any) -> Any:
-    """Returns the tensors of a saved folder as a tree like `shapes`."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+def _read_variables(location: GeneratorLocation, target: Any) -> Any:
+    """Reads the variables onto the shapes and shardings of `target`."""
+    if location.run is not None:
+        with suggest_other_steps(location.path):
+            return checkpoint.read_model(location.path, target)
+    tensors = saving.read_weights(location.path)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(target)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     saved = {name: tuple(tensors[name].shape) for name in tensors}
-    if differing := sorted(n for n in names.keys() | saved.keys() if names.get(n) != saved.get(n)):
-        raise WeightsError(f"{folder} does not match its config in {', '.join(differing[:8])}", field=saving.FIELD)
-    return jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in names])
+    shapes = {name: leaf.shape for name, leaf in names.items()}
+    if differing := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n)):
+        message = f"{location.path} does not match its config in {', '.join(differing[:8])}"
+        raise WeightsError(message, field=saving.FIELD)
+    placed = [sharding.place_array(np.asarray(tensors[name]), leaf.sharding) for name, leaf in names.items()]
+    return jax.tree.unflatten(treedef, placed)

@@ -77,6 +77,15 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
     return Location(step_path, model, "encoder" not in saved["params"], provenance, run)
 
 
+def holds_generator(path: str | os.PathLike, step: int | None = None) -> bool:
+    """Returns whether a path, see `locate`, is that of a generator."""
+    local = fetch(path)
+    if not storage.is_remote(local) and saving.is_saved_folder(local):
+        return saving.is_generator(local)
+    meta = checkpoint.read_meta(checkpoint.find_checkpoint(local, step))
+    return meta["config"].get("train", {}).get("task") == "generator"
+
+
 def fetch(path: str | os.PathLike) -> storage.Path:
     """Returns the path of a run or saved folder; folders that were saved to a bucket or the hub become local copies."""
     local, name = storage.resolve_path(path), str(path)

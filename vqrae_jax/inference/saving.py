@@ -83,11 +83,16 @@ def save_generator(
     _write_files(folder, content, variables)
 
 
+def is_generator(folder: pathlib.Path) -> bool:
+    """Returns whether a saved folder has a generator."""
+    return readers.read_json(folder / CONFIG, FIELD).get("format") == GENERATOR
+
+
 def read_generator(folder: pathlib.Path) -> tuple[GeneratorConfig, tuple[str, ...] | None, dict[str, Any]]:
     """Reads the config.json of `save_generator`; returns config, names of classes and provenance."""
     content = _read_config(folder)
     if content.get("format") != GENERATOR or not isinstance(content.get("generator"), dict):
-        raise WeightsError(f"{folder / CONFIG} is not the config of a saved generator", field=FIELD)
+        raise WeightsError("is not the folder of a saved generator", field=FIELD, value=str(folder))
     config, classes = from_saved(Config, {"generator": content["generator"]}).generator, content.get("classes")
     provenance = {"version": content.get("version")} | (content.get("provenance") or {})
     return config, None if classes is None else tuple(map(str, classes)), provenance
