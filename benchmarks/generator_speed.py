@@ -27,7 +27,7 @@ from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.commands import command_line
 from vqrae_jax.commands.command_line import count
 from vqrae_jax.generation.autoregression import sample
-from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.generator import Architecture, CodeTransformer
 from vqrae_jax.models.vit import BlocksConfig
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=count, default=3, help="timed calls of each kind, in turns")
     args = parser.parse_args(arguments)
     blocks = BlocksConfig(args.width, args.depth, args.heads, 4 * args.width, act="gelu_tanh", causal=True)
-    model = Generator(Architecture(blocks, args.codes, ((args.grid, args.grid),)))
+    model = CodeTransformer(Architecture(blocks, args.codes, ((args.grid, args.grid),)))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, args.grid**2), int))
     length = model.config.length
     specification = {
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     print(f"equal codes: {np.mean(np.asarray(cached()) == np.asarray(uncached())):.2%}")
 
 
-def build_samplers(model: Generator, variables: Any, images: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def build_samplers(model: CodeTransformer, variables: Any, images: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Returns functions that sample codes [images, T], with and without the cache."""
     config = model.config
     key = jax.random.key(1)
@@ -103,7 +103,7 @@ def build_samplers(model: Generator, variables: Any, images: int) -> tuple[Calla
     return functools.partial(cached, variables), functools.partial(uncached, variables)
 
 
-def build_training(model: Generator, variables: Any, batch: int) -> Callable[[], Any]:
+def build_training(model: CodeTransformer, variables: Any, batch: int) -> Callable[[], Any]:
     """Returns a function that does a training step with AdamW and returns its loss."""
     codes = jax.random.randint(jax.random.key(2), (batch, model.config.length), 0, model.config.num_embeddings)
     optimizer = optax.adamw(1e-4)

@@ -19,14 +19,16 @@ from vqrae_jax.errors import report_errors
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.generation.sampling import pair_labels, sample
-from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.generator import Architecture, CodeTransformer
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.progress import progress
 
 LABEL_DROPOUT = 0.1  # share of examples without their label, for classifier-free guidance
 
 
-def train(model: Generator, data: TrainBatches, steps: int, learning_rate: float = 1e-3) -> tuple[dict, list[float]]:
+def train(
+    model: CodeTransformer, data: TrainBatches, steps: int, learning_rate: float = 1e-3
+) -> tuple[dict, list[float]]:
     """Trains for `steps`; returns the variables and the loss of each step, in nats per masked code."""
     batches = ({"codes": b["codes"].reshape(len(b["codes"]), -1), "label": b["label"]} for b in data)
     first = next(batches)
@@ -59,7 +61,7 @@ def train(model: Generator, data: TrainBatches, steps: int, learning_rate: float
 
 
 def sample_codes(
-    model: Generator, variables: dict, labels: jax.Array, guidance: float = 1.0, seed: int = 0, steps: int = 12
+    model: CodeTransformer, variables: dict, labels: jax.Array, guidance: float = 1.0, seed: int = 0, steps: int = 12
 ) -> jax.Array:
     """Samples the codes [len(labels), N] of images of these classes."""
 
@@ -89,7 +91,7 @@ def main() -> None:
     shape, classes = data.source.plan.view_shape, data.source.num_classes
     blocks = BlocksConfig(width=256, depth=6, heads=4, mlp=1024)
     height, width, *levels = shape if len(shape) > 1 else (1, *shape)
-    model = Generator(Architecture(blocks, tokenizer.codebook_size, ((height, width),), *levels, classes=classes))
+    model = CodeTransformer(Architecture(blocks, tokenizer.codebook_size, ((height, width),), *levels, classes=classes))
     variables, _ = train(model, data, args.steps)
     labels = jnp.repeat(jnp.arange(max(1, min(classes, 8))), 8)  # 0 means any class if there are no labels
     samples = np.asarray(sample_codes(model, variables, labels)).reshape(-1, *shape)

@@ -97,11 +97,11 @@ def test_the_decoder_is_differentiable(untrained):
 
 @pytest.mark.slow
 def test_a_generator_learns_codes(tokenized):
-    from vqrae_jax.models.generator import Architecture, Generator
+    from vqrae_jax.models.generator import Architecture, CodeTransformer
     from vqrae_jax.models.vit import BlocksConfig
 
     module = example("generate")
-    model = Generator(Architecture(BlocksConfig(32, 1, 2, 64), 100, ((2, 2),), classes=3))
+    model = CodeTransformer(Architecture(BlocksConfig(32, 1, 2, 64), 100, ((2, 2),), classes=3))
     batches = train_batches(DataConfig(source="codes", path=str(tokenized), batch_size=10), seed=0)
     variables, losses = module.train(model, batches, 120, learning_rate=1e-2)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]

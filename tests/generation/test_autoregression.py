@@ -12,7 +12,7 @@ from vqrae_jax import sharding
 from vqrae_jax.generation import autoregression
 from vqrae_jax.generation.autoregression import sample, truncate_logits
 from vqrae_jax.generation.sampling import pair_labels
-from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.generator import Architecture, CodeTransformer
 from vqrae_jax.models.vit import BlocksConfig
 
 ROWS = 1 << 18
@@ -118,7 +118,7 @@ def network():
     """Returns a function that samples from a small network, and its likelihoods of codes."""
     blocks = BlocksConfig(16, 2, 2, 32, causal=True)
     config = Architecture(blocks, 4, ((2, 2),), levels=2, classes=2, adaln=True, pos="rope")
-    model = Generator(config)
+    model = CodeTransformer(config)
     rng, variables = np.random.default_rng(1), jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int))
     variables = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), jax.device_get(variables))
 
@@ -144,7 +144,7 @@ def test_samples_do_not_depend_on_batch_and_mesh(network):
 def test_the_likelihood_is_that_of_the_samples():
     """The entropy of samples is the mean of -log p, for an untrained network without guidance."""
     config = Architecture(BlocksConfig(16, 1, 2, 32, causal=True), 3, ((1, 3),))
-    model, rows = Generator(config), 4096
+    model, rows = CodeTransformer(config), 4096
     images = jnp.asarray(list(itertools.product(range(3), repeat=3)))
 
     @jax.jit

@@ -13,7 +13,7 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.generation import masking
 from vqrae_jax.generation.autoregression import permuted_orders
-from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.generator import Architecture, CodeTransformer
 from vqrae_jax.models.vit import BlocksConfig
 
 K, CLASSES = 24, 3
@@ -34,7 +34,7 @@ class Case:
     """A generator with random variables, also where they are initially zero, and inputs."""
 
     def __init__(self, name):
-        self.config, self.model = CONFIGS[name], Generator(CONFIGS[name])
+        self.config, self.model = CONFIGS[name], CodeTransformer(CONFIGS[name])
         high = K if self.config.blocks.causal else K + 1
         self.indices = jax.random.randint(jax.random.key(1), (8, self.config.length), 0, high)
         self.label = jnp.arange(8) % CLASSES
@@ -126,7 +126,7 @@ def test_probabilities_of_a_factorized_head_sum_to_one(case):
 @pytest.mark.parametrize("permuted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_likelihoods_of_all_images_sum_to_one(permuted):
     config = Architecture(CAUSAL, 3, ((1, 3),), levels=2)
-    model, images = Generator(config), jnp.asarray(list(itertools.product(range(3), repeat=6)))
+    model, images = CodeTransformer(config), jnp.asarray(list(itertools.product(range(3), repeat=6)))
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     variables = jax.tree.map(lambda x: 10 * x, variables)
     order = jnp.tile(jnp.asarray([2, 0, 1]), (len(images), 1)) if permuted else None
@@ -137,7 +137,7 @@ def test_likelihoods_of_all_images_sum_to_one(permuted):
 
 def test_classes_modulate_the_blocks_only_after_training():
     config = dataclasses.replace(CONFIGS["masked"], adaln=True, class_token=False)
-    model, indices = Generator(config), jnp.zeros((1, 9), int)
+    model, indices = CodeTransformer(config), jnp.zeros((1, 9), int)
     variables = jax.jit(model.init)(jax.random.key(0), indices)
     apply = jax.jit(model.apply)
     logits = apply(variables, indices, jnp.zeros(1, int))
@@ -153,7 +153,7 @@ def test_classes_modulate_the_blocks_only_after_training():
 def test_dropout_needs_its_stream_of_random_numbers(case):
     case = case("masked")
     blocks = dataclasses.replace(BLOCKS, dropout=0.5)
-    apply = jax.jit(Generator(dataclasses.replace(case.config, blocks=blocks)).apply)
+    apply = jax.jit(CodeTransformer(dataclasses.replace(case.config, blocks=blocks)).apply)
     inputs = (case.variables, case.indices, case.label)
     np.testing.assert_array_equal(apply(*inputs), case.logits)
     first, again, other = (apply(*inputs, rngs={"dropout": jax.random.key(i)}) for i in (0, 0, 1))
@@ -175,7 +175,7 @@ def test_codebook_vectors_are_fixed_and_replace_the_table(case):
 def test_bfloat16_has_float32_logits_and_invalid_sizes_are_refused(case):
     case = case("rich")
     half = dataclasses.replace(case.config, blocks=dataclasses.replace(RICH, dtype="bfloat16"))
-    logits = jax.jit(Generator(half).apply)(case.variables, case.indices, case.label)
+    logits = jax.jit(CodeTransformer(half).apply)(case.variables, case.indices, case.label)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, case.logits, atol=0.05 * float(jnp.abs(case.logits).max()))
     with pytest.raises(ValueError, match="10"):
@@ -194,7 +194,7 @@ def test_loss_and_gradients_over_a_mesh(case, model_axis, fsdp):
 
     def run(params, indices, label, shard=None):
         blocks = dataclasses.replace(RICH, shard_activations=shard)
-        model = Generator(dataclasses.replace(case.config, blocks=blocks))
+        model = CodeTransformer(dataclasses.replace(case.config, blocks=blocks))
 
         def loss(params):
             return model.apply({"params": params}, indices, label, method="cross_entropy")[0].mean()

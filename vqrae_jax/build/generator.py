@@ -13,7 +13,7 @@ from jaxtyping import Float
 from vqrae_jax.build.encoder import activation_sharding
 from vqrae_jax.config import GeneratorConfig, from_dict
 from vqrae_jax.errors import ConfigError
-from vqrae_jax.models.generator import Architecture, Generator
+from vqrae_jax.models.generator import Architecture, CodeTransformer
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 
@@ -63,7 +63,7 @@ def complete(config: GeneratorConfig, **fields: Any) -> GeneratorConfig:
     return from_dict(GeneratorConfig, values, lambda error: error.renamed({error.field: f"generator.{error.field}"}))
 
 
-def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> Generator:
+def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> CodeTransformer:
     """Builds the module for a mesh, over which tokens are split as batches are.
 
     Raises:
@@ -85,16 +85,16 @@ def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> Genera
         config.registers, config.pos, code_channels=config.code_channels if config.input == "codebook" else 0,
         tied=config.tied, factors=config.factors,
     )  # fmt: skip
-    return Generator(architecture)
+    return CodeTransformer(architecture)
 
 
-def variable_shapes(module: Generator) -> dict[str, Any]:
+def variable_shapes(module: CodeTransformer) -> dict[str, Any]:
     """Returns {"params", "batch_stats"} as jax.ShapeDtypeStruct; the codebook of the input is in batch_stats."""
     return jax.eval_shape(lambda: initial_variables(module, jax.random.key(0)))
 
 
 def initial_variables(
-    module: Generator, key: jax.Array, vectors: Float[np.ndarray, "L K C"] | None = None
+    module: CodeTransformer, key: jax.Array, vectors: Float[np.ndarray, "L K C"] | None = None
 ) -> dict[str, Any]:
     """Creates the variables before training; `vectors` are those of `code_vectors`. Use it under `jit`."""
     variables = module.init(key, jnp.zeros((1, module.config.length), jnp.int32))

@@ -35,7 +35,7 @@ def generate_codes(
     """Samples the hidden codes of images and keeps the others; returns int32 codes in [0, K).
 
     Args:
-      module, variables: a `models.generator.Generator`.
+      module, variables: a `models.generator.CodeTransformer`.
       key: seed of all samples.
       indices: K where hidden.
       labels: classes, or the number of classes for unconditional samples.

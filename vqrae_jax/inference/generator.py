@@ -79,7 +79,7 @@ class Generator:
 
     def __init__(
         self,
-        module: models.Generator,
+        module: models.CodeTransformer,
         variables: dict[str, Any],
         config: config_lib.GeneratorConfig,
         tokenizer: Tokenizer | None = None,

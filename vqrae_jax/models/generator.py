@@ -69,7 +69,7 @@ class Architecture:
         return self.positions * self.levels
 
 
-class Generator(nn.Module):
+class CodeTransformer(nn.Module):
     """Embedded codes with positions, a class, pre-norm blocks, and a head.
 
     A causal generator predicts the codes in the order of the sequence or of permuted positions (RAR, arXiv:2411.00776).

@@ -17,6 +17,7 @@ from jax.interpreters import partial_eval
 
 PARTS = ("generator", "perceptual", "discriminator", "teacher", "encoder", "quantizer", "decoder")
 MODULES = {  # words of a name stack that belong to a part with another name
+    "codetransformer": "generator",
     "lpips": "perceptual", "encoderdistance": "perceptual", "logitdistance": "perceptual",
     "dinodiscriminator": "discriminator", "patchdiscriminator": "discriminator",
 }  # fmt: skip

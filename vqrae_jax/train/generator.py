@@ -21,7 +21,7 @@ from vqrae_jax.generation import autoregression, masking
 from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.models.generator import Generator
+from vqrae_jax.models.generator import CodeTransformer
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.train.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from vqrae_jax.train.task import Batch, Metrics, TrainState
@@ -97,7 +97,7 @@ class GeneratorTask:
 
     config: Config
     mesh: Mesh
-    module: Generator
+    module: CodeTransformer
     tokenizer: FrozenTokenizer | None = None
     classes: tuple[str, ...] | None = None  # names
 
