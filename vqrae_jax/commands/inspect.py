@@ -19,7 +19,7 @@ from vqrae_jax.build import generator as generators
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError, WeightsError
-from vqrae_jax.inference.generator import GeneratorLocation, locate_generator
+from vqrae_jax.inference.generator_location import GeneratorLocation, locate_generator
 from vqrae_jax.inference.location import Location, holds_generator, locate, stored_shapes
 from vqrae_jax.inference.tokenizer import Tokenizer
 

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vqrae_jax import checkpoint, sharding, storage
 from vqrae_jax import config as config_lib
+from vqrae_jax import sharding, storage
 from vqrae_jax.build import generator as builder
-from vqrae_jax.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
+from vqrae_jax.errors import ConfigError, DataError, UserError, WeightsError
 from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference import generator_card, saving
 from vqrae_jax.inference.batching import place_variables
+from vqrae_jax.inference.generator_location import locate_generator, read_generator_variables
 from vqrae_jax.inference.inputs import as_numpy
-from vqrae_jax.inference.location import fetch, read_metrics, suggest_other_steps
 from vqrae_jax.inference.tokenizer import Tokenizer
 from vqrae_jax.models import generator as models
 from vqrae_jax.pretrained import sources, writers
@@ -28,40 +28,6 @@ from vqrae_jax.pretrained import sources, writers
 log = logging.getLogger(__name__)
 
 BATCH = 32  # images per device and program
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorLocation:
-    """A generator on this machine or in a bucket."""
-
-    path: storage.Path  # the saved folder, or the folder of one checkpoint
-    config: config_lib.GeneratorConfig
-    classes: tuple[str, ...] | None  # names
-    provenance: dict[str, Any]  # version and, if known, revision, step and metrics of the training run
-    run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
-
-
-def locate_generator(path: str | os.PathLike, step: int | None = None) -> GeneratorLocation:
-    """Finds a generator, see `Generator.load`, and reads its config.
-
-    Raises:
-      CheckpointError: there is no complete checkpoint, or it is of a tokenizer.
-      WeightsError: it is the folder of a tokenizer, or damaged.
-    """
-    local = fetch(path)
-    if not storage.is_remote(local) and saving.is_saved_folder(local):
-        return GeneratorLocation(local, *saving.read_generator(local))
-    folder = checkpoint.find_checkpoint(local, step)
-    with suggest_other_steps(folder):
-        meta = checkpoint.read_meta(folder)
-    run = config_lib.from_saved(config_lib.Config, meta["config"])
-    if run.train.task != "generator":
-        message = "is the run of a tokenizer; load it with Tokenizer.load, or pass the run of a generator"
-        raise CheckpointError(message, field=saving.FIELD, value=str(path))
-    provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
-    provenance |= read_metrics(folder.parent.parent, meta.get("step"))
-    classes = meta.get("classes")
-    return GeneratorLocation(folder, run.generator, classes and tuple(classes), provenance, run)
 
 
 class Generator:
@@ -112,7 +78,7 @@ class Generator:
         self.variables, self.mesh = place_variables(variables, mesh)
         self.provenance, self.sampler = provenance or {}, SamplerConfig(**config.sampler.model_dump())
         self._parts = sharding.data_ways(mesh) if mesh else 1
-        self.batch_size = batch_size or BATCH * self._parts
+        self.batch_size = BATCH * self._parts if batch_size is None else batch_size
         if self.batch_size < 1 or self.batch_size % self._parts:
             message = f"expected a positive multiple of {self._parts}, the number of devices that share a batch"
             raise ConfigError(message, field="batch_size", value=batch_size)
@@ -142,7 +108,7 @@ class Generator:
         """
         location = locate_generator(path, step)
         module = builder.build_generator(location.config, mesh)
-        variables = _read_variables(location, place_shapes(builder.variable_shapes(module), mesh))
+        variables = read_generator_variables(location, builder.variable_shapes(module), mesh)
         tokenizer = _load_tokenizer(location.config, tokenizer, mesh)
         return cls(
             module, variables, location.config, tokenizer, classes=location.classes, provenance=location.provenance,
@@ -406,13 +372,6 @@ class Generator:
         return np.broadcast_to(mask, (count, *shape)).reshape(count, -1)
 
 
-def place_shapes(shapes: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Returns shapes with the shardings of a mesh, or of this process's first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: device, shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
 def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: Any) -> Tokenizer | None:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -426,20 +385,3 @@ def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: An
     except UserError as error:
         raise error.renamed({"checkpoint": "tokenizer"}) from error.__cause__
     return loaded
-
-
-def _read_variables(location: GeneratorLocation, target: Any) -> Any:
-    """Reads the variables onto the shapes and shardings of `target`."""
-    if location.run is not None:
-        with suggest_other_steps(location.path):
-            return checkpoint.read_model(location.path, target)
-    tensors = saving.read_weights(location.path)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(target)
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    saved = {name: tuple(tensors[name].shape) for name in tensors}
-    shapes = {name: leaf.shape for name, leaf in names.items()}
-    if differing := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n)):
-        message = f"{location.path} does not match its config in {', '.join(differing[:8])}"
-        raise WeightsError(message, field=saving.FIELD)
-    placed = [sharding.place_array(np.asarray(tensors[name]), leaf.sharding) for name, leaf in names.items()]
-    return jax.tree.unflatten(treedef, placed)
