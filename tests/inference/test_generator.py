@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -49,9 +51,24 @@ def test_likelihoods_prefer_the_class_of_the_codes(generator, code_folders):
 
 
 def test_a_history_ends_with_the_sample(generator):
-    history = generator.history("dog", seed=5, steps=4)
-    assert [(step == 32).sum() > 0 for step in history] == [True, True, True, False]
-    np.testing.assert_array_equal(history[-1], generator.sample_codes("dog", seed=5, steps=4)[0])
+    history = generator.history(["dog", "cat", None], seed=5, steps=4)
+    assert history.shape == (4, 3, 4, 4)
+    for before, after in itertools.pairwise(history):
+        np.testing.assert_array_equal(np.where(before == 32, after, before), after)
+    np.testing.assert_array_equal(history[-1], generator.sample_codes(["dog", "cat", None], seed=5, steps=4))
+    np.testing.assert_array_equal(generator.history("cat", seed=5, steps=4, first=1)[:, 0], history[:, 1])
+
+
+def test_no_images_have_no_codes(generator):
+    none = np.zeros((0, 4, 4), int)
+    assert generator.inpaint(none, np.zeros((4, 4), bool)).shape == (0, 4, 4)
+    assert generator.log_likelihood(none).shape == (0,)
+
+
+def test_a_name_that_is_a_number_is_a_name(generator):
+    digits = Generator(generator.module, generator.variables, generator.config, classes=("1", "7"))
+    assert digits.find_labels(["1", "7", 1, None]).tolist() == [0, 1, 1, 2]
+    assert generator.find_labels(["1"]).tolist() == [1]
 
 
 def test_a_saved_folder_is_the_same_generator(generator, tmp_path):

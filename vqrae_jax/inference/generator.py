@@ -191,17 +191,15 @@ class Generator:
         return self._sample(np.where(mask, self.config.num_embeddings, codes), labels, seed, 0, config)
 
     def history(
-        self, label: Any = None, seed: int = 0, guidance: float | None = None, steps: int | None = None,
-        sampler: str | None = None, **settings: Any,
-    ) -> Int[np.ndarray, "S ..."]:  # fmt: skip
-        """Returns the codes of one image after each step of masked diffusion; hidden ones are K."""
-        if self.module.config.blocks.causal:
-            raise ConfigError("has one code per step; use a masked generator", field="family", value=self.config.family)
+        self, labels: Any = None, seed: int = 0, guidance: float | None = None, steps: int | None = None,
+        sampler: str | None = None, *, count: int | None = None, first: int = 0, **settings: Any,
+    ) -> Int[np.ndarray, "S B ..."]:  # fmt: skip
+        """Samples codes and returns those after each step of masked diffusion; hidden ones are K; see `generate`."""
+        self.require_masked()
         config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
-        hidden = np.full((1, self.module.config.length), self.config.num_embeddings, np.int32)
-        program = self._program("history", config)
-        codes = program(self.variables, hidden, self._labels(label, 1), np.zeros(1, np.int32), np.uint32(seed))
-        return np.asarray(codes)[:, 0].reshape(-1, *self.code_shape)
+        labels = self._labels(labels, count)
+        hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
+        return self._sample(hidden, labels, seed, first, config, history=True)
 
     def log_likelihood(self, codes: Any, labels: Any = None, seed: int = 0) -> Float[np.ndarray, " B"]:
         """Returns log p of each image's codes in nats; for masked diffusion a random estimate of a lower bound.
@@ -283,18 +281,23 @@ class Generator:
             raise DataError("the generator has no classes; leave labels out", field="labels")
         return np.asarray(numbers, np.int32)
 
+    def class_name(self, label: int) -> str:
+        """Returns the name of a class, its number if names are not known, or "any class"."""
+        if label == self.config.classes:
+            return "any class"
+        return self.classes[label] if self.classes else f"class {label}"
+
     def _label(self, value: Any) -> int:
         count = self.config.classes
         if value is None:
             return count
+        classes = self.classes or ()
+        if isinstance(value, str) and value in classes:  # also names that are numbers, as those of digits
+            return classes.index(value)
         if isinstance(value, str) and not value.isdecimal():
-            if self.classes is None or value not in self.classes:
-                names = (
-                    ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "") if self.classes else ""
-                )
-                expected = f"expected one of {names}" if names else f"names are not known; expected 0 to {count - 1}"
-                raise DataError(f"unknown class; {expected}", field="labels", value=value)
-            return self.classes.index(value)
+            names = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+            expected = f"expected one of {names}" if names else f"names are not known; expected 0 to {count - 1}"
+            raise DataError(f"unknown class; {expected}", field="labels", value=value)
         number = int(value) if isinstance(value, str | int | np.integer) and not isinstance(value, bool) else -1
         if not 0 <= number < max(count, 1):
             raise DataError(f"expected a class from 0 to {count - 1}, a name, or None", field="labels", value=value)
@@ -309,18 +312,22 @@ class Generator:
         return numbers
 
     def _sample(
-        self, indices: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"], seed: int, first: int, config: Any
-    ) -> Int[np.ndarray, "B ..."]:
+        self, indices: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"], seed: int, first: int, config: Any,
+        history: bool = False,
+    ) -> Int[np.ndarray, "..."]:  # fmt: skip
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise ConfigError(f"expected an integer from 0 to {2**32 - 1}", field="seed", value=seed)
         rows = np.arange(first, first + len(indices), dtype=np.int32)
-        codes = self._run(self._program("sample", config), indices, labels, rows, seed)
-        return codes.reshape(-1, *self.code_shape)
+        program = self._program("history" if history else "sample", config)
+        codes = self._run(program, indices, labels, rows, seed, axis=int(history))
+        return codes.reshape(*codes.shape[:-1], *self.code_shape)
 
-    def _run(self, program: Any, codes: Any, labels: Any, rows: Any, seed: int) -> np.ndarray:
-        """Runs a program on padded batches of one size."""
+    def _run(self, program: Any, codes: Any, labels: Any, rows: Any, seed: int, axis: int = 0) -> np.ndarray:
+        """Runs a program on padded batches of one size; `axis` of its results is that of the images."""
         if not len(codes):
-            return np.zeros((0, *codes.shape[1:]), np.int32)
+            one = [np.zeros((1, *x.shape[1:]), np.int32) for x in (codes, labels, rows)]
+            result = jax.eval_shape(program, self.variables, *one, np.uint32(seed))
+            return np.zeros(result.shape, result.dtype).take(range(0), axis)
         parts = -(-len(codes) // self._parts)
         size = min(self._parts << (parts - 1).bit_length(), self.batch_size)
         split = sharding.over_data(self.mesh) if self.mesh else None
@@ -329,7 +336,7 @@ class Generator:
             inputs = [np.asarray(x[start : start + size], np.int32) for x in (codes, labels, rows)]
             padded = [np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) for x in inputs]
             results.append(np.asarray(program(self.variables, *jax.device_put(padded, split), np.uint32(seed))))
-        return np.concatenate(results)[: len(codes)]
+        return np.concatenate(results, axis).take(range(len(codes)), axis)
 
     def _program(self, kind: str, config: SamplerConfig | None) -> Any:
         """Returns the compiled function of variables, codes, labels, rows and seed."""
@@ -350,6 +357,11 @@ class Generator:
             message = "the generator was trained without a tokenizer; pass tokenizer= to load, or use sample_codes"
             raise DataError(message, field="tokenizer", value=None)
 
+    def require_masked(self) -> None:
+        """Raises ConfigError for an autoregressive generator, which has no steps to look at."""
+        if self.module.config.blocks.causal:
+            raise ConfigError("has one code per step; use a masked generator", field="family", value=self.config.family)
+
     def _check_codes(self, codes: Any) -> Int[np.ndarray, "B T"]:
         codes, size = as_numpy(codes), self.config.num_embeddings
         if not np.issubdtype(codes.dtype, np.integer) or codes.shape[1:] != self.code_shape:
@@ -357,7 +369,7 @@ class Generator:
             raise DataError(f"are {codes.dtype} {list(codes.shape)}; expected integers [B, {shape}]", field="codes")
         if codes.size and not 0 <= codes.min() <= codes.max() < size:
             raise DataError(f"span [{codes.min()}, {codes.max()}]; expected 0 to {size - 1}", field="codes")
-        return codes.astype(np.int32).reshape(len(codes), -1)
+        return codes.astype(np.int32).reshape(len(codes), self.module.config.length)
 
     def _check_mask(self, mask: Any, count: int) -> Bool[np.ndarray, "B T"]:
         mask, shape = as_numpy(mask), self.code_shape
@@ -369,7 +381,7 @@ class Generator:
             raise DataError(message, field="mask")
         if one != shape:
             mask = np.broadcast_to(mask[..., None], (*mask.shape, *shape[2:]))
-        return np.broadcast_to(mask, (count, *shape)).reshape(count, -1)
+        return np.broadcast_to(mask, (count, *shape)).reshape(count, self.module.config.length)
 
 
 def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: Any) -> Tokenizer | None:

@@ -53,7 +53,7 @@ def write_card(generator: Any, folder: pathlib.Path, name: str) -> None:
     labels = [i * max(config.classes, 1) // SHOWN for i in range(SHOWN)] if config.classes else None
     if tokenizer is not None:
         images = visualize.to_uint8(generator.generate(labels, count=SHOWN))
-        names = labels and [generator.classes[i] if generator.classes else f"class {i}" for i in labels]
+        names = labels and [generator.class_name(label) for label in labels]
         image_files.write_image(folder / IMAGE, visualize.sample_grid(images, names))
     rows = [(n, getattr(config, n)) for n in ("width", "depth", "heads", "classes", "dtype")]
     rows += [("hash of the tokenizer", f"`{config.tokenizer_hash}`"), ("tokenizer", f"`{config.tokenizer}`")]
