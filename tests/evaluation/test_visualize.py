@@ -50,6 +50,36 @@ def test_differences_are_amplified_and_bytes_are_rounded_and_clipped():
     np.testing.assert_array_equal(difference, visualize.difference_map(reconstruction, image))
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 2), (20,)])  # one code, two levels, a 2 x 2 and a 4 x 4 grid
+def test_steps_of_sampling_are_the_image_where_codes_are_visible_and_gray_elsewhere(shape):
+    final = np.random.default_rng(0).integers(0, 9, shape)
+    history, image = np.stack([final] * 10), np.arange(8 * 8 * 3, dtype=np.float32).reshape(8, 8, 3) / 255
+    history[:9].reshape(9, *shape)[:, -2:] = 9  # two rows, or the last two positions
+    history[-2, -1:] = final[-1:]
+    decoded = []
+
+    def decode(codes):
+        decoded.append(codes)
+        return np.stack([image] * len(codes))
+
+    picture = visualize.sampling_steps(history, 9, decode, 4, columns=3)
+    np.testing.assert_array_equal(decoded[0], np.stack([final] * 3))  # never a hidden code
+    side, margin = visualize.TILE, visualize.MARGIN
+    first, last = (
+        picture[margin : margin + side, margin : margin + side],
+        picture[margin : margin + side, -margin - side : -margin],
+    )
+    np.testing.assert_array_equal(last[::20, ::20], np.round(image * 255))
+    gray = (first == visualize.HIDDEN).all(-1)[::40, ::40]
+    hidden = [[0] * 4] * 2 + [[1] * 4] * 2 if len(shape) > 1 else [[0] * 4] * 3 + [[0, 0, 1, 1]]
+    np.testing.assert_array_equal(gray, np.array(hidden, bool))
+
+
+def test_cells_are_covered_by_their_share():
+    covered = visualize.cover_cells(np.zeros((1, 4, 4, 3), np.uint8), np.array([[[0.0, 0.5], [1.0, 0.0]]]))
+    np.testing.assert_array_equal(covered[0, ::2, ::2, 0], [[0, visualize.HIDDEN // 2], [visualize.HIDDEN, 0]])
+
+
 def test_marked_cells_have_a_frame_and_nothing_else_changes():
     image = np.zeros((32, 32, 3), np.uint8)
     marked = visualize.mark_cells(image, 4, [(1, 2, 2, 4)])

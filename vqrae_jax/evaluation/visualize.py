@@ -1,7 +1,7 @@
 """Images and charts of a tokenizer, as uint8 arrays."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ CHART, DPI = (4.2, 2.8), 110  # inches of one chart, and pixels of an inch
 COLORS = ("#3c5aa0", "#d1603d", "#4b8f4b", "#8a5fa8", "#b08a2e", "#5b6770")
 STYLES = ("-", "--", ":")  # of more runs than colors
 FRAME = (209, 96, 61)
+HIDDEN = 200  # gray of hidden codes
 
 
 def to_uint8(images: Float[np.ndarray, "*b"]) -> UInt8[np.ndarray, "*b"]:
@@ -124,6 +125,40 @@ def mark_cells(
             edge = box[depth : len(box) - depth, depth : box.shape[1] - depth]
             edge[:1] = edge[-1:] = edge[:, :1] = edge[:, -1:] = color
     return marked
+
+
+def cover_cells(
+    images: UInt8[np.ndarray, "B H W 3"], shares: Shaped[np.ndarray, "B h w"]
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """Blends the cells of a grid with gray, each by its share from 0 to 1."""
+    side = images.shape[1] // shares.shape[1]
+    gray = shares.astype(np.float32).repeat(side, 1).repeat(side, 2)[..., None]
+    return (images * (1 - gray) + HIDDEN * gray + 0.5).astype(np.uint8)
+
+
+def sampling_steps(
+    history: Int[np.ndarray, "S ..."],
+    num_embeddings: int,
+    decode: Callable[[np.ndarray], np.ndarray],
+    grid: int,
+    columns: int = 6,
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """Shows how codes of one image become visible; with `columns` of the steps, evenly spaced up to the last.
+
+    Hidden codes are gray: a position with several levels by the share of them that is hidden, and of several scales the
+    last. A decoder needs all codes, so that it gets those of the last step for hidden ones.
+
+    Args:
+      history: codes after each step, `num_embeddings` where hidden.
+      decode: returns images [n, H, W, 3] in [0, 1] of codes.
+      grid: side of the grid, see `code_grid`.
+    """
+    steps = np.unique(np.linspace(0, len(history) - 1, columns).round().astype(int))
+    hidden = history[steps] == num_embeddings
+    images = enlarge(to_uint8(decode(np.where(hidden, history[-1], history[steps]))), TILE)
+    counts, levels = (hidden.sum(-1), hidden.shape[-1]) if hidden.ndim == 4 else (hidden.astype(np.int32), 1)
+    covered = cover_cells(images, np.stack([code_grid(x, grid) for x in counts]) / levels)
+    return sample_grid(covered, [f"step {i + 1} of {len(history)}" for i in steps], len(steps))
 
 
 def strip(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> UInt8[np.ndarray, "S X 3"]:
