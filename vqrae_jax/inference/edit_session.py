@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from vqrae_jax.data import images
-from vqrae_jax.errors import DataError
+from vqrae_jax.errors import DataError, UserError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference import editing
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -58,8 +58,7 @@ class Editor:
         try:
             return self.load(session, slot, images.read_image(file))
         except DataError as error:
-            reason = str(error).replace(repr(os.fspath(file)), pathlib.Path(file).name).rstrip(".")
-            return session.change(f"**{reason[:1].upper()}{reason[1:]}.**")
+            return session.change(describe(error, file))
 
     def load(self, session: Session, slot: int, image: UInt8[np.ndarray, "H W 3"]) -> Session:
         """Encodes an image into a slot; the mix is the first image again."""
@@ -92,7 +91,7 @@ class Editor:
         """Selects a patch; x and y are fractions of width and height."""
         if session.slots[slot] is None:
             return session
-        row, column = self._position(x, y)
+        row, column = editing.grid_position(self.tokenizer.grid, x, y)
         code = session.slots[slot].codes[row, column]
         same = sum((s.codes == code).reshape(*s.codes.shape[:2], -1).all(-1).sum() for s in session.slots[:MIX] if s)
         name = ", ".join(map(str, np.atleast_1d(code)))
@@ -102,7 +101,7 @@ class Editor:
 
     def paste(self, session: Session, slot: int, x: float, y: float) -> Session:
         """Selects a corner of a region in the second image, or pastes the region to a position in the mix."""
-        (_, second, mix), position = session.slots, self._position(x, y)
+        (_, second, mix), position = session.slots, editing.grid_position(self.tokenizer.grid, x, y)
         if slot == SECOND and second:
             return _select_corner(session, position)
         if session.region is None or slot != MIX:
@@ -127,20 +126,14 @@ class Editor:
         decoded = visualize.enlarge(np.stack([slot.reconstruction for slot in slots.values()]), VIEW)
         maps = visualize.code_maps(np.stack([slot.codes for slot in slots.values()]), decoded)
         for i, pair in zip(slots, zip(decoded, maps, strict=True), strict=True):
-            boxes = [_cell(*session.selected[1:])] if session.selected and session.selected[0] == i else []
-            boxes += [_cell(*session.corner)] if session.corner and i == SECOND else []
+            boxes = [editing.cell(*session.selected[1:])] if session.selected and session.selected[0] == i else []
+            boxes += [editing.cell(*session.corner)] if session.corner and i == SECOND else []
             boxes += [session.region] if session.region and i == SECOND else []
             marked = (visualize.mark_cells(view, self.tokenizer.grid, boxes) for view in pair)
             views |= dict(zip((f"reconstruction{i}", f"codes{i}"), marked, strict=True))
         if session.selected:
             views["nearest"] = self._nearest_patches(session, *session.selected)
         return views
-
-    def _position(self, x: float, y: float) -> tuple[int, int]:
-        """Returns row and column of a point."""
-        grid = self.tokenizer.grid
-        row, column = (min(max(int(fraction * grid), 0), grid - 1) for fraction in (y, x))
-        return row, column
 
     def _decode(self, codes: Int[np.ndarray, "h w *levels"]) -> Slot:
         indices = codes.reshape(1, *self.tokenizer.code_shape)
@@ -159,14 +152,18 @@ class Editor:
         return visualize.strip([image[y : y + side, x : x + side] for image, y, x in cells], 64)
 
 
-def _cell(row: int, column: int) -> editing.Region:
-    return row, column, row + 1, column + 1
+def describe(error: UserError, file: str | os.PathLike | None = None) -> str:
+    """Returns an error as one sentence of a page, without the folder of the file that it is about."""
+    text = str(error).rstrip(".")
+    if file is not None:
+        text = text.replace(repr(os.fspath(file)), pathlib.Path(file).name)
+    return f"**{text[:1].upper()}{text[1:]}.**"
 
 
 def _select_corner(session: Session, position: tuple[int, int]) -> Session:
     """Sets the first corner of a region, then the opposite one, then starts again."""
     if session.corner is None:
         return session.change("Now click the opposite corner.", corner=position, region=None)
-    (top, bottom), (left, right) = map(sorted, zip(session.corner, position, strict=True))
-    text = f"{bottom + 1 - top} x {right + 1 - left} codes selected: click their position in the mix."
-    return session.change(text, corner=None, region=(top, left, bottom + 1, right + 1))
+    top, left, bottom, right = region = editing.span(session.corner, position)
+    text = f"{bottom - top} x {right - left} codes selected: click their position in the mix."
+    return session.change(text, corner=None, region=region)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference.tokenizer import Tokenizer
@@ -20,6 +20,34 @@ def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.nda
     if math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
         raise DataError(f"indices of shape {list(shape)} have no positions on the {side}x{side} grid")
     return indices.reshape(-1, side, side, *(shape[2:] if len(shape) > 2 else ()))
+
+
+def grid_position(grid: int, x: float, y: float) -> tuple[int, int]:
+    """Returns row and column of a point; x and y are fractions of width and height."""
+    row, column = (min(max(int(fraction * grid), 0), grid - 1) for fraction in (y, x))
+    return row, column
+
+
+def cell(row: int, column: int) -> Region:
+    """Returns the region of one position."""
+    return row, column, row + 1, column + 1
+
+
+def span(first: tuple[int, int], second: tuple[int, int]) -> Region:
+    """Returns the region with two positions as opposite corners."""
+    (top, bottom), (left, right) = map(sorted, zip(first, second, strict=True))
+    return top, left, bottom + 1, right + 1
+
+
+def region_mask(grid: int, region: Region) -> Bool[np.ndarray, "h w"]:
+    """Returns a mask of the grid that is True in a region; DataError if the region is empty or not inside the grid."""
+    top, left, bottom, right = region
+    if not (0 <= top < bottom <= grid and 0 <= left < right <= grid):
+        message = f"expected top < bottom and left < right, from 0 to {grid}, the side of the grid"
+        raise DataError(message, field="region", value=region)
+    mask = np.zeros((grid, grid), bool)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
 def paste(
