@@ -150,7 +150,7 @@ def outside(request):
 
 
 @pytest.fixture(scope="module")
-def workspace(outside, golden, tiny, trained, tmp_path_factory):
+def workspace(outside, golden, tiny, trained, trained_generator, tmp_path_factory):
     """A folder with everything that the documentation assumes."""
     folder = tmp_path_factory.mktemp("workspace")
     rng = np.random.default_rng(0)
@@ -172,8 +172,9 @@ def workspace(outside, golden, tiny, trained, tmp_path_factory):
         "from ml_collections import config_dict\n\n\ndef get_config():\n"
         f"    return config_dict.ConfigDict({rae.model_dump()!r})\n"
     )
-    for name in ("runs/quickstart", "runs/other"):
-        shutil.copytree(trained, folder / name)
+    runs = {"runs/quickstart": trained, "runs/other": trained, "runs/generator": trained_generator}
+    for name, workdir in runs.items():
+        shutil.copytree(workdir, folder / name)
     encoders = {
         "facebook/dinov2-base": "dinov2", "facebook/dinov2-with-registers-base": "dinov2_with_registers",
         "facebook/dinov2-with-registers-large": "dinov2_with_registers", "vit-tiny": "dinov2",

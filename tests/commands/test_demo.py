@@ -22,6 +22,7 @@ from vqrae_jax.inference.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,9 @@ def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, editor, tmp_
         with pytest.raises(ConfigError) as error:
             demo.serve(demo.parser.parse_args(["--checkpoint=x", f"--port={port}"]))
         assert (error.value.field, error.value.value) == ("--port", port)
+    with pytest.raises(ConfigError) as error:
+        demo.serve(demo.parser.parse_args([]))
+    assert error.value.field == "--checkpoint"
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InstallError, match=r"vqrae-jax\[demo\]"):
         demo.build_blocks(editor, str(tmp_path))
@@ -79,14 +83,14 @@ def test_a_port_in_use_is_an_error(monkeypatch, editor, trained):
 
 
 @pytest.fixture(scope="module")
-def served(trained, tmp_path_factory):
+def served(trained_generator, tmp_path_factory):
     """Yields the address of the page and the folder that is its TMPDIR."""
     pytest.importorskip("gradio", reason="the page needs the demo extra")
     temporary = tmp_path_factory.mktemp("temporary")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [f"--checkpoint={trained}", f"--port={port}", "--max-upload=1", "--allow-host", "proxy.example"]
+    arguments = [f"--generator={trained_generator}", f"--port={port}", "--max-upload=1", "--allow-host=proxy.example"]
     log = tmp_path_factory.mktemp("log") / "stderr.txt"
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -142,65 +146,130 @@ def test_only_the_page_itself_may_send_requests(served):
     assert not is_same_origin([(b"host", b"localhost"), (b"host", b"127.0.0.1")], ["localhost"])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_in_a_browser(served, files, tmp_path):
+class Visit:
+    """A tab of the page in a browser, and the message of that tab."""
+
+    def __init__(self, driver, browser, address, tab, message):
+        self.driver, self.message = driver, message
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1100})
+        self.page.set_default_timeout(60_000)
+        self.page.goto(address)
+        self.page.get_by_role("tab", name=tab).click()
+
+    def wait_for_message(self, text):
+        self.driver.expect(self.page.locator(self.message)).to_contain_text(text, timeout=60_000)
+
+    def click(self, view, across, down, answer):
+        """Clicks a point of an image, until the message changes."""
+        page, image = self.page, self.page.locator(f"#{view} img")
+        image.scroll_into_view_if_needed()
+        loaded = "image => image.complete && image.naturalWidth && image.clientWidth > 100"
+        page.wait_for_function(loaded, arg=image.element_handle())  # a view that is being replaced has no size
+        box, before = image.bounding_box(), page.locator(self.message).inner_text()
+        for _ in range(3):
+            image.click(position={"x": across * box["width"], "y": down * box["height"]})
+            try:
+                changed = "([id, old]) => document.querySelector(id).innerText !== old"
+                page.wait_for_function(changed, arg=[self.message, before], timeout=20_000)
+                break
+            except self.driver.TimeoutError:
+                pass  # the browser lost a click on a view that Gradio was replacing
+        self.wait_for_message(answer)
+
+    def fill(self, field, value):
+        field = self.page.locator(f"#{field} input")
+        field.fill(value)
+        field.press("Enter")
+        field.blur()  # closes a list
+
+    def wait_for_another(self, view, source):
+        """Waits until an image has another source than an earlier one."""
+        changed = "([id, old]) => document.querySelector(id)?.src !== old"
+        self.page.wait_for_function(changed, arg=[f"#{view} img", source])
+
+    def source(self, view):
+        return self.page.locator(f"#{view} img").get_attribute("src")
+
+
+@pytest.fixture(scope="module")
+def visit(served):
+    """A function that opens a tab of the page in a new window of one browser."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    address, temporary = served
+    address, requests = served[0], []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1100})
-        page.set_default_timeout(60_000)
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(address)
-
-        def wait_for_message(text):
-            playwright.expect(page.locator("#message")).to_contain_text(text, timeout=60_000)
-
-        def click(view, across, down, answer):
-            image = page.locator(f"#{view} img")
-            image.scroll_into_view_if_needed()
-            loaded = "image => image.complete && image.naturalWidth && image.clientWidth > 100"
-            page.wait_for_function(loaded, arg=image.element_handle())  # a view that is being replaced has no size
-            box, before = image.bounding_box(), page.locator("#message").inner_text()
-            for _ in range(3):
-                image.click(position={"x": across * box["width"], "y": down * box["height"]})
-                try:
-                    page.wait_for_function(
-                        "old => document.querySelector('#message').innerText !== old", arg=before, timeout=20_000
-                    )
-                    break
-                except playwright.TimeoutError:
-                    pass  # the browser lost a click on a view that Gradio was replacing
-            wait_for_message(answer)
-
-        page.wait_for_selector("#codes2 img")  # of the examples
-        page.set_input_files("#upload1 input[type=file]", files / "text.png")
-        wait_for_message("text.png")
-        for slot, name in enumerate("ba"):
-            page.set_input_files(f"#upload{slot} input[type=file]", files / f"{name}.png")
-            wait_for_message("PSNR")
-            click(f"codes{slot}", 0.9, 0.4, "Row 1, column 3")
-        page.wait_for_selector("#nearest img")
-        page.click("#action >> text=paste codes")
-        click("reconstruction1", 0.1, 0.1, "opposite corner")
-        click("codes1", 0.4, 0.4, "2 x 2 codes selected")
-        before = page.locator("#reconstruction2 img").get_attribute("src")
-        click("codes2", 0.6, 0.6, "Pasted at row 2, column 2")
-        page.wait_for_function("src => document.querySelector('#reconstruction2 img').src !== src", arg=before)
-        with page.expect_download() as download:
-            page.click("#download")
-        assert zipfile.is_zipfile(download.value.path())
-        page.locator("#blend input[type=range]").focus()
-        page.keyboard.press("End")
-        page.locator("#blend input[type=range]").dispatch_event("pointerup")
-        wait_for_message("100% those of the second")
-        page.click("#restore")
-        wait_for_message("The mix is the first image")
-        page.locator("#examples0 button").nth(1).click()
-        wait_for_message("PSNR")
-        page.screenshot(path=tmp_path / "page.png")
+        browser.on("context", lambda context: context.on("request", lambda request: requests.append(request.url)))
+        yield lambda tab, message: Visit(playwright, browser, address, tab, message)
         browser.close()
-    assert len(np.unique(images.read_image(tmp_path / "page.png").reshape(-1, 3), axis=0)) > 100
+    assert requests
     assert all(url.startswith((address, "data:", "blob:")) for url in requests), "requests to another server"
-    assert [path.name[:15] for path in temporary.iterdir() if "vqrae" in path.name] == ["vqrae-jax-demo-"]
+
+
+@needs_browser
+def test_codes_in_a_browser(visit, served, files, tmp_path):
+    on = visit("Look at codes", "#message")
+    page = on.page
+    page.wait_for_selector("#codes2 img")  # of the examples
+    page.set_input_files("#upload1 input[type=file]", files / "text.png")
+    on.wait_for_message("text.png")
+    for slot, name in enumerate("ba"):
+        page.set_input_files(f"#upload{slot} input[type=file]", files / f"{name}.png")
+        on.wait_for_message("PSNR")
+        on.click(f"codes{slot}", 0.9, 0.4, "Row 1, column 3")
+    page.wait_for_selector("#nearest img")
+    page.click("#action >> text=paste codes")
+    on.click("reconstruction1", 0.1, 0.1, "opposite corner")
+    on.click("codes1", 0.4, 0.4, "2 x 2 codes selected")
+    before = on.source("reconstruction2")
+    on.click("codes2", 0.6, 0.6, "Pasted at row 2, column 2")
+    on.wait_for_another("reconstruction2", before)
+    with page.expect_download() as download:
+        page.click("#download")
+    assert zipfile.is_zipfile(download.value.path())
+    page.locator("#blend input[type=range]").focus()
+    page.keyboard.press("End")
+    page.locator("#blend input[type=range]").dispatch_event("pointerup")
+    on.wait_for_message("100% those of the second")
+    page.click("#restore")
+    on.wait_for_message("The mix is the first image")
+    page.locator("#examples0 button").nth(1).click()
+    on.wait_for_message("PSNR")
+    page.screenshot(path=tmp_path / "page.png")
+    assert len(np.unique(images.read_image(tmp_path / "page.png").reshape(-1, 3), axis=0)) > 100
+    assert [path.name[:15] for path in served[1].iterdir() if "vqrae" in path.name] == ["vqrae-jax-demo-"]
+
+
+@needs_browser
+def test_generation_in_a_browser(visit):
+    on = visit("Generate", "#generate-message")
+    on.fill("generate-steps", "0")
+    on.page.click("button#generate")
+    on.wait_for_message("Steps=0: must be at least 1.")
+    on.fill("generate-steps", "2")
+    on.page.click("button#generate")
+    on.wait_for_message("Click a sample")
+    assert on.page.locator("#samples img").count() == 8
+    assert on.page.locator("#samples").inner_text().split() == ["cat", "dog"] * 4
+    steps = on.source("steps")
+    on.page.locator("#samples button").nth(1).click()
+    on.wait_for_another("steps", steps)
+    on.page.click("#use")  # opens the tab "Repaint"
+    on.page.wait_for_selector("#before img", state="visible")
+
+
+@needs_browser
+def test_repainting_in_a_browser(visit):
+    on = visit("Repaint", "#repaint-message")
+    on.page.wait_for_selector("#before img")  # the first example
+    on.click("before", 0.1, 0.1, "opposite corner")
+    on.click("before", 0.4, 0.9, "4 x 2 codes")
+    on.fill("repaint-class", "bird")
+    on.page.click("button#repaint")
+    on.wait_for_message("unknown class; expected one of cat, dog")
+    on.fill("repaint-class", "dog")
+    on.page.click("button#repaint")
+    on.wait_for_message("codes changed")
+    on.page.wait_for_selector("#after img")
+    on.page.locator("#examplesrepaint button").nth(1).click()
+    on.wait_for_message("Click two opposite corners")
+    on.page.wait_for_selector("#after img", state="detached")

@@ -6,6 +6,7 @@ from vqrae_jax.commands import generate
 from vqrae_jax.data.codes import Codes
 from vqrae_jax.data.images import read_image
 from vqrae_jax.errors import UserError
+from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference import samples
 
 
@@ -17,7 +18,7 @@ def run(generator, output, *arguments):
 @pytest.fixture(scope="module")
 def written(trained_generator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
-    assert run(trained_generator, folder, "--count=5", "--npz=all.npz", "--steps=2", "--seed=1")
+    assert run(trained_generator, folder, "--count=5", "--npz=all.npz", "--strip=steps.png", "--steps=2", "--seed=1")
     return folder
 
 
@@ -30,6 +31,9 @@ def test_files_grid_and_npz_are_the_samples(written, trained_generator):
     assert np.abs(images / 255 - expected).max() <= 0.5 / 255 + 1e-5
     np.testing.assert_array_equal(read_image(written / "00000003.png"), images[3])
     assert read_image(written / "grid.png").ndim == 3
+    codes, tokenizer = generator.history(0, seed=1, steps=2)[:, 0], generator.tokenizer
+    steps = visualize.sampling_steps(codes, 32, tokenizer.decode_from_indices, tokenizer.grid)
+    np.testing.assert_array_equal(read_image(written / "steps.png"), steps)
 
 
 def test_processes_share_the_samples_and_an_interrupted_run_is_continued(

@@ -59,10 +59,10 @@ class Parser(argparse.ArgumentParser):
         """Adds an argument that is an integer from `least` to `limit`."""
         self.add(name, help, default=default, type=functools.partial(count, limit=limit, least=least), **options)
 
-    def add_checkpoint(self, **options: Any) -> None:
+    def add_checkpoint(self, required: bool = True, **options: Any) -> None:
         """Adds --checkpoint, --step and --encoder, the arguments of `Tokenizer.load`."""
         places = "workdir of a run, one of its checkpoints, an exported folder (each local or gs://), or a hub id"
-        self.add("--checkpoint", places, required=True, **options)
+        self.add("--checkpoint", places, required=required, **options)
         self.add("--step", "step of the checkpoint; the newest by default", type=int)
         self.add("--encoder", "folder or hub id of the frozen encoder's weights, in place of the config's")
 

@@ -3,9 +3,10 @@
 vqrae demo --checkpoint=runs/quickstart
 
 A click on a patch shows its code and the patches nearest to it; a mix blends the codes of both images, and regions of
-the second can be pasted into it. Only this machine can reach the page unless --host says otherwise, and only the page
-itself may send requests: those with another Origin, or to a Host that is not an address or a name of this machine, are
-refused.
+the second can be pasted into it. With --generator=runs/generator the page also samples images of classes and samples
+regions of an image again; --checkpoint may then be left out. Only this machine can reach the page unless --host says
+otherwise, and only the page itself may send requests: those with another Origin, or to a Host that is not an address
+or a name of this machine, are refused.
 """
 
 import argparse
@@ -23,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from vqrae_jax import runtime
-from vqrae_jax.commands import command_line
+from vqrae_jax.commands import command_line, generator_tabs
 from vqrae_jax.commands.same_origin import SameOrigin
 from vqrae_jax.data import images, photographs
 from vqrae_jax.errors import ConfigError, DataError, import_extra
 from vqrae_jax.inference.edit_session import FIRST, MIX, SECOND, STEPS, VIEW, Editor, Session
+from vqrae_jax.inference.generator import Generator
+from vqrae_jax.inference.generator_session import GeneratorActions
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 LOOK, PASTE = "look", "paste codes"
@@ -39,7 +42,8 @@ CSS = f"""main {{max-width: {3 * VIEW + 32}px !important; margin: auto !importan
 .view img {{image-rendering: pixelated}} .grid-wrap {{overflow: hidden !important; padding: 6px !important}}"""
 
 parser = command_line.Parser("demo", "Serves a web page to look at, compare and edit the codes of images.")
-parser.add_checkpoint()
+parser.add_checkpoint(required=False)
+parser.add("--generator", "workdir, checkpoint, saved folder or hub id of a generator; with its tokenizer by default")
 parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
 parser.add("--port", type=int, default=7860)
 parser.add("--allow-host", "other names of this machine or of a proxy in front of it", nargs="+", default=[])
@@ -74,68 +78,79 @@ def write_archive(session: Session, folder: str) -> str | None:
         return shutil.make_archive(str(pathlib.Path(tempfile.mkdtemp(dir=folder)) / "codes"), "zip", content)
 
 
-def build_blocks(editor: Editor, folder: str) -> Any:
+def build_blocks(editor: Editor, folder: str, generator: Generator | None = None) -> Any:
     """Builds the page as Gradio's Blocks; downloads are written to `folder`."""
     gr, examples = import_gradio(), load_examples()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        gr.Markdown(f"# {TITLE}\n{_summary(editor.tokenizer)}")
+        if generator is None:
+            _add_codes(gr, editor, examples, folder)
+        else:
+            with gr.Tabs() as tabs:
+                generator_tabs.add_tabs(gr, tabs, GeneratorActions(generator), examples)
+                with gr.Tab("Look at codes"):
+                    _add_codes(gr, editor, examples, folder)
+    return blocks
+
+
+def _add_codes(gr: Any, editor: Editor, examples: list[np.ndarray], folder: str) -> None:
+    """Adds the part of the page in which codes are looked at and edited."""
     initial = first_session(editor, examples)
     values, views, sources = editor.render(initial), {}, []
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        session = gr.State(initial)
-        gr.Markdown(f"# {TITLE}\n{_summary(editor.tokenizer)}")
-        with gr.Row(equal_height=True):
-            action = gr.Radio([LOOK, PASTE], value=LOOK, label="a click will", elem_id="action", scale=1)
-            message = gr.Markdown(HELP, elem_id="message", container=True)
-        for slot in (FIRST, SECOND):
-            with gr.Row():
-                views |= _add_views(gr, slot, ("input", "reconstruction", "codes"), values)
-            with gr.Row():
-                sources.append(_add_sources(gr, slot, examples))
+    session = gr.State(initial)
+    with gr.Row(equal_height=True):
+        action = gr.Radio([LOOK, PASTE], value=LOOK, label="a click will", elem_id="action", scale=1)
+        message = gr.Markdown(HELP, elem_id="message", container=True)
+    for slot in (FIRST, SECOND):
         with gr.Row():
-            with gr.Column(min_width=VIEW // 2):
-                gr.Markdown("**Mix of both images' codes**")
-                weight = gr.Slider(0, 1, 0, step=1 / STEPS, label="weight of the second", elem_id="blend")
-                restore = gr.Button("undo blending and pasting", elem_id="restore", size="sm")
-                archive = write_archive(initial, folder)
-                download = gr.DownloadButton("download images and codes", archive, elem_id="download", size="sm")
-            views |= _add_views(gr, MIX, ("reconstruction", "codes"), values)
-        gr.Markdown("**Selected patch, and the patches nearest to it**")
-        views["nearest"] = _add_image(gr, "nearest", None, 80)
+            views |= _add_views(gr, slot, ("input", "reconstruction", "codes"), values)
+        with gr.Row():
+            sources.append(generator_tabs.add_sources(gr, slot, examples))
+    with gr.Row():
+        with gr.Column(min_width=VIEW // 2):
+            gr.Markdown("**Mix of both images' codes**")
+            weight = gr.Slider(0, 1, 0, step=1 / STEPS, label="weight of the second", elem_id="blend")
+            restore = gr.Button("undo blending and pasting", elem_id="restore", size="sm")
+            archive = write_archive(initial, folder)
+            download = gr.DownloadButton("download images and codes", archive, elem_id="download", size="sm")
+        views |= _add_views(gr, MIX, ("reconstruction", "codes"), values)
+    gr.Markdown("**Selected patch, and the patches nearest to it**")
+    views["nearest"] = _add_image(gr, "nearest", None, 80)
 
-        def update(old: Session, new: Session) -> tuple[Any, ...]:
-            rendered = editor.render(new)
-            file = gr.skip() if new.slots == old.slots else write_archive(new, folder)
-            return new, new.message, new.weight, file, None, None, *map(rendered.get, views)
+    def update(old: Session, new: Session) -> tuple[Any, ...]:
+        rendered = editor.render(new)
+        file = gr.skip() if new.slots == old.slots else write_archive(new, folder)
+        return new, new.message, new.weight, file, None, None, *map(rendered.get, views)
 
-        outputs = [session, message, weight, download, *(upload for upload, _ in sources), *views.values()]
-        event = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
+    outputs = [session, message, weight, download, *(upload for upload, _ in sources), *views.values()]
+    event = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
 
-        def on_upload(slot: int) -> Callable[..., tuple[Any, ...]]:
-            return lambda old, file: update(old, editor.load_file(old, slot, file))
+    def on_upload(slot: int) -> Callable[..., tuple[Any, ...]]:
+        return lambda old, file: update(old, editor.load_file(old, slot, file))
 
-        def on_example(slot: int) -> Callable[..., tuple[Any, ...]]:
-            def select(old: Session, at: gr.SelectData) -> tuple[Any, ...]:
-                return update(old, editor.load(old, slot, examples[at.index]))
+    def on_example(slot: int) -> Callable[..., tuple[Any, ...]]:
+        def select(old: Session, at: gr.SelectData) -> tuple[Any, ...]:
+            return update(old, editor.load(old, slot, examples[at.index]))
 
-            return select
+        return select
 
-        def on_click(slot: int) -> Callable[..., tuple[Any, ...]]:
-            side = -(-VIEW // editor.tokenizer.image_size) * editor.tokenizer.image_size  # pixels of a view
+    def on_click(slot: int) -> Callable[..., tuple[Any, ...]]:
+        side = -(-VIEW // editor.tokenizer.image_size) * editor.tokenizer.image_size  # pixels of a view
 
-            def click(old: Session, action: str, at: gr.SelectData) -> tuple[Any, ...]:
-                act = editor.paste if action == PASTE else editor.select
-                return update(old, act(old, slot, at.index[0] / side, at.index[1] / side))
+        def click(old: Session, action: str, at: gr.SelectData) -> tuple[Any, ...]:
+            act = editor.paste if action == PASTE else editor.select
+            return update(old, act(old, slot, at.index[0] / side, at.index[1] / side))
 
-            return click
+        return click
 
-        for slot, (upload, gallery) in enumerate(sources):
-            upload.upload(on_upload(slot), [session, upload], **event)
-            gallery.select(on_example(slot), [session], **event)
-        for name, view in views.items():
-            if name != "nearest":
-                view.select(on_click(int(name[-1])), [session, action], **event)
-        weight.release(lambda old, value: update(old, editor.blend(old, value)), [session, weight], **event)
-        restore.click(lambda old: update(old, editor.restore(old)), [session], **event)
-    return blocks
+    for slot, (upload, gallery) in enumerate(sources):
+        upload.upload(on_upload(slot), [session, upload], **event)
+        gallery.select(on_example(slot), [session], **event)
+    for name, view in views.items():
+        if name != "nearest":
+            view.select(on_click(int(name[-1])), [session, action], **event)
+    weight.release(lambda old, value: update(old, editor.blend(old, value)), [session, weight], **event)
+    restore.click(lambda old: update(old, editor.restore(old)), [session], **event)
 
 
 def _summary(tokenizer: Tokenizer) -> str:
@@ -164,28 +179,19 @@ def _add_image(gr: Any, name: str, value: Any, height: int) -> Any:
     )  # fmt: skip
 
 
-def _add_sources(gr: Any, slot: int, examples: list[np.ndarray]) -> tuple[Any, Any]:
-    """Adds a place for files and a gallery of examples."""
-    upload = gr.File(elem_id=f"upload{slot}", show_label=False, height=130, scale=1)
-    gallery = gr.Gallery(
-        [images.center_crop(image, 96) for image in examples], elem_id=f"examples{slot}", height=130, scale=2,
-        columns=max(len(examples), 1), allow_preview=False, show_label=False, buttons=[], object_fit="cover",
-        visible=bool(examples),
-    )  # fmt: skip
-    return upload, gallery
-
-
 def serve(args: argparse.Namespace) -> None:
     """Runs the command until it is interrupted."""
     if not 1 <= args.port <= 65535:
         raise ConfigError("expected 1 to 65535", field="--port", value=args.port)
+    if not (args.checkpoint or args.generator):
+        raise ConfigError("is missing; pass a tokenizer, or a generator as --generator", field="--checkpoint")
     with tempfile.TemporaryDirectory(prefix="vqrae-jax-demo-") as folder:
         runtime.set_environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         gr = import_gradio()
         from starlette.middleware import Middleware  # a part of Gradio
 
-        tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder, batch_size=1)
-        blocks = build_blocks(Editor(tokenizer), folder)
+        tokenizer, generator = _load_models(args)
+        blocks = build_blocks(Editor(tokenizer), folder, generator)
         names = {name.lower() for name in ("localhost", socket.gethostname(), args.host, *args.allow_host)}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # removes the folder too
         try:
@@ -201,6 +207,23 @@ def serve(args: argparse.Namespace) -> None:
             raise ConfigError(message, field="--port", value=args.port) from None
         print(f"serving {address} (Ctrl-C stops)", flush=True)
         threading.Event().wait()
+
+
+@command_line.names_arguments({"checkpoint": "--generator", "tokenizer": "--checkpoint"})
+def _load_generator(path: str, tokenizer: Tokenizer | None) -> Generator:
+    generator = Generator.load(path, tokenizer=tokenizer)
+    generator.require_tokenizer()
+    return generator
+
+
+def _load_models(args: argparse.Namespace) -> tuple[Tokenizer, Generator | None]:
+    tokenizer = None
+    if args.checkpoint:
+        tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder, batch_size=1)
+    if not args.generator:
+        return tokenizer, None
+    generator = _load_generator(args.generator, tokenizer)
+    return generator.tokenizer, generator
 
 
 def import_gradio() -> Any:

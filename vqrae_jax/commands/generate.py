@@ -1,6 +1,6 @@
 """Samples images from a generator: image files, a grid, or an .npz as ADM's evaluation reads it.
 
-vqrae generate --checkpoint=runs/generator --classes=flags,3 --count=16 --output=samples
+vqrae generate --checkpoint=runs/generator --classes=cat,1 --count=16 --output=samples
 
 The output folder also has the codes of the samples in codes/, as `vqrae tokenize` writes them. The same command
 continues after an interruption, and several processes share the work as those of tokenize do.
@@ -9,6 +9,7 @@ continues after an interruption, and several processes share the work as those o
 import argparse
 import ast
 import concurrent.futures
+import dataclasses
 import functools
 import zipfile
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from vqrae_jax.commands import command_line
 from vqrae_jax.data import codes, images
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.evaluation import visualize
-from vqrae_jax.generation.sampler_config import Method
+from vqrae_jax.generation.sampler_config import Method, SamplerConfig
 from vqrae_jax.inference import samples
 from vqrae_jax.inference.generator import Generator
 from vqrae_jax.progress import progress
@@ -39,6 +40,7 @@ parser.add(
     "--format", "format of the image files; none: no files", default="png", choices=["png", "jpg", "webp", "none"]
 )
 parser.add("--grid", f"file name of a picture of the first {GRID} images, in the output folder", default="grid.png")
+parser.add("--strip", "file name of a picture of the first image after steps of masked diffusion, in the output folder")
 parser.add("--npz", "file name of an .npz of all images (arr_0) and labels (arr_1), in the output folder")
 parser.add_count("--seed", "seed of the samples", 0, 2**32 - 1, least=0)
 parser.add_count("--batch", "images per call of the network; 32 per device by default", limit=command_line.MAX_BATCH)
@@ -68,6 +70,9 @@ def generate(args: argparse.Namespace) -> bool:
     settings = dict(_parse_setting(text) for text in args.set)
     settings |= {name: getattr(args, name) for name in ("guidance", "steps", "method")}
     sampler = generator.choose_sampler(**settings)
+    if args.strip:
+        with command_line.names_arguments({"family": "--strip"}):
+            generator.require_masked()
     labels = _labels(generator, args.classes, args.count)
     plan = samples.plan_samples(generator, labels, args.seed, sampler)
     write = functools.partial(_write_images, generator, output, args.format)
@@ -80,6 +85,8 @@ def generate(args: argparse.Namespace) -> bool:
         print("other processes are not done: the last one completes the samples")
         return False
     _write_summary(generator, output, labels, args.grid, args.npz)
+    if args.strip:
+        write_steps(generator, output / args.strip, labels, args.seed, sampler)
     print(f"{len(labels)} images in {output}")
     return True
 
@@ -121,7 +128,9 @@ def _write_summary(
     if grid:
         first = np.concatenate([batch for batch, _ in zip(decoded(), range(GRID), strict=False)][:GRID])[:GRID]
         names = (
-            [_name(generator, label) for label in labels[: len(first)].tolist()] if generator.config.classes else None
+            [generator.class_name(label) for label in labels[: len(first)].tolist()]
+            if generator.config.classes
+            else None
         )
         images.write_image(output / grid, visualize.sample_grid(first, names))
     if npz:
@@ -130,10 +139,15 @@ def _write_summary(
             write_npz(local, shape, batches, labels)
 
 
-def _name(generator: Generator, label: int) -> str:
-    if label == generator.config.classes:
-        return "any class"
-    return generator.classes[label] if generator.classes else f"class {label}"
+def write_steps(
+    generator: Generator, path: storage.Path, labels: np.ndarray, seed: int, sampler: SamplerConfig
+) -> None:
+    """Writes a picture of the steps of the first sample."""
+    label = None if labels[0] == generator.config.classes else labels[0]
+    settings = dataclasses.asdict(sampler)
+    history = generator.history(label, seed, sampler=settings.pop("method"), **settings)[:, 0]
+    tokenizer, K = generator.tokenizer, generator.config.num_embeddings
+    images.write_image(path, visualize.sampling_steps(history, K, tokenizer.decode_from_indices, tokenizer.grid))
 
 
 def write_npz(path: Any, shape: tuple[int, ...], batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
