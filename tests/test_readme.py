@@ -107,7 +107,7 @@ def test_reference_pages_are_current():
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_python_blocks_run(block, golden, trained, tmp_path, monkeypatch):
+def test_python_blocks_run(block, golden, trained, tmp_path, monkeypatch, request):
     """Runs them on a short run in place of the quickstart's and on a small encoder in place of the hub's."""
     small = {
         "runs/quickstart": str(trained),
@@ -115,6 +115,8 @@ def test_python_blocks_run(block, golden, trained, tmp_path, monkeypatch):
         '"ViT-B"': '"ViT-Nano", encoder_input_size=56',
         "8192": "64",
     }
+    if "runs/generator" in block:
+        small["runs/generator"] = str(request.getfixturevalue("trained_generator"))
     for name, replacement in small.items():
         block = block.replace(name, replacement)
     monkeypatch.chdir(tmp_path)

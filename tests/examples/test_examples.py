@@ -6,10 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from vqrae_jax.config import DataConfig
-from vqrae_jax.data import codes, images
+from vqrae_jax.data import codes
 from vqrae_jax.data.code_shards import Columns
-from vqrae_jax.data.pipeline import train_batches
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
 OPTIONAL = {"codes_torch": "torch", "codes_datasets": "datasets"}  # example -> a library that it needs
@@ -64,7 +62,7 @@ def test_reading_needs_no_jax(tokenized):
 
 def test_scripts_start_in_another_folder(tokenized, run_elsewhere, tmp_path):
     """Imports of all examples work as scripts outside the checkout; one of them runs."""
-    names = ["generate", "invert_an_image"]
+    names = ["invert_an_image"]
     names += [name for name, library in OPTIONAL.items() if importlib.util.find_spec(library)]
     script = f"""
 import runpy, sys
@@ -93,26 +91,3 @@ def test_the_decoder_is_differentiable(untrained):
     image = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
     _, errors = example("invert_an_image").invert(untrained(), image, steps=20)
     assert errors[-1] < 0.9 * errors[0]
-
-
-@pytest.mark.slow
-def test_a_generator_learns_codes(tokenized):
-    from vqrae_jax.models.generator import Architecture, CodeTransformer
-    from vqrae_jax.models.vit import BlocksConfig
-
-    module = example("generate")
-    model = CodeTransformer(Architecture(BlocksConfig(32, 1, 2, 64), 100, ((2, 2),), classes=3))
-    batches = train_batches(DataConfig(source="codes", path=str(tokenized), batch_size=10), seed=0)
-    variables, losses = module.train(model, batches, 120, learning_rate=1e-2)
-    assert np.mean(losses[-20:]) < 0.5 * losses[0]
-    samples = np.asarray(module.sample_codes(model, variables, np.arange(3).repeat(20)))
-    assert np.mean(samples % 10 == np.arange(4)) > 0.9
-
-
-@pytest.mark.slow
-def test_the_generator_writes_decoded_samples(trained, tmp_path, monkeypatch):
-    folder = write_codes(tmp_path / "codes", 32, 4, lambda i, n: (i + n) % 32)
-    output = tmp_path / "samples.png"
-    monkeypatch.setattr(sys, "argv", ["generate.py", str(trained), str(folder), str(output), "--steps=2", "--batch=2"])
-    example("generate").main()
-    assert images.read_image(output).shape == (3 * 32, 8 * 32, 3)
