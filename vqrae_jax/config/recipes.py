@@ -34,3 +34,70 @@ def rae_stage1(c: ml_collections.ConfigDict, epochs: float = 16) -> None:
 def half_precision(c: ml_collections.ConfigDict) -> None:
     """bfloat16 activations wherever there is a choice; parameters, norms, distances and losses stay float32."""
     c.model.dtype = c.loss.perceptual.dtype = c.adversary.dtype = "bfloat16"
+
+
+def imagenet_generator(c: ml_collections.ConfigDict, num_embeddings: int) -> None:
+    """Sets a generator of ImageNet's 1,000 classes on the 16 x 16 codes of a tokenizer with `num_embeddings` codes.
+
+    The shape of the codes is set so that it is known without data; other codes need other values.
+    """
+    c.train.task = "generator"
+    c.data.source = "codes"
+    c.generator.grids = ((16, 16),)
+    c.generator.levels = 1
+    c.generator.num_embeddings = num_embeddings
+    c.generator.classes = 1000
+    c.generator.dtype = "bfloat16"
+    c.optimizer.clip_norm = 1.0
+    c.optimizer.ema_decay = 0.9999
+
+
+def masked_generator(c: ml_collections.ConfigDict, width: int, depth: int, heads: int, mlp: int) -> None:
+    """Sets network and sampler of Halton-MaskGIT (Besnier et al. 2025, arXiv:2503.17076), and a schedule of our own.
+
+    Network, dropout, masks, rate, warm-up and clipping are those of its repository, with our initialization, norms and
+    head; batch and epochs are ours.
+    """
+    imagenet_generator(c, 16_384)
+    c.generator.width, c.generator.depth, c.generator.heads, c.generator.mlp = width, depth, heads, mlp
+    c.generator.gated = True
+    c.generator.adaln = True
+    c.generator.class_token = False
+    c.generator.registers = 1
+    c.generator.schedule = "arccos"
+    c.generator.sampler.method = "halton"
+    c.generator.sampler.steps = 32
+    c.generator.sampler.schedule = "arccos"
+    c.generator.sampler.guidance = 2.0
+    c.generator.sampler.guidance_schedule = "linear"
+    c.train.epochs = 300
+    c.data.batch_size = 256
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.final_learning_rate = 1e-5
+    c.optimizer.warmup_steps = 2500
+    c.optimizer.weight_decay = 0.03
+    c.optimizer.b2 = 0.96
+
+
+def rar_generator(c: ml_collections.ConfigDict, width: int, mlp: int) -> None:
+    """Sets network, schedule and orders of RAR (Yu et al. 2024, arXiv:2411.00776) as its repository does.
+
+    400 epochs with batches of 2,048: all orders random in the first 200, fewer until 300, then row by row. Differences
+    that remain: the number of codes (1,024 in RAR), the head, the average of the parameters (none in RAR), and the
+    dropout of attention weights, which RAR has in addition.
+    """
+    imagenet_generator(c, 16_384)
+    c.generator.family = "autoregressive"
+    c.generator.width, c.generator.depth, c.generator.heads, c.generator.mlp = width, 24, 16, mlp
+    c.generator.adaln = True
+    c.generator.tied = False
+    c.generator.permuted_epochs = 200
+    c.generator.raster_epochs = 300
+    c.generator.sampler.guidance_schedule = "power-cosine"
+    c.train.epochs = 400
+    c.data.batch_size = 2048
+    c.optimizer.learning_rate = 4e-4
+    c.optimizer.final_learning_rate = 1e-5
+    c.optimizer.warmup_epochs = 100
+    c.optimizer.weight_decay = 0.03
+    c.optimizer.b2 = 0.96
