@@ -40,11 +40,11 @@ def read_grids(folder: str) -> tuple[Int[np.ndarray, "L B h w"], int]:
     Raises:
       DataError: an image's codes are not a grid.
     """
-    dataset = Codes(storage.resolve_path(folder), cached=1)
+    dataset = Codes(storage.resolve_path(folder))
     shape = dataset.plan.view_shape
     if len(shape) < 2:
         raise DataError(f"has codes of shape {shape}; expected grids", field="--train", value=folder)
-    codes = np.stack([dataset[i]["codes"] for i in range(len(dataset))]).astype(np.int64)
+    codes = dataset.load()[0].astype(np.int64)
     return np.moveaxis(codes.reshape(-1, *shape[:2], int(np.prod(shape[2:]))), -1, 0), dataset.plan.codebook_size
 
 
