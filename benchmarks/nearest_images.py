@@ -1,6 +1,6 @@
 """Finds the nearest training image of every sample of a generator, which shows what it has memorized.
 
-python benchmarks/nearest_images.py --tokenizer=runs/emoji --train=/data/codes --val=/data/val_codes --samples=samples/codes --output=nearest.png
+python benchmarks/nearest_images.py --tokenizer=runs/emoji --train=codes --val=val --samples=samples --output=x.png
 
 Distances are root mean squared differences of pixels in [0, 1] between decoded codes, so that a copy of all codes has
 the distance 0. Held-out images give the distances of images that are new; samples that are nearer than these are copies
@@ -55,8 +55,9 @@ def pairs(samples: np.ndarray, names: list[str], found: np.ndarray, distances: n
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="tokenizer of all codes")
-    for name, text in {"train": "training", "val": "held-out", "samples": "sampled"}.items():
-        parser.add_argument(f"--{name}", required=True, help=f"folder of {text} codes")
+    parser.add_argument("--train", required=True, help="folder of training codes")
+    parser.add_argument("--val", required=True, help="folder of held-out codes")
+    parser.add_argument("--samples", required=True, help="output folder of generate")
     parser.add_argument("--output", required=True, help="image file for the samples and their nearest images")
     parser.add_argument("--shown", type=int, default=36, help="number of samples in the picture, from the first")
     parser.add_argument("--columns", type=int, default=4, help="samples per row of the picture")
@@ -66,7 +67,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     tokenizer = Tokenizer.load(args.tokenizer)
-    (train, _), (val, _), (samples, names) = (decode(tokenizer, x) for x in (args.train, args.val, args.samples))
+    (train, _), (val, _), (samples, names) = (
+        decode(tokenizer, x) for x in (args.train, args.val, f"{args.samples}/codes")
+    )
     report = {}
     for name, queries in {"val": val, "samples": samples}.items():
         index, distances = nearest(queries, train)

@@ -135,8 +135,10 @@ def shrink(module, arguments, golden):
     left_out = re.compile(r"--config\.(evaluation\.(metrics|inception_path)|optimizer\.accumulate)=")  # needs weights
     arguments = [REPLACED.get(argument, argument) for argument in arguments if not left_out.match(argument)]
     small = SMALL | {"model.decoder_config_path": golden / "vqrae" / "decoder_config"}
-    if "--config=configs/laptop.py" in arguments:
-        small |= {"model.encoder_input_size": 32}  # four patches of 8 pixels per side
+    for config, size in {"laptop": 32, "emoji_cpu": 16}.items():  # four patches per side
+        small |= {"model.encoder_input_size": size} if f"--config=configs/{config}.py" in arguments else {}
+    if "--config=configs/generator_cpu.py" in arguments:
+        small |= {"generator.width": 32, "generator.heads": 2, "generator.mlp": 64, "generator.depth": 1}
     if "--checkpoint=imported" in arguments:  # whose model is small
         small = {n: value for n, value in small.items() if not n.startswith("model.")} | {"data.image_size": 64}
     arguments += [f"--config.{name}={value}" for name, value in small.items()]
@@ -154,7 +156,9 @@ def workspace(outside, golden, tiny, trained, trained_generator, tmp_path_factor
     """A folder with everything that the documentation assumes."""
     folder = tmp_path_factory.mktemp("workspace")
     rng = np.random.default_rng(0)
-    for name, count in {"data/train": 16, "data/val": 8, "photographs/train": 32, "photographs/val": 4}.items():
+    folders = {"data/train": 16, "data/val": 8, "photographs/train": 32, "photographs/val": 4}
+    folders |= {f"emoji/{part}/{name}": 8 for part in ("train", "val") for name in ("flags", "smileys_emotion")}
+    for name, count in folders.items():
         for i in range(count):
             images.write_image(folder / name / f"{i:02d}.png", rng.integers(0, 256, (60, 60, 3), np.uint8))
     images.write_image(folder / "cat.png", rng.integers(0, 256, (80, 60, 3), np.uint8))
