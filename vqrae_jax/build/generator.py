@@ -94,7 +94,7 @@ def variable_shapes(module: CodeTransformer) -> dict[str, Any]:
 
 
 def initial_variables(
-    module: CodeTransformer, key: jax.Array, vectors: Float[np.ndarray, "L K C"] | None = None
+    module: CodeTransformer, key: jax.Array, vectors: Float[jax.Array, "L K C"] | None = None
 ) -> dict[str, Any]:
     """Creates the variables before training; `vectors` are those of `code_vectors`. Use it under `jit`."""
     variables = module.init(key, jnp.zeros((1, module.config.length), jnp.int32))
