@@ -49,7 +49,7 @@ def test_cells_are_python_with_small_outputs_and_parameters():
     without_images = re.sub(r'"image/jpeg": "[^"]*"', "", text)
     assert not re.search(r"Traceback|/home/|/tmp/|/root/", text)
     assert not re.search(r"[\s'\"(=:,\[/]/\w+/", without_images), "a path of the machine that ran it"
-    assert sum(images for images, _ in outputs(CELLS)) == 5
+    assert sum(images for images, _ in outputs(CELLS)) == 7
 
 
 def test_outside_a_checkout_pip_installs_the_package(monkeypatch, tmp_path):
@@ -108,14 +108,24 @@ def test_it_runs_in_its_kernel_and_its_outputs_are_current(trained, tmp_path, st
 @pytest.mark.parametrize("quantizer", [
     "none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "residual", "product", "multiscale")),
 ])  # fmt: skip
-def test_cells_adapt_to_the_quantizer(untrained, monkeypatch, quantizer, capsys):
+def test_cells_adapt_to_the_quantizer(untrained, monkeypatch, quantizer, capsys, tmp_path):
     display = pytest.importorskip("IPython.display", reason="the notebook extra is not installed")
     shown = []
     monkeypatch.setattr(display, "display", shown.append)
-    names = {"tokenizer": untrained(quantizer=quantizer), "IMAGES": []}
+    tokenizer, saved = untrained(quantizer=quantizer), tmp_path / "tokenizer"
+    if quantizer != "none":
+        tokenizer.save_pretrained(saved)
+    names = {
+        "tokenizer": tokenizer,
+        "TOKENIZER": str(saved),
+        "IMAGES": [],
+        "STEPS": 8,
+        "WORKDIR": str(tmp_path / "run"),
+    }
     for cell in REST:
         if cell != SPEED or quantizer == "none":
             exec(CODE[cell], names)
     has_levels, has_appearance = quantizer in ("residual", "multiscale"), quantizer == "fsq"
-    assert len(shown) == 3 + has_levels + has_appearance + (quantizer != "none")
+    has_codes, has_positions = quantizer != "none", quantizer not in ("none", "multiscale")
+    assert len(shown) == 3 + has_levels + has_appearance + 2 * has_codes + has_positions
     assert "Traceback" not in capsys.readouterr().err
