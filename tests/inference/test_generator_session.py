@@ -1,7 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
 from vqrae_jax import Generator
+from vqrae_jax.build import generator as builder
+from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.data import images, photographs
 from vqrae_jax.errors import DataError
 from vqrae_jax.inference.edit_session import VIEW
@@ -92,3 +95,24 @@ def test_a_generator_without_a_tokenizer_is_refused(actions):
     with pytest.raises(DataError) as error:
         GeneratorActions(alone)
     assert error.value.field == "tokenizer"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "quantizer"), [("autoregressive", "ema"), ("masked", "residual")])
+def test_sessions_without_steps_without_classes_and_with_several_levels(untrained, family, quantizer):
+    tokenizer = untrained(quantizer=quantizer)
+    shape, levels = tokenizer.code_shape, tokenizer.code_shape[2] if len(tokenizer.code_shape) > 2 else 1
+    config = GeneratorConfig(
+        family=family, grids=((4, 4),), levels=levels, num_embeddings=tokenizer.codebook_size, classes=0,
+        width=16, depth=1, heads=2, mlp=32,
+    )  # fmt: skip
+    module = builder.build_generator(config)
+    variables = jax.jit(builder.initial_variables, static_argnums=0)(module, jax.random.key(0))
+    actions = GeneratorActions(Generator(module, variables, config, tokenizer))
+    samples = actions.sample(Samples(), 2, ANY, 0, steps=3)
+    assert samples.history.shape == (3 if family == "masked" else 1, 2, *shape)
+    assert samples.captions == ()
+    assert (actions.show_steps(samples) is None) == (family == "autoregressive")
+    image = actions.load_sample(Repaint(), samples)
+    selected = actions.select(actions.select(image, 0.9, 0.9), 0.3, 0.9)
+    assert "codes changed" in actions.repaint(selected, ANY, 1).message

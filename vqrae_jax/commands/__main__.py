@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "codebook": "report how a tokenizer uses its codebook on a set of images",
-    "demo": "serve a web page to look at, compare and edit the codes of images",
+    "demo": "serve a web page to edit the codes of images, and to sample from a generator",
     "detokenize": "decode a dataset or an array of codes to image files",
     "evaluate": "measure reconstructions, at all rates of a tokenizer and next to JPEG and WebP",
     "export": "write a model for PyTorch, as a folder, or as StableHLO programs",

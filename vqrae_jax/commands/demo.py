@@ -1,4 +1,4 @@
-"""Serves a web page to look at, compare and edit the codes of two images.
+"""Serves a web page to look at and edit the codes of two images, and to sample from a generator.
 
 vqrae demo --checkpoint=runs/quickstart
 
@@ -38,10 +38,10 @@ TITLE = "Images as codes"
 HELP = f"""With **{LOOK}**, click a patch to see its code and the patches nearest to it. With **{PASTE}**, click two
 corners of a region in the second image, then a position in the mix. Codes have the color that they decode to."""
 NAMES = ("first image", "second image", "mix")  # of the slots of a session
-CSS = f"""main {{max-width: {3 * VIEW + 32}px !important; margin: auto !important}}
+CSS = f"""main {{width: 100% !important; max-width: {3 * VIEW + 32}px !important; margin: auto !important}}
 .view img {{image-rendering: pixelated}} .grid-wrap {{overflow: hidden !important; padding: 6px !important}}"""
 
-parser = command_line.Parser("demo", "Serves a web page to look at, compare and edit the codes of images.")
+parser = command_line.Parser("demo", "Serves a web page to edit the codes of images, and to sample from a generator.")
 parser.add_checkpoint(required=False)
 parser.add("--generator", "workdir, checkpoint, saved folder or hub id of a generator; with its tokenizer by default")
 parser.add("--host", "address to serve on; the default is reachable from this machine only", default="127.0.0.1")
