@@ -23,6 +23,11 @@ def test_a_number_is_the_same_sample_in_any_batch_and_on_any_mesh(generator, tra
     assert (generator.sample_codes(labels, seed=4) != codes).any()
 
 
+def test_the_sampler_is_its_method(generator):
+    ours, theirs = (generator.sample_codes(0, **{name: "chance"}) for name in ("sampler", "method"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_images_are_the_decoded_codes(generator, trained):
     images = generator.generate("cat", seed=1, count=2)
     expected = Tokenizer.load(trained).decode_from_indices(generator.sample_codes(["cat"] * 2, seed=1))

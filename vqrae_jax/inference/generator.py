@@ -163,7 +163,7 @@ class Generator:
         sampler: str | None = None, *, count: int | None = None, first: int = 0, **settings: Any,
     ) -> Int[np.ndarray, "B ..."]:  # fmt: skip
         """Samples codes [B, *code_shape]; see `generate`."""
-        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        config = self.choose_sampler(**{"guidance": guidance, "steps": steps, "method": sampler} | settings)
         labels = self._labels(labels, count)
         hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
         return self._sample(hidden, labels, seed, first, config)
@@ -184,7 +184,7 @@ class Generator:
         Returns:
           Codes [B, *code_shape]; `tokenizer.decode_from_indices` decodes them.
         """
-        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        config = self.choose_sampler(**{"guidance": guidance, "steps": steps, "method": sampler} | settings)
         codes = self._check_codes(codes)
         mask = self._check_mask(mask, len(codes))
         labels = self._labels(labels, len(codes))
@@ -196,7 +196,7 @@ class Generator:
     ) -> Int[np.ndarray, "S B ..."]:  # fmt: skip
         """Samples codes and returns those after each step of masked diffusion; hidden ones are K; see `generate`."""
         self.require_masked()
-        config = self.choose_sampler(guidance=guidance, steps=steps, method=sampler, **settings)
+        config = self.choose_sampler(**{"guidance": guidance, "steps": steps, "method": sampler} | settings)
         labels = self._labels(labels, count)
         hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
         return self._sample(hidden, labels, seed, first, config, history=True)
