@@ -53,7 +53,8 @@ def train_one_step(run, state):
 
 def test_checkpoints_have_the_names_of_the_classes(tiny):
     batches = mock.Mock(classes=("cat", "dog"), **{"get_state.return_value": {"images": 8}})
-    run = mock.Mock(spec=Run, config=tiny(), batches=batches, checkpoints=mock.Mock())
+    task = mock.Mock(**{"score.return_value": None})
+    run = mock.Mock(spec=Run, config=tiny(), task=task, batches=batches, checkpoints=mock.Mock())
     save_checkpoint(run, mock.Mock(spec=TrainState, step=1), {})
     (meta,) = [value for value in run.checkpoints.save.call_args.args if isinstance(value, dict) and "step" in value]
     assert meta["classes"] == ("cat", "dog")
