@@ -696,7 +696,6 @@ LAW: dict[str, Entry] = {
             "gated": True,
             "qk_norm": False,
             "pos": "rope",
-            "class_token": False,
             "adaln": True,
             "registers": 1,
             "dropout": 0.5,
@@ -706,6 +705,7 @@ LAW: dict[str, Entry] = {
             "remat": True,
         }.items()
     },
+    "generator.class_token": Entry(False, architecture, "module", {**TOKENIZED, "generator.adaln": True}),
     "generator.attention": Entry("cudnn", architecture, "module", {**TOKENIZED, "generator.dtype": "bfloat16"}),
     "generator.input": Entry("codebook", architecture, "module", {**TOKENIZED, "generator.code_channels": 4}),
     "generator.code_channels": Entry(

@@ -264,16 +264,20 @@ def read_checkpoint(path: storage.Path, model: Any, train: Any) -> tuple[Any, An
       CheckpointError: the architecture or the trained parts differ, or a newer version of this package wrote it.
     """
     read_meta(path)
+    saved = _read_shapes(path, "model")
+    ours, theirs = ("generator" if "generator" in tree.get("params", {}) else "tokenizer" for tree in (model, saved))
+    if ours != theirs:
+        raise CheckpointError(f"{path} is of a {theirs}, but this config trains a {ours}; use another workdir")
     # Compared before anything is read: Orbax reports another tree structure like a truncated file.
-    start = f"--config.train.start_from={path.parent.parent}"
-    remedy = f"use the config it was trained with, or another workdir with {start}, which loads the model"
-    rest = None
-    check_shapes(
-        _read_shapes(path, "model"), model, path, remedy=f"{remedy}, or with train.start_parts the parts that fit"
-    )
+    remedy, rest = "use the config it was trained with, or another workdir", None
+    parts = only = ""
+    if ours == "tokenizer":  # a generator starts from nothing
+        remedy += f" with --config.train.start_from={path.parent.parent}, which loads the model"
+        parts, only = ", or with train.start_parts the parts that fit", " and nothing else"
+    check_shapes(saved, model, path, remedy=remedy + parts)
     if train is not None:
         difference = "has this model, but other optimizers, loss terms or trained parts"
-        check_shapes(_read_shapes(path, "train"), train, path, difference, f"{remedy} and nothing else")
+        check_shapes(_read_shapes(path, "train"), train, path, difference, remedy + only)
         rest = _read_item(path, "train", train)
     return _read_item(path, "model", model), rest, _read_json(path / "data", "data state")
 

@@ -58,7 +58,9 @@ def test_classes_are_names_or_numbers(trained_generator, tmp_path):
     ("argument", "field"),
     [
         ("--classes=bird", "--classes"), ("--steps=0", "--steps"), ("--set=nothing", "--set"),
-        ("--set=temperature=0", "temperature"), ("--npz=all.zip", "--npz"), ("--tokenizer=nowhere", "--tokenizer"),
+        ("--set=temperature=0", "temperature"), ("--npz=all.zip", "--npz"), ("--npz=/all.npz", "--npz"),
+        ("--set==3", "--set"), ("--set=steps=none", "--steps"), ("--grid=a.gif", "--grid"), ("--strip=..", "--strip"),
+        ("--tokenizer=nowhere", "--tokenizer"),
         ("--process=1", "--process"),
     ],
 )  # fmt: skip

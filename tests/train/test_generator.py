@@ -10,7 +10,7 @@ from vqrae_jax import checkpoint, sharding
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.code_shards import Columns
 from vqrae_jax.data.images import read_image, write_image
-from vqrae_jax.errors import ConfigError, DataError
+from vqrae_jax.errors import CheckpointError, ConfigError, DataError
 from vqrae_jax.train import loop, sample_evaluation
 from vqrae_jax.train.generator import GeneratorTask
 from vqrae_jax.train.run import open_run
@@ -132,6 +132,10 @@ def test_codes_of_another_tokenizer_and_images_without_a_class_are_refused(tiny_
         ({"generator": {"sampler": {"top_k": 5}}}, "generator.sampler.top_k"),
         ({"generator": {"classes": 0, "sampler": {"guidance": 1.0}}}, "generator.sampler.guidance"),
         ({"generator": {"factors": (4, 4)}}, "generator.factors"),
+        ({"generator": {"class_token": False}}, "generator.class_token"),
+        ({"generator": {"permuted_steps": 2}}, "generator.raster_steps"),
+        ({"generator": {"permuted_epochs": 2.0, "raster_epochs": 1.0}}, "generator.raster_epochs"),
+        ({"data": {"source": "photographs", "path": None, "eval_path": None, "image_size": 64}}, "data.image_size"),
         ({"generator": {"tokenizer": "nowhere"}}, "generator.tokenizer"),
         ({"data": {"source": "folder"}, "generator": {"tokenizer": None}}, "generator.tokenizer"),
         ({"train": {"task": "tokenizer"}}, "data.source"),
@@ -145,6 +149,20 @@ def test_what_does_not_fit_together_is_refused_before_anything_compiles(tiny_gen
     ):
         pass
     assert error.value.field == field
+
+
+def test_a_workdir_of_another_model_is_refused_without_advice_to_start_from_it(
+    tiny, tiny_generator, trained, trained_generator, tmp_path
+):
+    wide = {"generator": {"width": 32}}
+    for config, workdir in (
+        (tiny_generator(), trained), (tiny(), trained_generator), (tiny_generator(**wide), trained_generator)
+    ):  # fmt: skip
+        shutil.copytree(workdir, tmp_path / "run")
+        with pytest.raises(CheckpointError) as error, open_run(config, tmp_path / "run"):
+            pass
+        assert "start_from" not in str(error.value)
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -72,6 +72,9 @@ def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> CodeTr
     for name in ("grids", "levels", "num_embeddings", "classes"):
         if (value := getattr(config, name)) in (None, ()):
             raise ConfigError("is not known without data; set it", field=f"generator.{name}", value=value)
+    if config.classes and not (config.class_token or config.adaln):
+        message = "the network does not see the class; set class_token or adaln, or classes=0"
+        raise ConfigError(message, field="generator.class_token", value=False)
     if config.input == "codebook" and not config.code_channels:
         raise ConfigError("is not known without the tokenizer; set it", field="generator.code_channels", value=0)
     blocks = BlocksConfig(

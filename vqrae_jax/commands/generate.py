@@ -11,6 +11,7 @@ import ast
 import concurrent.futures
 import dataclasses
 import functools
+import pathlib
 import zipfile
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -62,13 +63,15 @@ ARGUMENTS |= {"labels": "--classes", "batch_size": "--batch"}
 def generate(args: argparse.Namespace) -> bool:
     """Runs the command; returns whether all samples are complete, which those of other processes may not be."""
     process, processes = command_line.process_share(args)
-    if args.npz and not args.npz.endswith(".npz"):
-        raise ConfigError("expected the name of an .npz file", field="--npz", value=args.npz)
+    pictures = tuple(images.SAVE_OPTIONS)
+    for name, suffixes in {"npz": (".npz",), "grid": pictures, "strip": pictures}.items():
+        _check_name(f"--{name}", getattr(args, name), suffixes)
     output = command_line.output_folder(args.output)
     generator = Generator.load(args.checkpoint, args.step, tokenizer=args.tokenizer, batch_size=args.batch)
     generator.require_tokenizer()
     settings = dict(_parse_setting(text) for text in args.set)
-    settings |= {name: getattr(args, name) for name in ("guidance", "steps", "method")}
+    arguments = {name: getattr(args, name) for name in ("guidance", "steps", "method")}
+    settings |= {name: value for name, value in arguments.items() if value is not None}
     sampler = generator.choose_sampler(**settings)
     if args.strip:
         with command_line.names_arguments({"family": "--strip"}):
@@ -91,13 +94,20 @@ def generate(args: argparse.Namespace) -> bool:
     return True
 
 
+def _check_name(argument: str, name: str | None, suffixes: tuple[str, ...]) -> None:
+    """Raises ConfigError unless a file in the output folder can have the name; None and "" are no file."""
+    if name and (pathlib.PurePath(name).name != name or not name.lower().endswith(suffixes)):
+        message = f"expected a file name that ends with {' or '.join(suffixes)}; it is in the folder --output"
+        raise ConfigError(message, field=argument, value=name)
+
+
 def _parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ConfigError("expected NAME=VALUE", field="--set", value=text)
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        if not equals:
-            raise ConfigError("expected NAME=VALUE", field="--set", value=text) from None
         return name, value  # the name of a schedule
 
 

@@ -207,8 +207,11 @@ class GeneratorConfig(Section):
         if self.pos == "rope" and self.width // self.heads % 4:
             message = f"rotary positions need a multiple of 4 channels per head, not {self.width // self.heads}"
             raise invalid("pos", self.pos, message)
-        if self.raster_steps and self.raster_steps < self.permuted_steps:
-            raise invalid("raster_steps", self.raster_steps, f"must be at least permuted_steps={self.permuted_steps}")
+        for unit in ("steps", "epochs"):
+            permuted, raster = getattr(self, f"permuted_{unit}") or 0, getattr(self, f"raster_{unit}") or 0
+            if raster < permuted and (raster or not (self.raster_steps or self.raster_epochs)):
+                message = f"must be at least permuted_{unit}={permuted}"
+                raise invalid(f"raster_{unit}", getattr(self, f"raster_{unit}"), message)
         if self.num_embeddings and self.factors and math.prod(self.factors) != self.num_embeddings:
             raise invalid("factors", self.factors, f"the product must be num_embeddings={self.num_embeddings}")
         if self.factors and self.tied and self.input == "codebook":

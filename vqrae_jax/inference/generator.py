@@ -305,6 +305,8 @@ class Generator:
 
     def _labels(self, labels: Any, count: int | None) -> Int[np.ndarray, " B"]:
         numbers = self.find_labels(labels)
+        if count is not None:
+            _check_integer("count", count, 2**31)
         if count is not None and len(numbers) == 1:
             return np.repeat(numbers, count)
         if count not in (None, len(numbers)):
@@ -315,8 +317,7 @@ class Generator:
         self, indices: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"], seed: int, first: int, config: Any,
         history: bool = False,
     ) -> Int[np.ndarray, "..."]:  # fmt: skip
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-            raise ConfigError(f"expected an integer from 0 to {2**32 - 1}", field="seed", value=seed)
+        _check_integer("first", first, 2**31 - len(indices))
         rows = np.arange(first, first + len(indices), dtype=np.int32)
         program = self._program("history" if history else "sample", config)
         codes = self._run(program, indices, labels, rows, seed, axis=int(history))
@@ -324,6 +325,7 @@ class Generator:
 
     def _run(self, program: Any, codes: Any, labels: Any, rows: Any, seed: int, axis: int = 0) -> np.ndarray:
         """Runs a program on padded batches of one size; `axis` of its results is that of the images."""
+        _check_integer("seed", seed, 2**32)
         if not len(codes):
             one = [np.zeros((1, *x.shape[1:]), np.int32) for x in (codes, labels, rows)]
             result = jax.eval_shape(program, self.variables, *one, np.uint32(seed))
@@ -382,6 +384,12 @@ class Generator:
         if one != shape:
             mask = np.broadcast_to(mask[..., None], (*mask.shape, *shape[2:]))
         return np.broadcast_to(mask, (count, *shape)).reshape(count, self.module.config.length)
+
+
+def _check_integer(field: str, value: Any, end: int) -> None:
+    """Raises ConfigError unless the value is an integer in [0, end)."""
+    if not isinstance(value, int | np.integer) or not 0 <= value < end:
+        raise ConfigError(f"expected an integer from 0 to {end - 1}", field=field, value=value)
 
 
 def _load_tokenizer(config: config_lib.GeneratorConfig, tokenizer: Any, mesh: Any) -> Tokenizer | None:

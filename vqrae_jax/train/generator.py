@@ -67,6 +67,9 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
         grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes)
         facts.append({"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings})
         facts[-1]["tokenizer_hash"] = tokenizer.hash
+        if config.data.source != "codes" and config.data.image_size != tokenizer.image_size:
+            message = f"the tokenizer has images of {tokenizer.image_size} pixels; set data.image_size to that"
+            raise ConfigError(message, field="data.image_size", value=config.data.image_size)
         if config.generator.input == "codebook":
             facts[-1]["code_channels"] = _channels(tokenizer)
     if config.data.source == "codes" and source is not None:
