@@ -36,7 +36,7 @@ def test_classes_and_the_config_have_the_same_defaults():
         "ema": ema, "simvq": q.SimVQ(8192, 12), "ibq": q.IBQ(8192, 12), "gumbel": q.GumbelQuantizer(8192, 12),
         "fsq": q.FSQ((8, 5, 5, 5), 12), "lfq": q.Projected(bits, 12), "residual": q.Residual(ema),
         "bsq": q.Projected(bits.clone(spherical=True), 12), "product": q.Product(ema.clone(channels=6)),
-        "multiscale": q.MultiScale(ema, (1, 2, 3, 4)), "none": q.NoQuantizer(),
+        "multiscale": q.MultiScale(ema, (1, 2, 3, 4)), "none": q.NoQuantizer(), "vq": q.VQ(8192, 12),
     }  # fmt: skip
     assert {name: create(ModelConfig(quantizer=name), 12, 4) for name in QUANTIZERS} == modules
 

@@ -26,6 +26,10 @@ def build(quantizer, codebook_init="kmeans", size=K, **params):
 # Every registered quantizer with its defaults, and options under names of their own.
 OPTIONS = {
     "ema_cosine": ("ema", {"distance": "cosine"}),
+    "ema_angle": ("ema", {"distance": "angle"}),
+    "vq_cosine": ("vq", {"distance": "cosine", "diversity_cost": 0.1}),
+    "vq_angle": ("vq", {"distance": "angle", "estimator": "rotation"}),
+    "simvq_angle": ("simvq", {"distance": "angle"}),
     "ema_rotation": ("ema", {"estimator": "rotation"}),
     "ema_projected": ("ema", {"codebook_dim": 3}),
     "ema_whitened": ("ema", {"whitening_dim": 3}),
@@ -111,6 +115,16 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
         assert out.z.shape == z().shape
         np.testing.assert_array_equal(lookup(variables, out.indices), out.z)
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
+
+
+@pytest.mark.parametrize("name", ["ema_angle", "vq_angle"])
+def test_angles_choose_embeddings_that_keep_their_length(name):
+    """Lengths of latents change no index, and the codebook has lengths of its own."""
+    lengths = np.random.default_rng(1).uniform(0.1, 10, (8, GRID, GRID, 1)).astype(np.float32)
+    one, other = (evaluate(name, trained(name), x)[0] for x in (z(), lengths * z()))
+    np.testing.assert_array_equal(one.indices, other.indices)
+    norms = np.linalg.norm(np.asarray(one.z), axis=-1)
+    assert norms.std() > 0.1
 
 
 @kinds

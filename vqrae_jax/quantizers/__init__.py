@@ -14,4 +14,5 @@ from vqrae_jax.quantizers.none import NoQuantizer
 from vqrae_jax.quantizers.product import Product
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.vq import VQ
 from vqrae_jax.quantizers.wrappers import Projected, Whitened

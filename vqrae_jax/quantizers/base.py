@@ -111,7 +111,7 @@ def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Rows, Mask]:
 def check_distance(distance: str) -> None:
     """Raises ConfigError for "dot", by which only IBQ searches."""
     if distance == "dot":
-        raise ConfigError("must be 'l2' or 'cosine'; only ibq accepts 'dot'", field="distance", value=distance)
+        raise ConfigError("must be 'l2', 'cosine' or 'angle'; only ibq accepts 'dot'", field="distance", value=distance)
 
 
 def masked_mean(values: Rows, mask: Mask) -> Scalar:

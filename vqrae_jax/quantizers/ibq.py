@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
@@ -32,6 +33,11 @@ class IBQ(Quantizer):
     orthogonality_cost: registry.OrthogonalityCost = 0.0
     codebook_init: registry.InitSetting = "kmeans"
     distance: registry.DistanceSetting = "l2"
+
+    def __post_init__(self):
+        if self.distance == "angle":
+            raise ConfigError("must be 'l2', 'cosine' or 'dot' for ibq", field="distance", value=self.distance)
+        super().__post_init__()
 
     def setup(self):
         # The nearest mean need not have the largest product, so the codebook starts as means by distance.

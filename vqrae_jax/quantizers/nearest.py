@@ -19,7 +19,7 @@ from vqrae_jax.quantizers import screened
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Indices, Nearest, PerEmbedding, Rows
 from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes, strided
 
-Distance = Literal["l2", "cosine", "dot"]
+Distance = Literal["l2", "cosine", "angle", "dot"]
 Method = Block | Screen | Literal["float32"]
 
 # On a CPU the scores of a block (4 MiB) must stay in the cache between the product and the two passes that reduce them;
@@ -39,7 +39,7 @@ def nearest(z: Rows, codebook: Codebook, distance: Distance = "l2", block: Metho
     Args:
       z: latents. A row that is not finite gets any index in [0, K).
       codebook: finite embeddings.
-      distance: "l2", "cosine" (the largest cosine, for any lengths) or "dot" (the largest product).
+      distance: "l2", "cosine" or "angle" (the largest cosine, for any lengths), or "dot" (the largest product).
       block: the method, by default "float32" on a CPU and a Screen elsewhere. A Screen rules out most embeddings with
         bfloat16 products, with the same result; a Block is float32 in blocks of other sizes.
     """
@@ -51,10 +51,10 @@ def nearest_with_distance(
 ) -> Nearest:
     """Returns indices as `nearest`, and squared distances for "l2", at least zero and accurate relative to |z|^2.
 
-    For "cosine" and "dot" the second result is minus the largest product of z with a (unit) embedding.
+    For the others the second result is minus the largest product of z with a (unit) embedding.
     """
     z, codebook = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (z, codebook))
-    codebook = unit(codebook) if distance == "cosine" else codebook
+    codebook = unit(codebook) if distance in ("cosine", "angle") else codebook
     offsets = 0.5 * jnp.sum(codebook**2, axis=1) if distance == "l2" else jnp.zeros(len(codebook))
     index, score = _search_method(block)(z, codebook, offsets)
     return index, jnp.maximum(2 * score + jnp.sum(z**2, axis=1), 0.0) if distance == "l2" else score

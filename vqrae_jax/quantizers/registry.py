@@ -46,7 +46,8 @@ CommitmentCost = Annotated[
 DistanceSetting = Annotated[
     Distance,
     Setting(
-        "distance of the search: l2, cosine (directions only) or dot (ibq); None: cosine for simvq, l2 otherwise",
+        "distance of the search: l2, cosine (unit lengths), angle (cosine, but embeddings keep their length) or dot "
+        "(ibq); None: cosine for simvq, l2 otherwise",
         default=None, hashed=True,
     ),
 ]  # fmt: skip

@@ -1,0 +1,86 @@
+"""The codebook of VQGAN and LlamaGen, trained by gradients (Esser et al. 2021, arXiv:2012.09841)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Mask, Rows, Scalar
+from vqrae_jax.quantizers.base import (
+    Quantized,
+    Quantizer,
+    Sample,
+    batch_metrics,
+    check_distance,
+    flatten,
+    masked_mean,
+    vq_loss,
+)
+from vqrae_jax.quantizers.codebook_losses import diversity
+from vqrae_jax.quantizers.estimators import ESTIMATORS
+from vqrae_jax.quantizers.kmeans import LearnedCodebook
+from vqrae_jax.quantizers.nearest import nearest, unit
+
+
+class VQ(Quantizer):
+    """The nearest embedding; the codebook loss moves embeddings to their latents.
+
+    The codebook is a `LearnedCodebook`. With the distance "cosine" latents and embeddings have unit length (LlamaGen,
+    arXiv:2406.06525, with 8 channels); with "angle" embeddings keep their length, and the codebook loss is 1 - cosine.
+    An embedding without latents gets no gradient: at a learning rate of its own, constant, fewer of them stay unused.
+    """
+
+    num_embeddings: registry.NumEmbeddings
+    channels: registry.Channels
+    commitment_cost: registry.CommitmentCost = 0.25
+    codebook_init: registry.InitSetting = "kmeans"
+    distance: registry.DistanceSetting = "l2"
+    estimator: registry.EstimatorSetting = "straight_through"
+    diversity_cost: registry.DiversityCost = 0.0
+    temperature: registry.Temperature = 1.0
+
+    def __post_init__(self):
+        check_distance(self.distance)
+        super().__post_init__()
+
+    def setup(self):
+        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.codebook_init, self.distance)
+
+    def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
+        flat, finite = flatten(z, self.channels)
+        flat = unit(flat) if self.distance == "cosine" else flat
+        if train:
+            fixed = jax.lax.stop_gradient(flat)
+            self.initialize(lambda: (fixed, finite), jnp.sum(finite))
+        codebook = self.embeddings()
+        indices = nearest(flat, codebook, self.distance)
+        quantized = codebook[indices]
+        if self.distance == "angle":
+            loss = _angle_loss(flat, quantized, finite, self.commitment_cost)
+        else:
+            loss = vq_loss(flat, quantized, finite, self.commitment_cost)
+        if self.diversity_cost:
+            loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
+        out = ESTIMATORS[self.estimator](flat, quantized).reshape(z.shape)
+        metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
+        return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
+
+    def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
+        self.codebook.initialize(sample, count)
+
+    def embeddings(self) -> Codebook:
+        return unit(self.codebook()) if self.distance == "cosine" else self.codebook()
+
+
+def _angle_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float) -> Scalar:
+    """Returns 1 - cosine for the codebook plus a Euclidean commitment loss (dRAE, arXiv:2607.22148)."""
+    fixed = jax.lax.stop_gradient
+    cosine = jnp.sum(unit(fixed(flat)) * unit(quantized), axis=1, keepdims=True)
+    return masked_mean(1 - cosine, mask) + commitment_cost * masked_mean((flat - fixed(quantized)) ** 2, mask)
+
+
+registry.register(
+    "vq", VQ, "Esser et al. 2021, arXiv:2012.09841; Sun et al. 2024, arXiv:2406.06525",
+    "VQGAN's and LlamaGen's codebook, trained by gradients; unused codes stay unused",
+    codebook={"first": "K C", "offset": "K C"}, inner=True,
+)  # fmt: skip
