@@ -122,6 +122,12 @@ def test_codes_of_another_tokenizer_and_images_without_a_class_are_refused(tiny_
     with pytest.raises(DataError) as error, open_run(config, tmp_path):
         pass
     assert error.value.field == "data.path"
+    labelled = write_codes(tmp_path / "labelled", grids)  # by class 0, so that label 1 of the validation codes is new
+    validation = write_codes(tmp_path / "validation", grids, np.ones(8, np.int32))
+    config = tiny_generator(data={"path": labelled, "eval_path": validation}, generator=alone)
+    with pytest.raises(DataError) as error, open_run(config, tmp_path):
+        pass
+    assert error.value.field == "data.eval_path"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def _prepare(
         sources = [read.source for read in (batches, validation) if read is not None]
         source, folder = next(iter(sources), None), workdir / checkpoint.FOLDER
         config, task = _build_generator(config, mesh, folder, evaluate_step, source)
+        for other in sources[1:] if config.data.source == "codes" and config.generator.classes else ():
+            other.check_labels(config.generator.classes)
         evaluator = CodeEvaluator(config, task, mesh, validation) if validation is not None else None
         return config, mesh, task, batches, evaluator
     start = evaluate_step
