@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val", required=True, help="folder of held-out codes")
     parser.add_argument("--samples", required=True, help="output folder of generate")
     parser.add_argument("--output", required=True, help="image file for the samples and their nearest images")
-    parser.add_argument("--shown", type=int, default=36, help="number of samples in the picture, from the first")
+    parser.add_argument("--shown", type=int, default=36, help="number of samples in the picture, sorted by class")
     parser.add_argument("--columns", type=int, default=4, help="samples per row of the picture")
     return parser.parse_args(arguments)
 
@@ -78,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "val":
             limit = np.quantile(distances, 0.05)
     report["samples"]["nearer than 95 % of the held-out images"] = round(float((distances < limit).mean()), 4)
-    shown = slice(args.shown)
-    picture = pairs(samples[shown], names[shown], train[index[shown]], distances[shown], args.columns)
+    shown = np.argsort(names[: args.shown], kind="stable")  # by class
+    names = [names[i] for i in shown]
+    picture = pairs(samples[shown], names, train[index[shown]], distances[shown], args.columns)
     images.write_image(storage.resolve_path(args.output), picture)
     print(json.dumps(report))
 

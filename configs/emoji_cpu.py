@@ -1,4 +1,11 @@
-"""A tokenizer of 16 x 16 codes for a folder of small drawings at 64 x 64 pixels, for configs/generator_cpu.py."""
+"""A tokenizer of small drawings on a plain background, 64 x 64 pixels as 16 x 16 codes of 512: two CPU cores, minutes.
+
+A random encoder of one block, nearly linear, stays frozen, so that a code describes its own 4 x 4 pixels and their
+surroundings little. Training is for codes of configs/generator_cpu.py; few codes make that task easier. Dead codes are
+not revived: most of them would move to the background, of which one code is enough.
+
+Requires --config.data.path, a folder with a subfolder per class. Measured on 1,752 emoji: see docs/generate.md.
+"""
 
 from vqrae_jax import config
 
