@@ -1,6 +1,6 @@
 """Measures the bits per code of simple predictors on held-out codes, as baselines for generators.
 
-python benchmarks/code_baselines.py --train=/data/codes --val=/data/val_codes
+python benchmarks/code_baselines.py --train=codes/train --val=codes/val
 
 All are distributions of complete images, as the bits_per_code of a generator are: codes are predicted row by row, each
 from codes before it. Probabilities are smoothed counts of the training codes, of all their views:

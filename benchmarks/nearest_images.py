@@ -1,10 +1,8 @@
 """Finds the nearest training image of every sample of a generator, which shows what it has memorized.
 
-python benchmarks/nearest_images.py --tokenizer=runs/emoji --train=codes --val=val --samples=samples --output=x.png
-
 Distances are root mean squared differences of pixels in [0, 1] between decoded codes, so that a copy of all codes has
 the distance 0. Held-out images give the distances of images that are new; samples that are nearer than these are copies
-or nearly so. Training images have all their views.
+or nearly so. Training images have all their views. docs/generate.md has a command.
 """
 
 import argparse

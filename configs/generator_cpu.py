@@ -28,8 +28,7 @@ def get_config(family="autoregressive"):
     c.generator.sampler.method = "halton"
     c.generator.sampler.steps = 64
     c.generator.sampler.schedule = "arccos"
-    c.generator.sampler.guidance = 1.0
-    c.generator.sampler.guidance_schedule = "linear"
+    c.generator.sampler.temperature = 0.9
 
     c.data.source = "codes"
     c.data.batch_size = 16
