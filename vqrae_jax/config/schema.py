@@ -500,7 +500,7 @@ class TrainConfig(Section):
     # Minutes after which the next log line saves as well, 5 to 60, less where runs are preempted; 0: never.
     checkpoint_minutes: NonNegative = 15.0
     keep_last: Positive = 3  # number of newest checkpoints that are kept
-    keep_best: Count = 1  # number of checkpoints with the highest validation PSNR that are kept
+    keep_best: Count = 1  # number of checkpoints with the highest validation PSNR (or fewest bits) that are kept
     codebook_alarm: Fraction = 0.1  # warn if a log window uses a smaller share of the codebook; 0: never
     keep_every: Count = 0  # checkpoints at multiples of this step are never deleted; 0: none
     hang_seconds: NonNegative = 900  # seconds without a step until all stacks are printed; 0: never
