@@ -237,6 +237,11 @@ def _start_from_checkpoint(values: dict[str, Any], overrides: Mapping[str, Any])
     from vqrae_jax import checkpoint, storage
     from vqrae_jax.inference.location import locate
 
+    if values["train"]["task"] == "generator":
+        message = (
+            "is for tokenizers; a generator is evaluated in its --workdir, and its tokenizer is generator.tokenizer"
+        )
+        raise ConfigError(message, field="--checkpoint", value=CHECKPOINT.value)
     if values["train"]["start_from"]:
         message = "is set by --checkpoint; leave one of them out"
         raise ConfigError(message, field="train.start_from", value=values["train"]["start_from"])

@@ -146,6 +146,10 @@ def test_codes_of_another_tokenizer_and_images_without_a_class_are_refused(tiny_
         ({"data": {"source": "folder"}, "generator": {"tokenizer": None}}, "generator.tokenizer"),
         ({"train": {"task": "tokenizer"}}, "data.source"),
         ({"train": {"start_from": "x"}}, "train.start_from"),
+        ({"evaluation": {"training_metrics": ("encoder",)}}, "evaluation.training_metrics"),
+        ({"evaluation": {"metrics": ("lpips",)}}, "evaluation.metrics"),
+        ({"generator": {"max_snr": 5.0}}, "generator.max_snr"),
+        ({"generator": {"raster_steps": 5}}, "generator.raster_steps"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_anything_compiles(tiny_generator, tmp_path, sections, field):

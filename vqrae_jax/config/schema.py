@@ -214,6 +214,11 @@ class GeneratorConfig(Section):
                 raise invalid(f"raster_{unit}", getattr(self, f"raster_{unit}"), message)
         if self.num_embeddings and self.factors and math.prod(self.factors) != self.num_embeddings:
             raise invalid("factors", self.factors, f"the product must be num_embeddings={self.num_embeddings}")
+        if self.max_snr and self.loss != "bound":
+            raise invalid("max_snr", self.max_snr, "is for generator.loss='bound'")
+        if self.family == "masked" and (self.permuted_steps or self.raster_steps or self.raster_epochs):
+            message = "orders are for generator.family='autoregressive'; leave it at 0"
+            raise invalid("raster_steps", self.raster_steps, message)
         if self.factors and self.tied and self.input == "codebook":
             raise invalid("tied", True, "codebook vectors have no digits; set tied=False, input='table' or factors=()")
         return self
@@ -549,6 +554,13 @@ class Config(Section):
             raise invalid("generator.tokenizer", None, message)
         if generator and self.train.start_from:
             raise invalid("train.start_from", self.train.start_from, "is for tokenizers; leave it out")
+        if generator and self.evaluation.training_metrics:
+            message = "a generator is evaluated in bits while it trains; leave it at ()"
+            raise invalid("evaluation.training_metrics", self.evaluation.training_metrics, message)
+        if generator and "lpips" in self.evaluation.metrics:
+            raise invalid(
+                "evaluation.metrics", self.evaluation.metrics, "'lpips' compares reconstructions; leave it out"
+            )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -89,8 +89,12 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
         generator = builder.complete(generator, **fields)
     if generator.classes is None and config.data.label_key is None:
         generator = builder.complete(generator, classes=0)
-    if generator.classes and config.data.source == "codes" and source is not None:
-        source.check_labels(generator.classes)
+    if generator.classes and source is not None:
+        if config.data.source == "codes":
+            source.check_labels(generator.classes)
+        elif not (source.classes or config.data.label_key):
+            message = "the images have no classes; use class folders or data.label_key, or set 0"
+            raise ConfigError(message, field="generator.classes", value=generator.classes)
     return config.model_copy(update={"generator": generator})
 
 
