@@ -258,6 +258,7 @@ def test_generation_in_a_browser(visit):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_repainting_in_a_browser(visit):
     on = visit("Repaint", "#repaint-message")
     on.page.wait_for_selector("#before img")  # the first example

@@ -268,7 +268,8 @@ def latents(tokenizer, images):
 
 
 def test_public_names():
-    assert dir(vqrae_jax) == sorted(vqrae_jax.__all__) == ["ModelConfig", "Tokenizer", "VQRAE", "__version__"]
+    names = ["Generator", "ModelConfig", "Tokenizer", "VQRAE", "__version__"]
+    assert dir(vqrae_jax) == sorted(vqrae_jax.__all__) == names
     for name in vqrae_jax.__all__:
         assert getattr(vqrae_jax, name) is not None
     with pytest.raises(TypeError, match=r"Tokenizer\.from_config\(ModelConfig\("):

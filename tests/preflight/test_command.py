@@ -64,6 +64,7 @@ def test_report_of_eight_gpus(report, capsys):
         assert word in printed
 
 
+@pytest.mark.slow
 def test_report_of_a_generator_needs_no_data(tiny_generator, tmp_path):
     shape = {"grids": ((4, 4),), "levels": 1, "num_embeddings": 32, "classes": 2, "tokenizer": "nowhere"}
     config = tiny_generator(generator=shape, data={"path": "nowhere", "eval_path": "nowhere"})

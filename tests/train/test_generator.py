@@ -77,23 +77,20 @@ def test_the_checkpoint_has_what_its_codes_are(trained_generator, code_folders):
 
 
 def test_images_train_by_the_codes_of_the_frozen_tokenizer(tiny_generator, trained, tmp_path, one_device):
-    """The step encodes: its loss for images equals the loss for the codes that the tokenizer gives them."""
+    """The step learns the codes that the tokenizer gives the images of its batch."""
     from vqrae_jax import Tokenizer
 
     rng = np.random.default_rng(0)
     for i in range(8):
         write_image(tmp_path / f"{'ab'[i % 2]}" / f"{i}.png", rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
     data = {"source": "folder", "path": str(tmp_path), "image_size": 32, "crop": "center", "flip": False}
-    losses = []
-    with open_run(tiny_generator(data={**data, "eval_path": None}), tmp_path / "run", one_device) as (run, state):
+    with open_run(tiny_generator(data={**data, "eval_path": None}), tmp_path / "run", one_device) as (run, _):
         assert run.config.generator.classes == 2
         batch = next(run.batches)
-        for inputs in (batch, {"codes": Tokenizer.load(trained).encode_to_indices(batch["image"]), **batch}):
-            placed = sharding.place_batch(
-                {n: x for n, x in inputs.items() if n != "image" or "codes" not in inputs}, run.mesh
-            )
-            losses.append(float(run.task.step(state, run.frozen, placed, place_horizon(4, run.mesh))[1]["loss/total"]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        placed = sharding.place_batch({name: batch[name] for name in run.task.inputs}, run.mesh)
+        codes = jax.jit(run.task._codes)(run.frozen, placed)
+    expected = Tokenizer.load(trained).encode_to_indices(batch["image"])
+    np.testing.assert_array_equal(codes, expected.reshape(8, -1))
 
 
 def write_codes(folder, grids, labels=None, tokenizer="0" * 64, size=32):
@@ -211,6 +208,7 @@ def test_every_image_is_seen_once_in_an_epoch_by_several_processes(tiny_generato
     assert np.bincount(np.concatenate(labels)).tolist() == [24, 24]
 
 
+@pytest.mark.slow
 def test_evaluation_compares_samples_at_several_settings(
     tiny_generator, trained_generator, golden, tmp_path, one_device
 ):
