@@ -189,7 +189,8 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
     installed = importlib.util.find_spec("tensorboard") is not None  # tensorboardX only writes its files
     viewer = "tensorboard --logdir {}" if installed else "{} (to view it: pip install tensorboard)"
     for name, path, text in (
-        (run.task.pictures, run.workdir / f"{run.task.pictures}.png", "{}"),
+        (f"{'validation' if run.evaluator else 'training'} images", run.workdir / "reconstructions.png", "{}"),
+        ("samples", run.workdir / "samples.png", "{}"),
         ("checkpoints", run.checkpoints.folder, "{}"),
         ("log", run.workdir / report.METRICS_FILE, "{}"),
         ("TensorBoard", run.workdir / "tensorboard", viewer),
