@@ -187,10 +187,11 @@ def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None
         table.add_row("codebook usage", f"{metrics['eval/codebook_usage']:.1%} of the codes ({dead:.0f} unused)")
         table.add_row("perplexity", f"{metrics['eval/codebook_perplexity']:.0f}")
     installed = importlib.util.find_spec("tensorboard") is not None  # tensorboardX only writes its files
+    of_images = f"{'validation' if run.evaluator else 'training'} images"
+    pictures = of_images if run.task.pictures == "reconstructions" else run.task.pictures
     viewer = "tensorboard --logdir {}" if installed else "{} (to view it: pip install tensorboard)"
     for name, path, text in (
-        (f"{'validation' if run.evaluator else 'training'} images", run.workdir / "reconstructions.png", "{}"),
-        ("samples", run.workdir / "samples.png", "{}"),
+        (pictures, run.workdir / f"{run.task.pictures}.png", "{}"),
         ("checkpoints", run.checkpoints.folder, "{}"),
         ("log", run.workdir / report.METRICS_FILE, "{}"),
         ("TensorBoard", run.workdir / "tensorboard", viewer),
