@@ -11,6 +11,7 @@ import ast
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import pathlib
 import zipfile
 from collections.abc import Iterable
@@ -136,7 +137,7 @@ def _write_summary(
     count, shape = len(labels), (len(labels), *[generator.tokenizer.image_size] * 2, 3)
     decoded = functools.partial(samples.decode_samples, generator, output / "codes", generator.batch_size)
     if grid:
-        first = np.concatenate([batch for batch, _ in zip(decoded(), range(GRID), strict=False)][:GRID])[:GRID]
+        first = np.concatenate(list(itertools.islice(decoded(), -(-GRID // generator.batch_size))))[:GRID]
         names = (
             [generator.class_name(label) for label in labels[: len(first)].tolist()]
             if generator.config.classes
