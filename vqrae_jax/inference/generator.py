@@ -165,8 +165,7 @@ class Generator:
         """Samples codes [B, *code_shape]; see `generate`."""
         config = self.choose_sampler(**{"guidance": guidance, "steps": steps, "method": sampler} | settings)
         labels = self._labels(labels, count)
-        hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
-        return self._sample(hidden, labels, seed, first, config)
+        return self._sample(self._hidden(len(labels)), labels, seed, first, config)
 
     def inpaint(
         self, codes: Any, mask: Any, labels: Any = None, seed: int = 0,
@@ -198,8 +197,7 @@ class Generator:
         self.require_masked()
         config = self.choose_sampler(**{"guidance": guidance, "steps": steps, "method": sampler} | settings)
         labels = self._labels(labels, count)
-        hidden = np.full((len(labels), self.module.config.length), self.config.num_embeddings, np.int32)
-        return self._sample(hidden, labels, seed, first, config, history=True)
+        return self._sample(self._hidden(len(labels)), labels, seed, first, config, history=True)
 
     def log_likelihood(self, codes: Any, labels: Any = None, seed: int = 0) -> Float[np.ndarray, " B"]:
         """Returns log p of each image's codes in nats; for masked diffusion a random estimate of a lower bound.
@@ -265,8 +263,7 @@ class Generator:
         """Yields the codes of samples `first` and following in batches of at most `batch_size`."""
         for start in range(0, len(labels), self.batch_size):
             part = labels[start : start + self.batch_size]
-            hidden = np.full((len(part), self.module.config.length), self.config.num_embeddings, np.int32)
-            yield self._sample(hidden, part, seed, first + start, config)
+            yield self._sample(self._hidden(len(part)), part, seed, first + start, config)
 
     def find_labels(self, labels: Any) -> Int[np.ndarray, " B"]:
         """Converts numbers or names of classes to numbers; None to the number that stands for any class.
@@ -286,6 +283,9 @@ class Generator:
         if label == self.config.classes:
             return "any class"
         return self.classes[label] if self.classes else f"class {label}"
+
+    def _hidden(self, count: int) -> Int[np.ndarray, "B T"]:
+        return np.full((count, self.module.config.length), self.config.num_embeddings, np.int32)
 
     def _label(self, value: Any) -> int:
         count = self.config.classes

@@ -178,10 +178,11 @@ def _evaluate_and_log(
 def _print_summary(step: int, metrics: dict[str, int | float], run: Run) -> None:
     columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
     table = Table(*columns, title=f"step {step}", show_header=False, title_justify="left")
-    for name, text in (("psnr", "validation PSNR: {:.2f} dB"), ("bits_per_code", "validation: {:.3f} bits per code")):
+    for name, title, text in (
+        ("psnr", "validation PSNR", "{:.2f} dB"), ("bits_per_code", "validation", "{:.3f} bits per code"),
+    ):  # fmt: skip
         if f"eval/{name}" in metrics:
-            title, _, value = text.partition(": ")
-            table.add_row(title, f"{value.format(metrics[f'eval/{name}'])} over {metrics['eval/images']} images")
+            table.add_row(title, f"{text.format(metrics[f'eval/{name}'])} over {metrics['eval/images']} images")
     if "eval/codebook_usage" in metrics:
         dead = metrics["eval/codebook_dead"]
         table.add_row("codebook usage", f"{metrics['eval/codebook_usage']:.1%} of the codes ({dead:.0f} unused)")

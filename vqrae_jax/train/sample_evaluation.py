@@ -137,6 +137,6 @@ def plot_settings(rows: list[dict[str, Any]]) -> bytes:
 def _picture(generator: Generator, seed: int) -> bytes:
     classes = generator.config.classes
     labels = np.arange(SHOWN) * max(classes, 1) // SHOWN
-    names = [generator.classes[i] if generator.classes else f"class {i}" for i in labels] if classes else None
+    names = [generator.class_name(i) for i in labels.tolist()] if classes else None
     shown = visualize.to_uint8(generator.generate(labels if classes else None, seed, count=SHOWN))
     return images.encode_image(visualize.sample_grid(shown, names), ".png")
