@@ -108,7 +108,7 @@ class CodeTransformer(nn.Module):
             self.norm_class = vit.layer_norm(b, affine=False)
             self.modulation = nn.DenseGeneral((b.depth, 6, b.width), kernel_init=nn.initializers.zeros, **dense)
         self.norm_embed, self.norm, self.norm_head = (vit.layer_norm(b) for _ in range(3))
-        self.blocks = (nn.remat(vit.Block, prevent_cse=False) if b.remat else vit.Block)(b)
+        self.blocks = vit.recomputing_block(b)(b)
         self.head = nn.Dense(b.width, **dense)
 
     def __call__(self, indices: Codes, label: Label | None = None, order: Order | None = None) -> Float[Array, "B T F"]:
