@@ -187,6 +187,8 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None, field: str
         problem = "is a file; `vqrae import-pytorch` converts those of PyTorch" if exists else "does not exist"
         raise CheckpointError(f"{problem}; {accepted}", field=field, value=str(path))
     if (path / "model").is_dir() and (path / "meta").is_dir():
+        if step is not None and path.name != str(step):
+            raise CheckpointError(f"is one checkpoint, not step {step}; pass its run", field=field, value=str(path))
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = completed_steps(folder)

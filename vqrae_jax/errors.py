@@ -34,7 +34,10 @@ class UserError(Exception):
     def __str__(self) -> str:
         if self.field is None:
             return self.message
-        value = "" if self.value is NO_VALUE else f"={self.value!r}"
+        try:
+            value = "" if self.value is NO_VALUE else f"={self.value!r}"
+        except ValueError:  # Python does not print integers of more than 4,300 digits
+            value = ""
         return f"{self.field}{value}: {self.message}"
 
     def renamed(self, names: Mapping[str, str]) -> "UserError":

@@ -10,7 +10,7 @@ import pytest
 
 from vqrae_jax.commands import __main__ as vqrae
 from vqrae_jax.commands import command_line
-from vqrae_jax.errors import ConfigError, DataError, UserError
+from vqrae_jax.errors import CheckpointError, ConfigError, DataError, UserError
 
 
 def command(name):
@@ -139,3 +139,18 @@ def test_a_process_reports_a_missing_checkpoint_in_one_line(tmp_path):
     (line,) = [line for line in process.stderr.splitlines() if " INFO " not in line]
     assert process.returncode == 1
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["tokenize", "reconstruct", "evaluate", "export"])
+def test_commands_of_tokenizers_name_the_command_of_generators(name, trained_generator, photos, tmp_path):
+    inputs = {
+        "tokenize": f"--data={photos}", "evaluate": f"--images={photos}", "reconstruct": f"--image={photos}",
+        "export": "--format=safetensors",
+    }  # fmt: skip
+    arguments = ["--checkpoint", str(trained_generator), inputs[name]]
+    arguments += [f"--output={tmp_path / 'new'}"] if name != "evaluate" else []
+    module = command(name)
+    with pytest.raises(CheckpointError) as error:
+        getattr(module, name)(module.parser.parse_args(arguments))
+    assert error.value.field == "checkpoint"
+    assert "vqrae generate" in str(error.value)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import Generator, Tokenizer, sharding
-from vqrae_jax.errors import UserError, WeightsError
+from vqrae_jax.errors import CheckpointError, ConfigError, StorageError, UserError, WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,8 @@ def test_a_saved_folder_is_the_same_generator(generator, tmp_path):
     [
         (lambda g: g.generate("bird"), "labels"),
         (lambda g: g.generate(2), "labels"),
+        (lambda g: g.generate("9" * 5000), "labels"),
+        (lambda g: g.generate(10**5000), "labels"),
         (lambda g: g.generate([0, 1], count=3), "labels"),
         (lambda g: g.generate(0, steps=0), "steps"),
         (lambda g: g.generate(0, guidance=-1.0), "guidance"),
@@ -113,15 +115,50 @@ def test_bad_input_is_refused(generator, call, field):
     with pytest.raises(UserError) as error:
         call(generator)
     assert error.value.field == field
+    assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "field"),
+    [
+        (None, {}, "checkpoint"), (5, {}, "checkpoint"), ("missing folder", {"batch_size": "a"}, "batch_size"),
+        ("missing folder", {"batch_size": 0}, "batch_size"), ("missing folder", {"mesh": 8}, "mesh"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_invalid_path_or_option_is_refused_before_anything_is_read(path, options, field):
+    with pytest.raises(ConfigError) as error:
+        Generator.load(path, **options)
+    assert error.value.field == field
+
+
+def test_a_step_chooses_a_checkpoint_of_a_run_only(generator, trained_generator, tmp_path):
+    generator.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        Generator.load(tmp_path, step=4)
+    assert error.value.field == "step"
+    with pytest.raises(CheckpointError) as error:
+        Generator.load(trained_generator / "checkpoints" / "2", step=4)
+    assert error.value.field == "checkpoint"
+
+
+def test_a_folder_that_is_a_file_is_refused(generator, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(StorageError) as error:
+            generator.save_pretrained(folder)
+        assert error.value.field == "folder"
 
 
 def test_a_tokenizer_is_not_a_generator_and_another_tokenizer_does_not_fit(trained, trained_generator, untrained):
     with pytest.raises(UserError) as error:
         Generator.load(trained)
     assert error.value.field == "checkpoint"
+    assert "vqrae reconstruct" in str(error.value)
     with pytest.raises(UserError) as error:
         Tokenizer.load(trained_generator)
     assert error.value.field == "checkpoint"
+    assert "vqrae generate" in str(error.value)
     with pytest.raises(WeightsError) as error:
         Generator.load(trained_generator, tokenizer=untrained())
     assert error.value.field == "tokenizer"

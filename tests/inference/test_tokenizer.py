@@ -13,7 +13,7 @@ from vqrae_jax import Tokenizer, sharding
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, variable_shapes
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.data import images as image_files
-from vqrae_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
+from vqrae_jax.errors import CheckpointError, ConfigError, DataError, StorageError, WeightsError
 from vqrae_jax.inference import inputs
 from vqrae_jax.inference.batching import Programs
 
@@ -210,6 +210,14 @@ def test_invalid_option_is_refused_before_anything_is_read(field, value):
     assert (caught.value.field, caught.value.value) == (field, value)
 
 
+@pytest.mark.parametrize("path", [None, 5])
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_path_that_is_none_is_refused(path):
+    with pytest.raises(ConfigError) as caught:
+        Tokenizer.load(path)
+    assert caught.value.field == "checkpoint"
+
+
 def test_pure_functions(tokenizer, images):
     """They can be compiled, and differentiated: a gradient step on the latent reduces the error."""
     encode, decode = tokenizer.function("encode"), tokenizer.function("decode")
@@ -238,6 +246,12 @@ def test_saved_and_loaded(tokenizer, images, tmp_path):
         assert words in card
     assert "random weights" in card  # no pretrained encoder
     assert image_files.read_image(folder / "reconstructions.png").ndim == 3
+    with pytest.raises(ConfigError) as caught:
+        Tokenizer.load(folder, step=3)
+    assert caught.value.field == "step"
+    with pytest.raises(StorageError) as caught:
+        again.save_pretrained(folder / "README.md")
+    assert caught.value.field == "folder"
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 

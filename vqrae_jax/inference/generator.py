@@ -21,7 +21,7 @@ from vqrae_jax.inference import generator_card, saving
 from vqrae_jax.inference.batching import place_variables
 from vqrae_jax.inference.generator_location import locate_generator, read_generator_variables
 from vqrae_jax.inference.inputs import as_numpy
-from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.inference.tokenizer import Tokenizer, check_options
 from vqrae_jax.models import generator as models
 from vqrae_jax.pretrained import sources, writers
 
@@ -66,6 +66,7 @@ class Generator:
           batch_size: images per call of the network; None: 32 per device.
 
         Raises:
+          ConfigError: an option is invalid.
           WeightsError: the tokenizer has another hash.
         """
         if tokenizer is not None and config.tokenizer_hash not in (None, tokenizer.hash):
@@ -75,13 +76,11 @@ class Generator:
                 field="tokenizer",
             )
         self.module, self.config, self.tokenizer, self.classes = module, config, tokenizer, classes
+        check_options(mesh, batch_size)
         self.variables, self.mesh = place_variables(variables, mesh)
         self.provenance, self.sampler = provenance or {}, SamplerConfig(**config.sampler.model_dump())
         self._parts = sharding.data_ways(mesh) if mesh else 1
         self.batch_size = BATCH * self._parts if batch_size is None else batch_size
-        if self.batch_size < 1 or self.batch_size % self._parts:
-            message = f"expected a positive multiple of {self._parts}, the number of devices that share a batch"
-            raise ConfigError(message, field="batch_size", value=batch_size)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
@@ -103,9 +102,11 @@ class Generator:
           mesh, batch_size: see the constructor.
 
         Raises:
+          ConfigError: an option is invalid; nothing has been read.
           CheckpointError: no complete checkpoint of a generator exists.
           WeightsError: the tokenizer cannot be read or is another one, or the folder is damaged.
         """
+        check_options(mesh, batch_size)
         location = locate_generator(path, step)
         module = builder.build_generator(location.config, mesh)
         variables = read_generator_variables(location, builder.variable_shapes(module), mesh)
@@ -294,7 +295,7 @@ class Generator:
         classes = self.classes or ()
         if isinstance(value, str) and value in classes:  # also names that are numbers, as those of digits
             return classes.index(value)
-        if isinstance(value, str) and not value.isdecimal():
+        if isinstance(value, str) and not (value.isdecimal() and len(value) < 20):
             names = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
             expected = f"expected one of {names}" if names else f"names are not known; expected 0 to {count - 1}"
             raise DataError(f"unknown class; {expected}", field="labels", value=value)

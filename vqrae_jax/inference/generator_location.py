@@ -12,7 +12,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.errors import CheckpointError, WeightsError
 from vqrae_jax.inference import saving
 from vqrae_jax.inference.batching import leaf_shardings
-from vqrae_jax.inference.location import fetch, read_metrics, suggest_other_steps
+from vqrae_jax.inference.location import fetch, is_saved, read_metrics, suggest_other_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +34,14 @@ def locate_generator(path: str | os.PathLike, step: int | None = None) -> Genera
       WeightsError: it is the folder of a tokenizer, or damaged.
     """
     local = fetch(path)
-    if not storage.is_remote(local) and saving.is_saved_folder(local):
+    if is_saved(local, step):
         return GeneratorLocation(local, *saving.read_generator(local))
     folder = checkpoint.find_checkpoint(local, step)
     with suggest_other_steps(folder):
         meta = checkpoint.read_meta(folder)
     run = config_lib.from_saved(config_lib.Config, meta["config"])
     if run.train.task != "generator":
-        message = "is the run of a tokenizer; load it with Tokenizer.load, or pass the run of a generator"
+        message = f"is the run of a tokenizer: {saving.USE_TOKENIZER}"
         raise CheckpointError(message, field=saving.FIELD, value=str(path))
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance |= read_metrics(folder.parent.parent, meta.get("step"))

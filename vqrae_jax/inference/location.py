@@ -57,7 +57,7 @@ def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None
 
 def _locate(path: str | os.PathLike, step: int | None) -> Location:
     local = fetch(path)
-    if not storage.is_remote(local) and saving.is_saved_folder(local):
+    if is_saved(local, step):
         config, encoder, provenance = saving.read_description(local)
         return Location(local, config, encoder is not None, provenance)
     step_path = checkpoint.find_checkpoint(local, step)
@@ -65,7 +65,7 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
         meta, saved = checkpoint.read_meta(step_path), checkpoint.saved_shapes(step_path)
     run = config_lib.from_saved(config_lib.Config, meta["config"])
     if run.train.task == "generator":
-        message = "is the run of a generator; load it with Generator.load, or pass the run of its tokenizer"
+        message = f"is the run of a generator: {saving.USE_GENERATOR}"
         raise CheckpointError(message, field=saving.FIELD, value=str(path))
     provenance = {name: meta[name] for name in ("version", "revision", "step") if name in meta}
     provenance["data"] = {n: v for n, v in meta["config"]["data"].items() if n in ("source", "name") and v}
@@ -80,14 +80,26 @@ def _locate(path: str | os.PathLike, step: int | None) -> Location:
 def holds_generator(path: str | os.PathLike, step: int | None = None) -> bool:
     """Returns whether a path, see `locate`, is that of a generator."""
     local = fetch(path)
-    if not storage.is_remote(local) and saving.is_saved_folder(local):
+    if is_saved(local, step):
         return saving.is_generator(local)
     meta = checkpoint.read_meta(checkpoint.find_checkpoint(local, step))
     return meta["config"].get("train", {}).get("task") == "generator"
 
 
+def is_saved(local: storage.Path, step: int | None) -> bool:
+    """Returns whether a path is that of a saved folder; raises ConfigError if one is loaded with a step."""
+    if storage.is_remote(local) or not saving.is_saved_folder(local):
+        return False
+    if step is not None:
+        message = f"chooses a checkpoint of a run, but {local} is a saved folder with one model; leave it out"
+        raise ConfigError(message, field="step", value=step)
+    return True
+
+
 def fetch(path: str | os.PathLike) -> storage.Path:
     """Returns the path of a run or saved folder; folders that were saved to a bucket or the hub become local copies."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError("expected a path, an address or a hub id", field=saving.FIELD, value=path)
     local, name = storage.resolve_path(path), str(path)
     with storage.convert_errors(local, "read"):
         saved_remotely = storage.is_remote(local) and (local / saving.CONFIG).is_file()

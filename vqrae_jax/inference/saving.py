@@ -21,7 +21,7 @@ from vqrae_jax import __version__, storage
 from vqrae_jax.build.encoder import inline_encoder, weights_source
 from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.config import Config, GeneratorConfig, ModelConfig, from_saved
-from vqrae_jax.errors import WeightsError
+from vqrae_jax.errors import StorageError, WeightsError
 from vqrae_jax.inference import pytorch_checkpoint
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import diffusers_rae, readers, sources, writers
@@ -32,6 +32,8 @@ FORMAT, GENERATOR = "vqrae_jax", "vqrae_jax generator"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = {"format", "version", "model", "encoder", "generator", "classes", "provenance", "sha256"}  # of config.json
 FIELD = "checkpoint"  # what names the folder, in messages
+USE_GENERATOR = "sample it with `vqrae generate` (Generator.load), or pass its tokenizer"
+USE_TOKENIZER = "use it with `vqrae reconstruct` (Tokenizer.load), or pass a generator"
 _FOLDERS = re.compile(r"(?<![\w.~:/])(\w+:/|~|\.{1,2})?/([^\s'\"/]+/)*(?=[^\s'\"/])")  # of a path or address
 
 
@@ -46,7 +48,7 @@ def save_folder(
       frozen: whether to leave out the encoder, because it is the pretrained one that the config names.
       provenance: values for config.json: where the model comes from, its metrics.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _create_folder(folder)
     params, encoder, source = dict(variables["params"]), None, weights_source(config)[0]
     provenance = {"version": __version__} | (provenance or {})
     if frozen and source is not None:
@@ -77,10 +79,18 @@ def save_generator(
     provenance: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes a generator to a local folder, which is created if it is missing; its tokenizer is only named."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _create_folder(folder)
     content = {"format": GENERATOR, "version": __version__, "generator": config.model_dump(mode="json")}
     content |= {"classes": classes and list(classes), "provenance": remove_folders(provenance)}
     _write_files(folder, content, variables)
+
+
+def _create_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        message = "is a file, or in one; expected a folder, which is created if it is missing"
+        raise StorageError(message, field="folder", value=str(folder)) from None
 
 
 def is_generator(folder: pathlib.Path) -> bool:
@@ -91,9 +101,9 @@ def is_generator(folder: pathlib.Path) -> bool:
 def read_generator(folder: pathlib.Path) -> tuple[GeneratorConfig, tuple[str, ...] | None, dict[str, Any]]:
     """Reads the config.json of `save_generator`; returns config, names of classes and provenance."""
     content = _read_config(folder)
-    if content.get("format") != GENERATOR or not isinstance(content.get("generator"), dict):
-        raise WeightsError("is not the folder of a saved generator", field=FIELD, value=str(folder))
-    config, classes = from_saved(Config, {"generator": content["generator"]}).generator, content.get("classes")
+    if content.get("format") != GENERATOR:
+        raise WeightsError(f"is a tokenizer: {USE_TOKENIZER}", field=FIELD, value=str(folder))
+    config, classes = from_saved(Config, {"generator": content.get("generator")}).generator, content.get("classes")
     provenance = {"version": content.get("version")} | (content.get("provenance") or {})
     return config, None if classes is None else tuple(map(str, classes)), provenance
 
@@ -138,7 +148,7 @@ def read_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, str] 
         version = content.get("_diffusers_version")
         return pytorch_checkpoint.describe_diffusers(folder, FIELD), None, {"diffusers": version}
     if content.get("format") == GENERATOR:
-        raise WeightsError("is a generator; load it with Generator.load", field=FIELD, value=str(folder))
+        raise WeightsError(f"is a generator: {USE_GENERATOR}", field=FIELD, value=str(folder))
     encoder = content.get("encoder")
     complete = encoder is None or (isinstance(encoder, dict) and {"source", "sha256"} <= set(encoder))
     if content.get("format") != FORMAT or not isinstance(content.get("model"), dict) or not complete:

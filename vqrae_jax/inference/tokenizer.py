@@ -87,7 +87,7 @@ class Tokenizer:
           encoder_dtype: "bfloat16" is several times as fast on TPUs and GPUs, but a few percent of its codes differ
             from those of float32, and between kinds of devices. It is part of `hash`.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
+        check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = batching.place_variables(variables, mesh)
         module = batching.set_encoder_dtype(module, encoder_dtype)
@@ -126,7 +126,7 @@ class Tokenizer:
           CheckpointError: no complete checkpoint exists, or it does not fit its config.
           WeightsError: the encoder's weights are not available, the folder is damaged, or the hub cannot be reached.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
+        check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
         location = locate(path, step, None if encoder is None else os.fspath(encoder))
         with suggest_encoder(location):
             module, variables = read_model(location, mesh)
@@ -163,7 +163,7 @@ class Tokenizer:
           ConfigError: a field or an option is invalid.
           WeightsError: the pretrained weights are not available.
         """
-        _check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
+        check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
         if not isinstance(config, config_lib.ModelConfig):
             config = config_lib.from_dict(config_lib.ModelConfig, dict(config))
         built, key = build_tokenizer(config, mesh=mesh), jax.random.key(seed)
@@ -389,7 +389,11 @@ class Tokenizer:
         return indices.astype(np.int32)
 
 
-def _check_options(mesh: Any, batch_size: Any, memory_limit: Any, fit: Any, output: Any, encoder_dtype: Any) -> None:
+def check_options(
+    mesh: Any, batch_size: Any, memory_limit: Any = None, fit: Any = "crop", output: Any = "numpy",
+    encoder_dtype: Any = "float32",
+) -> None:  # fmt: skip
+    """Raises ConfigError for an invalid option of `Tokenizer`; a generator has the first two."""
     is_mesh = isinstance(mesh, jax.sharding.Mesh)
     parts = sharding.data_ways(mesh) if is_mesh else 1
     valid_batch = isinstance(batch_size, numbers.Integral) and batch_size > 0 and batch_size % parts == 0
