@@ -1,3 +1,6 @@
+import types
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -5,7 +8,7 @@ from vqrae_jax import Generator
 from vqrae_jax.commands import generate
 from vqrae_jax.data.codes import Codes
 from vqrae_jax.data.images import read_image
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import CheckpointError, ConfigError, UserError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.inference import samples
 
@@ -69,6 +72,37 @@ def test_bad_arguments_are_refused_before_anything_is_written(trained_generator,
         run(trained_generator, tmp_path / "new", argument)
     assert error.value.field == field
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_other_files_is_refused(written, trained_generator, tmp_path):
+    (tmp_path / "codes").mkdir()  # another process has started
+    generate._check_output(tmp_path, "")
+    generate._check_output(written, "")
+    with pytest.raises(UserError) as error:
+        run(trained_generator, trained_generator)
+    assert error.value.field == "--output"
+
+
+def test_a_tokenizer_is_refused_with_the_command_that_takes_it(trained, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        run(trained, tmp_path / "new")
+    assert error.value.field == "--checkpoint"
+    assert "vqrae reconstruct" in str(error.value)
+
+
+def test_steps_of_an_autoregressive_generator_are_refused_by_the_option(tmp_path):
+    causal = types.SimpleNamespace(module=mock.Mock(), require_tokenizer=mock.Mock(), choose_sampler=mock.Mock())
+    causal.module.config.blocks.causal = True
+    with mock.patch.object(generate.Generator, "load", return_value=causal), pytest.raises(ConfigError) as error:
+        run("x", tmp_path, "--strip=steps.png")
+    assert (error.value.field, error.value.value) == ("--strip", "steps.png")
+
+
+def test_a_step_of_a_saved_folder_is_refused_by_the_option(trained_generator, tmp_path):
+    Generator.load(trained_generator).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError) as error:
+        run(tmp_path / "saved", tmp_path / "new", "--step=4")
+    assert error.value.field == "--step"
 
 
 def test_other_settings_in_the_same_folder_are_refused(written, trained_generator):

@@ -22,7 +22,7 @@ import numpy as np
 from vqrae_jax import distributed, storage
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import codes, images
-from vqrae_jax.errors import ConfigError
+from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import visualize
 from vqrae_jax.generation.sampler_config import Method, SamplerConfig
 from vqrae_jax.inference import samples
@@ -57,7 +57,7 @@ parser.add_processes()
 
 
 ARGUMENTS = {name: f"--{name}" for name in ("guidance", "steps", "method", "seed", "tokenizer", "checkpoint")}
-ARGUMENTS |= {"labels": "--classes", "batch_size": "--batch"}
+ARGUMENTS |= {"labels": "--classes", "batch_size": "--batch", "step": "--step"}
 
 
 @command_line.names_arguments(ARGUMENTS)
@@ -68,15 +68,16 @@ def generate(args: argparse.Namespace) -> bool:
     for name, suffixes in {"npz": (".npz",), "grid": pictures, "strip": pictures}.items():
         _check_name(f"--{name}", getattr(args, name), suffixes)
     output = command_line.output_folder(args.output)
+    _check_output(output, args.output)
     generator = Generator.load(args.checkpoint, args.step, tokenizer=args.tokenizer, batch_size=args.batch)
     generator.require_tokenizer()
     settings = dict(_parse_setting(text) for text in args.set)
     arguments = {name: getattr(args, name) for name in ("guidance", "steps", "method")}
     settings |= {name: value for name, value in arguments.items() if value is not None}
     sampler = generator.choose_sampler(**settings)
-    if args.strip:
-        with command_line.names_arguments({"family": "--strip"}):
-            generator.require_masked()
+    if args.strip and generator.module.config.blocks.causal:
+        message = "shows steps of masked diffusion, but the generator is autoregressive; leave it out"
+        raise ConfigError(message, field="--strip", value=args.strip)
     labels = _labels(generator, args.classes, args.count)
     plan = samples.plan_samples(generator, labels, args.seed, sampler)
     write = functools.partial(_write_images, generator, output, args.format)
@@ -93,6 +94,15 @@ def generate(args: argparse.Namespace) -> bool:
         write_steps(generator, output / args.strip, labels, args.seed, sampler)
     print(f"{len(labels)} images in {output}")
     return True
+
+
+def _check_output(output: storage.Path, name: str) -> None:
+    """Raises DataError if the folder has files of anything else, such as a run; an earlier output has a manifest."""
+    with storage.convert_errors(output, "read"):
+        files = {path.name for path in output.iterdir()} - {"codes"} if output.is_dir() else set()
+        if files and not (output / "codes" / codes.MANIFEST).is_file():
+            message = f"has other files, such as {min(files)}; choose an empty folder, or an output of this command"
+            raise DataError(message, field="--output", value=name)
 
 
 def _check_name(argument: str, name: str | None, suffixes: tuple[str, ...]) -> None:
