@@ -707,7 +707,7 @@ LAW: dict[str, Entry] = {
     },
     "generator.class_token": Entry(False, architecture, "module", {**TOKENIZED, "generator.adaln": True}),
     "generator.attention": Entry("cudnn", architecture, "module", {**TOKENIZED, "generator.dtype": "bfloat16"}),
-    "generator.input": Entry("codebook", architecture, "module", {**TOKENIZED, "generator.code_channels": 4}),
+    "generator.input": Entry("codebook", error_of(architecture), "error", TOKENIZED),
     "generator.code_channels": Entry(
         8, architecture, "module", {**TOKENIZED, "generator.code_channels": 4, "generator.input": "codebook"}
     ),

@@ -9,10 +9,11 @@ import pytest
 from vqrae_jax import checkpoint, sharding
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.code_shards import Columns
+from vqrae_jax.data.code_source import CodeSource
 from vqrae_jax.data.images import read_image, write_image
-from vqrae_jax.errors import CheckpointError, ConfigError, DataError
+from vqrae_jax.errors import NO_VALUE, CheckpointError, ConfigError, DataError
 from vqrae_jax.train import loop, sample_evaluation
-from vqrae_jax.train.generator import GeneratorTask
+from vqrae_jax.train.generator import FrozenTokenizer, GeneratorTask, complete_config
 from vqrae_jax.train.run import open_run
 from vqrae_jax.train.task import jit_step, place_horizon
 
@@ -111,11 +112,16 @@ def test_codes_of_another_tokenizer_and_images_without_a_class_are_refused(tiny_
         open_run(tiny_generator(data={"path": other, "eval_path": None}), tmp_path),
     ):
         pass
-    assert error.value.field == "generator.tokenizer_hash"
+    assert error.value.field == "generator.tokenizer"
     labels = np.array([-1] + [0] * 7, np.int32)
     unlabelled = write_codes(tmp_path / "unlabelled", grids, labels)
     alone = {"tokenizer": None, "classes": 1}
     config = tiny_generator(data={"path": unlabelled, "eval_path": None}, generator=alone)
+    with pytest.raises(DataError) as error, open_run(config, tmp_path):
+        pass
+    assert error.value.field == "data.path"
+    nothing = write_codes(tmp_path / "nothing", grids, np.full(8, -1, np.int32))
+    config = tiny_generator(data={"path": nothing, "eval_path": unlabelled}, generator={"tokenizer": None})
     with pytest.raises(DataError) as error, open_run(config, tmp_path):
         pass
     assert error.value.field == "data.path"
@@ -147,6 +153,8 @@ def test_codes_of_another_tokenizer_and_images_without_a_class_are_refused(tiny_
         ({"evaluation": {"metrics": ("lpips",)}}, "evaluation.metrics"),
         ({"generator": {"max_snr": 5.0}}, "generator.max_snr"),
         ({"generator": {"raster_steps": 5}}, "generator.raster_steps"),
+        ({"generator": {"code_channels": 4}}, "generator.code_channels"),
+        ({"generator": {"tokenizer": ""}}, "generator.tokenizer"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_anything_compiles(tiny_generator, tmp_path, sections, field):
@@ -206,6 +214,26 @@ def test_every_image_is_seen_once_in_an_epoch_by_several_processes(tiny_generato
     parts = [pipeline.train_batches(data, seed=0, process_index=i, process_count=2) for i in range(2)]
     labels = [np.concatenate([next(part)["label"] for part in parts]) for _ in range(6)]
     assert np.bincount(np.concatenate(labels)).tolist() == [24, 24]
+
+
+@pytest.mark.parametrize("name", ["guidances", "sampler_steps"])
+def test_settings_that_no_metric_compares_are_refused(tiny_generator, trained_generator, one_device, name):
+    with pytest.raises(ConfigError) as error:
+        loop.evaluate(tiny_generator(evaluation={name: (1, 2)}), trained_generator, one_device)
+    assert error.value.field == f"evaluation.{name}"
+
+
+def test_sources_that_disagree_are_named(tiny_generator, trained_generator, tmp_path):
+    """The tokenizer has 32 codes, which no field has set; images train, and a checkpoint has another tokenizer."""
+    config, tokenizer = tiny_generator(), FrozenTokenizer.load(tiny_generator().generator.tokenizer)
+    source = CodeSource(write_codes(tmp_path / "codes", np.zeros((8, 4, 4)), tokenizer=tokenizer.hash, size=64))
+    with pytest.raises(ConfigError) as error:
+        complete_config(config, {}, tokenizer, source)
+    assert (error.value.field, error.value.value) == ("generator.num_embeddings", NO_VALUE)
+    images = tiny_generator(data={"source": "photographs", "path": None, "eval_path": None, "image_size": 32})
+    with pytest.raises(ConfigError) as error:
+        complete_config(images, {"tokenizer_hash": "0" * 64}, tokenizer, None)
+    assert error.value.field == "generator.tokenizer"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Builds a generator from its config, once the shape of its codes is known."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +43,15 @@ def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = ()) -> tuple[G
     return grids, levels
 
 
-def complete(config: GeneratorConfig, **fields: Any) -> GeneratorConfig:
-    """Returns the config with fields that the data or the tokenizer decide; None and () are unknown.
+def complete(config: GeneratorConfig, source: str, others: Mapping[str, str], **fields: Any) -> GeneratorConfig:
+    """Returns the config with fields that a source decides; None and () are unknown.
+
+    Args:
+      source: subject and verb of messages, for example "the codes have".
+      others: sources that have set fields of the config, by field.
 
     Raises:
-      ConfigError: a field is set to another value.
+      ConfigError: a field is set to another value, or another source has one.
     """
     updates = {}
     for name, value in fields.items():
@@ -55,8 +59,10 @@ def complete(config: GeneratorConfig, **fields: Any) -> GeneratorConfig:
         if value in (None, ()):
             continue
         if (present := getattr(config, name)) not in (None, (), value) and (name, present) != ("code_channels", 0):
-            message = f"the codes have {value!r}; leave it out, or use the codes and the tokenizer that belong together"
-            raise ConfigError(message, field=f"generator.{name}", value=present)
+            if name in others:
+                message = f"{others[name]} {present!r}, but {source} {value!r}; use those that belong together"
+                raise ConfigError(message, field=f"generator.{name}")
+            raise ConfigError(f"{source} {value!r}; leave it out", field=f"generator.{name}", value=present)
         updates[name] = value
     # Validated again, because the factors must fit the number of codes.
     values = config.model_dump() | updates

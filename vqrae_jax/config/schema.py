@@ -151,7 +151,7 @@ class GeneratorConfig(Section):
 
     # Workdir, checkpoint, saved folder or hub id of the tokenizer whose codes are generated. Required unless
     # data.source="codes", which then trains without pictures of samples.
-    tokenizer: str | None = None
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
     # Hash of this tokenizer, which the codes must have; None: the hash of the tokenizer, or of the codes.
     tokenizer_hash: str | None = None
     # Masked diffusion (MaskGIT, MDLM, MD4), or prediction of codes in an order (GPT, RAR).
@@ -219,6 +219,8 @@ class GeneratorConfig(Section):
         if self.family == "masked" and (self.permuted_steps or self.raster_steps or self.raster_epochs):
             message = "orders are for generator.family='autoregressive'; leave it at 0"
             raise invalid("raster_steps", self.raster_steps, message)
+        if self.code_channels and self.input != "codebook":
+            raise invalid("code_channels", self.code_channels, "is for generator.input='codebook'; leave it at 0")
         if self.factors and self.tied and self.input == "codebook":
             raise invalid("tied", True, "codebook vectors have no digits; set tied=False, input='table' or factors=()")
         return self

@@ -61,36 +61,42 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
       ConfigError: they differ from the config, or from each other.
       DataError: an image has no class.
     """
-    facts = [{name: saved[name] for name in SAVED_FIELDS if name in saved}]
+    plan = source.plan if source is not None and config.data.source == "codes" else None
+    made_by = saved.get("tokenizer_hash") if plan is None else plan.tokenizer
+    if tokenizer is not None and made_by not in (None, tokenizer.hash):
+        message = f"is another tokenizer than that of the {'checkpoint' if plan is None else 'codes'}; pass that one"
+        raise ConfigError(message, field="generator.tokenizer", value=config.generator.tokenizer)
+    facts = [("the checkpoint has", {name: saved[name] for name in SAVED_FIELDS if name in saved})]
     if tokenizer is not None:
         quantizer = tokenizer.module.quantizer
         grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes)
-        facts.append({"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings})
-        facts[-1]["tokenizer_hash"] = tokenizer.hash
+        known = {"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings}
+        known["tokenizer_hash"] = tokenizer.hash
         if config.data.source != "codes" and config.data.image_size != tokenizer.image_size:
             message = f"the tokenizer has images of {tokenizer.image_size} pixels; set data.image_size to that"
             raise ConfigError(message, field="data.image_size", value=config.data.image_size)
         if config.generator.input == "codebook":
-            facts[-1]["code_channels"] = _channels(tokenizer)
-    if config.data.source == "codes" and source is not None:
-        plan = source.plan
-        facts.append({"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer})
+            known["code_channels"] = _channels(tokenizer)
+        facts.append(("the tokenizer has", known))
+    if plan is not None:
+        known = {"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer}
         if tokenizer is None and not config.generator.grids:
-            grids, levels = builder.arrange_codes(plan.view_shape)
-            facts.append({"grids": grids, "levels": levels})
+            known["grids"], known["levels"] = builder.arrange_codes(plan.view_shape)
         if source.classes or config.generator.classes is None:  # without names, the labels are fewer than the classes
-            facts.append({"classes": source.num_classes})
+            known["classes"] = source.num_classes
+        facts.append(("the codes have", known))
     elif source is not None and source.classes:
-        facts.append({"classes": len(source.classes)})
-    generator = config.generator
-    for fields in facts:
+        facts.append(("the images have", {"classes": len(source.classes)}))
+    generator, others = config.generator, {}
+    for origin, fields in facts:
         if generator.classes == 0:  # chosen: images without a class
             fields.pop("classes", None)
-        generator = builder.complete(generator, **fields)
+        generator = builder.complete(generator, origin, others, **fields)
+        others |= dict.fromkeys(fields, origin)
     if generator.classes is None and config.data.label_key is None:
-        generator = builder.complete(generator, classes=0)
+        generator = generator.model_copy(update={"classes": 0})
     if generator.classes and source is not None:
-        if config.data.source == "codes":
+        if plan is not None:
             source.check_labels(generator.classes)
         elif not (source.classes or config.data.label_key):
             message = "the images have no classes; use class folders or data.label_key, or set 0"

@@ -25,7 +25,7 @@ from vqrae_jax.train import hooks, restore
 from vqrae_jax.train.metric_writers import MetricWriters
 from vqrae_jax.train.restore import Start
 from vqrae_jax.train.run import Run, git_revision, open_run, save_checkpoint
-from vqrae_jax.train.sample_evaluation import evaluate_samples, sample_metrics
+from vqrae_jax.train.sample_evaluation import check_compared, evaluate_samples, sample_metrics
 from vqrae_jax.train.task import Batch, TrainState, jit_step, place_horizon
 
 log = logging.getLogger(__name__)
@@ -234,6 +234,7 @@ def _evaluate_generator(
     config: Config, workdir: str | os.PathLike, devices: list[jax.Device] | None, step: int
 ) -> dict[str, int | float | None]:
     """Evaluates a generator on validation codes, if there are any, and its samples against references."""
+    check_compared(config)
     with open_run(config, workdir, devices, evaluate_step=step) as (run, state):
         if run.evaluator is None and not sample_metrics(config):
             message = "there are no validation codes, nor evaluation.metrics of samples ('inception', 'encoder')"

@@ -19,7 +19,7 @@ from vqrae_jax.build import weights
 from vqrae_jax.checkpoint import Checkpoints
 from vqrae_jax.config import AdversaryConfig, Config, LossConfig, epochs_to_steps, from_saved
 from vqrae_jax.data import pipeline
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import DataError, UserError
 from vqrae_jax.evaluation.code_evaluator import CodeEvaluator
 from vqrae_jax.evaluation.evaluator import Evaluator
 from vqrae_jax.train import restore
@@ -127,9 +127,10 @@ def _prepare(
     if config.train.task == "generator":
         sources = [read.source for read in (batches, validation) if read is not None]
         source, folder = next(iter(sources), None), workdir / checkpoint.FOLDER
+        unset = config.generator.classes is None
         config, task = _build_generator(config, mesh, folder, evaluate_step, source)
-        for other in sources[1:] if config.data.source == "codes" and config.generator.classes else ():
-            other.check_labels(config.generator.classes)
+        for other in sources[1:]:
+            _check_validation_classes(config, other, unset)
         evaluator = CodeEvaluator(config, task, mesh, validation) if validation is not None else None
         return config, mesh, task, batches, evaluator
     start = evaluate_step
@@ -143,6 +144,16 @@ def _prepare(
     task = TokenizerTask.build(config.model_copy(update=update), mesh, start=start)
     evaluator = Evaluator(config, task, mesh, validation, metrics) if validation is not None else None
     return config, mesh, task, batches, evaluator
+
+
+def _check_validation_classes(config: Config, source: Any, unset: bool) -> None:
+    """Raises DataError if the labels of validation do not fit; `unset` is whether the user left the classes out."""
+    codes, classes = config.data.source == "codes", config.generator.classes
+    if codes and classes:
+        source.check_labels(classes)
+    elif unset and not classes and (source.num_classes if codes else source.classes):
+        message = "has no classes, but data.eval_path has; use class folders or labels, or set generator.classes=0"
+        raise DataError(message, field="data.path", value=config.data.path)
 
 
 def _build_generator(

@@ -35,6 +35,14 @@ def sample_metrics(config: Config) -> list[str]:
     return names if set(names) & set(judges.FEATURES) else []
 
 
+def check_compared(config: Config) -> None:
+    """Raises ConfigError if settings of the sampler are compared without metrics of samples."""
+    for name in ("guidances", "sampler_steps"):
+        if (values := getattr(config.evaluation, name)) and not sample_metrics(config):
+            message = "compares samples, which needs 'inception' or 'encoder' in evaluation.metrics; add one, or use ()"
+            raise ConfigError(message, field=f"evaluation.{name}", value=values)
+
+
 def samplers(config: Config) -> list[SamplerConfig]:
     """Returns the settings to compare: each guidance of evaluation.guidances with each number of sampler_steps."""
     base, evaluation = SamplerConfig(**config.generator.sampler.model_dump()), config.evaluation
