@@ -32,7 +32,7 @@ def get_config(family="autoregressive"):
 
     c.data.source = "codes"
     c.data.batch_size = 16
-    c.data.eval_batch_size = 53
+    c.data.eval_batch_size = 40
 
     c.optimizer.method = "muon"
     c.optimizer.learning_rate = 4e-3

@@ -11,6 +11,9 @@ import pytest
 from tests.configs.test_released import load
 from vqrae_jax.build.generator import build_generator, variable_shapes
 from vqrae_jax.config import epochs_to_steps
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.preflight.chips import parse_topology
+from vqrae_jax.preflight.programs import Plan, build_mesh
 from vqrae_jax.train.generator import GeneratorTask
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "parameter_counts.json").read_text())["generators"]
@@ -45,3 +48,17 @@ def test_step_has_consistent_shapes(name, one_mesh):
     new_state, metrics = jax.eval_shape(task.step, state, {}, batch, 100)
     assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
     assert "loss/total" in metrics
+
+
+@pytest.mark.parametrize("family", ["autoregressive", "masked"])
+def test_the_generator_of_cpus_is_planned_once_its_codes_are_named(family):
+    config, topology = load("generator_cpu", family), parse_topology("cpu:8")
+    mesh = build_mesh(config, jax.devices()[:8])
+    with pytest.raises(ConfigError) as error:
+        Plan.build(config, topology, mesh)
+    assert error.value.field == "generator.grids"
+    names = [f"generator.{name}" for name in ("grids", "levels", "num_embeddings", "classes")]
+    assert all(name in error.value.message for name in names)
+    shape = {"grids": ((16, 16),), "levels": 1, "num_embeddings": 512, "classes": 9}
+    config = config.model_copy(update={"generator": config.generator.model_copy(update=shape)})
+    assert len(Plan.build(config, topology, mesh).programs()) == 3

@@ -75,14 +75,14 @@ def build_generator(config: GeneratorConfig, mesh: Mesh | None = None) -> CodeTr
     Raises:
       ConfigError: the shape of the codes is not known.
     """
-    for name in ("grids", "levels", "num_embeddings", "classes"):
-        if (value := getattr(config, name)) in (None, ()):
-            raise ConfigError("is not known without data; set it", field=f"generator.{name}", value=value)
+    shape = {name: getattr(config, name) for name in ("grids", "levels", "num_embeddings", "classes")}
+    shape |= {"code_channels": config.code_channels or None} if config.input == "codebook" else {}
+    if missing := [f"generator.{name}" for name, value in shape.items() if value in (None, ())]:
+        message = f"no data or tokenizer that is read decides it; set {', '.join(missing)}"
+        raise ConfigError(message, field=missing[0])
     if config.classes and not (config.class_token or config.adaln):
         message = "the network does not see the class; set class_token or adaln, or classes=0"
         raise ConfigError(message, field="generator.class_token", value=False)
-    if config.input == "codebook" and not config.code_channels:
-        raise ConfigError("is not known without the tokenizer; set it", field="generator.code_channels", value=0)
     blocks = BlocksConfig(
         config.width, config.depth, config.heads, config.mlp, act="silu" if config.gated else "gelu",
         gated=config.gated, qk_norm=config.qk_norm, causal=config.family == "autoregressive", dropout=config.dropout,
