@@ -1,11 +1,14 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vqrae_jax import Generator, Tokenizer, sharding
+from vqrae_jax.build import generator as builder
 from vqrae_jax.errors import CheckpointError, ConfigError, StorageError, UserError, WeightsError
+from vqrae_jax.generation.network import generate_codes
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,27 @@ def test_a_number_is_the_same_sample_in_any_batch_and_on_any_mesh(generator, tra
 def test_the_sampler_is_its_method(generator):
     ours, theirs = (generator.sample_codes(0, **{name: "chance"}) for name in ("sampler", "method"))
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["masked", "autoregressive"])
+def test_values_of_the_sampler_need_no_other_program_and_change_no_sample(generator, family):
+    """The samples equal those of a program in which the values are constants."""
+    config = generator.config.model_copy(update={"family": family})
+    module, key = builder.build_generator(config), jax.random.key(0)
+    noisy = jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), builder.initial_variables(module, key))
+    generator = Generator(module, noisy, config)
+    hidden, labels = jnp.full((2, 16), 32), [0, 1]
+    for settings in (
+        {"guidance": 0.7, "temperature": 0.9}, {"guidance": 2.0, "last_temperature": 0.3},
+        {"guidance": 0.1, "choice_temperature": 1.0, "guidance_schedule": "linear", "schedule": "linear"},
+    ):  # fmt: skip
+        sampler, variables = generator.choose_sampler(**settings), builder.module_variables(generator.variables)
+        constant = jax.jit(
+            lambda x, codes, sampler=sampler: generate_codes(module, x, key, codes, jnp.array(labels), sampler)
+        )(variables, hidden)
+        np.testing.assert_array_equal(generator.sample_codes(labels, **settings).reshape(2, 16), constant)
+    (program,) = generator._compiled.values()
+    assert program._cache_size() == 1
 
 
 def test_images_are_the_decoded_codes(generator, trained):

@@ -22,6 +22,13 @@ def check_sampler(config: SamplerConfig, architecture: Any) -> None:
             raise ConfigError("is for autoregressive generators; use temperature", field=field, value=value)
 
 
+def schedule_codes(config: SamplerConfig, architecture: Any) -> Any:
+    """Returns the values of every step as arrays: those that differ need no other program of `generate_codes`."""
+    if architecture.blocks.causal:
+        return sampling.schedules(config, architecture.length)
+    return sampling.schedule_steps(config, architecture.length)
+
+
 def generate_codes(
     module: Any,
     variables: Any,
@@ -31,6 +38,7 @@ def generate_codes(
     config: SamplerConfig,
     rows: Int[Array, " B"] | None = None,
     history: bool = False,
+    schedule: Any = None,
 ) -> Int[Array, "*S B T"]:
     """Samples the hidden codes of images and keeps the others; returns int32 codes in [0, K).
 
@@ -41,8 +49,10 @@ def generate_codes(
       labels: classes, or the number of classes for unconditional samples.
       rows: numbers of the samples; a number is the same sample in any batch and on any mesh. None: 0 to B - 1.
       history: return the codes after every step of masked diffusion, [S, B, T].
+      schedule: `schedule_codes` of the config, if it is an argument of the compiled program.
     """
     architecture = module.config
+    schedule = schedule_codes(config, architecture) if schedule is None else schedule
     guided = bool(config.guidance and architecture.classes)
     condition = sampling.pair_labels(labels, architecture.classes) if guided else labels
     if not architecture.blocks.causal:
@@ -52,13 +62,13 @@ def generate_codes(
 
         grids, levels = architecture.grids, architecture.levels
         shapes = tuple((*grid, levels) if levels > 1 else grid for grid in grids)
-        settings = {"rows": rows, "factors": architecture.factors, "history": history}
+        settings = {"rows": rows, "factors": architecture.factors, "history": history, "schedule": schedule}
         return sampling.sample(predict, key, indices, architecture.num_embeddings, config, shapes, **settings)
 
     def step(cache: Any, previous: Array, code: Array) -> tuple[Array, Any]:
         return module.apply(variables, cache, previous, code, method="step")
 
-    temperature, guidance = sampling.schedules(config, architecture.length)
+    temperature, guidance = schedule
     return autoregression.sample(
         step, module.apply(variables, condition, method="start"), key, indices, architecture.num_embeddings, rows,
         temperature, config.top_k, config.top_p, guidance if guided else None, architecture.factors,

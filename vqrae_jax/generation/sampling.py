@@ -44,6 +44,7 @@ def sample(
     rows: Int[Array, " B"] | None = None,
     factors: tuple[int, ...] = (),
     history: bool = False,
+    schedule: Steps | None = None,
 ) -> Int[Array, "*S B N"]:
     """Samples the hidden indices and keeps the others.
 
@@ -58,6 +59,7 @@ def sample(
         nor on the batch, so that a number is the same sample everywhere.
       factors: sizes of digits whose logits follow each other, most significant first; (): logits are of whole codes.
       history: return the indices after every step, [S, B, N].
+      schedule: `schedule_steps` of the config, if it is an argument of the compiled program.
 
     Returns:
       Int32 indices in [0, K), [B, N].
@@ -67,8 +69,8 @@ def sample(
     """
     batch, positions = indices.shape
     ranks = _ranks(grids, positions) if config.method == "halton" else None
-    steps = config.steps if config.method == "remask" else min(config.steps, positions)
-    per_step = (1 + config.remasking) / steps
+    schedule = schedule_steps(config, positions) if schedule is None else schedule
+    per_step = (1 + config.remasking) / len(schedule.number)
     repainted = indices == num_embeddings
     to_sample = jnp.sum(repainted, axis=1)
     rows = jnp.arange(batch) if rows is None else rows
@@ -95,7 +97,7 @@ def sample(
         indices = jnp.where(hide, num_embeddings, jnp.where(hidden, sampled, indices))
         return indices, indices if history else None
 
-    indices, states = jax.lax.scan(step, indices.astype(jnp.int32), _steps(config, steps))
+    indices, states = jax.lax.scan(step, indices.astype(jnp.int32), schedule)
     return states if history else indices
 
 
@@ -126,7 +128,9 @@ def pair_labels(labels: Int[Array, " B"], unconditional: int) -> Int[Array, " 2*
     return jnp.stack([labels, jnp.full_like(labels, unconditional)], axis=1).reshape(-1)
 
 
-def _steps(config: SamplerConfig, count: int) -> Steps:
+def schedule_steps(config: SamplerConfig, positions: int) -> Steps:
+    """Returns the settings of every step: all of guidance, temperature and noise that `sample` reads."""
+    count = config.steps if config.method == "remask" else min(config.steps, positions)
     number = jnp.arange(count)
     hidden = hidden_share(1 - (number + 1) / count, config.schedule)
     noise = config.choice_temperature * (1 - (number + 1) / count)

@@ -15,7 +15,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax import sharding, storage
 from vqrae_jax.build import generator as builder
 from vqrae_jax.errors import ConfigError, DataError, UserError, WeightsError
-from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood
+from vqrae_jax.generation.network import check_sampler, generate_codes, log_likelihood, schedule_codes
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.inference import generator_card, saving
 from vqrae_jax.inference.batching import place_variables
@@ -28,6 +28,7 @@ from vqrae_jax.pretrained import sources, writers
 log = logging.getLogger(__name__)
 
 BATCH = 32  # images per device and program
+STATIC = ("method", "remasking", "top_k", "top_p")  # settings that need a program of their own, as has any guidance
 
 
 class Generator:
@@ -206,7 +207,8 @@ class Generator:
         Divide by -ln 2 and the number of codes for bits per code. `seed` chooses which codes are hidden.
         """
         codes = self._check_codes(codes)
-        labels, program = self._labels(labels, len(codes)), self._program("likelihood", None)
+        labels = self._labels(labels, len(codes))
+        program = functools.partial(self._program("likelihood", None), None)
         rows = np.arange(len(codes), dtype=np.int32)
         return self._run(program, codes, labels, rows, seed)
 
@@ -321,6 +323,7 @@ class Generator:
         _check_integer("first", first, 2**31 - len(indices))
         rows = np.arange(first, first + len(indices), dtype=np.int32)
         program = self._program("history" if history else "sample", config)
+        program = functools.partial(program, jax.device_get(schedule_codes(config, self.module.config)))
         codes = self._run(program, indices, labels, rows, seed, axis=int(history))
         return codes.reshape(*codes.shape[:-1], *self.code_shape)
 
@@ -342,17 +345,19 @@ class Generator:
         return np.concatenate(results, axis).take(range(len(codes)), axis)
 
     def _program(self, kind: str, config: SamplerConfig | None) -> Any:
-        """Returns the compiled function of variables, codes, labels, rows and seed."""
+        """Returns the compiled function of schedule, variables, codes, labels, rows and seed."""
+        settings = config and (*(getattr(config, name) for name in STATIC), config.guidance > 0)
 
-        def run(variables: Any, codes: Any, labels: Any, rows: Any, seed: Any) -> jax.Array:
+        def run(schedule: Any, variables: Any, codes: Any, labels: Any, rows: Any, seed: Any) -> jax.Array:
             key, variables = jax.random.key(seed), builder.module_variables(variables)
             if kind == "likelihood":
                 return log_likelihood(self.module, variables, key, codes, labels)[0]
-            return generate_codes(self.module, variables, key, codes, labels, config, rows, history=kind == "history")
+            history = kind == "history"
+            return generate_codes(self.module, variables, key, codes, labels, config, rows, history, schedule)
 
-        if (kind, config) not in self._compiled:
-            self._compiled[kind, config] = jax.jit(run)
-        return self._compiled[kind, config]
+        if (kind, settings) not in self._compiled:
+            self._compiled[kind, settings] = jax.jit(run)
+        return self._compiled[kind, settings]
 
     def require_tokenizer(self) -> None:
         """Raises DataError without a tokenizer, which images need."""
