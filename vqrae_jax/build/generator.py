@@ -43,12 +43,12 @@ def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = ()) -> tuple[G
     return grids, levels
 
 
-def complete(config: GeneratorConfig, source: str, others: Mapping[str, str], **fields: Any) -> GeneratorConfig:
+def complete(config: GeneratorConfig, source: str, origins: Mapping[str, str], **fields: Any) -> GeneratorConfig:
     """Returns the config with fields that a source decides; None and () are unknown.
 
     Args:
       source: subject and verb of messages, for example "the codes have".
-      others: sources that have set fields of the config, by field.
+      origins: sources that have set fields of the config, by field.
 
     Raises:
       ConfigError: a field is set to another value, or another source has one.
@@ -59,8 +59,8 @@ def complete(config: GeneratorConfig, source: str, others: Mapping[str, str], **
         if value in (None, ()):
             continue
         if (present := getattr(config, name)) not in (None, (), value) and (name, present) != ("code_channels", 0):
-            if name in others:
-                message = f"{others[name]} {present!r}, but {source} {value!r}; use those that belong together"
+            if name in origins:
+                message = f"{origins[name]} {present!r}, but {source} {value!r}; use those that belong together"
                 raise ConfigError(message, field=f"generator.{name}")
             raise ConfigError(f"{source} {value!r}; leave it out", field=f"generator.{name}", value=present)
         updates[name] = value

@@ -70,29 +70,29 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
     if tokenizer is not None:
         quantizer = tokenizer.module.quantizer
         grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes)
-        known = {"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings}
-        known["tokenizer_hash"] = tokenizer.hash
+        values = {"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings}
+        values["tokenizer_hash"] = tokenizer.hash
         if config.data.source != "codes" and config.data.image_size != tokenizer.image_size:
             message = f"the tokenizer has images of {tokenizer.image_size} pixels; set data.image_size to that"
             raise ConfigError(message, field="data.image_size", value=config.data.image_size)
         if config.generator.input == "codebook":
-            known["code_channels"] = _channels(tokenizer)
-        facts.append(("the tokenizer has", known))
+            values["code_channels"] = _channels(tokenizer)
+        facts.append(("the tokenizer has", values))
     if plan is not None:
-        known = {"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer}
+        values = {"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer}
         if tokenizer is None and not config.generator.grids:
-            known["grids"], known["levels"] = builder.arrange_codes(plan.view_shape)
+            values["grids"], values["levels"] = builder.arrange_codes(plan.view_shape)
         if source.classes or config.generator.classes is None:  # without names, the labels are fewer than the classes
-            known["classes"] = source.num_classes
-        facts.append(("the codes have", known))
+            values["classes"] = source.num_classes
+        facts.append(("the codes have", values))
     elif source is not None and source.classes:
         facts.append(("the images have", {"classes": len(source.classes)}))
-    generator, others = config.generator, {}
+    generator, origins = config.generator, {}
     for origin, fields in facts:
         if generator.classes == 0:  # chosen: images without a class
             fields.pop("classes", None)
-        generator = builder.complete(generator, origin, others, **fields)
-        others |= dict.fromkeys(fields, origin)
+        generator = builder.complete(generator, origin, origins, **fields)
+        origins |= {name: origin for name, value in fields.items() if value not in (None, ())}
     if generator.classes is None and config.data.label_key is None:
         generator = generator.model_copy(update={"classes": 0})
     if generator.classes and source is not None:
