@@ -31,6 +31,30 @@ def rae_stage1(c: ml_collections.ConfigDict, epochs: float = 16) -> None:
     c.adversary.optimizer.decay_end_epochs = epochs  # of training of the discriminator, which the run does not reach
 
 
+def discrete_rae(c: ml_collections.ConfigDict, epochs: float) -> None:
+    """Sets networks, data, losses and schedule of the recommended tokenizers for ImageNet; the codebook is theirs.
+
+    The latent is the mean of a shallow, a middle and the last layer of a frozen DINOv2-B with registers. A ViT-XL
+    decoder reconstructs 256 pixels and predicts the encoder's middle and last layer. Losses: L1, LPIPS, feature
+    reconstruction and an adaptive DINO adversary. Their weights and the schedule are those of RAE; crops, flips,
+    clipping, LeCam and the constant rate of the quantizer are not.
+    """
+    c.model.encoder_cls = "Dinov2withNorm"
+    c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
+    c.model.encoder_params.layers = (2, 6, -1)
+    c.model.encoder_input_size = 224
+    c.model.decoder_config_path = "ViT-XL"
+    c.model.decoder_features = (6, -1)
+    c.model.remat = True
+    c.loss.feature_weight = 0.5
+    rae_stage1(c, epochs)
+    half_precision(c)
+    c.optimizer.constant = ("quantizer",)
+    c.optimizer.clip_norm = 1.0
+    c.adversary.lecam_weight = 0.001
+    c.data.crop, c.data.resize, c.data.flip = "adm", 1.0, True
+
+
 def half_precision(c: ml_collections.ConfigDict) -> None:
     """bfloat16 activations wherever there is a choice; parameters, norms, distances and losses stay float32."""
     c.model.dtype = c.loss.perceptual.dtype = c.adversary.dtype = "bfloat16"
