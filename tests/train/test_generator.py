@@ -223,6 +223,13 @@ def test_settings_that_no_metric_compares_are_refused(tiny_generator, trained_ge
     assert error.value.field == f"evaluation.{name}"
 
 
+def test_autoregression_has_no_numbers_of_steps_to_compare(tiny_generator, trained_generator, one_device):
+    config = tiny_generator(generator={"family": "autoregressive"}, evaluation={"sampler_steps": (1, 2)})
+    with pytest.raises(ConfigError, match="autoregression") as error:
+        loop.evaluate(config, trained_generator, one_device)
+    assert error.value.field == "evaluation.sampler_steps"
+
+
 def test_sources_that_disagree_are_named(tiny_generator, trained_generator, tmp_path):
     """The tokenizer has 32 codes, which no field has set; images train, and a checkpoint has another tokenizer."""
     config, tokenizer = tiny_generator(), FrozenTokenizer.load(tiny_generator().generator.tokenizer)

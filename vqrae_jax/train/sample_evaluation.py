@@ -36,7 +36,10 @@ def sample_metrics(config: Config) -> list[str]:
 
 
 def check_compared(config: Config) -> None:
-    """Raises ConfigError if settings of the sampler are compared without metrics of samples."""
+    """Raises ConfigError if settings of the sampler are compared without metrics of samples, or are not its own."""
+    if config.evaluation.sampler_steps and config.generator.family == "autoregressive":
+        message = "autoregression has as many steps as codes; use ()"
+        raise ConfigError(message, field="evaluation.sampler_steps", value=config.evaluation.sampler_steps)
     for name in ("guidances", "sampler_steps"):
         if (values := getattr(config.evaluation, name)) and not sample_metrics(config):
             message = "compares samples, which needs 'inception' or 'encoder' in evaluation.metrics; add one, or use ()"
