@@ -69,6 +69,12 @@ PARTS: dict[str, dict[str, Any]] = {
         "model.commitment_cost": 0.02,
         "model.vq_decay": 0.95,
     },
+    "features of the encoder": {
+        "loss.perceptual.network": "encoder",
+        "loss.perceptual.weight": 0.5,
+        "loss.perceptual.layers": (0, 2, 4, 6),
+        "loss.perceptual.input_size": SIZE,
+    },
 }
 
 
@@ -256,6 +262,7 @@ def build_config(args: argparse.Namespace, name: str, seed: int) -> Config:
     """Returns the config of a variant."""
     settings: dict[str, Any] = {
         "model.encoder_cls": args.encoder_cls, "model.encoder_config_path": args.encoder,
+        "loss.perceptual.encoder_cls": args.encoder_cls, "loss.perceptual.path": args.encoder,
         "model.encoder_input_size": GRID * args.patch, "model.decoder_config_path": "ViT-Tiny",
         "model.decoder_patch_size": SIZE // GRID, "model.num_embeddings": 4096,
         "data.source": "folder", "data.path": f"{args.images}/train", "data.eval_path": f"{args.images}/val",
