@@ -2,8 +2,9 @@
 
 python benchmarks/quantizer_table.py --images=photographs --encoder=vit-tiny
 
-The encoder runs once. Then, for each row, the quantizer and a new decoder train together on its latents, with the same
-decoder, steps, batches and learning rates in every row.
+The encoder runs once, and the outputs of its first and last layer are one latent. Then, for each row, the quantizer and
+a new decoder with overlapping squares train together on these latents by Muon, with the same decoder, steps, batches
+and learning rates in every row.
 """
 
 import argparse
@@ -158,7 +159,8 @@ def model_sections(codes: int, grid: int, steps: int) -> dict[str, dict[str, Any
 def _build(args: argparse.Namespace) -> BuiltTokenizer:
     """Builds the encoder, with a decoder small enough to train one per row."""
     config = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
-    config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano"})
+    config |= {"encoder_params": {"layers": (0, -1), "fusion": "concat"}}
+    config = from_dict(ModelConfig, config | {"decoder_config_path": "ViT-Nano", "decoder_head": "overlap"})
     built = freeze_encoder(build_tokenizer(config))
     decoder = built.module.decoder
     blocks = dataclasses.replace(decoder.blocks, depth=1)
@@ -222,7 +224,7 @@ def _train(
         rate = learning_rate(OPTIMIZER, step, horizon)
         return {"quantizer": QUANTIZER_RATE * rate, "decoder": rate}
 
-    optimizer = make_optimizer(OPTIMIZER, rates)
+    optimizer = make_optimizer(OPTIMIZER, rates, muon=True)
 
     def loss(params: Any, state: Any, z: Array, image: Array, key: Array) -> tuple[Array, Any]:
         quantized, updated = quantizer.apply(

@@ -183,9 +183,9 @@ TokenizerTask.step = step
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workdir", "message"),
-    [("new", "interrupted before"), pytest.param("begun", "interrupted; step 3 is saved", marks=pytest.mark.slow)],
+    ("workdir", "message"), [("new", "interrupted before"), ("begun", "interrupted; step 3 is saved")]
 )
 def test_ctrl_c_while_the_first_step_is_traced_is_one_sentence(run_fork, tmp_path, trained, tiny, workdir, message):
     """The second interrupt, which does not wait for a step."""

@@ -147,9 +147,8 @@ def test_accumulation_equals_one_large_batch(tiny, one_mesh, assert_close, name)
 QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
 
 
-@pytest.mark.parametrize("quantizer", [
-    n if n == "product" else pytest.param(n, marks=pytest.mark.slow) for n in QUANTIZERS
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
     """Step, evaluation and images for the log, in shapes only; the quantizers' arithmetic has its own tests."""
     params = {"grids": (1, 2, 4)} if quantizer == "multiscale" else {}
