@@ -801,6 +801,8 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "quantizer_params.frozen": (True, {}),
     "quantizer_params.diversity_cost": (0.1, {}),
     "quantizer_params.temperature": (0.5, {"quantizer_params.diversity_cost": 0.1}),
+    "quantizer_params.codebook_cost": (0.5, {}),
+    "quantizer_params.revival_decay": (0.9, {}),
     "quantizer_params.levels": ((4, 3), {}),
     "quantizer_params.adapter": ("linear", {}),
     "quantizer_params.final_temperature": (0.2, {}),

@@ -8,6 +8,7 @@ import pytest
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.vq import VQ
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,12 @@ def pullback(name, z, embeddings, cotangent):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_values_are_the_embeddings_which_receive_no_gradient_and_gradients_are_finite(name, pairs):
+def test_values_are_the_embeddings_and_gradients_are_finite(name, pairs):
+    """Only diveq passes a gradient to the embeddings."""
     z, embeddings = pairs
     np.testing.assert_array_equal(jax.jit(ESTIMATORS[name])(1e4 * z, embeddings), embeddings)
     gradient = jax.grad(lambda c: jnp.sum(ESTIMATORS[name](jnp.asarray(z), c) ** 2))(jnp.asarray(embeddings))
-    np.testing.assert_array_equal(gradient, np.zeros_like(embeddings))
+    assert np.any(gradient) == (name == "diveq")
     # Zero and opposite vectors.
     z = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     embeddings = jnp.asarray([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
@@ -43,6 +45,38 @@ def test_straight_through_passes_the_gradient_and_rotation_rotates_z_to_its_embe
         assert_close(jacobian.T @ jacobian, scale**2 * np.eye(6), 1e-5)
         assert np.linalg.det(jacobian) > 0
         assert_close(jacobian @ row, embedding, 1e-5)
+
+
+def test_diveq_has_the_gradient_of_the_length_of_the_error_times_its_direction(pairs, assert_close):
+    def explicit(z, embeddings):
+        error = embeddings - z
+        length = jnp.linalg.norm(error, axis=-1, keepdims=True)
+        return z + length * jax.lax.stop_gradient(error / length)
+
+    cotangent = np.random.default_rng(1).normal(size=pairs[0].shape).astype(np.float32)
+    ours, theirs = (jax.vjp(f, *pairs)[1](cotangent) for f in (ESTIMATORS["diveq"], explicit))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, 1e-5)
+    assert_close(sum(ours), cotangent, 1e-5)
+    direction = (pairs[1] - pairs[0]) / np.linalg.norm(pairs[1] - pairs[0], axis=1, keepdims=True)
+    assert_close(ours[1], np.sum(cotangent * direction, axis=1, keepdims=True) * direction, 1e-5)
+    equal = jax.vjp(ESTIMATORS["diveq"], pairs[0], pairs[0])[1](cotangent)  # without an error: straight-through
+    np.testing.assert_array_equal(equal[0], cotangent)
+    assert not np.any(equal[1])
+
+
+@pytest.mark.parametrize("kind", [functools.partial(VQ, codebook_cost=0.0), SimVQ])
+def test_the_decoder_alone_trains_a_codebook_by_diveq(kind, pairs):
+    module, z = kind(16, 6, commitment_cost=0.0, estimator="diveq"), jnp.asarray(pairs[0])
+    variables = jax.jit(module.init)(jax.random.key(0), z)
+
+    def both(params):
+        out = module.apply({**variables, "params": params}, z)
+        return out.loss, jnp.sum(jnp.sin(out.z))
+
+    loss, decoder = jax.jit(jax.jacrev(both))(variables["params"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(loss))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(decoder))
 
 
 @pytest.mark.parametrize(("kind", "name"), [

@@ -49,8 +49,8 @@ def test_defaults_and_limits_of_the_settings():
         "codebook_dim": None, "whitening_dim": None, "distance": None, "estimator": "straight_through",
         "decay_warmup": True, "frozen": False, "input_projection": False, "legacy": True, "levels": (8, 5, 5, 5),
         "adapter": "mlp", "entropy_cost": 0.1, "diversity": 1.0, "diversity_cost": 0.0, "orthogonality_cost": 0.0,
-        "temperature": 1.0, "final_temperature": 0.1, "anneal_steps": 10_000, "inner": "ema", "depth": 4,
-        "shared": False, "dropout": 0.0, "groups": 2, "grids": (),
+        "temperature": 1.0, "codebook_cost": 1.0, "revival_decay": 0.0, "final_temperature": 0.1,
+        "anneal_steps": 10_000, "inner": "ema", "depth": 4, "shared": False, "dropout": 0.0, "groups": 2, "grids": (),
     }  # fmt: skip
     for name, value in {
         "codebook_dim": 0, "levels": (1, 4), "temperature": 0, "dropout": 1.5, "inner": "fsq", "estimator": "none",

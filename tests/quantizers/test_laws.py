@@ -29,6 +29,9 @@ OPTIONS = {
     "ema_angle": ("ema", {"distance": "angle"}),
     "vq_cosine": ("vq", {"distance": "cosine", "diversity_cost": 0.1}),
     "vq_angle": ("vq", {"distance": "angle", "estimator": "rotation"}),
+    "vq_revival": ("vq", {"revival_decay": 0.5}),
+    "vq_normal": ("vq", {"codebook_init": "normal", "revival_decay": 0.9, "distance": "cosine"}),
+    "vq_diveq": ("vq", {"estimator": "diveq", "codebook_cost": 0.0}),
     "simvq_angle": ("simvq", {"distance": "angle"}),
     "ema_rotation": ("ema", {"estimator": "rotation"}),
     "ema_projected": ("ema", {"codebook_dim": 3}),
@@ -52,8 +55,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 # One case of every way in which arrays interact; the others differ in arithmetic within a token only.
 KINDS = (
-    "ema", "ema_whitened", "ema_diverse", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq", "residual_dropout",
-    "product", "multiscale",
+    "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq",
+    "residual_dropout", "product", "multiscale",
 )  # fmt: skip
 # The kinds (but two have a diversity term), and every quantizer that is in none of them; the others are slow.
 FAST = set(KINDS) - {"ema_diverse"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS}
@@ -214,7 +217,10 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("ema", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
+    [
+        n if n in ("ema", "vq_revival", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow)
+        for n in KINDS
+    ],
 )
 def test_eight_devices_give_the_results_of_one(name, mesh):
     """4x2 mesh, with every codebook split over "model"."""

@@ -120,11 +120,11 @@ def masked_mean(values: Rows, mask: Mask) -> Scalar:
     return jnp.sum(jnp.where(mask, rows, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def vq_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float) -> Scalar:
+def vq_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float, codebook_cost: float = 1.0) -> Scalar:
     """Returns codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
     codebook = masked_mean((jax.lax.stop_gradient(flat) - quantized) ** 2, mask)
     commitment = masked_mean((flat - jax.lax.stop_gradient(quantized)) ** 2, mask)
-    return codebook + commitment_cost * commitment
+    return codebook_cost * codebook + commitment_cost * commitment
 
 
 def batch_metrics(flat: Rows, quantized: Rows, indices: Indices, num_embeddings: int, mask: Mask) -> dict[str, Array]:

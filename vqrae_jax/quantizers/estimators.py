@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.quantizers.arrays import AnyArray
+from vqrae_jax.quantizers.nearest import unit
 
-Estimator = Literal["straight_through", "rotation"]
+Estimator = Literal["straight_through", "rotation", "diveq"]
 
 
 @jax.custom_jvp
@@ -45,7 +46,20 @@ def rotation(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> 
     return value_of(quantized, scale * rotated)
 
 
-ESTIMATORS: dict[str, Callable] = {"straight_through": straight_through, "rotation": rotation}
+def diveq(z: Float[AnyArray, "*b C"], quantized: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:
+    """Shares the gradient between the embedding and z (DiVeQ, Vali et al. 2025, arXiv:2509.26469).
+
+    The embedding e is written as z + |e - z| u, with the direction u of e - z as a constant: of the decoder's gradient
+    g, e receives the part along u, (g . u) u, and z the rest. So embeddings train without a codebook loss. The paper
+    adds a little noise to u; this is its variant without noise ("detach"), which needs no random numbers.
+    """
+    error = quantized - z
+    direction = jax.lax.stop_gradient(unit(error))
+    # error . u is |e - z| with the same gradient, which is finite at zero.
+    return value_of(quantized, z + _dot(error, direction) * direction)
+
+
+ESTIMATORS: dict[str, Callable] = {"straight_through": straight_through, "rotation": rotation, "diveq": diveq}
 
 
 def _dot(a: Float[AnyArray, "*b C"], b: Float[AnyArray, "*b C"]) -> Float[Array, "*b 1"]:

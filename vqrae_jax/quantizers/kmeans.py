@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Mask, PerEmbedding, PerRow, Rows
 from vqrae_jax.quantizers.base import Sample
 from vqrae_jax.quantizers.nearest import Distance, nearest, nearest_with_distance, unit
-from vqrae_jax.quantizers.statistics import code_counts, code_totals
+from vqrae_jax.quantizers.statistics import code_counts, code_totals, gather_rows
 
 CodebookInit = Literal["kmeans", "data", "normal"]
 
@@ -117,28 +117,60 @@ class LearnedCodebook(nn.Module):
     Random embeddings lie far from all latents: a few of them win every latent and the others never learn.
 
     `params`: offset [K, C]. `batch_stats`, unless codebook_init is "normal": first [K, C]; begun [], 1 after the first
-    batch.
+    batch. With a `revival_decay` also first, and uses [K]: the decayed sum of how often each embedding was chosen,
+    relative to even use.
     """
 
     num_embeddings: int
     channels: int
     codebook_init: CodebookInit  # "normal": random embeddings of about unit length, before training
     distance: Distance
+    revival_decay: float = 0.0
+
+    @property
+    def _has_first(self) -> bool:
+        return self.codebook_init != "normal" or self.revival_decay > 0
 
     def setup(self):
         shape, normal = (self.num_embeddings, self.channels), nn.initializers.normal(self.channels**-0.5)
-        self.offset = self.param("offset", normal if self.codebook_init == "normal" else nn.initializers.zeros, shape)
-        if self.codebook_init != "normal":
+        self.offset = self.param("offset", nn.initializers.zeros if self._has_first else normal, shape)
+        if self._has_first:
             self.first = self.variable("batch_stats", "first", lambda: normal(self.make_rng("params"), shape))
+        if self.codebook_init != "normal":
             self.begun = self.variable("batch_stats", "begun", lambda: jnp.zeros((), jnp.int32))
+        if self.revival_decay:
+            self.uses = self.variable("batch_stats", "uses", jnp.zeros, shape[:1])
 
     def __call__(self) -> Codebook:
-        return self.offset if self.codebook_init == "normal" else self.offset + self.fixed()
+        return self.offset + self.fixed() if self._has_first else self.offset
 
     def fixed(self) -> Codebook | float:
         """Returns the part of the embeddings that gradients do not change."""
-        return 0.0 if self.codebook_init == "normal" else jax.lax.stop_gradient(self.first.value)
+        return jax.lax.stop_gradient(self.first.value) if self._has_first else 0.0
 
     def initialize(self, sample: Sample, count: Int[AnyArray, ""]) -> None:
         if self.codebook_init != "normal":
             start_variable(self, self.first, self.begun, sample, count)
+
+    def revive(self, z: Rows, mask: Mask, counts: Int[AnyArray, " K"]) -> Int[Array, ""]:
+        """Moves embeddings that are hardly used to latents (CVQ-VAE, Zheng & Vedaldi 2023, arXiv:2307.15139).
+
+        Every embedding e becomes e + alpha (anchor - e), with a random latent of the batch as its anchor and alpha =
+        exp(-10 uses - 0.001): 0.999 without uses, below 0.1 from 0.23 uses. The paper's running mean of the share of an
+        embedding is (1 - decay) uses / K. Its anchors that are drawn by distance would need N x K probabilities.
+
+        Args:
+          z: latents; those outside `mask` are no anchors, and if there are no others nothing changes.
+          counts: how often each embedding was chosen in this batch.
+
+        Returns:
+          The number of embeddings that moved more than half of the way.
+        """
+        total = jnp.sum(counts)
+        uses = self.revival_decay * self.uses.value + counts * (self.num_embeddings / jnp.maximum(total, 1))
+        rows = draw(self.make_rng("codes"), mask.astype(jnp.float32), self.num_embeddings)
+        alpha = jnp.where(mask[rows], jnp.exp(-10 * uses - 1e-3), 0.0)
+        # Not the offset, because optimizers keep moments of parameters.
+        self.first.value += alpha[:, None] * (gather_rows(z, rows) - jax.lax.stop_gradient(self()))
+        self.uses.value = jnp.where(total > 0, uses, self.uses.value)
+        return jnp.sum(alpha > 0.5, dtype=jnp.int32)

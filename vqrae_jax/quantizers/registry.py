@@ -52,7 +52,11 @@ DistanceSetting = Annotated[
     ),
 ]  # fmt: skip
 EstimatorSetting = Annotated[
-    Estimator, Setting("gradient of the choice of an embedding: that of the identity, or rotated with the embedding")
+    Estimator,
+    Setting(
+        "gradient of the choice of an embedding: that of the identity, rotated with the embedding, or shared with the "
+        "embedding (DiVeQ)"
+    ),
 ]
 Temperature = Annotated[
     float, Setting("temperature of the soft assignments or of the softmax over embeddings, usually 0.01 to 1", gt=0)

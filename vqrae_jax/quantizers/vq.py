@@ -1,5 +1,7 @@
 """The codebook of VQGAN and LlamaGen, trained by gradients (Esser et al. 2021, arXiv:2012.09841)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -27,7 +29,8 @@ class VQ(Quantizer):
 
     The codebook is a `LearnedCodebook`. With the distance "cosine" latents and embeddings have unit length (LlamaGen,
     arXiv:2406.06525, with 8 channels); with "angle" embeddings keep their length, and the codebook loss is 1 - cosine.
-    An embedding without latents gets no gradient: at a learning rate of its own, constant, fewer of them stay unused.
+    An embedding without latents gets no gradient: at a learning rate of its own, constant, fewer of them stay unused,
+    and with `revival_decay` they move to latents, after the step has used the codebook.
     """
 
     num_embeddings: registry.NumEmbeddings
@@ -38,13 +41,29 @@ class VQ(Quantizer):
     estimator: registry.EstimatorSetting = "straight_through"
     diversity_cost: registry.DiversityCost = 0.0
     temperature: registry.Temperature = 1.0
+    codebook_cost: Annotated[
+        float,
+        registry.Setting(
+            "weight of the codebook loss, usually 1; 0 with estimator=diveq, which trains embeddings by the decoder's "
+            "gradient", ge=0,
+        ),
+    ] = 1.0  # fmt: skip
+    revival_decay: Annotated[
+        float,
+        registry.Setting(
+            "decay per step of the counts of use by which unused embeddings move to latents (CVQ-VAE), usually 0.99; "
+            "0: none move", ge=0, le=1,
+        ),
+    ] = 0.0  # fmt: skip
 
     def __post_init__(self):
         check_distance(self.distance)
         super().__post_init__()
 
     def setup(self):
-        self.codebook = LearnedCodebook(self.num_embeddings, self.channels, self.codebook_init, self.distance)
+        self.codebook = LearnedCodebook(
+            self.num_embeddings, self.channels, self.codebook_init, self.distance, self.revival_decay
+        )
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
@@ -55,14 +74,14 @@ class VQ(Quantizer):
         codebook = self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         quantized = codebook[indices]
-        if self.distance == "angle":
-            loss = _angle_loss(flat, quantized, finite, self.commitment_cost)
-        else:
-            loss = vq_loss(flat, quantized, finite, self.commitment_cost)
+        compute_loss = _angle_loss if self.distance == "angle" else vq_loss
+        loss = compute_loss(flat, quantized, finite, self.commitment_cost, self.codebook_cost)
         if self.diversity_cost:
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         out = ESTIMATORS[self.estimator](flat, quantized).reshape(z.shape)
         metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
+        if train and self.revival_decay and not self.is_initializing():
+            metrics["revived"] = self.codebook.revive(fixed, finite, metrics["counts"])
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
@@ -72,15 +91,16 @@ class VQ(Quantizer):
         return unit(self.codebook()) if self.distance == "cosine" else self.codebook()
 
 
-def _angle_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float) -> Scalar:
+def _angle_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float, codebook_cost: float) -> Scalar:
     """Returns 1 - cosine for the codebook plus a Euclidean commitment loss (dRAE, arXiv:2607.22148)."""
     fixed = jax.lax.stop_gradient
     cosine = jnp.sum(unit(fixed(flat)) * unit(quantized), axis=1, keepdims=True)
-    return masked_mean(1 - cosine, mask) + commitment_cost * masked_mean((flat - fixed(quantized)) ** 2, mask)
+    commitment = masked_mean((flat - fixed(quantized)) ** 2, mask)
+    return codebook_cost * masked_mean(1 - cosine, mask) + commitment_cost * commitment
 
 
 registry.register(
     "vq", VQ, "Esser et al. 2021, arXiv:2012.09841; Sun et al. 2024, arXiv:2406.06525",
-    "VQGAN's and LlamaGen's codebook, trained by gradients; unused codes stay unused",
-    codebook={"first": "K C", "offset": "K C"}, inner=True,
+    "VQGAN's and LlamaGen's codebook, trained by gradients; unused codes stay unused without revival_decay",
+    codebook={"first": "K C", "offset": "K C", "uses": "K"}, inner=True,
 )  # fmt: skip

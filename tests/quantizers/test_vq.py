@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax.quantizers.vq import VQ
+
+K, C, DECAY = 16, 4, 0.5
+MODULE = VQ(K, C, codebook_init="normal", revival_decay=DECAY)
+
+
+@jax.jit
+def step(variables, z, seed=0):
+    return MODULE.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(seed)})
+
+
+@pytest.fixture
+def variables():
+    """Embeddings of which one is near the latents and the others have never been used."""
+    offset = np.random.default_rng(1).normal(size=(K, C)).astype(np.float32)
+    first = np.full((K, C), 100, np.float32)
+    first[3] = -offset[3]
+    state = {"first": jnp.asarray(first), "uses": jnp.zeros(K)}
+    return {"params": {"codebook": {"offset": jnp.asarray(offset)}}, "batch_stats": {"codebook": state}}
+
+
+def embeddings(variables):
+    return np.asarray(variables["params"]["codebook"]["offset"] + variables["batch_stats"]["codebook"]["first"])
+
+
+@pytest.fixture(scope="module")
+def z():
+    return np.random.default_rng(0).normal(size=(40, C)).astype(np.float32)
+
+
+def test_unused_embeddings_move_to_latents_and_the_used_one_stays(variables, z):
+    out, state = step(variables, z)
+    after = {**variables, **state}
+    assert set(np.asarray(out.indices)) == {3}
+    assert out.metrics["revived"] == K - 1
+    np.testing.assert_array_equal(embeddings(after)[3], embeddings(variables)[3])
+    np.testing.assert_array_equal(state["batch_stats"]["codebook"]["uses"], K * np.eye(K)[3])
+    anchors = np.delete(embeddings(after), 3, axis=0)
+    gaps = np.abs(anchors[:, None] - z).max(-1)
+    assert gaps.min(1).max() < 0.2  # a thousandth of the way is left
+    assert len(set(gaps.argmin(1))) == K - 1
+    out, _ = step(after, z, seed=1)
+    assert np.count_nonzero(out.metrics["counts"]) == K
+
+
+def test_embeddings_move_by_the_formula_of_the_paper(variables, z, assert_close):
+    """The paper: mean <- decay mean + (1 - decay) share; alpha = exp(-10 K mean / (1 - decay) - 0.001)."""
+    mean = np.random.default_rng(2).uniform(0, 0.02, K) * (np.arange(K) != 3)
+    variables["batch_stats"]["codebook"]["uses"] = jnp.asarray(K * mean / (1 - DECAY), jnp.float32)
+    out, state = step(variables, z)
+    mean = DECAY * mean + (1 - DECAY) * np.asarray(out.metrics["counts"]) / len(z)
+    alpha = np.exp(-10 * K * mean / (1 - DECAY) - 1e-3)[:, None]
+    before, after = embeddings(variables), embeddings({**variables, **state})
+    assert out.metrics["revived"] == np.sum(alpha > 0.5)
+    assert 0 < np.sum(alpha > 0.5) < K - 1
+    anchors = np.delete((after - (1 - alpha) * before) / alpha, 3, axis=0)
+    np.testing.assert_allclose(np.abs(anchors[:, None] - z).max(-1).min(1), 0, atol=2e-3)
+
+
+@pytest.mark.parametrize("good", [0, 5])
+def test_latents_that_are_not_finite_are_no_anchors(variables, z, good):
+    z = np.where(np.arange(len(z))[:, None] < good, z, np.nan)
+    out, state = step(variables, z)
+    moved = np.abs(embeddings({**variables, **state})).max(1) < 50
+    assert out.metrics["revived"] == np.delete(moved, 3).sum() <= good
+    if good:
+        assert moved.sum() > 1
+    else:
+        jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
+
+
+def test_without_revival_there_is_no_count_of_uses(z):
+    for init, expected in (("normal", {"offset"}), ("kmeans", {"offset", "first", "begun"})):
+        plain = VQ(K, C, codebook_init=init)
+        tree = jax.eval_shape(plain.init, jax.random.key(0), z)
+        assert set().union(*(leaves["codebook"] for leaves in tree.values())) == expected
