@@ -35,12 +35,16 @@ def main(arguments: list[str]) -> None:
     """Prints both measurements; times are the best of REPEATS."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", default=sys.executable, help="Python interpreter with torch")
-    parser.add_argument("--codes", type=count, default=65_536, help="codes and latents of the search")
+    parser.add_argument("--codes", type=count, default=65_536, help="codes of the search")
+    parser.add_argument("--latents", type=count, help="latents of the search; default: as many as codes")
+    parser.add_argument("--channels", type=count, default=32, help="channels of the search")
     args = parser.parse_args(arguments)
-    if args.codes % max(CPU_BLOCK):
-        parser.error(f"--codes={args.codes}: must be a multiple of {max(CPU_BLOCK)}, a block of the search")
+    latents = args.latents or args.codes
+    for name, value in (("codes", args.codes), ("latents", latents)):
+        if value % max(CPU_BLOCK):
+            parser.error(f"--{name}={value}: must be a multiple of {max(CPU_BLOCK)}, a block of the search")
     print(format_machine())
-    measure_search(args.codes, args.codes, 32)
+    measure_search(latents, args.codes, args.channels)
     measure_step(args.codes // 16, args.codes // 8, 768, args.torch_python)
 
 

@@ -1,0 +1,264 @@
+"""Measures error and use of codebooks over their size K, on the latents of a frozen encoder.
+
+python benchmarks/codebook_law.py --images=photographs --encoder=vit-tiny --output=codebook_law
+
+Random crops of the training images are encoded once, and their leading principal axes are the latents. Every quantizer
+sees each latent once per epoch, in random batches. Lloyd's k-means, which sees all latents in each of its iterations,
+is the reference. Layers of vector-quantize-pytorch train on the same batches in a process of PyTorch.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the checkout
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.benchmark.machine import describe_machine, format_machine
+from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
+from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
+from vqrae_jax.commands import command_line
+from vqrae_jax.commands.command_line import count
+from vqrae_jax.config import DataConfig, ModelConfig, from_dict
+from vqrae_jax.data import pipeline
+from vqrae_jax.errors import ConfigError
+from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.quantizers.factory import create
+from vqrae_jax.quantizers.nearest import nearest
+from vqrae_jax.quantizers.statistics import code_counts, code_totals
+
+IMAGES = 20  # per batch of the encoder
+ROWS = 2**15  # latents that are evaluated at once
+LLOYD_ITERATIONS = 10
+LARGEST_LLOYD, LARGEST_SOFT = 2**16, 2**14  # codebooks of Lloyd's k-means, and with N x K probabilities
+RATE = 3e-3  # of Adam, constant, relative to the standard deviation of the latents
+# The model section of each quantizer. Codebooks without decoder: only the latents are approximated.
+MODELS: dict[str, dict[str, Any]] = {
+    "ema": {"quantizer": "ema"},
+    "ema, angle": {"quantizer": "ema", "quantizer_params": {"distance": "angle"}},
+    "vq": {"quantizer": "vq"},
+    "simvq": {"quantizer": "simvq", "quantizer_params": {"distance": "l2"}},
+    "ibq": {"quantizer": "ibq"},
+}
+PYTORCH = {
+    "VectorQuantize, PyTorch": ("VectorQuantize", {"kmeans_init": True, "threshold_ema_dead_code": 2}),
+    "SimVQ, PyTorch": ("SimVQ", {}),
+}
+LLOYD = "Lloyd's k-means"
+
+# Maps latents [n, C] to quantized latents [n, C] and indices [n].
+Quantize = Callable[[Array], tuple[Array, Array]]
+
+
+def main(arguments: list[str]) -> None:
+    """Measures all quantizers at all sizes; writes law.json and law.png, and prints the rows of a table."""
+    args = parse(arguments)
+    unknown = set(args.quantizers) - {LLOYD, *MODELS, *PYTORCH}
+    if unknown:
+        accepted = "; ".join([LLOYD, *MODELS, *PYTORCH])
+        raise ConfigError(f"must be names of {accepted}", field="--quantizers", value="; ".join(sorted(unknown)))
+    print(format_machine())
+    output = pathlib.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    train, val = encode(args)
+    print(f"{len(train)} latents for training, {len(val)} for validation, {train.shape[1]} axes", flush=True)
+    print("| quantizer | K | error / variance | use, training | use, validation | perplexity | seconds |")
+    print("|" + " --- |" * 7)
+    rows: list[dict[str, Any]] = []
+    for bits in args.bits:
+        for name in args.quantizers:
+            if 2**bits > (LARGEST_LLOYD if name == LLOYD else LARGEST_SOFT if name == "ibq" else 2**bits):
+                continue
+            start = time.perf_counter()
+            quantize = fit(name, 2**bits, train, args)
+            seconds = time.perf_counter() - start
+            row = {"quantizer": name, "K": 2**bits, **evaluate(quantize, 2**bits, train, val), "seconds": seconds}
+            rows.append(row)
+            values = "{error:.4f} | {use:.2%} | {use_val:.1%} | {perplexity:.0f} | {seconds:.0f}".format(**row)
+            print(f"| {name} | {2**bits} | {values} |", flush=True)
+            write(rows, args, output)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder with images in train/ and val/")
+    parser.add_argument("--encoder", required=True, help="folder or hub id, model.encoder_config_path")
+    parser.add_argument("--encoder-cls", default="Dinov2withNorm", help="model.encoder_cls")
+    parser.add_argument("--size", type=count, default=224, help="pixels, model.encoder_input_size")
+    parser.add_argument("--crops", type=count, default=4, help="random crops of each training image")
+    parser.add_argument("--axes", type=count, default=32, help="principal axes that are the latents")
+    parser.add_argument("--batch", type=count, default=16_384, help="latents per step")
+    parser.add_argument("--epochs", type=count, default=1, help="times that each latent is seen")
+    parser.add_argument("--bits", type=lambda text: [int(n) for n in text.split(",")], default=[12, 14, 16, 17])
+    parser.add_argument(
+        "--quantizers", type=lambda text: text.split(";"), default=[LLOYD, *MODELS, *PYTORCH],
+        help="names, separated by semicolons; default: all",
+    )  # fmt: skip
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python with vector-quantize-pytorch")
+    parser.add_argument("--output", required=True, type=os.path.expanduser, help="folder for law.json and law.png")
+    return parser.parse_args(arguments)
+
+
+def encode(args: argparse.Namespace) -> tuple[Float[np.ndarray, "n C"], Float[np.ndarray, "m C"]]:
+    """Returns latents of random crops of the training images and of the validation images, along principal axes."""
+    model = {"encoder_cls": args.encoder_cls, "encoder_config_path": args.encoder, "encoder_input_size": args.size}
+    built = freeze_encoder(build_tokenizer(from_dict(ModelConfig, model | {"decoder_config_path": "ViT-Nano"})))
+    encoder, params = built.module.encoder, {"params": jax.device_put(built.pretrained["encoder"])}
+    apply = jax.jit(lambda image: encoder.apply(params, image.astype(jnp.float32) / 255))
+    data = from_dict(DataConfig, {
+        "path": f"{args.images}/train", "eval_path": f"{args.images}/val", "image_size": args.size, "resize": 1.15,
+        "batch_size": IMAGES, "eval_batch_size": IMAGES,
+    })  # fmt: skip
+    batches = pipeline.train_batches(data, seed=0)
+    steps = args.crops * (len(batches.source) // IMAGES)
+    train = np.concatenate([np.asarray(apply(next(batches)["image"])) for _ in range(steps)])
+    batches.close()
+    val = [np.asarray(apply(batch["image"]))[batch["mask"]] for batch in pipeline.evaluation_batches(data)]
+    train, val = (x.reshape(-1, x.shape[-1]) for x in (train, np.concatenate(val)))
+    mean = train.mean(0)
+    _, basis = np.linalg.eigh(np.cov(train[::16], rowvar=False))
+    return tuple(((x - mean) @ basis[:, : -args.axes - 1 : -1]).astype(np.float32) for x in (train, val))
+
+
+def fit(name: str, size: int, train: Float[np.ndarray, "n C"], args: argparse.Namespace) -> Quantize:
+    """Trains a codebook of `size` embeddings."""
+    if name in MODELS:
+        quantizer = create(from_dict(ModelConfig, MODELS[name] | {"num_embeddings": size}), train.shape[1], 1)
+        variables = train_quantizer(quantizer, train, args)
+        return lambda z: _outputs(quantizer.apply(variables, z))
+    codebook = lloyd(train, size) if name == LLOYD else train_pytorch(name, size, train, args)
+
+    def quantize(z: Array) -> tuple[Array, Array]:
+        indices = nearest(z, codebook)
+        return codebook[indices], indices
+
+    return quantize
+
+
+def train_quantizer(quantizer: Quantizer, train: Float[np.ndarray, "n C"], args: argparse.Namespace) -> Any:
+    """Returns the variables of a quantizer after its training by Adam, without a decoder."""
+    optimizer = optax.adam(RATE * float(train.std()))
+    variables = jax.jit(quantizer.init)(jax.random.key(0), train[:1])
+    params, state = (variables.get(name, {}) for name in ("params", "batch_stats"))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params: Any, state: Any, moments: Any, z: Array, key: Array) -> tuple[Any, Any, Any]:
+        def loss(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": state}
+            quantized, updated = quantizer.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": key})
+            return quantized.loss, updated.get("batch_stats", {})
+
+        gradients, updated = jax.grad(loss, has_aux=True)(params)
+        updates, moments = optimizer.update(gradients, moments)
+        return optax.apply_updates(params, updates), updated, moments
+
+    carry = params, state, optimizer.init(params)
+    for i, rows in enumerate(batches(len(train), args)):
+        carry = step(*carry, train[rows], jax.random.fold_in(jax.random.key(1), i))
+    return jax.block_until_ready({"params": carry[0], "batch_stats": carry[1]})
+
+
+def batches(total: int, args: argparse.Namespace) -> Iterator[Int[np.ndarray, " batch"]]:
+    """Yields the rows of each batch; every epoch is a random order."""
+    for epoch in range(args.epochs):
+        order = np.random.default_rng(epoch).permutation(total)
+        for i in range(0, total - args.batch + 1, args.batch):
+            yield order[i : i + args.batch]
+
+
+def train_pytorch(name: str, size: int, train: Float[np.ndarray, "n C"], args: argparse.Namespace) -> Array:
+    """Returns the codebook of a layer of vector-quantize-pytorch after the same batches."""
+    layer, settings = PYTORCH[name]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {part: os.path.join(folder, f"{part}.npy") for part in ("latents", "order", "codebook")}
+        np.save(paths["latents"], train)
+        np.save(paths["order"], np.stack(list(batches(len(train), args))))
+        specification = paths | {
+            "layer": layer, "settings": settings, "size": size, "rate": RATE * float(train.std()),
+            "threads": count_threads(),
+        }  # fmt: skip
+        program = pathlib.Path(__file__).with_name("torch_codebook.py")
+        subprocess.run([args.torch_python, program, json.dumps(specification)], check=True, env=child_environment())
+        return jnp.asarray(np.load(paths["codebook"]))
+
+
+def lloyd(train: Float[np.ndarray, "n C"], size: int, iterations: int = LLOYD_ITERATIONS) -> Float[Array, "K C"]:
+    """Runs k-means on all latents, started from random ones: the reference for codebooks that learn online."""
+    latents = jnp.asarray(train)
+    codebook = latents[np.random.default_rng(0).permutation(len(train))[np.arange(size) % len(train)]]
+
+    @jax.jit
+    def iterate(codebook: Float[Array, "K C"], latents: Float[Array, "n C"]) -> Float[Array, "K C"]:
+        indices = nearest(latents, codebook)
+        counts = code_counts(indices, size)[:, None]
+        return jnp.where(counts > 0, code_totals(latents, indices, size) / jnp.maximum(counts, 1), codebook)
+
+    for _ in range(iterations):
+        codebook = iterate(codebook, latents)
+    return codebook
+
+
+def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val: Float[np.ndarray, "m C"]) -> dict:
+    """Returns the error relative to the variance and the perplexity on `val`, and the shares of embeddings in use."""
+
+    @jax.jit
+    def measure(z: Array) -> tuple[Array, Array]:
+        quantized, indices = quantize(z)
+        return jnp.sum((quantized - z) ** 2), code_counts(indices, size)
+
+    totals = {}
+    for name, latents in (("train", train), ("val", val)):
+        parts = [jax.device_get(measure(latents[i : i + ROWS])) for i in range(0, len(latents), ROWS)]
+        totals[name] = [sum(part) for part in zip(*parts, strict=True)]
+    (error, counts), frequencies = totals["val"], totals["val"][1] / len(val)
+    return {
+        "error": float(error / val.size / val.var(0).mean()),
+        "use": float((totals["train"][1] > 0).mean()),
+        "use_val": float((counts > 0).mean()),
+        "perplexity": math.exp(-np.sum(frequencies * np.log(np.maximum(frequencies, 1e-12)))),
+    }
+
+
+def write(rows: list[dict[str, Any]], args: argparse.Namespace, output: pathlib.Path) -> None:
+    """Writes all rows as JSON and as a picture: error and use over K."""
+    from matplotlib.figure import Figure
+
+    values = {"machine": describe_machine(), "arguments": vars(args), "rows": rows}
+    (output / "law.json").write_text(json.dumps(values, indent=2))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, key, title in zip(
+        figure.subplots(1, 2), ("error", "use"), ("error / variance, validation", "codes in use, training"), strict=True
+    ):
+        for name in dict.fromkeys(row["quantizer"] for row in rows):
+            own = [row for row in rows if row["quantizer"] == name]
+            style = {"color": "black", "ls": "--"} if name == LLOYD else {"ls": ":"} if name in PYTORCH else {}
+            axis.plot([row["K"] for row in own], [row[key] for row in own], marker="o", ms=4, label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("codebook size K")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(output / "law.png", dpi=130)
+
+
+def _outputs(quantized: Any) -> tuple[Array, Array]:
+    return quantized.z, quantized.indices
+
+
+if __name__ == "__main__":
+    command_line.run(lambda: main(sys.argv[1:]))
