@@ -239,6 +239,7 @@ def test_codes_in_a_browser(visit, served, files, tmp_path):
     assert [path.name[:15] for path in served[1].iterdir() if "vqrae" in path.name] == ["vqrae-jax-demo-"]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_generation_in_a_browser(visit):
     on = visit("Generate", "#generate-message")

@@ -105,9 +105,8 @@ def test_it_runs_in_its_kernel_and_its_outputs_are_current(trained, tmp_path, st
     assert outputs(notebook.cells) == outputs(CELLS)
 
 
-@pytest.mark.parametrize("quantizer", [
-    "none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "residual", "product", "multiscale")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["none", "fsq", "residual", "product", "multiscale"])
 def test_cells_adapt_to_the_quantizer(untrained, monkeypatch, quantizer, capsys, tmp_path):
     display = pytest.importorskip("IPython.display", reason="the notebook extra is not installed")
     shown = []

@@ -41,7 +41,8 @@ def test_longer_prefixes_decode_closer(z, train, module, prefixes):
         lookup(np.zeros((2, 4), np.int32))
 
 
-@pytest.mark.parametrize("inner", [SimVQ, pytest.param(IBQ, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [SimVQ, IBQ])
 def test_a_shared_codebook_starts_from_latents_and_residuals(z, inner, train):
     z = z + 3  # features have a mean, residuals have none
     level = inner(64, 6, distance="l2")
