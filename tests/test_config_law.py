@@ -546,6 +546,7 @@ LAW: dict[str, Entry] = {
     "model.encoder_params.normalize": Entry(False, model, "model"),
     "model.encoder_params.layers": Entry((0,), blocks, "model"),
     "model.encoder_params.fusion": Entry("sum", model, "model", {"model.encoder_params.layers": (0, 1)}),
+    "model.encoder_params.fusion learned": Entry("linear", model, "model", {"model.encoder_params.layers": (0, 1)}),
     "model.encoder_params.architecture": Entry(ARCHITECTURE | {"num_hidden_layers": 1}, blocks, "model"),
     "model.encoder_params.dinov2_path": Entry(ENCODERS["dinov2_swiglu"], weights, "pretrained", PRETRAINED),
     "model.encoder_params.dinov3_path": Entry(ENCODERS["dinov2_swiglu"], weights, "pretrained", PRETRAINED),

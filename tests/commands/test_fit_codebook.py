@@ -1,11 +1,14 @@
+import jax
 import numpy as np
 import pytest
 
+from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.commands import fit_codebook
 from vqrae_jax.config import QuantizerParams
 from vqrae_jax.data import images
 from vqrae_jax.data.folder import list_images
 from vqrae_jax.errors import ImageError, UserError
+from vqrae_jax.inference import fitting
 from vqrae_jax.inference.tokenizer import Tokenizer
 
 
@@ -55,6 +58,21 @@ def test_a_continuous_autoencoder_gets_a_codebook(continuous, photos, squares, t
     assert "320 latents of 20 images" in printed.out
     assert f"quantization error {error:.4g}"[:-1] in printed.out
     assert "skipped 1" in printed.err
+
+
+@pytest.mark.slow
+def test_a_learned_fusion_is_kept(untrained, squares, assert_same):
+    tokenizer = untrained(quantizer="none", encoder_params={"layers": (0, -1), "fusion": "routed"})
+    trained = jax.device_get(tokenizer.trained)
+    trained["params"]["quantizer"]["fusion"]["router"]["bias"] = np.float32([9, -9])
+    tokenizer = Tokenizer(build_tokenizer(tokenizer.config).module, trained, tokenizer.config, frozen=True)
+    latents = np.concatenate(list(fitting.encode_latents(tokenizer, [squares])))
+    fitted, metrics = fitting.fit_codebook(tokenizer, latents, 16)
+    assert_same(fitted.trained["params"]["quantizer"]["fusion"], trained["params"]["quantizer"]["fusion"])
+    latents, quantized = tokenizer.encode(squares), fitted.encode(squares)
+    error = np.mean((quantized - latents) ** 2) / np.mean((latents - latents.mean((0, 1, 2))) ** 2)
+    np.testing.assert_allclose(error, metrics["quantization_error"], rtol=1e-3)
+    assert error < 0.8
 
 
 def test_a_codebook_is_replaced_and_too_many_codes_are_refused(trained, photos, tmp_path, monkeypatch):

@@ -310,6 +310,19 @@ def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):
         _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
 
 
+def test_a_learned_fusion_decides_codes_and_is_saved(untrained, images, tmp_path):
+    tokenizer = untrained(encoder_params={"layers": (0, -1), "fusion": "routed"})
+    trained = jax.device_get(tokenizer.trained)
+    trained["params"]["quantizer"]["fusion"]["router"]["bias"] = np.float32([9, -9])
+    changed = Tokenizer(build_tokenizer(tokenizer.config).module, trained, tokenizer.config, frozen=True)
+    assert changed.hash != tokenizer.hash
+    codes = changed.encode_to_indices(images)
+    assert np.any(codes != tokenizer.encode_to_indices(images))
+    again = Tokenizer.load(changed.save_pretrained(tmp_path / "saved"))
+    assert again.hash == changed.hash
+    np.testing.assert_array_equal(again.encode_to_indices(images), codes)
+
+
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(WeightsError, match=r"^checkpoint='nobody/nothing'"):
         Tokenizer.load("nobody/nothing")

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from vqrae_jax import sharding
 from vqrae_jax.config import ModelConfig, QuantizerParams
+from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.factory import create
+from vqrae_jax.quantizers.fusion import LEARNED, Fused
 from vqrae_jax.quantizers.registry import QUANTIZERS
 
 K, C, GRID = 16, 6, 4
@@ -50,6 +52,7 @@ OPTIONS = {
 }
 CASES = {name: (name, {}) for name in QUANTIZERS if name != "none"} | OPTIONS
 MODULES = {name: build(quantizer, **params) for name, (quantizer, params) in CASES.items()}
+MODULES |= {f"fused_{method}": Fused(EMAQuantizer(K, C // 2), C // 2, 2, method) for method in LEARNED}
 # Compiling is nearly all that these tests spend time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -58,8 +61,8 @@ KINDS = (
     "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq",
     "residual_dropout", "product", "multiscale",
 )  # fmt: skip
-# The kinds (but two have a diversity term), and every quantizer that is in none of them; the others are slow.
-FAST = set(KINDS) - {"ema_diverse"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS}
+# The kinds (but two have a diversity term), every quantizer that is in none of them, and a fusion; the others are slow.
+FAST = set(KINDS) - {"ema_diverse"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS} | {"fused_linear"}
 
 
 def cases(names):
@@ -115,7 +118,7 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
     for scale in (1.0, 100.0):
         out, after = evaluate(name, variables, z(scale))
         assert out.indices.dtype == jnp.int32
-        assert out.z.shape == z().shape
+        assert out.z.shape == (*z().shape[:-1], MODULES[name].channels)
         np.testing.assert_array_equal(lookup(variables, out.indices), out.z)
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 

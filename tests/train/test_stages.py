@@ -104,3 +104,30 @@ def test_the_first_stage_may_be_deleted(tiny, first, tmp_path, one_device, asser
         assert (int(state.step), set(state.params)) == (2, {"decoder"})
         assert_same(state.ema_params["quantizer"], first[1]["params"]["quantizer"])
     assert loop.evaluate(longer, tmp_path / "second", one_device, step=2)["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_learned_fusion_trains_resumes_and_is_saved(tiny, tmp_path, one_device, assert_same):
+    """The encoder is frozen, and the fusion of its layers is learned with the codebook."""
+    architecture = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    fused = {"encoder_params": {"layers": (0, 1), "fusion": "linear", "architecture": architecture}}
+
+    def states(workdir, *lengths):
+        for steps in lengths:
+            train = {"steps": steps, "evaluate_every": 4, "checkpoint_every": 2, "trainable": ("quantizer", "decoder")}
+            config = tiny(model=fused, train=train, optimizer={"decay_end_steps": 4})
+            loop.train(config, tmp_path / workdir, one_device)
+            with open_run(config, tmp_path / workdir, one_device) as (_, state):
+                yield jax.device_get(state)
+
+    start, resumed = states("resumed", 2, 4)
+    (straight,) = states("straight", 4)
+    assert_same(resumed, straight)
+    kernels = [state.params["quantizer"]["fusion"]["linear"]["kernel"] for state in (start, resumed)]
+    assert np.abs(kernels[1] - kernels[0]).max() > 0
+    before, after = (Tokenizer.load(tmp_path / "resumed", step=step) for step in (2, 4))
+    assert before.hash != after.hash
+    saved = Tokenizer.load(after.save_pretrained(tmp_path / "saved"))
+    assert saved.hash == after.hash
+    images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_array_equal(saved.reconstruct(images), after.reconstruct(images))

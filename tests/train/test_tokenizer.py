@@ -32,11 +32,18 @@ def train(config, mesh):
     return jax.device_get((grads, state.batch_stats, losses)), state
 
 
+# One layer, and a learned fusion of two.
+MODELS = {"ema": {}, "fused": {"encoder_params": {
+    "layers": (0, 1), "fusion": "linear",
+    "architecture": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8},
+}}}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def single(tiny):
-    """A function of a quantizer that returns what one device computes."""
+    """A function of a name in MODELS that returns what one device computes."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    return functools.cache(lambda quantizer: train(tiny(model={"quantizer": quantizer}), one)[0])
+    return functools.cache(lambda name: train(tiny(model=MODELS[name]), one)[0])
 
 
 def test_fsdp_splits_weights_and_never_activations(tiny):
@@ -61,17 +68,19 @@ MESHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mesh", "quantizer"), [
+@pytest.mark.parametrize(("mesh", "model"), [
     *(pytest.param(mesh, "ema", marks=pytest.mark.slow) for mesh in MESHES),
+    pytest.param(MESHES[-1], "fused", marks=pytest.mark.slow),
     ({"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1}, "ema"),
 ])  # fmt: skip
-def test_eight_devices_equal_one(tiny, single, mesh, quantizer, assert_close):
+def test_eight_devices_equal_one(tiny, single, mesh, model, assert_close):
     devices = sharding.make_mesh(mesh["data"], mesh["model"], slices=mesh.get("slices", 1))
-    (grads, stats, losses), state = train(tiny(mesh=mesh, model={"quantizer": quantizer}), devices)
-    single = single(quantizer)
+    (grads, stats, losses), state = train(tiny(mesh=mesh, model=MODELS[model]), devices)
+    single = single(model)
     np.testing.assert_allclose(losses, single[2], rtol=1e-5)
-    for name in ("codebook", "counts", "sums") if quantizer == "ema" else ():
-        assert_close(stats["quantizer"][name], single[1]["quantizer"][name], 1e-5, name)
+    stats, expected = (x["quantizer"].get("quantizer", x["quantizer"]) for x in (stats, single[1]))
+    for name in ("codebook", "counts", "sums"):
+        assert_close(stats[name], expected[name], 1e-5, name)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(single[0]))
     leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(single[0]), strict=True)
     for (path, ours), theirs in leaves:
@@ -88,6 +97,16 @@ def test_frozen_parts_are_not_part_of_the_state(tiny, one_mesh):
     task = TokenizerTask.build(tiny(train={"trainable": ("quantizer", "decoder")}), one_mesh, weights=False)
     assert set(task.shapes().params) == {"decoder"}
     assert set(task.frozen_shapes()) == {"encoder"}
+
+
+def test_a_learned_fusion_trains_as_a_part_of_the_quantizer(tiny, one_mesh):
+    config = tiny(model=MODELS["fused"], train={"trainable": ("quantizer", "decoder")})
+    task = TokenizerTask.build(config, one_mesh, weights=False)
+    assert set(task.frozen_shapes()) == {"encoder"}
+    assert task.shapes().params["quantizer"]["fusion"]["linear"]["kernel"].shape == (32, 16)
+    with pytest.raises(ConfigError) as error:
+        TokenizerTask.build(tiny(model=MODELS["fused"], train={"trainable": ("decoder",)}), one_mesh)
+    assert error.value.field == "train.trainable"
 
 
 @pytest.mark.parametrize("quantizer", [pytest.param("ema", marks=pytest.mark.slow), "gumbel", "multiscale"])
@@ -107,7 +126,7 @@ def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, qua
 
 STATEFUL = {
     "ema": {}, "ema_whitened": {"whitening_dim": 4}, "residual": {"depth": 2}, "product": {},
-    "multiscale": {"grids": (1, 4)}, "simvq": {}, "gumbel": {"anneal_steps": 4},
+    "multiscale": {"grids": (1, 4)}, "simvq": {}, "gumbel": {"anneal_steps": 4}, "ema_fused": {},
 }  # fmt: skip
 
 
@@ -117,6 +136,7 @@ STATEFUL = {
 def test_accumulation_equals_one_large_batch(tiny, one_mesh, assert_close, name):
     """State is made from the whole batch and updated by it once; every part quantizes with the same codebook."""
     model = {"quantizer": name.partition("_")[0], "quantizer_params": STATEFUL[name], "num_embeddings": 8}
+    model |= MODELS.get(name.partition("_")[2], {})
     steps, key = {}, jax.random.key(3)
     for parts in (1, 4):
         task = TokenizerTask.build(tiny(model=model, optimizer={"accumulate": parts}), one_mesh)

@@ -15,6 +15,7 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from vqrae_jax.models.vit import BlocksConfig, ViTConfig
 from vqrae_jax.pretrained import convert, families, sources, tables
+from vqrae_jax.quantizers.fusion import LEARNED
 
 _PATHS = ("dinov2_path", "dinov3_path", "model_name")  # fields of encoder_params that may name the weights
 
@@ -64,7 +65,8 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         patch, low = vit.patch, size - size % vit.patch
         message = f"must be a multiple of {patch} (the encoder's patch size); the nearest are {low} and {low + patch}"
         raise ConfigError(message, field="model.encoder_input_size", value=size)
-    return Encoder(vit, size, mean, std, params.normalize, params.layers, params.fusion), folder
+    fusion = "concat" if params.fusion in LEARNED else params.fusion  # `Fused` combines the layers
+    return Encoder(vit, size, mean, std, params.normalize, params.layers, fusion), folder
 
 
 def read_encoder(config: ModelConfig, encoder: Encoder, folder: pathlib.Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, sources, tables, writers
 from vqrae_jax.quantizers import factory
 from vqrae_jax.quantizers.arrays import AnyArray
+from vqrae_jax.quantizers.base import Quantizer
+from vqrae_jax.quantizers.fusion import LEARNED, Fused
 from vqrae_jax.quantizers.wrappers import fitted_state
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def build_tokenizer(
         if value.shape not in (shape, shape[-1:]):
             message = f"{name} has shape {value.shape} (channel last), expected {shape[-1:]} or {shape}"
             raise ConfigError(message, field=field, value=path)
-    quantizer = factory.create(config, encoder.channels, encoder.grid)
+    quantizer = _build_quantizer(config, encoder)
     module = VQRAE(
         encoder, quantizer, decoder, config.noise_tau, config.quantize_before_reshape, config.reshape_to_2d,
         latent_stats=tuple((name, value.shape) for name, value in sorted(latent_stats.items())),
@@ -85,6 +87,14 @@ def build_tokenizer(
     if weights and config.pretrained_decoder_path:
         built.pretrained["decoder"] = _read_decoder(config, variable_shapes(built)["params"]["decoder"])
     return built
+
+
+def _build_quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
+    """Builds the quantizer, with a learned fusion in front of it if the config has one."""
+    method, width = config.encoder_params.fusion, encoder.vit.blocks.width
+    if method not in LEARNED:
+        return factory.create(config, encoder.channels, encoder.grid)
+    return Fused(factory.create(config, width, encoder.grid), width, len(encoder.layers), method)
 
 
 def describe_latents(config: ModelConfig, encoder: Encoder) -> dict[str, Any]:

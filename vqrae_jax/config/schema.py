@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.quantizers import registry
+from vqrae_jax.quantizers.fusion import LEARNED
 
 LARGEST_SIZE = 65_536  # of a network: channels, layers, pixels
 MAX_STEPS = 10**9  # below the largest int32, in which the state counts
@@ -77,8 +78,9 @@ class EncoderParams(Section):
     normalize: bool = True  # normalize every latent to mean 0 and variance 1, without trained scale and bias, as in RAE
     # Blocks whose patch tokens are used, from 0 or from the end; usually the last, or three as in (2, 6, -1).
     layers: tuple[Block, ...] = (-1,)
-    # Combination of several blocks into one latent; concat adds their channels.
-    fusion: Literal["sum", "mean", "concat"] = "mean"
+    # Combination of several blocks into one latent; concat adds their channels; linear and routed are learned as a part
+    # of the quantizer, see docs/train.md.
+    fusion: Literal["sum", "mean", "concat", "linear", "routed"] = "mean"
     # Size of an encoder with random weights, in fields of a hub config.json as {"hidden_size": 192}, and image_mean and
     # image_std of its preprocessor_config.json (default: ImageNet's); only with encoder_config_path=None.
     architecture: Architecture = {}
@@ -253,7 +255,8 @@ class ModelConfig(Section):
     pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from, as owner/name/path/to/file
     # Blocks of the encoder, from 0 or from the end, that an additional head of the decoder predicts.
     decoder_features: tuple[Block, ...] = ()
-    # Noise of the latents in training: normal, of standard deviation uniform(0, noise_tau) per image; RAE has 0.8.
+    # Noise of the latents (with a learned fusion, of its layers) in training: normal, of standard deviation
+    # uniform(0, noise_tau) per image; RAE has 0.8.
     noise_tau: NonNegative = 0.0
     reshape_to_2d: bool = True  # latents are a grid [B, h, w, C]; False: rows [B, N, C]
     # File, .npz or .pt, of the mean, the variance and the principal axes of the latents, which normalize them.
@@ -280,6 +283,14 @@ class ModelConfig(Section):
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             message = f"needs model.dtype='bfloat16', got {self.dtype!r}; set it, or model.attention='xla'"
             raise invalid("attention", self.attention, message)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _statistics_are_of_fixed_latents(self):
+        fusion = self.encoder_params.fusion
+        if self.normalization_stat_path and fusion in LEARNED:
+            message = f"a file cannot describe latents of model.encoder_params.fusion={fusion!r}, which train; use None"
+            raise invalid("normalization_stat_path", self.normalization_stat_path, message)
         return self
 
 

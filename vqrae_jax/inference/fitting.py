@@ -67,6 +67,8 @@ def fit_codebook(
     built = build_tokenizer(config, latent_stats=statistics, weights=False, mesh=tokenizer.mesh)
     key = jax.random.key(seed)
     fresh = initial_variables(built, key, ["quantizer"], lambda tree: leaf_shardings(tree, tokenizer.mesh))
+    if fusion := trained["params"].get("quantizer", {}).get("fusion"):
+        fresh["params"]["quantizer"]["fusion"] = fusion
     state, metrics = start_quantizer(built.module, fresh, latents, key, encoded=True)
     metrics = jax.device_get(metrics)
     params = {name: trained["params"][name] for name in ("encoder", "decoder")} | fresh["params"]

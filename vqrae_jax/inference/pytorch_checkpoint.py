@@ -101,7 +101,10 @@ def convert_diffusers(folder: pathlib.Path, field: str) -> dict[str, Any]:
 
 def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.Transformers = 4) -> dict[str, Any]:
     """Builds {"model": state dict, "ema": the same, ...}; refuses models that the PyTorch VQRAE cannot compute."""
-    always = {"encoder_params.layers": ((-1,),), "decoder_head": ("linear",)}
+    always = {
+        "encoder_params.layers": ((-1,),), "encoder_params.fusion": ("sum", "concat", "mean"),
+        "decoder_head": ("linear",),
+    }  # fmt: skip
     for name, values in (FIXED.get(config.quantizer, {}) | always).items():
         value = operator.attrgetter(name)(config)
         if value not in values:

@@ -6,6 +6,7 @@ Modules from [*b, C] to indices and back. They know nothing of images, configs o
 from vqrae_jax.quantizers.base import Quantized, Quantizer
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.quantizers.fusion import Fused
 from vqrae_jax.quantizers.gumbel import GumbelQuantizer
 from vqrae_jax.quantizers.ibq import IBQ
 from vqrae_jax.quantizers.lfq import LFQ
