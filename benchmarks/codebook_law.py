@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from benchmarks.lloyd import lloyd
 from vqrae_jax.benchmark.machine import describe_machine, format_machine
 from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
@@ -39,7 +40,7 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
-from vqrae_jax.quantizers.statistics import code_counts, code_totals
+from vqrae_jax.quantizers.statistics import code_counts
 
 IMAGES = 20  # per batch of the encoder
 ROWS = 2**15  # latents that are evaluated at once
@@ -141,7 +142,7 @@ def fit(name: str, size: int, train: Float[np.ndarray, "n C"], args: argparse.Na
         quantizer = create(from_dict(ModelConfig, MODELS[name] | {"num_embeddings": size}), train.shape[1], 1)
         variables = train_quantizer(quantizer, train, args)
         return lambda z: _outputs(quantizer.apply(variables, z))
-    codebook = lloyd(train, size) if name == LLOYD else train_pytorch(name, size, train, args)
+    codebook = lloyd(train, size, LLOYD_ITERATIONS) if name == LLOYD else train_pytorch(name, size, train, args)
 
     def quantize(z: Array) -> tuple[Array, Array]:
         indices = nearest(z, codebook)
@@ -195,22 +196,6 @@ def train_pytorch(name: str, size: int, train: Float[np.ndarray, "n C"], args: a
         program = pathlib.Path(__file__).with_name("torch_codebook.py")
         subprocess.run([args.torch_python, program, json.dumps(specification)], check=True, env=child_environment())
         return jnp.asarray(np.load(paths["codebook"]))
-
-
-def lloyd(train: Float[np.ndarray, "n C"], size: int, iterations: int = LLOYD_ITERATIONS) -> Float[Array, "K C"]:
-    """Runs k-means on all latents, started from random ones: the reference for codebooks that learn online."""
-    latents = jnp.asarray(train)
-    codebook = latents[np.random.default_rng(0).permutation(len(train))[np.arange(size) % len(train)]]
-
-    @jax.jit
-    def iterate(codebook: Float[Array, "K C"], latents: Float[Array, "n C"]) -> Float[Array, "K C"]:
-        indices = nearest(latents, codebook)
-        counts = code_counts(indices, size)[:, None]
-        return jnp.where(counts > 0, code_totals(latents, indices, size) / jnp.maximum(counts, 1), codebook)
-
-    for _ in range(iterations):
-        codebook = iterate(codebook, latents)
-    return codebook
 
 
 def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val: Float[np.ndarray, "m C"]) -> dict:

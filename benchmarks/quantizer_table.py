@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from benchmarks.lloyd import lloyd
 from vqrae_jax.benchmark.machine import describe_machine, format_machine
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
 from vqrae_jax.commands import command_line
@@ -38,8 +39,6 @@ from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.vit import patchify
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
-from vqrae_jax.quantizers.nearest import nearest
-from vqrae_jax.quantizers.statistics import code_counts, code_totals
 from vqrae_jax.train.optim import learning_rate, make_optimizer
 
 BATCH = 32
@@ -211,7 +210,8 @@ def _train(
         "decoder": jax.jit(decoder.init)(jax.random.key(1), data.latents[:1]),
     }
     if name == "k-means":
-        codebook = lloyd(data.latents, quantizer.num_embeddings)
+        latents = data.latents.reshape(-1, data.latents.shape[-1])
+        codebook = lloyd(latents, quantizer.num_embeddings, LLOYD_ITERATIONS)
         variables["quantizer"]["batch_stats"] |= {
             "codebook": codebook,
             "step": jnp.ones((), jnp.int32),
@@ -306,22 +306,6 @@ def _linear(quantizer: Quantizer, variables: dict[str, dict[str, Any]], train: S
 
 def _starts(data: Split) -> range:
     return range(0, len(data.images), BATCH)
-
-
-def lloyd(latents: Float[np.ndarray, "n h w C"], size: int) -> Float[Array, "K C"]:
-    """Runs k-means on all latents, started from random ones: the reference for codebooks that learn online."""
-    tokens = jnp.asarray(latents.reshape(-1, latents.shape[-1]))
-    codebook = tokens[np.random.default_rng(0).permutation(len(tokens))[np.arange(size) % len(tokens)]]
-
-    @jax.jit
-    def iterate(codebook: Float[Array, "K C"]) -> Float[Array, "K C"]:
-        indices = nearest(tokens, codebook)
-        counts = code_counts(indices, size)[:, None]
-        return jnp.where(counts > 0, code_totals(tokens, indices, size) / jnp.maximum(counts, 1), codebook)
-
-    for _ in range(LLOYD_ITERATIONS):
-        codebook = iterate(codebook)
-    return codebook
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from benchmarks import end_to_end, generator_speed, gpu, quantizer_table, time_to_quality, tokenize_folder
+from benchmarks import codebook_law, end_to_end, generator_speed, gpu, quantizer_table, time_to_quality, tokenize_folder
 from vqrae_jax.benchmark import speed
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError
@@ -95,7 +95,7 @@ def test_quantizer_table_has_the_selected_rows(arguments, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_k_means_row_keeps_its_codebook(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizer_table, "lloyd", lambda z, size: np.zeros((size, z.shape[-1]), np.float32))
+    monkeypatch.setattr(quantizer_table, "lloyd", lambda z, size, _: np.zeros((size, z.shape[-1]), np.float32))
     quantizer_table.main([*arguments, "--steps=1", "--quantizers=k-means"])
     assert json.loads((tmp_path / "table.json").read_text())["rows"][1]["use"] == 1 / 2048
 
@@ -105,6 +105,23 @@ def test_quantizer_table_rejects_unknown_rows_and_sizes(arguments):
         with pytest.raises(ConfigError) as error:
             quantizer_table.main([*arguments, f"{flag}={value}"])
         assert (error.value.field, error.value.value) == (flag, value)
+
+
+@pytest.mark.slow
+def test_the_error_falls_with_the_size_of_the_codebook(arguments, tmp_path):
+    codebook_law.main([
+        *arguments, "--crops=2", "--axes=4", "--batch=64", "--bits=2,5", "--quantizers=Lloyd's k-means;ema;vq",
+    ])  # fmt: skip
+    rows = json.loads((tmp_path / "law.json").read_text())["rows"]
+    assert len(rows) == 6
+    for small, large in zip(rows[:3], rows[3:], strict=True):
+        assert (small["K"], large["K"]) == (4, 32)
+        assert 0 < large["error"] < small["error"] < 1
+        assert 0 < large["use"] <= 1
+    assert images.read_image(tmp_path / "law.png").std() > 0
+    with pytest.raises(ConfigError) as error:
+        codebook_law.main([*arguments, "--quantizers=emu"])
+    assert error.value.field == "--quantizers"
 
 
 def test_tokenize_folder_times_every_way(trained, tmp_path, capsys):
