@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "ema, angle": {"quantizer": "ema", "quantizer_params": {"distance": "angle"}},
     "vq": {"quantizer": "vq"},
+    "vq, revival": {"quantizer": "vq", "quantizer_params": {"revival_decay": 0.99}},
     "simvq": {"quantizer": "simvq", "quantizer_params": {"distance": "l2"}},
     "ibq": {"quantizer": "ibq"},
 }

@@ -51,12 +51,11 @@ def overlap_add(patches: Float[Array, "B h w QQC"], patch: int) -> Float[Array, 
     B, h, w, _ = patches.shape
     squares = patches.reshape(B, h, w, 2 * patch, 2 * patch, -1) * overlap_window(patch)
     squares = squares.reshape(B, h, w, 2, patch, 2, patch, -1)
-    canvas = jnp.zeros((B, (h + 1) * patch, (w + 1) * patch, squares.shape[-1]), patches.dtype)
+    canvas = 0.0
     for i in (0, 1):
         for j in (0, 1):  # the quarters (i, j) of all squares tile the grid
-            rows, columns = (slice(k * patch, (k + n) * patch) for k, n in ((i, h), (j, w)))
-            quarter = squares[:, :, :, i, :, j].reshape(B, h, w, -1)
-            canvas = canvas.at[:, rows, columns].add(unpatchify(quarter, patch))
+            quarter = unpatchify(squares[:, :, :, i, :, j].reshape(B, h, w, -1), patch)
+            canvas += jnp.pad(quarter, [(0, 0), *((k * patch, (1 - k) * patch) for k in (i, j)), (0, 0)])
     half = patch // 2
     return canvas[:, half:-half, half:-half]
 
