@@ -818,6 +818,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "quantizer_params.shared": (True, {}),
     "quantizer_params.dropout": (0.5, {}),
     "quantizer_params.input_projection": (True, {}),
+    "quantizer_params.bridge_group": (4, {}),
     "quantizer_params.legacy": (False, {}),
 }
 # Small modules; and codebook_dim of lfq and bsq is their number of bits, without a projection if it is that of z.

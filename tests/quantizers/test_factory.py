@@ -47,10 +47,11 @@ def test_defaults_and_limits_of_the_settings():
     assert (ema.num_embeddings, ema.commitment_cost, ema.vq_decay, ema.vq_epsilon) == (8192, 0.25, 0.99, 1e-5)
     assert QuantizerParams().model_dump() == {
         "codebook_dim": None, "whitening_dim": None, "distance": None, "estimator": "straight_through",
-        "decay_warmup": True, "frozen": False, "input_projection": False, "legacy": True, "levels": (8, 5, 5, 5),
-        "adapter": "mlp", "entropy_cost": 0.1, "diversity": 1.0, "diversity_cost": 0.0, "orthogonality_cost": 0.0,
-        "temperature": 1.0, "codebook_cost": 1.0, "revival_decay": 0.0, "final_temperature": 0.1,
-        "anneal_steps": 10_000, "inner": "ema", "depth": 4, "shared": False, "dropout": 0.0, "groups": 2, "grids": (),
+        "decay_warmup": True, "frozen": False, "input_projection": False, "bridge_group": 0, "legacy": True,
+        "levels": (8, 5, 5, 5), "adapter": "mlp", "entropy_cost": 0.1, "diversity": 1.0, "diversity_cost": 0.0,
+        "orthogonality_cost": 0.0, "temperature": 1.0, "codebook_cost": 1.0, "revival_decay": 0.0,
+        "final_temperature": 0.1, "anneal_steps": 10_000, "inner": "ema", "depth": 4, "shared": False, "dropout": 0.0,
+        "groups": 2, "grids": (),
     }  # fmt: skip
     for name, value in {
         "codebook_dim": 0, "levels": (1, 4), "temperature": 0, "dropout": 1.5, "inner": "fsq", "estimator": "none",
@@ -133,6 +134,7 @@ def test_settings_that_a_quantizer_does_not_read_are_reported(name, fields, expe
         ("fsq", {"levels": (8,) * 11}, "quantizer_params.levels"),
         ("ema", {"distance": "dot", "inner": "ibq"}, "quantizer_params.distance"),
         ("residual", {"distance": "dot"}, "quantizer_params.distance"),
+        ("simvq", {"bridge_group": 3}, "quantizer_params.bridge_group"),
         ("ema", {"whitening_dim": 13}, "quantizer_params.whitening_dim"),
     ],
 )

@@ -41,6 +41,7 @@ OPTIONS = {
     "ema_diverse": ("ema", {"codebook_dim": 3, "diversity_cost": 0.1}),
     "simvq_normal": ("simvq", {"codebook_init": "normal", "input_projection": True}),
     "simvq_diverse": ("simvq", {"diversity_cost": 0.1, "temperature": 0.1}),
+    "simvq_bridge": ("simvq", {"bridge_group": 4}),
     "fsq_linear": ("fsq", {"levels": (4, 3), "adapter": "linear"}),
     "gumbel_normal": ("gumbel", {"codebook_init": "normal"}),
     "ibq_cosine": ("ibq", {"distance": "cosine", "temperature": 0.1}),
@@ -58,11 +59,12 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 # One case of every way in which arrays interact; the others differ in arithmetic within a token only.
 KINDS = (
-    "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "fsq", "lfq", "gumbel", "ibq",
-    "residual_dropout", "product", "multiscale",
+    "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "simvq_bridge", "fsq", "lfq",
+    "gumbel", "ibq", "residual_dropout", "product", "multiscale",
 )  # fmt: skip
-# The kinds (but two have a diversity term), every quantizer that is in none of them, and a fusion; the others are slow.
-FAST = set(KINDS) - {"ema_diverse"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS} | {"fused_linear"}
+# The kinds (but two have a diversity term, and two are SimVQ), every quantizer that is in none of them, and a fusion;
+# the others are slow.
+FAST = set(KINDS) - {"ema_diverse", "simvq_bridge"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS} | {"fused_linear"}
 
 
 def cases(names):
@@ -87,8 +89,9 @@ def trained(name):
     """Returns variables after two training steps, so that no leaf has its initial value."""
     variables = initial(name)
     for step in range(2):
-        _, state, _ = train(name, variables, z(), jax.random.key(step))
-        variables = {**variables, **state}
+        _, state, (gradients, _) = train(name, variables, z(), jax.random.key(step))
+        params = jax.tree.map(lambda p, g: p - 1e-3 * np.sign(g), variables.get("params", {}), gradients)
+        variables = {**variables, **state, "params": params}
     return variables
 
 

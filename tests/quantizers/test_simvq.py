@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.quantizers.simvq import SimVQ
+from vqrae_jax.quantizers.vqbridge import VQBridge
 
 CASES = {
     "simvq": {"input_projection": True},
@@ -55,12 +56,26 @@ def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
                         np.testing.assert_array_equal(value, expected)
 
 
-def test_one_gradient_step_moves_every_embedding():
+@pytest.mark.parametrize("group", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_gradient_step_moves_every_embedding(group):
+    """Eight latents choose at most eight of 64; a bridge first moves embeddings at the same place of their group."""
     z = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
-    module = SimVQ(64, 6)
+    module = SimVQ(64, 6, bridge_group=group)
     variables = jax.jit(module.init)(jax.random.key(0), z)
     gradient = jax.jit(jax.grad(lambda p: module.apply(variables | {"params": p}, z).loss))(variables["params"])
     params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
     embeddings = jax.jit(functools.partial(module.apply, method="embeddings"))
     before, after = (embeddings(variables | {"params": p}) for p in (variables["params"], params))
     assert np.all(np.abs(after - before).max(axis=1) > 1e-6)
+
+
+def test_a_bridge_starts_as_the_identity_and_mixes_groups():
+    codebook = jnp.asarray(np.random.default_rng(0).normal(size=(32, 6)), jnp.float32)
+    bridge = VQBridge(8)
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    params, apply = jit(bridge.init)(jax.random.key(0), codebook), jit(bridge.apply)
+    np.testing.assert_array_equal(apply(params, codebook), codebook)
+    recover = params["params"]["recover"] | {"kernel": jax.random.normal(jax.random.key(1), (256, 48))}
+    params = {"params": params["params"] | {"recover": recover}}
+    change = apply(params, codebook.at[0].add(1.0)) - apply(params, codebook)
+    assert np.all(np.abs(change).max(axis=1) > 1e-4)

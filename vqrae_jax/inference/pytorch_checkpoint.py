@@ -23,6 +23,7 @@ FIXED = {
     "ema": {"quantizer_params.distance": (None, "l2"), "quantizer_params.codebook_dim": (None,)},
     "simvq": {
         "quantizer_params.distance": (None, "cosine"), "quantizer_params.codebook_dim": (None,),
+        "quantizer_params.bridge_group": (0,),
     },
     "fsq": {"quantizer_params.adapter": ("mlp",)},
 }  # fmt: skip

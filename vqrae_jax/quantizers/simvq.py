@@ -1,5 +1,6 @@
 """SimVQ: a frozen codebook behind one learned linear map (Zhu et al. 2024, arXiv:2411.02038)."""
 
+import functools
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook
 from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, check_distance, flatten, vq_loss
@@ -14,6 +16,7 @@ from vqrae_jax.quantizers.codebook_losses import diversity, orthogonality
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.kmeans import start_variable
 from vqrae_jax.quantizers.nearest import nearest, unit
+from vqrae_jax.quantizers.vqbridge import VQBridge
 
 
 class SimVQ(Quantizer):
@@ -23,8 +26,10 @@ class SimVQ(Quantizer):
     embeddings then win every latent. So here e comes from the first training batch, and W and the projection of the
     input start as the identity.
 
-    `params`: codebook_projection (W, b) and, with input_projection, input_projection. `batch_stats`: codebook [K, C],
-    the fixed vectors e; begun [], 1 once they are made.
+    With `bridge_group` a `VQBridge` takes the place of W and b, as in FVQ (arXiv:2509.10140), where e trains as well.
+
+    `params`: codebook_projection (W, b or the bridge) and, with input_projection, input_projection. `batch_stats`:
+    codebook [K, C], the fixed vectors e; begun [], 1 once they are made.
     """
 
     num_embeddings: registry.NumEmbeddings
@@ -44,9 +49,19 @@ class SimVQ(Quantizer):
     orthogonality_cost: registry.OrthogonalityCost = 0.0
     diversity_cost: registry.DiversityCost = 0.0
     temperature: registry.Temperature = 1.0
+    bridge_group: Annotated[
+        int,
+        registry.Setting(
+            "embeddings per token of a transformer that maps the codebook (FVQ), usually 16, and 64 from 65,536 "
+            "embeddings; 0: a linear map", ge=0, le=65_536,
+        ),
+    ] = 0  # fmt: skip
 
     def __post_init__(self):
         check_distance(self.distance)
+        if self.bridge_group and self.num_embeddings % self.bridge_group:
+            message = f"must be 0 or divide the {self.num_embeddings} embeddings"
+            raise ConfigError(message, field="bridge_group", value=self.bridge_group)
         super().__post_init__()
 
     def setup(self):
@@ -58,10 +73,10 @@ class SimVQ(Quantizer):
             "batch_stats", "begun", lambda: jnp.asarray(int(self.codebook_init == "normal"), jnp.int32)
         )
         initial = nn.initializers.lecun_normal() if self.codebook_init == "normal" else _identity
-        dense = {"precision": jax.lax.Precision.HIGHEST, "kernel_init": initial}
-        self.codebook_projection = nn.Dense(self.channels, **dense, name="codebook_projection")
+        linear = functools.partial(nn.Dense, self.channels, precision=jax.lax.Precision.HIGHEST, kernel_init=initial)
+        self.codebook_projection = VQBridge(self.bridge_group) if self.bridge_group else linear()
         if self.input_projection:
-            self.projection = nn.Dense(self.channels, **dense, name="input_projection")
+            self.projection = linear(name="input_projection")
 
     def __call__(self, z: Float[AnyArray, "*b C"], train: bool = False) -> Quantized:
         flat, finite = flatten(z, self.channels)
