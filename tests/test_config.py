@@ -109,6 +109,7 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
         ({"evaluation": {"metrics": ("precision_recall",)}}, "evaluation.metrics", ("precision_recall",)),
         ({"data": {"batch_size": 10}, "optimizer": {"accumulate": 4}}, "data.batch_size", 10),
         ({"model": {"attention": "cudnn"}}, "model.attention", "cudnn"),
+        ({"model": {"decoder_feature_blocks": 2}}, "model.decoder_feature_blocks", 2),
         (
             {"model": {"encoder_params": {"fusion": "linear"}, "normalization_stat_path": "stat.npz"}},
             "model.normalization_stat_path",

@@ -569,6 +569,7 @@ LAW: dict[str, Entry] = {
         {**PRETRAINED, "model.decoder_patch_size": 16},
     ),
     "model.decoder_features": Entry((0,), model, "model"),
+    "model.decoder_feature_blocks": Entry(1, model, "model", {"model.decoder_features": (0,)}),
     "model.noise_tau": Entry(0.5, model, "model"),
     "model.reshape_to_2d": Entry(False, model, "model latents"),
     "model.normalization_stat_path": Entry(

@@ -75,3 +75,27 @@ def test_a_widened_head_decodes_the_same_images(decoder, assert_close):
     assert module.patch % 2 == 0
     images = jax.jit(module.clone(overlap=True).apply)({"params": params}, latent)
     assert_close(images, jax.jit(module.apply)(variables, latent), 1e-5)
+
+
+def test_features_are_predicted_by_one_layer_or_behind_blocks_with_registers(decoder, assert_close):
+    module, variables, channels = decoder
+    latent, trees = jax.random.normal(jax.random.key(0), (2, module.grid, module.grid, channels)), {}
+    expected = jax.jit(module.apply)(variables, latent)
+    for blocks in (0, 2):
+        deep = module.clone(features=24, feature_blocks=blocks)
+        trees[blocks] = jax.jit(deep.init, static_argnums=2)(jax.random.key(1), latent, True)["params"]["features"]
+
+        def loss(head, deep=deep):
+            image, features = deep.apply({"params": {**variables["params"], "features": head}}, latent, True)
+            return jnp.sum(jnp.sin(features)), (image, features)
+
+        gradient, (image, features) = jax.jit(jax.grad(loss, has_aux=True))(trees[blocks])
+        assert_close(image, expected, 1e-5)
+        assert features.shape == (2, module.grid, module.grid, 24)
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+            zero = "['key']['bias']" in jax.tree_util.keystr(path)  # softmax is the same for all keys plus a constant
+            assert zero or np.abs(leaf).max() > 1e-6 * largest, jax.tree_util.keystr(path)
+    assert set(trees[0]) == {"kernel", "bias"}
+    assert set(trees[2]) == {"registers", "blocks", "norm", "head"}
+    assert trees[2]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2

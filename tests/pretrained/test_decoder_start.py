@@ -1,10 +1,11 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder
+from vqrae_jax.build.tokenizer import build_tokenizer, inline_decoder, variable_shapes
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import WeightsError
 from vqrae_jax.inference import saving
@@ -50,6 +51,17 @@ def test_a_decoder_without_biases_of_its_projections(golden, tmp_path, decoder):
     assert set(read["blocks"]["attn"]["query"]) == {"kernel"}
     assert len(names) == 3 * described["decoder_num_hidden_layers"]
     assert inline_decoder(model).decoder_architecture["qkv_bias"] is False
+
+
+def test_a_head_of_features_starts_random(golden, model_file):
+    """With one linear layer as with blocks, whose norms start as the identity."""
+    for blocks in (0, 2):
+        built = build_tokenizer(config(golden, model_file, decoder_features=(0,), decoder_feature_blocks=blocks))
+        head, shapes = built.pretrained["decoder"]["features"], variable_shapes(built)["params"]["decoder"]["features"]
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), head) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+        kernel = head["head"]["kernel"] if blocks else head["kernel"]
+        np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.1)
+    np.testing.assert_array_equal(head["norm"]["scale"], 1)
 
 
 def test_exported_folder(golden, tmp_path, model_file, assert_same):

@@ -228,6 +228,7 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
     return Decoder(
         blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed,
         features=len(config.decoder_features) * encoder.vit.blocks.width, overlap=config.decoder_head == "overlap",
+        feature_blocks=config.decoder_feature_blocks,
     )  # fmt: skip
 
 
@@ -288,8 +289,13 @@ def _read_decoder(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]
         params["pred"] = widen_head(params["pred"], config.decoder_patch_size)
     log.info("read %d decoder tensors from %s", len(state), path)
     if head := shapes.get("features"):
-        kernel = np.random.default_rng(0).normal(0, 0.02, head["kernel"].shape)
-        params["features"] = {"kernel": kernel.astype(np.float32), "bias": np.zeros(head["bias"].shape, np.float32)}
+        constants, normal = {"bias": np.zeros, "scale": np.ones}, np.random.default_rng(0).standard_normal
+
+        def create(path: Any, leaf: Any) -> np.ndarray:
+            name, shape = path[-1].key, leaf.shape
+            return (constants[name](shape) if name in constants else 0.02 * normal(shape)).astype(np.float32)
+
+        params["features"] = jax.tree.map_with_path(create, head)
     return params
 
 

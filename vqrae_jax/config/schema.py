@@ -255,6 +255,8 @@ class ModelConfig(Section):
     pretrained_decoder_path: str | None = None  # hub id or file of a decoder to start from, as owner/name/path/to/file
     # Blocks of the encoder, from 0 or from the end, that an additional head of the decoder predicts.
     decoder_features: tuple[Block, ...] = ()
+    # Transformer blocks of this head, with four registers, in front of its linear layer; 0: the linear layer alone.
+    decoder_feature_blocks: Annotated[int, Field(ge=0, le=1024)] = 0
     # Noise of the latents (with a learned fusion, of its layers) in training: normal, of standard deviation
     # uniform(0, noise_tau) per image; RAE has 0.8.
     noise_tau: NonNegative = 0.0
@@ -283,6 +285,13 @@ class ModelConfig(Section):
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             message = f"needs model.dtype='bfloat16', got {self.dtype!r}; set it, or model.attention='xla'"
             raise invalid("attention", self.attention, message)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _feature_blocks_have_features(self):
+        if self.decoder_feature_blocks and not self.decoder_features:
+            message = "needs model.decoder_features, the encoder blocks to predict; or use 0"
+            raise invalid("decoder_feature_blocks", self.decoder_feature_blocks, message)
         return self
 
     @pydantic.model_validator(mode="after")

@@ -1,13 +1,17 @@
 """Latent grid to pixels: the ViT decoder of RAE (Zheng et al. 2025, arXiv:2510.11690), which is the decoder of MAE."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import BlocksConfig, layer_norm, matmul_precision, run_blocks, unpatchify
+from vqrae_jax.models.vit import BlocksConfig, Tokens, layer_norm, matmul_precision, run_blocks, unpatchify
 from vqrae_jax.resize import resize
+
+REGISTERS = 4  # of `FeatureDecoder`
 
 # width, depth, heads, mlp
 SIZES = {
@@ -71,6 +75,22 @@ def widen_head(head: dict[str, np.ndarray], patch: int) -> dict[str, np.ndarray]
     return {name: widen(x) for name, x in head.items()}
 
 
+class FeatureDecoder(nn.Module):
+    """Blocks, with registers among their tokens, and a linear layer that predict encoder features from tokens."""
+
+    blocks: BlocksConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Float[Array, "B N F"]:
+        c = self.blocks
+        registers = self.param("registers", nn.initializers.normal(0.02), (1, REGISTERS, c.width))
+        registers = jnp.broadcast_to(registers, (len(x), REGISTERS, c.width)).astype(x.dtype)
+        x, _ = run_blocks(c, jnp.concatenate([registers, x], axis=1))
+        x = layer_norm(c, "norm")(x)[:, REGISTERS:]
+        return nn.Dense(self.features, dtype=c.dtype, precision=matmul_precision(c.dtype), name="head")(x)
+
+
 class Decoder(nn.Module):
     """Linear embedding, cls token, positions, pre-norm blocks, final norm, linear projection to pixels.
 
@@ -80,9 +100,10 @@ class Decoder(nn.Module):
       patch: side in pixels of the patch that a latent becomes.
       mean, std: per channel; the network predicts pixels normalized like the encoder's input.
       train_pos_embed: trains the position table, as the PyTorch VQRAE does.
-      features: channels of a linear head that predicts encoder features from the last tokens; 0 omits the head.
+      features: channels of a head that predicts encoder features from the last tokens; 0 omits the head.
       overlap: a token predicts a square of twice the patch's side, and squares are blended where they overlap, so that
         neighbours share the pixels at their border.
+      feature_blocks: transformer blocks between the last tokens and the head of `features`; 0: the head is linear.
     """
 
     blocks: BlocksConfig
@@ -93,6 +114,7 @@ class Decoder(nn.Module):
     train_pos_embed: bool = False
     features: int = 0
     overlap: bool = False
+    feature_blocks: int = 0
 
     @property
     def image_size(self) -> int:
@@ -128,4 +150,8 @@ class Decoder(nn.Module):
             return image
         if not self.features:
             return image, None
-        return image, nn.Dense(self.features, **dense, name="features")(x).reshape(len(x), n, n, -1)
+        if self.feature_blocks:
+            head = FeatureDecoder(dataclasses.replace(c, depth=self.feature_blocks), self.features, name="features")
+        else:
+            head = nn.Dense(self.features, **dense, name="features")
+        return image, head(x).reshape(len(x), n, n, -1)
