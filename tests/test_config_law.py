@@ -617,6 +617,7 @@ LAW: dict[str, Entry] = {
     "loss.vq_weight": steps(2.0),
     "loss.perceptual.network": Entry("lpips", perceptual, "module", PERCEPTUAL),
     "loss.perceptual.weight": steps(2.0, PERCEPTUAL),
+    "loss.perceptual.gram_weight": steps(1.0, PERCEPTUAL),
     "loss.perceptual.start_steps": steps(2, PERCEPTUAL),
     "loss.perceptual.start_epochs": steps(0.5, PERCEPTUAL),
     "loss.perceptual.trunk": Entry("another", files, "files", METRIC),

@@ -20,6 +20,7 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1, "cutout": 0.2}
 PERCEPTUAL = {"network": "encoder", "weight": 1.0, "architecture": ENCODER, "input_size": 32, "start_steps": 2}
+PERCEPTUAL["gram_weight"] = 0.5
 MODEL = {"quantizer_params": {"codebook_dim": 8}, "decoder_features": (0,)}
 LOSS = {"perceptual": PERCEPTUAL, "feature_weight": 0.5, "distill_weight": 2.0}
 LATE = {"start_steps": 1, "generator_start_steps": 2, "disc_updates": 2}
@@ -168,7 +169,7 @@ def test_frozen_networks_do_not_change(whole, assert_same):
 def test_all_metrics_are_returned(whole):
     _, _, state, metrics, _ = whole
     last = metrics[-1]
-    losses = {"pixel", "vq", "perceptual", "features", "distill", "adversarial", "total"}
+    losses = {"pixel", "vq", "perceptual", "gram", "features", "distill", "adversarial", "total"}
     assert {n.removeprefix("loss/") for n in last if n.startswith("loss/")} == losses
     assert {"gan/weight", "gan/logits_real", "gan/logits_fake", "gan/discriminator", "gan/lecam"} <= last.keys()
     parts = np.array([last[f"grad_norm/{part}"] for part in ALL])
@@ -181,8 +182,8 @@ def test_terms_wait_for_their_start(whole, assert_same):
     """Before, nothing changes, bit for bit."""
     task, (_, first, _), state, metrics, _ = whole
     assert_same(first.adversary, task.init().adversary)
-    active = {n: [bool(m[n] != 0) for m in metrics] for n in ("loss/perceptual", "gan/weight", "gan/discriminator")}
-    assert active["loss/perceptual"] == active["gan/weight"] == [False, False, True]
+    active = {n: [bool(m[n] != 0) for m in metrics] for n in ("loss/gram", "gan/weight", "gan/discriminator")}
+    assert active["loss/gram"] == active["gan/weight"] == [False, False, True]
     assert active["gan/discriminator"] == [False, True, True]
     assert int(jax.tree.leaves(state.adversary["opt_state"])[0]) == 4
 
@@ -241,6 +242,7 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
 @pytest.mark.parametrize(("change", "field"), [
     ({"loss": {"feature_weight": 1.0}}, "loss.feature_weight"),
     ({"loss": {"distill_weight": 1.0}, "train": {"trainable": ("quantizer", "decoder")}}, "loss.distill_weight"),
+    ({"loss": {"perceptual": {"gram_weight": 1.0}}}, "loss.perceptual.gram_weight"),
     ({"adversary": {"discriminator": "patch"}, "train": {"trainable": ("encoder",)}}, "adversary.adaptive"),
 ])  # fmt: skip
 def test_terms_check_what_they_need(tiny, change, field):

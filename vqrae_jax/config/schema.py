@@ -367,6 +367,8 @@ class PerceptualConfig(Section):
     # LPIPS, or the patch tokens of an encoder of any family.
     network: Literal["lpips", "encoder"] = "lpips"
     weight: NonNegative = 0.0  # weight in the loss, usually 1; 0: off, and no weights are read
+    # Weight of the distance between the Gram matrices of the same features, in [0, 2]: of texture, wherever it is.
+    gram_weight: NonNegative = 0.0
     start_steps: Count = 0  # steps before the term starts
     start_epochs: Epochs = None  # start_steps in epochs
     trunk: str = "timm/vgg16.tv_in1k"  # hub id or file of LPIPS's VGG16
@@ -378,6 +380,13 @@ class PerceptualConfig(Section):
     layers: tuple[Block, ...] = (-1,)  # blocks of the encoder that are compared, from 0 or from the end
     input_size: Pixels = 224  # side of the images that the encoder sees, in pixels
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; bfloat16 is faster on TPU and GPU
+
+    @pydantic.model_validator(mode="after")
+    def _gram_has_features(self):
+        if self.gram_weight and not self.weight:
+            message = "is a second term of the features of loss.perceptual.weight, which must be above 0"
+            raise invalid("gram_weight", self.gram_weight, message)
+        return self
 
 
 class LossConfig(Section):

@@ -1,5 +1,6 @@
 """Distances between images, and between feature maps."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -26,6 +27,18 @@ def gradient_difference(a: Float[Array, "B H W C"], b: Float[Array, "B H W C"]) 
     It counts edges that only one of the images has (arXiv:1511.05440, with alpha = 1 and the sign of the steps).
     """
     return sum(l1(jnp.diff(a, axis=axis), jnp.diff(b, axis=axis)) for axis in (1, 2)) / 2
+
+
+def gram_distance(a: Float[Array, "B H W *l C"], b: Float[Array, "B H W *l C"]) -> Float[Array, " B *l"]:
+    """Returns |G(a) - G(b)|^2 of unit vectors, in [0, 2]; G(x) is the mean of x x^T over positions, [C, C].
+
+    These are the Gram matrices of Gatys et al. (2015, arXiv:1508.06576), which keep the texture of an image and not
+    where it is. There G is the sum of vectors of any length, and the distance is divided by 4 H^2 W^2 C^2; a mean of
+    unit vectors has the trace 1, so that the size of this distance depends neither on resolution nor on channels.
+    """
+    precision = jax.lax.Precision.HIGHEST
+    first, second = (jnp.einsum("bhw...c,bhw...d->b...cd", x, x, precision=precision) for x in (a, b))
+    return jnp.sum(((first - second) / (a.shape[1] * a.shape[2])) ** 2, axis=(-2, -1))
 
 
 PIXEL = {"l1": l1, "l2": l2}

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vqrae_jax.losses.reconstruction import gram_distance
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vit import matmul_precision
 from vqrae_jax.quantizers.arrays import AnyArray
 
 Images = Float[AnyArray, "B H W 3"]
+Distances = Float[Array, " B"]
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
 # Mean and standard deviation of ImageNet as LPIPS defines them, for images in [-1, 1].
@@ -41,36 +43,47 @@ class LPIPS(nn.Module):
     """LPIPS 0.1 with the VGG16 trunk, for images in [0, 1] with sides of at least 16 pixels.
 
     The features of each stage are scaled to unit length per position, subtracted and squared; a linear head of
-    non-negative weights sums the channels. The distance is the mean over positions, summed over stages.
+    non-negative weights sums the channels. The distance is the mean over positions, summed over stages. `with_gram`
+    also returns the mean of `gram_distance` over the stages.
     """
 
     dtype: str = "float32"  # of the trunk; lengths and heads are always float32
 
     @nn.compact
-    def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:
+    def __call__(
+        self, reconstruction: Images, image: Images, with_gram: bool = False
+    ) -> Distances | tuple[Distances, Distances]:
         trunk = VGG16(self.dtype, name="trunk")
         # Two passes: the features of the image need no gradient and are not stored for one.
         pair = (trunk((2 * x - 1 - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (reconstruction, image))
-        distance = jnp.zeros(len(image))
+        distance = gram = jnp.zeros(len(image))
         for stage, (a, b) in enumerate(zip(*pair, strict=True)):
             head = self.param(f"head{stage}", nn.initializers.constant(1 / a.shape[-1]), (a.shape[-1],))
-            difference = (unit_length(a) - unit_length(b)) ** 2
-            weighted = jnp.einsum("bhwc,c->bhw", difference, head, precision=jax.lax.Precision.HIGHEST)
+            a, b = unit_length(a), unit_length(b)
+            weighted = jnp.einsum("bhwc,c->bhw", (a - b) ** 2, head, precision=jax.lax.Precision.HIGHEST)
             distance += weighted.mean((1, 2))
-        return distance
+            if with_gram:
+                gram += gram_distance(a, b) / len(STAGES)
+        return (distance, gram) if with_gram else distance
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS without learned heads: the mean over layers and patch tokens of an encoder; in [0, 4]."""
+    """LPIPS without learned heads: the mean over layers and patch tokens of an encoder; in [0, 4].
+
+    `with_gram` also returns the mean of `gram_distance` over the layers.
+    """
 
     encoder: Encoder  # with fusion "concat"
 
     @nn.compact
-    def __call__(self, reconstruction: Images, image: Images) -> Float[Array, " B"]:
+    def __call__(
+        self, reconstruction: Images, image: Images, with_gram: bool = False
+    ) -> Distances | tuple[Distances, Distances]:
         layers = len(self.encoder.layers)
         latents = (self.encoder(x) for x in (reconstruction, image))
         a, b = (unit_length(latent.reshape(*latent.shape[:3], layers, -1)) for latent in latents)
-        return ((a - b) ** 2).sum(-1).mean((1, 2, 3)).astype(jnp.float32)
+        distance = ((a - b) ** 2).sum(-1).mean((1, 2, 3)).astype(jnp.float32)
+        return (distance, gram_distance(a, b).mean(-1)) if with_gram else distance
 
 
 def unit_length(x: Float[Array, "*b C"]) -> Float[Array, "*b C"]:

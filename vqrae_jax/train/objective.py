@@ -42,13 +42,16 @@ class Objective:
         if loss.gradient_weight:
             terms["gradient"] = (loss.gradient_weight, gradient_difference(outputs.reconstruction, image))
         if self.perceptual:
+            gram_weight = loss.perceptual.gram_weight
+            weights = {"perceptual": loss.perceptual.weight} | ({"gram": gram_weight} if gram_weight else {})
 
-            def distance() -> jax.Array:
-                params = {"params": frozen["perceptual"]}
-                return self.perceptual.module.apply(params, outputs.reconstruction, image).mean()
+            def distances() -> list[jax.Array]:
+                images = outputs.reconstruction, image
+                values = self.perceptual.module.apply({"params": frozen["perceptual"]}, *images, "gram" in weights)
+                return [value.mean() for value in (values if "gram" in weights else (values,))]
 
-            value = run_from(loss.perceptual.start_steps, step, distance, jnp.zeros(()))
-            terms["perceptual"] = (loss.perceptual.weight, value)
+            values = run_from(loss.perceptual.start_steps, step, distances, [jnp.zeros(())] * len(weights))
+            terms |= {name: (weight, value) for (name, weight), value in zip(weights.items(), values, strict=True)}
         if loss.feature_weight:
             layers = self.config.model.decoder_features
             target = self._target(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
