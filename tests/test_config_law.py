@@ -656,6 +656,7 @@ LAW: dict[str, Entry] = {
     "adversary.generator_loss": steps("non_saturating", PATCH),
     "adversary.lecam_weight": steps(1.0, PATCH),
     "adversary.lecam_decay": steps(0.9, PATCH),
+    "adversary.consistency_weight": steps(1.0, {**PATCH, "adversary.augment": 1.0}),
     "adversary.augment": steps(1.0, PATCH),
     "adversary.cutout": steps(0.5, {**PATCH, "adversary.augment": 1.0}),
     "adversary.path": Entry("large", discriminator, "discriminator", DINO),

@@ -19,6 +19,7 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1, "cutout": 0.2}
+PATCH["consistency_weight"] = 2.0
 PERCEPTUAL = {"network": "encoder", "weight": 1.0, "architecture": ENCODER, "input_size": 32, "start_steps": 2}
 PERCEPTUAL["gram_weight"] = 0.5
 MODEL = {"quantizer_params": {"codebook_dim": 8}, "decoder_features": (0,)}
@@ -104,6 +105,26 @@ def test_the_discriminator_trains_only_itself(whole):
     assert not set(state.adversary["params"]) & set(state.params)
 
 
+def test_consistency_is_of_images_under_two_augmentations(whole, monkeypatch):
+    """It is 0 without augmentations, and the other terms, and the power iterations, are those of one of the two."""
+    task, _, state, _, frozen = whole
+    real, fake = jax.random.uniform(jax.random.key(0), (2, 4, 32, 32, 3))
+
+    def terms(weight):
+        config = task.config.adversary.model_copy(update={"consistency_weight": weight})
+        adversary = dataclasses.replace(task.adversary, config=config)
+        arguments = state.adversary["params"], state.adversary, frozen["discriminator"], fake, real
+        return jax.jit(adversary.loss)(*arguments, jax.random.key(1))
+
+    (without, (spectral, metrics)), (total, (same, others)) = terms(0.0), terms(2.0)
+    difference = others.pop("gan/consistency")
+    assert difference > 1e-4
+    np.testing.assert_allclose(total, without + 2 * difference, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, (spectral, metrics), (same, others))
+    monkeypatch.setattr("vqrae_jax.train.adversary.augment", lambda images, *_: images)
+    assert terms(2.0)[1][1]["gan/consistency"] == 0
+
+
 def test_the_discriminator_compares_8_bit_images(whole):
     """A change below half a level, or beyond black and white, is not visible to it; the generator's loss is smooth."""
     task, _, state, _, frozen = whole
@@ -171,7 +192,8 @@ def test_all_metrics_are_returned(whole):
     last = metrics[-1]
     losses = {"pixel", "vq", "perceptual", "gram", "features", "distill", "adversarial", "total"}
     assert {n.removeprefix("loss/") for n in last if n.startswith("loss/")} == losses
-    assert {"gan/weight", "gan/logits_real", "gan/logits_fake", "gan/discriminator", "gan/lecam"} <= last.keys()
+    gan = {"weight", "logits_real", "logits_fake", "discriminator", "lecam", "consistency"}
+    assert {f"gan/{name}" for name in gan} <= last.keys()
     parts = np.array([last[f"grad_norm/{part}"] for part in ALL])
     assert last["grad_norm"] == pytest.approx(np.sqrt((parts**2).sum()), rel=1e-5)
     assert int(state.step) == 3
@@ -191,7 +213,7 @@ def test_terms_wait_for_their_start(whole, assert_same):
 @pytest.mark.slow
 def test_accumulation_keeps_the_discriminators_gradient(tiny, one_mesh, assert_close):
     """PatchGAN's norms see one image at a time, so two halves equal the whole, also in power steps and averages."""
-    plain = {**PATCH, "augment": 0.0, "lecam_decay": 0.5}
+    plain = {**PATCH, "augment": 0.0, "consistency_weight": 0.0, "lecam_decay": 0.5}
     fake = jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
     task = TokenizerTask.build(tiny(adversary=plain), one_mesh)
     state, real = task.init().adversary, images()[0] / 255
@@ -243,6 +265,7 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
     ({"loss": {"feature_weight": 1.0}}, "loss.feature_weight"),
     ({"loss": {"distill_weight": 1.0}, "train": {"trainable": ("quantizer", "decoder")}}, "loss.distill_weight"),
     ({"loss": {"perceptual": {"gram_weight": 1.0}}}, "loss.perceptual.gram_weight"),
+    ({"adversary": {"consistency_weight": 1.0, "augment": 0.0}}, "adversary.consistency_weight"),
     ({"adversary": {"discriminator": "patch"}, "train": {"trainable": ("encoder",)}}, "adversary.adaptive"),
 ])  # fmt: skip
 def test_terms_check_what_they_need(tiny, change, field):

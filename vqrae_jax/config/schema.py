@@ -485,6 +485,8 @@ class AdversaryConfig(Section):
     generator_loss: Literal["vanilla", "non_saturating"] = "vanilla"
     lecam_weight: NonNegative = 0.0  # weight of LeCam regularization, usually 0.001; 0: off
     lecam_decay: Decay = 0.999  # decay of LeCam's running means of logits
+    # Weight of the squared difference of logits under two augmentations (bCR), 4 in DetailFlow; a second forward pass.
+    consistency_weight: NonNegative = 0.0
     augment: Fraction = 1.0  # probability of each of DiffAug's translation, colour and cutout
     cutout: Fraction = 0.0  # side of the cutout relative to the image; 0: no cutout
     path: str = "facebook/dino-vits8"  # hub id, folder, or file of the DINO authors, of the dino network
@@ -498,6 +500,13 @@ class AdversaryConfig(Section):
     layers: Annotated[int, Field(ge=1, le=16)] = 3  # strided convolutions of the patch network
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; bfloat16 is faster on TPU and GPU
     optimizer: AdamWConfig = AdamWConfig()  # its steps and epochs are counted from start_steps
+
+    @pydantic.model_validator(mode="after")
+    def _consistency_has_augmentations(self):
+        if self.consistency_weight and not self.augment:
+            message = "compares two augmentations of an image; set adversary.augment above 0, or leave it at 0"
+            raise invalid("consistency_weight", self.consistency_weight, message)
+        return self
 
 
 class OptimizerConfig(AdamWConfig):

@@ -1,4 +1,4 @@
-"""Losses of generator and discriminator, LeCam regularization, and the weight that balances the generator's loss.
+"""Losses of generator and discriminator, their regularization, and the weight that balances the generator's loss.
 
 Logits are [B, M]; positive ones classify an image as real.
 """
@@ -43,6 +43,15 @@ GENERATOR = {"vanilla": linear_generator, "non_saturating": non_saturating_gener
 def lecam(real: Logits, fake: Logits, mean_real: Scalar, mean_fake: Scalar) -> Scalar:
     """Penalizes logits beyond the running mean of the other class (Tseng et al. 2021, arXiv:2104.03310, eq. 4)."""
     return (jax.nn.relu(real - mean_fake) ** 2).mean() + (jax.nn.relu(mean_real - fake) ** 2).mean()
+
+
+def consistency(first: Logits, second: Logits) -> Scalar:
+    """Returns the mean squared difference of logits of the same images under two augmentations.
+
+    CR-GAN penalizes it for images (Zhang et al. 2019, arXiv:1910.12027), bCR for generated images as well (Zhao et al.
+    2020, arXiv:2002.04724); there one of the two is the image itself.
+    """
+    return ((first - second) ** 2).mean()
 
 
 def adaptive_weight(reconstruction: Float[Array, "*n"], adversarial: Float[Array, "*n"], largest: float) -> Scalar:

@@ -94,11 +94,18 @@ class Adversary:
         """
         config, fake = self.config, adversarial.round_to_levels(reconstruction)
         variables = {"params": {**frozen, **params}, SPECTRAL: state["spectral"]}
-        all_logits = []
+        all_logits, differences = [], []
+
+        def classify(batch: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+            augmented = jax.lax.stop_gradient(self._augment(batch, key))
+            return self.network.module.apply(variables, augmented, train=True, mutable=[SPECTRAL])
+
         # Reconstructions first: each pass takes one step of the power iteration, in the order of the PyTorch VQRAE.
         for batch, augment_key in zip((fake, image), jax.random.split(key), strict=True):
-            augmented = jax.lax.stop_gradient(self._augment(batch, augment_key))
-            logits, updated = self.network.module.apply(variables, augmented, train=True, mutable=[SPECTRAL])
+            logits, updated = classify(batch, augment_key)
+            if config.consistency_weight:  # of the same network: the second pass repeats the step of the first
+                other, _ = classify(batch, jax.random.fold_in(augment_key, 1))
+                differences.append(adversarial.consistency(logits, other))
             variables = {**variables, **updated}
             all_logits.append(logits)
         fake, real = all_logits
@@ -109,6 +116,9 @@ class Adversary:
         if config.lecam_weight:
             metrics["gan/lecam"] = adversarial.lecam(real, fake, lecam["real"], lecam["fake"])
             total = total + config.lecam_weight * metrics["gan/lecam"]
+        if config.consistency_weight:
+            metrics["gan/consistency"] = sum(differences) / 2
+            total = total + config.consistency_weight * metrics["gan/consistency"]
         return total, (variables[SPECTRAL], metrics)
 
     def _update(
