@@ -765,6 +765,8 @@ LAW: dict[str, Entry] = {
     "train.seed": Entry(1, seeded, "step batches", {"model.noise_tau": 0.5}),
     "train.seed codes": Entry(1, sequences, "batches", TOKENIZED),
     "train.trainable": Entry(("decoder",), step, "step shardings"),
+    "train.code_noise": steps(0.5, CODES),
+    "train.code_neighbors": steps(4, {**CODES, "train.code_noise": 0.5}),
     "train.start_from": Entry("whole", start, "start"),
     "train.start_parts": Entry(("decoder",), start, "start", {"train.start_from": "whole"}),
     "train.start_renames": Entry(

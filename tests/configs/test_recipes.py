@@ -14,7 +14,7 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 
 IMAGENET = 1_281_167
 FULL = [("vqrae_dinov2_b", ()), ("recipe_16k", ()), ("recipe_131k", ()), ("recipe_bits", ()),
-        ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)),
+        ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)), ("finetune_decoder", ()),
         ("fsq_dinov2_b", ()), ("small", ("ema",)), ("small", ("simvq",)), ("small", ("fsq",))]  # fmt: skip
 FAST = [("simvq_siglip2_l", ("2",))]  # with every network
 

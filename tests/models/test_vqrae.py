@@ -10,6 +10,7 @@ import pytest
 
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.inference import pytorch_checkpoint
+from vqrae_jax.quantizers.base import Quantized
 
 CASES = ["ema_vq_2d", "ema_vq_tokens", "simvq", "fsq"]
 # PyTorch's float32 differs from float64 by 3.5e-5 where the Fourier features of fsq, of scale 10, amplify errors.
@@ -156,3 +157,27 @@ def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
     assert sigma.min() < 0.2 < 0.6 < sigma.max()
     halves = np.asarray(noisy).reshape(64, 2, -1).std(-1)
     np.testing.assert_allclose(halves[:, 0], halves[:, 1], rtol=0.2)
+
+
+@pytest.mark.parametrize("neighbors", [0, 2])
+def test_a_share_of_the_codes_is_replaced(golden, neighbors):
+    """Up to the largest share, of all images; other latents are those of their codes, and gradients unchanged."""
+    module, variables = build(golden, "ema_vq_2d")
+    variables = jax.tree.map(jnp.asarray, variables)
+    indices = jax.random.randint(jax.random.key(1), (64, 8, 8), 0, module.quantizer.num_embeddings)
+    z = module.apply(variables, indices, method=lambda model, x: model.quantizer.lookup(x))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def replace(z, share, key):
+        quantized = Quantized(z, indices, 0.0, {})
+        return module.apply(variables, quantized, share, neighbors, method="replace_codes", rngs={"noise": key})
+
+    for largest in (0.25, 1.0):
+        replaced = replace(z, largest, jax.random.key(0))
+        np.testing.assert_array_equal(replaced, replace(z, largest, jax.random.key(0)))
+        shares = np.any(replaced != z, axis=-1).mean((1, 2))
+        assert shares.max() <= largest
+        np.testing.assert_allclose(np.quantile(shares / largest, (0.05, 0.5, 0.95)), (0.05, 0.5, 0.95), atol=0.2)
+    assert np.any(replaced != replace(z, 1.0, jax.random.key(1)))
+    gradient = jax.grad(lambda z: jnp.sum(jnp.sin(replace(z, 1.0, jax.random.key(0)))))(z)
+    np.testing.assert_allclose(gradient, np.cos(replaced), rtol=1e-6)

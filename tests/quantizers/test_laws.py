@@ -126,6 +126,26 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
+@kinds
+def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
+    """They are a function of the key, on any devices."""
+    variables, indices = trained(name), np.maximum(evaluate(name, trained(name), z())[0].indices, 0)
+    call = functools.partial(MODULES[name].apply, method="change_indices")
+    sample = jit(call, static_argnums=3)
+    for neighbors in (0, 1):
+        others = sample(variables, indices, jax.random.key(0), neighbors)
+        assert others.dtype == jnp.int32
+        assert np.all((others != indices) & (others >= 0) & (others < MODULES[name].num_embeddings))
+        split = jax.device_put(indices, NamedSharding(mesh, P("data")))
+        np.testing.assert_array_equal(sample(variables, split, jax.random.key(0), neighbors), others)
+    assert (others != sample(variables, indices, jax.random.key(1), 0)).any()
+    embeddings = jit(functools.partial(MODULES[name].apply, method="embeddings"))(variables)
+    if embeddings is not None:  # several indices per latent: those of the first codebook
+        first = [x[..., 0] if name in ("product", "residual_dropout") else x for x in (indices, others)]
+        distances = ((embeddings[:, None] - embeddings) ** 2).sum(-1) + 1e9 * np.eye(len(embeddings))
+        np.testing.assert_array_equal(first[1], distances.argmin(1)[first[0]])
+
+
 @pytest.mark.parametrize("name", ["ema_angle", "vq_angle"])
 def test_angles_choose_embeddings_that_keep_their_length(name):
     """Lengths of latents change no index, and the codebook has lengths of its own."""

@@ -266,6 +266,7 @@ def test_the_dino_discriminator_fits_the_task(tiny, one_mesh, golden):
     ({"loss": {"distill_weight": 1.0}, "train": {"trainable": ("quantizer", "decoder")}}, "loss.distill_weight"),
     ({"loss": {"perceptual": {"gram_weight": 1.0}}}, "loss.perceptual.gram_weight"),
     ({"adversary": {"consistency_weight": 1.0, "augment": 0.0}}, "adversary.consistency_weight"),
+    ({"model": {"quantizer": "none"}, "train": {"code_noise": 0.1}}, "train.code_noise"),
     ({"adversary": {"discriminator": "patch"}, "train": {"trainable": ("encoder",)}}, "adversary.adaptive"),
 ])  # fmt: skip
 def test_terms_check_what_they_need(tiny, change, field):

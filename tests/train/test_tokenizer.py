@@ -113,7 +113,8 @@ def test_a_learned_fusion_trains_as_a_part_of_the_quantizer(tiny, one_mesh):
 def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, quantizer, one_mesh):
     """Means, annealed temperatures and whitening are inputs of the step that it returns as they are."""
     model = {"quantizer": quantizer, "quantizer_params": {"whitening_dim": 8, "grids": (2, 4)}}
-    task = TokenizerTask.build(tiny(model=model, train={"trainable": ("decoder",)}), one_mesh, weights=False)
+    train = {"trainable": ("decoder",), "code_noise": 0.5, "code_neighbors": 2}
+    task = TokenizerTask.build(tiny(model=model, train=train), one_mesh, weights=False)
     state, image = task.shapes(), jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)
     step = jax.make_jaxpr(task.step)(state, task.frozen_shapes(), {"image": image}, 6).jaxpr
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -122,6 +123,23 @@ def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, qua
     }
     stats = jax.tree_util.tree_leaves_with_path({"batch_stats": state.batch_stats})
     assert unchanged == {jax.tree_util.keystr(path).replace("['batch_stats']", ".batch_stats", 1) for path, _ in stats}
+
+
+def test_code_noise_is_for_training_and_changes_the_input_of_the_decoder(tiny, one_mesh):
+    """The loss of the quantizer and its counts are those of the true codes."""
+    metrics, evaluations, image = [], [], batches()[0]["image"]
+    for noise in (0.0, 1.0):
+        task = TokenizerTask.build(tiny(train={"code_noise": noise, "code_neighbors": 3}), one_mesh)
+        state = task.init()
+        *_, values = jax.jit(task.gradients)(state, {}, image / 255, jax.random.key(1), state.batch_stats)
+        metrics.append(values)
+        batch = {"image": image, "mask": np.ones(len(image), bool)}
+        evaluations.append(str(jax.make_jaxpr(task.evaluate)(state.inference(), {}, batch)))
+    plain, noisy = metrics
+    assert evaluations[0] == evaluations[1]
+    assert noisy["loss/pixel"] != plain["loss/pixel"]
+    for name in ("loss/vq", "counts"):
+        np.testing.assert_array_equal(noisy[name], plain[name])
 
 
 STATEFUL = {

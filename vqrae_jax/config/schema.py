@@ -534,6 +534,11 @@ class TrainConfig(Section):
     # Seed of the initial parameters, the order of images, their crops and all noise.
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     trainable: tuple[Part, ...] = ("quantizer", "decoder")  # parts that train; the others stay as they start
+    # Largest share of an image's codes that training replaces by others, as errors of a generator do; every image has a
+    # share between 0 and this.
+    code_noise: Fraction = 0.0
+    # Number of nearest codes that may replace a code, 100 in RobusTok; 0, and quantizers without a codebook: all codes.
+    code_neighbors: Annotated[int, Field(ge=0, le=65_536)] = 0
     # Tokenizer that a new run starts from, at step 0: workdir or checkpoint of another run (its EMA parameters), saved
     # folder, or hub id. The model section must fit it.
     start_from: str | None = None
@@ -612,6 +617,9 @@ class Config(Section):
         if loss.distill_weight and "encoder" not in trainable:
             message = f"is for an encoder that trains, but train.trainable={trainable} does not contain it"
             raise invalid("loss.distill_weight", loss.distill_weight, message)
+        if self.train.code_noise and self.model.quantizer == "none":
+            message = "replaces codes, which model.quantizer='none' does not have; leave it at 0"
+            raise invalid("train.code_noise", self.train.code_noise, message)
         if adversary.discriminator != "none" and adversary.adaptive and "decoder" not in trainable:
             message = f"needs gradients of the decoder, but train.trainable={trainable} does not contain it"
             raise invalid("adversary.adaptive", True, message)

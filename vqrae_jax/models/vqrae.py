@@ -13,6 +13,7 @@ from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer
+from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.none import NO_CODES
 
 Images = Float[AnyArray, "B H W 3"]
@@ -34,8 +35,8 @@ class Output:
 class VQRAE(nn.Module):
     """The tokenizer.
 
-    Images are [B, H, W, 3] floats in [0, 1]. Training mode (train=True) needs the rng streams "noise" (with noise_tau)
-    and "codes" (for stochastic quantizers), and `mutable=["batch_stats"]`.
+    Images are [B, H, W, 3] floats in [0, 1]. Training mode (train=True) needs the rng streams "noise" (with noise_tau
+    or code_noise) and "codes" (for stochastic quantizers), and `mutable=["batch_stats"]`.
 
     Attributes:
       encoder, quantizer, decoder: the three parts.
@@ -85,11 +86,16 @@ class VQRAE(nn.Module):
         losses = {"recon_loss": recon_loss, "vq_loss": vq_loss, "total_loss": recon_loss + vq_loss}
         return out.reconstruction, losses
 
-    def forward(self, image: Images, train: bool = False) -> Output:
-        """Runs all parts and returns everything that they compute."""
+    def forward(self, image: Images, train: bool = False, code_noise: float = 0.0, code_neighbors: int = 0) -> Output:
+        """Runs all parts and returns everything that they compute.
+
+        With code_noise the decoder gets other codes for a part of each image, see `replace_codes`, while `quantized`
+        has the true ones.
+        """
         encoded = self.encoder(image)
         quantized = self.quantize(encoded, train)
-        latent = self.normalize(quantized.z)
+        z = self.replace_codes(quantized, code_noise, code_neighbors) if code_noise else quantized.z
+        latent = self.normalize(z)
         reconstruction, features = self.decode(latent, with_features=True)
         return Output(reconstruction, latent, quantized, encoded, features)
 
@@ -123,6 +129,22 @@ class VQRAE(nn.Module):
         if self.quantize_before_reshape:
             z = z.reshape(len(z), -1, z.shape[-1])
         return self.quantizer(z, train)
+
+    def replace_codes(self, quantized: Quantized, largest_share: float, neighbors: int = 0) -> Latents:
+        """Returns latents of which some indices are replaced, as by a generator's errors; their gradient is unchanged.
+
+        Every image has a share of replaced indices, uniform from 0 to `largest_share` and rounded down to whole ones;
+        `Quantizer.change_indices` chooses the codes (latent perturbation: Qiu et al. 2025, arXiv:2503.08354).
+        """
+        indices = quantized.indices
+        share_key, order_key, code_key = jax.random.split(self.make_rng("noise"), 3)
+        order = jax.random.uniform(order_key, (len(indices), indices[0].size))
+        count = largest_share * jax.random.uniform(share_key, (len(order), 1)) * order.shape[1]
+        replaced = order < jnp.take_along_axis(jnp.sort(order), count.astype(jnp.int32), axis=1)
+        replaced = replaced.reshape(indices.shape) & (indices >= 0)  # -1: a level that is left out
+        sampled = self.quantizer.change_indices(indices, code_key, neighbors)
+        # A codebook that trains is looked up after the update of this step.
+        return value_of(self.quantizer.lookup(jnp.where(replaced, sampled, indices)), quantized.z)
 
     def normalize(self, z: Latents) -> Latents:
         """Normalizes quantized latents by the latent statistics, in the shape that `decode` takes."""

@@ -1,16 +1,17 @@
 """The interface of all quantizers, their return value, and the losses and metrics that they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.arrays import AnyArray, Indices, Mask, Rows, Scalar
+from vqrae_jax.quantizers.nearest import find_neighbors
 from vqrae_jax.quantizers.statistics import code_counts
 
 MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
@@ -62,6 +63,19 @@ class Quantizer(nn.Module):
         column = weights.reshape(-1, *[1] * first.ndim)
         return self((1 - column) * first + column * second).indices
 
+    def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
+        """Returns another index for each, uniformly: of the `neighbors` nearest embeddings, or of all.
+
+        All are possible with neighbors=0 and without a codebook. Several indices per latent have their own codebooks.
+        """
+        codebook, neighbors = self.embeddings(), min(neighbors, self.num_embeddings - 1)
+        if codebook is None or not neighbors:
+            steps = jax.random.randint(key, indices.shape, 1, max(2, self.num_embeddings))
+            return (indices + steps) % self.num_embeddings
+        ranks = jax.random.randint(key, (indices.size, 1), 0, neighbors)
+        nearest = find_neighbors(codebook, indices.reshape(-1), neighbors)
+        return jnp.take_along_axis(nearest, ranks, axis=1).reshape(indices.shape)
+
     def embeddings(self) -> Float[Array, "K c"] | None:
         """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""
         return None
@@ -89,11 +103,22 @@ class Wrapper(Quantizer):
     def prefixes(self) -> tuple[int, ...]:
         return self.quantizer.prefixes
 
+    def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
+        return self.quantizer.change_indices(indices, key, neighbors)
+
     def embeddings(self) -> Float[Array, "K c"] | None:
         return self.innermost().embeddings()
 
     def innermost(self) -> Quantizer:
         return self.quantizer.innermost()
+
+
+def change_each(
+    quantizers: Sequence[Quantizer], indices: Int[AnyArray, "*b n"], key: Key[Array, ""], neighbors: int
+) -> Int[Array, "*b n"]:
+    """Applies `change_indices` of n quantizers to their indices."""
+    pairs = enumerate(zip(quantizers, jax.random.split(key, len(quantizers)), strict=True))
+    return jnp.stack([part.change_indices(indices[..., i], k, neighbors) for i, (part, k) in pairs], axis=-1)
 
 
 def flatten(z: Float[AnyArray, "*b C"], channels: int) -> tuple[Rows, Mask]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.quantizers import screened
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Indices, Nearest, PerEmbedding, Rows
-from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes, strided
+from vqrae_jax.quantizers.blocks import Block, Screen, map_rows, split_lanes
 
 Distance = Literal["l2", "cosine", "angle", "dot"]
 Method = Block | Screen | Literal["float32"]
@@ -61,26 +61,27 @@ def nearest_with_distance(
 
 
 def nearest_other(codebook: Codebook, sample: int = 512) -> Float[Array, " sample"]:
-    """Returns Euclidean distances from `sample` embeddings, evenly over the codebook, to the nearest other one.
-
-    Their squares are accurate relative to the extent of the codebook.
-    """
-    codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
-    codebook -= jnp.mean(codebook, axis=0)
-    sample = min(sample, len(codebook))
+    """Returns Euclidean distances from `sample` embeddings, evenly over the codebook, to the nearest other one."""
+    codebook, sample = jax.lax.stop_gradient(jnp.asarray(codebook, jnp.float32)), min(sample, len(codebook))
     selected = np.arange(sample) * len(codebook) // sample
-    rows, size = codebook[selected], DEFAULT_BLOCK.codes
-    numbers = jnp.arange(1, len(codebook) + 1)  # from one: zero is padding
-    blocks = [strided(x, size).swapaxes(0, 1) for x in (codebook, numbers)]
+    neighbors = find_neighbors(codebook, selected, 1)[:, 0]
+    return jnp.linalg.norm(codebook[selected] - codebook[neighbors], axis=1)
 
-    def visit(best, block):
-        part, number = block
-        scores = 2 * _scores(rows, part, 0.5 * jnp.sum(part**2, axis=1))
-        other = (number > 0) & (number != selected[:, None] + 1)
-        return jnp.minimum(best, jnp.min(jnp.where(other, scores, jnp.inf), axis=1)), None
 
-    best, _ = jax.lax.scan(visit, jnp.full(sample, jnp.inf), blocks)
-    return jnp.sqrt(jnp.maximum(best + jnp.sum(rows**2, axis=1), 0.0))
+def find_neighbors(codebook: Codebook, indices: Indices, count: int) -> Int[Array, "N count"]:
+    """Returns the indices of the `count` nearest other embeddings of embeddings `indices`, by increasing distance.
+
+    Distances are Euclidean; those of 2^25 pairs exist at once (128 MiB).
+    """
+    codebook = jax.lax.stop_gradient(jnp.asarray(codebook, jnp.float32))
+    codebook -= jnp.mean(codebook, axis=0)  # products of vectors far from zero would lose digits
+    offsets, numbers = 0.5 * jnp.sum(codebook**2, axis=1), jnp.arange(len(codebook))
+
+    def search(rows: Indices) -> Int[Array, "R count"]:
+        scores = _scores(codebook[rows], codebook, offsets)
+        return jax.lax.top_k(jnp.where(rows[:, None] == numbers, -jnp.inf, -scores), count)[1]
+
+    return map_rows(search, max(1, 2**25 // len(codebook)), jnp.asarray(indices))
 
 
 def unit(x: Float[AnyArray, "*b C"]) -> Float[Array, "*b C"]:

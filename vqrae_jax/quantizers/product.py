@@ -3,12 +3,12 @@
 from typing import Annotated
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray
-from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, sum_metrics
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, change_each, sum_metrics
 
 
 class Product(Wrapper):
@@ -49,6 +49,9 @@ class Product(Wrapper):
         if indices.shape[-1:] != (self.groups,):
             raise ValueError(f"indices need a last axis of {self.groups} groups, got shape {indices.shape}")
         return jnp.concatenate([part.lookup(indices[..., i]) for i, part in enumerate(self.parts)], axis=-1)
+
+    def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
+        return change_each(self.parts, indices, key, neighbors)
 
     def innermost(self) -> Quantizer:
         return self.parts[0].innermost()

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Mask, Rows
-from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, flatten, relative_error, sum_metrics
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Wrapper, change_each, flatten, relative_error, sum_metrics
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import kmeans
 from vqrae_jax.quantizers.nearest import nearest
@@ -86,6 +86,9 @@ class Residual(Wrapper):
             present = (indices[..., i] != ABSENT)[..., None]
             total += jnp.where(present, level.lookup(jnp.maximum(indices[..., i], 0)), 0.0)
         return total
+
+    def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
+        return change_each(self.levels, indices, key, neighbors)
 
     def innermost(self) -> Quantizer:
         return self.levels[0].innermost()

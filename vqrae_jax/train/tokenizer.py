@@ -61,8 +61,9 @@ class TokenizerTask(TokenizerVariables):
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
             variables = self._variables(frozen, state.ema_params | params, batch_stats)
+            noise = self.config.train.code_noise, self.config.train.code_neighbors
             out, updated = self.built.module.apply(
-                variables, images, train=True, method="forward", mutable=["batch_stats"], rngs=streams(key)
+                variables, images, True, *noise, method="forward", mutable=["batch_stats"], rngs=streams(key)
             )
             outputs = LossInputs(out.reconstruction, out.quantized.loss, out.encoded, out.features)
             return outputs, (updated["batch_stats"], out.quantized.metrics)
