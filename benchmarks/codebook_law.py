@@ -4,7 +4,8 @@ python benchmarks/codebook_law.py --images=photographs --encoder=vit-tiny --outp
 
 Random crops of the training images are encoded once, and their leading principal axes are the latents. Every quantizer
 sees each latent once per epoch, in random batches. Lloyd's k-means, which sees all latents in each of its iterations,
-is the reference. Layers of vector-quantize-pytorch train on the same batches in a process of PyTorch.
+is the reference. Layers of vector-quantize-pytorch train on the same batches in a process of PyTorch. Rows that the
+output folder has from an earlier run are not measured again.
 """
 
 import argparse
@@ -52,8 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "ema, angle": {"quantizer": "ema", "quantizer_params": {"distance": "angle"}},
     "vq": {"quantizer": "vq"},
-    "vq, revival": {"quantizer": "vq", "quantizer_params": {"revival_decay": 0.99}},
+    "vq, revival": {"quantizer": "vq", "quantizer_params": {"revival_decay": 0.9}},
     "simvq": {"quantizer": "simvq", "quantizer_params": {"distance": "l2"}},
+    "simvq, bridge": {"quantizer": "simvq", "quantizer_params": {"distance": "l2", "bridge_group": 16}},
     "ibq": {"quantizer": "ibq"},
 }
 PYTORCH = {
@@ -80,9 +82,11 @@ def main(arguments: list[str]) -> None:
     print(f"{len(train)} latents for training, {len(val)} for validation, {train.shape[1]} axes", flush=True)
     print("| quantizer | K | error / variance | use, training | use, validation | perplexity | seconds |")
     print("|" + " --- |" * 7)
-    rows: list[dict[str, Any]] = []
+    rows = read_rows(args, output)
     for bits in args.bits:
         for name in args.quantizers:
+            if (name, 2**bits) in {(row["quantizer"], row["K"]) for row in rows}:
+                continue
             if 2**bits > (LARGEST_LLOYD if name == LLOYD else LARGEST_SOFT if name == "ibq" else 2**bits):
                 continue
             start = time.perf_counter()
@@ -114,6 +118,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with vector-quantize-pytorch")
     parser.add_argument("--output", required=True, type=os.path.expanduser, help="folder for law.json and law.png")
     return parser.parse_args(arguments)
+
+
+def read_rows(args: argparse.Namespace, output: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of an earlier run with the same latents and batches."""
+    if not (output / "law.json").exists():
+        return []
+    values = json.loads((output / "law.json").read_text())
+    for name in ("images", "encoder", "size", "crops", "axes", "batch", "epochs"):
+        if values["arguments"][name] != getattr(args, name):
+            problem = f"is {values['arguments'][name]} in law.json of --output; choose another folder"
+            raise ConfigError(problem, field=f"--{name}", value=getattr(args, name))
+    return values["rows"]
 
 
 def encode(args: argparse.Namespace) -> tuple[Float[np.ndarray, "n C"], Float[np.ndarray, "m C"]]:
