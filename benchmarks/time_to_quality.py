@@ -333,7 +333,8 @@ def write(curves: list[Curve], args: argparse.Namespace, output: pathlib.Path) -
             axis.set_xlabel(label)
             axis.set_title(title if row == 0 else "")
             axis.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(output / "curves.png", dpi=110)
 
 
