@@ -29,7 +29,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from benchmarks.lloyd import lloyd
 from vqrae_jax.benchmark.machine import describe_machine, format_machine
 from vqrae_jax.benchmark.pytorch_process import child_environment, count_threads
 from vqrae_jax.build.tokenizer import build_tokenizer, freeze_encoder
@@ -41,7 +40,7 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
-from vqrae_jax.quantizers.statistics import code_counts
+from vqrae_jax.quantizers.statistics import code_counts, code_totals
 
 IMAGES = 20  # per batch of the encoder
 ROWS = 2**15  # latents that are evaluated at once
@@ -213,6 +212,23 @@ def train_pytorch(name: str, size: int, train: Float[np.ndarray, "n C"], args: a
         program = pathlib.Path(__file__).with_name("torch_codebook.py")
         subprocess.run([args.torch_python, program, json.dumps(specification)], check=True, env=child_environment())
         return jnp.asarray(np.load(paths["codebook"]))
+
+
+def lloyd(latents: Float[np.ndarray, "N C"], size: int, iterations: int) -> Float[Array, "K C"]:
+    """Runs k-means on all latents, started from random ones; an embedding without latents stays where it is."""
+    start = np.random.default_rng(0).permutation(len(latents))[np.arange(size) % len(latents)]
+
+    @jax.jit
+    def iterate(codebook: Float[Array, "K C"], latents: Float[Array, "N C"]) -> Float[Array, "K C"]:
+        indices = nearest(latents, codebook)
+        counts = code_counts(indices, size)[:, None]
+        return jnp.where(counts > 0, code_totals(latents, indices, size) / jnp.maximum(counts, 1), codebook)
+
+    latents = jnp.asarray(latents)
+    codebook = latents[start]
+    for _ in range(iterations):
+        codebook = iterate(codebook, latents)
+    return codebook
 
 
 def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val: Float[np.ndarray, "m C"]) -> dict:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from benchmarks.lloyd import lloyd
+from benchmarks.codebook_law import lloyd
 from vqrae_jax.benchmark.machine import describe_machine, format_machine
 from vqrae_jax.build.tokenizer import BuiltTokenizer, build_tokenizer, freeze_encoder
 from vqrae_jax.commands import command_line

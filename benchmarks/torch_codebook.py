@@ -1,11 +1,11 @@
 """Trains a layer of vector-quantize-pytorch and saves its codebook, for codebook_law.py.
 
-`python torch_codebook.py SPECIFICATION`, a JSON object. It is a separate program, so that PyTorch may be in another
-environment than JAX.
+`python torch_codebook.py SPECIFICATION`. It is a separate program, so that PyTorch may be in another environment than
+JAX.
 """
 
+import argparse
 import json
-import sys
 
 
 def main(text: str) -> None:
@@ -34,4 +34,6 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specification", help="JSON that codebook_law.py writes")
+    main(parser.parse_args().specification)

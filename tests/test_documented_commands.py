@@ -43,6 +43,7 @@ COMMANDS = list(dict.fromkeys(
 ))  # fmt: skip
 QUICKSTART = "python -m vqrae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
 BENCHMARKS = (
+    "codebook_law",
     "end_to_end",
     "generator_speed",
     "gpu",
