@@ -263,7 +263,7 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace, output: pathlib.
         figure.subplots(1, 2), ("error", "use"), ("error / variance, validation", "codes in use, training"), strict=True
     ):
         for name in dict.fromkeys(row["quantizer"] for row in rows):
-            own = [row for row in rows if row["quantizer"] == name]
+            own = sorted((row for row in rows if row["quantizer"] == name), key=lambda row: row["K"])
             style = {"color": "black", "ls": "--"} if name == LLOYD else {"ls": ":"} if name in PYTORCH else {}
             axis.plot([row["K"] for row in own], [row[key] for row in own], marker="o", ms=4, label=name, **style)
         axis.set_xscale("log", base=2)
