@@ -126,7 +126,9 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
-@kinds
+@pytest.mark.parametrize(
+    "name", [n if n in ("ema", "residual_dropout") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
     """They are a function of the key, on any devices."""
     variables, indices = trained(name), np.maximum(evaluate(name, trained(name), z())[0].indices, 0)
@@ -243,10 +245,7 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("ema", "vq_revival", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow)
-        for n in KINDS
-    ],
+    [n if n in ("ema", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
 )
 def test_eight_devices_give_the_results_of_one(name, mesh):
     """4x2 mesh, with every codebook split over "model"."""
