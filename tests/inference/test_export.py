@@ -258,6 +258,7 @@ def test_pytorch_file_of_plain_tensors(trained, tmp_path, monkeypatch):
         run(trained, "--format=pytorch", f"--output={path}")
 
 
+@pytest.mark.slow
 def test_programs_run_without_the_package(trained, tmp_path):
     """In a process that cannot import it, for several batch sizes."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")

@@ -148,9 +148,8 @@ STATEFUL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "ema_whitened" else pytest.param(n, marks=pytest.mark.slow) for n in STATEFUL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATEFUL)
 def test_accumulation_equals_one_large_batch(tiny, one_mesh, assert_close, name):
     """State is made from the whole batch and updated by it once; every part quantizes with the same codebook."""
     model = {"quantizer": name.partition("_")[0], "quantizer_params": STATEFUL[name], "num_embeddings": 8}
