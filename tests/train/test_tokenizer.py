@@ -125,6 +125,7 @@ def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, qua
     assert unchanged == {jax.tree_util.keystr(path).replace("['batch_stats']", ".batch_stats", 1) for path, _ in stats}
 
 
+@pytest.mark.slow
 def test_code_noise_is_for_training_and_changes_the_input_of_the_decoder(tiny, one_mesh):
     """The loss of the quantizer and its counts are those of the true codes."""
     metrics, evaluations, image = [], [], batches()[0]["image"]
