@@ -11,7 +11,6 @@ output folder has from an earlier run are not measured again.
 import argparse
 import functools
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -37,6 +36,7 @@ from vqrae_jax.commands.command_line import count
 from vqrae_jax.config import DataConfig, ModelConfig, from_dict
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.evaluation import codebook_health
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.factory import create
 from vqrae_jax.quantizers.nearest import nearest
@@ -74,14 +74,14 @@ def main(arguments: list[str]) -> None:
     if unknown:
         accepted = "; ".join([LLOYD, *MODELS, *PYTORCH])
         raise ConfigError(f"must be names of {accepted}", field="--quantizers", value="; ".join(sorted(unknown)))
-    print(format_machine())
     output = pathlib.Path(args.output)
+    rows = read_rows(args, output)
+    print(format_machine())
     output.mkdir(parents=True, exist_ok=True)
     train, val = encode(args)
     print(f"{len(train)} latents for training, {len(val)} for validation, {train.shape[1]} axes", flush=True)
     print("| quantizer | K | error / variance | use, training | use, validation | perplexity | seconds |")
     print("|" + " --- |" * 7)
-    rows = read_rows(args, output)
     for bits in args.bits:
         for name in args.quantizers:
             if (name, 2**bits) in {(row["quantizer"], row["K"]) for row in rows}:
@@ -124,7 +124,7 @@ def read_rows(args: argparse.Namespace, output: pathlib.Path) -> list[dict[str, 
     if not (output / "law.json").exists():
         return []
     values = json.loads((output / "law.json").read_text())
-    for name in ("images", "encoder", "size", "crops", "axes", "batch", "epochs"):
+    for name in ("images", "encoder", "encoder_cls", "size", "crops", "axes", "batch", "epochs"):
         if values["arguments"][name] != getattr(args, name):
             problem = f"is {values['arguments'][name]} in law.json of --output; choose another folder"
             raise ConfigError(problem, field=f"--{name}", value=getattr(args, name))
@@ -243,12 +243,13 @@ def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val
     for name, latents in (("train", train), ("val", val)):
         parts = [jax.device_get(measure(latents[i : i + ROWS])) for i in range(0, len(latents), ROWS)]
         totals[name] = [sum(part) for part in zip(*parts, strict=True)]
-    (error, counts), frequencies = totals["val"], totals["val"][1] / len(val)
+    error, counts = totals["val"]
+    health = codebook_health.health(counts)
     return {
         "error": float(error / val.size / val.var(0).mean()),
-        "use": float((totals["train"][1] > 0).mean()),
-        "use_val": float((counts > 0).mean()),
-        "perplexity": math.exp(-np.sum(frequencies * np.log(np.maximum(frequencies, 1e-12)))),
+        "use": codebook_health.health(totals["train"][1])["usage"],
+        "use_val": health["usage"],
+        "perplexity": health["perplexity"],
     }
 
 
