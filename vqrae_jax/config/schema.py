@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.generation.sampler_config import SamplerConfig
 from vqrae_jax.quantizers import registry
-from vqrae_jax.quantizers.fusion import LEARNED
+from vqrae_jax.quantizers.fusion import LEARNED, Method
 
 LARGEST_SIZE = 65_536  # of a network: channels, layers, pixels
 MAX_STEPS = 10**9  # below the largest int32, in which the state counts
@@ -80,7 +80,7 @@ class EncoderParams(Section):
     layers: tuple[Block, ...] = (-1,)
     # Combination of several blocks into one latent; concat adds their channels; linear and routed are learned as a part
     # of the quantizer, see docs/train.md.
-    fusion: Literal["sum", "mean", "concat", "linear", "routed"] = "mean"
+    fusion: Literal["sum", "mean", "concat", Method] = "mean"
     # Size of an encoder with random weights, in fields of a hub config.json as {"hidden_size": 192}, and image_mean and
     # image_std of its preprocessor_config.json (default: ImageNet's); only with encoder_config_path=None.
     architecture: Architecture = {}
