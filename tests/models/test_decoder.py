@@ -11,6 +11,7 @@ import pytest
 from vqrae_jax.models.decoder import Decoder, overlap_add, overlap_window, sincos_table, widen_head
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.pretrained import convert, tables
+from vqrae_jax.resize import resize
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,16 @@ def test_gradients_with_recomputed_blocks_and_with_a_trained_position_table(deco
 
 
 def test_squares_are_added_where_they_overlap():
-    grid, patch = 3, 4
-    squares = np.random.default_rng(0).normal(size=(2, grid, grid, 2 * patch, 2 * patch, 3)).astype(np.float32)
-    expected = np.zeros((2, (grid + 1) * patch, (grid + 1) * patch, 3), np.float32)
-    for row, column in np.ndindex(grid, grid):
+    h, w, patch = 3, 4, 4
+    squares = np.random.default_rng(0).normal(size=(2, h, w, 2 * patch, 2 * patch, 3)).astype(np.float32)
+    expected = np.zeros((2, (h + 1) * patch, (w + 1) * patch, 3), np.float32)
+    for row, column in np.ndindex(h, w):
         y, x = row * patch, column * patch
         expected[:, y : y + 2 * patch, x : x + 2 * patch] += squares[:, row, column] * overlap_window(patch)
     half = patch // 2
-    images = overlap_add(jnp.asarray(squares.reshape(2, grid, grid, -1)), patch)
+    images = overlap_add(jnp.asarray(squares.reshape(2, h, w, -1)), patch)
     np.testing.assert_allclose(images, expected[:, half:-half, half:-half], atol=1e-6)
-    ones = overlap_add(jnp.ones((1, grid, grid, 4 * patch**2)), patch)
+    ones = overlap_add(jnp.ones((1, h, w, 4 * patch**2)), patch)
     np.testing.assert_allclose(ones[:, half:-half, half:-half], 1, atol=1e-6)  # squares that are equal leave no trace
 
 
@@ -99,3 +100,27 @@ def test_features_are_predicted_by_one_layer_or_behind_blocks_with_registers(dec
     assert set(trees[0]) == {"kernel", "bias"}
     assert set(trees[2]) == {"registers", "blocks", "norm", "head"}
     assert trees[2]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_latents_are_decoded_on_their_own_grid(decoder, assert_close, overlap):
+    module, variables, channels = decoder
+    n, patch, params = module.grid, module.patch, variables["params"]
+    module = module.clone(overlap=overlap, features=24)
+    params = params | {"features": {"kernel": jnp.ones((module.blocks.width, 24)), "bias": jnp.zeros(24)}}
+    params |= {"pred": widen_head(params["pred"], patch)} if overlap else {}
+    kept, latent = module.clone(keep_grid=True), jax.random.normal(jax.random.key(0), (2, n, n, channels))
+    same, expected = (jax.jit(m.apply, static_argnums=2)({"params": params}, latent, True) for m in (kept, module))
+    for a, b in zip(same, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for h, w in ((n, 2 * n), (3 * n // 2, n)):
+        latent = jax.random.normal(jax.random.key(1), (1, h, w, channels))
+        image, features = jax.jit(kept.apply, static_argnums=2)({"params": params}, latent, True)
+        assert (image.shape, features.shape) == ((1, h * patch, w * patch, 3), (1, h, w, 24))
+        assert module.apply({"params": params}, latent).shape == (1, n * patch, n * patch, 3)
+    # On a square grid, it is the decoder of that grid with a resampled table.
+    grid = resize(params["pos_embed"][:, 1:].reshape(1, n, n, -1), 2 * n, 2 * n, "bicubic").reshape(1, 4 * n * n, -1)
+    table = jnp.concatenate([params["pos_embed"][:, :1], grid], axis=1)
+    latent = jax.random.normal(jax.random.key(2), (1, 2 * n, 2 * n, channels))
+    larger = module.clone(grid=2 * n).apply({"params": params | {"pos_embed": table}}, latent)
+    assert_close(kept.apply({"params": params}, latent), larger, 1e-6)

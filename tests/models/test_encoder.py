@@ -10,6 +10,7 @@ from vqrae_jax.build.tokenizer import build_tokenizer
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.models.encoder import resample_to_input_size
 from vqrae_jax.models.vit import ViT
+from vqrae_jax.resize import resize
 
 CASES = [
     "dinov2", "dinov2_with_registers", "dinov2_swiglu", "dinov2_with_registers_swiglu",
@@ -100,3 +101,23 @@ def test_position_grid_is_resampled_once(golden, assert_close, case):
     assert_close(features, jax.jit(encoder.apply)({"params": weights}, io[f"images_{side}"]), 1e-6)
     if (table := resampled["vit"].get("pos_embed")) is not None:
         assert (table.dtype, table.shape[1]) == (np.float32, frozen.vit.grid**2 + int(frozen.vit.cls))
+
+
+@pytest.mark.parametrize(("case", "shape"), [("dinov2_with_registers", (56, 84)), ("dinov3", (64, 96))])
+def test_proportions_are_kept_as_pytorch_encodes_rectangles(golden, assert_close, case, shape):
+    folder = golden / "encoders" / case
+    encoder, weights, _ = load(folder)
+    kept, io = encoder.clone(input_size=min(shape), keep_proportions=True), np.load(folder / "io.npz")
+    image = io["images_{}x{}".format(*shape)]
+    expected = io["{}_{}x{}".format("features_noaffine" if case == "dinov3" else "features", *shape)]
+    grid = tuple(side // encoder.vit.patch for side in shape)
+    features = jax.jit(kept.apply)({"params": weights}, image)
+    assert features.shape[1:3] == grid
+    assert_close(features.reshape(expected.shape), expected, 1e-5)
+    large = np.random.default_rng(0).uniform(size=(1, 100, 149, 3)).astype(np.float32)
+    small = resize(large, *shape, "bicubic")
+    upright = np.swapaxes(large, 1, 2)
+    assert_close(
+        jax.jit(kept.apply)({"params": weights}, large), jax.jit(encoder.apply)({"params": weights}, small), 1e-6
+    )
+    assert jax.eval_shape(kept.apply, {"params": weights}, upright).shape[1:3] == grid[::-1]

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import BlocksConfig, Tokens, layer_norm, matmul_precision, run_blocks, unpatchify
+from vqrae_jax.models.vit import (
+    BlocksConfig,
+    Tokens,
+    ViTConfig,
+    layer_norm,
+    matmul_precision,
+    resample_positions,
+    run_blocks,
+    unpatchify,
+)
 from vqrae_jax.resize import resize
 
 REGISTERS = 4  # of `FeatureDecoder`
@@ -96,7 +105,7 @@ class Decoder(nn.Module):
 
     Attributes:
       blocks: the transformer.
-      grid: side of the native latent grid; images are always grid * patch pixels wide.
+      grid: side of the native latent grid.
       patch: side in pixels of the patch that a latent becomes.
       mean, std: per channel; the network predicts pixels normalized like the encoder's input.
       train_pos_embed: trains the position table, as the PyTorch VQRAE does.
@@ -104,6 +113,8 @@ class Decoder(nn.Module):
       overlap: a token predicts a square of twice the patch's side, and squares are blended where they overlap, so that
         neighbours share the pixels at their border.
       feature_blocks: transformer blocks between the last tokens and the head of `features`; 0: the head is linear.
+      keep_grid: latents [B, h, w, C] become images of h * patch x w * patch pixels, with positions resampled to h x w;
+        otherwise the latents are resampled, and images are grid * patch pixels wide.
     """
 
     blocks: BlocksConfig
@@ -115,6 +126,7 @@ class Decoder(nn.Module):
     features: int = 0
     overlap: bool = False
     feature_blocks: int = 0
+    keep_grid: bool = False
 
     @property
     def image_size(self) -> int:
@@ -124,26 +136,28 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self, latent: Float[Array, "B h w C"], with_features: bool = False
-    ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], Float[Array, "B g g F"] | None]:
-        """Decodes latents; those of another grid are resampled bilinearly.
+    ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], Float[Array, "B _ _ F"] | None]:
+        """Decodes latents; those of another grid are resampled bilinearly, unless `keep_grid`.
 
         Returns:
           Float32 images, in [0, 1] but not clipped. With `with_features` also the predicted encoder features, None
           without that head.
         """
         c, n = self.blocks, self.grid
+        h, w = latent.shape[1:3] if self.keep_grid else (n, n)
         dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
         x = nn.Dense(c.width, **dense, name="embed")(latent)
-        x = resize(x, n, n, "bilinear").reshape(len(x), n * n, c.width)
+        x = resize(x, h, w, "bilinear").reshape(len(x), h * w, c.width)
         cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, c.width))
         pos = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(n, c.width)))
         if not self.train_pos_embed:
             pos = jax.lax.stop_gradient(pos)
+        pos = resample_positions(ViTConfig(c, self.patch, n), pos, h, w)
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)).astype(x.dtype), x], axis=1)
         x, _ = run_blocks(c, x + pos.astype(x.dtype))
         x = layer_norm(c, "norm")(x)[:, 1:]
         values = 3 * self.patch**2 * (4 if self.overlap else 1)
-        pixels = c.shard(nn.Dense(values, **dense, name="pred")(x).astype(jnp.float32)).reshape(len(x), n, n, -1)
+        pixels = c.shard(nn.Dense(values, **dense, name="pred")(x).astype(jnp.float32)).reshape(len(x), h, w, -1)
         image = (overlap_add if self.overlap else unpatchify)(pixels, self.patch)
         image = image * jnp.asarray(self.std) + jnp.asarray(self.mean)
         if not with_features:
@@ -154,4 +168,4 @@ class Decoder(nn.Module):
             head = FeatureDecoder(dataclasses.replace(c, depth=self.feature_blocks), self.features, name="features")
         else:
             head = nn.Dense(self.features, **dense, name="features")
-        return image, head(x).reshape(len(x), n, n, -1)
+        return image, head(x).reshape(len(x), h, w, -1)

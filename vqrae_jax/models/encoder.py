@@ -27,6 +27,9 @@ class Encoder(nn.Module):
       normalize: drops scale and bias of the final LayerNorm, so that every latent has mean 0 and variance 1.
       layers: numbers of the blocks whose patch tokens are used; negative ones count from the end.
       fusion: how several layers, each normalized, become one latent.
+      keep_proportions: images are resized to a short side of `input_size` and a long side of a multiple of the patch,
+        instead of to a square. For each shape learned positions are resampled from those in `vit`, so that weights must
+        not have passed `resample_to_input_size`.
     """
 
     vit: ViTConfig
@@ -36,6 +39,7 @@ class Encoder(nn.Module):
     normalize: bool = True
     layers: tuple[int, ...] = (-1,)
     fusion: Literal["sum", "mean", "concat"] = "mean"
+    keep_proportions: bool = False
 
     @property
     def channels(self) -> int:
@@ -50,9 +54,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Encodes images in [0, 1]."""
-        blocks = self.vit.blocks
+        blocks, sides = self.vit.blocks, image.shape[1:3]
         if self.input_size is not None:
-            image = resize(image, self.input_size, self.input_size, "bicubic")
+            size, patch = self.input_size, self.vit.patch
+            scaled = (round(n * self.grid / min(sides)) * patch for n in sides)
+            image = resize(image, *(scaled if self.keep_proportions else (size, size)), "bicubic")
         image = (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         outputs, (h, w) = ViT(self.vit, name="vit")(image, tuple(layer % blocks.depth for layer in self.layers))
         norm = layer_norm(blocks, "norm", affine=not self.normalize)

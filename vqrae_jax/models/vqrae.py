@@ -17,7 +17,7 @@ from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.none import NO_CODES
 
 Images = Float[AnyArray, "B H W 3"]
-Reconstructions = Float[Array, "B S S 3"]
+Reconstructions = Float[Array, "B Y X 3"]
 Latents = Float[AnyArray, "B ... C"]  # a grid h, w, or N tokens
 
 
@@ -153,7 +153,7 @@ class VQRAE(nn.Module):
 
     def decode(
         self, latent: Latents, with_features: bool = False
-    ) -> Reconstructions | tuple[Reconstructions, Float[Array, "B g g F"] | None]:
+    ) -> Reconstructions | tuple[Reconstructions, Float[Array, "B _ _ F"] | None]:
         """Decodes latents, as `encode` returns them, to images; see `Decoder`."""
         return self.decoder(self.latent.undo(_to_grid(latent)), with_features)
 
