@@ -60,6 +60,21 @@ def test_fit_model_equals_the_model_on_images_of_any_size(trained, folder, tmp_p
         assert np.abs(images.read_image(path) - decoded).max() <= 0.5 + 1e-3
 
 
+def test_proportions_are_kept_in_files_and_in_a_picture_of_one_shape(trained, tmp_path, capsys):
+    for i, shape in enumerate(((32, 48), (40, 60), (48, 32), (10, 90))):
+        images.write_image(tmp_path / f"{i}.png", np.full((*shape, 3), 60 * i, np.uint8))
+    written = run(trained, "--image", tmp_path / "*.png", "--output", tmp_path / "many", "--only", "--fit=keep")
+    assert [images.read_image(path).shape for path in written] == [(32, 48, 3), (32, 48, 3), (48, 32, 3)]
+    output = capsys.readouterr()
+    assert "24 codes" in output.out
+    assert "3.png: the image has 10 x 90" in output.err
+    (picture,) = run(trained, "--image", tmp_path / "[01].png", "--output", tmp_path / "two.png", "--fit=keep")
+    assert images.read_image(picture).shape[1] > 6 * 240  # three parts of each example
+    with pytest.raises(UserError) as error:
+        run(trained, "--image", tmp_path / "[12].png", "--output", tmp_path / "two.png", "--fit=keep")
+    assert error.value.field == "--output"
+
+
 def test_a_name_that_is_not_utf_8(trained, tmp_path, monkeypatch):
     file, report = tmp_path / "caf\udce9.png", tmp_path / "metrics.json"
     images.write_image(file, np.zeros((32, 32, 3), np.uint8))

@@ -199,6 +199,92 @@ def test_fit_model_and_jax_output(trained):
     assert tokenizer.fit_images(images[:1], decoded=True).shape == (1, 32, 32, 3)
 
 
+def refit(tokenizer, fit="keep", **options):
+    module = build_tokenizer(tokenizer.config, weights=False).module  # with the position grid of the file
+    return Tokenizer(module, tokenizer.trained, tokenizer.config, fit=fit, **options)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"quantizer": "none"},
+    pytest.param({"quantizer": "residual", "decoder_head": "overlap"}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_proportions_are_kept(untrained, fields):
+    square, images = untrained(**fields), np.random.default_rng(3).integers(0, 256, (2, 40, 62, 3), np.uint8)
+    tokenizer, same = refit(square), np.testing.assert_array_equal
+    latents, decoded = tokenizer.encode(images), tokenizer.reconstruct(images)
+    assert (latents.shape[:3], decoded.shape) == ((2, 4, 6), (2, 32, 48, 3))
+    np.testing.assert_allclose(tokenizer.decode(latents), decoded, atol=1e-5)
+    if square.has_codes:
+        indices = tokenizer.encode_to_indices(images)
+        assert indices.shape == (2, 4, 6, *square.code_shape[2:])
+        same(tokenizer.lookup(indices), latents)
+        same(tokenizer.decode_from_indices(indices), decoded)
+        if square.module.quantizer.prefixes:
+            assert tokenizer.decode_from_indices(indices[..., :1]).shape == decoded.shape
+    stretched = refit(square, fit="stretch")
+    same(tokenizer.encode(images[:, :, :40]), stretched.encode(images[:, :, :40]))
+    same(tokenizer.decode(latents[:, :, :4]), stretched.decode(latents[:, :, :4]))
+    assert not square.has_codes or tokenizer.hash == square.hash
+
+
+def test_codes_of_rectangles_depend_on_neither_batch_nor_mesh(untrained):
+    images = np.random.default_rng(0).integers(0, 256, (11, 64, 32, 3), np.uint8)
+    tokenizer = refit(untrained())
+    expected = tokenizer.encode_to_indices(images)
+    assert expected.shape == (11, 8, 4)
+    np.testing.assert_array_equal(tokenizer.encode_to_indices([images[3], images[1]]), expected[[3, 1]])
+    direct = jax.jit(tokenizer.function("encode_to_indices"))(tokenizer.variables, images / np.float32(255))
+    assert (direct == expected).mean() > 0.99
+    sharded = refit(untrained(), mesh=sharding.make_mesh(4, 2))
+    np.testing.assert_array_equal(sharded.encode_to_indices(images), expected)
+    np.testing.assert_allclose(sharded.reconstruct(images), tokenizer.reconstruct(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("cell", "shape", "expected"), [
+    (8, (100, 150), (32, 48)), (8, (150, 100), (48, 32)), (8, (100, 400), (32, 128)), (8, (100, 113), (32, 40)),
+    (8, (100, 112), (32, 32)), (2, (7, 7), (32, 32)), (1, (99, 99), (32, 32)),
+])  # fmt: skip
+def test_sides_are_multiples_of_cells(cell, shape, expected):
+    image = np.full((*shape, 3), 0.25, np.float32)
+    fitted = inputs.fit_image(image, 32, "keep", (1.0, 1.0, 1.0), cell)
+    assert fitted.shape[:2] == expected
+    np.testing.assert_allclose(fitted, 0.25, atol=1e-5)
+
+
+def test_what_does_not_keep_its_proportions(untrained, tmp_path):
+    tokenizer = refit(untrained())
+    images = [np.zeros((*shape, 3), np.uint8) for shape in ((32, 48), (64, 96), (32, 40))]
+    assert tokenizer.fit_images(images[:2]).shape == (2, 32, 48, 3)
+    with pytest.raises(DataError, match=r"images\[2\].*32 x 40"):
+        tokenizer.encode(images)
+    with pytest.raises(DataError, match="4:1; crop"):
+        tokenizer.encode(np.zeros((1, 32, 129, 3), np.uint8))
+    for shape in ((1, 16), (1, 4, 17), (1, 5, 5), (1, 3, 4)):
+        with pytest.raises(DataError):
+            tokenizer.decode_from_indices(np.zeros(shape, int))
+        with pytest.raises(DataError):
+            tokenizer.decode(np.zeros((*shape, 36)))
+    with pytest.raises(DataError):
+        untrained().decode_from_indices(np.zeros((1, 4, 6), int))
+    np.savez(tmp_path / "stat.npz", var=np.ones((4, 4, 36), np.float32))
+    for fields in (
+        {"quantize_before_reshape": True}, {"reshape_to_2d": False}, {"quantizer": "multiscale"},
+        {"normalization_stat_path": str(tmp_path / "stat.npz")},
+    ):  # fmt: skip
+        built = build_tokenizer(untrained().config.model_copy(update=fields), weights=False)
+        with pytest.raises(ConfigError) as caught:
+            Tokenizer(built.module, variable_shapes(built), fit="keep")
+        assert (caught.value.field, caught.value.value) == ("fit", "keep")
+
+
+def test_a_card_and_a_first_codebook_of_rectangles(untrained, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 62, 3), np.uint8)
+    refit(untrained()).save_pretrained(tmp_path, images)
+    assert (tmp_path / "README.md").is_file()
+    started = Tokenizer.from_config(untrained().config, images=images, fit="keep")
+    assert started.encode_to_indices(images).shape == (2, 4, 6)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("fit", "Crop"), ("output", "torch"), ("encoder_dtype", "float16"), ("batch_size", 0), ("batch_size", 1.5),
     ("memory_limit", "8GB"), ("memory_limit", -1), ("mesh", 8),

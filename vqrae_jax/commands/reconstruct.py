@@ -41,6 +41,7 @@ parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
 parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
 parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
 FITS = "crop: the central square; pad: the whole image on a plain ground; stretch: other proportions; model: as PyTorch"
+FITS = f"{FITS}; keep: not squares, grids of the same proportions"
 parser.add("--fit", f"how images become square; {FITS}", default="crop", choices=get_args(inputs.Fit))
 parser.add("--metrics", "JSON file for the metrics of each image")
 parser.add_count("--batch", "images per batch", 32, command_line.MAX_BATCH)
@@ -76,6 +77,9 @@ def reconstruct(args: argparse.Namespace) -> list[storage.Path]:
     skipped, written, rows, metrics = [], [], [], {}
     batches = _read_batches(files, tokenizer, skipped, args.max_pixels)
     for names, originals, encoded in progress(batches, len(files), "images", lambda batch: len(batch[0])):
+        if rows and originals.shape[1:] != rows[0][0].shape:
+            problem = "images of several shapes do not fit into one image; pass the name of a folder"
+            raise DataError(problem, field="--output", value=args.output)
         (latents,) = tokenizer.stream("encode_to_indices" if tokenizer.has_codes else "encode", [encoded])
         indices = latents if tokenizer.has_codes else [None] * len(names)
         decoded = tokenizer.decode_from_indices(latents) if tokenizer.has_codes else tokenizer.decode(latents)
@@ -116,24 +120,32 @@ def _find_files(name: str) -> list[str]:
 def _read_batches(
     files: list[str], tokenizer: Tokenizer, skipped: list[str], max_pixels: int
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Yields names, images of the decoded size, and the same images as they are encoded.
+    """Yields names, images of the decoded size, and the same images as they are encoded; a batch has one shape.
 
     Adds the reason to `skipped` for each file that is not readable.
     """
     batch: list[tuple[Any, ...]] = []
     sizes = [True, False] if tokenizer.fit == "model" else [True]  # as decoded, and as encoded if it differs
-    for i, file in enumerate(files):
+    for file in files:
         try:
             image = [images.read_image(file, max_pixels=max_pixels)]
-            batch.append((file, *(tokenizer.fit_images(image, decoded=decoded)[:] for decoded in sizes)))
+            row = (file, *(tokenizer.fit_images(image, decoded=decoded)[:] for decoded in sizes))
         except ImageError as error:
-            log.warning("%s", error)
-            skipped.append(str(error))
-        if batch and (len(batch) == tokenizer.batch_size or i + 1 == len(files)):
-            names, *arrays = zip(*batch, strict=True)
-            originals, *encoded = map(np.concatenate, arrays)
-            yield list(names), originals, *(encoded or [originals])
+            skipped.append(str(error) if file in str(error) else f"{file}: {error}")
+            log.warning("%s", skipped[-1])
+            continue
+        if batch and (len(batch) == tokenizer.batch_size or row[1].shape != batch[0][1].shape):
+            yield _stack(batch)
             batch = []
+        batch.append(row)
+    if batch:
+        yield _stack(batch)
+
+
+def _stack(batch: list[tuple[Any, ...]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    names, *arrays = zip(*batch, strict=True)
+    originals, *encoded = map(np.concatenate, arrays)
+    return list(names), originals, *(encoded or [originals])
 
 
 def _format(metrics: dict[str, float]) -> str:

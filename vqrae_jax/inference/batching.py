@@ -53,6 +53,7 @@ class Programs:
         self._max_batch = max(MAX_BATCH // self._parts, 1) * self._parts
         self.encoded = CPU_ENCODED if device.platform == "cpu" else ENCODED
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._encoders: dict[bool, tuple[VQRAE, Any, jax.sharding.Sharding]] = {}
 
     def run(self, method: str, rows: Rows, output: Literal["numpy", "jax"]) -> Shaped[Result, "rows ..."]:
         """Runs a method on all rows, in padded batches of one size."""
@@ -96,28 +97,37 @@ class Programs:
         if method not in ENCODERS:
             program = self._compile(method, batch.shape, batch.dtype)
             return [program(self.variables, jax.device_put(batch, self._sharding))]
-        size, (variables, split) = self.batch_size(method, batch), self._encoder
+        size, (_, variables, split) = self.batch_size(method, batch), self._encoder(batch.shape)
         program = self._compile(method, (size, *batch.shape[1:]), np.float32)
         parts = (_pad_rows(batch[i : i + size], size) for i in range(0, len(batch), size))
         return [program(variables, to_float(jax.device_put(part, split))) for part in parts]
 
-    @functools.cached_property
-    def _encoder(self) -> tuple[Any, jax.sharding.Sharding]:
-        """Returns the variables without the decoder, whole on every device, and the sharding of their images."""
-        params = {name: tree for name, tree in self.variables["params"].items() if name != "decoder"}
-        variables = {**self.variables, "params": params}
-        if self._mesh is None:
-            return variables, self._sharding
-        variables = jax.device_put(variables, sharding.replicated(self._mesh))
-        return variables, NamedSharding(self._mesh, P(self._mesh.axis_names))
+    def _encoder(self, shape: tuple[int, ...]) -> tuple[VQRAE, Any, jax.sharding.Sharding]:
+        """Returns the model for images of a shape, its variables without the decoder, and the sharding of the images.
+
+        The variables are whole on every device. Squares have a position grid that is resampled once; for images of
+        other shapes their program resamples it, from the trained one.
+        """
+        square = shape[1] == shape[2]
+        if square not in self._encoders:
+            module, variables = self.module, self.variables
+            if square:
+                module, variables = resample_encoder(module, variables)
+            params = {name: tree for name, tree in variables["params"].items() if name != "decoder"}
+            variables, split = {**variables, "params": params}, self._sharding
+            if self._mesh:
+                variables = jax.device_put(variables, sharding.replicated(self._mesh))
+                split = NamedSharding(self._mesh, P(self._mesh.axis_names))
+            self._encoders[square] = module.replace_blocks(shard_activations=None), variables, split
+        return self._encoders[square]
 
     def _compile(self, method: str, shape: tuple[int, ...], dtype: Any) -> Any:
         key = (method, shape, np.dtype(dtype))
         if key not in self._compiled:
             function, variables, split = functools.partial(_call, self.module, method), self.variables, self._sharding
             if method in ENCODERS:
-                function = functools.partial(_call, self.module.replace_blocks(shard_activations=None), method)
-                variables, split = self._encoder
+                module, variables, split = self._encoder(shape)
+                function = functools.partial(_call, module, method)
                 if self._mesh:
                     rows = P(self._mesh.axis_names)
                     function = jax.shard_map(
@@ -167,6 +177,13 @@ def resample_encoder(module: VQRAE, variables: Any) -> tuple[VQRAE, Any]:
         return module, variables
     resampled = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), resampled, params["encoder"])
     return module.clone(encoder=encoder), {**variables, "params": {**params, "encoder": resampled}}
+
+
+def keep_shapes(module: VQRAE) -> VQRAE:
+    """Returns the model with an encoder and a decoder that keep the proportions of images and grids."""
+    return module.clone(
+        encoder=module.encoder.clone(keep_proportions=True), decoder=module.decoder.clone(keep_grid=True)
+    )
 
 
 def set_encoder_dtype(module: VQRAE, dtype: str) -> VQRAE:

@@ -15,25 +15,32 @@ from vqrae_jax.resize import antialiased_matrix, matrix
 _MAX_SIDE = 2**15  # pixels of an image that is resampled by matrices
 _STRIP = 2**20  # samples that are resampled at a time
 
-Fit = Literal["crop", "pad", "stretch", "model"]
+MAX_RATIO = 4  # of the sides of an image that keeps its proportions
+
+Fit = Literal["crop", "pad", "stretch", "model", "keep"]
 
 
 class FittedImages:
-    """Checked images as rows of an array [B, S, S, 3] that is computed slice by slice.
+    """Checked images as rows of an array [B, H, W, 3] that is computed slice by slice, of squares unless fit="keep".
 
     It is uint8 if all images are, otherwise float32 in [0, 1]; with fit="model" float32, which may exceed [0, 1].
     """
 
-    def __init__(self, images: Any, size: int, fit: Fit, fill: Sequence[float]):
-        """Checks images as `Tokenizer` accepts them; for `size`, `fit` and `fill` see `fit_image`."""
+    def __init__(self, images: Any, size: int, fit: Fit, fill: Sequence[float], cell: int = 1):
+        """Checks images as `Tokenizer` accepts them; for `size`, `fit`, `fill` and `cell` see `fit_image`."""
         if image_files.is_pil_image(images):
             images = [images]
         if isinstance(images, list | tuple):
             self._items: Sequence[np.ndarray] = [_check_element(image, i) for i, image in enumerate(images)]
         else:
             self._items = check_images(images)
-        self._size, self._fit, self._fill = size, fit, fill
-        self.shape = (len(self), size, size, 3)
+        self._options = (size, fit, fill, cell)
+        shapes = [scale_sides(x.shape[:2], size, cell) for x in self._items] if fit == "keep" and len(self) else []
+        if differing := [i for i, shape in enumerate(shapes) if shape != shapes[0]]:
+            first, other = (" x ".join(map(str, shapes[i])) for i in (0, differing[0]))
+            problem = f"images[{differing[0]}] becomes {other} pixels with fit='keep', but images[0] {first}"
+            raise DataError(f"{problem}; pass images of one shape at a time")
+        self.shape = (len(self), *(shapes[0] if shapes else (size, size)), 3)
         is_uint8 = fit != "model" and all(x.dtype == np.uint8 for x in self._items)
         self.dtype = np.dtype(np.uint8 if is_uint8 else np.float32)
 
@@ -41,30 +48,32 @@ class FittedImages:
         return len(self._items)
 
     def __getitem__(self, rows: slice) -> Shaped[np.ndarray, "b H W 3"]:
-        items = [fit_image(x, self._size, self._fit, self._fill) for x in self._items[rows]]
+        items = [fit_image(x, *self._options) for x in self._items[rows]]
         if self.dtype == np.float32:
             items = [x.astype(np.float32) / 255 if x.dtype == np.uint8 else x for x in items]
         return np.stack(items)
 
 
 def fit_image(
-    image: Shaped[np.ndarray, "H W 3"], size: int, fit: Fit, fill: Sequence[float]
+    image: Shaped[np.ndarray, "H W 3"], size: int, fit: Fit, fill: Sequence[float], cell: int = 1
 ) -> Shaped[np.ndarray, "h w 3"]:
-    """Returns an image of any shape as a square, resampled bicubically with antialiasing except for "model".
+    """Returns an image of any shape, resampled bicubically with antialiasing except for "model".
 
     It has the dtype of the image; what "model" resamples is float32 and may exceed [0, 1].
 
     Args:
       image: uint8, or floats in [0, 1].
-      size: side of the square in pixels.
+      size: side of the square in pixels; with "keep" the short side.
       fit: "crop" takes the central square, "pad" shows the whole image on `fill`, "stretch" changes its proportions,
-        and "model" as well, as the PyTorch VQRAE resizes images to the size of its encoder.
+        and "model" as well, as the PyTorch VQRAE resizes images to the size of its encoder; "keep" see `scale_sides`.
       fill: color in [0, 1].
+      cell: pixels of which the sides are multiples with "keep".
 
     Raises:
       ImageError: a side is longer than 32,768 pixels, unless an 8-bit image is cropped.
     """
-    if image.shape[:2] == (size, size):
+    target = scale_sides(image.shape[:2], size, cell) if fit == "keep" else (size, size)
+    if image.shape[:2] == target:
         return image
     if fit == "crop" and image.dtype == np.uint8:
         return image_files.center_crop(image, size)
@@ -72,21 +81,34 @@ def fit_image(
         raise ImageError(f"the image has {image.shape[0]} x {image.shape[1]} pixels; {_MAX_SIDE} is the longest side")
     if fit == "model":
         return _resample(image, *(matrix(n, size, "bicubic") for n in image.shape[:2]))
-    scales = [size / n for n in image.shape[:2]]
-    if fit != "stretch":
+    scales = [side / n for side, n in zip(target, image.shape[:2], strict=True)]
+    if fit not in ("stretch", "keep"):
         scales = [max(scales) if fit == "crop" else min(scales)] * 2
     sides = [(n, max(1, round(n * scale))) for n, scale in zip(image.shape[:2], scales, strict=True)]
-    spares = [max(after - size, 0) // 2 for _, after in sides]  # only the central rows and columns are computed
-    rows, columns = (
-        antialiased_matrix(before, after, slice(spare, spare + size))
-        for (before, after), spare in zip(sides, spares, strict=True)
+    spares = [max(after - side, 0) // 2 for (_, after), side in zip(sides, target, strict=True)]
+    rows, columns = (  # only the central ones are computed
+        antialiased_matrix(before, after, slice(spare, spare + side))
+        for (before, after), spare, side in zip(sides, spares, target, strict=True)
     )
     values = np.clip(_resample(image, rows, columns), 0, 1)
-    square = np.empty((size, size, 3), np.float32)
-    square[:] = fill
-    top, left = (size - values.shape[0]) // 2, (size - values.shape[1]) // 2
-    square[top : top + values.shape[0], left : left + values.shape[1]] = values
-    return (square * 255 + 0.5).astype(np.uint8) if image.dtype == np.uint8 else square
+    fitted = np.empty((*target, 3), np.float32)
+    fitted[:] = fill
+    top, left = ((side - n) // 2 for side, n in zip(target, values.shape[:2], strict=True))
+    fitted[top : top + values.shape[0], left : left + values.shape[1]] = values
+    return (fitted * 255 + 0.5).astype(np.uint8) if image.dtype == np.uint8 else fitted
+
+
+def scale_sides(sides: tuple[int, int], size: int, cell: int) -> tuple[int, int]:
+    """Returns height and width with about the same proportions: the short one is `size`, both multiples of `cell`.
+
+    Raises:
+      ImageError: the long side is more than MAX_RATIO times the short one.
+    """
+    if max(sides) > MAX_RATIO * min(sides):
+        problem = f"the image has {sides[0]} x {sides[1]} pixels, and fit='keep' takes up to {MAX_RATIO}:1"
+        raise ImageError(f"{problem}; crop it, or use another fit")
+    height, width = (round(n * (size // cell) / min(sides)) * cell for n in sides)
+    return height, width
 
 
 def _resample(

@@ -18,7 +18,7 @@ from vqrae_jax import sharding, storage
 from vqrae_jax.build.tokenizer import build_tokenizer, initial_variables, start_quantizer
 from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.inference import batching, card, saving
-from vqrae_jax.inference.inputs import Fit, FittedImages, as_numpy, check_latents
+from vqrae_jax.inference.inputs import MAX_RATIO, Fit, FittedImages, as_numpy, check_latents
 from vqrae_jax.inference.location import locate, read_model, suggest_encoder
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import writers
@@ -41,8 +41,9 @@ class Tokenizer:
     """Encodes images to indices and decodes indices to images.
 
     Images are an array [B, H, W, 3], a PIL image, or a list of PIL images and arrays [H, W, 3]. Arrays are of numpy,
-    JAX or PyTorch, uint8 or floats in [0, 1], of any size; `fit` makes them squares of `image_size` pixels. Results are
-    numpy arrays, or JAX arrays with output="jax". Decoded images are float32 in [0, 1], [B, S, S, 3], S = image_size.
+    JAX or PyTorch, uint8 or floats in [0, 1], of any size; `fit` makes them squares of `image_size` pixels, or keeps
+    their proportions. Results are numpy arrays, or JAX arrays with output="jax". Decoded images are float32 in [0, 1],
+    [B, S, S, 3], S = image_size; with fit="keep" [B, H, W, 3], `downsampling` pixels per position of the grid.
     Any number of images is processed in padded batches of few sizes, so few programs are compiled. The codes of an
     image depend on neither its batch nor the mesh, in any dtype.
 
@@ -82,7 +83,9 @@ class Tokenizer:
           fit: "crop" takes the central square of an image, "pad" shows the whole image on the encoder's mean color,
             "stretch" changes its proportions; all resample bicubically with antialiasing. "model" resizes images as
             the PyTorch VQRAE does: to the encoder's input size, bicubically without antialiasing, which changes the
-            proportions and gives other codes.
+            proportions and gives other codes. "keep" makes the short side `image_size` and the long side the nearest
+            multiple of `downsampling`, up to 4:1; all images of a call must get one shape, and their grid [h, w] has
+            the same proportions. Squares have the codes of "stretch".
           output: "numpy", or "jax" to leave results on the device.
           encoder_dtype: "bfloat16" is several times as fast on TPUs and GPUs, but a few percent of its codes differ
             from those of float32, and between kinds of devices. It is part of `hash`.
@@ -91,9 +94,12 @@ class Tokenizer:
         self.config, self.frozen, self.provenance = config, frozen, provenance or {}
         self.trained, self.mesh = batching.place_variables(variables, mesh)
         module = batching.set_encoder_dtype(module, encoder_dtype)
-        self.module, self.variables = batching.resample_encoder(module, self.trained)
         self.encoder_dtype, self.fit, self.output = encoder_dtype, fit, output
         self.batch_size, self.memory_limit = batch_size, memory_limit
+        self.module, self.variables = batching.resample_encoder(module, self.trained)
+        if fit == "keep":  # the position grid is resampled for every shape
+            self.module, self.variables = batching.keep_shapes(module), self.trained
+            self._check_grid()
 
     @classmethod
     def load(
@@ -155,7 +161,8 @@ class Tokenizer:
 
         Args:
           config: the model section, or its fields by name.
-          images: a batch whose latents the codebook starts from, as in the first step of training. None: it is random.
+          images: a batch whose latents the codebook starts from, as in the first step of training; with fit="keep"
+            of their central squares. None: it is random.
           seed: of the random parameters.
           mesh, batch_size, memory_limit, fit, output, encoder_dtype: see the constructor.
 
@@ -172,7 +179,7 @@ class Tokenizer:
         if images is not None:
             encoder = built.module.encoder
             size = encoder.input_size if fit == "model" else built.image_size
-            fitted = FittedImages(images, size, fit, encoder.mean)
+            fitted = FittedImages(images, size, "crop" if fit == "keep" else fit, encoder.mean)
             if not len(fitted):
                 raise DataError("no images; expected at least one", field="images")
             variables, _ = start_quantizer(built.module, variables, batching.to_float(fitted[:]), key)
@@ -198,12 +205,12 @@ class Tokenizer:
 
     @property
     def grid(self) -> int:
-        """Side of the grid of codes: one image has grid * grid positions."""
+        """Side of the grid of codes: a square image has grid * grid positions."""
         return self.module.encoder.grid
 
     @functools.cached_property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of the indices of one image."""
+        """Shape of the indices of one square image."""
         self._check_has_codes()
         return self._row_shape("encode_to_indices")
 
@@ -219,7 +226,7 @@ class Tokenizer:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of decoded images."""
+        """Side in pixels of decoded images, the short one of those that are not squares."""
         return self.module.decoder.image_size
 
     @property
@@ -252,18 +259,19 @@ class Tokenizer:
         return self._run("encode", self.fit_images(images))
 
     def encode_to_indices(self, images: Any) -> Int[Result, "B ..."]:
-        """Returns int32 indices in [0, codebook_size), [B, *code_shape].
+        """Returns int32 indices in [0, codebook_size), [B, *code_shape] of squares.
 
         The shape is [B, h, w], or [B, h*w] with quantize_before_reshape; several levels are the last axis.
         """
         self._check_has_codes()
         return self._run("encode_to_indices", self.fit_images(images))
 
-    def decode(self, latents: Any) -> Float[Result, "B S S 3"]:
+    def decode(self, latents: Any) -> Float[Result, "B H W 3"]:
         """Decodes latents of `encode` or `lookup`, finite numbers, to images."""
-        return self._run("decode", check_latents(latents, self._row_shape("encode")))
+        latents = as_numpy(latents)
+        return self._run("decode", check_latents(latents, self._expected_shape(latents, self._row_shape("encode"))))
 
-    def decode_from_indices(self, indices: Any) -> Float[Result, "B S S 3"]:
+    def decode_from_indices(self, indices: Any) -> Float[Result, "B H W 3"]:
         """Decodes indices of `encode_to_indices` to images; also of the first levels or scales alone."""
         return self._run("decode_from_indices", self._check_indices(indices))
 
@@ -271,7 +279,7 @@ class Tokenizer:
         """Returns the latents of indices: lookup(encode_to_indices(images)) equals encode(images)."""
         return self._run("lookup", self._check_indices(indices))
 
-    def reconstruct(self, images: Any) -> Float[Result, "B S S 3"]:
+    def reconstruct(self, images: Any) -> Float[Result, "B H W 3"]:
         """Returns decode_from_indices(encode_to_indices(images)); without codes, decode(encode(images))."""
         if not self.has_codes:
             return self.decode(self.encode(images))
@@ -286,7 +294,7 @@ class Tokenizer:
         encoder, size, fit = self.module.encoder, self.image_size, self.fit
         if fit == "model":
             size, fit = (size, "stretch") if decoded else (encoder.input_size, fit)
-        return FittedImages(images, size, fit, encoder.mean)
+        return FittedImages(images, size, fit, encoder.mean, self.downsampling)
 
     def function(self, method: str) -> Callable[[Any, Any], Any]:
         """Returns a pure function (variables, x) -> result to use in jitted code, differentiable where the model is.
@@ -369,16 +377,38 @@ class Tokenizer:
         return self._programs.run(method, rows, self.output)
 
     def _row_shape(self, method: str) -> tuple[int, ...]:
-        """Returns the shape of the result for one image."""
+        """Returns the shape of the result for one square image."""
         image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.float32)
         return jax.eval_shape(self.function(method), self.variables, image).shape[1:]
+
+    def _expected_shape(self, rows: np.ndarray, square: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape that `rows` must have, that of a square image, or with fit="keep" with their own grid."""
+        if self.fit != "keep":
+            return square
+        sides, longest = rows.shape[1:3], MAX_RATIO * self.grid
+        if len(sides) < 2 or min(sides) != self.grid or max(sides) > longest:
+            expected = f"[B, h, w, ...] with a short side of {self.grid} and a long one of up to {longest}"
+            raise DataError(f"indices or latents have shape {rows.shape}; expected {expected}")
+        return (*sides, *square[2:])
+
+    def _check_grid(self) -> None:
+        """Raises ConfigError for a model without a free grid of latents and codes."""
+        grid, reason = (self.grid, self.grid), None
+        shapes = [self._row_shape("encode"), *([self.code_shape] if self.has_codes else [])]
+        if fixed := [shape for shape in shapes if shape[:2] != grid]:
+            reason = f"needs a grid [h, w] of latents and codes, but this model has {list(fixed[0])} of each image"
+        elif any(len(shape) > 1 for _, shape in self.module.latent_stats):
+            reason = "needs latent statistics per channel, but model.normalization_stat_path has them per position"
+        if reason:
+            raise ConfigError(f"{reason}; use 'crop', 'pad' or 'stretch'", field="fit", value="keep")
 
     def _check_has_codes(self) -> None:
         if not self.has_codes:
             raise DataError('a continuous autoencoder (quantizer "none") has no codes: use encode and decode')
 
     def _check_indices(self, indices: Any) -> Int[np.ndarray, "B ..."]:
-        indices, expected, size = as_numpy(indices), self.code_shape, self.codebook_size
+        indices, size = as_numpy(indices), self.codebook_size
+        expected = self._expected_shape(indices, self.code_shape)
         if not np.issubdtype(indices.dtype, np.integer):
             raise DataError(f"indices are {indices.dtype}; expected integers in [0, {size})")
         shapes = [expected, *((*expected[:-1], length) for length in self.module.quantizer.prefixes)]
