@@ -24,7 +24,7 @@ COMMANDS = [
     for line in block.strip().splitlines()
     for part in line.split("&&")
 ]
-REPEATED = ("from_pytorch.md-0", "quantizers.md-2", "tokenize.md-0")  # other tests build the same models
+REPEATED = ("from_pytorch.md-0", "quantizers.md-2", "tokenize.md-1")  # other tests build the same models
 PYTHON = [
     pytest.param(block, id=f"{path.name}-{i}", marks=[pytest.mark.slow] * (f"{path.name}-{i}" in REPEATED))
     for path, page in PAGES.items()

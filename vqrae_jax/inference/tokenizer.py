@@ -309,8 +309,8 @@ class Tokenizer:
     def stream(self, method: str, batches: Iterable[Shaped[np.ndarray, "_ ..."]]) -> Iterator[np.ndarray]:
         """Yields the results of batches in order; one is computed while the previous result is copied and used.
 
-        Nothing is checked or resized: images are [B, S, S, 3], uint8 or float32 in [0, 1]. Methods that do not encode
-        are compiled once for each shape of batch.
+        Nothing is checked or resized: images have the size that `fit_images` gives them, uint8 or float32. Methods
+        that do not encode are compiled once for each shape of batch.
         """
         return self._programs.stream(method, batches)
 
