@@ -76,14 +76,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "loss.perceptual.input_size": SIZE,
     },
 }
-# Other latents in the whole recipe, on request: what the layers of "shallow layers" become, or the last one alone.
-LATENTS: dict[str, dict[str, Any]] = {
-    "last layer": {"model.encoder_params.layers": (-1,)},
-    "mean of layers": {"model.encoder_params.fusion": "mean"},
-    "linear fusion": {"model.encoder_params.fusion": "linear"},
-    "routed fusion": {"model.encoder_params.fusion": "routed"},
-}
-
 
 class Trainer(Protocol):
     """A variant in training."""
@@ -211,7 +203,7 @@ def main(arguments: list[str]) -> None:
     """Trains all variants with all seeds; writes curves.json, curves.png and prints the times."""
     args = parse(arguments)
     names = args.variants.split(";") if args.variants else [BASELINE, *PARTS]
-    variants = [BASELINE, *PARTS, *LATENTS]
+    variants = [BASELINE, *PARTS]
     if unknown := set(names) - set(variants):
         raise ConfigError(f"must be among {variants}", field="--variants", value="; ".join(sorted(unknown)))
     print(format_machine(), flush=True)
@@ -260,7 +252,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, default=16, help="images per batch")
     parser.add_argument("--points", type=count, default=16, help="number of measurements")
     parser.add_argument("--seeds", type=count, default=3, help="number of seeds")
-    parser.add_argument("--variants", help="names, separated by semicolons; default: all but those of other latents")
+    parser.add_argument("--variants", help="names, separated by semicolons; default: all")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch and transformers")
     parser.add_argument(
         "--output", required=True, type=os.path.expanduser, help="folder for curves.json and curves.png"
@@ -283,7 +275,7 @@ def build_config(args: argparse.Namespace, name: str, seed: int) -> Config:
         settings |= PARTS[part]
         if part == name:
             break
-    return from_dict(Config, unflatten_dict(settings | LATENTS.get(name, {}), sep="."))
+    return from_dict(Config, unflatten_dict(settings, sep="."))
 
 
 def read_images(args: argparse.Namespace, split: str) -> UInt8[np.ndarray, "n S S 3"]:

@@ -152,14 +152,6 @@ def test_time_to_quality_refuses_unknown_variants(arguments):
     assert (error.value.field, error.value.value) == ("--variants", "egdes")
 
 
-def test_other_latents_are_in_the_whole_recipe(tmp_path):
-    args = time_to_quality.parse([f"--images={tmp_path}", "--encoder=x", f"--output={tmp_path}"])
-    last = time_to_quality.build_config(args, [*time_to_quality.PARTS][-1], 0)
-    routed = time_to_quality.build_config(args, "routed fusion", 0)
-    params = last.model.encoder_params.model_copy(update={"fusion": "routed"})
-    assert routed == last.model_copy(update={"model": last.model.model_copy(update={"encoder_params": params})})
-
-
 @pytest.mark.slow
 def test_time_to_quality_draws_curves_of_both_frameworks(arguments, tmp_path, capsys):
     pytest.importorskip("torch", reason="PyTorch is not installed")

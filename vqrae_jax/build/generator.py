@@ -20,16 +20,19 @@ from vqrae_jax.models.vqrae import VQRAE
 Grids = tuple[tuple[int, int], ...]
 
 
-def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = ()) -> tuple[Grids, int]:
+def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = (), grid: bool = True) -> tuple[Grids, int]:
     """Returns the grids of an image's codes and the number of codes per position.
 
     Args:
       shape: of the codes, (h, w), (h, w, levels), (N,), (N, levels), or flat for several grids.
       prefixes: `Quantizer.prefixes`, the ends of several grids.
+      grid: False: the codes are a row, because tokens are free of the grid.
 
     Raises:
       ConfigError: the positions are not a square, so the tokenizer must be known.
     """
+    if not grid:
+        return ((1, shape[0]),), math.prod(shape[1:])
     if len(shape) == 1 and prefixes:
         sizes, levels = np.diff((0, *prefixes)).tolist(), 1
     elif len(shape) > 1 and shape[0] == shape[1]:

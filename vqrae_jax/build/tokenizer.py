@@ -22,6 +22,7 @@ from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table, widen_head
 from vqrae_jax.models.encoder import Encoder, resample_to_input_size
+from vqrae_jax.models.resampler import Resampled
 from vqrae_jax.models.vit import BlocksConfig
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.pretrained import convert, diffusers_rae, families, pytorch_vqrae, sources, tables, writers
@@ -90,11 +91,17 @@ def build_tokenizer(
 
 
 def _build_quantizer(config: ModelConfig, encoder: Encoder) -> Quantizer:
-    """Builds the quantizer, with a learned fusion in front of it if the config has one."""
-    method, width = config.encoder_params.fusion, encoder.vit.blocks.width
-    if method not in LEARNED:
-        return factory.create(config, encoder.channels, encoder.grid)
-    return Fused(factory.create(config, width, encoder.grid), width, len(encoder.layers), method)
+    """Builds the quantizer; in front of it a learned fusion and a resampler, if the config has them."""
+    method, blocks = config.encoder_params.fusion, encoder.vit.blocks
+    channels = blocks.width if method in LEARNED else encoder.channels
+    quantizer = factory.create(config, channels, encoder.grid)
+    if config.resampler_tokens:
+        blocks = BlocksConfig(
+            channels, config.resampler_blocks, blocks.heads, 4 * channels, dtype=config.dtype,
+            shard_activations=blocks.shard_activations,
+        )  # fmt: skip
+        quantizer = Resampled(quantizer, blocks, config.resampler_tokens, config.resampler_nested)
+    return Fused(quantizer, channels, len(encoder.layers), method) if method in LEARNED else quantizer
 
 
 def describe_latents(config: ModelConfig, encoder: Encoder) -> dict[str, Any]:
@@ -226,7 +233,8 @@ def _build_decoder(config: ModelConfig, encoder: Encoder, mesh: Mesh | None) -> 
         raise ConfigError(message, field="model.decoder_patch_size", value=config.decoder_patch_size)
     check_layers("model.decoder_features", config.decoder_features, encoder.vit.blocks)
     return Decoder(
-        blocks, encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std, config.decoder_train_pos_embed,
+        blocks, config.decoder_grid or encoder.grid, config.decoder_patch_size, encoder.mean, encoder.std,
+        config.decoder_train_pos_embed, tokens=config.resampler_tokens,
         features=len(config.decoder_features) * encoder.vit.blocks.width, overlap=config.decoder_head == "overlap",
         feature_blocks=config.decoder_feature_blocks,
     )  # fmt: skip

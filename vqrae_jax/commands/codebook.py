@@ -102,6 +102,8 @@ def analyze(
     if not tokenizer.has_codes:
         problem = 'is a continuous autoencoder (quantizer "none"), whose use of codes cannot be reported'
         raise ConfigError(problem, field="--checkpoint")
+    if not tokenizer.grid:
+        raise ConfigError("has codes without positions on a grid, of which there are no charts", field="--checkpoint")
     indices, distances, decoded, levels, errors = (
         np.concatenate(parts) for parts in zip(*_encode(tokenizer, images), strict=True)
     )

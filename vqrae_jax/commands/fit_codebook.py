@@ -39,7 +39,7 @@ def fit_codebook(args: argparse.Namespace) -> Tokenizer:
     output = command_line.output_folder(args.output)
     source = pipeline.evaluation_source(command_line.data_config(args))
     tokenizer = Tokenizer.load(args.checkpoint, args.step, encoder=args.encoder)
-    positions = tokenizer.grid**2
+    positions = tokenizer.module.decoder.tokens or tokenizer.grid**2
     images = min(args.limit or -(-LATENTS * args.codes // positions), len(source))
     fitting.check_count(args.codes, images * positions, images)
     latents = read_latents(tokenizer, source, images, args.seed, args.threads)

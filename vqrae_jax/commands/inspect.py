@@ -87,7 +87,9 @@ def _describe_tokenizer(location: Location) -> dict[str, Any]:
     parameters = {part: _size(tree) for part, tree in shapes["params"].items()}
     parameters |= {f"{part} (state)": _size(tree) for part, tree in shapes["batch_stats"].items()}
     tokenizer = Tokenizer(built.module, shapes, location.config)
-    model = {"image size": tokenizer.image_size, "grid": tokenizer.grid, "downsampling": tokenizer.downsampling}
+    model = {"image size": tokenizer.image_size}
+    if tokenizer.grid:
+        model |= {"grid": tokenizer.grid, "downsampling": tokenizer.downsampling}
     if tokenizer.has_codes:
         model |= {"code shape": list(tokenizer.code_shape), "codebook size": tokenizer.codebook_size}
         model["bits per image"] = tokenizer.bits_per_image

@@ -257,6 +257,13 @@ class ModelConfig(Section):
     decoder_features: tuple[Block, ...] = ()
     # Transformer blocks of this head, with four registers, in front of its linear layer; 0: the linear layer alone.
     decoder_feature_blocks: Annotated[int, Field(ge=0, le=1024)] = 0
+    # Number of tokens that become codes, in place of the latent grid: learned queries with cross-attention, as a part of
+    # the quantizer, see docs/train.md; usually 32 to 256. 0: the grid.
+    resampler_tokens: Annotated[int, Field(ge=0, le=65_536)] = 0
+    resampler_blocks: Annotated[int, Field(ge=0, le=64)] = 2  # blocks of cross-attention between grid and tokens
+    resampler_nested: bool = False  # train on the first 1, 2, 4, ... tokens of an image as well: prefixes decode
+    # Side of the decoder's grid, in patches, with resampler_tokens; 0: that of the latent grid.
+    decoder_grid: Annotated[int, Field(ge=0, le=1024)] = 0
     # Noise of the latents (with a learned fusion, of its layers) in training: normal, of standard deviation
     # uniform(0, noise_tau) per image; RAE has 0.8.
     noise_tau: NonNegative = 0.0
@@ -296,10 +303,31 @@ class ModelConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _statistics_are_of_fixed_latents(self):
-        fusion = self.encoder_params.fusion
-        if self.normalization_stat_path and fusion in LEARNED:
-            message = f"a file cannot describe latents of model.encoder_params.fusion={fusion!r}, which train; use None"
+        fusion, tokens = self.encoder_params.fusion, self.resampler_tokens
+        if self.normalization_stat_path and (fusion in LEARNED or tokens):
+            learned = f"model.resampler_tokens={tokens}" if tokens else f"model.encoder_params.fusion={fusion!r}"
+            message = f"a file cannot describe latents of {learned}, which train; use None"
             raise invalid("normalization_stat_path", self.normalization_stat_path, message)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _resampler_fits(self):
+        for name, default in (("resampler_nested", False), ("decoder_grid", 0)):
+            if getattr(self, name) != default and not self.resampler_tokens:
+                raise invalid(name, getattr(self, name), f"is for model.resampler_tokens; use {default} without it")
+        grids = {
+            "quantize_before_reshape": (True,), "quantizer": ("multiscale",), "reshape_to_2d": (False,),
+            "pretrained_decoder_path": () if self.pretrained_decoder_path is None else (self.pretrained_decoder_path,),
+        }  # fmt: skip
+        for name, refused in grids.items():
+            if self.resampler_tokens and getattr(self, name) in refused:
+                raise invalid(name, getattr(self, name), "is for a grid of latents; set model.resampler_tokens=0")
+        if self.resampler_nested and self.quantizer in ("none", "residual", "product"):
+            message = "has not one code per token; set model.resampler_nested=False"
+            raise invalid("quantizer", self.quantizer, message)
+        if self.decoder_grid and self.decoder_features:
+            message = "predicts features on the latent grid; set model.decoder_grid=0"
+            raise invalid("decoder_features", self.decoder_features, message)
         return self
 
 

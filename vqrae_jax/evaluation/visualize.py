@@ -88,11 +88,11 @@ def reconstruction_grid(
 ) -> UInt8[np.ndarray, "Y X 3"]:
     """Arranges `columns` examples per row, each with titled columns: those of KINDS in `show`.
 
-    `grid` is the side of the code grid, see `code_grid`; without `indices` there are no code maps.
+    `grid` is the side of the code grid, see `code_grid`; without `indices`, or with grid=0, there are no code maps.
     """
     parts = dict(zip(KINDS, (images, reconstructions, difference_map(images, reconstructions)), strict=False))
     parts = {kind: enlarge(part, TILE) for kind, part in parts.items()}
-    if indices is not None:
+    if indices is not None and grid != 0:
         parts["codes"] = code_maps(indices, parts["reconstruction"], grid)
     kinds, columns = [kind for kind in KINDS if kind in parts and kind in show], min(columns, len(images))
     examples = [_row(tiles) for tiles in zip(*(parts[kind] for kind in kinds), strict=True)]
@@ -151,13 +151,13 @@ def sampling_steps(
     Args:
       history: codes after each step, `num_embeddings` where hidden.
       decode: returns images [n, H, W, 3] in [0, 1] of codes.
-      grid: side of the grid, see `code_grid`.
+      grid: side of the grid, see `code_grid`; 0: codes have no positions, and nothing is gray.
     """
     steps = np.unique(np.linspace(0, len(history) - 1, columns).round().astype(int))
     hidden = history[steps] == num_embeddings
     images = enlarge(to_uint8(decode(np.where(hidden, history[-1], history[steps]))), TILE)
     counts, levels = (hidden.sum(-1), hidden.shape[-1]) if hidden.ndim == 4 else (hidden.astype(np.int32), 1)
-    covered = cover_cells(images, np.stack([code_grid(x, grid) for x in counts]) / levels)
+    covered = cover_cells(images, np.stack([code_grid(x, grid) for x in counts]) / levels) if grid else images
     return sample_grid(covered, [f"step {i + 1} of {len(history)}" for i in steps], len(steps))
 
 

@@ -96,7 +96,7 @@ def write_card(
 
 def _describe(tokenizer: Any) -> list[tuple[str, Any]]:
     config, provenance, grid = tokenizer.config, tokenizer.provenance, tokenizer.grid
-    rows: list[tuple[str, Any]] = [("quantizer", config.quantizer), ("grid", f"{grid} x {grid}")]
+    rows: list[tuple[str, Any]] = [("quantizer", config.quantizer), ("grid", f"{grid} x {grid}" if grid else "none")]
     if tokenizer.has_codes:
         rows += [("bits per image", f"{tokenizer.bits_per_image:.0f}"), ("hash of the codes", f"`{tokenizer.hash}`")]
     rows += [(f"training {key}", provenance[key]) for key in ("step", "version", "revision") if provenance.get(key)]

@@ -17,8 +17,8 @@ Region = tuple[int, int, int, int]  # top, left, bottom, right in grid positions
 def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.ndarray, "B h w *levels"]:
     """Reshapes indices of images to [B, h, w], with a last axis for levels or groups; refuses several scales."""
     side, shape = tokenizer.grid, tokenizer.code_shape
-    if math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
-        raise DataError(f"indices of shape {list(shape)} have no positions on the {side}x{side} grid")
+    if not side or math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
+        raise DataError(f"indices of shape {list(shape)} have no positions on a grid of the image")
     return indices.reshape(-1, side, side, *(shape[2:] if len(shape) > 2 else ()))
 
 
@@ -100,7 +100,8 @@ def decode_patches(tokenizer: Tokenizer, indices: Int[np.ndarray, " n"]) -> Floa
     """Returns the appearance of codes: the central patch of an image in which all positions have that code."""
     side, shape = tokenizer.grid, tokenizer.code_shape
     if math.prod(shape) != side**2:
-        raise DataError(f"indices of shape {list(shape)} have several codes per position; one alone has no appearance")
+        problem = "several codes per position" if side else "no positions on a grid"
+        raise DataError(f"indices of shape {list(shape)} have {problem}; one code alone has no appearance")
     patch, batch, patches = tokenizer.downsampling, 64, []
     center = slice(side // 2 * patch, (side // 2 + 1) * patch)
     for i in range(0, len(indices), batch):

@@ -1,6 +1,7 @@
 """Codebooks fitted to the latents of a model that is trained already, without a training step."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,20 +56,21 @@ def fit_codebook(
     """
     if tokenizer.config is None:
         raise DataError("a tokenizer without a config cannot be changed: pass config=, or load it from its folder")
-    count = latents.size // latents.shape[-1]
+    count = len(latents) * (tokenizer.module.decoder.tokens or latents[0].size // latents.shape[-1])
     check_count(num_embeddings, count, len(latents))
     changes = {
         "quantizer": "ema" if depth == 1 else "residual",
         "quantizer_params": QuantizerParams() if depth == 1 else QuantizerParams(depth=depth),
         "num_embeddings": num_embeddings, "codebook_init": "kmeans", "noise_tau": 0.0,
+        "resampler_nested": tokenizer.config.resampler_nested and depth == 1,
     }  # fmt: skip
     config, trained = tokenizer.config.model_copy(update=changes), tokenizer.trained
     statistics = jax.device_get(trained["batch_stats"].get("latent", {}))
     built = build_tokenizer(config, latent_stats=statistics, weights=False, mesh=tokenizer.mesh)
     key = jax.random.key(seed)
     fresh = initial_variables(built, key, ["quantizer"], lambda tree: leaf_shardings(tree, tokenizer.mesh))
-    if fusion := trained["params"].get("quantizer", {}).get("fusion"):
-        fresh["params"]["quantizer"]["fusion"] = fusion
+    if learned := trained["params"].get("quantizer"):
+        fresh["params"]["quantizer"] = _keep_maps(fresh["params"].get("quantizer", {}), learned)
     state, metrics = start_quantizer(built.module, fresh, latents, key, encoded=True)
     metrics = jax.device_get(metrics)
     params = {name: trained["params"][name] for name in ("encoder", "decoder")} | fresh["params"]
@@ -81,3 +83,10 @@ def fit_codebook(
     )  # fmt: skip
     error = float(metrics["quantization_error"])
     return fitted, codebook_health.health(metrics["counts"]) | {"quantization_error": error}
+
+
+def _keep_maps(fresh: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """Returns fresh parameters of a quantizer with the learned maps that are in front of it in `trained`."""
+    kept = {name: trained[name] for name in ("fusion", "queries") if name in trained}
+    inside = _keep_maps(fresh.get("quantizer", {}), trained.get("quantizer", {}))
+    return fresh | kept | ({"quantizer": inside} if inside else {})

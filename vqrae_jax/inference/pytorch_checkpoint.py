@@ -104,7 +104,7 @@ def build_checkpoint(config: ModelConfig, variables: Any, transformers: writers.
     """Builds {"model": state dict, "ema": the same, ...}; refuses models that the PyTorch VQRAE cannot compute."""
     always = {
         "encoder_params.layers": ((-1,),), "encoder_params.fusion": ("sum", "concat", "mean"),
-        "decoder_head": ("linear",),
+        "decoder_head": ("linear",), "resampler_tokens": (0,),
     }  # fmt: skip
     for name, values in (FIXED.get(config.quantizer, {}) | always).items():
         value = operator.attrgetter(name)(config)

@@ -205,8 +205,8 @@ class Tokenizer:
 
     @property
     def grid(self) -> int:
-        """Side of the grid of codes: a square image has grid * grid positions."""
-        return self.module.encoder.grid
+        """Side of the grid of codes: a square image has grid * grid positions; 0 with model.resampler_tokens."""
+        return self.module.code_grid
 
     @functools.cached_property
     def code_shape(self) -> tuple[int, ...]:
@@ -231,8 +231,8 @@ class Tokenizer:
 
     @property
     def downsampling(self) -> int:
-        """Pixels per grid position, along one side."""
-        return self.image_size // self.grid
+        """Pixels per position of the decoder's grid, along one side."""
+        return self.module.decoder.patch
 
     @functools.cached_property
     def hash(self) -> str:

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from vqrae_jax.models.resampler import Canvas
 from vqrae_jax.models.vit import (
     BlocksConfig,
     Tokens,
@@ -115,6 +116,7 @@ class Decoder(nn.Module):
       feature_blocks: transformer blocks between the last tokens and the head of `features`; 0: the head is linear.
       keep_grid: latents [B, h, w, C] become images of h * patch x w * patch pixels, with positions resampled to h x w;
         otherwise the latents are resampled, and images are grid * patch pixels wide.
+      tokens: number of latents that are free of the grid, see `resampler`; 0: latents are a grid.
     """
 
     blocks: BlocksConfig
@@ -127,6 +129,7 @@ class Decoder(nn.Module):
     overlap: bool = False
     feature_blocks: int = 0
     keep_grid: bool = False
+    tokens: int = 0
 
     @property
     def image_size(self) -> int:
@@ -135,9 +138,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latent: Float[Array, "B h w C"], with_features: bool = False
+        self, latent: Float[Array, "B *n C"], with_features: bool = False, present: Bool[Array, "B N"] | None = None
     ) -> Float[Array, "B H W 3"] | tuple[Float[Array, "B H W 3"], Float[Array, "B _ _ F"] | None]:
-        """Decodes latents; those of another grid are resampled bilinearly, unless `keep_grid`.
+        """Decodes latents [B, h, w, C]; those of another grid are resampled bilinearly, unless `keep_grid`.
+
+        With `tokens`, latents are [B, N, C]: all, or the first few; only those that are `present` are used.
 
         Returns:
           Float32 images, in [0, 1] but not clipped. With `with_features` also the predicted encoder features, None
@@ -147,7 +152,10 @@ class Decoder(nn.Module):
         h, w = latent.shape[1:3] if self.keep_grid else (n, n)
         dense = {"dtype": c.dtype, "precision": matmul_precision(c.dtype)}
         x = nn.Dense(c.width, **dense, name="embed")(latent)
-        x = resize(x, h, w, "bilinear").reshape(len(x), h * w, c.width)
+        if self.tokens:
+            x = Canvas(c, self.tokens, name="canvas")(x, h, w, present)
+        else:
+            x = resize(x, h, w, "bilinear").reshape(len(x), h * w, c.width)
         cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, c.width))
         pos = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(n, c.width)))
         if not self.train_pos_embed:

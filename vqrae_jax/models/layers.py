@@ -14,9 +14,14 @@ KeyValue = tuple[Float[Array, "B K d M"], Float[Array, "B K M d"]]  # a cache, i
 
 
 def attend(
-    query: Heads, key: Heads, value: Heads, precision: jax.lax.Precision | None = None, causal: bool = False
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    precision: jax.lax.Precision | None = None,
+    causal: bool = False,
+    scores: Float[Array, "*b K N M"] | None = None,
 ) -> Heads:
-    """Returns softmax(query key^T / sqrt(d)) value for every head; scores and softmax are float32.
+    """Returns softmax(query key^T / sqrt(d) + scores) value for every head; scores and softmax are float32.
 
     Dividing the mixed values instead of the N x N weights by the sum, and moving heads in front of tokens, saves passes
     over memory (Rabe & Staats 2021, arXiv:2112.05682). On a CPU attention and its gradient take two thirds of the time
@@ -24,7 +29,7 @@ def attend(
     """
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     mask = jnp.tri(query.shape[2], dtype=bool) if causal else None
-    return _mix(query, key.swapaxes(2, 3), value, precision, mask).swapaxes(1, 2)
+    return _mix(query, key.swapaxes(2, 3), value, precision, mask, scores).swapaxes(1, 2)
 
 
 def attend_cached(
@@ -38,9 +43,11 @@ def attend_cached(
     return _mix(query, keys, values, precision, mask).swapaxes(1, 2), (keys, values)
 
 
-def _mix(query: Any, key: Any, value: Any, precision: Any, mask: Any) -> Float[Array, "B K N d"]:
+def _mix(query: Any, key: Any, value: Any, precision: Any, mask: Any, added: Any = None) -> Float[Array, "B K N d"]:
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     scores = product("bhnd,bhdm->bhnm", query, key)
+    if added is not None:
+        scores = scores + added * query.shape[-1] ** 0.5  # the scale below is that of the products
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))

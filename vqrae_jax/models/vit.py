@@ -125,20 +125,29 @@ def layer_norm(cfg: BlocksConfig, name: str | None = None, affine: bool = True) 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head attention."""
 
     cfg: BlocksConfig
 
     @nn.compact
     def __call__(
-        self, x: Tokens, rope: Rope | None = None, cache: KeyValue | None = None, first: Any = 0
+        self,
+        x: Tokens,
+        rope: Rope | None = None,
+        cache: KeyValue | None = None,
+        first: Any = 0,
+        context: Tokens | None = None,
+        scores: Any = None,
     ) -> tuple[Tokens, KeyValue | None]:
-        """Returns the mixed tokens; with a `cache` of the tokens before x, of which x[:, 0] is number `first`, both."""
-        c = self.cfg
+        """Returns mixed tokens of x or, if it is not None, of `context`; `scores` are added to those of the attention.
+
+        With a `cache` of the tokens before x, of which x[:, 0] is number `first`, also returns that with x.
+        """
+        c, sources = self.cfg, {"query": x} | dict.fromkeys(("key", "value"), x if context is None else context)
         dense = functools.partial(nn.DenseGeneral, dtype=c.dtype, precision=matmul_precision(c.dtype))
         heads = (c.heads, c.width // c.heads)
         query, key, value = (
-            dense(heads, use_bias=name not in c.unbiased, name=name)(x) for name in ("query", "key", "value")
+            dense(heads, use_bias=name not in c.unbiased, name=name)(source) for name, source in sources.items()
         )
         if c.qk_norm:
             query, key = layer_norm(c, "norm_query")(query), layer_norm(c, "norm_key")(key)
@@ -147,10 +156,10 @@ class Attention(nn.Module):
         precision = matmul_precision(c.dtype)
         if cache is not None:
             x, cache = attend_cached(query, key, value, cache, first, precision)
-        elif c.cudnn:
+        elif c.cudnn and scores is None:
             x = jax.nn.dot_product_attention(query, key, value, is_causal=c.causal, implementation="cudnn")
         else:
-            x = attend(query, key, value, precision, c.causal)
+            x = attend(query, key, value, precision, c.causal, scores)
         out = dense(c.width, axis=(-2, -1), use_bias="out" not in c.unbiased, kernel_init=ALMOST_ZERO, name="out")
         return out(x), cache
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoder import Encoder
@@ -66,6 +66,11 @@ class VQRAE(nn.Module):
             )
         return super().__new__(cls)
 
+    @property
+    def code_grid(self) -> int:
+        """Side of the grid of codes; 0 if they are tokens that are free of the grid."""
+        return 0 if self.decoder.tokens else self.encoder.grid
+
     def setup(self):
         self.latent = LatentNormalization(dict(self.latent_stats), self.stat_eps)
 
@@ -92,11 +97,18 @@ class VQRAE(nn.Module):
         With code_noise the decoder gets other codes for a part of each image, see `replace_codes`, while `quantized`
         has the true ones.
         """
-        encoded = self.encoder(image)
+        return self.forward_encoded(self.encoder(image), train, code_noise, code_neighbors)
+
+    def forward_encoded(
+        self, encoded: Float[AnyArray, "B h w C"], train: bool = False, code_noise: float = 0.0, code_neighbors: int = 0
+    ) -> Output:
+        """Runs all parts but the encoder on its output, see `forward`."""
         quantized = self.quantize(encoded, train)
         z = self.replace_codes(quantized, code_noise, code_neighbors) if code_noise else quantized.z
-        latent = self.normalize(z)
-        reconstruction, features = self.decode(latent, with_features=True)
+        latent, present = self.normalize(z), None
+        if train and self.decoder.tokens and quantized.indices is not None:
+            present = quantized.indices.reshape(*z.shape[:2], -1)[..., 0] >= 0  # the others are left out
+        reconstruction, features = self.decode(latent, with_features=True, present=present)
         return Output(reconstruction, latent, quantized, encoded, features)
 
     def encode(self, image: Images) -> Latents:
@@ -148,14 +160,14 @@ class VQRAE(nn.Module):
 
     def normalize(self, z: Latents) -> Latents:
         """Normalizes quantized latents by the latent statistics, in the shape that `decode` takes."""
-        latent = self.latent(_to_grid(z))
+        latent = self.latent(self._to_grid(z))
         return latent if self.reshape_to_2d else latent.reshape(len(latent), -1, latent.shape[-1])
 
     def decode(
-        self, latent: Latents, with_features: bool = False
+        self, latent: Latents, with_features: bool = False, present: Bool[Array, "B N"] | None = None
     ) -> Reconstructions | tuple[Reconstructions, Float[Array, "B _ _ F"] | None]:
         """Decodes latents, as `encode` returns them, to images; see `Decoder`."""
-        return self.decoder(self.latent.undo(_to_grid(latent)), with_features)
+        return self.decoder(self.latent.undo(self._to_grid(latent)), with_features, present)
 
     @nn.nowrap
     def replace_blocks(self, **fields: Any) -> "VQRAE":
@@ -164,20 +176,20 @@ class VQRAE(nn.Module):
         vit = dataclasses.replace(vit, blocks=dataclasses.replace(vit.blocks, **fields))
         return self.clone(encoder=self.encoder.clone(vit=vit))
 
+    @nn.nowrap
+    def _to_grid(self, z: Latents) -> Latents:
+        if z.ndim == 4 or self.decoder.tokens:
+            return z
+        B, N, C = z.shape
+        side = round(N**0.5)
+        if side * side != N:
+            raise ValueError(f"{N} tokens are not a square grid: pass the latent as [B, h, w, C]")
+        return z.reshape(B, side, side, C)
+
     def _add_noise(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         sigma_key, noise_key = jax.random.split(self.make_rng("noise"))
         sigma = self.noise_tau * jax.random.uniform(sigma_key, (len(z), 1, 1, 1))
         return z + (sigma * jax.random.normal(noise_key, z.shape)).astype(z.dtype)
-
-
-def _to_grid(z: Latents) -> Float[Array, "B h w C"]:
-    if z.ndim == 4:
-        return z
-    B, N, C = z.shape
-    side = round(N**0.5)
-    if side * side != N:
-        raise ValueError(f"{N} tokens are not a square grid: pass the latent as [B, h, w, C]")
-    return z.reshape(B, side, side, C)
 
 
 class LatentNormalization(nn.Module):
@@ -190,11 +202,11 @@ class LatentNormalization(nn.Module):
         initial = {"mean": jnp.zeros, "var": jnp.ones}
         self.stats = {n: self.variable("batch_stats", n, initial[n], shape) for n, shape in self.shapes.items()}
 
-    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def __call__(self, z: Latents) -> Latents:
         mean, deviation = self._moments()
         return (z - mean) / deviation
 
-    def undo(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def undo(self, z: Latents) -> Latents:
         """Inverts the normalization."""
         mean, deviation = self._moments()
         return z * deviation + mean

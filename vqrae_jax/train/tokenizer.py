@@ -181,7 +181,7 @@ class TokenizerTask(TokenizerVariables):
     def sample_images(self, variables: Any, frozen: Any, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Returns a grid of the first images of a batch, their reconstructions, differences and indices."""
         images, decoded, indices = jax.device_get(self._jit_samples(variables, frozen, batch["image"]))
-        grid = self.built.module.encoder.grid
+        grid = self.built.module.code_grid
         return visualize.reconstruction_grid(images, visualize.to_uint8(decoded), indices, grid)
 
     @functools.cached_property
