@@ -39,9 +39,7 @@ from vqrae_jax.train.optim import make_tokenizer_optimizer
 
 LAYERS = (0, 5, -1)
 FEATURE_WEIGHT = 0.05  # of the distance 1 - cosine, of decoders that predict features
-OPTIMIZER = OptimizerConfig(
-    method="muon", learning_rate=4e-3, final_learning_rate=1e-5, warmup_steps=20, clip_norm=1.0
-)
+OPTIMIZER = OptimizerConfig(method="muon", learning_rate=4e-3, final_learning_rate=1e-5, warmup_steps=20, clip_norm=1.0)
 BASE: dict[str, Any] = {
     "encoder_params.layers": LAYERS, "encoder_params.fusion": "concat", "decoder_config_path": "ViT-Nano",
     "decoder_patch_size": SIZE // GRID, "decoder_head": "overlap", "num_embeddings": 4096, "commitment_cost": 0.02,

@@ -77,6 +77,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
 }
 
+
 class Trainer(Protocol):
     """A variant in training."""
 

@@ -570,6 +570,10 @@ LAW: dict[str, Entry] = {
     ),
     "model.decoder_features": Entry((0,), model, "model"),
     "model.decoder_feature_blocks": Entry(1, model, "model", {"model.decoder_features": (0,)}),
+    "model.resampler_tokens": Entry(8, model, "model latents"),
+    "model.resampler_blocks": Entry(1, model, "model", {"model.resampler_tokens": 8}),
+    "model.resampler_nested": Entry(True, model, "model", {"model.resampler_tokens": 8, "model.quantizer": "ema"}),
+    "model.decoder_grid": Entry(3, model, "model", {"model.resampler_tokens": 8}),
     "model.noise_tau": Entry(0.5, model, "model"),
     "model.reshape_to_2d": Entry(False, model, "model latents"),
     "model.normalization_stat_path": Entry(

@@ -46,6 +46,7 @@ BENCHMARKS = (
     "codebook_law",
     "end_to_end",
     "generator_speed",
+    "latent_table",
     "gpu",
     "quantizer_speed",
     "sampler_error",

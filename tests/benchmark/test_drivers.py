@@ -8,7 +8,16 @@ import shlex
 import numpy as np
 import pytest
 
-from benchmarks import codebook_law, end_to_end, generator_speed, gpu, quantizer_table, time_to_quality, tokenize_folder
+from benchmarks import (
+    codebook_law,
+    end_to_end,
+    generator_speed,
+    gpu,
+    latent_table,
+    quantizer_table,
+    time_to_quality,
+    tokenize_folder,
+)  # fmt: skip
 from vqrae_jax.benchmark import speed
 from vqrae_jax.data import images
 from vqrae_jax.errors import ConfigError
@@ -122,6 +131,24 @@ def test_the_error_falls_with_the_size_of_the_codebook(arguments, tmp_path):
     with pytest.raises(ConfigError) as error:
         codebook_law.main([*arguments, "--quantizers=emu"])
     assert error.value.field == "--quantizers"
+
+
+@pytest.mark.slow
+def test_latent_table_trains_every_kind_of_row(arguments, tmp_path, capsys, monkeypatch):
+    layers = (0, 1, -1)  # of a small encoder
+    monkeypatch.setattr(latent_table, "LAYERS", layers)
+    monkeypatch.setitem(latent_table.BASE, "encoder_params.layers", layers)
+    monkeypatch.setitem(latent_table.ROWS["feature decoder"], "decoder_features", layers)
+    arguments = [argument for argument in arguments if not argument.startswith("--size")]
+    names = ["routed fusion", "feature decoder", "128 tokens, nested"]
+    latent_table.main([*arguments, "--patch=14", "--steps=2", "--seeds=1", "--batch=4", f"--rows={';'.join(names)}"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == names
+    assert all(0 < row["psnr"] < 30 for row in rows)
+    assert all(name in capsys.readouterr().out for name in names[:1])
+    with pytest.raises(ConfigError) as error:
+        latent_table.main([*arguments, "--rows=egdes"])
+    assert (error.value.field, error.value.value) == ("--rows", "egdes")
 
 
 def test_tokenize_folder_times_every_way(trained, tmp_path, capsys):

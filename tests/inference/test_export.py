@@ -228,6 +228,7 @@ def test_simvq_has_an_identity_as_input_projection_in_pytorch(golden):
     ({"quantizer": "fsq", "quantizer_params": {"adapter": "linear"}}, r"quantizer_params\.adapter='linear'"),
     ({"encoder_params": {"layers": (0, -1)}}, r"encoder_params\.layers=\(0, -1\)"),
     ({"encoder_params": {"fusion": "linear"}}, r"encoder_params\.fusion='linear'"),
+    ({"resampler_tokens": 9}, r"resampler_tokens=9"),
 ])  # fmt: skip
 def test_models_that_pytorch_lacks_are_refused(golden, changes, field):
     config, _, variables = pretrained(golden, **changes)

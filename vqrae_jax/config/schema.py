@@ -257,7 +257,7 @@ class ModelConfig(Section):
     decoder_features: tuple[Block, ...] = ()
     # Transformer blocks of this head, with four registers, in front of its linear layer; 0: the linear layer alone.
     decoder_feature_blocks: Annotated[int, Field(ge=0, le=1024)] = 0
-    # Number of tokens that become codes, in place of the latent grid: learned queries with cross-attention, as a part of
+    # Number of tokens that become codes, in place of the latent grid: learned queries with cross-attention, a part of
     # the quantizer, see docs/train.md; usually 32 to 256. 0: the grid.
     resampler_tokens: Annotated[int, Field(ge=0, le=65_536)] = 0
     resampler_blocks: Annotated[int, Field(ge=0, le=64)] = 2  # blocks of cross-attention between grid and tokens

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "B N K d"]
+Sources = Float[Array, "B M K d"]
 KeyValue = tuple[Float[Array, "B K d M"], Float[Array, "B K M d"]]  # a cache, in the layout of the products
 
 
 def attend(
     query: Heads,
-    key: Heads,
-    value: Heads,
+    key: Sources,
+    value: Sources,
     precision: jax.lax.Precision | None = None,
     causal: bool = False,
     scores: Float[Array, "*b K N M"] | None = None,

@@ -14,7 +14,7 @@ from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Wrapper, flatten
 
-Positions = Float[AnyArray, "N 2"]  # row and column in the image, from 0 to 1
+Positions = Float[AnyArray, "_ 2"]  # row and column in the image, from 0 to 1
 ABSENT = -1e9  # score of a token that is left out
 
 
@@ -82,7 +82,7 @@ class CrossBlock(nn.Module):
     cfg: BlocksConfig
 
     @nn.compact
-    def __call__(self, y: Tokens, context: Tokens, scores: Float[Array, "*b K N M"]) -> Tokens:
+    def __call__(self, y: Tokens, context: Float[Array, "B M D"], scores: Float[Array, "*b K N M"]) -> Tokens:
         """Returns tokens [B, N, D] that read `context` [B, M, D]; `scores` are added to those of the attention."""
         c = self.cfg
         y = y + Attention(c, name="attn")(layer_norm(c, "norm1")(y), context=context, scores=scores)[0]
@@ -144,7 +144,7 @@ class Resampled(Wrapper):
         lengths = jax.random.choice(self.make_rng("codes"), jnp.asarray(self.prefixes), (len(z), 1))
         return out.replace(indices=jnp.where(jnp.arange(self.tokens) < lengths, out.indices, -1))
 
-    def lookup(self, indices: Int[AnyArray, "B *b"]) -> Float[Array, "B N C"]:
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
         return self.quantizer.lookup(indices)
 
     def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:

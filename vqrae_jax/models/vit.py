@@ -136,7 +136,7 @@ class Attention(nn.Module):
         rope: Rope | None = None,
         cache: KeyValue | None = None,
         first: Any = 0,
-        context: Tokens | None = None,
+        context: Float[Array, "B _ D"] | None = None,
         scores: Any = None,
     ) -> tuple[Tokens, KeyValue | None]:
         """Returns mixed tokens of x or, if it is not None, of `context`; `scores` are added to those of the attention.
