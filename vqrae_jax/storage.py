@@ -45,6 +45,12 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def check_path(path: Any, field: str) -> None:
+    """Raises ConfigError for anything but text and paths, such as None."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError("expected a path, an address or a hub id", field=field, value=path)
+
+
 def expand_home(path: str | os.PathLike) -> str:
     """Returns a path as text, with the home folder in place of a leading ~."""
     return os.path.expanduser(os.fspath(path))

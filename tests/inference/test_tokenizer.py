@@ -298,10 +298,16 @@ def test_invalid_option_is_refused_before_anything_is_read(field, value):
 
 @pytest.mark.parametrize("path", [None, 5])
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_path_that_is_none_is_refused(path):
-    with pytest.raises(ConfigError) as caught:
-        Tokenizer.load(path)
-    assert caught.value.field == "checkpoint"
+def test_what_is_not_a_path_is_refused(untrained, path):
+    calls = {
+        "checkpoint": lambda: Tokenizer.load(path),
+        "encoder": lambda: Tokenizer.load("absent", encoder=5),
+        "folder": lambda: untrained().save_pretrained(path),
+    }
+    for field, call in calls.items():
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert caught.value.field == field
 
 
 def test_pure_functions(tokenizer, images):

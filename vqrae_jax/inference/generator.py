@@ -235,6 +235,7 @@ class Generator:
           folder: local path or address (gs://...); created if it is missing.
           name: path or hub id that the card's example loads; None: the folder's name.
         """
+        storage.check_path(folder, "folder")
         target = storage.resolve_path(folder)
         if self.config.tokenizer and not sources.is_hub_id(self.config.tokenizer):
             log.warning(

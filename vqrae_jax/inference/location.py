@@ -37,7 +37,7 @@ class Location:
     run: config_lib.Config | None = None  # the whole config of a checkpoint; None for a saved folder
 
 
-def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None = None) -> Location:
+def locate(path: str | os.PathLike, step: int | None = None, encoder: Any = None) -> Location:
     """Finds a tokenizer and reads its config.
 
     Args:
@@ -45,6 +45,8 @@ def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None
       step: checkpoint of a workdir; None: the newest.
       encoder: folder or hub id of the encoder's weights; None: the one in the config.
     """
+    if encoder is not None:
+        storage.check_path(encoder, "encoder")
     location = _locate(path, step)
     if encoder is None:
         return location
@@ -52,7 +54,7 @@ def locate(path: str | os.PathLike, step: int | None = None, encoder: str | None
         raise ConfigError("the encoder's weights are in the tokenizer's own files", field="encoder", value=encoder)
     if location.run is not None:
         log.warning("the checkpoint has no hash of its encoder: %s is used without a comparison", encoder)
-    return dataclasses.replace(location, config=replace_encoder(location.config, encoder))
+    return dataclasses.replace(location, config=replace_encoder(location.config, os.fspath(encoder)))
 
 
 def _locate(path: str | os.PathLike, step: int | None) -> Location:
@@ -98,8 +100,7 @@ def is_saved(local: storage.Path, step: int | None) -> bool:
 
 def fetch(path: str | os.PathLike) -> storage.Path:
     """Returns the path of a run or saved folder; folders that were saved to a bucket or the hub become local copies."""
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigError("expected a path, an address or a hub id", field=saving.FIELD, value=path)
+    storage.check_path(path, saving.FIELD)
     local, name = storage.resolve_path(path), str(path)
     with storage.convert_errors(local, "read"):
         saved_remotely = storage.is_remote(local) and (local / saving.CONFIG).is_file()

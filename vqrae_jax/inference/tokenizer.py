@@ -133,7 +133,7 @@ class Tokenizer:
           WeightsError: the encoder's weights are not available, the folder is damaged, or the hub cannot be reached.
         """
         check_options(mesh, batch_size, memory_limit, fit, output, encoder_dtype)
-        location = locate(path, step, None if encoder is None else os.fspath(encoder))
+        location = locate(path, step, encoder)
         with suggest_encoder(location):
             module, variables = read_model(location, mesh)
         return cls(
@@ -327,10 +327,12 @@ class Tokenizer:
             reads nothing else; otherwise it has their source and content hash.
 
         Raises:
+          ConfigError: the folder is not a path.
           DataError: the tokenizer was built without a config, or the images are invalid.
         """
         if self.config is None:
             raise DataError("a tokenizer without a config cannot be saved: pass config=, or load it from its folder")
+        storage.check_path(folder, "folder")
         target, fitted = storage.resolve_path(folder), None if images is None else self.fit_images(images, decoded=True)
         with storage.stage_output(target) as local:
             frozen = self.frozen and not embed_encoder
