@@ -45,7 +45,6 @@ from vqrae_jax.quantizers.statistics import code_counts, code_totals
 IMAGES = 20  # per batch of the encoder
 ROWS = 2**15  # latents that are evaluated at once
 LLOYD_ITERATIONS = 10
-LARGEST_LLOYD, LARGEST_SOFT = 2**16, 2**14  # codebooks of Lloyd's k-means, and with N x K probabilities
 RATE = 3e-3  # of Adam, constant, relative to the standard deviation of the latents
 # The model section of each quantizer. Codebooks without decoder: only the latents are approximated.
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,6 +61,27 @@ PYTORCH = {
     "SimVQ, PyTorch": ("SimVQ", {}),
 }
 LLOYD = "Lloyd's k-means"
+# Quantizer -> its largest codebook, and the reason. N x K numbers in float32 are 8.6 GB for N = 16,384 and K = 2^17.
+LARGEST = {
+    LLOYD: (2**16, "each iteration searches all latents"),
+    "ibq": (2**14, "it needs N x K probabilities and their gradients"),
+    "VectorQuantize, PyTorch": (2**14, "it needs N x K distances and one-hot assignments, five times their memory"),
+    "SimVQ, PyTorch": (2**16, "it needs N x K distances"),
+}
+# Lines of the picture, and the shares of unused codes at its ticks; the last one includes zero.
+STYLES = {
+    LLOYD: {"color": "black", "linestyle": "--", "marker": "x", "zorder": 4},
+    "ema": {"color": "#0b5cad", "marker": "o", "linewidth": 3.0},
+    "ema, angle": {"color": "#5fb0e8", "marker": "o"},
+    "simvq": {"color": "#2e8b57", "marker": "D"},
+    "simvq, bridge": {"color": "#8cc63f", "marker": "D"},
+    "vq": {"color": "#c8500a", "marker": "s"},
+    "vq, revival": {"color": "#f5a623", "marker": "s"},
+    "ibq": {"color": "#7b4fb5", "marker": "v"},
+    "VectorQuantize, PyTorch": {"color": "#d62f7a", "linestyle": ":", "marker": "P"},
+    "SimVQ, PyTorch": {"color": "#777777", "linestyle": ":", "marker": "X"},
+}
+UNUSED = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001, 0.0001)
 
 # Maps latents [n, C] to quantized latents [n, C] and indices [n].
 Quantize = Callable[[Array], tuple[Array, Array]]
@@ -86,7 +106,9 @@ def main(arguments: list[str]) -> None:
         for name in args.quantizers:
             if (name, 2**bits) in {(row["quantizer"], row["K"]) for row in rows}:
                 continue
-            if 2**bits > (LARGEST_LLOYD if name == LLOYD else LARGEST_SOFT if name == "ibq" else 2**bits):
+            largest, reason = LARGEST.get(name, (2**bits, ""))
+            if 2**bits > largest:
+                print(f"| {name} | {2**bits} | - | - | - | - | not measured: {reason} |", flush=True)
                 continue
             start = time.perf_counter()
             quantize = fit(name, 2**bits, train, args)
@@ -228,7 +250,7 @@ def lloyd(latents: Float[np.ndarray, "N C"], size: int, iterations: int) -> Floa
     codebook = latents[start]
     for _ in range(iterations):
         codebook = iterate(codebook, latents)
-    return codebook
+    return jax.block_until_ready(codebook)
 
 
 def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val: Float[np.ndarray, "m C"]) -> dict:
@@ -254,25 +276,50 @@ def evaluate(quantize: Quantize, size: int, train: Float[np.ndarray, "n C"], val
 
 
 def write(rows: list[dict[str, Any]], args: argparse.Namespace, output: pathlib.Path) -> None:
-    """Writes all rows as JSON and as a picture: error and use over K."""
-    from matplotlib.figure import Figure
-
+    """Writes all rows as JSON and as a picture."""
     values = {"machine": describe_machine(), "arguments": vars(args), "rows": rows}
     (output / "law.json").write_text(json.dumps(values, indent=2))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axis, key, title in zip(
-        figure.subplots(1, 2), ("error", "use"), ("error / variance, validation", "codes in use, training"), strict=True
-    ):
-        for name in dict.fromkeys(row["quantizer"] for row in rows):
-            own = sorted((row for row in rows if row["quantizer"] == name), key=lambda row: row["K"])
-            style = {"color": "black", "ls": "--"} if name == LLOYD else {"ls": ":"} if name in PYTORCH else {}
-            axis.plot([row["K"] for row in own], [row[key] for row in own], marker="o", ms=4, label=name, **style)
+    plot(rows, output / "law.png")
+
+
+def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Plots error and use over K; a triangle at the edge of the left plot stands for a larger error, given as a number.
+
+    The axis of the use is logarithmic in the share of unused codes: 99 and 99.9 % are as far apart as 90 and 99 %.
+    """
+    from matplotlib.figure import Figure
+
+    sizes = sorted({row["K"] for row in rows})
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    errors, uses = figure.subplots(1, 2)
+    top = 1.2 * float(np.median([row["error"] for row in rows]))
+    for name in [name for name in STYLES if name in {row["quantizer"] for row in rows}]:
+        own = sorted((row for row in rows if row["quantizer"] == name), key=lambda row: row["K"])
+        style = {"label": name, "markersize": 5, "linewidth": 1.8, "clip_on": False, "zorder": 3} | STYLES[name]
+        inside = [row for row in own if row["error"] <= top]
+        errors.plot([row["K"] for row in inside], [row["error"] for row in inside], **style)
+        for row in own:
+            if row["error"] > top:
+                errors.plot(row["K"], top, **style | {"marker": "^", "label": None})
+                errors.annotate(f"{row['error']:.2f}", (row["K"], top), (0, -13), textcoords="offset points",
+                                ha="center", fontsize=8, color=style["color"])  # fmt: skip
+        uses.plot([row["K"] for row in own], [max(1 - row["use"], UNUSED[-1]) for row in own], **style)
+    errors.set_ylim(top=top)
+    errors.set_title("error / variance on validation images", fontsize=10)
+    uses.set_yscale("log")
+    uses.set_ylim(UNUSED[0], UNUSED[-1])
+    uses.set_yticks(UNUSED, [f"{100 - 100 * x:g} %" for x in UNUSED])
+    uses.minorticks_off()
+    uses.set_title("codes in use on training latents", fontsize=10)
+    for axis in (errors, uses):
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("codebook size K")
-        axis.set_title(title, fontsize=10)
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set_xlabel("size of the codebook K")
+        axis.tick_params(labelsize=9)
         axis.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(output / "law.png", dpi=130)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*errors.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _outputs(quantized: Any) -> tuple[Array, Array]:
