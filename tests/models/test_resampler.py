@@ -32,6 +32,16 @@ def test_the_first_positions_cover_the_image(count):
         assert distances.max() < 1.2 * n**-0.5
 
 
+def test_a_square_number_of_positions_is_a_grid():
+    centers = spread(36)
+    np.testing.assert_array_equal(centers[np.lexsort(centers.T[::-1])], cell_centers(6, 6))
+    x, module = random(1, 36, 8), Canvas(BLOCKS, 36)
+    near = module.apply(module.init(jax.random.key(0), x, 6, 6), x, 6, 6)
+    cells = np.lexsort(centers.T[::-1])
+    cosine = jnp.sum(near * x[:, cells], -1) / jnp.linalg.norm(near, axis=-1) / jnp.linalg.norm(x[:, cells], axis=-1)
+    assert cosine.min() > 0.7  # on a grid of the same side, tokens hardly change
+
+
 def test_tokens_start_as_means_of_what_is_near():
     """A ramp over the image keeps its values, and equal tokens stay equal, whatever the density of the positions."""
     source, target = cell_centers(12, 9), spread(20)

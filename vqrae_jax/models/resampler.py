@@ -19,10 +19,24 @@ ABSENT = -1e9  # score of a token that is left out
 
 
 def spread(count: int) -> Float[np.ndarray, "N 2"]:
-    """Returns positions of which every first few cover the image evenly (the R2 sequence, Roberts 2018)."""
+    """Returns positions of which every first few cover the image evenly: the R2 sequence (Roberts 2018).
+
+    A square number of positions are the centers of the cells of a square grid, in the order of their first visits.
+    """
+    side, points = math.isqrt(count), count
+    if side**2 != count:
+        return _r2(count).astype(np.float32)
+    while True:
+        rows, columns = np.floor(side * _r2(points)).astype(int).T
+        visited, first = np.unique(rows * side + columns, return_index=True)
+        if len(visited) == count:
+            return cell_centers(side, side)[visited[np.argsort(first)]]
+        points *= 2
+
+
+def _r2(count: int) -> Float[np.ndarray, "N 2"]:
     ratio = 1.32471795724474602596  # the root of x^3 = x + 1, a golden ratio in two dimensions
-    steps = np.arange(count)[:, None] / np.array([ratio, ratio**2])
-    return ((0.5 + steps) % 1).astype(np.float32)
+    return (0.5 + np.arange(count)[:, None] / np.array([ratio, ratio**2])) % 1
 
 
 def cell_centers(h: int, w: int) -> Float[np.ndarray, "N 2"]:
@@ -63,7 +77,7 @@ class Resampler(nn.Module):
         """Returns a token for each position in `target`, from tokens x at `source` that are `present`."""
         c = self.blocks
         distances = jnp.sum((target[:, None] - source) ** 2, axis=-1)
-        width = self.param("log_width", nn.initializers.constant(math.log(self.spacing / 2)), (1 + c.depth, c.heads))
+        width = self.param("log_width", nn.initializers.constant(math.log(self.spacing / 3)), (1 + c.depth, c.heads))
         scores = -0.5 * distances * jnp.exp(-2 * width)[..., None, None]  # [1 + depth, heads, N, M]
         absent = 0.0 if present is None else jnp.where(present, 0.0, ABSENT)[:, None, None]
         near = jax.nn.softmax(scores[0, None, :1] + absent)[:, 0].astype(x.dtype)
