@@ -40,7 +40,8 @@ def test_step_has_consistent_shapes(name, arguments, one_mesh):
     encoder = "teacher" if "encoder" in config.train.trainable else "encoder"
     metrics, adversary = check_step(task, config.data.image_size), config.adversary
     discriminator = set() if adversary.discriminator == "none" else {"discriminator"}
-    assert set(task.frozen_shapes()) == {"perceptual", encoder} | discriminator
+    quantizer = set() if "quantizer" in config.train.trainable else {"quantizer"}  # with its learned fusion
+    assert set(task.frozen_shapes()) == {"perceptual", encoder} | discriminator | quantizer
     assert "loss/perceptual" in metrics
     assert {"loss/adversarial", "gan/discriminator"} <= metrics or not discriminator
     assert 0 <= adversary.start_steps <= adversary.generator_start_steps < config.train.steps

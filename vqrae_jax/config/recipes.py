@@ -34,16 +34,17 @@ def rae_stage1(c: ml_collections.ConfigDict, epochs: float = 16) -> None:
 def discrete_rae(c: ml_collections.ConfigDict, epochs: float) -> None:
     """Sets networks, data, losses and schedule of the recommended tokenizers for ImageNet; the codebook is theirs.
 
-    The latent is the mean of a shallow, a middle and the last layer of a frozen DINOv2-B with registers. A ViT-XL
-    decoder reconstructs 256 pixels and predicts the encoder's middle and last layer. Losses: L1, LPIPS, feature
-    reconstruction and an adaptive DINO adversary. Their weights and the schedule are those of RAE; crops, flips,
-    clipping, LeCam and the constant rate of the quantizer are not. Overlapping squares of the decoder and shallow
-    layers were measured in small only, see docs/train.md; Muon and the gradient loss, which were as well, are left out:
-    their rates and weights would have to be found again for an adversary.
+    The latent is a learned mean, with weights per token, of a shallow, a middle and the last layer of a frozen DINOv2-B
+    with registers. A ViT-XL decoder reconstructs 256 pixels and predicts the encoder's middle and last layer. Losses:
+    L1, LPIPS, feature reconstruction and an adaptive DINO adversary. Their weights and the schedule are those of RAE;
+    crops, flips, clipping, LeCam and the constant rate of the quantizer are not. Overlapping squares of the decoder,
+    shallow layers and their routed fusion were measured in small only, see docs/train.md; Muon and the gradient loss,
+    which were as well, are left out: their rates and weights would have to be found again for an adversary.
     """
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
     c.model.encoder_params.layers = (2, 6, -1)
+    c.model.encoder_params.fusion = "routed"
     c.model.encoder_input_size = 224
     c.model.decoder_config_path = "ViT-XL"
     c.model.decoder_head = "overlap"
