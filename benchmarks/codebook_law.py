@@ -65,7 +65,7 @@ LLOYD = "Lloyd's k-means"
 LARGEST = {
     LLOYD: (2**16, "each iteration searches all latents"),
     "ibq": (2**14, "it needs N x K probabilities and their gradients"),
-    "VectorQuantize, PyTorch": (2**14, "it needs N x K distances and one-hot assignments, five times their memory"),
+    "VectorQuantize, PyTorch": (2**14, "it needs N x K distances and one-hot assignments"),
     "SimVQ, PyTorch": (2**16, "it needs N x K distances"),
 }
 # Lines of the picture, and the shares of unused codes at its ticks; the last one includes zero.
