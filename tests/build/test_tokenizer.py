@@ -116,6 +116,7 @@ def test_a_decoder_config_that_does_not_fit_is_named(tmp_path):
         build_tokenizer(random_encoder(decoder_config_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_losses_and_gradients_in_float32():
     built = build_tokenizer(random_encoder(dtype="bfloat16", num_embeddings=32))
     names = ("encoder", "quantizer", "decoder")

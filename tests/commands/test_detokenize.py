@@ -25,6 +25,7 @@ def test_a_round_trip_equals_reconstruct_byte_for_byte(trained, photos, numbered
     assert [file.read_bytes() for file in numbered] == [file.read_bytes() for file in expected]
 
 
+@pytest.mark.slow
 def test_an_array_of_codes_and_views(trained, photos, tmp_path):
     indices = np.random.default_rng(0).integers(0, 32, (3, 4, 4)).astype(np.int64)
     np.save(tmp_path / "an array.npy", indices)

@@ -60,6 +60,7 @@ def test_fit_model_equals_the_model_on_images_of_any_size(trained, folder, tmp_p
         assert np.abs(images.read_image(path) - decoded).max() <= 0.5 + 1e-3
 
 
+@pytest.mark.slow
 def test_proportions_are_kept_in_files_and_in_a_picture_of_one_shape(trained, tmp_path, capsys):
     for i, shape in enumerate(((32, 48), (40, 60), (48, 32), (10, 90))):
         images.write_image(tmp_path / f"{i}.png", np.full((*shape, 3), 60 * i, np.uint8))

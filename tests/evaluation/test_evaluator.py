@@ -138,7 +138,8 @@ def test_what_only_training_needs_is_not_read(config, workdir, evaluated):
     assert {"step": 0, **metrics} == pytest.approx(evaluated, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["statistics", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["statistics", "folder"])
 def test_references_are_folders_and_statistics_of_the_command(config, workdir, tmp_path, validation, evaluated, kind):
     """With the validation images as the reference, `fd` equals `rfd`."""
     source = tmp_path / "images"

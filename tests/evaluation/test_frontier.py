@@ -83,6 +83,7 @@ def test_files_have_the_largest_quality_that_fits(pixels, codec):
     assert (bits > 0).any()
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_prefixes_and_do_not_depend_on_batches(tokenizer, pixels, batches):
     result = frontier.measure({"one": tokenizer}, batches(4), NO_NETWORKS)
     points = {point["length"]: point for point in result["points"] if point["name"] == "one"}

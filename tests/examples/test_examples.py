@@ -60,6 +60,7 @@ def test_reading_needs_no_jax(tokenized):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=FOLDER.parent)
 
 
+@pytest.mark.slow
 def test_scripts_start_in_another_folder(tokenized, run_elsewhere, tmp_path):
     """Imports of all examples work as scripts outside the checkout; one of them runs."""
     names = ["invert_an_image"]

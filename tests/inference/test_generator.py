@@ -31,7 +31,8 @@ def test_the_sampler_is_its_method(generator):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["masked", pytest.param("autoregressive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["masked", "autoregressive"])
 def test_values_of_the_sampler_need_no_other_program_and_change_no_sample(generator, family):
     """The samples equal those of a program in which the values are constants."""
     config = generator.config.model_copy(update={"family": family})

@@ -205,7 +205,7 @@ def refit(tokenizer, fit="keep", **options):
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"quantizer": "none"},
+    {}, pytest.param({"quantizer": "none"}, marks=pytest.mark.slow),
     pytest.param({"quantizer": "residual", "decoder_head": "overlap"}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_proportions_are_kept(untrained, fields):
@@ -277,6 +277,7 @@ def test_what_does_not_keep_its_proportions(untrained, tmp_path):
         assert (caught.value.field, caught.value.value) == ("fit", "keep")
 
 
+@pytest.mark.slow
 def test_a_card_and_a_first_codebook_of_rectangles(untrained, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 62, 3), np.uint8)
     refit(untrained()).save_pretrained(tmp_path, images)
@@ -402,6 +403,7 @@ def test_hash_depends_on_codes_and_not_on_the_decoder(tokenizer):
         _ = Tokenizer(tokenizer.module, tokenizer.trained).hash
 
 
+@pytest.mark.slow
 def test_a_learned_fusion_decides_codes_and_is_saved(untrained, images, tmp_path):
     tokenizer = untrained(encoder_params={"layers": (0, -1), "fusion": "routed"})
     trained = jax.device_get(tokenizer.trained)

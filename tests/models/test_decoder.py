@@ -78,6 +78,7 @@ def test_a_widened_head_decodes_the_same_images(decoder, assert_close):
     assert_close(images, jax.jit(module.apply)(variables, latent), 1e-5)
 
 
+@pytest.mark.slow
 def test_features_are_predicted_by_one_layer_or_behind_blocks_with_registers(decoder, assert_close):
     module, variables, channels = decoder
     latent, trees = jax.random.normal(jax.random.key(0), (2, module.grid, module.grid, channels)), {}
@@ -102,7 +103,7 @@ def test_features_are_predicted_by_one_layer_or_behind_blocks_with_registers(dec
     assert trees[2]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_latents_are_decoded_on_their_own_grid(decoder, assert_close, overlap):
     module, variables, channels = decoder
     n, patch, params = module.grid, module.patch, variables["params"]

@@ -135,6 +135,7 @@ def test_likelihoods_of_all_images_sum_to_one(permuted):
     np.testing.assert_allclose(jnp.exp(-nats.sum(1)).sum(), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_classes_modulate_the_blocks_only_after_training():
     config = dataclasses.replace(CONFIGS["masked"], adaln=True, class_token=False)
     model, indices = CodeTransformer(config), jnp.zeros((1, 9), int)
@@ -185,10 +186,8 @@ def test_bfloat16_has_float32_logits_and_invalid_sizes_are_refused(case):
             dataclasses.replace(CONFIGS["masked"], **fields)
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (2, True), (8, False))]
-
-
-@pytest.mark.parametrize(("model_axis", "fsdp"), [(1, True), *SLOW])
+@pytest.mark.slow  # tests/train/test_generator.py has a training step over a mesh
+@pytest.mark.parametrize(("model_axis", "fsdp"), [(1, True), (2, False), (2, True), (8, False)])
 def test_loss_and_gradients_over_a_mesh(case, model_axis, fsdp):
     case, mesh = case("rich"), sharding.make_mesh(model=model_axis)
 

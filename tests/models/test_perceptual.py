@@ -57,6 +57,7 @@ def test_lpips_equals_pytorch_and_is_near_it_in_half_precision(golden, files, as
     np.testing.assert_allclose(distance, recorded["per_image"], rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["random", "siglip"])
 def test_encoder_distances_are_distances_with_gradients(golden, encoder):
     """Those of tokens and of their Gram matrices."""

@@ -74,6 +74,7 @@ def test_absent_tokens_are_as_if_they_were_not_there():
         assert np.abs(masked - module.apply(variables, x, 3, 4)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_nested_training_leaves_out_the_last_tokens():
     quantizer = EMAQuantizer(16, 8, codebook_init="normal")
     z, module = random(64, 2, 3, 8), Resampled(quantizer, BLOCKS, tokens=6, nested=True)

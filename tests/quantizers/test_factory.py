@@ -68,6 +68,7 @@ def test_a_continuous_latent_has_no_indices():
     assert (out.indices, module.has_indices, module.num_embeddings) == (None, False, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params"),
     [

@@ -66,9 +66,9 @@ KINDS = (
     "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "simvq_bridge", "fsq", "lfq",
     "gumbel", "ibq", "residual_dropout", "product", "multiscale",
 )  # fmt: skip
-# The kinds (but two have a diversity term, and two are SimVQ), every quantizer that is in none of them, and a fusion;
-# the others are slow.
-FAST = set(KINDS) - {"ema_diverse", "simvq_bridge"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS} | {"fused_linear"}
+# The kinds (but two have a diversity term, and two are SimVQ) and every quantizer that is in none of them; the others
+# are slow, those with maps in front of them too.
+FAST = set(KINDS) - {"ema_whitened", "ema_diverse", "simvq_bridge"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS}
 
 
 def cases(names):

@@ -22,6 +22,7 @@ SCALES = MultiScale(EMAQuantizer(32, 6), (1, 2, 4))
 RANDOM = EMAQuantizer(32, 6, codebook_init="normal")  # needs no training before it is used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "prefixes"),
     [(LEVELS, (1, 2, 3)), pytest.param(SCALES, (1, 5, 21), marks=pytest.mark.slow)],
@@ -62,6 +63,7 @@ def test_dropout_keeps_one_prefix_per_image(z, train):
     np.testing.assert_array_equal(present, np.arange(3) < depth[..., None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner", [EMAQuantizer, *(pytest.param(q, marks=pytest.mark.slow) for q in (SimVQ, IBQ, GumbelQuantizer))]
 )

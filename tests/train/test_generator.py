@@ -198,6 +198,7 @@ def test_the_bits_of_a_trained_network_reach_the_entropy_of_its_data(
     assert metrics["eval/bits_per_code"] == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_mesh_or_batch(tiny_generator, trained_generator, one_device):
     bits = []
     for devices, size in ((one_device, 4), (jax.devices(), 8)):

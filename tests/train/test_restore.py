@@ -96,6 +96,7 @@ def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, t
     assert loop.evaluate(tiny(), copied, one_device, step=2)["step"] == 2
 
 
+@pytest.mark.slow
 def test_the_last_step_or_a_tokenizer_is_evaluated(copied, tiny, one_device, tmp_path, lookups):
     newest = loop.evaluate(tiny(), copied, one_device)
     assert newest["step"] == 3
