@@ -64,6 +64,7 @@ def test_decoded_patch_is_the_center_of_a_uniform_image(tokenizer):
     np.testing.assert_allclose(patches[1], whole[0, 16:24, 16:24], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_indices_without_positions_are_refused(tokenizer):
     """Before any computation, so all variables are zeros."""
 

@@ -16,6 +16,7 @@ def generator(trained_generator):
     return Generator.load(trained_generator)
 
 
+@pytest.mark.slow
 def test_a_number_is_the_same_sample_in_any_batch_and_on_any_mesh(generator, trained_generator):
     labels = ["cat", 1, 0, "dog", 1]
     codes = generator.sample_codes(labels, seed=3)

@@ -227,6 +227,7 @@ def test_proportions_are_kept(untrained, fields):
     assert not square.has_codes or tokenizer.hash == square.hash
 
 
+@pytest.mark.slow
 def test_codes_of_rectangles_depend_on_neither_batch_nor_mesh(untrained):
     images = np.random.default_rng(0).integers(0, 256, (11, 64, 32, 3), np.uint8)
     tokenizer = refit(untrained())

@@ -53,7 +53,7 @@ def case():
     return functools.cache(Case)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n if n != "rich" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_logits_are_float32_and_no_label_is_the_unconditional_label(case, name):
     case = case(name)
     config, indices = case.config, case.indices

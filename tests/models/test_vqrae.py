@@ -159,7 +159,7 @@ def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
     np.testing.assert_allclose(halves[:, 0], halves[:, 1], rtol=0.2)
 
 
-@pytest.mark.parametrize("neighbors", [0, 2])
+@pytest.mark.parametrize("neighbors", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_share_of_the_codes_is_replaced(golden, neighbors):
     """Up to the largest share, of all images; other latents are those of their codes, and gradients unchanged."""
     module, variables = build(golden, "ema_vq_2d")

@@ -147,6 +147,7 @@ def test_data_start_takes_latents_of_the_first_batch(clusters):
     np.testing.assert_array_equal(after["batch_stats"]["codebook"][out.indices], out.z)
 
 
+@pytest.mark.slow
 def test_fewer_latents_than_embeddings(clusters):
     """Surplus embeddings repeat latents at first; later batches revive them."""
     module, variables = fresh(clusters[0])
@@ -190,6 +191,7 @@ def test_revival_keeps_total_count_and_positions(clusters):
     assert gap.min(1).max() < 3  # no longer at 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_each_latent_revives_at_most_one_embedding(clusters, bad):
     """Otherwise revived embeddings would be equal."""
@@ -207,6 +209,7 @@ def test_each_latent_revives_at_most_one_embedding(clusters, bad):
     np.testing.assert_allclose(shares, shares.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_surplus_initial_embeddings_are_starved(clusters):
     """Initial embeddings without latents have a value and a count, but are dead."""
     points = np.repeat(clusters[0][:16], 8, axis=0)
@@ -264,6 +267,7 @@ def test_a_frozen_codebook_changes_in_the_first_batch_only(clusters, start, asse
     assert_same(train(module, learned, clusters[2])[1], learned)
 
 
+@pytest.mark.slow
 def test_embeddings_have_unit_length_for_cosine(clusters):
     module, variables = fresh(clusters[0], distance="cosine")
     for step in range(4):

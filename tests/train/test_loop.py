@@ -165,6 +165,7 @@ def test_evaluate_returns_the_metrics_of_training(tiny, straight, caplog):
     assert {name: evaluated[name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_inference_gets_the_live_codebook(tiny, straight, one_device):
     """The PyTorch VQRAE saves the codebook that it started with."""
     workdir, _ = straight

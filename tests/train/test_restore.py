@@ -85,6 +85,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(copied, opened, caplog, ass
     assert_same(again, expected)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_an_error_for_evaluation_and_inference(copied, tiny, one_device):
     """Metrics and codes belong to the step that was requested; no other checkpoint replaces it."""
     damage(copied / "checkpoints" / "3" / "model")
@@ -192,7 +193,7 @@ def started(tiny, one_mesh):
     return build
 
 
-@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize("embed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same, lookups):
     """Every variable, with latent statistics that the config does not name; a frozen encoder is in one of two trees."""
     path = folder(embed)
