@@ -61,16 +61,21 @@ def test_a_continuous_autoencoder_gets_a_codebook(continuous, photos, squares, t
 
 
 @pytest.mark.slow
-def test_a_learned_fusion_is_kept(untrained, squares, assert_same):
-    tokenizer = untrained(quantizer="none", encoder_params={"layers": (0, -1), "fusion": "routed"})
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_a_learned_fusion_and_a_resampler_are_kept(untrained, squares, assert_same, tokens):
+    params = {"layers": (0, -1), "fusion": "routed"}
+    tokenizer = untrained(quantizer="none", encoder_params=params, resampler_tokens=tokens)
     trained = jax.device_get(tokenizer.trained)
     trained["params"]["quantizer"]["fusion"]["router"]["bias"] = np.float32([9, -9])
     tokenizer = Tokenizer(build_tokenizer(tokenizer.config).module, trained, tokenizer.config, frozen=True)
     latents = np.concatenate(list(fitting.encode_latents(tokenizer, [squares])))
     fitted, metrics = fitting.fit_codebook(tokenizer, latents, 16)
     assert_same(fitted.trained["params"]["quantizer"]["fusion"], trained["params"]["quantizer"]["fusion"])
-    latents, quantized = tokenizer.encode(squares), fitted.encode(squares)
-    error = np.mean((quantized - latents) ** 2) / np.mean((latents - latents.mean((0, 1, 2))) ** 2)
+    if tokens:
+        queries = [x.trained["params"]["quantizer"]["quantizer"]["queries"] for x in (tokenizer, fitted)]
+        assert_same(*queries)
+    latents, quantized = (x.encode(squares).reshape(-1, x.module.quantizer.channels) for x in (tokenizer, fitted))
+    error = np.mean((quantized - latents) ** 2) / np.mean((latents - latents.mean(0)) ** 2)
     np.testing.assert_allclose(error, metrics["quantization_error"], rtol=1e-3)
     assert error < 0.8
 

@@ -88,5 +88,7 @@ def fit_codebook(
 def _keep_maps(fresh: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """Returns fresh parameters of a quantizer with the learned maps that are in front of it in `trained`."""
     maps = {name: trained[name] for name in ("fusion", "queries") if name in trained}
-    inside = _keep_maps(fresh.get("quantizer", {}), trained.get("quantizer", {}))
-    return fresh | maps | ({"quantizer": inside} if inside else {})
+    inner = trained.get("quantizer")
+    if inner and (inside := _keep_maps(fresh.get("quantizer", {}), inner)):
+        maps["quantizer"] = inside
+    return fresh | maps
