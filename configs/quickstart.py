@@ -1,4 +1,4 @@
-"""A small VQRAE on the photographs that scikit-image and scikit-learn ship: two CPU cores, under three minutes.
+"""A small VQRAE on the photographs that scikit-image and scikit-learn ship: two CPU cores, two to four minutes.
 
 Nothing is downloaded: a small ViT encoder starts from random weights and trains together with the codebook and the
 decoder. The smallest recipe with a pretrained encoder is configs/small.py. Target: 25 dB PSNR on two held-out
