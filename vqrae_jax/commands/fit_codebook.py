@@ -43,7 +43,7 @@ def fit_codebook(args: argparse.Namespace) -> Tokenizer:
     images = min(args.limit or -(-LATENTS * args.codes // positions), len(source))
     fitting.check_count(args.codes, images * positions, images)
     latents = read_latents(tokenizer, source, images, args.seed, args.threads)
-    print(f"k-means of {latents.size // latents.shape[-1]:,} latents of {len(latents):,} images")
+    print(f"k-means of {len(latents) * positions:,} latents of {len(latents):,} images")
     fitted, metrics = fitting.fit_codebook(tokenizer, latents, args.codes, args.depth, args.seed)
     fitted.save_pretrained(output)
     print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()))

@@ -315,12 +315,13 @@ class ModelConfig(Section):
         for name, default in (("resampler_nested", False), ("decoder_grid", 0)):
             if getattr(self, name) != default and not self.resampler_tokens:
                 raise invalid(name, getattr(self, name), f"is for model.resampler_tokens; use {default} without it")
-        grids = {
-            "quantize_before_reshape": (True,), "quantizer": ("multiscale",), "reshape_to_2d": (False,),
-            "pretrained_decoder_path": () if self.pretrained_decoder_path is None else (self.pretrained_decoder_path,),
+        needs_grid = {
+            "quantize_before_reshape": self.quantize_before_reshape, "quantizer": self.quantizer == "multiscale",
+            "pretrained_decoder_path": self.pretrained_decoder_path is not None,
+            "reshape_to_2d": not self.reshape_to_2d,
         }  # fmt: skip
-        for name, refused in grids.items():
-            if self.resampler_tokens and getattr(self, name) in refused:
+        for name, refused in needs_grid.items():
+            if self.resampler_tokens and refused:
                 raise invalid(name, getattr(self, name), "is for a grid of latents; set model.resampler_tokens=0")
         if self.resampler_nested and self.quantizer in ("none", "residual", "product"):
             message = "has not one code per token; set model.resampler_nested=False"

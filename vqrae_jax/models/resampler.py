@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from vqrae_jax.models.vit import Attention, BlocksConfig, Mlp, Tokens, layer_norm, matmul_precision
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray
-from vqrae_jax.quantizers.base import Quantized, Wrapper, flatten
+from vqrae_jax.quantizers.base import Mapped, Quantized, flatten
 
 Positions = Float[AnyArray, "_ 2"]  # row and column in the image, from 0 to 1
 ABSENT = -1e9  # score of a token that is left out
@@ -120,7 +120,7 @@ class Queries(nn.Module):
         return norm(y.astype(jnp.float32))
 
 
-class Resampled(Wrapper):
+class Resampled(Mapped):
     """A grid of latents becomes N tokens by learned queries, in front of a quantizer; indices are [B, N].
 
     Every token has mean 0 and variance 1 over its channels: no loss can shrink them. `nested` trains on the first 1, 2,
@@ -157,12 +157,6 @@ class Resampled(Wrapper):
             return out
         lengths = jax.random.choice(self.make_rng("codes"), jnp.asarray(self.prefixes), (len(z), 1))
         return out.replace(indices=jnp.where(jnp.arange(self.tokens) < lengths, out.indices, -1))
-
-    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
-        return self.quantizer.lookup(indices)
-
-    def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:
-        return self.quantizer.blend(pair, weights)  # indices have no grid
 
 
 class Canvas(nn.Module):

@@ -106,7 +106,7 @@ class VQRAE(nn.Module):
         quantized = self.quantize(encoded, train)
         z = self.replace_codes(quantized, code_noise, code_neighbors) if code_noise else quantized.z
         latent, present = self.normalize(z), None
-        if train and self.decoder.tokens and quantized.indices is not None:
+        if train and self.decoder.tokens and self.quantizer.prefixes:
             present = quantized.indices.reshape(*z.shape[:2], -1)[..., 0] >= 0  # the others are left out
         reconstruction, features = self.decode(latent, with_features=True, present=present)
         return Output(reconstruction, latent, quantized, encoded, features)

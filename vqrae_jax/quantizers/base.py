@@ -113,6 +113,16 @@ class Wrapper(Quantizer):
         return self.quantizer.innermost()
 
 
+class Mapped(Wrapper):
+    """Base class of learned maps in front of a quantizer: indices, and what they blend to, are those inside."""
+
+    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
+        return self.quantizer.lookup(indices)
+
+    def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:
+        return self.quantizer.blend(pair, weights)
+
+
 def change_each(
     quantizers: Sequence[Quantizer], indices: Int[AnyArray, "*b n"], key: Key[Array, ""], neighbors: int
 ) -> Int[Array, "*b n"]:

@@ -5,17 +5,17 @@ from typing import Annotated, Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray
-from vqrae_jax.quantizers.base import Quantized, Wrapper, flatten
+from vqrae_jax.quantizers.base import Mapped, Quantized, flatten
 
 Method = Literal["linear", "routed"]
 LEARNED: tuple[str, ...] = get_args(Method)
 
 
-class Fused(Wrapper):
+class Fused(Mapped):
     """Layers x_1 ... x_L of an encoder become one latent by a learned combination, which starts as their mean.
 
     linear: z = norm(sum_l W_l x_l), where W_l is I / L at first. routed: z = norm(sum_l p_l x_l), where p is the
@@ -40,12 +40,6 @@ class Fused(Wrapper):
         # NaN bypasses the fusion: inside, it would reach the gradient of its kernels.
         latents = jnp.where(finite[:, None], self.fusion(flat), jnp.nan)
         return self.quantizer(latents.reshape(*z.shape[:-1], -1), train)
-
-    def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*d C"]:
-        return self.quantizer.lookup(indices)
-
-    def blend(self, pair: Int[AnyArray, " 2 *b"], weights: Float[AnyArray, " steps"]) -> Int[Array, " steps *b"]:
-        return self.quantizer.blend(pair, weights)  # indices have no layers
 
 
 class Fusion(nn.Module):
