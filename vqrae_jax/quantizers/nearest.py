@@ -24,10 +24,11 @@ Method = Block | Screen | Literal["float32"]
 
 # On a CPU the scores of a block (4 MiB) must stay in the cache between the product and the two passes that reduce them;
 # on a GPU blocks only bound the memory (256 MiB). XLA for TPU fuses the reduction of scores into their products.
-CPU_BLOCK = Block(1024, 1024)
+CPU_BLOCK = Block(512, 2048)
 DEFAULT_BLOCK = Block(16_384, 4096)
 GPU_SCREEN = Screen(*DEFAULT_BLOCK)
 TPU_SCREEN = Screen(None, None)
+FOLDS = 16  # with eight, XLA for CPU subtracts again in every comparison, and the search takes three times as long
 
 
 def nearest(z: Rows, codebook: Codebook, distance: Distance = "l2", block: Method | None = None) -> Indices:
@@ -128,29 +129,38 @@ def _search_blocks(z: Rows, codebook: Codebook, offsets: PerEmbedding, block: Bl
 def _search_lanes(
     x: Float[AnyArray, "R C"], lanes: Float[AnyArray, "L S C"], offsets: Float[AnyArray, "L S"], width: int, size: int
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
-    """Finds the best embedding of every lane, block by block, then the best of the lanes."""
+    """Keeps the best embedding of every lane and column, block by block, and compares columns and lanes at the end."""
     count, length = offsets.shape
+    folds = FOLDS if width % FOLDS == 0 else 1
+    columns = width // folds
 
     def visit(best, i):
         part = jax.lax.dynamic_slice_in_dim(lanes, i * width, width, axis=1)
         offset = jax.lax.dynamic_slice_in_dim(offsets, i * width, width, axis=1)
         scores = _scores(x, part.reshape(count * width, -1), offset.reshape(-1)).reshape(len(x), count, width)
-        score, index = _first_minimum(scores)
+        score, fold = _first_minimum(jnp.split(scores, folds, axis=-1))
         better = score < best[0]
-        return (jnp.where(better, score, best[0]), jnp.where(better, i * width + index, best[1])), None
+        return (jnp.where(better, score, best[0]), jnp.where(better, i * folds + fold, best[1])), None
 
-    initial = (jnp.full((len(x), count), jnp.inf), jnp.zeros((len(x), count), jnp.int32))
-    (score, index), _ = jax.lax.scan(visit, initial, jnp.arange(length // width, dtype=jnp.int32))
-    index += jnp.arange(count, dtype=jnp.int32) * (size // count)
-    best = jnp.min(score, axis=1, keepdims=True)
-    return jnp.min(jnp.where(score == best, index, size - 1), axis=1), best[:, 0]
+    shape = len(x), count, columns
+    initial = (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))
+    (score, fold), _ = jax.lax.scan(visit, initial, jnp.arange(length // width, dtype=jnp.int32))
+    lane, column = jnp.arange(count, dtype=jnp.int32)[:, None], jnp.arange(columns, dtype=jnp.int32)
+    index = lane * (size // count) + fold * columns + column
+    best = jnp.min(score, axis=(1, 2), keepdims=True)
+    return jnp.min(jnp.where(score == best, index, size - 1), axis=(1, 2)), best[:, 0, 0]
 
 
-def _first_minimum(scores: Float[AnyArray, "*b S"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
-    """Returns the minimum and its lowest index, in two passes: XLA for CPU does not vectorize the arg-min."""
-    score = jnp.min(scores, axis=-1)
-    positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    return score, jnp.min(jnp.where(scores == score[..., None], positions, len(positions) - 1), axis=-1)
+def _first_minimum(parts: list[Float[Array, "*b S"]]) -> tuple[Float[Array, "*b S"], Int[Array, "*b S"]]:
+    """Returns the smallest of some arrays, element by element, and the number of the first array that has it.
+
+    XLA for CPU vectorizes comparisons of arrays, but neither an arg-min nor a minimum along the last axis.
+    """
+    score = functools.reduce(jnp.minimum, parts)
+    number = jnp.full(score.shape, len(parts) - 1, jnp.int32)
+    for i in reversed(range(len(parts) - 1)):
+        number = jnp.where(parts[i] == score, i, number)
+    return score, number
 
 
 def _scores(z: Rows, codebook: Codebook, offsets: PerEmbedding) -> Float[Array, "N K"]:
