@@ -1,6 +1,7 @@
 """Runs every command of the README, of the pages in docs/ and of docstrings at a small scale, in one prepared folder.
 
-One command of each program runs in the process of the tests; with `-m slow` all do, and in a process of their own each.
+Those of the README that train nothing run in the process of the tests; with `-m slow` all do, and in a process of
+their own each.
 
 Hub ids of encoders are folders with tiny encoders, /data is a folder of a few images, and `shrink` replaces full-size
 settings. A command that reads the output of another documented command runs after it.
@@ -119,9 +120,8 @@ def is_heavy(command):
     return (heavy and not small) or any(map(is_heavy, prerequisites(command)))
 
 
-LIGHT = {  # program -> its last command that is not heavy; all others are slow
-    split(command)[0]: command for command in COMMANDS if not reason_not_run(command) and not is_heavy(command)
-}
+README = PAGES[0].read_text(encoding="utf-8")
+LIGHT = {c for c in COMMANDS if c in README and not reason_not_run(c) and not is_heavy(c)}  # all others are slow
 
 
 def shrink(module, arguments, golden):
@@ -254,7 +254,7 @@ def run_main(arguments, parsed_flags):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if command not in LIGHT.values() else [])
+        pytest.param(command, marks=[pytest.mark.slow] if command not in LIGHT else [])
         for command in COMMANDS
         if not reason_not_run(command)
     ],

@@ -143,6 +143,7 @@ def test_bfloat16_keeps_parameters_losses_and_gradients_in_float32():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_a_linear_decoder_starts_one_that_overlaps(golden):
     folder = golden / "vqrae"
     settings = {

@@ -30,6 +30,7 @@ def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
     assert set(charts) == {"use", "map", "patches", "positions"}
 
 
+@pytest.mark.slow
 def test_a_continuous_autoencoder_has_no_report(untrained, pixels):
     with pytest.raises(ConfigError) as error:
         codebook.analyze(untrained(quantizer="none"), pixels)

@@ -68,6 +68,7 @@ def test_invalid_ports_and_a_missing_gradio_are_errors(monkeypatch, editor, tmp_
         demo.build_blocks(editor, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_an_error(monkeypatch, editor, trained):
     pytest.importorskip("gradio", reason="the page needs the demo extra")
     monkeypatch.setattr(demo.runtime, "set_environment", lambda **_: None)

@@ -30,6 +30,7 @@ def test_a_run_and_the_folder_saved_from_it_have_the_same_description(trained, t
     assert "config.train.steps" in output
 
 
+@pytest.mark.slow
 def test_a_generator_is_described_too(trained_generator, tmp_path):
     run_ = run(trained_generator)
     saved = run(Generator.load(trained_generator).save_pretrained(tmp_path / "saved"))

@@ -49,6 +49,7 @@ def test_a_folder_into_one_image_and_into_many(trained, folder, tmp_path, capsys
     assert images.read_image(written[0]).shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_fit_model_equals_the_model_on_images_of_any_size(trained, folder, tmp_path):
     """The script of the PyTorch VQRAE passes the file to the model as it is."""
     written = run(trained, "--image", folder / "[ac].*", "--output", tmp_path / "many", "--only", "--fit=model")
@@ -115,6 +116,7 @@ def test_invalid_arguments(trained, folder, tmp_path, monkeypatch):
         assert error.value.field == field
 
 
+@pytest.mark.slow
 def test_a_continuous_autoencoder_reconstructs(untrained, folder, tmp_path):
     checkpoint = untrained(quantizer="none").save_pretrained(tmp_path / "rae", np.zeros((1, 32, 32, 3), np.uint8))
     written = run(checkpoint, "--image", folder / "a.png", "--output", tmp_path / "out.png")

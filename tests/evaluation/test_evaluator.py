@@ -108,6 +108,7 @@ def test_metrics_do_not_depend_on_mesh_and_batch_and_are_written_with_the_protoc
     assert report.describe_metric("eval/bits_per_image") != report.describe_metric("eval/entropy_bits_per_image")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, workdir, tmp_path, monkeypatch):
     """A run that trains at the same time keeps only its last checkpoints."""
     copy, evaluate = tmp_path / "run", Evaluator.evaluate
@@ -126,6 +127,7 @@ def test_the_checkpoint_may_be_deleted_while_ten_images_are_evaluated(config, wo
     assert protocol["checkpoint"] == str(copy / "checkpoints" / "0")
 
 
+@pytest.mark.slow
 def test_what_only_training_needs_is_not_read(config, workdir, evaluated):
     """Neither the networks of the loss nor the state of optimizer and discriminator."""
     settings = config()

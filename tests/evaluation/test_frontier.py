@@ -115,6 +115,7 @@ def test_an_image_has_no_distance_to_itself(tokenizer, pixels):
     assert (others["feature_distance"][[0, 2]] > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_an_error(tokenizer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     data = DataConfig(source="folder", eval_path=str(tmp_path), image_size=32, eval_batch_size=4)

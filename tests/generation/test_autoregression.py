@@ -131,6 +131,7 @@ def network():
     return variables, run
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_batch_and_mesh(network):
     variables, run = network
     inputs = jnp.arange(8), jnp.arange(8) % 2, jnp.full((8, 8), 4)

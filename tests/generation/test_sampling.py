@@ -55,6 +55,7 @@ def test_indices_of_one_step_are_independent():
     assert abs(np.mean(samples[..., 0] == samples[..., 1]) - 1 / 4) < 0.02
 
 
+@pytest.mark.slow
 def test_remasking_corrects_what_one_step_breaks():
     """The first of four steps reveals three positions of one of two checkerboards, which rarely belong to one."""
     joint = sampler_error.checkerboard()
@@ -172,6 +173,7 @@ def test_guidance_of_scale_0_is_the_conditional_distribution():
     assert np.array_equal(*samples)
 
 
+@pytest.mark.slow
 def test_digits_of_codes_are_sampled_independently():
     """The logits of three and of two digits are those of six codes; the most probable code is also revealed first."""
     parts = [jnp.asarray([0.0, 1.0, -1.0]), jnp.asarray([0.0, 0.5])]

@@ -23,7 +23,7 @@ def test_paste_cuts_at_the_edge():
 
 @pytest.mark.parametrize("fields", [
     {}, pytest.param({"quantizer": "residual"}, marks=pytest.mark.slow),
-    {"quantize_before_reshape": True, "quantizer_params": {"codebook_dim": 4}},
+    pytest.param({"quantize_before_reshape": True, "quantizer_params": {"codebook_dim": 4}}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_blend_begins_and_ends_with_its_images(untrained, fields):
     tokenizer = untrained(**fields)

@@ -210,6 +210,7 @@ def test_pytorch_checkpoint_round_trip_is_exact(golden, changes, assert_same):
     assert_same(back, variables)
 
 
+@pytest.mark.slow
 def test_simvq_has_an_identity_as_input_projection_in_pytorch(golden):
     config, module, variables = pretrained(golden, quantizer="simvq")
     checkpoint = pytorch_checkpoint.build_checkpoint(config, variables)
@@ -314,6 +315,7 @@ def test_missing_programs_are_named(tmp_path, monkeypatch):
             exported.load_programs("~/programs", portable)
 
 
+@pytest.mark.slow
 def test_programs_of_a_continuous_autoencoder(golden, assert_close):
     _, module, variables = pretrained(golden, quantizer="none")
     programs, weights = stablehlo.export_programs(module, variables)

@@ -81,6 +81,7 @@ def test_likelihoods_prefer_the_class_of_the_codes(generator, code_folders):
     assert right.mean() > wrong.mean() - 1.0  # four steps of training decide little
 
 
+@pytest.mark.slow
 def test_a_history_ends_with_the_sample(generator):
     history = generator.history(["dog", "cat", None], seed=5, steps=4)
     assert history.shape == (4, 3, 4, 4)

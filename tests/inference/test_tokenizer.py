@@ -100,6 +100,7 @@ def test_few_sizes_are_compiled(trained, images, compilations):
     assert [key[1][0] for key in compilations] == [4, 4, 64]
 
 
+@pytest.mark.slow
 def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
     tokenizer = Tokenizer.load(trained)
     many = np.concatenate([tokenizer.encode_to_indices(images)] * 22)
@@ -204,10 +205,10 @@ def refit(tokenizer, fit="keep", **options):
     return Tokenizer(module, tokenizer.trained, tokenizer.config, fit=fit, **options)
 
 
-@pytest.mark.parametrize("fields", [
-    {}, pytest.param({"quantizer": "none"}, marks=pytest.mark.slow),
-    pytest.param({"quantizer": "residual", "decoder_head": "overlap"}, marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{}, {"quantizer": "none"}, {"quantizer": "residual", "decoder_head": "overlap"}], ids=str
+)
 def test_proportions_are_kept(untrained, fields):
     square, images = untrained(**fields), np.random.default_rng(3).integers(0, 256, (2, 40, 62, 3), np.uint8)
     tokenizer, same = refit(square), np.testing.assert_array_equal
@@ -252,6 +253,7 @@ def test_sides_are_multiples_of_cells(cell, shape, expected):
     np.testing.assert_allclose(fitted, 0.25, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_keep_its_proportions(untrained, tmp_path):
     tokenizer = refit(untrained())
     images = [np.zeros((*shape, 3), np.uint8) for shape in ((32, 48), (64, 96), (32, 40))]

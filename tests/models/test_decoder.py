@@ -103,7 +103,8 @@ def test_features_are_predicted_by_one_layer_or_behind_blocks_with_registers(dec
     assert trees[2]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2
 
 
-@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
 def test_latents_are_decoded_on_their_own_grid(decoder, assert_close, overlap):
     module, variables, channels = decoder
     n, patch, params = module.grid, module.patch, variables["params"]

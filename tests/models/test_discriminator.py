@@ -135,7 +135,8 @@ def test_power_iteration_converges_to_the_largest_singular_value():
     np.testing.assert_array_equal(module.apply(variables, x), module.apply(variables, x))  # eval changes nothing
 
 
-@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
 def test_patchgan_judges_images_independently_and_its_initialization_does_not_iterate(norm):
     module = PatchDiscriminator(4, 2, norm)
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))

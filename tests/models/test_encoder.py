@@ -103,7 +103,9 @@ def test_position_grid_is_resampled_once(golden, assert_close, case):
         assert (table.dtype, table.shape[1]) == (np.float32, frozen.vit.grid**2 + int(frozen.vit.cls))
 
 
-@pytest.mark.parametrize(("case", "shape"), [("dinov2_with_registers", (56, 84)), ("dinov3", (64, 96))])
+@pytest.mark.parametrize(
+    ("case", "shape"), [("dinov2_with_registers", (56, 84)), pytest.param("dinov3", (64, 96), marks=pytest.mark.slow)]
+)
 def test_proportions_are_kept_as_pytorch_encodes_rectangles(golden, assert_close, case, shape):
     folder = golden / "encoders" / case
     encoder, weights, _ = load(folder)

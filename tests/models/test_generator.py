@@ -53,7 +53,7 @@ def case():
     return functools.cache(Case)
 
 
-@pytest.mark.parametrize("name", [n if n != "rich" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
+@pytest.mark.parametrize("name", [n if n == "factors" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_logits_are_float32_and_no_label_is_the_unconditional_label(case, name):
     case = case(name)
     config, indices = case.config, case.indices
@@ -71,7 +71,7 @@ def test_a_hidden_index_differs_from_every_other(case):
     assert min(np.abs(a - b).max() for a, b in zip(logits, logits[1:] + logits[:1], strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["rich", "factors"])
+@pytest.mark.parametrize("name", [pytest.param("rich", marks=pytest.mark.slow), "factors"])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_a_code_changes_only_the_logits_of_later_codes(case, name, permuted):
     case = case(name)
@@ -106,7 +106,7 @@ def test_the_cache_gives_the_logits_of_the_full_pass(case, name):
     np.testing.assert_allclose(run(case.variables, case.indices, case.label), case.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["codebook", "rich"])
+@pytest.mark.parametrize("name", ["codebook", pytest.param("rich", marks=pytest.mark.slow)])
 def test_cross_entropy_is_that_of_the_logits(case, name):
     case = case(name)
     targets = jax.random.randint(jax.random.key(4), case.indices.shape, 0, K)
@@ -115,6 +115,7 @@ def test_cross_entropy_is_that_of_the_logits(case, name):
     np.testing.assert_array_equal(correct, case.logits.argmax(-1) == targets)
 
 
+@pytest.mark.slow
 def test_probabilities_of_a_factorized_head_sum_to_one(case):
     case = case("factors")
     all_codes = jnp.broadcast_to(jnp.arange(K)[:, None], (K, case.config.length))
@@ -151,6 +152,7 @@ def test_classes_modulate_the_blocks_only_after_training():
     assert np.ptp([apply(variables, indices, label) for label in labels], axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_needs_its_stream_of_random_numbers(case):
     case = case("masked")
     blocks = dataclasses.replace(BLOCKS, dropout=0.5)

@@ -32,6 +32,7 @@ def test_the_first_positions_cover_the_image(count):
         assert distances.max() < 1.2 * n**-0.5
 
 
+@pytest.mark.slow
 def test_a_square_number_of_positions_is_a_grid():
     centers = spread(36)
     np.testing.assert_array_equal(centers[np.lexsort(centers.T[::-1])], cell_centers(6, 6))
@@ -55,6 +56,7 @@ def test_tokens_start_as_means_of_what_is_near():
     np.testing.assert_allclose(constant, 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_depend_on_the_place_of_their_sources_and_not_on_their_order():
     x, source, target, order = random(2, 12, 8), cell_centers(3, 4), spread(5), np.random.default_rng(1).permutation(12)
     module = Resampler(BLOCKS, 0.4)

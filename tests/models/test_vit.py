@@ -26,7 +26,11 @@ def compile_gradient(depth, dtype, remat):
 
 @pytest.mark.parametrize(
     ("dtype", "remat", "products"),
-    [("float32", False, 6 * D + HEADS * N + MLP), ("bfloat16", False, 5 * D + MLP), ("float32", True, 0)],
+    [
+        pytest.param("float32", False, 6 * D + HEADS * N + MLP, marks=pytest.mark.slow),
+        ("bfloat16", False, 5 * D + MLP),
+        pytest.param("float32", True, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_keeps_the_products_of_matrices_alone(dtype, remat, products):
     sizes = [compile_gradient(depth, dtype, remat).memory_analysis().temp_size_in_bytes for depth in (8, 16)]
@@ -35,6 +39,7 @@ def test_gradient_keeps_the_products_of_matrices_alone(dtype, remat, products):
     assert sizes[1] - sizes[0] <= 8 * (tokens * (products + D) + 1.2 * parameters)
 
 
+@pytest.mark.slow
 def test_gradients_with_and_without_recomputation_are_equal():
     module = Blocks(BlocksConfig(D, 3, HEADS, MLP))
     x = jax.random.normal(jax.random.key(0), (B, N, D))

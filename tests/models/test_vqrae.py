@@ -90,7 +90,7 @@ def test_tokenizer_equals_pytorch(golden, assert_close, case, image):
         assert_close(decoded, io["recon_main"], tolerance)
 
 
-@pytest.mark.parametrize("image", ["main", "other", pytest.param("native", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("image", ["main", *(pytest.param(n, marks=pytest.mark.slow) for n in ("native", "other"))])
 def test_continuous_autoencoder_equals_pytorch(golden, assert_close, image):
     module, variables = build(golden, "rae")
     io = load_io(golden, "rae")
@@ -145,6 +145,7 @@ def test_tokens_instead_of_a_grid(golden, assert_close):
     assert_close(call(flat, variables, "decode", tokens), call(module, variables, "decode", latent), 1e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
     images = load_io(golden, "ema_vq_2d")["images_main"]
     module, variables = build(golden, "ema_vq_2d", noise_tau=0.8)
@@ -159,7 +160,8 @@ def test_noise_is_for_training_and_has_one_sigma_per_image(golden):
     np.testing.assert_allclose(halves[:, 0], halves[:, 1], rtol=0.2)
 
 
-@pytest.mark.parametrize("neighbors", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("neighbors", [0, 2])
 def test_a_share_of_the_codes_is_replaced(golden, neighbors):
     """Up to the largest share, of all images; other latents are those of their codes, and gradients unchanged."""
     module, variables = build(golden, "ema_vq_2d")

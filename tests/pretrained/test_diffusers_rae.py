@@ -41,7 +41,7 @@ def write(golden, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in CASES[1:])])
 def test_latents_and_reconstructions_equal_diffusers(write, assert_close, case):
     folder, latent, sample = write(case)
     tokenizer = Tokenizer.load(folder, fit="model")

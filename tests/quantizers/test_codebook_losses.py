@@ -48,6 +48,7 @@ def test_memory_of_diversity_does_not_grow_with_the_product():
     assert memory.temp_size_in_bytes < 64 * 2**20
 
 
+@pytest.mark.slow
 def test_diversity_trains_the_projection_before_an_ema_codebook():
     z = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
 

@@ -175,6 +175,7 @@ def test_a_random_codebook_does_not_collapse_and_revival_increases_its_use(clust
     assert use(0.0, 8)[0] > 16  # the PyTorch VQRAE ends with two embeddings (its golden run uses 28, 2, 2, 1, 1)
 
 
+@pytest.mark.slow
 def test_revival_keeps_total_count_and_positions(clusters):
     """Embeddings in use give half of their count to a revived one and do not move."""
     module, variables = fresh(clusters[0], codebook_init="normal", vq_decay=0.99, decay_warmup=False)
@@ -224,7 +225,7 @@ def test_surplus_initial_embeddings_are_starved(clusters):
     assert out.metrics["revived"] == 4  # of 64, at once
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_nonfinite_latents_are_reported_and_ignored(clusters, first):
     module, variables = fresh(clusters[0])
     if not first:
@@ -252,7 +253,8 @@ def test_a_batch_without_a_finite_latent_changes_no_state(clusters, assert_same)
     assert_same(after, before)
 
 
-@pytest.mark.parametrize("start", ["kmeans", *(pytest.param(s, marks=pytest.mark.slow) for s in ("data", "normal"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["kmeans", "data", "normal"])
 def test_a_frozen_codebook_changes_in_the_first_batch_only(clusters, start, assert_same):
     module, variables = fresh(clusters[0], frozen=True, codebook_init=start)
     _, skipped = train(module, variables, np.full_like(clusters[0], np.nan))
@@ -278,6 +280,7 @@ def test_embeddings_have_unit_length_for_cosine(clusters):
     assert float(scaled.metrics["quantization_error"]) < 0.05
 
 
+@pytest.mark.slow
 def test_eight_devices_update_the_codebook_as_one_device(clusters, mesh):
     """Initialization, updates and revival, with the codebook split over "model"."""
     module, alone = fresh(clusters[0], revival_threshold=0.5)

@@ -66,9 +66,7 @@ KINDS = (
     "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "simvq_bridge", "fsq", "lfq",
     "gumbel", "ibq", "residual_dropout", "product", "multiscale",
 )  # fmt: skip
-# The kinds (but two have a diversity term, and two are SimVQ) and every quantizer that is in none of them; the others
-# are slow, those with maps in front of them too.
-FAST = set(KINDS) - {"ema_whitened", "ema_diverse", "simvq_bridge"} | set(QUANTIZERS) - {CASES[n][0] for n in KINDS}
+FAST = ("ema", "simvq_diverse", "fsq", "product")  # a buffer, a learned codebook, no codebook, parts; others are slow
 
 
 def cases(names):
@@ -153,7 +151,7 @@ def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
         np.testing.assert_array_equal(first[1], distances.argmin(1)[first[0]])
 
 
-@pytest.mark.parametrize("name", ["ema_angle", "vq_angle"])
+@pytest.mark.parametrize("name", ["ema_angle", pytest.param("vq_angle", marks=pytest.mark.slow)])
 def test_angles_choose_embeddings_that_keep_their_length(name):
     """Lengths of latents change no index, and the codebook has lengths of its own."""
     lengths = np.random.default_rng(1).uniform(0.1, 10, (8, GRID, GRID, 1)).astype(np.float32)
@@ -251,7 +249,7 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("ema", "simvq_diverse", "ibq", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
+    [n if n in ("ema", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
 )
 def test_eight_devices_give_the_results_of_one(name, mesh):
     """4x2 mesh, with every codebook split over "model"."""

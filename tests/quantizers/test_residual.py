@@ -75,6 +75,7 @@ def test_initial_embeddings_of_scales_differ(z, inner, train):
     assert len(np.unique(embeddings.round(4), axis=0)) == 16
 
 
+@pytest.mark.slow
 def test_the_gradient_of_levels_and_scales_is_one_straight_through(z):
     module = Residual(FSQ((5,) * 6, 6, adapter="none"), 3)
     gradient = jax.jit(jax.grad(lambda z: module.apply({}, z).z.sum()))(z)
@@ -86,6 +87,7 @@ def test_the_gradient_of_levels_and_scales_is_one_straight_through(z):
     np.testing.assert_array_equal(gradient, cotangent)
 
 
+@pytest.mark.slow
 def test_projections_of_scales_receive_the_mean_of_their_gradients(z):
     module = MultiScale(Projected(EMAQuantizer(32, 3), 6), (1, 2, 4))
     variables = jax.jit(module.init)(jax.random.key(0), z)

@@ -30,7 +30,9 @@ def load(golden, case):
     return arrays, module, jax.tree.map(jnp.asarray, {"params": params, "batch_stats": state})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [n if n in ("simvq", "simvq_euclid_nozproj") else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_outputs_and_gradients_equal_pytorch(golden, assert_close, case):
     arrays, module, variables = load(golden, case)
     out = jax.jit(module.apply)(variables, arrays["z"])

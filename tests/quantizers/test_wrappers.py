@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 from vqrae_jax.quantizers.ema import EMAQuantizer
 from vqrae_jax.quantizers.wrappers import Whitened, fitted_state
@@ -22,6 +23,7 @@ def test_latents_are_quantized_in_their_leading_axes_at_variance_one(train):
     assert np.all(errors.mean(0) < 0.2 * np.asarray([100, 0.01]))
 
 
+@pytest.mark.slow
 def test_training_does_not_change_two_of_four_axes_that_were_set():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(5, 4)))[0].astype(np.float32)

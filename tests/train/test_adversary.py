@@ -89,6 +89,7 @@ def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     assert set(frozen) <= {"teacher", "perceptual", "discriminator"}
 
 
+@pytest.mark.slow
 def test_the_discriminator_trains_only_itself(whole):
     """Its loss has no gradient for the reconstructions, and its parameters are not the tokenizer's."""
     task, _, state, _, frozen = whole
@@ -105,6 +106,7 @@ def test_the_discriminator_trains_only_itself(whole):
     assert not set(state.adversary["params"]) & set(state.params)
 
 
+@pytest.mark.slow
 def test_consistency_is_of_images_under_two_augmentations(whole, monkeypatch):
     """It is 0 without augmentations, and the other terms, and the power iterations, are those of one of the two."""
     task, _, state, _, frozen = whole
@@ -125,6 +127,7 @@ def test_consistency_is_of_images_under_two_augmentations(whole, monkeypatch):
     assert terms(2.0)[1][1]["gan/consistency"] == 0
 
 
+@pytest.mark.slow
 def test_the_discriminator_compares_8_bit_images(whole):
     """A change below half a level, or beyond black and white, is not visible to it; the generator's loss is smooth."""
     task, _, state, _, frozen = whole

@@ -47,7 +47,8 @@ def train(build, family, mesh=(), **fields):
 FSDP = (("data", 4), ("model", 2), ("fsdp", True), ("fsdp_min_size", 1))
 
 
-@pytest.mark.parametrize("family", ["masked", pytest.param("autoregressive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["masked", "autoregressive"])
 def test_eight_devices_equal_one(tiny_generator, family):
     one, eight = (train(tiny_generator, family, mesh) for mesh in ((), FSDP))
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
@@ -77,6 +78,7 @@ def test_the_checkpoint_has_what_its_codes_are(trained_generator, code_folders):
     assert {name: config[name] for name in SHAPE} == {**SHAPE, "grids": [[4, 4]]}
 
 
+@pytest.mark.slow
 def test_images_train_by_the_codes_of_the_frozen_tokenizer(tiny_generator, trained, tmp_path, one_device):
     """The step learns the codes that the tokenizer gives the images of its batch."""
     from vqrae_jax import Tokenizer
@@ -166,6 +168,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_compiles(tiny_gen
     assert error.value.field == field
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_model_is_refused_without_advice_to_start_from_it(
     tiny, tiny_generator, trained, trained_generator, tmp_path
 ):

@@ -156,6 +156,7 @@ def test_a_finished_run_only_evaluates(tiny, straight, one_device, caplog):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_evaluate_returns_the_metrics_of_training(tiny, straight, caplog):
     workdir, metrics = straight
     with caplog.at_level("INFO", "vqrae_jax"):
@@ -176,7 +177,8 @@ def test_inference_gets_the_live_codebook(tiny, straight, one_device):
     assert np.abs(np.asarray(loaded) - initial).max() > 0.1
 
 
-@pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 4, "model": 2}])
 def test_checkpoints_move_between_meshes(tiny, tmp_path, one_device, assert_same, mesh):
     """With the discriminator: its parameters, moments, power iteration and moving averages."""
     fsdp = {"data": 8, "fsdp": True, "fsdp_min_size": 1}

@@ -167,6 +167,7 @@ def test_another_version_of_a_package_is_named(monkeypatch):
         distributed.check_equal({})
 
 
+@pytest.mark.slow
 def test_a_missing_coordinator_is_an_error(config, tmp_path):
     child = spawn(config, tmp_path, arguments=["--start_timeout=2"])
     child[0].kill()

@@ -193,7 +193,8 @@ def started(tiny, one_mesh):
     return build
 
 
-@pytest.mark.parametrize("embed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("embed", [True, False])
 def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same, lookups):
     """Every variable, with latent statistics that the config does not name; a frozen encoder is in one of two trees."""
     path = folder(embed)

@@ -109,7 +109,9 @@ def test_a_learned_fusion_trains_as_a_part_of_the_quantizer(tiny, one_mesh):
     assert error.value.field == "train.trainable"
 
 
-@pytest.mark.parametrize("quantizer", [pytest.param("ema", marks=pytest.mark.slow), "gumbel", "multiscale"])
+@pytest.mark.parametrize(
+    "quantizer", ["gumbel", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ema", "multiscale"))]
+)
 def test_the_state_of_a_quantizer_that_does_not_train_passes_unchanged(tiny, quantizer, one_mesh):
     """Means, annealed temperatures and whitening are inputs of the step that it returns as they are."""
     model = {"quantizer": quantizer, "quantizer_params": {"whitening_dim": 8, "grids": (2, 4)}}
@@ -206,6 +208,7 @@ def test_every_quantizer_fits_the_task(tiny, quantizer, one_mesh):
     jax.eval_shape(task._jit_samples, state.inference(), {}, image)
 
 
+@pytest.mark.slow
 def test_padding_does_not_count(tiny, one_mesh):
     task = TokenizerTask.build(tiny(), one_mesh)
     state, frozen = task.init(), task.frozen()
