@@ -103,7 +103,7 @@ def tiny_config(**sections):
         },
         "data": {"source": "photographs", "image_size": 32, "scale": (2, 8), "batch_size": 8,
                  "eval_batch_size": 64},
-        "optimizer": {"warmup_steps": 2, "clip_norm": 1.0, "decay_end_steps": 6},
+        "optimizer": {"warmup_steps": 2, "clip_norm": 1.0},
         "train": {"steps": 6, "log_every": 2, "evaluate_every": 6, "checkpoint_every": 3,
                   "trainable": ("encoder", "quantizer", "decoder")},
     }  # fmt: skip

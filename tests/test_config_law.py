@@ -899,9 +899,7 @@ def test_every_field_has_an_entry():
     assert all_settings().keys() == SETTINGS.keys() == set().union(*map(read_by, QUANTIZERS))
 
 
-# A field has one fast case, but of those whose observation traces the model or the step, one field each.
-SEEN = {LAW[name].observe: name for name in reversed(LAW)}
-FAST = {name for name in LAW if " " not in name and LAW[name].observe not in (model, blocks, step)} | set(SEEN.values())
+FAST = {LAW[name].observe: name for name in reversed(LAW)}.values()  # one field of each observation; others are slow
 
 
 @pytest.mark.parametrize("path", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAW])
@@ -919,12 +917,12 @@ def test_the_step_is_the_same_program_whatever_else_a_run_does():
 
 
 READ = [(name, path) for name in QUANTIZERS for path in sorted(read_by(name))]
-FIRST = {path: (name, path) for name, path in reversed(READ)}  # the other quantizers are run with `-m slow`
+FIRST = {name: (name, path) for name, path in reversed(READ)}.values()  # one of each quantizer; others are slow
 
 
 @pytest.mark.parametrize(
     ("quantizer", "path"),
-    [case if case in FIRST.values() else pytest.param(*case, marks=pytest.mark.slow) for case in READ],
+    [case if case in FIRST else pytest.param(*case, marks=pytest.mark.slow) for case in READ],
 )
 def test_a_quantizer_uses_its_settings(quantizer, path):
     value, fields = SETTINGS[path]

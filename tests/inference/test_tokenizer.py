@@ -352,6 +352,7 @@ def test_saved_and_loaded(tokenizer, images, tmp_path):
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_built_from_a_config(untrained, images):
     """Random, the parts equal those of any new model; from images, the codebook starts as training starts it."""
     expected = untrained()

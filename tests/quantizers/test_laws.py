@@ -129,9 +129,7 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("ema", "residual_dropout") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
-)
+@pytest.mark.parametrize("name", [n if n == "ema" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
 def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
     """They are a function of the key, on any devices."""
     variables, indices = trained(name), np.maximum(evaluate(name, trained(name), z())[0].indices, 0)

@@ -182,6 +182,7 @@ def test_one_backward_pass_equals_two(whole, assert_close):
         assert_close(ours["decoder"][name]["kernel"], expected, 1e-5, name)
 
 
+@pytest.mark.slow
 def test_frozen_networks_do_not_change(whole, assert_same):
     """Over six steps: the networks of the loss and the parts of the model that do not train."""
     task, (before, _, running), *_ = whole
@@ -190,6 +191,7 @@ def test_frozen_networks_do_not_change(whole, assert_same):
     assert_same(task.frozen(), before)
 
 
+@pytest.mark.slow
 def test_all_metrics_are_returned(whole):
     _, _, state, metrics, _ = whole
     last = metrics[-1]
@@ -203,6 +205,7 @@ def test_all_metrics_are_returned(whole):
     assert state.adversary["lecam"]["real"] != 0
 
 
+@pytest.mark.slow
 def test_terms_wait_for_their_start(whole, assert_same):
     """Before, nothing changes, bit for bit."""
     task, (_, first, _), state, metrics, _ = whole

@@ -22,6 +22,7 @@ from vqrae_jax.train.run import open_run, save_checkpoint
 from vqrae_jax.train.task import jit_step
 
 ROOT = pathlib.Path(__file__).parents[2]
+END = {"decay_end_steps": 6}
 PATCH = {"discriminator": "patch", "width": 4, "layers": 1, "lecam_weight": 0.1}
 
 
@@ -53,7 +54,7 @@ def straight(tiny, step_calls, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "jit_step", jit_recorded_step)
-        return workdir, loop.train(tiny(), workdir, jax.devices()[:1])
+        return workdir, loop.train(tiny(optimizer=END), workdir, jax.devices()[:1])
 
 
 @pytest.fixture
@@ -92,12 +93,12 @@ def test_a_signal_saves_and_a_longer_run_resumes_exactly_and_compiles_no_other_s
     with monkeypatch.context() as patch:
         patch.setattr(hooks.StepTimer, "before_step", interrupt)
         with pytest.raises(loop.Stopped) as stopped:
-            loop.train(tiny(train={"steps": 3, "checkpoint_every": 100}), tmp_path, one_device)
+            loop.train(tiny(train={"steps": 3, "checkpoint_every": 100}, optimizer=END), tmp_path, one_device)
     assert stopped.value.step == 2
     assert checkpoint.find_checkpoint(tmp_path).name == "2"
     assert signal.getsignal(signal.SIGINT) is handler
     keys = step_keys()
-    assert loop.train(tiny(), tmp_path, one_device) == metrics
+    assert loop.train(tiny(optimizer=END), tmp_path, one_device) == metrics
     assert step_keys() == keys
     assert len(keys) == 1
     assert_same(state_of(tmp_path, tiny(), one_device), state_of(workdir, tiny(), one_device))

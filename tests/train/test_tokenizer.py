@@ -46,6 +46,7 @@ def single(tiny):
     return functools.cache(lambda name: train(tiny(model=MODELS[name]), one)[0])
 
 
+@pytest.mark.slow
 def test_fsdp_splits_weights_and_never_activations(tiny):
     """Each of eight devices computes its own image of a batch of eight; only weights and sums cross devices."""
     mesh = sharding.make_mesh(8, 1)
