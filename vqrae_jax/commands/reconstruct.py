@@ -40,8 +40,10 @@ parser.add(
 parser.add("--show", f"which of {','.join(visualize.KINDS)}; {SHOW} by default")
 parser.add("--only", "write the bare reconstructions instead of --show", action="store_true")
 parser.add("--format", "of images in a folder", default="png", choices=["png", "jpg", "webp"])
-FITS = "crop: the central square; pad: the whole image on a plain ground; stretch: other proportions; model: as PyTorch"
-FITS = f"{FITS}; keep: not squares, grids of the same proportions"
+FITS = (
+    "crop: the central square; pad: the whole image on a plain ground; stretch: other proportions; model: as PyTorch; "
+    "keep: not squares, grids of the same proportions"
+)
 parser.add("--fit", f"how images become square; {FITS}", default="crop", choices=get_args(inputs.Fit))
 parser.add("--metrics", "JSON file for the metrics of each image")
 parser.add_count("--batch", "images per batch", 32, command_line.MAX_BATCH)
