@@ -81,7 +81,7 @@ STYLES = {
     "VectorQuantize, PyTorch": {"color": "#d62f7a", "linestyle": ":", "marker": "P"},
     "SimVQ, PyTorch": {"color": "#777777", "linestyle": ":", "marker": "X"},
 }
-UNUSED = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001, 0.0001)
+UNUSED = (0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001, 0.0001)
 
 # Maps latents [n, C] to quantized latents [n, C] and indices [n].
 Quantize = Callable[[Array], tuple[Array, Array]]

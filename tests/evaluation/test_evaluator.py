@@ -86,6 +86,7 @@ def test_metrics_equal_a_plain_computation(evaluated, validation):
     assert evaluated["eval/bits_per_image"] == 16 * 5
 
 
+@pytest.mark.slow
 def test_metrics_do_not_depend_on_mesh_and_batch_and_are_written_with_the_protocol(config, workdir, evaluated):
     assert loop.evaluate(config(batch=24), workdir) == pytest.approx(evaluated, rel=1e-3, abs=1e-5)
     written = json.loads((workdir / EVALUATION_FILE).read_text())

@@ -80,7 +80,8 @@ def test_other_sizes_and_a_trunk_in_bfloat16_equal_pytorch(golden, assert_close,
     assert rms(jax.jit(half.apply)(variables, images["images_64"]), recorded["logits_eval_64"]) < 0.02
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_equals_pytorch(golden, assert_close, case):
     module, variables, recorded, kernels = read(golden, case)
     images = np.load(golden / "discriminator" / "images.npz")

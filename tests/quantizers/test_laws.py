@@ -149,7 +149,8 @@ def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
         np.testing.assert_array_equal(first[1], distances.argmin(1)[first[0]])
 
 
-@pytest.mark.parametrize("name", ["ema_angle", pytest.param("vq_angle", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ema_angle", "vq_angle"])
 def test_angles_choose_embeddings_that_keep_their_length(name):
     """Lengths of latents change no index, and the codebook has lengths of its own."""
     lengths = np.random.default_rng(1).uniform(0.1, 10, (8, GRID, GRID, 1)).astype(np.float32)

@@ -157,6 +157,7 @@ def initial(tiny, one_mesh):
     return lambda **train: jax.device_get(TokenizerTask.build(tiny(train=train), one_mesh).init())
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_parts_of_another(trained, opened, initial, assert_same):
     """With renames, here of two norms that are exchanged."""
     with opened(trained) as (_, state):
@@ -211,6 +212,7 @@ def test_a_run_starts_from_a_saved_folder(folder, started, embed, assert_same, l
     assert_same(variables, expected)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_encoder_of_the_folder(folder, started, assert_same):
     """Not a random one: the config of a folder with its encoder names no other weights."""
     path = folder(True)
