@@ -69,8 +69,8 @@ KINDS = (
 FAST = ("ema", "simvq_diverse", "fsq", "product")  # a buffer, a learned codebook, no codebook, parts; others are slow
 
 
-def cases(names):
-    return pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in names])
+def cases(names, fast=FAST):
+    return pytest.mark.parametrize("name", [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names])
 
 
 kinds, each = cases(KINDS), cases(MODULES)
@@ -129,7 +129,7 @@ def test_lookup_is_the_exact_inverse_and_evaluation_changes_no_state(name):
     jax.tree.map(np.testing.assert_array_equal, after.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
-@pytest.mark.parametrize("name", [n if n == "ema" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+@cases(KINDS, fast=["ema"])
 def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
     """They are a function of the key, on any devices."""
     variables, indices = trained(name), np.maximum(evaluate(name, trained(name), z())[0].indices, 0)
@@ -149,8 +149,7 @@ def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
         np.testing.assert_array_equal(first[1], distances.argmin(1)[first[0]])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ema_angle", "vq_angle"])
+@cases(["ema_angle", "vq_angle"])
 def test_angles_choose_embeddings_that_keep_their_length(name):
     """Lengths of latents change no index, and the codebook has lengths of its own."""
     lengths = np.random.default_rng(1).uniform(0.1, 10, (8, GRID, GRID, 1)).astype(np.float32)
@@ -246,10 +245,7 @@ def test_the_protocol_and_the_sharding_rules_are_complete(name, mesh):
             assert ("model" in placed.spec) == (K in leaf.shape), leaf.shape
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in ("ema", "product") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
-)
+@cases(KINDS, fast=["ema", "product"])
 def test_eight_devices_give_the_results_of_one(name, mesh):
     """4x2 mesh, with every codebook split over "model"."""
     module, alone = MODULES[name], trained(name)

@@ -312,7 +312,8 @@ class ModelConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _resampler_fits(self):
-        for name, default in (("resampler_blocks", 2), ("resampler_nested", False), ("decoder_grid", 0)):
+        for name in ("resampler_blocks", "resampler_nested", "decoder_grid"):
+            default = type(self).model_fields[name].default
             if getattr(self, name) != default and not self.resampler_tokens:
                 raise invalid(name, getattr(self, name), f"is for model.resampler_tokens; use {default} without it")
         needs_grid = {
