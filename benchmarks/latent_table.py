@@ -1,9 +1,10 @@
-"""Trains decoders from different latents of one frozen encoder, with equal steps, and prints a table.
+"""Trains decoders from different latents or codes of one frozen encoder, with equal steps, and prints a table.
 
 python benchmarks/latent_table.py --images=photographs --encoder=vit-tiny --output=latent_table
 
-The rows are combinations of the encoder's layers, heads that predict these layers, and tokens that are free of the
-grid. The encoder runs once; then, for each row and seed, the quantizer and a small decoder train together by Muon.
+The rows are combinations of the encoder's layers, heads that predict these layers, tokens that are free of the grid,
+and codebooks that learn by gradients. The encoder runs once; then, for each row and seed, the quantizer and a small
+decoder train together by Muon.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from vqrae_jax.errors import ConfigError
 from vqrae_jax.losses.reconstruction import feature_distance, l2
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.vqrae import VQRAE, Output
+from vqrae_jax.quantizers.statistics import code_counts
 from vqrae_jax.train.optim import make_tokenizer_optimizer
 
 LAYERS = (0, 5, -1)
@@ -60,7 +62,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "256 tokens of 21 x 21 patches": TOKENS | {"resampler_tokens": 256, "encoder_input_size": 21},
     "128 tokens": TOKENS | {"resampler_tokens": 128},
     "128 tokens, nested": TOKENS | {"resampler_tokens": 128, "resampler_nested": True},
-}
+    "vq": {"quantizer": "vq"},
+    "vq, DiVeQ": {
+        "quantizer": "vq", "quantizer_params.estimator": "diveq", "quantizer_params.codebook_cost": 0.0,
+        "commitment_cost": 0.0,
+    },
+    "vq, revival": {"quantizer": "vq", "quantizer_params.revival_decay": 0.9},
+    "simvq": {"quantizer": "simvq", "quantizer_params.distance": "l2"},
+    "simvq, bridge": {
+        "quantizer": "simvq", "quantizer_params.distance": "l2", "quantizer_params.bridge_group": 16,
+    },
+}  # fmt: skip
+COLUMNS = QUALITY | {"use": "codes in use"}
 
 
 def main(arguments: list[str]) -> None:
@@ -84,8 +97,9 @@ def main(arguments: list[str]) -> None:
             variables = train(built, latents[size]["train"], images["train"], args, seed)
             seconds = time.perf_counter() - start
             quality = judge.measure(reconstruct(built.module, variables, latents[size]["validation"]))
+            quality["use"] = measure_use(built.module, variables, latents[size]["train"])
             rows.append({"row": name, "seed": seed, "seconds": seconds, **quality})
-            values = ", ".join(f"{label} {quality[key]:.4g}" for key, label in QUALITY.items())
+            values = ", ".join(f"{label} {quality[key]:.4g}" for key, label in COLUMNS.items())
             print(f"{name}, seed {seed}, {seconds:.0f} s: {values}", flush=True)
             context = {"machine": describe_machine(), "arguments": vars(args), "rows": rows}
             (output / "rows.json").write_text(json.dumps(context, indent=2))
@@ -180,14 +194,25 @@ def reconstruct(module: VQRAE, variables: Any, latents: Float[np.ndarray, "n h w
     return np.concatenate([np.asarray(run(latents[i : i + 20])) for i in range(0, len(latents), 20)])
 
 
+def measure_use(module: VQRAE, variables: Any, latents: Float[np.ndarray, "n h w LC"]) -> float:
+    """Returns the share of codes that the training images have."""
+
+    @jax.jit
+    def count_codes(layers: Array) -> Array:
+        quantized = module.apply(variables, select(module.encoder, layers), method="quantize")
+        return code_counts(quantized.indices.reshape(-1), module.quantizer.num_embeddings)
+
+    return float((sum(count_codes(latents[i : i + 20]) for i in range(0, len(latents), 20)) > 0).mean())
+
+
 def report(rows: list[dict[str, Any]]) -> None:
     """Prints the median over seeds of each row, and the range of the PSNR."""
-    print(f"\n| row | {' | '.join(QUALITY.values())} | range of PSNR |\n|{' --- |' * (len(QUALITY) + 2)}")
+    print(f"\n| row | {' | '.join(COLUMNS.values())} | range of PSNR |\n|{' --- |' * (len(COLUMNS) + 2)}")
     seeds = collections.defaultdict(list)
     for row in rows:
         seeds[row["row"]].append(row)
     for name, own in seeds.items():
-        cells = [f"{statistics.median(row[key] for row in own):.4g}" for key in QUALITY]
+        cells = [f"{statistics.median(row[key] for row in own):.4g}" for key in COLUMNS]
         cells.append("{:.2f} to {:.2f}".format(*(limit(row["psnr"] for row in own) for limit in (min, max))))
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -140,12 +140,13 @@ def test_latent_table_trains_every_kind_of_row(arguments, tmp_path, capsys, monk
     monkeypatch.setitem(latent_table.BASE, "encoder_params.layers", layers)
     monkeypatch.setitem(latent_table.ROWS["feature decoder"], "decoder_features", layers)
     arguments = [argument for argument in arguments if not argument.startswith("--size")]
-    names = ["routed fusion", "feature decoder", "128 tokens, nested"]
+    names = ["routed fusion", "feature decoder", "128 tokens, nested", "vq, DiVeQ", "simvq, bridge"]
     latent_table.main([*arguments, "--patch=14", "--steps=2", "--seeds=1", "--batch=4", f"--rows={';'.join(names)}"])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["row"] for row in rows] == names
-    assert all(0 < row["psnr"] < 30 for row in rows)
-    assert all(name in capsys.readouterr().out for name in names[:1])
+    assert all(0 < row["psnr"] < 30 and 0 < row["use"] <= 1 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in names)
     with pytest.raises(ConfigError) as error:
         latent_table.main([*arguments, "--rows=egdes"])
     assert (error.value.field, error.value.value) == ("--rows", "egdes")
