@@ -48,6 +48,19 @@ def test_unused_embeddings_move_to_latents_and_the_used_one_stays(variables, z):
     assert np.count_nonzero(out.metrics["counts"]) == K
 
 
+def test_a_frozen_codebook_neither_moves_nor_learns(variables, z):
+    frozen = MODULE.clone(frozen=True)
+
+    def loss(params):
+        out, state = frozen.apply({**variables, "params": params}, z, True, mutable=["batch_stats"])
+        return out.loss + jnp.sum(out.z), (out, state["batch_stats"])
+
+    gradient, (out, state) = jax.grad(loss, has_aux=True)(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, state, variables["batch_stats"])
+    assert not np.any(gradient["codebook"]["offset"])
+    np.testing.assert_array_equal(out.z, frozen.apply(variables, out.indices, method="lookup"))
+
+
 def test_embeddings_move_by_the_formula_of_the_paper(variables, z, assert_close):
     """The paper: mean <- decay mean + (1 - decay) share; alpha = exp(-10 K mean / (1 - decay) - 0.001)."""
     mean = np.random.default_rng(2).uniform(0, 0.02, K) * (np.arange(K) != 3)

@@ -57,7 +57,7 @@ class EMAQuantizer(Quantizer):
     decay_warmup: Annotated[bool, registry.Setting("limit the decay of step t to t / (t + 1), for short runs")] = True
     distance: registry.DistanceSetting = "l2"  # cosine: Yu et al. 2021, arXiv:2110.04627; angle: arXiv:2607.22148
     estimator: registry.EstimatorSetting = "straight_through"
-    frozen: Annotated[bool, registry.Setting("keep the codebook as it is after its initialization")] = False
+    frozen: registry.Frozen = False
     # Running means receive no gradient: it spreads the latents, through the layers before the quantizer.
     diversity_cost: registry.DiversityCost = 0.0
     temperature: registry.Temperature = 1.0

@@ -58,6 +58,7 @@ EstimatorSetting = Annotated[
         "embedding (DiVeQ)"
     ),
 ]
+Frozen = Annotated[bool, Setting("keep the codebook as it is after its initialization")]
 Temperature = Annotated[
     float, Setting("temperature of the soft assignments or of the softmax over embeddings, usually 0.01 to 1", gt=0)
 ]

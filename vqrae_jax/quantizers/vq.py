@@ -39,6 +39,7 @@ class VQ(Quantizer):
     codebook_init: registry.InitSetting = "kmeans"
     distance: registry.DistanceSetting = "l2"
     estimator: registry.EstimatorSetting = "straight_through"
+    frozen: registry.Frozen = False
     diversity_cost: registry.DiversityCost = 0.0
     temperature: registry.Temperature = 1.0
     codebook_cost: Annotated[
@@ -71,7 +72,7 @@ class VQ(Quantizer):
         if train:
             fixed = jax.lax.stop_gradient(flat)
             self.initialize(lambda: (fixed, finite), jnp.sum(finite))
-        codebook = self.embeddings()
+        codebook = jax.lax.stop_gradient(self.embeddings()) if self.frozen else self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         quantized = codebook[indices]
         compute_loss = _angle_loss if self.distance == "angle" else vq_loss
@@ -80,7 +81,7 @@ class VQ(Quantizer):
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         out = ESTIMATORS[self.estimator](flat, quantized).reshape(z.shape)
         metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
-        if train and self.revival_decay and not self.is_initializing():
+        if train and self.revival_decay and not (self.frozen or self.is_initializing()):
             metrics["revived"] = self.codebook.revive(fixed, finite, metrics["counts"])
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
