@@ -123,6 +123,7 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
         ({"model": {"resampler_tokens": 8, "quantizer": "multiscale"}}, "model.quantizer", "multiscale"),
         ({"model": {"resampler_tokens": 8, "reshape_to_2d": False}}, "model.reshape_to_2d", False),
         ({"model": {"resampler_blocks": 3}}, "model.resampler_blocks", 3),
+        ({"train": {"code_neighbors": 100}}, "train.code_neighbors", 100),
         ({"model": {"resampler_nested": True}}, "model.resampler_nested", True),
         ({"model": {"decoder_grid": 8}}, "model.decoder_grid", 8),
         ({"train": {"trainable": ("decoer",)}}, "train.trainable.0", "decoer"),

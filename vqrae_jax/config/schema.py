@@ -650,6 +650,9 @@ class Config(Section):
         if self.train.code_noise and self.model.quantizer == "none":
             message = "replaces codes, which model.quantizer='none' does not have; leave it at 0"
             raise invalid("train.code_noise", self.train.code_noise, message)
+        if self.train.code_neighbors and not self.train.code_noise:
+            message = "is for train.code_noise, which is 0; leave it at 0 as well"
+            raise invalid("train.code_neighbors", self.train.code_neighbors, message)
         if adversary.discriminator != "none" and adversary.adaptive and "decoder" not in trainable:
             message = f"needs gradients of the decoder, but train.trainable={trainable} does not contain it"
             raise invalid("adversary.adaptive", True, message)
