@@ -118,20 +118,32 @@ def test_batches_shrink_to_the_memory_limit(trained, images, compilations):
 
 @pytest.fixture(scope="module")
 def low(golden):
-    """A function that builds a tokenizer with 196 tokens, enough for XLA to round large batches in other ways."""
+    """A function that builds a tokenizer with 196 latents, enough for XLA to round large batches in other ways.
+
+    With `tokens` they become that many codes; with a mesh, that of the options, it is also built for it.
+    """
     architecture = {
         "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "image_size": 56,
     }  # fmt: skip
-    config = ModelConfig(
-        encoder_config_path=None, encoder_params={"architecture": architecture}, encoder_input_size=56,
-        decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=2, num_embeddings=64,
-        dtype="bfloat16",
-    )  # fmt: skip
-    built = build_tokenizer(config)
-    variables = initial_variables(built, jax.random.key(0), ["encoder", "quantizer", "decoder"])
-    embed = variables["params"]["encoder"]["vit"]["patch_embed"]
-    embed["bias"] = jnp.zeros_like(embed["bias"])  # spreads the latents over the random codes
-    return lambda **options: Tokenizer(built.module, jax.device_get(variables), config, **options)
+
+    @functools.cache
+    def initial(tokens):
+        config = ModelConfig(
+            encoder_config_path=None, encoder_params={"architecture": architecture}, encoder_input_size=56,
+            decoder_config_path=str(golden / "vqrae" / "decoder_config"), decoder_patch_size=2, num_embeddings=64,
+            dtype="bfloat16", resampler_tokens=tokens,
+        )  # fmt: skip
+        variables = initial_variables(build_tokenizer(config), jax.random.key(0), ["encoder", "quantizer", "decoder"])
+        embed = variables["params"]["encoder"]["vit"]["patch_embed"]
+        embed["bias"] = jnp.zeros_like(embed["bias"])  # spreads the latents over the random codes
+        return config, jax.device_get(variables)
+
+    def build(tokens=0, **options):
+        config, variables = initial(tokens)
+        module = build_tokenizer(config, mesh=options.get("mesh")).module
+        return Tokenizer(module, variables, config, **options)
+
+    return build
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
@@ -152,6 +164,19 @@ def test_codes_depend_on_neither_batch_nor_mesh(low, dtype):
     for ways in ((8, 1), (4, 2)):
         other = low(encoder_dtype=dtype, mesh=sharding.make_mesh(*ways), output="jax")
         same(other.encode_to_indices(images[:11]), expected[:11])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_tokens_that_are_free_of_the_grid_have_the_dtype_of_the_encoder_on_any_mesh(low, dtype):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3)).astype(np.uint8)
+    tokenizer = low(16, encoder_dtype=dtype)
+    assert tokenizer.module.quantizer.blocks.dtype == dtype
+    expected = tokenizer.encode_to_indices(images)
+    assert expected.shape == (5, 16)
+    assert len(np.unique(expected)) > 8
+    for ways in ((1, 2), (2, 2)):
+        sharded = low(16, encoder_dtype=dtype, mesh=sharding.make_mesh(*ways, jax.devices()[: np.prod(ways)]))
+        np.testing.assert_array_equal(sharded.encode_to_indices(images), expected)
 
 
 def test_dtype_is_part_of_the_hash(low):
@@ -472,6 +497,8 @@ def test_push_to_hub(tokenizer, monkeypatch):
     (np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), np.nan)]), r"images\[1\].*NaN"),
     (np.full((1, 32, 32, 3), np.inf), r"images\[0\].*infinity"),
     (np.full((1, 32, 32, 3), 1e300), r"images\[0\].*infinity"),
+    ([np.zeros((32, 32, 3)), np.full((32, 32, 3), np.nan)], r"images\[1\].*NaN"),
+    ([np.zeros((32, 32, 3)), np.zeros((32, 32, 4))], r"images\[1\].*4"),
     (jnp.full((1, 32, 32, 3), 3e38, jnp.bfloat16), "divide by 255"),
     (jnp.full((1, 32, 32, 3), jnp.nan, jnp.bfloat16), "NaN"),
     (np.zeros((1, 32, 32, 3), [("a", "f4")]), "f4"),

@@ -187,7 +187,7 @@ def keep_shapes(module: VQRAE) -> VQRAE:
 
 
 def set_encoder_dtype(module: VQRAE, dtype: str) -> VQRAE:
-    """Returns the model with an encoder whose activations have `dtype`."""
+    """Returns the model with an encoder, and queries that read it, whose activations have `dtype`."""
     attention = module.encoder.vit.blocks.attention if dtype == "bfloat16" else "xla"
     return module.replace_blocks(dtype=dtype, attention=attention)
 

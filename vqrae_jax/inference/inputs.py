@@ -123,8 +123,11 @@ def _resample(
     return result
 
 
-def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
-    """Returns images as a numpy array, uint8 or float32 in [0, 1]; raises DataError with the remedy for other input."""
+def check_images(images: Any, first: int = 0) -> Shaped[np.ndarray, "B H W 3"]:
+    """Returns images as a numpy array, uint8 or float32 in [0, 1]; raises DataError with the remedy for other input.
+
+    Errors number the images from `first`.
+    """
     images = _to_array(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
         raise DataError(f"images have shape {images.shape}; expected [B, H, W, 3] ({_suggest(images.shape)})")
@@ -136,7 +139,7 @@ def check_images(images: Any) -> Shaped[np.ndarray, "B H W 3"]:
         images = images.astype(np.float32)
     low, high = (images.min(), images.max()) if images.size else (0, 1)
     if not (np.isfinite(low) and np.isfinite(high)):
-        first = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+        first += int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
         raise DataError(f"images[{first}] contains NaN or infinity; expected floats in [0, 1]")
     if low < 0 or high > 1:
         raise DataError(
@@ -177,9 +180,9 @@ def _check_element(image: Any, index: int) -> Shaped[np.ndarray, "H W 3"]:
     if image_files.is_pil_image(image):
         return image_files.pil_to_array(image)
     array = _to_array(image)
-    if array.ndim != 3:
+    if array.ndim != 3 or array.shape[-1] != 3:
         raise DataError(f"images[{index}] has shape {array.shape}; expected a PIL image or an array [H, W, 3]")
-    return check_images(array[None])[0]
+    return check_images(array[None], index)[0]
 
 
 def _to_array(images: Any) -> np.ndarray:

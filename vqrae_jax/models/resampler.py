@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,8 @@ from jaxtyping import Array, Bool, Float
 from vqrae_jax.models.vit import Attention, BlocksConfig, Mlp, Tokens, layer_norm, matmul_precision
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray
-from vqrae_jax.quantizers.base import Mapped, Quantized, flatten
+from vqrae_jax.quantizers.base import Mapped, Quantized, Quantizer, flatten
+from vqrae_jax.quantizers.fusion import Fused
 
 Positions = Float[AnyArray, "_ 2"]  # row and column in the image, from 0 to 1
 ABSENT = -1e9  # score of a token that is left out
@@ -157,6 +159,15 @@ class Resampled(Mapped):
             return out
         lengths = jax.random.choice(self.make_rng("codes"), jnp.asarray(self.prefixes), (len(z), 1))
         return out.replace(indices=jnp.where(jnp.arange(self.tokens) < lengths, out.indices, -1))
+
+
+def replace_blocks(quantizer: Quantizer, **fields: Any) -> Quantizer:
+    """Returns the quantizer with other settings of the blocks of its `Resampled`, if it has one."""
+    if isinstance(quantizer, Resampled):
+        return quantizer.clone(blocks=dataclasses.replace(quantizer.blocks, **fields))
+    if isinstance(quantizer, Fused):
+        return quantizer.clone(quantizer=replace_blocks(quantizer.quantizer, **fields))
+    return quantizer
 
 
 class Canvas(nn.Module):

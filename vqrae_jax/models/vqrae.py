@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.resampler import replace_blocks
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.quantizers.base import Quantized, Quantizer
 from vqrae_jax.quantizers.estimators import value_of
@@ -171,10 +172,10 @@ class VQRAE(nn.Module):
 
     @nn.nowrap
     def replace_blocks(self, **fields: Any) -> "VQRAE":
-        """Returns a copy whose encoder has other settings of its blocks, see `BlocksConfig`."""
+        """Returns a copy whose encoder and resampler have other settings of their blocks, see `BlocksConfig`."""
         vit = self.encoder.vit
         vit = dataclasses.replace(vit, blocks=dataclasses.replace(vit.blocks, **fields))
-        return self.clone(encoder=self.encoder.clone(vit=vit))
+        return self.clone(encoder=self.encoder.clone(vit=vit), quantizer=replace_blocks(self.quantizer, **fields))
 
     @nn.nowrap
     def _to_grid(self, z: Latents) -> Latents:
