@@ -116,6 +116,17 @@ def test_physical_slices_are_not_cut():
     assert error.value.field == "mesh.slices"
 
 
+def test_model_may_be_a_part_of_an_axis_of_several_physical_slices():
+    """Two slices of 4 x 4 chips of v5e, with model=2."""
+    chips = [Chip(i, process_index=i // 4, slice_index=i // 16) for i in range(32)]
+    for chip in chips:
+        chip.platform, chip.device_kind, chip.core_on_chip = "tpu", "TPU v5 lite", 0
+        chip.coords = (chip.id % 4, chip.id % 16 // 4, 0)
+    grid = sharding.arrange_slices(chips, 2, 8, 2)
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
+    assert all(abs(np.subtract(a.coords, b.coords)).sum() == 1 for a, b in grid.reshape(-1, 2))  # neighbors
+
+
 @pytest.mark.parametrize(
     ("model", "owners", "expected"),
     [

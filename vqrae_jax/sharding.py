@@ -75,7 +75,8 @@ def arrange_slices(devices: list[Any], slices: int, data: int, model: int) -> np
         return np.asarray(devices).reshape(slices, data, model)
     if physical != slices:
         raise ConfigError(f"the devices are {physical} slices; use {physical} or 1", field="mesh.slices", value=slices)
-    return mesh_utils.create_hybrid_device_mesh((1, data, model), (slices, 1, 1), devices)
+    shapes = (1, data, model), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(*shapes, devices, allow_split_physical_axes=True)
 
 
 def data_ways(mesh: Mesh) -> int:
