@@ -3,9 +3,11 @@
 import json
 import logging
 import multiprocessing
+import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -105,6 +107,18 @@ def test_the_parts_of_all_processes_make_up_the_batch_of_one(processes, workers)
     for k, batch in enumerate(whole):
         for key in ("image", "label"):
             assert np.array_equal(np.concatenate([part[k][key] for part in parts]), batch[key])
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_no_worker(grays):
+    """A terminal sends Ctrl-C to all processes; the run needs batches until it has saved."""
+    batches, expected = train_batches(folder(grays, workers=1), seed=0), train_batches(folder(grays), seed=0)
+    take(batches, 1)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    assert equal(take(batches, 30), take(expected, 31)[1:])
+    assert worker.is_alive()
+    batches.close()
 
 
 @pytest.mark.slow

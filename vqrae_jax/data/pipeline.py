@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -221,7 +222,13 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             return batches
         if not flags.FLAGS.is_parsed():  # grain's workers read flags, which are not parsed in a notebook
             flags.FLAGS.mark_as_parsed()
-        return batches.mp_prefetch(_grain().MultiprocessingOptions(num_workers=self._data.workers))
+        options = _grain().MultiprocessingOptions(num_workers=self._data.workers)
+        return batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+
+
+def _ignore_interrupts(*_: int) -> None:
+    """Leaves Ctrl-C, which a terminal sends to workers as well, to the run, which needs batches until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class EvaluationBatches:
