@@ -36,4 +36,4 @@ run_on_workers "set -e
     sudo apt-get update -q && sudo apt-get install -qy gcsfuse
   fi
   sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket
-  gcsfuse --implicit-dirs $BUCKET /mnt/bucket"
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 $BUCKET /mnt/bucket"
