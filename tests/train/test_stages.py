@@ -46,6 +46,19 @@ def test_the_second_stage_starts_from_the_first(tiny, first, one_mesh, assert_sa
 
 
 @pytest.mark.slow
+def test_a_random_encoder_has_the_same_teacher_after_a_restart(tiny, trained, tmp_path, one_device, assert_same):
+    """The run starts from another decoder alone; its checkpoints have the encoder that trains."""
+    train = {**dict.fromkeys(SHORT, 1), "start_from": str(trained), "start_parts": ("decoder",)}
+    config = tiny(train=train, loss={"distill_weight": 1.0})
+    with open_run(config, tmp_path, one_device) as (run, _):
+        expected = jax.device_get(run.frozen["teacher"])
+    loop.train(config, tmp_path, one_device)
+    with open_run(config, tmp_path, one_device) as (run, state):
+        assert state.step == 1
+        assert_same(run.frozen["teacher"], expected)
+
+
+@pytest.mark.slow
 def test_a_decoder_trains_on_frozen_codes(tiny, first, tmp_path, one_device, assert_same):
     """After 100 steps encoder, codes and their projections are those of the first run to the bit."""
     workdir, model = first

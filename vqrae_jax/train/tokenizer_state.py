@@ -133,7 +133,8 @@ class TokenizerVariables:
         return bool(loss.feature_weight or loss.distill_weight) and "encoder" not in self._frozen_parts
 
     def _read_teacher(self) -> Any:
-        if "encoder" in self.built.pretrained or "encoder" not in self._started:
+        started = "encoder" in self._started and "encoder" in (self.config.train.start_parts or PARTS)
+        if "encoder" in self.built.pretrained or not started:
             return builder.initial_params(self.built, self.key, ["encoder"], self._shardings)["encoder"]
         target = self._with_shardings({"params": {"encoder": self.start.shapes["params"]["encoder"]}})
         return restore.read_start(self.config, self.start, target)["params"]["encoder"]  # not a random one
