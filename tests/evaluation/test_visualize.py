@@ -19,6 +19,8 @@ def test_code_maps_have_the_mean_color_of_each_index():
     assert (maps[:, 7::8] == visualize.BACKGROUND).all()
     finest = np.concatenate([np.ones((2, 5), int), indices.reshape(2, 16)], axis=1)  # of several scales
     np.testing.assert_array_equal(visualize.code_maps(finest, images, 4), maps)
+    rows = np.stack([indices.reshape(2, 16), np.zeros((2, 16), int)], axis=-1)  # with a second level
+    np.testing.assert_array_equal(visualize.code_maps(rows, images, 4), maps)
 
 
 def test_grids_have_code_maps_of_tokens_and_of_several_levels_and_keep_pixels():
@@ -50,12 +52,14 @@ def test_differences_are_amplified_and_bytes_are_rounded_and_clipped():
     np.testing.assert_array_equal(difference, visualize.difference_map(reconstruction, image))
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 2), (20,)])  # one code, two levels, a 2 x 2 and a 4 x 4 grid
+# One code, two levels, rows of two levels, a 2 x 2 and a 4 x 4 grid.
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 2), (16, 2), (20,)])
 def test_steps_of_sampling_are_the_image_where_codes_are_visible_and_gray_elsewhere(shape):
     final = np.random.default_rng(0).integers(0, 9, shape)
     history, image = np.stack([final] * 10), np.arange(8 * 8 * 3, dtype=np.float32).reshape(8, 8, 3) / 255
-    history[:9].reshape(9, *shape)[:, -2:] = 9  # two rows, or the last two positions
-    history[-2, -1:] = final[-1:]
+    count = 4 if shape == (16, 2) else 1  # positions of a row
+    history[:9].reshape(9, *shape)[:, -2 * count :] = 9  # two rows, or the last two positions
+    history[-2, -count:] = final[-count:]
     decoded = []
 
     def decode(codes):

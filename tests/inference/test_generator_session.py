@@ -98,10 +98,14 @@ def test_a_generator_without_a_tokenizer_is_refused(actions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "quantizer"), [("autoregressive", "ema"), ("masked", "residual")])
-def test_sessions_without_steps_without_classes_and_with_several_levels(untrained, family, quantizer):
-    tokenizer = untrained(quantizer=quantizer)
-    shape, levels = tokenizer.code_shape, tokenizer.code_shape[2] if len(tokenizer.code_shape) > 2 else 1
+@pytest.mark.parametrize(
+    ("family", "quantizer", "rows"),
+    [("autoregressive", "ema", False), ("masked", "residual", False), ("masked", "residual", True)],
+)
+def test_sessions_without_steps_without_classes_and_with_several_levels(untrained, family, quantizer, rows):
+    tokenizer = untrained(quantizer=quantizer, quantize_before_reshape=rows)
+    shape = tokenizer.code_shape
+    levels = shape[-1] if quantizer == "residual" else 1
     config = GeneratorConfig(
         family=family, grids=((4, 4),), levels=levels, num_embeddings=tokenizer.codebook_size, classes=0,
         width=16, depth=1, heads=2, mlp=32,

@@ -62,14 +62,21 @@ def code_colors(grids: Int[np.ndarray, "B h w"], images: UInt8[np.ndarray, "B H 
 
 
 def code_grid(indices: Int[np.ndarray, "..."], side: int | None = None) -> Int[np.ndarray, "h w"]:
-    """Returns indices [N], [h, w] or [h, w, levels] of one image as a grid, of the first level and the last scale.
+    """Returns indices [N], [N, levels], [h, w] or [h, w, levels] of one image as a grid.
 
-    `side` is that of the last scale; None: [N] is one square grid.
+    It is that of the first level and the last scale. `side` is that of the last scale; None: [N] is one square grid.
     """
+    indices = indices[..., 0] if has_levels(indices.shape, side) else indices
     if indices.ndim == 1:
         side = side or round(len(indices) ** 0.5)
         return indices[-side * side :].reshape(side, side)
-    return indices if indices.ndim == 2 else indices[..., 0]
+    return indices
+
+
+def has_levels(shape: Sequence[int], side: int | None) -> bool:
+    """Returns whether the last axis of an image's indices has levels: [h, w, levels], or [side * side, levels]."""
+    rows = bool(side) and len(shape) == 2 and shape[0] == side**2 != side
+    return rows or len(shape) == 3
 
 
 def enlarge(images: UInt8[np.ndarray, "*b H W 3"], side: int) -> UInt8[np.ndarray, "*b Y X 3"]:
@@ -156,7 +163,8 @@ def sampling_steps(
     steps = np.unique(np.linspace(0, len(history) - 1, columns).round().astype(int))
     hidden = history[steps] == num_embeddings
     images = enlarge(to_uint8(decode(np.where(hidden, history[-1], history[steps]))), TILE)
-    counts, levels = (hidden.sum(-1), hidden.shape[-1]) if hidden.ndim == 4 else (hidden.astype(np.int32), 1)
+    several = has_levels(hidden.shape[1:], grid)
+    counts, levels = (hidden.sum(-1), hidden.shape[-1]) if several else (hidden.astype(np.int32), 1)
     covered = cover_cells(images, np.stack([code_grid(x, grid) for x in counts]) / levels) if grid else images
     return sample_grid(covered, [f"step {i + 1} of {len(history)}" for i in steps], len(steps))
 

@@ -19,7 +19,8 @@ def as_grid(tokenizer: Tokenizer, indices: Int[np.ndarray, "..."]) -> Int[np.nda
     side, shape = tokenizer.grid, tokenizer.code_shape
     if not side or math.prod(shape) % side**2 or (len(shape) == 1 and shape[0] != side**2):
         raise DataError(f"indices of shape {list(shape)} have no positions on a grid of the image")
-    return indices.reshape(-1, side, side, *(shape[2:] if len(shape) > 2 else ()))
+    levels = shape[1:] if len(shape) == 2 and shape != (side, side) else shape[2:]  # rows [N, levels] or a grid
+    return indices.reshape(-1, side, side, *levels)
 
 
 def grid_position(grid: int, x: float, y: float) -> tuple[int, int]:

@@ -128,7 +128,8 @@ class GeneratorActions:
         if old.codes is None or old.region is None:
             return dataclasses.replace(old, message=f"**{REGION}**")
         try:
-            mask = editing.region_mask(self.grid, old.region).reshape(old.codes.shape[:2])
+            mask = editing.region_mask(self.grid, old.region).reshape(-1, 1)  # of positions, for all of their levels
+            mask = np.broadcast_to(mask, (mask.size, old.codes.size // mask.size)).reshape(old.codes.shape)
             codes = self.generator.inpaint(old.codes[None], mask, None if label == ANY else label, seed, **settings)[0]
         except UserError as error:
             return dataclasses.replace(old, message=describe(error.renamed(FIELDS)))
