@@ -95,6 +95,11 @@ def test_metrics_equal_a_plain_computation(reference, expected, devices, size):
     assert evaluator.compare(batches(size, SAMPLES[::-1])).metrics["eval/fid"] != result.metrics["eval/fid"]
 
 
+def test_fewer_samples_than_a_batch_are_padded_for_all_devices(reference, expected):
+    metrics = open_evaluator(reference, 8).compare(batches(96, SAMPLES[:COUNT]), 96).metrics
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_folder_of_images_is_a_reference(tmp_path):
     for number, image in enumerate(SAMPLES[:COUNT]):
         write_image(tmp_path / f"{number:02d}.png", image)

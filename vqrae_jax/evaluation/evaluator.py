@@ -167,15 +167,16 @@ class SampleEvaluator:
             raise DataError(f"expected at least {self.references.needed} samples", field="count", value=count)
         self._program = feature_program(networks, self.references.params, mesh, "reconstruction")
 
-    def compare(self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]]) -> EvaluationResult:
+    def compare(self, batches: Iterable[UInt8[np.ndarray, "_ H W 3"]], size: int | None = None) -> EvaluationResult:
         """Compares the first `count` samples with the references, which `prepare` computes before the first batch.
 
-        Every process passes its part of each batch, part i with the images [i * b, (i + 1) * b). Its devices divide b;
-        only the last batch may be smaller. Fewer samples are a DataError.
+        Every process passes its part of each batch, part i with the images [i * b, (i + 1) * b). Its devices divide b,
+        which is `size`, or that of the first part; only parts of the last batch may be smaller, or empty. Fewer samples
+        are a DataError.
         """
         self.references.prepare()
         empty = Accumulator(self._count, self.references.gaussians, 0, self.references.manifolds, ordered=True)
-        total = accumulate(self._program, pad_batches(batches), empty, self._mesh, "samples")
+        total = accumulate(self._program, pad_batches(batches, size), empty, self._mesh, "samples")
         if total.images < self._count:
             raise DataError(f"there are only {total.images} samples", field="count", value=self._count)
         return EvaluationResult({f"eval/{name}": value for name, value in total.metrics().items()}, total)

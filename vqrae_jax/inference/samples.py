@@ -74,16 +74,17 @@ def write_samples(
 def decode_samples(
     generator: Generator, folder: storage.Path, batch: int, share: int = 0, shares: int = 1
 ) -> Iterator[UInt8[np.ndarray, "b S S 3"]]:
-    """Yields the images of a dataset in order, this process's share of batches of `batch`; only the last is smaller.
+    """Yields the images of a dataset in order, this process's share of batches of `batch`.
 
-    Part i of n of a batch is its images [i * batch / n, (i + 1) * batch / n).
+    Part i of n of a batch is its images [i * batch / n, (i + 1) * batch / n). Of the last batch it may be smaller, or
+    empty: every share has as many parts.
     """
     dataset, size = codes.Codes(folder, cached=2), batch // shares
     if dataset.plan.tokenizer != generator.tokenizer.hash:
         raise DataError("has codes of another tokenizer than the generator", field="samples", value=str(folder))
-    for start in range(share * size, len(dataset), batch):
-        stop = min(start + size, len(dataset))
-        indices = np.stack([dataset[i]["codes"] for i in range(start, stop)])
+    for start in range(share * size, len(dataset) + share * size, batch):
+        rows = [dataset[i]["codes"] for i in range(start, min(start + size, len(dataset)))]
+        indices = np.stack(rows) if rows else np.zeros((0, *generator.code_shape), np.int32)
         yield visualize.to_uint8(generator.tokenizer.decode_from_indices(indices))
 
 

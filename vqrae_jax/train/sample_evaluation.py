@@ -1,6 +1,7 @@
 """Evaluation of a generator's samples: metrics at one or several settings of the sampler, and their plot."""
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 from typing import Any
@@ -116,7 +117,8 @@ def _compare(
     seed, count = config.train.seed, config.evaluation.samples
     labels = samples.class_labels(generator.config.classes, count)
     plan = samples.plan_samples(generator, labels, seed, sampler)
-    name = f"{generator.provenance['step']}-guidance{sampler.guidance:g}-steps{sampler.steps}-seed{seed}-{count}"
+    settings = hashlib.sha256(plan.source.encode()).hexdigest()[:8]  # all of them
+    name = f"{generator.provenance['step']}-guidance{sampler.guidance:g}-steps{sampler.steps}-{count}-{settings}"
     log.info("sampling %d images with guidance %g in %d steps", count, sampler.guidance, sampler.steps)
 
     def sample() -> None:
@@ -127,8 +129,9 @@ def _compare(
 
     distributed.run_together(sample)
     share, shares = sharding.data_share(mesh)
-    batches = samples.decode_samples(generator, folder / name, config.data.eval_batch_size, share, shares)
-    return evaluator.compare(batches)
+    batch = config.data.eval_batch_size
+    batches = samples.decode_samples(generator, folder / name, batch, share, shares)
+    return evaluator.compare(batches, batch // shares)
 
 
 def plot_settings(rows: list[dict[str, Any]]) -> bytes:
