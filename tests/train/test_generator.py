@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import checkpoint, sharding
+from vqrae_jax import Tokenizer, checkpoint, sharding
 from vqrae_jax.data import codes, pipeline
 from vqrae_jax.data.code_shards import Columns
 from vqrae_jax.data.code_source import CodeSource
 from vqrae_jax.data.images import read_image, write_image
 from vqrae_jax.errors import NO_VALUE, CheckpointError, ConfigError, DataError
 from vqrae_jax.train import loop, sample_evaluation
+from vqrae_jax.train import run as opening
 from vqrae_jax.train.generator import FrozenTokenizer, GeneratorTask, complete_config
 from vqrae_jax.train.run import open_run
 from vqrae_jax.train.task import jit_step, place_horizon
@@ -247,6 +248,16 @@ def test_sources_that_disagree_are_named(tiny_generator, trained_generator, tmp_
     assert error.value.field == "generator.tokenizer"
 
 
+def test_a_checkpoint_of_codes_in_bfloat16_needs_no_codes(trained, tiny_generator, one_mesh, tmp_path, monkeypatch):
+    """As evaluation of samples: its tokenizer is the one that encodes in bfloat16."""
+    made_by, read = Tokenizer.load(trained, encoder_dtype="bfloat16").hash, checkpoint.read_meta
+    saved = {"config": {"generator": {"tokenizer_hash": made_by}}}
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path: saved if path.parent == tmp_path else read(path))
+    config = tiny_generator(data={"eval_path": None})
+    _, task = opening._build_generator(config, one_mesh, tmp_path, 1, None)
+    assert task.tokenizer.hash == made_by
+
+
 @pytest.mark.slow
 def test_evaluation_compares_samples_at_several_settings(
     tiny_generator, trained_generator, golden, tmp_path, one_device
@@ -268,3 +279,7 @@ def test_evaluation_compares_samples_at_several_settings(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_evaluation.Generator, "stream_codes", lambda *_: pytest.fail("sampled again"))
         assert loop.evaluate(config, workdir, one_device) == metrics
+    sampler = config.generator.sampler.model_copy(update={"temperature": 0.5})
+    generator = config.generator.model_copy(update={"sampler": sampler})
+    other = loop.evaluate(config.model_copy(update={"generator": generator}), workdir, one_device)
+    assert other["eval/encoder_fd"] != metrics["eval/encoder_fd"]  # samples of their own

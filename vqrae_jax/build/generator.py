@@ -20,22 +20,22 @@ from vqrae_jax.models.vqrae import VQRAE
 Grids = tuple[tuple[int, int], ...]
 
 
-def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = (), grid: bool = True) -> tuple[Grids, int]:
+def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = (), side: int | None = None) -> tuple[Grids, int]:
     """Returns the grids of an image's codes and the number of codes per position.
 
     Args:
       shape: of the codes, (h, w), (h, w, levels), (N,), (N, levels), or flat for several grids.
       prefixes: `Quantizer.prefixes`, the ends of several grids.
-      grid: False: the codes are a row, because tokens are free of the grid.
+      side: `VQRAE.code_grid`; 0: the codes are a row, because tokens are free of the grid. None: not known.
 
     Raises:
       ConfigError: the positions are not a square, so the tokenizer must be known.
     """
-    if not grid:
+    if side == 0:
         return ((1, shape[0]),), math.prod(shape[1:])
     if len(shape) == 1 and prefixes:
         sizes, levels = np.diff((0, *prefixes)).tolist(), 1
-    elif len(shape) > 1 and shape[0] == shape[1]:
+    elif len(shape) > 1 and shape[0] == shape[1] and side in (None, shape[0]):
         sizes, levels = [shape[0] * shape[1]], math.prod(shape[2:])
     else:
         sizes, levels = [shape[0]], math.prod(shape[1:])
@@ -130,7 +130,7 @@ def code_vectors(tokenizer: VQRAE, variables: Any, shape: Sequence[int], levels:
     Raises:
       ConfigError: the tokenizer has several grids, whose codes have no latent of their own.
     """
-    if len(shape) == 1 and tokenizer.quantizer.prefixes:
+    if len(shape) == 1 and tokenizer.quantizer.prefixes and tokenizer.code_grid:
         message = "needs one grid; a multiscale tokenizer has several, use input='table'"
         raise ConfigError(message, field="generator.input", value="codebook")
     codes = tokenizer.quantizer.num_embeddings

@@ -69,7 +69,7 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
     facts = [("the checkpoint has", {name: saved[name] for name in SAVED_FIELDS if name in saved})]
     if tokenizer is not None:
         quantizer = tokenizer.module.quantizer
-        grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes, tokenizer.module.code_grid > 0)
+        grids, levels = builder.arrange_codes(tokenizer.code_shape, quantizer.prefixes, tokenizer.module.code_grid)
         values = {"grids": grids, "levels": levels, "num_embeddings": quantizer.num_embeddings}
         values["tokenizer_hash"] = tokenizer.hash
         if config.data.source != "codes" and config.data.image_size != tokenizer.image_size:

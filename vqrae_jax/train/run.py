@@ -168,6 +168,9 @@ def _build_generator(
         encoding = source.plan.encoding if source is not None and config.data.source == "codes" else "float32"
         try:
             tokenizer = FrozenTokenizer.load(name, encoding)
+            made_by = saved["config"].get("generator", {}).get("tokenizer_hash")
+            if encoding == "float32" and made_by not in (None, tokenizer.hash):  # of codes encoded in bfloat16
+                tokenizer = FrozenTokenizer.load(name, "bfloat16")
         except UserError as error:
             raise error.renamed({"checkpoint": "generator.tokenizer"}) from error.__cause__
     config = complete_config(config, saved["config"].get("generator", {}), tokenizer, source)
