@@ -50,6 +50,10 @@ def test_processes_share_the_samples_and_an_interrupted_run_is_continued(
     ours, theirs = (Codes(folder / "codes").load()[0] for folder in (tmp_path, written))
     np.testing.assert_array_equal(ours, theirs)
     assert (tmp_path / "all.npz").read_bytes() == (written / "all.npz").read_bytes()
+    assert not (tmp_path / "00000003.png").exists()
+    assert run(trained_generator, tmp_path, *options[:3], "--format=png", "--grid=")  # of codes that exist
+    for i in range(5):
+        np.testing.assert_array_equal(read_image(tmp_path / f"0000000{i}.png"), read_image(written / f"0000000{i}.png"))
 
 
 def test_classes_are_names_or_numbers(trained_generator, tmp_path):

@@ -14,7 +14,7 @@ import functools
 import itertools
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -89,6 +89,7 @@ def generate(args: argparse.Namespace) -> bool:
     if not codes.is_complete(output / "codes"):
         print("other processes are not done: the last one completes the samples")
         return False
+    _write_missing(generator, output, args.format)
     _write_summary(generator, output, labels, args.grid, args.npz)
     if args.strip:
         write_steps(generator, output / args.strip, labels, args.seed, sampler)
@@ -130,7 +131,7 @@ def _labels(generator: Generator, classes: str | None, count: int) -> np.ndarray
 
 
 def _write_images(
-    generator: Generator, output: storage.Path, format: str, rows: range, sampled: np.ndarray, labels: np.ndarray
+    generator: Generator, output: storage.Path, format: str, rows: Sequence[int], sampled: np.ndarray, *_: np.ndarray
 ) -> None:
     if format == "none":
         return
@@ -138,6 +139,15 @@ def _write_images(
     paths = [output / f"{i:08d}.{format}" for i in rows]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as disk:
         list(disk.map(images.write_image, paths, decoded))
+
+
+def _write_missing(generator: Generator, output: storage.Path, format: str) -> None:
+    """Writes images that do not exist although their codes do: an earlier run had another format, or none."""
+    dataset, written = codes.Codes(output / "codes", cached=2), {path.name for path in output.iterdir()}
+    rows = [i for i in range(len(dataset)) if f"{i:08d}.{format}" not in written] if format != "none" else []
+    for start in range(0, len(rows), generator.batch_size):
+        part = rows[start : start + generator.batch_size]
+        _write_images(generator, output, format, part, np.stack([dataset[i]["codes"] for i in part]))
 
 
 def _write_summary(

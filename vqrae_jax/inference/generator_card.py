@@ -65,7 +65,7 @@ def write_card(generator: Any, folder: pathlib.Path, name: str) -> None:
         condition=f"of {config.classes} classes" if config.classes else "without classes",
         family="masked diffusion" if config.family == "masked" else "autoregression",
         length=np.prod(generator.code_shape), codes=config.num_embeddings, name=name,
-        labels=[0, 1] if config.classes else None, size=tokenizer.image_size if tokenizer else "S",
+        labels=list(range(min(config.classes, 2))) or None, size=tokenizer.image_size if tokenizer else "S",
         image=f"![samples]({IMAGE})\n\n" if (folder / IMAGE).is_file() else "",
         rows="\n".join(f"| {key} | {saving.remove_folders(str(value))} |" for key, value in rows),
     )  # fmt: skip
