@@ -126,7 +126,7 @@ def test_watch_and_delete_print_all_commands():
     steps = process.stderr.replace("\\", "").removeprefix("+ ").split("\n+ ")
     words = [
         ("queued-resources create",), ("git archive",), ("scp", "--worker=all"), ("tpu,gcs,wandb]",),
-        ("gcsfuse --implicit-dirs mine /mnt/bucket",), (f"vqrae_jax.main {' '.join(RUN)}",),
+        ("gcsfuse --implicit-dirs --rename-dir-limit", "mine /mnt/bucket",), (f"vqrae_jax.main {' '.join(RUN)}",),
     ]  # fmt: skip
     for step, expected in zip(steps, words, strict=True):
         assert all(word in step for word in expected)
