@@ -2,9 +2,10 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from vqrae_jax.models.vit import BlocksConfig, run_blocks
+from vqrae_jax.models.vit import BlocksConfig, rope_table, run_blocks
 
 B, N, D, HEADS, MLP = 4, 64, 32, 4, 128
 
@@ -49,3 +50,11 @@ def test_gradients_with_and_without_recomputation_are_equal():
         for m in (module, Blocks(BlocksConfig(D, 3, HEADS, MLP, remat=True)))
     )
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [4, 64, 196, 1012])
+def test_rotations_have_a_frequency_for_every_fourth_channel(width):
+    cosine, sine = rope_table(2, 3, width, 100.0)
+    assert cosine.shape == sine.shape == (6, width)
+    frequency = 100.0 ** -(np.arange(width // 4) * 4 / width)
+    np.testing.assert_allclose(cosine[0, : width // 4], np.cos(np.pi * frequency), atol=1e-5)  # y = -1/2

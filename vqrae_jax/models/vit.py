@@ -99,7 +99,7 @@ def rope_table(h: int, w: int, head_width: int, theta: float) -> Rope:
     """Returns cosine and sine of DINOv3's axial rotary embedding: half of the channels for each axis, in [-1, 1]."""
     y, x = (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1 for n in (h, w))
     position = jnp.stack(jnp.meshgrid(y, x, indexing="ij"), -1).reshape(h * w, 2, 1)
-    frequency = theta ** -jnp.arange(0.0, 1.0, 4.0 / head_width, dtype=jnp.float32)
+    frequency = theta ** -(jnp.arange(head_width // 4, dtype=jnp.float32) * (4.0 / head_width))
     angle = jnp.tile((2 * jnp.pi * position * frequency).reshape(h * w, head_width // 2), (1, 2))
     return jnp.cos(angle), jnp.sin(angle)
 
