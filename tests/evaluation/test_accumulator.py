@@ -101,6 +101,8 @@ def test_precision_and_recall_use_evenly_spaced_images(rows, monkeypatch):
     metrics = accumulator.metrics()
     images, samples = (np.unique(np.ceil(np.arange(n) * COUNT / n).astype(int)) for n in (12, 25))
     assert (metrics["rprecision"], metrics["rrecall"]) == precision_recall(a[images], b[samples])
+    samples = accumulated(rows, 7, manifolds={}, ordered=True)  # whose classes come in turn
+    np.testing.assert_array_equal(np.sort(samples.compared("inception/reconstruction"), 0), np.sort(b[:25], 0))
 
 
 def test_samples_without_images_are_compared_with_references_only(rows):
@@ -153,3 +155,6 @@ def test_too_few_images_and_missing_labels_are_warnings(rows, caplog):
     unlabelled.add(rows | {"label": np.full(COUNT, -1)})
     assert "probe_accuracy" not in unlabelled.metrics()
     assert "linear probe" in unlabelled.warnings[0]
+    single = Accumulator(COUNT)
+    single.add(rows | {"label": np.arange(COUNT) // (COUNT - 1)})  # the second class has one image
+    assert "probe_accuracy" not in single.metrics()

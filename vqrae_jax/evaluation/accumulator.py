@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 # One number per image.
 SCORES = ("psnr", "ssim", "lpips", "feature_distance", "bits_per_image", "bits_per_code", "token_accuracy")
 SPLIT = 5_000  # images per split of the Inception score
-LIMITS = {"image": 10_000, "reconstruction": 50_000}  # features that precision and recall compare, evenly spaced
+LIMITS = {"image": 10_000, "reconstruction": 50_000}  # features that precision and recall compare
 DISTANCES = {"inception": ("", "fid"), "spatial": ("", "sfid")}  # prefix and name; others: ("NETWORK_", "fd")
 
 Rows = Mapping[str, np.ndarray]
@@ -33,7 +33,8 @@ class Accumulator:
       count: approximate number of images to come; it sets the number of splits of the Inception score.
       references: by network, the feature statistics of other images than those that were reconstructed.
       manifolds: by network, features of such images for precision and recall; None: neither is computed.
-      ordered: compute the Inception score of successive images, as for samples in a random order.
+      ordered: images are samples with classes in turn or at random: the Inception score is of successive ones, and
+        precision and recall are of the first.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Accumulator:
         self.warnings: list[str] = []
         self._settings = count, references, kernel_images, manifolds, ordered
         self.count, self._kernel_images = count, kernel_images
-        self._references, self._manifolds = references or {}, manifolds
+        self._references, self._manifolds, self._ordered = references or {}, manifolds, ordered
         self._stored: dict[str, list[np.ndarray]] = {}
         self.moments: dict[str, Moments] = collections.defaultdict(Moments)  # of features, by NETWORK/side
         splits = {"splits": -(-count // SPLIT), "block": SPLIT} if ordered else {"splits": max(count // SPLIT, 1)}
@@ -68,9 +69,11 @@ class Accumulator:
             self.moments[side].add(rows[side])
             if not side.startswith("spatial/"):
                 self._store(side, rows[side][rows["index"] < self._kernel_images])
-                if self._manifolds is not None:  # evenly spaced images, as datasets are ordered by class
-                    limit = LIMITS[side.rpartition("/")[2]]
-                    self._store(f"compared {side}", rows[side][np.int64(rows["index"]) * limit % self.count < limit])
+                if self._manifolds is not None:
+                    limit, index = LIMITS[side.rpartition("/")[2]], np.int64(rows["index"])
+                    if not self._ordered:  # evenly spaced, as datasets are ordered by class
+                        index = index * limit % self.count
+                    self._store(f"compared {side}", rows[side][index < limit])
         for network in [name.removesuffix("/image") for name in rows if name.endswith("/image")]:
             if network != "spatial" and (reconstruction := f"{network}/reconstruction") in rows:
                 a, b = (rows[side].astype(np.float64) for side in (f"{network}/image", reconstruction))
@@ -196,10 +199,10 @@ class Accumulator:
         features, labels = self.scores("code"), self.scores("label")
         labelled = labels >= 0
         classes, counts = np.unique(labels[labelled], return_counts=True)
-        if len(classes) < 2 or counts.max() < 2:
+        if (counts >= 2).sum() < 2:
             self._warn(
-                f"linear probe: needs two classes with two images each (class folders or labels); the {self.images} "
-                f"images have {len(classes)} classes with at most {counts.max(initial=0)} images"
+                "linear probe: needs two classes with two images each (class folders or labels); of the "
+                f"{len(classes)} classes of the {self.images} images {(counts >= 2).sum()} have as many"
             )
             return {}
         probe = distances.linear_probe(features[labelled], labels[labelled])

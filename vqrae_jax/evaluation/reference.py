@@ -114,7 +114,9 @@ class References:
 
     def protocol(self) -> dict[str, Any]:
         """Returns the part of an evaluation's protocol that describes networks, references and software."""
-        limits = f"up to {LIMITS['image']} images and {LIMITS['reconstruction']} others, evenly spaced"
+        limits = (
+            f"up to {LIMITS['image']} images and {LIMITS['reconstruction']} others, evenly spaced (samples: the first)"
+        )
         return {
             "sfid": "Inception's mixed_6/conv:0, 7 channels at 17 x 17 positions",
             "precision_recall": f"{NEIGHBORS} neighbors; {limits}",
