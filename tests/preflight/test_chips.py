@@ -24,9 +24,10 @@ def test_error_of_an_unknown_topology_lists_those_that_exist():
         assert all(existing in error.value.message for existing in names)
 
 
-def test_rings_are_axes_of_16_or_of_multiples_of_four_and_positions():
+def test_rings_are_axes_of_16_or_of_whole_cubes_and_positions():
     assert [parse_topology("v5e:8x16").is_ring(axis) for axis in (0, 1)] == [False, True]
-    assert [parse_topology("v5p:2x4x4").is_ring(axis) for axis in (0, 1, 2)] == [False, True, True]
+    for shape, closed in {"2x4x4": False, "4x4x4": True, "4x4x8": True}.items():  # whole cubes have switches
+        assert [parse_topology(f"v5p:{shape}").is_ring(axis) for axis in (0, 1, 2)] == [closed] * 3
     slices = parse_topology("v5e:2x4", 2)
     assert (slices.size, positions(slices)[8]) == (16, (1, 0, 0, 0))
     assert positions(parse_topology("tpu7x:2x2x1"))[1:3] == [(0, 0, 0, 0, 1), (0, 0, 1, 0, 0)]

@@ -86,9 +86,10 @@ class Topology:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.size
 
     def is_ring(self, axis: int) -> bool:
-        """Returns whether a wrap-around link closes a physical axis."""
-        length = self.shape[axis]
-        return length == 16 if self.kind in ("v5e", "v6e") else length % 4 == 0
+        """Returns whether a wrap-around link closes a physical axis: of 16 chips, or of whole cubes of 4 x 4 x 4."""
+        if self.kind in ("v5e", "v6e"):
+            return self.shape[axis] == 16
+        return all(length % 4 == 0 for length in self.shape)
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
