@@ -8,7 +8,6 @@ input the seconds of one more call.
 import importlib.metadata
 import importlib.util
 import json
-import resource
 import sys
 import time
 
@@ -290,10 +289,9 @@ def memory(device, peak=False):
         if not peak:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    name = "VmHWM" if peak else "VmRSS"  # getrusage has the peak of the process that started this one
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
