@@ -16,10 +16,13 @@ def pixels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["residual", "simvq", "fsq", "product", "multiscale"])
-def test_metrics_are_those_of_the_training_log(untrained, pixels, quantizer):
+@pytest.mark.parametrize("fields", [
+    *({"quantizer": name} for name in ("residual", "simvq", "fsq", "product", "multiscale")),
+    {"encoder_params": {"layers": (0, -1), "fusion": "routed"}},
+])  # fmt: skip
+def test_metrics_are_those_of_the_training_log(untrained, pixels, fields):
     """Counts and error are those of the quantizer, of all levels."""
-    tokenizer = untrained(quantizer=quantizer)
+    tokenizer = untrained(**fields)
     metrics, charts = codebook.analyze(tokenizer, pixels)
     out = jax.jit(lambda v, x: tokenizer.module.apply(v, x, method="forward"))(tokenizer.variables, pixels / 255)
     expected = out.quantized.metrics

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from vqrae_jax import Generator, Tokenizer
 from vqrae_jax.commands import inspect
 from vqrae_jax.errors import CheckpointError
+from vqrae_jax.inference.location import locate
 
 
 def run(path, *arguments):
@@ -52,6 +54,15 @@ def test_the_model_comes_first_and_nothing_twice(trained, tmp_path, capsys):
     assert "protocol.model" not in output
     run(workdir, "--json", "--config")
     assert json.loads(capsys.readouterr().out)["config"]["model"]["commitment_cost"] == 0.25
+
+
+def test_the_encoder_is_the_one_that_was_read(untrained, golden, tmp_path):
+    path = str(golden / "encoders" / "dinov2")
+    params = untrained().config.encoder_params.model_copy(update={"dinov2_path": path})
+    update = {"encoder_config_path": "facebook/dinov2-base", "encoder_params": params}
+    location = locate(str(untrained().save_pretrained(tmp_path / "saved")))
+    location = dataclasses.replace(location, config=location.config.model_copy(update=update), frozen=True)
+    assert inspect._describe_tokenizer(location)["encoder"] == path
 
 
 def test_a_folder_without_its_encoder_is_described_as_far_as_possible_and_an_empty_one_is_an_error(untrained, tmp_path):

@@ -26,7 +26,9 @@ from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation import report as report_page
 from vqrae_jax.inference.tokenizer import Tokenizer
+from vqrae_jax.models.vqrae import VQRAE, Output
 from vqrae_jax.progress import progress
+from vqrae_jax.quantizers.fusion import Fused
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -185,19 +187,25 @@ def position_entropy(indices: Int[np.ndarray, "B h w"]) -> Float[np.ndarray, "h 
 
 def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields indices and squared errors [b, h, w], reconstructions, counts [1, *levels, K], relative errors [b]."""
-    grid, encode = tokenizer.grid, jax.jit(functools.partial(tokenizer.module.apply, method="forward"))
+    grid, encode = tokenizer.grid, jax.jit(functools.partial(tokenizer.module.apply, method=_forward))
     starts = range(0, len(images), BATCH)
     for start in progress(starts, len(starts), f"batches of {BATCH} images"):
         batch = images[start : start + BATCH].astype(np.float32) / 255
-        result = jax.device_get(encode(tokenizer.variables, batch))
+        result, latents = jax.device_get(encode(tokenizer.variables, batch))
         out, decoded = result.quantized, visualize.to_uint8(result.reconstruction)
         tokens = out.indices.reshape(len(batch), -1)
         depth = out.metrics["counts"].size // tokenizer.codebook_size
         first = tokens[:, ::depth][:, -(grid**2) :]  # levels are interleaved, scales one after the other
-        distances = np.sum((result.encoded.reshape(out.z.shape) - out.z) ** 2, axis=-1)
+        distances = np.sum((latents.reshape(out.z.shape) - out.z) ** 2, axis=-1)
         error = np.full(len(batch), out.metrics["quantization_error"])
         maps = (x.reshape(-1, grid, grid) for x in (first, distances))
         yield *maps, decoded, out.metrics["counts"][None], error
+
+
+def _forward(model: VQRAE, images: Float[jax.Array, "B S S 3"]) -> tuple[Output, Float[jax.Array, "B h w C"]]:
+    """Returns the results of a forward pass, and the latents that are quantized."""
+    result = model.forward(images)
+    return result, model.quantizer.fuse(result.encoded) if isinstance(model.quantizer, Fused) else result.encoded
 
 
 def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:

@@ -16,6 +16,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from vqrae_jax.build import generator as generators
+from vqrae_jax.build.encoder import weights_source
 from vqrae_jax.build.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.commands import command_line
 from vqrae_jax.errors import ConfigError, WeightsError
@@ -93,7 +94,7 @@ def _describe_tokenizer(location: Location) -> dict[str, Any]:
     if tokenizer.has_codes:
         model |= {"code shape": list(tokenizer.code_shape), "codebook size": tokenizer.codebook_size}
         model["bits per image"] = tokenizer.bits_per_image
-    encoder = location.config.encoder_config_path if location.frozen else "in the files"
+    encoder = weights_source(location.config)[0] if location.frozen else "in the files"
     return {"model": model, "parameters": parameters, "encoder": encoder}
 
 

@@ -36,10 +36,13 @@ class Fused(Mapped):
         self.fusion = Fusion(self.channels, self.layers, self.method)
 
     def __call__(self, z: Float[AnyArray, "*b LC"], train: bool = False) -> Quantized:
+        return self.quantizer(self.fuse(z), train)
+
+    def fuse(self, z: Float[AnyArray, "*b LC"]) -> Float[Array, "*b C"]:
+        """Returns the latents that the quantizer inside receives; NaN where a layer is not finite."""
         flat, finite = flatten(z, self.layers * self.channels)
         # NaN bypasses the fusion: inside, it would reach the gradient of its kernels.
-        latents = jnp.where(finite[:, None], self.fusion(flat), jnp.nan)
-        return self.quantizer(latents.reshape(*z.shape[:-1], -1), train)
+        return jnp.where(finite[:, None], self.fusion(flat), jnp.nan).reshape(*z.shape[:-1], -1)
 
 
 class Fusion(nn.Module):
