@@ -89,6 +89,19 @@ def test_a_released_decoder_becomes_a_continuous_autoencoder(config, tensors, tm
         assert error.value.field == "--checkpoint"
 
 
+def test_a_decoder_has_averaged_weights_or_those_of_the_model(config, tensors, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
+    names = [name for name in tensors if name.startswith("decoder.")]
+    decoder = {name.removeprefix("decoder."): torch.from_numpy(tensors[name]) for name in names}
+    torch.save({"model": decoder}, tmp_path / "model.pt")
+    torch.save({"model": decoder, "ema": decoder}, tmp_path / "both.pt")
+    files = f"--config={config}", f"--output={tmp_path / 'out'}", "--weights=model"
+    assert not Tokenizer.load(run(f"--checkpoint={tmp_path / 'model.pt'}", *files)).has_codes
+    with pytest.raises(ConfigError) as error:
+        run(f"--checkpoint={tmp_path / 'both.pt'}", *files)
+    assert error.value.field == "--weights"
+
+
 def test_a_training_checkpoint_in_pytorchs_own_format(case, config, tensors, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch files need PyTorch")
     parts = {"model": tensors, "ema": tensors | dict(np.load(case / "ema.npz"))}

@@ -125,9 +125,13 @@ def test_content_hash_follows_names_shapes_and_values():
     assert len({writers.content_hash(other) for other in [tree, *changed]}) == 4
 
 
-def test_latent_statistics_are_channel_first(golden):
-    var = np.random.default_rng(0).uniform(0.5, 1, (4, 4, 32)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(4, 4, 32), (32,)])
+def test_latent_statistics_fit_the_latents_of_pytorch(shape):
+    """A grid of latents is [B, C, h, w] there, and rows are [B, N, C]."""
+    var, z = (np.random.default_rng(0).uniform(0.5, 1, s).astype(np.float32) for s in (shape, (2, 4, 4, 32)))
     stat = pytorch_vqrae.build_statistics({"batch_stats": {"latent": {"var": var}}})
     assert stat["mean"] is None
-    np.testing.assert_array_equal(stat["var"], var.transpose(2, 0, 1))
+    np.testing.assert_array_equal((z.transpose(0, 3, 1, 2) / stat["var"]).transpose(0, 2, 3, 1), z / var)
+    rows = pytorch_vqrae.build_statistics({"batch_stats": {"latent": {"var": var}}}, grid=False)
+    np.testing.assert_array_equal(z.reshape(2, 16, 32) / rows["var"], (z / var).reshape(2, 16, 32))
     assert pytorch_vqrae.build_statistics({"batch_stats": {}}) == {}

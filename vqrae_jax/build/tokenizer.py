@@ -319,5 +319,5 @@ def _select_decoder(state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     if exported:
         tree = unflatten_dict({n: x for n, x in exported.items() if not n.startswith("features/")}, sep="/")
         return writers.to_state_dict(tree, tables.DECODER_TABLE)
-    state = pytorch_vqrae.select_state_dict(state, "ema", path)
+    state = pytorch_vqrae.select_state_dict(state, "ema" if "ema" in state else "model", path)
     return pytorch_vqrae.select_network(state, tables.DECODER_TABLE, path)

@@ -42,7 +42,7 @@ def export(args: argparse.Namespace) -> list[storage.Path]:
     else:
         variables = jax.device_get(tokenizer.trained)
         states = {output: pytorch_checkpoint.build_checkpoint(tokenizer.config, variables, args.transformers)}
-        if statistics := pytorch_vqrae.build_statistics(variables):
+        if statistics := pytorch_vqrae.build_statistics(variables, tokenizer.config.reshape_to_2d):
             states[output.with_name(f"{output.stem}_stat.pt")] = statistics
         for path, state in states.items():
             with storage.stage_output(path) as file:

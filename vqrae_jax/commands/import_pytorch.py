@@ -47,6 +47,9 @@ def import_pytorch(args: argparse.Namespace) -> storage.Path:
     tensors = sources.read_state_dict(args.checkpoint, "--checkpoint") if args.checkpoint else None
     try:
         if decoder_only := tensors is None or pytorch_checkpoint.is_decoder(tensors):
+            if args.weights == "model" and "ema" in (tensors or {}):
+                message = "is for whole models; of a decoder alone the 'ema' weights are read, which this file has"
+                raise ConfigError(message, field="--weights", value=args.weights)
             model, built, variables = _combine(model, args.checkpoint)
             notes.append(f"{model.pretrained_decoder_path} has no codebook; `vqrae fit-codebook` or training adds one")
         else:

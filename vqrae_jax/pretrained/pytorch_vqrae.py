@@ -179,8 +179,17 @@ def build_state_dict(
     return state | (_fsq_constants(fsq_levels) if quantizer == "fsq" else {})
 
 
-def build_statistics(variables: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
-    """Returns the latent statistics as in the PyTorch VQRAE's stat.pt, channel first; empty if the model has none."""
-    stats = variables["batch_stats"].get("latent", {})
-    arrays = {name: np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)) for name, value in stats.items()}
+def build_statistics(variables: Mapping[str, Any], grid: bool = True) -> dict[str, np.ndarray | None]:
+    """Returns the latent statistics as in the PyTorch VQRAE's stat.pt; empty if the model has none.
+
+    They have the axes of its latents: [C, h, w] or [C, 1, 1], and [N, C] or [C] if latents are no `grid`.
+    """
+
+    def arrange(value: Any) -> np.ndarray:
+        value = np.asarray(value)
+        if not grid:
+            return value if value.ndim == 1 else value.reshape(-1, value.shape[-1])
+        return np.ascontiguousarray(np.moveaxis(value.reshape((1, 1, -1) if value.ndim == 1 else value.shape), -1, 0))
+
+    arrays = {name: arrange(value) for name, value in variables["batch_stats"].get("latent", {}).items()}
     return {"mean": None, "var": None} | arrays if arrays else {}
