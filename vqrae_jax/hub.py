@@ -11,6 +11,7 @@ from typing import Any
 from vqrae_jax import storage
 from vqrae_jax.errors import DataError, UserError, WeightsError, first_line
 
+REFUSED = (401, 403, 404)  # answers of a hub that is there; others, as 429 and 503, are those of a busy one
 TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
 
 
@@ -59,9 +60,9 @@ def download(
     try:
         try:
             files = _list_files(repository, **options)
-        except HfHubHTTPError:
-            raise  # the hub was reached and refused
         except Exception as unreachable:
+            if isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code in REFUSED:
+                raise
             try:
                 return pathlib.Path(load(None))
             except Exception:

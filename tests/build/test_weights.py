@@ -1,5 +1,6 @@
 """The pretrained weights of a config: all missing ones in one message, and copies with the flags that name them."""
 
+import pathlib
 import re
 from unittest import mock
 
@@ -116,11 +117,39 @@ def test_copies_are_read_by_the_flags(golden, tiny, workdir):
         assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_copies_of_the_same_name_do_not_replace_each_other(golden, tiny, tmp_path):
+    stats, decoder = golden / "vqrae" / "ema_vq_2d" / "stat.npz", tmp_path / "stat.npz"
+    decoder.write_bytes((golden / "vqrae" / "ema_vq_2d" / "model.npz").read_bytes())
+    config = tiny(model={"normalization_stat_path": str(stats), "pretrained_decoder_path": str(decoder)})
+    flags = weights.copy_all(weights.list_weights(config, ()), str(tmp_path / "weights"))
+    copies = dict(flag.removeprefix("--config.model.").split("=") for flag in flags)
+    for name, original in (("normalization_stat_path", stats), ("pretrained_decoder_path", decoder)):
+        assert pathlib.Path(copies[name]).read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize(("status", "reads_cache"), [(401, False), (404, False), (429, True), (503, True)])
+def test_a_busy_hub_is_as_one_that_cannot_be_reached(monkeypatch, tmp_path, status, reads_cache):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(repository):
+        raise HfHubHTTPError("refused", response=mock.MagicMock(headers={}, status_code=status))
+
+    monkeypatch.setattr(hub, "_list_files", refuse)
+    load = mock.Mock(return_value=str(tmp_path))
+    if reads_cache:
+        assert hub.download("owner/name", load, "owner/name", "field") == tmp_path
+        load.assert_called_once_with(None)
+    else:
+        with pytest.raises(WeightsError):
+            hub.download("owner/name", load, "owner/name", "field")
+        load.assert_not_called()
+
+
 def test_gated_models_need_a_license_and_a_token(monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 
     def refuse(repository):
-        raise GatedRepoError("401 Client Error", response=mock.MagicMock(headers={}))  # of either HTTP client
+        raise GatedRepoError("401 Client Error", response=mock.MagicMock(headers={}, status_code=401))  # of any client
 
     monkeypatch.setattr(hub, "_list_files", refuse)
     with pytest.raises(WeightsError, match=r"https://huggingface\.co/owner/name .*HF_TOKEN"):

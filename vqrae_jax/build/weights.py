@@ -77,11 +77,15 @@ def fetch_all(weights: Sequence[Weights]) -> list[pathlib.Path]:
 
 
 def copy_all(weights: Sequence[Weights], folder: str) -> list[str]:
-    """Copies weights to a folder or bucket; returns the flags with which a run reads the copies."""
-    flags = []
+    """Copies weights to a folder or bucket; returns the flags with which a run reads the copies.
+
+    A second file or folder of the same name is copied into a folder that is called like its field.
+    """
+    flags, origins = [], {}
     for item, path in zip(weights, fetch_all(weights), strict=True):
         is_hub_name = not (storage.is_remote(item.name) or pathlib.Path(item.name).exists())
         name = item.name if is_hub_name else path.name
+        name = name if origins.setdefault(name, path) == path else f"{item.field}/{name}"
         with storage.stage_output(f"{folder}/{name}") as target:
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
