@@ -306,6 +306,16 @@ def test_what_does_not_keep_its_proportions(untrained, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_use_on_a_card_is_the_mean_over_groups(untrained, tmp_path):
+    tokenizer = untrained(quantizer="product")
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    tokenizer.save_pretrained(tmp_path, images)
+    groups = tokenizer.encode_to_indices(images).reshape(-1, tokenizer.code_shape[-1]).T
+    use = np.mean([len(np.unique(codes)) / tokenizer.codebook_size for codes in groups])
+    assert f"codebook usage on these images | {use:.1%} |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_card_and_a_first_codebook_of_rectangles(untrained, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 62, 3), np.uint8)
     refit(untrained()).save_pretrained(tmp_path, images)

@@ -133,6 +133,9 @@ def _write_figure(tokenizer: Any, folder: pathlib.Path, images: FittedImages) ->
     decibels = np.mean(psnr(jnp.asarray(reconstructions), jnp.asarray(originals / np.float32(255))))
     rows = [(f"PSNR on {len(originals)} images", f"{decibels:.2f} dB")]
     if indices is not None:
-        health = codebook_health.health(np.bincount(indices.reshape(-1), minlength=tokenizer.codebook_size))
+        shape, K = tokenizer.code_shape, tokenizer.codebook_size
+        levels = shape[-1] if len(shape) > 1 and shape != (tokenizer.grid,) * 2 else 1
+        counts = [np.bincount(level, minlength=K) for level in indices.reshape(-1, levels).T]
+        health = codebook_health.health(np.stack(counts))
         rows.append(("codebook usage on these images", f"{health['usage']:.1%}"))
     return rows
