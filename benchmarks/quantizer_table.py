@@ -271,7 +271,7 @@ def _evaluate(
         parts.append(jax.device_get(measure(variables, data.latents[i : i + BATCH], data.images[i : i + BATCH])))
     errors, decibels, counts, indices = zip(*parts, strict=True)
     return {
-        "error": float(sum(errors) / data.latents.size / np.var(data.latents)),
+        "error": float(sum(errors) / data.latents.size / np.var(data.latents, axis=(0, 1, 2)).mean()),
         "psnr": float(np.concatenate(decibels).mean()),
         "counts": None if counts[0] is None else sum(counts),
         "positions": None if indices[0] is None else indices[0][0].size,
