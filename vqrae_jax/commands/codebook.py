@@ -26,9 +26,7 @@ from vqrae_jax.errors import ConfigError, DataError
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation import report as report_page
 from vqrae_jax.inference.tokenizer import Tokenizer
-from vqrae_jax.models.vqrae import VQRAE, Output
 from vqrae_jax.progress import progress
-from vqrae_jax.quantizers.fusion import Fused
 from vqrae_jax.quantizers.nearest import nearest_other
 
 BATCH = 16
@@ -202,10 +200,10 @@ def _encode(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B S S 3"]) -> Itera
         yield *maps, decoded, out.metrics["counts"][None], error
 
 
-def _forward(model: VQRAE, images: Float[jax.Array, "B S S 3"]) -> tuple[Output, Float[jax.Array, "B h w C"]]:
+def _forward(model: Any, images: Float[jax.Array, "B S S 3"]) -> tuple[Any, Float[jax.Array, "B h w C"]]:
     """Returns the results of a forward pass, and the latents that are quantized."""
     result = model.forward(images)
-    return result, model.quantizer.fuse(result.encoded) if isinstance(model.quantizer, Fused) else result.encoded
+    return result, model.quantizer.fuse(result.encoded)
 
 
 def _embeddings(tokenizer: Tokenizer) -> Float[np.ndarray, "K C"]:

@@ -80,6 +80,10 @@ class Quantizer(nn.Module):
         """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""
         return None
 
+    def fuse(self, z: Float[AnyArray, "*b LC"]) -> Float[AnyArray, "*b C"]:
+        """Returns the latents that a learned fusion makes of the encoder's layers; without one, `z`."""
+        return z
+
     def innermost(self) -> "Quantizer":
         """Returns the (first) quantizer that maps single vectors to single indices, inside of all others."""
         return self
