@@ -38,6 +38,12 @@ def test_a_setting_that_does_not_fit_and_a_description_that_cannot_be_read_are_n
         ({"encoder_input_size": 30}, "encoder_input_size", "24 and 32"),
         ({"encoder_params": {}}, "encoder_params.architecture", "hidden_size"),
         ({"encoder_params": {"architecture": ARCHITECTURE, "layers": (2,)}}, "encoder_params.layers", "0 to 1"),
+        (
+            {"encoder_params": {"architecture": ARCHITECTURE | {"num_layers": 2}}},
+            "encoder_params.architecture",
+            "num_layers",
+        ),
+        ({"decoder_config_path": None, "decoder_architecture": {"act": "gelu"}}, "decoder_architecture", "act"),
         ({"encoder_params": {"architecture": ARCHITECTURE, "layers": ()}}, "encoder_params.layers", "-1"),
         ({"decoder_config_path": "ViT-Q"}, "decoder_config_path", "ViT-XL"),
         ({"encoder_config_path": "/absent"}, "encoder_params.architecture", "model.encoder_config_path=None"),

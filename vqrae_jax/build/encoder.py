@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from vqrae_jax.pretrained import convert, families, sources, tables
 from vqrae_jax.quantizers.fusion import LEARNED
 
 _PATHS = ("dinov2_path", "dinov3_path", "model_name")  # fields of encoder_params that may name the weights
+_OTHER = ("model_type", "rope_theta", "image_mean", "image_std")  # fields of an architecture without a default
 
 
 def build_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Encoder, dict[str, Any] | None]:
@@ -52,6 +53,7 @@ def describe_encoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[Enc
         source = config.encoder_config_path or "the architecture"
         message = f"reads {' or '.join(family.model_types)}, but {source} is a {model_type!r}: {remedy}"
         raise ConfigError(message, field="model.encoder_cls", value=config.encoder_cls)
+    check_names("model.encoder_params.architecture", params.architecture, (*_OTHER, *families.DEFAULTS[model_type]))
     fields = families.describe(family, description, config.encoder_config_path or "encoder_params.architecture")
     blocks = BlocksConfig(
         **fields.pop("blocks"), dtype=config.dtype, attention=config.attention,
@@ -104,9 +106,16 @@ def inline_encoder(config: ModelConfig) -> ModelConfig:
         description = description["vision_config"] | {"model_type": "siglip_vision_model"}
     description = families.complete(description)
     mean, std = sources.read_image_statistics(folder, field)
-    names = ("model_type", "rope_theta", *families.DEFAULTS[description["model_type"]])
+    names = (*_OTHER, *families.DEFAULTS[description["model_type"]])
     fields = {name: description[name] for name in names if name in description}
     return replace_encoder(config, None, fields | {"image_mean": mean, "image_std": std})
+
+
+def check_names(field: str, architecture: dict[str, Any], accepted: Iterable[str]) -> None:
+    """Raises ConfigError if an architecture has fields that nothing reads."""
+    if unknown := sorted(architecture.keys() - set(accepted)):
+        message = f"has unknown fields {', '.join(unknown)}; accepted are {', '.join(sorted(accepted))}"
+        raise ConfigError(message, field=field, value=architecture)
 
 
 def check_layers(field: str, layers: tuple[int, ...], blocks: BlocksConfig) -> None:

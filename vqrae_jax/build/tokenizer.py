@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vqrae_jax import sharding
-from vqrae_jax.build.encoder import activation_sharding, check_layers, describe_encoder, read_encoder
+from vqrae_jax.build.encoder import activation_sharding, check_layers, check_names, describe_encoder, read_encoder
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.models.decoder import SIZES, Decoder, sincos_table, widen_head
@@ -38,6 +38,7 @@ Arrays = dict[str, np.ndarray]
 _DECODER = (
     "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
 )  # fmt: skip
+_OPTIONAL = ("hidden_act", "layer_norm_eps", "qkv_bias")
 Placement = Callable[[Any], Any]  # a tree of shapes -> a tree of shardings
 
 
@@ -254,13 +255,14 @@ def _decoder_architecture(config: ModelConfig) -> dict[str, Any]:
     if (path is None) != bool(config.decoder_architecture):
         raise ConfigError("must be None if decoder_architecture is set, and only then", field=field, value=path)
     if path is None:
+        check_names("model.decoder_architecture", config.decoder_architecture, (*_DECODER, *_OPTIONAL))
         return config.decoder_architecture
     if path in SIZES:
         return dict(zip(_DECODER, SIZES[path], strict=True))
     if not pathlib.Path(path).is_dir() and "/" not in path:
         raise ConfigError(f"must be one of {', '.join(SIZES)}, a folder or a hub id", field=field, value=path)
     values = sources.read_json(sources.fetch_folder(path, field) / "config.json", field)
-    return {name: values[name] for name in (*_DECODER, "hidden_act", "layer_norm_eps", "qkv_bias") if name in values}
+    return {name: values[name] for name in (*_DECODER, *_OPTIONAL) if name in values}
 
 
 def _read_whitening(config: ModelConfig, encoder: Encoder) -> Arrays:

@@ -59,7 +59,7 @@ def describe(config: dict[str, Any], tensors: readers.Tensors) -> dict[str, Any]
     return {name: config[name] for name in names} | {
         "encoder_cls": family, "encoder_config_path": None, "encoder_params": {"architecture": architecture},
         "decoder_config_path": None, "decoder_patch_size": config["patch_size"], "quantizer": "none",
-        "decoder_architecture": {name: config[name] for name in config if name.startswith("decoder_")},
+        "decoder_architecture": {name: config[name] for name in DEFAULTS if name.startswith("decoder_")},
     }  # fmt: skip
 
 
