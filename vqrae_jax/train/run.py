@@ -169,7 +169,7 @@ def _build_generator(
         try:
             tokenizer = FrozenTokenizer.load(name, encoding)
             made_by = saved["config"].get("generator", {}).get("tokenizer_hash")
-            if encoding == "float32" and made_by not in (None, tokenizer.hash):  # of codes encoded in bfloat16
+            if made_by and encoding == "float32" and made_by != tokenizer.hash:  # of codes encoded in bfloat16
                 tokenizer = FrozenTokenizer.load(name, "bfloat16")
         except UserError as error:
             raise error.renamed({"checkpoint": "generator.tokenizer"}) from error.__cause__
