@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.build.encoder import weights_source
+from vqrae_jax.build.generator import arrange_codes
 from vqrae_jax.data import images as image_files
 from vqrae_jax.evaluation import codebook_health, visualize
 from vqrae_jax.evaluation.metrics import psnr
@@ -133,9 +134,8 @@ def _write_figure(tokenizer: Any, folder: pathlib.Path, images: FittedImages) ->
     decibels = np.mean(psnr(jnp.asarray(reconstructions), jnp.asarray(originals / np.float32(255))))
     rows = [(f"PSNR on {len(originals)} images", f"{decibels:.2f} dB")]
     if indices is not None:
-        shape, K = tokenizer.code_shape, tokenizer.codebook_size
-        levels = shape[-1] if len(shape) > 1 and shape != (tokenizer.grid,) * 2 else 1
-        counts = [np.bincount(level, minlength=K) for level in indices.reshape(-1, levels).T]
+        _, levels = arrange_codes(tokenizer.code_shape, tokenizer.module.quantizer.prefixes, tokenizer.grid)
+        counts = [np.bincount(level, minlength=tokenizer.codebook_size) for level in indices.reshape(-1, levels).T]
         health = codebook_health.health(np.stack(counts))
         rows.append(("codebook usage on these images", f"{health['usage']:.1%}"))
     return rows

@@ -117,7 +117,7 @@ def _compare(
     seed, count = config.train.seed, config.evaluation.samples
     labels = samples.class_labels(generator.config.classes, count)
     plan = samples.plan_samples(generator, labels, seed, sampler)
-    settings = hashlib.sha256(plan.source.encode()).hexdigest()[:8]  # all of them
+    settings = hashlib.sha256(plan.source.encode()).hexdigest()[:8]  # also those that the name lacks
     name = f"{generator.provenance['step']}-guidance{sampler.guidance:g}-steps{sampler.steps}-{count}-{settings}"
     log.info("sampling %d images with guidance %g in %d steps", count, sampler.guidance, sampler.steps)
 
