@@ -120,6 +120,11 @@ def test_flags_override_optional_fields(file, field, text, value, monkeypatch):
             "model.normalization_stat_path",
             "x",
         ),
+        (
+            {"model": {"encoder_params": {"fusion": "routed"}, "quantizer_params": {"whitening_dim": 8}}},
+            "model.quantizer_params.whitening_dim",
+            8,
+        ),
         ({"model": {"resampler_tokens": 8, "quantizer": "multiscale"}}, "model.quantizer", "multiscale"),
         ({"model": {"resampler_tokens": 8, "reshape_to_2d": False}}, "model.reshape_to_2d", False),
         ({"model": {"resampler_blocks": 3}}, "model.resampler_blocks", 3),

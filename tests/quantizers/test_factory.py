@@ -136,6 +136,8 @@ def test_settings_that_a_quantizer_does_not_read_are_reported(name, fields, expe
         ("ema", {"distance": "dot", "inner": "ibq"}, "quantizer_params.distance"),
         ("residual", {"distance": "dot"}, "quantizer_params.distance"),
         ("simvq", {"bridge_group": 3}, "quantizer_params.bridge_group"),
+        ("multiscale", {"inner": "vq", "revival_decay": 0.9}, "quantizer_params.revival_decay"),
+        ("residual", {"inner": "vq", "shared": True, "revival_decay": 0.9}, "quantizer_params.revival_decay"),
         ("ema", {"whitening_dim": 13}, "quantizer_params.whitening_dim"),
     ],
 )

@@ -38,6 +38,7 @@ OPTIONS = {
     "vq_normal": ("vq", {"codebook_init": "normal", "revival_decay": 0.9, "distance": "cosine"}),
     "vq_diveq": ("vq", {"estimator": "diveq", "codebook_cost": 0.0}),
     "simvq_angle": ("simvq", {"distance": "angle"}),
+    "ibq_angle": ("ibq", {"distance": "angle", "temperature": 0.1}),
     "ema_rotation": ("ema", {"estimator": "rotation"}),
     "ema_projected": ("ema", {"codebook_dim": 3}),
     "ema_whitened": ("ema", {"whitening_dim": 3}),
@@ -149,7 +150,7 @@ def test_other_indices_differ_and_may_be_those_of_near_embeddings(name, mesh):
         np.testing.assert_array_equal(first[1], distances.argmin(1)[first[0]])
 
 
-@cases(["ema_angle", "vq_angle"])
+@cases(["ema_angle", "vq_angle", "simvq_angle", "ibq_angle"], fast=("ema_angle",))
 def test_angles_choose_embeddings_that_keep_their_length(name):
     """Lengths of latents change no index, and the codebook has lengths of its own."""
     lengths = np.random.default_rng(1).uniform(0.1, 10, (8, GRID, GRID, 1)).astype(np.float32)

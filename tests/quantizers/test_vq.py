@@ -87,6 +87,17 @@ def test_latents_that_are_not_finite_are_no_anchors(variables, z, good):
         jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
+def test_the_call_that_makes_a_codebook_moves_nothing(z):
+    """The micro-batches of its step use this codebook."""
+    module = VQ(2 * len(z), C, revival_decay=DECAY)  # half of the embeddings repeat latents and are unused
+    variables, moved = module.init(jax.random.key(0), z), []
+    for seed in range(2):
+        out, state = module.apply(variables, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(seed)})
+        variables |= state
+        moved.append(int(out.metrics["revived"]))
+    assert moved[0] == 0 < moved[1]
+
+
 def test_without_revival_there_is_no_count_of_uses(z):
     for init, expected in (("normal", {"offset"}), ("kmeans", {"offset", "first", "begun"})):
         plain = VQ(K, C, codebook_init=init)

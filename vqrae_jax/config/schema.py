@@ -304,10 +304,14 @@ class ModelConfig(Section):
     @pydantic.model_validator(mode="after")
     def _statistics_are_of_fixed_latents(self):
         fusion, tokens = self.encoder_params.fusion, self.resampler_tokens
-        if self.normalization_stat_path and (fusion in LEARNED or tokens):
-            learned = f"model.resampler_tokens={tokens}" if tokens else f"model.encoder_params.fusion={fusion!r}"
-            message = f"a file cannot describe latents of {learned}, which train; use None"
-            raise invalid("normalization_stat_path", self.normalization_stat_path, message)
+        learned = f"model.resampler_tokens={tokens}" if tokens else f"model.encoder_params.fusion={fusion!r}"
+        statistics = {
+            "normalization_stat_path": (self.normalization_stat_path, "a file"),
+            "quantizer_params.whitening_dim": (self.quantizer_params.whitening_dim, "axes of the first batch"),
+        }
+        for name, (value, what) in statistics.items():
+            if value and (fusion in LEARNED or tokens):
+                raise invalid(name, value, f"{what} cannot describe latents of {learned}, which train; use None")
         return self
 
     @pydantic.model_validator(mode="after")

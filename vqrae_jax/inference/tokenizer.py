@@ -415,7 +415,8 @@ class Tokenizer:
             raise DataError(f"indices are {indices.dtype}; expected integers in [0, {size})")
         shapes = [expected, *((*expected[:-1], length) for length in self.module.quantizer.prefixes)]
         if indices.shape[1:] not in shapes:
-            raise DataError(f"indices have shape {indices.shape}; expected [B, {', '.join(map(str, expected))}]")
+            accepted = " or ".join(f"[B, {', '.join(map(str, shape))}]" for shape in sorted(set(shapes)))
+            raise DataError(f"indices have shape {indices.shape}; expected {accepted}")
         if indices.size and not 0 <= indices.min() <= indices.max() < size:
             raise DataError(f"indices span [{indices.min()}, {indices.max()}]; expected 0 to {size - 1}")
         return indices.astype(np.int32)

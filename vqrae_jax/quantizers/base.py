@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers.arrays import AnyArray, Indices, Mask, Rows, Scalar
-from vqrae_jax.quantizers.nearest import find_neighbors
+from vqrae_jax.quantizers.nearest import find_neighbors, unit
 from vqrae_jax.quantizers.statistics import code_counts
 
 MAX_EMBEDDINGS = 2**24  # of a quantizer without a codebook: the counts of all indices must fit into memory
@@ -159,11 +159,19 @@ def masked_mean(values: Rows, mask: Mask) -> Scalar:
     return jnp.sum(jnp.where(mask, rows, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def vq_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float, codebook_cost: float = 1.0) -> Scalar:
-    """Returns codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means."""
-    codebook = masked_mean((jax.lax.stop_gradient(flat) - quantized) ** 2, mask)
-    commitment = masked_mean((flat - jax.lax.stop_gradient(quantized)) ** 2, mask)
-    return codebook_cost * codebook + commitment_cost * commitment
+def vq_loss(
+    flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float, codebook_cost: float = 1.0, distance: str = "l2"
+) -> Scalar:
+    """Returns codebook plus commitment loss (van den Oord et al. 2017, arXiv:1711.00937, eq. 3), both as means.
+
+    For the distance "angle" the codebook loss is 1 - cosine (dRAE, arXiv:2607.22148).
+    """
+    fixed = jax.lax.stop_gradient
+    if distance == "angle":
+        codebook = masked_mean(1 - jnp.sum(unit(fixed(flat)) * unit(quantized), axis=1, keepdims=True), mask)
+    else:
+        codebook = masked_mean((fixed(flat) - quantized) ** 2, mask)
+    return codebook_cost * codebook + commitment_cost * masked_mean((flat - fixed(quantized)) ** 2, mask)
 
 
 def batch_metrics(flat: Rows, quantized: Rows, indices: Indices, num_embeddings: int, mask: Mask) -> dict[str, Array]:

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
 from vqrae_jax.quantizers.arrays import AnyArray, Codebook
-from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, flatten, masked_mean, vq_loss
 from vqrae_jax.quantizers.codebook_losses import entropies, orthogonality
 from vqrae_jax.quantizers.estimators import value_of
 from vqrae_jax.quantizers.kmeans import LearnedCodebook
@@ -21,8 +20,8 @@ class IBQ(Quantizer):
     and the codebook also as the chosen embedding. Training holds N x K probabilities, which the method needs;
     evaluation does not.
 
-    Logits are z . e - |e|^2 / 2 for the distance "l2" and z . e otherwise: "dot" is the paper's, and "cosine" (unit
-    length) needs a small temperature.
+    Logits are z . e - |e|^2 / 2 for the distance "l2", cosines for "angle", and z . e otherwise: "dot" is the paper's,
+    and cosines, also of "cosine" (unit length), need a small temperature.
     """
 
     num_embeddings: registry.NumEmbeddings
@@ -33,11 +32,6 @@ class IBQ(Quantizer):
     orthogonality_cost: registry.OrthogonalityCost = 0.0
     codebook_init: registry.InitSetting = "kmeans"
     distance: registry.DistanceSetting = "l2"
-
-    def __post_init__(self):
-        if self.distance == "angle":
-            raise ConfigError("must be 'l2', 'cosine' or 'dot' for ibq", field="distance", value=self.distance)
-        super().__post_init__()
 
     def setup(self):
         # The nearest mean need not have the largest product, so the codebook starts as means by distance.
@@ -56,14 +50,14 @@ class IBQ(Quantizer):
         fixed = jax.lax.stop_gradient
         # The double quantization loss of the paper: on the chosen embedding, and (below) on the embedding as its index
         # passes gradients.
-        loss = masked_mean((quantized - fixed(flat)) ** 2, finite)
-        loss += self.commitment_cost * masked_mean((fixed(quantized) - flat) ** 2, finite)
+        loss = vq_loss(flat, quantized, finite, self.commitment_cost, distance=self.distance)
         if self.orthogonality_cost:
             loss += self.orthogonality_cost * orthogonality(codebook)
         metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
         out = quantized
         if train:
-            logits = jnp.dot(flat, codebook.T, precision=jax.lax.Precision.HIGHEST)
+            pair = (unit(flat), unit(codebook)) if self.distance == "angle" else (flat, codebook)
+            logits = jnp.dot(pair[0], pair[1].T, precision=jax.lax.Precision.HIGHEST)
             logits -= 0.5 * jnp.sum(codebook**2, axis=1) if self.distance == "l2" else 0.0
             soft = jax.nn.softmax(logits / self.temperature, axis=-1)
             # one_hot + soft - stop_gradient(soft), times the codebook, without a second N x K matrix.

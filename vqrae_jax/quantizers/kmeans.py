@@ -144,6 +144,10 @@ class LearnedCodebook(nn.Module):
     def __call__(self) -> Codebook:
         return self.offset + self.fixed() if self._has_first else self.offset
 
+    def has_begun(self) -> Bool[AnyArray, ""]:
+        """Returns whether the embeddings are made."""
+        return self.begun.value > 0 if self.codebook_init != "normal" else jnp.asarray(True)
+
     def fixed(self) -> Codebook | float:
         """Returns the part of the embeddings that gradients do not change."""
         return jax.lax.stop_gradient(self.first.value) if self._has_first else 0.0

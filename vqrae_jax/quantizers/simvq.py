@@ -88,8 +88,8 @@ class SimVQ(Quantizer):
         codebook = self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         quantized = codebook[indices]
-        ends = (quantized, flat) if self.legacy else (flat, quantized)
-        loss = vq_loss(*ends, finite, self.commitment_cost)
+        costs = (1.0, self.commitment_cost) if self.legacy else (self.commitment_cost, 1.0)
+        loss = vq_loss(flat, quantized, finite, *costs, self.distance)
         if self.orthogonality_cost:
             loss += self.orthogonality_cost * orthogonality(codebook)
         if self.diversity_cost:

@@ -1,23 +1,15 @@
 """The codebook of VQGAN and LlamaGen, trained by gradients (Esser et al. 2021, arXiv:2012.09841)."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
-from vqrae_jax.quantizers.arrays import AnyArray, Codebook, Mask, Rows, Scalar
-from vqrae_jax.quantizers.base import (
-    Quantized,
-    Quantizer,
-    Sample,
-    batch_metrics,
-    check_distance,
-    flatten,
-    masked_mean,
-    vq_loss,
-)
+from vqrae_jax.quantizers.arrays import AnyArray, Codebook
+from vqrae_jax.quantizers.base import Quantized, Quantizer, Sample, batch_metrics, check_distance, flatten, vq_loss
 from vqrae_jax.quantizers.codebook_losses import diversity
 from vqrae_jax.quantizers.estimators import ESTIMATORS
 from vqrae_jax.quantizers.kmeans import LearnedCodebook
@@ -30,7 +22,8 @@ class VQ(Quantizer):
     The codebook is a `LearnedCodebook`. With the distance "cosine" latents and embeddings have unit length (LlamaGen,
     arXiv:2406.06525, with 8 channels); with "angle" embeddings keep their length, and the codebook loss is 1 - cosine.
     An embedding without latents gets no gradient: at a learning rate of its own, constant, fewer of them stay unused,
-    and with `revival_decay` they move to latents, after the step has used the codebook.
+    and with `revival_decay` they move to latents, after the call has used the codebook, so that quantizers which call
+    it several times in one step cannot have it.
     """
 
     num_embeddings: registry.NumEmbeddings
@@ -70,19 +63,19 @@ class VQ(Quantizer):
         flat, finite = flatten(z, self.channels)
         flat = unit(flat) if self.distance == "cosine" else flat
         if train:
-            fixed = jax.lax.stop_gradient(flat)
+            fixed, has_begun = jax.lax.stop_gradient(flat), self.codebook.has_begun()
             self.initialize(lambda: (fixed, finite), jnp.sum(finite))
         codebook = jax.lax.stop_gradient(self.embeddings()) if self.frozen else self.embeddings()
         indices = nearest(flat, codebook, self.distance)
         quantized = codebook[indices]
-        compute_loss = _angle_loss if self.distance == "angle" else vq_loss
-        loss = compute_loss(flat, quantized, finite, self.commitment_cost, self.codebook_cost)
+        loss = vq_loss(flat, quantized, finite, self.commitment_cost, self.codebook_cost, self.distance)
         if self.diversity_cost:
             loss += self.diversity_cost * diversity(flat, codebook, finite, self.temperature)
         out = ESTIMATORS[self.estimator](flat, quantized).reshape(z.shape)
         metrics = batch_metrics(flat, quantized, indices, self.num_embeddings, finite)
         if train and self.revival_decay and not (self.frozen or self.is_initializing()):
-            metrics["revived"] = self.codebook.revive(fixed, finite, metrics["counts"])
+            # Not the codebook that this call makes: the micro-batches of its step use it afterwards.
+            metrics["revived"] = self.codebook.revive(fixed, finite & has_begun, metrics["counts"])
         return Quantized(out, indices.reshape(z.shape[:-1]), loss, metrics)
 
     def initialize(self, sample: Sample, count: Int[Array, ""]) -> None:
@@ -92,16 +85,15 @@ class VQ(Quantizer):
         return unit(self.codebook()) if self.distance == "cosine" else self.codebook()
 
 
-def _angle_loss(flat: Rows, quantized: Rows, mask: Mask, commitment_cost: float, codebook_cost: float) -> Scalar:
-    """Returns 1 - cosine for the codebook plus a Euclidean commitment loss (dRAE, arXiv:2607.22148)."""
-    fixed = jax.lax.stop_gradient
-    cosine = jnp.sum(unit(fixed(flat)) * unit(quantized), axis=1, keepdims=True)
-    commitment = masked_mean((flat - fixed(quantized)) ** 2, mask)
-    return codebook_cost * masked_mean(1 - cosine, mask) + commitment_cost * commitment
+def _build(context: registry.Context, revival_decay: float, **settings: Any) -> VQ:
+    if revival_decay and context.calls > 1:
+        message = "must be 0 for a codebook that several scales or levels share: each would move what the others use"
+        raise ConfigError(message, field="revival_decay", value=revival_decay)
+    return VQ(channels=context.channels, revival_decay=revival_decay, **settings)
 
 
 registry.register(
     "vq", VQ, "Esser et al. 2021, arXiv:2012.09841; Sun et al. 2024, arXiv:2406.06525",
     "VQGAN's and LlamaGen's codebook, trained by gradients; unused codes stay unused without revival_decay",
-    codebook={"first": "K C", "offset": "K C", "uses": "K"}, inner=True,
+    build=_build, codebook={"first": "K C", "offset": "K C", "uses": "K"}, inner=True,
 )  # fmt: skip
