@@ -1,7 +1,8 @@
 """256 tokens of 32 bits each: two groups of 16 signs per token, otherwise configs/recipe_16k.py.
 
-Binary spherical quantization (arXiv:2406.07548) has neither a codebook nor a search. 32 bits per token are those of BAR
-(arXiv:2602.09024); two groups of 65,536 codes are two indices per token, which data, generators and exports accept.
+Binary spherical quantization (arXiv:2406.07548) has neither a codebook nor a search. 32 bits per token, of one linear
+map of the latent, are those of BAR (arXiv:2602.09024); two groups of 65,536 codes are two indices per token, which
+data, generators and exports accept. Each group is on a unit sphere of its own.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
@@ -21,4 +22,5 @@ def get_config():
     c.model.quantizer_params.inner = "bsq"
     c.model.quantizer_params.groups = 2
     c.model.num_embeddings = 2**16
+    c.model.quantizer_params.codebook_dim = 32
     return c

@@ -129,6 +129,9 @@ def test_a_checkpoint_brings_its_model_section(untrained, trained, tmp_path, par
         assert config.model == model.model_copy(update=expected)
         assert config.train.start_from == str(path)
         assert config.loss.perceptual.weight == 1
+        frozen = "--config.train.trainable=('decoder',)"
+        with parsed_flags([*flags, f"--workdir={workdir}", frozen]):
+            assert main._load_config().model.dtype == model.dtype  # codes keep their hash
     with parsed_flags([*flags, "--workdir=x", "--config.train.start_from=y"]), pytest.raises(ConfigError) as error:
         main._load_config()
     assert error.value.field == "train.start_from"

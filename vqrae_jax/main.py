@@ -52,7 +52,8 @@ CHECKPOINT = flags.DEFINE_string(
     "tokenizer to evaluate, or to start from as by train.start_from, with its model section in place of that of "
     "--config: workdir of a run, one of its checkpoints, an exported or imported folder, or a hub id",
 )
-RUNTIME = ("dtype", "attention", "remat")  # fields of the model section that --checkpoint leaves to --config
+# Fields of the model section that --checkpoint leaves to --config; the dtype is a part of the hash of frozen codes.
+RUNTIME = ("attention", "remat", "dtype")
 STEP = flags.DEFINE_integer("step", None, "step of --checkpoint, or of workdir to evaluate; the newest by default", 0)
 TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: v5e:16x16 (v4, v5e, v5p, v6e), gpu:8xh200 or cpu:8")
 JSON = flags.DEFINE_string("json", None, "preflight: output file; preflight.json in workdir by default")
@@ -249,7 +250,8 @@ def _start_from_checkpoint(values: dict[str, Any], overrides: Mapping[str, Any])
     resumes = MODE.value == "train" and checkpoint.completed_steps(folder)
     location = locate(WORKDIR.value) if resumes else locate(CHECKPOINT.value, STEP.value)
     values["train"]["start_from"] = CHECKPOINT.value if resumes or STEP.value is None else str(location.path)
-    values["model"] = location.config.model_dump() | {name: values["model"][name] for name in RUNTIME}
+    runtime = RUNTIME if "quantizer" in values["train"]["trainable"] or MODE.value == "evaluate" else RUNTIME[:2]
+    values["model"] = location.config.model_dump() | {name: values["model"][name] for name in runtime}
     for name, value in overrides.items():
         section, _, field = name.rpartition(".")
         if name.startswith("model."):

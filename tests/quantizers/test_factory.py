@@ -118,9 +118,15 @@ def test_settings_that_a_quantizer_does_not_read_are_reported(name, fields, expe
     assert {path.rpartition(".")[2] for path in unread(config, 12, 4)} == expected
 
 
+def test_one_linear_map_makes_the_bits_of_all_groups():
+    module = build("product", inner="bsq", num_embeddings=2**16, codebook_dim=32)
+    assert module == q.Projected(q.Product(q.LFQ(2**16, spherical=True)), 12)
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "field"),
     [
+        ("product", {"num_embeddings": 2**16, "inner": "bsq", "codebook_dim": 16}, "quantizer_params.codebook_dim"),
         ("lfq", {"num_embeddings": 100}, "num_embeddings"),
         ("lfq", {"num_embeddings": 2**25}, "num_embeddings"),
         ("bsq", {"num_embeddings": 1}, "num_embeddings"),

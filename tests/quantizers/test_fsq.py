@@ -54,6 +54,15 @@ def test_the_linear_adapter_reaches_every_level():
     assert jax.tree.structure(variables["params"]) == jax.tree.structure({"reduce": eye, "expand": eye})
 
 
+def test_near_codes_differ_by_one_level():
+    module, indices = FSQ((5, 4), 2, adapter="none"), jnp.arange(20)
+    points = module.apply({}, indices, method="lookup")
+    for seed in range(5):
+        others = module.apply({}, indices, jax.random.key(seed), 2, method="change_indices")  # a corner has two
+        gaps = np.abs(module.apply({}, others, method="lookup") - points).sum(1)
+        np.testing.assert_array_equal(gaps, 1)
+
+
 @pytest.mark.parametrize("levels", [(), (1, 4)])
 def test_invalid_levels_are_errors(levels):
     with pytest.raises(ConfigError) as error:

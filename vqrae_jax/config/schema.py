@@ -571,7 +571,7 @@ class TrainConfig(Section):
     # Largest share of an image's codes that training replaces by others, as errors of a generator do; every image has a
     # share between 0 and this.
     code_noise: Fraction = 0.0
-    # Number of nearest codes that may replace a code, 100 in RobusTok; 0, and quantizers without a codebook: all codes.
+    # Number of nearest codes that may replace a code, 100 in RobusTok; signs differ in the fewest bits; 0: all codes.
     code_neighbors: Annotated[int, Field(ge=0, le=65_536)] = 0
     # Tokenizer that a new run starts from, at step 0: workdir or checkpoint of another run (its EMA parameters), saved
     # folder, or hub id. The model section must fit it.

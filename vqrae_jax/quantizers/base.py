@@ -66,15 +66,19 @@ class Quantizer(nn.Module):
     def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
         """Returns another index for each, uniformly: of the `neighbors` nearest embeddings, or of all.
 
-        All are possible with neighbors=0 and without a codebook. Several indices per latent have their own codebooks.
+        All are possible with neighbors=0. Several indices per latent have their own codebooks.
         """
-        codebook, neighbors = self.embeddings(), min(neighbors, self.num_embeddings - 1)
-        if codebook is None or not neighbors:
+        neighbors = min(neighbors, self.num_embeddings - 1)
+        if not neighbors:
             steps = jax.random.randint(key, indices.shape, 1, max(2, self.num_embeddings))
             return (indices + steps) % self.num_embeddings
         ranks = jax.random.randint(key, (indices.size, 1), 0, neighbors)
-        nearest = find_neighbors(codebook, indices.reshape(-1), neighbors)
+        nearest = find_neighbors(self.points(), indices.reshape(-1), neighbors)
         return jnp.take_along_axis(nearest, ranks, axis=1).reshape(indices.shape)
+
+    def points(self) -> Float[Array, "K c"]:
+        """Returns the embeddings, or the points of a fixed grid, between which codes are near or far."""
+        return self.embeddings()
 
     def embeddings(self) -> Float[Array, "K c"] | None:
         """Returns the (first) codebook that latents are compared with, before any projection; None for a fixed grid."""

@@ -95,6 +95,9 @@ class FSQ(Quantizer):
         quantized = quantized if self.adapter == "none" else self.expand(quantized)
         return quantized.reshape(*indices.shape, self.channels)
 
+    def points(self) -> Float[Array, "K L"]:
+        return (jnp.arange(self.num_embeddings)[:, None] // self._basis() % np.asarray(self.levels)).astype(jnp.float32)
+
     def _reduce(self, flat: Rows) -> Float[Array, "N L"]:
         reduced = self.reduce(flat)
         return reduced if self.adapter == "mlp" else (1 + EDGE) * jnp.tanh(reduced)

@@ -1,13 +1,14 @@
 """Lookup-free quantization (Yu et al. 2023, arXiv:2310.05737); spherical: BSQ (Zhao et al. 2024, arXiv:2406.07548)."""
 
 import functools
+import itertools
 import math
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
@@ -44,7 +45,7 @@ class LFQ(Quantizer):
 
     def __post_init__(self):
         if self.num_embeddings not in (2**bits for bits in range(1, MAX_BITS + 1)):
-            message = f"must be a power of two from 2 to {MAX_EMBEDDINGS} for lfq and bsq"
+            message = f"must be a power of two from 2 to {MAX_EMBEDDINGS} for lfq and bsq; product has groups of bits"
             raise ConfigError(message, field="num_embeddings", value=self.num_embeddings)
         super().__post_init__()
 
@@ -71,6 +72,14 @@ class LFQ(Quantizer):
         bits = indices[..., None] // self._basis() % 2 == 1
         return jnp.where(bits, self._size(), -self._size())
 
+    def change_indices(self, indices: Int[AnyArray, "*b"], key: Key[Array, ""], neighbors: int = 0) -> Int[Array, "*b"]:
+        """Returns another index for each: the `neighbors` nearest differ in the fewest bits."""
+        if not neighbors:
+            return super().change_indices(indices, key)
+        changes = (itertools.combinations(self._basis().tolist(), count) for count in range(1, self.channels + 1))
+        nearest = itertools.islice(itertools.chain.from_iterable(changes), neighbors)
+        return indices ^ jax.random.choice(key, np.asarray([sum(bits) for bits in nearest], np.int32), indices.shape)
+
     def _entropies(self, flat: Rows, finite: Mask) -> tuple[Scalar, Scalar]:
         """Returns the mean entropy of a soft assignment and the entropy of the mean soft assignment, in nats."""
         # |z + a|^2 - |z - a|^2 = 4 a z for the two values of one bit.
@@ -95,8 +104,9 @@ class LFQ(Quantizer):
 
 def _build(context: registry.Context, spherical: bool, **settings: Any) -> Quantizer:
     inner = LFQ(spherical=spherical, **settings)
-    if context.codebook_dim not in (None, inner.channels):
-        message = f"must be None or {inner.channels}, the bits of num_embeddings={inner.num_embeddings}"
+    if context.codebook_dim and context.channels != inner.channels:
+        bits = inner.channels * context.codebook_dim // context.channels  # of all groups
+        message = f"must be None or {bits}, the bits of num_embeddings={inner.num_embeddings}"
         raise ConfigError(message, field="codebook_dim", value=context.codebook_dim)
     return inner if context.channels == inner.channels else Projected(inner, context.channels)
 

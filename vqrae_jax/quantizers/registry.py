@@ -38,8 +38,12 @@ InitSetting = Annotated[
     Setting("initial codebook: k-means of the first batch, random latents of it, or random numbers", "NAME"),
 ]
 NumEmbeddings = Annotated[
-    int, Setting("codebook size K, usually 1,024 to 65,536; a power of two for lfq and bsq", "NAME", hashed=True)
-]
+    int,
+    Setting(
+        "codebook size K, of each level or group, usually 1,024 to 65,536; a power of two for lfq and bsq",
+        "NAME", hashed=True,
+    ),
+]  # fmt: skip
 CommitmentCost = Annotated[
     float, Setting("weight of the squared distance from latents to their embeddings, usually 0.25 to 1", "NAME")
 ]
