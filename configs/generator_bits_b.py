@@ -3,10 +3,12 @@
 The head predicts two digits of 512 values independently, so that 2^18 codes need 1,024 columns in place of 262,144.
 Binary codes (`model.quantizer` lfq or bsq) have digits with a meaning: groups of 9 signs.
 
-Data as in configs/generator_masked_b.py, of a tokenizer with 2^18 codes. Network, masks, smoothing, optimizer, 1.35 M
-steps of 1,024 images and sampler are those of MaskBit's repository (arXiv:2409.16211) for 14 bits, except for norms in
-front of attention and MLP; MaskBit hides the digits of a code independently of each other, here they are hidden
-together.
+Data as in configs/generator_masked_b.py, of a tokenizer with 2^18 codes: configs/recipe_bits.py with
+--config.model.quantizer=bsq, --config.model.num_embeddings=262144 and --config.model.quantizer_params.codebook_dim=18.
+For its own codes, two groups of 2^16, set --config.generator.levels=2, --config.generator.num_embeddings=65536 and
+--config.generator.factors="(256, 256)" here. Network, masks, smoothing, optimizer, 1.35 M steps of 1,024 images and
+sampler are those of MaskBit's repository (arXiv:2409.16211) for 14 bits, except for norms in front of attention and
+MLP; MaskBit hides the digits of a code independently of each other, here they are hidden together.
 Hardware (estimate, not run at full size): 684 exaFLOP; 80 hours on 8 H100 at 30 % of the peak.
 Target: the gFID of 1.62 (50,000 samples, 64 steps) of MaskBit with 305 M parameters and 14 bits; with 18 bits it has
 1.67.

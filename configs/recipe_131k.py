@@ -1,7 +1,8 @@
 """256 tokens per image of 131,072 codes (17 bits), otherwise configs/recipe_16k.py.
 
 The size of the codebook and its search are those of dRAE (arXiv:2607.22148): nearest by angle, while embeddings keep
-the length of their latents. Here k-means starts the codebook of 32 projected channels, and a moving average fits it.
+the length of their latents. dRAE learns directions by gradients. Here k-means starts the codebook of 32 projected
+channels, and running means of the latents fit directions and lengths.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.

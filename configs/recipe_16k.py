@@ -1,7 +1,9 @@
 """The recommended recipe for ImageNet: 256 tokens per image, a codebook of 16,384, a ViT-XL decoder, 256 pixels.
 
-Networks, losses and schedule are `recipes.discrete_rae`, for 50 epochs (RAE: 16). Latents are projected to 32
-channels and quantized by cosine distance, with k-means start and revival.
+Networks, losses and schedule are `recipes.discrete_rae`, which names the paper of each part, for 50 epochs as VFMTok
+(RAE: 16). Latents are projected to 32 channels and quantized by cosine distance (ViT-VQGAN, Yu et al. 2021,
+arXiv:2110.04627). Running means learn the codebook (van den Oord et al. 2017, arXiv:1711.00937), with k-means start and
+revival of our own.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.

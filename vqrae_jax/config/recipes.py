@@ -34,12 +34,19 @@ def rae_stage1(c: ml_collections.ConfigDict, epochs: float = 16) -> None:
 def discrete_rae(c: ml_collections.ConfigDict, epochs: float) -> None:
     """Sets networks, data, losses and schedule of the recommended tokenizers for ImageNet; the codebook is theirs.
 
-    The latent is a learned mean, with weights per token, of a shallow, a middle and the last layer of a frozen DINOv2-B
-    with registers. A ViT-XL decoder reconstructs 256 pixels and predicts the encoder's middle and last layer. Losses:
-    L1, LPIPS, feature reconstruction and an adaptive DINO adversary. Their weights and the schedule are those of RAE;
-    crops, flips, clipping, LeCam and the constant rate of the quantizer are not. Overlapping squares of the decoder,
-    shallow layers and their routed fusion were measured in small only, see docs/train.md; Muon and the gradient loss,
-    which were as well, are left out: their rates and weights would have to be found again for an adversary.
+    | part | source |
+    | --- | --- |
+    | frozen DINOv2-B with registers, ViT-XL decoder for 256 pixels | RAE (Zheng et al. 2025, arXiv:2510.11690) |
+    | L1, LPIPS, adaptive DINO adversary, their weights, optimizers and schedule | RAE, see `rae_stage1` |
+    | the latent: three layers, weighted per token | after DRoRAE (Zhu et al. 2026, arXiv:2605.10780), simpler |
+    | the decoder predicts a middle and the last layer of the encoder | after VFMTok (arXiv:2507.08441) |
+    | LeCam | Tseng et al. 2021, arXiv:2104.03310 |
+    | crops and flips | ADM (Dhariwal & Nichol 2021, arXiv:2105.05233) |
+    | decoder with overlapping squares, clipping, constant rate of the quantizer | ours |
+
+    Overlapping squares, shallow layers and routed fusion were measured in small only, see docs/train.md, and the weight
+    of the features, 0.5, was not. Muon and the gradient loss, which were measured there as well, are left out: their
+    rates and weights would have to be found again for an adversary.
     """
     c.model.encoder_cls = "Dinov2withNorm"
     c.model.encoder_config_path = "facebook/dinov2-with-registers-base"
