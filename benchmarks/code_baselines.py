@@ -42,7 +42,7 @@ def read_grids(folder: str) -> tuple[Int[np.ndarray, "L B h w"], int]:
     """
     dataset = Codes(storage.resolve_path(folder))
     shape = dataset.plan.view_shape
-    if len(shape) < 2:
+    if len(shape) < 2 or dataset.plan.grids not in ((), (shape[:2],)):
         raise DataError(f"has codes of shape {shape}; expected grids", field="--train", value=folder)
     codes = dataset.load()[0].astype(np.int64)
     return np.moveaxis(codes.reshape(-1, *shape[:2], int(np.prod(shape[2:]))), -1, 0), dataset.plan.codebook_size

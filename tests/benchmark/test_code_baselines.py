@@ -8,6 +8,7 @@ import pytest
 from benchmarks import code_baselines
 from vqrae_jax.data import codes
 from vqrae_jax.data.code_shards import Columns
+from vqrae_jax.errors import DataError
 
 K = 5
 
@@ -31,6 +32,15 @@ def test_neighbors_predict_what_they_decide():
         assert bits[name] == pytest.approx(np.log2(K), abs=0.01)
     assert bits["left"] == pytest.approx(np.log2(K) / 4, abs=0.03)  # the first column has the unigram
     assert bits["above"] == pytest.approx(np.log2(K) * 13 / 16, abs=0.03)  # the first row has left neighbors
+
+
+def test_levels_of_free_tokens_are_not_a_grid(tmp_path):
+    plan = codes.Plan("0" * 64, "test", 0, "one", (9, 2), "uint16", K, 24, "npz", 6, grids=((1, 9),))
+    codes.start_dataset(tmp_path, plan)
+    codes.finish_dataset(tmp_path, plan)
+    with pytest.raises(DataError) as error:
+        code_baselines.read_grids(str(tmp_path))
+    assert error.value.field == "--train"
 
 
 def test_reads_views_and_levels(tmp_path, capsys):

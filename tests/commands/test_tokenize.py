@@ -37,7 +37,7 @@ def test_codes_labels_and_ids_are_those_of_the_images(trained, photos, tokenized
     assert [record["index"] for record in records] == [i for i in range(21) if i != 5]
     manifest = dataset.manifest
     expected = {"skipped": [5], "skipped_ids": ["cat ü/photo 11.png"], "tokenizer": tokenizer.hash, "count": 20}
-    assert manifest.items() >= expected.items()
+    assert manifest.items() >= (expected | {"grids": [[4, 4]]}).items()
     assert [(shard["count"], len(shard["sha256"])) for shard in manifest["shards"]] == [(7, 64), (8, 64), (5, 64)]
     for record in records:
         image = images.center_crop(images.read_image(photos / record["id"]), tokenizer.image_size)
@@ -45,6 +45,24 @@ def test_codes_labels_and_ids_are_those_of_the_images(trained, photos, tokenized
         assert record["label"] == ["cat ü", "dog"].index(record["id"].split("/")[0])
         assert record["codes"].dtype == np.uint16
     dataset.verify()
+
+
+@pytest.mark.parametrize(("fields", "shape", "grids", "levels"), [
+    ({"resampler_tokens": 16}, (16,), ((1, 16),), 1),
+    pytest.param({"quantize_before_reshape": True}, (16,), ((4, 4),), 1, marks=pytest.mark.slow),
+    pytest.param(
+        {"quantizer": "residual", "quantize_before_reshape": True, "quantizer_params": {"depth": 16}},
+        (16, 16), ((4, 4),), 16, marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        {"quantizer": "multiscale", "quantizer_params": {"grids": (3, 4)}}, (25,), ((3, 3), (4, 4)), 1,
+        marks=pytest.mark.slow,
+    ),
+])  # fmt: skip
+def test_the_manifest_has_the_grids_that_the_shape_does_not_decide(untrained, tmp_path, fields, shape, grids, levels):
+    args = tokenize.parser.parse_args(command_line("x", "y", tmp_path))
+    plan = tokenize.build_plan(args, untrained(**fields), 3)
+    assert (plan.code_shape, plan.grids, plan.levels) == (shape, grids, levels)
 
 
 @pytest.mark.parametrize("form", ["parquet", "array_record"])

@@ -9,6 +9,7 @@ from vqrae_jax import Generator, Tokenizer, sharding
 from vqrae_jax.build import generator as builder
 from vqrae_jax.errors import CheckpointError, ConfigError, StorageError, UserError, WeightsError
 from vqrae_jax.generation.network import generate_codes
+from vqrae_jax.inference import samples
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_values_of_the_sampler_need_no_other_program_and_change_no_sample(genera
         np.testing.assert_array_equal(generator.sample_codes(labels, **settings).reshape(2, 16), constant)
     (program,) = generator._compiled.values()
     assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize(("grids", "levels", "shape"), [
+    (((1, 9),), 1, (9,)), (((1, 9),), 2, (9, 2)), (((1, 1), (2, 2)), 1, (5,)), (((1, 1),), 1, (1, 1)),
+    (((3, 3),), 2, (3, 3, 2)),
+])  # fmt: skip
+def test_codes_have_the_shape_of_the_tokenizer_that_is_not_read(generator, grids, levels, shape):
+    config = generator.config.model_copy(update={"grids": grids, "levels": levels})
+    alone = Generator(builder.build_generator(config), {}, config)
+    assert alone.code_shape == shape
+    plan = samples.plan_samples(alone, np.zeros(2, np.int32), 0, alone.sampler)
+    assert (plan.view_shape, plan.grids, plan.levels) == (shape, grids, levels)
 
 
 def test_images_are_the_decoded_codes(generator, trained):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import shutil
@@ -97,9 +98,10 @@ def test_images_train_by_the_codes_of_the_frozen_tokenizer(tiny_generator, train
     np.testing.assert_array_equal(codes, expected.reshape(8, -1))
 
 
-def write_codes(folder, grids, labels=None, tokenizer="0" * 64, size=32):
+def write_codes(folder, grids, labels=None, tokenizer="0" * 64, size=32, arrangement=()):
     labels = np.zeros(len(grids), np.int32) if labels is None else labels
     plan = codes.Plan(tokenizer, "x", len(grids), "one", grids.shape[1:], "uint16", size, 32, "npz", 4096)
+    plan = dataclasses.replace(plan, grids=arrangement)
     codes.start_dataset(folder, plan)
     columns = Columns(np.arange(len(grids)), ["x"] * len(grids), labels, grids.astype(np.uint16))
     codes.write_shard(folder, plan, 0, columns)
@@ -246,6 +248,24 @@ def test_sources_that_disagree_are_named(tiny_generator, trained_generator, tmp_
     with pytest.raises(ConfigError) as error:
         complete_config(images, {"tokenizer_hash": "0" * 64}, tokenizer, None)
     assert error.value.field == "generator.tokenizer"
+
+
+def test_codes_of_free_tokens_are_one_row_with_and_without_the_tokenizer(tiny_generator, untrained, tmp_path):
+    """Codes of a manifest without grids are a square; a run may name the tokenizer when it is resumed."""
+    model, rows = untrained(resampler_tokens=16), np.zeros((8, 16))
+    shape, size = model.code_shape, model.codebook_size
+    tokenizer = FrozenTokenizer(model.module, model.variables, model.hash, shape, model.image_size)
+    config = tiny_generator(generator={"tokenizer": None})
+    for folder, arrangement, expected in (("earlier", (), (4, 4)), ("codes", ((1, 16),), (1, 16))):
+        source = CodeSource(write_codes(tmp_path / folder, rows, None, model.hash, size, arrangement))
+        alone = complete_config(config, {}, None, source).generator
+        assert (alone.grids, alone.levels) == ((expected,), 1)
+    resumed = complete_config(config, alone.model_dump(), tokenizer, source).generator
+    assert (resumed.grids, resumed.levels) == (((1, 16),), 1)
+    squares = tiny_generator(generator={"tokenizer": None, "grids": ((4, 4),)})
+    with pytest.raises(ConfigError) as error:
+        complete_config(squares, {}, None, source)
+    assert (error.value.field, error.value.value) == ("generator.grids", ((4, 4),))
 
 
 def test_a_checkpoint_of_codes_in_bfloat16_needs_no_codes(trained, tiny_generator, one_mesh, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def arrange_codes(shape: Sequence[int], prefixes: Sequence[int] = (), side: int 
     Args:
       shape: of the codes, (h, w), (h, w, levels), (N,), (N, levels), or flat for several grids.
       prefixes: `Quantizer.prefixes`, the ends of several grids.
-      side: `VQRAE.code_grid`; 0: the codes are a row, because tokens are free of the grid. None: not known.
+      side: `VQRAE.code_grid`; 0: tokens are free of the grid, so that codes are a row. None: not known.
 
     Raises:
       ConfigError: the positions are not a square, so the tokenizer must be known.

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from vqrae_jax import distributed, sharding, storage
+from vqrae_jax.build.generator import arrange_codes
 from vqrae_jax.commands import command_line
 from vqrae_jax.data import code_shards, codes, images, pipeline
 from vqrae_jax.data.readable import Skipped
@@ -117,6 +118,7 @@ def build_plan(args: argparse.Namespace, tokenizer: Tokenizer, images: int) -> c
         format=args.format,
         shard_size=args.shard_size,
         encoding=tokenizer.encoding,
+        grids=arrange_codes(tokenizer.code_shape, tokenizer.module.quantizer.prefixes, tokenizer.grid)[0],
     )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import operator
 import os
 import reprlib
@@ -53,6 +54,7 @@ class Plan:
     listing: Sha256 | None = None  # hash of `Source.listing`; older manifests have none
     encoding: Text = "float32"  # arithmetic of the encoder, see `Tokenizer.encoding`
     classes: tuple[Text, ...] | None = None  # names of labels 0, 1, ...; None if they are not known
+    grids: tuple[tuple[Positive, Positive], ...] = ()  # as in a generator's config; older manifests have none
 
     @property
     def shards(self) -> int:
@@ -62,6 +64,11 @@ class Plan:
     def view_shape(self) -> tuple[int, ...]:
         """The shape of the codes of one view."""
         return self.code_shape[self.views != "one" :]
+
+    @property
+    def levels(self) -> int | None:
+        """The number of codes per position of the grids; None without grids."""
+        return math.prod(self.view_shape) // sum(h * w for h, w in self.grids) if self.grids else None
 
     def file_name(self, shard: int) -> str:
         return f"codes-{shard:05d}-of-{self.shards:05d}{SUFFIXES[self.format]}"
@@ -270,6 +277,7 @@ def _check_contents(contents: Contents, plan: Plan, folder: storage.Path) -> Non
     rows = zip(contents.shards, expected, strict=False)
     matching = sum((e.file, e.first) == (name, start) and e.count <= stop - start for e, (name, start, stop) in rows)
     conditions = {
+        "grids": not plan.grids or not math.prod(plan.view_shape) % sum(h * w for h, w in plan.grids),
         "shards": len(contents.shards) == plan.shards == matching,
         "count": contents.count == sum(entry.count for entry in contents.shards),
         "skipped": len({i for i in contents.skipped if i < plan.images}) == plan.images - contents.count,
@@ -302,6 +310,7 @@ def _check_plan(folder: storage.Path, plan: Plan) -> None:
     """Raises DataError unless the manifest in the folder has this plan."""
     existing = read_plan(folder)
     differing = [name for name, value in vars(plan).items() if getattr(existing, name) != value]
+    differing = [name for name in differing if name != "grids" or existing.grids]  # the tokenizer decides them
     if existing.listing is not None and differing == ["listing"]:
         raise DataError(
             f"was started with other files: the names or sizes of the {plan.images} images of {plan.source} have "

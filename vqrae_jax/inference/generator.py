@@ -131,7 +131,8 @@ class Generator:
         if self.tokenizer is not None:
             return self.tokenizer.code_shape
         grids, levels = self.config.grids, self.config.levels
-        shape = grids[0] if len(grids) == 1 else (sum(h * w for h, w in grids),)
+        row = len(grids) > 1 or grids[0][0] == 1 < grids[0][1]  # several grids, or tokens that are free of the grid
+        shape = (self.module.config.positions,) if row else grids[0]
         return (*shape, levels) if levels > 1 else tuple(shape)
 
     def generate(

@@ -44,6 +44,7 @@ def plan_samples(
         format=format,
         shard_size=min(SHARD, len(labels)),
         classes=None if generator.classes is None else tuple(generator.classes),
+        grids=config.grids,
     )
 
 

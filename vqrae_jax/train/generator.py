@@ -80,7 +80,8 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
         facts.append(("the tokenizer has", values))
     if plan is not None:
         values = {"num_embeddings": plan.codebook_size, "tokenizer_hash": plan.tokenizer}
-        if tokenizer is None and not config.generator.grids:
+        values |= {"grids": plan.grids, "levels": plan.levels}
+        if not plan.grids and tokenizer is None and not config.generator.grids:
             values["grids"], values["levels"] = builder.arrange_codes(plan.view_shape)
         if source.classes or config.generator.classes is None:  # without names, the labels are fewer than the classes
             values["classes"] = source.num_classes
