@@ -268,6 +268,15 @@ def test_codes_of_free_tokens_are_one_row_with_and_without_the_tokenizer(tiny_ge
     assert (error.value.field, error.value.value) == ("generator.grids", ((4, 4),))
 
 
+def test_a_set_arrangement_must_be_that_of_the_codes(tiny_generator, tmp_path):
+    fixed = tiny_generator(generator={"tokenizer": None, "grids": ((4, 4),), "levels": 1})
+    for folder, arrangement, field in (("earlier", (), "grids"), ("codes", ((4, 4),), "levels")):
+        path = write_codes(tmp_path / folder, np.zeros((8, 4, 4, 2)), arrangement=arrangement)
+        with pytest.raises(ConfigError) as error:
+            complete_config(fixed, {}, None, CodeSource(path))
+        assert error.value.field == f"generator.{field}"
+
+
 def test_a_checkpoint_of_codes_in_bfloat16_needs_no_codes(trained, tiny_generator, one_mesh, tmp_path, monkeypatch):
     """As evaluation of samples: its tokenizer is the one that encodes in bfloat16."""
     made_by, read = Tokenizer.load(trained, encoder_dtype="bfloat16").hash, checkpoint.read_meta

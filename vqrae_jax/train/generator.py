@@ -94,6 +94,10 @@ def complete_config(config: Config, saved: dict[str, Any], tokenizer: FrozenToke
             fields.pop("classes", None)
         generator = builder.complete(generator, origin, origins, **fields)
         origins |= {name: origin for name, value in fields.items() if value not in (None, ())}
+    codes = sum(h * w for h, w in generator.grids) * (generator.levels or 1)
+    if plan is not None and codes != math.prod(plan.view_shape):
+        message = f"with levels={generator.levels} is not the shape of the codes, {plan.view_shape}; leave both out"
+        raise ConfigError(message, field="generator.grids", value=generator.grids)
     if generator.classes is None and config.data.label_key is None:
         generator = generator.model_copy(update={"classes": 0})
     if generator.classes and source is not None:
