@@ -9,6 +9,8 @@ import pytest
 from vqrae_jax import sharding
 from vqrae_jax.config import ModelConfig
 from vqrae_jax.errors import ConfigError
+from vqrae_jax.train import loop
+from vqrae_jax.train.run import open_run
 from vqrae_jax.train.task import jit_step, place_horizon
 from vqrae_jax.train.tokenizer import TokenizerTask, masked_counts
 
@@ -32,11 +34,15 @@ def train(config, mesh):
     return jax.device_get((grads, state.batch_stats, losses)), state
 
 
-# One layer, and a learned fusion of two.
-MODELS = {"ema": {}, "fused": {"encoder_params": {
-    "layers": (0, 1), "fusion": "linear",
+# One layer, a learned fusion of two, and another one in front of tokens whose prefixes decode.
+LAYERS = {
+    "layers": (0, 1),
     "architecture": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8},
-}}}  # fmt: skip
+}
+MODELS = {"ema": {}, "fused": {"encoder_params": {**LAYERS, "fusion": "linear"}}, "nested": {
+    "encoder_params": {**LAYERS, "fusion": "routed"}, "resampler_tokens": 8, "resampler_blocks": 1,
+    "resampler_nested": True,
+}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("mesh", "model"), [
     *(pytest.param(mesh, "ema", marks=pytest.mark.slow) for mesh in MESHES),
-    pytest.param(MESHES[-1], "fused", marks=pytest.mark.slow),
+    *(pytest.param(MESHES[-1], model, marks=pytest.mark.slow) for model in ("fused", "nested")),
     ({"slices": 2, "data": 2, "model": 2, "fsdp": True, "fsdp_min_size": 1}, "ema"),
 ])  # fmt: skip
 def test_eight_devices_equal_one(tiny, single, mesh, model, assert_close):
@@ -79,9 +85,8 @@ def test_eight_devices_equal_one(tiny, single, mesh, model, assert_close):
     (grads, stats, losses), state = train(tiny(mesh=mesh, model=MODELS[model]), devices)
     single = single(model)
     np.testing.assert_allclose(losses, single[2], rtol=1e-5)
-    stats, expected = (x["quantizer"].get("quantizer", x["quantizer"]) for x in (stats, single[1]))
-    for name in ("codebook", "counts", "sums"):
-        assert_close(stats[name], expected[name], 1e-5, name)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(stats), jax.tree.leaves(single[1]), strict=True):
+        assert_close(ours, theirs, 1e-5, jax.tree_util.keystr(path))
     largest = max(np.abs(g).max() for g in jax.tree.leaves(single[0]))
     leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(single[0]), strict=True)
     for (path, ours), theirs in leaves:
@@ -148,7 +153,7 @@ def test_code_noise_is_for_training_and_changes_the_input_of_the_decoder(tiny, o
 
 STATEFUL = {
     "ema": {}, "ema_whitened": {"whitening_dim": 4}, "residual": {"depth": 2}, "product": {},
-    "multiscale": {"grids": (1, 4)}, "simvq": {}, "gumbel": {"anneal_steps": 4}, "ema_fused": {},
+    "multiscale": {"grids": (1, 4)}, "simvq": {}, "gumbel": {"anneal_steps": 4}, "ema_fused": {}, "ema_nested": {},
 }  # fmt: skip
 
 
@@ -183,6 +188,20 @@ def test_accumulation_equals_one_large_batch(tiny, one_mesh, assert_close, name)
         state = state.replace(batch_stats=whole)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole, first.batch_stats)
     assert max(jax.tree.leaves(moved)) > 0.1  # otherwise the comparison is empty
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, one_device, assert_same):
+    """With lengths of prefixes that are random in every step, and moments of a router and of queries."""
+    results = []
+    for folder, stops in (("uninterrupted", (3,)), ("resumed", (2, 3))):
+        for steps in stops:
+            config = tiny(model=MODELS["nested"], train={"steps": steps}, optimizer={"decay_end_steps": 3})
+            metrics = loop.train(config, tmp_path / folder, one_device)
+        with open_run(config, tmp_path / folder, one_device) as (_, state):
+            results.append((metrics, jax.device_get(state)))
+    assert int(results[0][1].step) == 3
+    assert_same(*results)
 
 
 QUANTIZERS = get_args(ModelConfig.model_fields["quantizer"].annotation)
