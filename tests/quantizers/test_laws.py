@@ -62,10 +62,12 @@ MODULES["resampled"] = Resampled(EMAQuantizer(K, C), BlocksConfig(C, 1, 2, 2 * C
 # Compiling is nearly all that these tests spend time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# One case of every way in which arrays interact; the others differ in arithmetic within a token only.
+# One case of every way in which arrays interact, and of distances and estimators with code of their own; the others
+# differ in arithmetic within a token only.
 KINDS = (
     "ema", "ema_whitened", "ema_diverse", "vq_revival", "simvq_diverse", "simvq_bridge", "fsq", "lfq",
     "gumbel", "ibq", "residual_dropout", "product", "multiscale",
+    "ema_angle", "vq_angle", "vq_diveq", "fused_routed", "resampled",
 )  # fmt: skip
 FAST = ("ema", "simvq_diverse", "fsq", "product")  # a buffer, a learned codebook, no codebook, parts; others are slow
 
