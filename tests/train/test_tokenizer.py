@@ -43,13 +43,14 @@ MODELS = {"ema": {}, "fused": {"encoder_params": {**LAYERS, "fusion": "linear"}}
     "encoder_params": {**LAYERS, "fusion": "routed"}, "resampler_tokens": 8, "resampler_blocks": 1,
     "resampler_nested": True,
 }}  # fmt: skip
+NOISE = {"code_noise": 0.3, "code_neighbors": 3}
 
 
 @pytest.fixture(scope="module")
 def single(tiny):
     """A function of a name in MODELS that returns what one device computes."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    return functools.cache(lambda name: train(tiny(model=MODELS[name]), one)[0])
+    return functools.cache(lambda name: train(tiny(model=MODELS[name], train=NOISE), one)[0])
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ MESHES = [
 ])  # fmt: skip
 def test_eight_devices_equal_one(tiny, single, mesh, model, assert_close):
     devices = sharding.make_mesh(mesh["data"], mesh["model"], slices=mesh.get("slices", 1))
-    (grads, stats, losses), state = train(tiny(mesh=mesh, model=MODELS[model]), devices)
+    (grads, stats, losses), state = train(tiny(mesh=mesh, model=MODELS[model], train=NOISE), devices)
     single = single(model)
     np.testing.assert_allclose(losses, single[2], rtol=1e-5)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(stats), jax.tree.leaves(single[1]), strict=True):
