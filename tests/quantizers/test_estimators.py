@@ -65,6 +65,23 @@ def test_diveq_has_the_gradient_of_the_length_of_the_error_times_its_direction(p
     assert not np.any(equal[1])
 
 
+def test_diveq_equals_pytorch(golden, assert_close):
+    """DiVeQ without noise; one latent is equal to its embedding."""
+    arrays = np.load(golden / "quantizers" / "diveq.npz")
+    module = VQ(*arrays["codebook"].shape, 0.0, "normal", estimator="diveq", codebook_cost=0.0)
+
+    def scalar(codebook, z):
+        out = module.apply({"params": {"codebook": {"offset": codebook}}}, z, True)
+        return jnp.sum(out.z * arrays["cotangent"]) + out.loss, out
+
+    gradient = jax.jit(jax.grad(scalar, (0, 1), has_aux=True))
+    (codebook, z), out = gradient(jnp.asarray(arrays["codebook"]), jnp.asarray(arrays["z"]))
+    np.testing.assert_array_equal(out.indices, arrays["indices"])
+    assert_close(out.z, arrays["quantized"], 1e-5, "z")
+    assert_close(codebook, arrays["grad_codebook"], 1e-5, "gradient of the codebook")
+    assert_close(z, arrays["grad_z"], 1e-5, "gradient of z")
+
+
 @pytest.mark.parametrize("kind", [functools.partial(VQ, codebook_cost=0.0), SimVQ])
 def test_the_decoder_alone_trains_a_codebook_by_diveq(kind, pairs):
     module, z = kind(16, 6, commitment_cost=0.0, estimator="diveq"), jnp.asarray(pairs[0])

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqrae_jax.quantizers import kmeans
 from vqrae_jax.quantizers.vq import VQ
 
 K, C, DECAY = 16, 4, 0.5
@@ -103,3 +104,59 @@ def test_without_revival_there_is_no_count_of_uses(z):
         plain = VQ(K, C, codebook_init=init)
         tree = jax.eval_shape(plain.init, jax.random.key(0), z)
         assert set().union(*(leaves["codebook"] for leaves in tree.values())) == expected
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_losses_and_gradients_equal_llamagen(golden, assert_close, distance):
+    """The commitment loss of LlamaGen includes its weight beta; all losses are means over elements, as here."""
+    arrays = np.load(golden / "quantizers" / f"llamagen_vq_{distance}.npz")
+    z, cotangent = (jnp.moveaxis(arrays[name], 1, -1) for name in ("z", "cotangent"))
+    module = VQ(*arrays["codebook"].shape, float(arrays["beta"]), "normal", distance)
+
+    def scalar(codebook, z):
+        variables = {"params": {"codebook": {"offset": codebook}}}
+        out = module.apply(variables, z, True)
+        commitment = module.clone(codebook_cost=0.0).apply(variables, z, True).loss
+        return jnp.sum(out.z * cotangent) + out.loss, (out, commitment)
+
+    gradients, (out, commitment) = jax.jit(jax.grad(scalar, (0, 1), has_aux=True))(jnp.asarray(arrays["codebook"]), z)
+    np.testing.assert_array_equal(out.indices, arrays["indices"])
+    assert_close(jnp.moveaxis(out.z, -1, 1), arrays["quantized"], 1e-5, "z")
+    assert_close(commitment, arrays["commitment_loss"], 1e-5, "commitment loss")
+    assert_close(out.loss - commitment, arrays["codebook_loss"], 1e-5, "codebook loss")
+    assert_close(gradients[0], arrays["grad_codebook"], 1e-5, "gradient of the codebook")
+    assert_close(jnp.moveaxis(gradients[1], -1, 1), arrays["grad_z"], 1e-5, "gradient of z")
+
+
+def test_training_with_revival_equals_cvq_vae(golden, assert_close):
+    """Three steps of SGD. The anchors are those that the PyTorch layer drew, which repeat latents."""
+    arrays = np.load(golden / "quantizers" / "cvq.npz")
+    size, decay = len(arrays["init_codebook"]), float(arrays["decay"])
+    module = VQ(*arrays["init_codebook"].shape, codebook_init="normal", revival_decay=decay)
+
+    @jax.jit
+    def train(variables, z, rows):
+        def loss(params):
+            out, state = module.apply(
+                variables | {"params": params}, z, True, mutable=["batch_stats"], rngs={"codes": jax.random.key(0)}
+            )
+            return out.loss, (out, state)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kmeans, "draw", lambda *_: rows)
+            gradient, (out, state) = jax.grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - arrays["learning_rate"] * g, variables["params"], gradient)
+        return out, variables | state, state | {"params": params}
+
+    state = {"first": jnp.asarray(arrays["init_codebook"]), "uses": jnp.zeros(size)}
+    variables = {"params": {"codebook": {"offset": jnp.zeros_like(state["first"])}}, "batch_stats": {"codebook": state}}
+    for step, z in enumerate(arrays["z"]):
+        out, revived, variables = train(variables, jnp.moveaxis(z, 1, -1), arrays["anchor_rows"][step])
+        np.testing.assert_array_equal(out.indices, arrays["indices"][step])
+        assert_close(out.loss, arrays["loss"][step], 1e-5, "loss")
+        assert out.metrics["revived"] == np.sum(arrays["alpha"][step] > 0.5)
+        uses = revived["batch_stats"]["codebook"]["uses"]
+        assert_close(uses * (1 - decay) / size, arrays["embed_prob"][step], 1e-5, "running mean of the share")
+        assert_close(jnp.exp(-10 * uses - 1e-3), arrays["alpha"][step], 1e-5, "alpha")
+        assert_close(embeddings(revived), arrays["moved_codebook"][step], 1e-5, "codebook after revival")
+        assert_close(embeddings(variables), arrays["codebook"][step], 1e-5, "codebook after the step")
