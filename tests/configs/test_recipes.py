@@ -14,7 +14,7 @@ from vqrae_jax.train.tokenizer import TokenizerTask
 
 IMAGENET = 1_281_167
 FULL = [("vqrae_dinov2_b", ()), ("recipe_16k", ()), ("recipe_131k", ()), ("recipe_bits", ()),
-        ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)), ("finetune_decoder", ()),
+        ("simvq_siglip2_l", ("1",)), ("simvq_siglip2_l", ("2",)), ("vfmtok_dinov2_l", ()), ("finetune_decoder", ()),
         ("fsq_dinov2_b", ()), ("small", ("ema",)), ("small", ("simvq",)), ("small", ("fsq",))]  # fmt: skip
 FAST = [("simvq_siglip2_l", ("2",))]  # with every network
 
@@ -36,7 +36,7 @@ def test_step_has_consistent_shapes(name, arguments, one_mesh):
     params = config.model.encoder_params.model_copy(update={"architecture": architecture})
     model = config.model.model_copy(update={"encoder_config_path": None, "encoder_params": params})
     task = TokenizerTask.build(config.model_copy(update={"model": model}), one_mesh, weights=False)
-    assert task.built.module.encoder.grid == 16
+    assert task.built.module.encoder.grid == (24 if name == "vfmtok_dinov2_l" else 16)
     encoder = "teacher" if "encoder" in config.train.trainable else "encoder"
     metrics, adversary = check_step(task, config.data.image_size), config.adversary
     discriminator = set() if adversary.discriminator == "none" else {"discriminator"}
