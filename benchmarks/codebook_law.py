@@ -111,7 +111,12 @@ def main(arguments: list[str]) -> None:
                 print(f"| {name} | {2**bits} | - | - | - | - | not measured: {reason} |", flush=True)
                 continue
             start = time.perf_counter()
-            quantize = fit(name, 2**bits, train, args)
+            try:
+                quantize = fit(name, 2**bits, train, args)
+            except subprocess.CalledProcessError as error:  # -9: killed, for want of memory
+                ended = f"PyTorch's process ended with {error.returncode}"
+                print(f"| {name} | {2**bits} | - | - | - | - | not measured: {ended} |", flush=True)
+                continue
             seconds = time.perf_counter() - start
             row = {"quantizer": name, "K": 2**bits, **evaluate(quantize, 2**bits, train, val), "seconds": seconds}
             rows.append(row)

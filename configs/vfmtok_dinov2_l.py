@@ -1,11 +1,11 @@
 """VFMTok: 256 tokens free of the grid, on DINOv2-L at 336 pixels, in a gradient codebook of 16,384 (arXiv:2507.08441).
 
-Encoder, its layers, tokens, codebook, losses, their weights, rate, betas, weight decay, clipping and epochs are those of
-the paper's repository (CVMI-Lab/VFMTok2). Differences:
+Encoder, its layers, tokens, codebook, losses, their weights, rate, betas, weight decay, clipping and epochs are those
+of the paper's repository (CVMI-Lab/VFMTok2). Differences:
 
 | | VFMTok | this config |
 | --- | --- | --- |
-| queries | deformable attention to each layer, 6 blocks of width 512 | cross-attention to the sum of linear maps of the layers, 6 blocks of the width of the encoder |
+| queries | deformable attention to each layer, 6 blocks | attention to the sum of mapped layers, 6 wider blocks |
 | decoder | 6 blocks that predict the features, then convolutions | ViT-L, whose features two blocks predict |
 | codebook before training | random directions | k-means on the first batch |
 | batch | set by its launch script | 256 images |

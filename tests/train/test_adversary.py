@@ -14,6 +14,7 @@ from vqrae_jax.build import judges
 from vqrae_jax.config import AdversaryConfig
 from vqrae_jax.errors import ConfigError, WeightsError
 from vqrae_jax.losses.adversarial import adaptive_weight
+from vqrae_jax.train.objective import Objective
 from vqrae_jax.train.task import place_horizon
 from vqrae_jax.train.tokenizer import TokenizerTask
 
@@ -87,6 +88,24 @@ def test_each_term_alone_trains_its_parts(tiny, one_mesh, term):
     assert nonzero(grads) == parts
     assert nonzero(grads["decoder"]) & {"pred", "features"} == heads
     assert set(frozen) <= {"teacher", "perceptual", "discriminator"}
+
+
+@pytest.mark.slow
+def test_a_frozen_encoder_runs_once_for_its_latents_and_the_features(tiny, one_mesh, monkeypatch, assert_close):
+    """The loss and its gradients are those of a second pass."""
+    encoder = {"layers": (0,), "architecture": {**ENCODER, "num_hidden_layers": 2}}
+    model = {**MODEL, "encoder_params": encoder, "decoder_features": (1, 0)}
+    train = {"trainable": ("quantizer", "decoder")}
+    task = TokenizerTask.build(tiny(model=model, loss={"feature_weight": 1.0}, train=train), one_mesh)
+    state, results = task.init(), []
+    for targets in ((1, 0), ()):
+        monkeypatch.setattr(Objective, "targets", targets)
+        gradients = jax.jit(lambda *args: task.gradients(*args, state.batch_stats))  # not that of the other targets
+        results.append(gradients(state, task.frozen(), images()[0] / 255, jax.random.key(1)))
+    (grads, *_, metrics), (expected, *_, others) = results
+    assert metrics["loss/features"] > 0.1
+    assert_close(metrics["loss/features"], others["loss/features"], 1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected)
 
 
 @pytest.mark.slow

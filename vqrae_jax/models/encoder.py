@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vqrae_jax.models.vit import ViT, ViTConfig, layer_norm, resample_positions
+from vqrae_jax.models.vit import Tokens, ViT, ViTConfig, layer_norm, resample_positions
 from vqrae_jax.quantizers.arrays import AnyArray
 from vqrae_jax.resize import resize
 
@@ -51,21 +51,34 @@ class Encoder(nn.Module):
         """Side of the latent grid at `input_size`."""
         return self.input_size // self.vit.patch
 
-    @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Encodes images in [0, 1]."""
+        return self.encode_with(image, ())[0]
+
+    @nn.compact
+    def encode_with(
+        self, image: Float[AnyArray, "B H W 3"], targets: tuple[int, ...]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w F"] | None]:
+        """Encodes images; the same pass also returns the normalized features of the blocks `targets`, concatenated."""
         blocks, sides = self.vit.blocks, image.shape[1:3]
         if self.input_size is not None:
             size, patch = self.input_size, self.vit.patch
             scaled = (round(n * self.grid / min(sides)) * patch for n in sides)
             image = resize(image, *(scaled if self.keep_proportions else (size, size)), "bicubic")
         image = (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        outputs, (h, w) = ViT(self.vit, name="vit")(image, tuple(layer % blocks.depth for layer in self.layers))
-        norm = layer_norm(blocks, "norm", affine=not self.normalize)
-        latents = [blocks.shard(norm(tokens)).reshape(len(image), h, w, -1) for tokens in outputs]
+        taps = tuple(layer % blocks.depth for layer in (*self.layers, *targets))
+        outputs, (h, w) = ViT(self.vit, name="vit")(image, taps)
+
+        def features(outputs: list[Tokens], affine: bool, name: str) -> list[Float[Array, "B h w D"]]:
+            norm = layer_norm(blocks, name, affine)
+            return [blocks.shard(norm(tokens)).reshape(len(image), h, w, -1) for tokens in outputs]
+
+        count = len(self.layers)
+        latents = features(outputs[:count], not self.normalize, "norm")
+        target = jnp.concatenate(features(outputs[count:], False, "target_norm"), axis=-1) if targets else None
         if self.fusion == "concat":
-            return jnp.concatenate(latents, axis=-1)
-        return sum(latents) / (len(latents) if self.fusion == "mean" else 1)
+            return jnp.concatenate(latents, axis=-1), target
+        return sum(latents) / (count if self.fusion == "mean" else 1), target
 
 
 def resample_to_input_size(encoder: Encoder, params: Mapping[str, Any]) -> tuple[Encoder, Mapping[str, Any]]:

@@ -31,6 +31,7 @@ class Output:
     quantized: Quantized
     encoded: Any = None  # Float [B, h, w, C]: the encoder's output, before noise and quantization
     features: Any = None  # Float [B, g, g, F]: the decoder's prediction of encoder features, if it has that head
+    target: Any = None  # Float [B, h, w, F]: the encoder features that `forward` was asked for
 
 
 class VQRAE(nn.Module):
@@ -92,13 +93,17 @@ class VQRAE(nn.Module):
         losses = {"recon_loss": recon_loss, "vq_loss": vq_loss, "total_loss": recon_loss + vq_loss}
         return out.reconstruction, losses
 
-    def forward(self, image: Images, train: bool = False, code_noise: float = 0.0, code_neighbors: int = 0) -> Output:
+    def forward(
+        self, image: Images, train: bool = False, code_noise: float = 0.0, code_neighbors: int = 0,
+        targets: tuple[int, ...] = (),
+    ) -> Output:  # fmt: skip
         """Runs all parts and returns everything that they compute.
 
         With code_noise the decoder gets other codes for a part of each image, see `replace_codes`, while `quantized`
-        has the true ones.
+        has the true ones. `targets`: blocks of the encoder whose normalized features are returned as well.
         """
-        return self.forward_encoded(self.encoder(image), train, code_noise, code_neighbors)
+        encoded, target = self.encoder.encode_with(image, targets)
+        return self.forward_encoded(encoded, train, code_noise, code_neighbors).replace(target=target)
 
     def forward_encoded(
         self, encoded: Float[AnyArray, "B h w C"], train: bool = False, code_noise: float = 0.0, code_neighbors: int = 0

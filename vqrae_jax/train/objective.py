@@ -22,6 +22,7 @@ class LossInputs:
     vq_loss: Any  # float []
     encoded: Any  # float [B, h, w, C]
     features: Any  # float [B, g, g, F], or None
+    target: Any = None  # float [B, g, g, F] for the features; None: that of the teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Objective:
     config: Config
     encoder: Encoder
     perceptual: judges.FrozenNetwork | None  # None: its weight is 0
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Blocks whose features a frozen encoder returns with its latents; one that trains is not their source."""
+        frozen = "encoder" not in self.config.train.trainable
+        return self.config.model.decoder_features if self.config.loss.feature_weight and frozen else ()
 
     def terms(
         self, outputs: LossInputs, frozen: Any, image: jax.Array, step: jax.Array
@@ -53,8 +60,9 @@ class Objective:
             values = run_from(loss.perceptual.start_steps, step, distances, [jnp.zeros(())] * len(weights))
             terms |= {name: (weight, value) for (name, weight), value in zip(weights.items(), values, strict=True)}
         if loss.feature_weight:
-            layers = self.config.model.decoder_features
-            target = self._target(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
+            layers, target = self.config.model.decoder_features, jax.lax.stop_gradient(outputs.target)
+            if target is None:
+                target = self._target(frozen, image, self.encoder.clone(layers=layers, fusion="concat", normalize=True))
             value = feature_distance(loss.feature_distance, outputs.features, target, len(layers))
             terms["features"] = (loss.feature_weight, value)
         if loss.distill_weight:

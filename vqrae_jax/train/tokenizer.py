@@ -61,11 +61,11 @@ class TokenizerTask(TokenizerVariables):
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
             variables = self._variables(frozen, state.ema_params | params, batch_stats)
-            noise = self.config.train.code_noise, self.config.train.code_neighbors
+            options = self.config.train.code_noise, self.config.train.code_neighbors, self.objective.targets
             out, updated = self.built.module.apply(
-                variables, images, True, *noise, method="forward", mutable=["batch_stats"], rngs=streams(key)
+                variables, images, True, *options, method="forward", mutable=["batch_stats"], rngs=streams(key)
             )
-            outputs = LossInputs(out.reconstruction, out.quantized.loss, out.encoded, out.features)
+            outputs = LossInputs(out.reconstruction, out.quantized.loss, out.encoded, out.features, out.target)
             return outputs, (updated["batch_stats"], out.quantized.metrics)
 
         outputs, pull_back, (updated, codebook_metrics) = jax.vjp(forward, state.params, has_aux=True)
