@@ -6,8 +6,8 @@ channels, and running means of the latents fit directions and lengths.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 86 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
-Preflight's lower bounds for them: 3.1 hours of arithmetic; 17 hours by the memory traffic of the program for CPUs.
+Hardware (estimate, not run at full size): 83 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
+Preflight's lower bounds for them: 3.0 hours of arithmetic; 17 hours by the memory traffic of the program for CPUs.
 Target: rFID of at most 0.6 on ImageNet validation, 23 dB PSNR, at least 95 % of the codebook in use; dRAE reports rFID
 0.42, 24.5 dB and all of it.
 """

@@ -7,8 +7,8 @@ revival of our own.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 85 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
-Preflight's lower bounds for them: 3.1 hours of arithmetic; 17 hours by the memory traffic of the program for CPUs.
+Hardware (estimate, not run at full size): 83 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
+Preflight's lower bounds for them: 3.0 hours of arithmetic; 16 hours by the memory traffic of the program for CPUs.
 Target: rFID of 0.7 to 0.9 on ImageNet validation, 21 dB PSNR, more than 90 % of the codebook in use. VFMTok
 (arXiv:2507.08441), a tokenizer on DINOv2 with as many codes, has 0.89.
 """

@@ -6,8 +6,8 @@ data, generators and exports accept. Each group is on a unit sphere of its own.
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
-Hardware (estimate, not run at full size): 85 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
-Preflight's lower bounds for them: 3.1 hours of arithmetic; 17 hours by the memory traffic of the program for CPUs.
+Hardware (estimate, not run at full size): 83 exaFLOP; 10 hours on 8 H100 at 30 % of the peak.
+Preflight's lower bounds for them: 3.0 hours of arithmetic; 16 hours by the memory traffic of the program for CPUs.
 Target: rFID of at most 0.6 on ImageNet validation; BAR reports 0.33.
 """
 
