@@ -401,7 +401,7 @@ class PerceptualConfig(Section):
     # LPIPS, or the patch tokens of an encoder of any family.
     network: Literal["lpips", "encoder"] = "lpips"
     weight: NonNegative = 0.0  # weight in the loss, usually 1; 0: off, and no weights are read
-    # Weight of the distance between the Gram matrices of the same features, in [0, 2]: of texture, wherever it is.
+    # Weight of the distance between the Gram matrices of the same features, in [0, 2], about 1: of texture, wherever.
     gram_weight: NonNegative = 0.0
     start_steps: Count = 0  # steps before the term starts
     start_epochs: Epochs = None  # start_steps in epochs
