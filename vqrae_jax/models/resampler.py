@@ -127,8 +127,8 @@ class Resampled(Mapped):
 
     Every token has mean 0 and variance 1 over its channels: no loss can shrink them. `nested` trains on the first 1, 2,
     4, ... or all tokens of each image (nested dropout, Rippel et al. 2014; FlexTok, Bachmann et al. 2025,
-    arXiv:2502.13967), whose other indices are then -1; any of these prefixes decodes. The quantizer has one index per
-    token then.
+    arXiv:2502.13967), whose other indices are then -1, although they count for the codebook; any of these prefixes
+    decodes. The quantizer has one index per token then.
 
     An image with a latent that is not finite has no finite token. `params`: queries. The variables of the inner
     quantizer are under `quantizer`.
