@@ -863,9 +863,9 @@ def folder(tmp_path_factory):
             with tarfile.open(f"images/{name}/shard.tar", "w") as tar:
                 for i in range(10, 20):
                     tar.add(f"images/{name}/{i}.png")
-            plan = codes.Plan("0" * 64, "x", 20, "flip", (2, 4), "uint16", 16, 32, "npz", 20)
+            plan = codes.Plan("0" * 64, "x", 20, "flip", (2, 2, 4), "uint16", 16, 32, "npz", 20)
             codes.start_dataset(f"images/{name}", plan)
-            grids = rng.integers(0, 16, (20, 2, 4)).astype(np.uint16)
+            grids = rng.integers(0, 16, (20, 2, 2, 4)).astype(np.uint16)
             columns = Columns(np.arange(20), ["x"] * 20, np.zeros(20, np.int32), grids)
             codes.write_shard(f"images/{name}", plan, 0, columns)
             codes.finish_dataset(f"images/{name}", plan)

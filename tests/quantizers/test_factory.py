@@ -126,7 +126,7 @@ def test_one_linear_map_makes_the_bits_of_all_groups():
 @pytest.mark.parametrize(
     ("name", "fields", "field"),
     [
-        ("product", {"num_embeddings": 2**16, "inner": "bsq", "codebook_dim": 16}, "quantizer_params.codebook_dim"),
+        ("product", {"num_embeddings": 2**16, "inner": "bsq", "codebook_dim": 24}, "quantizer_params.codebook_dim"),
         ("lfq", {"num_embeddings": 100}, "num_embeddings"),
         ("lfq", {"num_embeddings": 2**25}, "num_embeddings"),
         ("bsq", {"num_embeddings": 1}, "num_embeddings"),

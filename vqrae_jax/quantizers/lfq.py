@@ -104,7 +104,7 @@ class LFQ(Quantizer):
 
 def _build(context: registry.Context, spherical: bool, **settings: Any) -> Quantizer:
     inner = LFQ(spherical=spherical, **settings)
-    if context.codebook_dim and context.channels != inner.channels:
+    if context.codebook_dim not in (None, inner.channels) and context.channels != inner.channels:
         bits = inner.channels * context.codebook_dim // context.channels  # of all groups
         message = f"must be None or {bits}, the bits of num_embeddings={inner.num_embeddings}"
         raise ConfigError(message, field="codebook_dim", value=context.codebook_dim)
