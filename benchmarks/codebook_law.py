@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
             start = time.perf_counter()
             try:
                 quantize = fit(name, 2**bits, train, args)
-            except subprocess.CalledProcessError as error:  # -9: killed, for want of memory
+            except subprocess.CalledProcessError as error:  # -9: killed, out of memory
                 ended = f"PyTorch's process ended with {error.returncode}"
                 print(f"| {name} | {2**bits} | - | - | - | - | not measured: {ended} |", flush=True)
                 continue

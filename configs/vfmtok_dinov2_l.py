@@ -1,14 +1,14 @@
 """VFMTok: 256 tokens free of the grid, on DINOv2-L at 336 pixels, in a gradient codebook of 16,384 (arXiv:2507.08441).
 
-Encoder, its layers, tokens, codebook, losses, their weights, rate, betas, weight decay, clipping and epochs are those
-of the paper's repository (CVMI-Lab/VFMTok2). Differences:
+Encoder, its layers, tokens, codebook, losses, their weights, rates, betas, clipping and epochs are those of the paper's
+repository (CVMI-Lab/VFMTok2). Differences:
 
 | | VFMTok | this config |
 | --- | --- | --- |
 | queries | deformable attention to each layer, 6 blocks | attention to the sum of mapped layers, 6 wider blocks |
 | decoder | 6 blocks that predict the features, then convolutions | ViT-L, whose features two blocks predict |
 | codebook before training | random directions | k-means on the first batch |
-| batch | set by its launch script | 256 images |
+| batch, precision | 16 images in its script, float32 | 256 images, bfloat16 |
 
 Requires --config.data.path, and the hub (or local paths) for the weights of the encoder, VGG16, the LPIPS heads and
 DINO; reading .pth files requires the torch extra.
@@ -41,17 +41,20 @@ def get_config():
     c.model.quantizer_params.distance = "cosine"
     recipes.half_precision(c)
     c.loss.pixel = "l2"
+    c.loss.pixel_weight = 8.0  # twice the error in [-1, 1]
     c.loss.feature_weight = 1.0
     c.loss.perceptual.weight = 1.0
     c.adversary.discriminator = "dino"
     c.adversary.weight = 0.5
     c.adversary.adaptive = False
+    c.adversary.generator_loss = "non_saturating"
     c.adversary.start_steps = c.adversary.generator_start_steps = 20_000
     c.data.image_size = 336
     c.data.batch_size = 256
     c.train.epochs = 50.0
+    c.optimizer.warmup_epochs = 4.0
     for optimizer in (c.optimizer, c.adversary.optimizer):
-        optimizer.learning_rate, optimizer.final_learning_rate = 1e-4, 1e-5
+        optimizer.learning_rate = 1e-4
+        optimizer.schedule = "constant"
         optimizer.clip_norm = 1.0
-        optimizer.warmup_epochs = 4.0
     return c

@@ -82,6 +82,7 @@ def test_a_manifest_of_an_earlier_version_has_no_grids_until_it_is_completed_aga
     assert codes.finish_dataset(tmp_path, plan)["shards"] == manifest["shards"]
     assert {path: path.stat().st_ino for path in tmp_path.glob("codes-*")} == shards
     assert codes.Codes(tmp_path).plan == plan
+    assert codes.Codes(tmp_path).digest == dataset.digest  # a run that resumes has the same codes
     with pytest.raises(DataError, match="grids") as error:
         codes.start_dataset(tmp_path, make_plan(grids=((1, 4),)))
     assert error.value.field == "--output"

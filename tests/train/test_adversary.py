@@ -97,9 +97,11 @@ def test_a_frozen_encoder_runs_once_for_its_latents_and_the_features(tiny, one_m
     model = {**MODEL, "encoder_params": encoder, "decoder_features": (1, 0)}
     train = {"trainable": ("quantizer", "decoder")}
     task = TokenizerTask.build(tiny(model=model, loss={"feature_weight": 1.0}, train=train), one_mesh)
+    assert task.objective.targets(task.frozen()) == (1, 0)
+    assert task.objective.targets({"teacher": task.frozen()["encoder"]}) == ()  # the encoder started from another run
     state, results = task.init(), []
     for targets in ((1, 0), ()):
-        monkeypatch.setattr(Objective, "targets", targets)
+        monkeypatch.setattr(Objective, "targets", lambda *_, targets=targets: targets)
         gradients = jax.jit(lambda *args: task.gradients(*args, state.batch_stats))  # not that of the other targets
         results.append(gradients(state, task.frozen(), images()[0] / 255, jax.random.key(1)))
     (grads, *_, metrics), (expected, *_, others) = results

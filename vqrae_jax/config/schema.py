@@ -401,7 +401,8 @@ class PerceptualConfig(Section):
     # LPIPS, or the patch tokens of an encoder of any family.
     network: Literal["lpips", "encoder"] = "lpips"
     weight: NonNegative = 0.0  # weight in the loss, usually 1; 0: off, and no weights are read
-    # Weight of the distance between the Gram matrices of the same features, in [0, 2], about 1: of texture, wherever.
+    # Weight of the distance between the Gram matrices of the same features, in [0, 2], which ignores positions; usually
+    # about 1.
     gram_weight: NonNegative = 0.0
     start_steps: Count = 0  # steps before the term starts
     start_epochs: Epochs = None  # start_steps in epochs
@@ -571,7 +572,8 @@ class TrainConfig(Section):
     # Largest share of an image's codes that training replaces by others, as errors of a generator do; every image has a
     # share between 0 and this.
     code_noise: Fraction = 0.0
-    # Number of nearest codes that may replace a code, 100 in RobusTok; signs differ in the fewest bits; 0: all codes.
+    # Number of nearest codes that may replace a code, 100 in RobusTok; for lfq and bsq those that differ in the fewest
+    # bits; 0: all codes.
     code_neighbors: Annotated[int, Field(ge=0, le=65_536)] = 0
     # Tokenizer that a new run starts from, at step 0: workdir or checkpoint of another run (its EMA parameters), saved
     # folder, or hub id. The model section must fit it.

@@ -205,8 +205,8 @@ class Codes:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the manifest, and so of all codes."""
-        return _digest(self.manifest)
+        """The SHA-256 of the manifest, and so of all codes; not of the grids, which may be added later."""
+        return _digest({name: value for name, value in self.manifest.items() if name != "grids"})
 
     def shards(self) -> Iterator[Columns]:
         """Iterates over the content of all shards in order, without caching."""

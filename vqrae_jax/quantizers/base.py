@@ -72,12 +72,15 @@ class Quantizer(nn.Module):
         if not neighbors:
             steps = jax.random.randint(key, indices.shape, 1, max(2, self.num_embeddings))
             return (indices + steps) % self.num_embeddings
+        if (points := self.points()) is None:
+            message = "needs a quantizer with codes that are near or far; use 0, for which all codes are possible"
+            raise ConfigError(message, field="train.code_neighbors", value=neighbors)
         ranks = jax.random.randint(key, (indices.size, 1), 0, neighbors)
-        nearest = find_neighbors(self.points(), indices.reshape(-1), neighbors)
+        nearest = find_neighbors(points, indices.reshape(-1), neighbors)
         return jnp.take_along_axis(nearest, ranks, axis=1).reshape(indices.shape)
 
-    def points(self) -> Float[Array, "K c"]:
-        """Returns the embeddings, or the points of a fixed grid, between which codes are near or far."""
+    def points(self) -> Float[Array, "K c"] | None:
+        """Returns the embeddings, or the points of a fixed grid, between which codes are near or far; None: unknown."""
         return self.embeddings()
 
     def embeddings(self) -> Float[Array, "K c"] | None:

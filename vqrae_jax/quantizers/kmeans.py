@@ -164,7 +164,7 @@ class LearnedCodebook(nn.Module):
         embedding is (1 - decay) uses / K. Its anchors that are drawn by distance would need N x K probabilities.
 
         Args:
-          z: latents; those outside `mask` are no anchors, and if there are no others nothing changes.
+          z: latents; those outside `mask` are no anchors; without anchors no embedding moves.
           counts: how often each embedding was chosen in this batch.
 
         Returns:

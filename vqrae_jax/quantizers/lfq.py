@@ -106,7 +106,7 @@ def _build(context: registry.Context, spherical: bool, **settings: Any) -> Quant
     inner = LFQ(spherical=spherical, **settings)
     if context.codebook_dim not in (None, inner.channels) and context.channels != inner.channels:
         bits = inner.channels * context.codebook_dim // context.channels  # of all groups
-        message = f"must be None or {bits}, the bits of num_embeddings={inner.num_embeddings}"
+        message = f"must be None or {bits}, the bits of num_embeddings={inner.num_embeddings} of all groups"
         raise ConfigError(message, field="codebook_dim", value=context.codebook_dim)
     return inner if context.channels == inner.channels else Projected(inner, context.channels)
 

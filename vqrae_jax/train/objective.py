@@ -33,11 +33,10 @@ class Objective:
     encoder: Encoder
     perceptual: judges.FrozenNetwork | None  # None: its weight is 0
 
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """Blocks whose features a frozen encoder returns with its latents; one that trains is not their source."""
-        frozen = "encoder" not in self.config.train.trainable
-        return self.config.model.decoder_features if self.config.loss.feature_weight and frozen else ()
+    def targets(self, frozen: Any) -> tuple[int, ...]:
+        """Returns the blocks whose features the encoder returns with its latents: none if there is a teacher."""
+        shares = self.config.loss.feature_weight and "teacher" not in frozen
+        return self.config.model.decoder_features if shares else ()
 
     def terms(
         self, outputs: LossInputs, frozen: Any, image: jax.Array, step: jax.Array

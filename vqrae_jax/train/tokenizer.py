@@ -61,7 +61,7 @@ class TokenizerTask(TokenizerVariables):
 
         def forward(params: Any) -> tuple[LossInputs, Any]:
             variables = self._variables(frozen, state.ema_params | params, batch_stats)
-            options = self.config.train.code_noise, self.config.train.code_neighbors, self.objective.targets
+            options = self.config.train.code_noise, self.config.train.code_neighbors, self.objective.targets(frozen)
             out, updated = self.built.module.apply(
                 variables, images, True, *options, method="forward", mutable=["batch_stats"], rngs=streams(key)
             )
