@@ -310,7 +310,9 @@ def opened(config: Config, **options: Any):
         patch.setattr(opening.weights, "fetch_all", lambda weights: [])
         patch.setattr(pipeline, "Prepared", prepared)
         patch.setattr(grain, "ReadOptions", read_options)
-        patch.setattr(grain.IterDataset, "mp_prefetch", lambda data, o: calls.update(workers=o.num_workers) or data)
+        patch.setattr(
+            grain.IterDataset, "mp_prefetch", lambda data, o, **_: calls.update(workers=o.num_workers) or data
+        )
         with opening.open_run(config, "run", **options) as (run, _):
             yield run, calls
 
