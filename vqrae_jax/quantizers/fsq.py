@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vqrae_jax.errors import ConfigError
 from vqrae_jax.quantizers import registry
-from vqrae_jax.quantizers.arrays import AnyArray, Rows
+from vqrae_jax.quantizers.arrays import AnyArray, Indices, Rows
 from vqrae_jax.quantizers.base import MAX_EMBEDDINGS, Quantized, Quantizer, batch_metrics, flatten, masked_mean
 from vqrae_jax.quantizers.estimators import straight_through
 
@@ -89,14 +89,16 @@ class FSQ(Quantizer):
         return Quantized(out.reshape(z.shape), indices.reshape(z.shape[:-1]), loss, metrics)
 
     def lookup(self, indices: Int[AnyArray, "*b"]) -> Float[Array, "*b C"]:
-        flat = indices.reshape(-1, 1)
-        steps = flat // self._basis() % np.asarray(self.levels, np.int32)
-        quantized = steps.astype(jnp.float32) - self._scales()
+        quantized = self._steps(indices.reshape(-1)) - self._scales()
         quantized = quantized if self.adapter == "none" else self.expand(quantized)
         return quantized.reshape(*indices.shape, self.channels)
 
     def points(self) -> Float[Array, "K L"]:
-        return (jnp.arange(self.num_embeddings)[:, None] // self._basis() % np.asarray(self.levels)).astype(jnp.float32)
+        return self._steps(jnp.arange(self.num_embeddings))
+
+    def _steps(self, indices: Indices) -> Float[Array, "N L"]:
+        """Returns the numbers of the levels, from 0."""
+        return (indices[:, None] // self._basis() % np.asarray(self.levels, np.int32)).astype(jnp.float32)
 
     def _reduce(self, flat: Rows) -> Float[Array, "N L"]:
         reduced = self.reduce(flat)
